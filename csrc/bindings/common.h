@@ -1,0 +1,29 @@
+#pragma once
+// Shared by the files that bind ops. Pointers are integers (Tensor.data_ptr()), 0 for none; strides are in elements;
+// dtypes are 0 fp32, 1 bf16, 2 fp16. No arithmetic here: callers (qvl_kernels/ops/*/cpu.py) have checked shapes.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../dtype.h"
+
+namespace qvl {
+
+namespace py = pybind11;
+using namespace py::literals;
+
+using Ptr = uintptr_t;
+inline const void* in(Ptr p) { return reinterpret_cast<const void*>(p); }
+inline void* out(Ptr p) { return reinterpret_cast<void*>(p); }
+
+inline DType to_dtype(int code) {
+  if (code < 0 || code > 2)
+    throw std::invalid_argument("dtype code must be 0 (fp32), 1 (bf16) or 2 (fp16), got " + std::to_string(code));
+  return static_cast<DType>(code);
+}
+
+void bind_linear(py::module_& m);
+void bind_norm(py::module_& m);
+
+}  // namespace qvl

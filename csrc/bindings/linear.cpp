@@ -1,0 +1,24 @@
+#include "../ops/linear.h"
+
+#include "common.h"
+
+namespace qvl {
+
+void bind_linear(py::module_& m) {
+  m.def(
+      "linear",
+      [](Ptr x, Ptr w, Ptr bias, Ptr y, int64_t rows, int64_t n, int64_t k, int64_t x_stride, int64_t w_stride,
+         int64_t y_stride, int dtype) {
+        LinearCall call;
+        call.x = in(x), call.x_stride = x_stride, call.m = rows;
+        call.linear = Linear{in(w), n, k, w_stride, in(bias)};
+        call.out = out(y), call.out_stride = y_stride;
+        call.dtype = to_dtype(dtype);
+        py::gil_scoped_release release;
+        run_linear(call);
+      },
+      "x"_a, "w"_a, "bias"_a, "y"_a, "rows"_a, "n"_a, "k"_a, "x_stride"_a, "w_stride"_a, "y_stride"_a, "dtype"_a,
+      "y = x w^T + bias");
+}
+
+}  // namespace qvl

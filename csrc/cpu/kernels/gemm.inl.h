@@ -1,0 +1,259 @@
+// GEMM in which activations are the packed side and weights are broadcast as they lie in memory: no weight packing.
+// A tile holds out^T: NR weight rows by MV vectors of activation rows. Both routes step over 32-bit words of k:
+// a float (fma) or a pair of bf16 (dot).
+
+template <bool DOT, class V>  // V is always Vec: a parameter only so that targets without dot_pairs compile
+inline V multiply_add(V acc, V a, const char* word) {
+  uint32_t bits;
+  std::memcpy(&bits, word, 4);
+  if constexpr (DOT) {
+    return V::dot_pairs(acc, a, bits);
+  } else {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return V::fma(a, V::set1(value), acc);
+  }
+}
+
+// c[n][lane] (+)= sum_k w[n][k] * panel[k][lane]. w_row and w_step in bytes.
+template <bool DOT, int MV, int NR>
+inline void gemm_tile(const float* panel, const char* w, int64_t w_row, int64_t w_step, int64_t words, float* c,
+                      int64_t c_stride, bool accumulate) {
+  Vec acc[NR][MV];
+#pragma GCC unroll 16
+  for (int n = 0; n < NR; ++n)
+#pragma GCC unroll 4
+    for (int m = 0; m < MV; ++m)
+      acc[n][m] = Vec::zero();
+  for (int64_t k = 0; k < words; ++k) {
+    Vec a[MV];
+#pragma GCC unroll 4
+    for (int m = 0; m < MV; ++m) a[m] = Vec::load(panel + m * Vec::kWidth);
+#pragma GCC unroll 16
+    for (int n = 0; n < NR; ++n)
+#pragma GCC unroll 4
+      for (int m = 0; m < MV; ++m) acc[n][m] = multiply_add<DOT>(acc[n][m], a[m], w + n * w_row);
+    panel += MV * Vec::kWidth;
+    w += w_step;
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < NR; ++n)
+#pragma GCC unroll 4
+    for (int m = 0; m < MV; ++m) {
+      float* at = c + n * c_stride + m * Vec::kWidth;
+      (accumulate ? acc[n][m] + Vec::load(at) : acc[n][m]).store(at);
+    }
+}
+
+// All n rows of one panel with MV vectors of lanes, NR rows at a time.
+template <bool DOT, int MV, int NR>
+inline void gemm_rows(const float* panel, const char* w, int64_t w_row, int64_t w_step, int64_t words, int64_t rows,
+                      float* c, int64_t c_stride, bool accumulate) {
+  int64_t n = 0;
+  for (; n + NR <= rows; n += NR)
+    gemm_tile<DOT, MV, NR>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride, accumulate);
+  for (; n + 2 <= rows; n += 2)
+    gemm_tile<DOT, MV, 2>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride, accumulate);
+  for (; n < rows; ++n)
+    gemm_tile<DOT, MV, 1>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride, accumulate);
+}
+
+// rows x (vectors * kWidth) block of c from one panel. Panel stride is vectors * kWidth words, c stride is c_stride.
+template <bool DOT>
+inline void gemm_block(int vectors, const float* panel, const char* w, int64_t w_row, int64_t w_step, int64_t words,
+                       int64_t rows, float* c, int64_t c_stride, bool accumulate) {
+  if constexpr (Vec::kPanelVectors == 4) {  // 32 vector registers: up to 24 accumulators
+    switch (vectors) {
+      case 1: return gemm_rows<DOT, 1, 12>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate);
+      case 2: return gemm_rows<DOT, 2, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate);
+      case 3: return gemm_rows<DOT, 3, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate);
+      default: return gemm_rows<DOT, 4, 6>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate);
+    }
+  } else {  // 16 vector registers: 12 accumulators
+    switch (vectors) {
+      case 1: return gemm_rows<DOT, 1, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate);
+      default: return gemm_rows<DOT, 2, 6>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate);
+    }
+  }
+}
+
+constexpr int64_t kPanelWidth = Vec::kWidth * Vec::kPanelVectors;
+
+inline int panel_vectors(int64_t m, int64_t panel) {
+  const int64_t rows = min_i(kPanelWidth, m - panel * kPanelWidth);
+  return int((rows + Vec::kWidth - 1) / Vec::kWidth);
+}
+
+// kWidth x kWidth words of x: rows [row, row + kWidth) clipped to m, words [word, ...) clipped to words; zero elsewhere.
+template <class T>
+inline void load_block(const PackArgs& a, int64_t row, int64_t word, float* block) {
+  for (int r = 0; r < Vec::kWidth; ++r) {
+    Vec values = Vec::zero();
+    if (row + r < a.m) {
+      const T* x = static_cast<const T*>(a.x) + (row + r) * a.x_stride;
+      if (a.route == Route::dot) {
+        values = Vec::load_n(reinterpret_cast<const float*>(x) + word, min_i(Vec::kWidth, a.k / 2 - word));
+      } else {
+        values = load_lanes(x + word, min_i(Vec::kWidth, a.k - word));
+      }
+    }
+    values.store(block + r * Vec::kWidth);
+  }
+}
+
+template <class T>
+void gemm_pack_typed(const PackArgs& a, int64_t panel) {
+  const int64_t words = a.route == Route::dot ? a.k / 2 : a.k;
+  const int vectors = panel_vectors(a.m, panel);
+  const int64_t width = vectors * Vec::kWidth;
+  float* out = static_cast<float*>(a.panels) + panel * kPanelWidth * words;
+  alignas(64) float block[Vec::kWidth * Vec::kWidth], turned[Vec::kWidth * Vec::kWidth];
+  for (int v = 0; v < vectors; ++v) {
+    for (int64_t word = 0; word < words; word += Vec::kWidth) {
+      load_block<T>(a, panel * kPanelWidth + v * Vec::kWidth, word, block);
+      float* dst = out + word * width + v * Vec::kWidth;
+      const int64_t count = min_i(Vec::kWidth, words - word);
+      if (count == Vec::kWidth) {
+        Vec::transpose(block, Vec::kWidth, dst, width);
+      } else {
+        Vec::transpose(block, Vec::kWidth, turned, Vec::kWidth);
+        for (int64_t i = 0; i < count; ++i) Vec::load(turned + i * Vec::kWidth).store(dst + i * width);
+      }
+    }
+  }
+}
+
+void gemm_pack(const PackArgs& a, int64_t panel) {
+  switch (a.dtype) {
+    case DType::f32: return gemm_pack_typed<float>(a, panel);
+    case DType::bf16: return gemm_pack_typed<bf16>(a, panel);
+    case DType::f16: return gemm_pack_typed<f16>(a, panel);
+  }
+}
+
+template <class T>
+inline void widen_rows(const T* w, int64_t w_stride, int64_t rows, int64_t count, float* out) {
+  for (int64_t n = 0; n < rows; ++n)
+    QVL_FOR_LANES(i, lanes, count) { load_lanes(w + n * w_stride + i, lanes).store(out + n * kGemmDepth + i); }
+}
+
+// c[panel][row][lane] for weight rows [n_begin, n_begin + rows) of w over all k; rows are rows [row0, ...) of c.
+template <class T>
+inline void gemm_accumulate(const GemmArgs& a, const T* w, int64_t w_stride, int64_t n_begin, int64_t rows,
+                            int64_t panel_begin, int64_t panel_end, int64_t row0, float* c, float* widened) {
+  const bool dot = Vec::kHasDot && a.route == Route::dot;
+  const int64_t words = dot ? a.k / 2 : a.k;
+  w += n_begin * w_stride;
+  // fp32 weights ask for fp32 accuracy: short partial sums, added up, lose less than one long running sum.
+  const int64_t max_depth = sizeof(T) == 4 ? kGemmDepthFp32 : kGemmDepth;
+  for (int64_t word = 0; word < words; word += max_depth) {
+    const int64_t depth = min_i(max_depth, words - word);
+    const char* rows_ptr;
+    int64_t row_bytes;
+    if (dot || sizeof(T) == 4) {
+      rows_ptr = reinterpret_cast<const char*>(w) + word * 4;
+      row_bytes = w_stride * int64_t(sizeof(T));
+    } else {
+      widen_rows(w + word, w_stride, rows, depth, widened);
+      rows_ptr = reinterpret_cast<const char*>(widened);
+      row_bytes = kGemmDepth * 4;
+    }
+    for (int64_t p = panel_begin; p < panel_end; ++p) {
+      const int vectors = panel_vectors(a.m, p);
+      const float* panel = static_cast<const float*>(a.panels) + p * kPanelWidth * words + word * vectors * Vec::kWidth;
+      float* block = c + ((p - panel_begin) * kGemmRows + row0) * kPanelWidth;
+      if constexpr (Vec::kHasDot) {
+        if (dot) {
+          gemm_block<true>(vectors, panel, rows_ptr, row_bytes, 4, depth, rows, block, kPanelWidth, word > 0);
+          continue;
+        }
+      }
+      gemm_block<false>(vectors, panel, rows_ptr, row_bytes, 4, depth, rows, block, kPanelWidth, word > 0);
+    }
+  }
+}
+
+// bias and activation on c[row][lane], in place; swiglu leaves its result in the first `rows` rows.
+template <class T>
+inline void gemm_activate(const GemmArgs& a, int64_t n_begin, int64_t rows, int64_t width, float* c) {
+  const T* bias = static_cast<const T*>(a.bias);
+  if (!bias && a.activation == Activation::none) return;
+  for (int64_t n = 0; n < rows; ++n) {
+    const Vec b = Vec::set1(bias ? to_float(bias[n_begin + n]) : 0.0f);
+    for (int64_t lane = 0; lane < width; lane += Vec::kWidth) {
+      float* at = c + n * kPanelWidth + lane;
+      Vec x = Vec::load(at) + b;
+      if (a.activation == Activation::gelu_tanh) x = vec_gelu_tanh(x);
+      if (a.activation == Activation::swiglu) x = vec_silu(x) * Vec::load(at + kGemmRows / 2 * kPanelWidth);
+      x.store(at);
+    }
+  }
+}
+
+// c as rows [n_begin, n_begin + rows) of the next GEMM's panel p: the layouts agree, so nothing is transposed.
+template <class V>
+inline void gemm_store_panel(const GemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, int64_t width, const float* c) {
+  float* out = static_cast<float*>(a.out);
+  if constexpr (V::kHasDot) {
+    if (a.route == Route::dot) {
+      out += p * kPanelWidth * (a.n / 2) + n_begin / 2 * width;
+      for (int64_t n = 0; n < rows; n += 2, out += width)
+        for (int64_t lane = 0; lane < width; lane += Vec::kWidth)
+          V::pack_pair(V::load(c + n * kPanelWidth + lane), V::load(c + (n + 1) * kPanelWidth + lane)).store(out + lane);
+      return;
+    }
+  }
+  out += p * kPanelWidth * a.n + n_begin * width;
+  for (int64_t n = 0; n < rows; ++n, out += width)
+    for (int64_t lane = 0; lane < width; lane += Vec::kWidth) V::load(c + n * kPanelWidth + lane).store(out + lane);
+}
+
+template <class T>
+inline void gemm_store_rows(const GemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, const float* c) {
+  alignas(64) float turned[Vec::kWidth * Vec::kWidth];
+  const int64_t row0 = p * kPanelWidth, row_count = min_i(kPanelWidth, a.m - row0);
+  for (int64_t lane = 0; lane < row_count; lane += Vec::kWidth) {
+    const int64_t lanes_used = min_i(Vec::kWidth, row_count - lane);
+    for (int64_t n = 0; n < rows; n += Vec::kWidth) {
+      const int64_t columns = min_i(Vec::kWidth, rows - n);
+      Vec::transpose(c + n * kPanelWidth + lane, kPanelWidth, turned, Vec::kWidth);
+      for (int64_t r = 0; r < lanes_used; ++r) {
+        const int64_t row = row0 + lane + r, column = n_begin + n;
+        Vec x = Vec::load(turned + r * Vec::kWidth);
+        if (a.residual)
+          x = x + load_lanes(static_cast<const T*>(a.residual) + row * a.residual_stride + column, columns);
+        store_lanes(x, static_cast<T*>(a.out) + row * a.out_stride + column, columns);
+      }
+    }
+  }
+}
+
+template <class T>
+void gemm_task_typed(const GemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
+                     float* scratch) {
+  const int64_t rows = n_end - n_begin;
+  float* c = scratch;
+  float* widened = scratch + kGemmPanels * kGemmRows * kPanelWidth;
+  gemm_accumulate(a, static_cast<const T*>(a.w), a.w_stride, n_begin, rows, panel_begin, panel_end, 0, c, widened);
+  if (a.activation == Activation::swiglu)
+    gemm_accumulate(a, static_cast<const T*>(a.w2), a.w2_stride, n_begin, rows, panel_begin, panel_end, kGemmRows / 2, c,
+                    widened);
+  for (int64_t p = panel_begin; p < panel_end; ++p) {
+    float* block = c + (p - panel_begin) * kGemmRows * kPanelWidth;
+    const int64_t width = panel_vectors(a.m, p) * Vec::kWidth;
+    gemm_activate<T>(a, n_begin, rows, width, block);
+    if (a.out_panels) {
+      gemm_store_panel<Vec>(a, p, n_begin, rows, width, block);
+    } else {
+      gemm_store_rows<T>(a, p, n_begin, rows, block);
+    }
+  }
+}
+
+void gemm_task(const GemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end, float* scratch) {
+  switch (a.dtype) {
+    case DType::f32: return gemm_task_typed<float>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+    case DType::bf16: return gemm_task_typed<bf16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+    case DType::f16: return gemm_task_typed<f16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+  }
+}

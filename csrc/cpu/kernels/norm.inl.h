@@ -1,0 +1,58 @@
+// RMS norm and layer norm of rows, with an optional residual added first (rounded to T, as a separate add would).
+
+template <class T>
+void norm_rows_typed(const NormArgs& a, int64_t begin, int64_t end) {
+  const T* weight = static_cast<const T*>(a.weight);
+  const T* bias = static_cast<const T*>(a.bias);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+    T* y = static_cast<T*>(a.y) + row * a.y_stride;
+    if (a.residual) {
+      const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
+      T* sum = static_cast<T*>(a.sum) + row * a.sum_stride;
+      QVL_FOR_LANES(i, lanes, a.size) {
+        store_lanes(load_lanes(x + i, lanes) + load_lanes(residual + i, lanes), sum + i, lanes);
+      }
+      x = sum;
+    }
+    float mean_value = 0.0f;
+    if (bias) {
+      Vec total = Vec::zero();
+      QVL_FOR_LANES(i, lanes, a.size) { total = total + load_lanes(x + i, lanes); }
+      mean_value = total.sum() / float(a.size);
+    }
+    const Vec mean = Vec::set1(mean_value);
+    Vec squares0 = Vec::zero(), squares1 = Vec::zero();
+    int64_t i = 0;
+    for (; i + 2 * Vec::kWidth <= a.size; i += 2 * Vec::kWidth) {
+      const Vec d0 = Vec::load(x + i) - mean, d1 = Vec::load(x + i + Vec::kWidth) - mean;
+      squares0 = Vec::fma(d0, d0, squares0);
+      squares1 = Vec::fma(d1, d1, squares1);
+    }
+    float square_sum = (squares0 + squares1).sum();
+    for (; i < a.size; ++i) {
+      const float d = to_float(x[i]) - mean_value;
+      square_sum += d * d;
+    }
+    const Vec rstd = Vec::set1(1.0f) / Vec::sqrt(Vec::set1(square_sum / float(a.size) + a.eps));
+    if (bias) {
+      QVL_FOR_LANES(j, lanes, a.size) {
+        const Vec normed = (load_lanes(x + j, lanes) - mean) * rstd;
+        store_lanes(Vec::fma(normed, load_lanes(weight + j, lanes), load_lanes(bias + j, lanes)), y + j, lanes);
+      }
+    } else {
+      QVL_FOR_LANES(j, lanes, a.size) {
+        const Vec normed = round_to<T>(load_lanes(x + j, lanes) * rstd);
+        store_lanes(normed * load_lanes(weight + j, lanes), y + j, lanes);
+      }
+    }
+  }
+}
+
+void norm_rows(const NormArgs& a, int64_t begin, int64_t end) {
+  switch (a.dtype) {
+    case DType::f32: return norm_rows_typed<float>(a, begin, end);
+    case DType::bf16: return norm_rows_typed<bf16>(a, begin, end);
+    case DType::f16: return norm_rows_typed<f16>(a, begin, end);
+  }
+}

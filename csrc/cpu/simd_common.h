@@ -1,0 +1,11 @@
+// What every target file needs before it opens its own namespace.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+// The table entry list is the same for every target; only the bodies behind the names differ.
+#define QVL_KERNEL_TABLE(target_name)                                                             \
+  {                                                                                               \
+    target_name, Vec::kWidth, Vec::kWidth * Vec::kPanelVectors, norm_rows, gemm_pack, gemm_task, \
+        gemv_prepare, gemv_rows, read_bytes, Vec::kHasDot                                                     \
+  }

@@ -1,0 +1,38 @@
+// AVX-512 with the bf16 pair dot product (vdpbf16ps): Cooper Lake, Sapphire Rapids, Zen 4 and later.
+#include <immintrin.h>
+
+#include "../kernel_table.h"
+#include "../simd_common.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+
+namespace qvl::avx512_bf16 {
+
+struct Vec {
+  static constexpr int kWidth = 16;
+  static constexpr int kPanelVectors = 4;
+  static constexpr bool kHasDot = true;
+#include "avx512_vec.inl.h"
+
+  // acc + a.lo * b.lo + a.hi * b.hi for 16 lanes of bf16 pairs.
+  static Vec dot_pairs(Vec acc, Vec pairs, uint32_t weight_pair) {
+    return {_mm512_dpbf16_ps(acc.v, (__m512bh)pairs.v, (__m512bh)_mm512_set1_epi32(int(weight_pair)))};
+  }
+};
+
+#include "../kernels/all.inl.h"
+
+const KernelTable kTable = QVL_KERNEL_TABLE("avx512_bf16");
+
+}  // namespace qvl::avx512_bf16
+#pragma GCC pop_options
+
+namespace qvl {
+bool avx512_bf16_supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
+}
+extern const Target kAvx512Bf16Target{"avx512_bf16", avx512_bf16_supported, &avx512_bf16::kTable};
+}  // namespace qvl

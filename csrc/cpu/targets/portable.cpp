@@ -1,0 +1,95 @@
+// Portable target: GCC/Clang vector extensions of four floats (SSE2 on x86-64, NEON on aarch64).
+#include <cmath>
+
+#include "../kernel_table.h"
+#include "../simd_common.h"
+
+namespace qvl::portable {
+
+struct Vec {
+  static constexpr int kWidth = 4;
+  static constexpr int kPanelVectors = 2;
+  static constexpr bool kHasDot = false;
+  typedef float Float4 __attribute__((vector_size(16)));
+  typedef int32_t Int4 __attribute__((vector_size(16)));
+  Float4 v;
+
+  static Vec zero() { return {Float4{0, 0, 0, 0}}; }
+  static Vec set1(float x) { return {Float4{x, x, x, x}}; }
+  template <class T>
+  static Vec load(const T* p) {
+    return {Float4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+  }
+  // First n lanes from memory (nothing beyond is touched), zero in the rest.
+  template <class T>
+  static Vec load_n(const T* p, int64_t n) {
+    float lanes[4] = {0, 0, 0, 0};
+    for (int64_t i = 0; i < n && i < 4; ++i) lanes[i] = to_float(p[i]);
+    return load(lanes);
+  }
+  template <class T>
+  void store(T* p) const {
+    for (int i = 0; i < 4; ++i) from_float(v[i], p[i]);
+  }
+  template <class T>
+  void store_n(T* p, int64_t n) const {
+    for (int64_t i = 0; i < n && i < 4; ++i) from_float(v[i], p[i]);
+  }
+  // 8 stored bf16 -> the even and the odd elements.
+  static void load_even_odd(const bf16* p, Vec& even, Vec& odd) {
+    even = {Float4{to_float(p[0]), to_float(p[2]), to_float(p[4]), to_float(p[6])}};
+    odd = {Float4{to_float(p[1]), to_float(p[3]), to_float(p[5]), to_float(p[7])}};
+  }
+  static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  Vec operator+(Vec b) const { return {v + b.v}; }
+  Vec operator-(Vec b) const { return {v - b.v}; }
+  Vec operator*(Vec b) const { return {v * b.v}; }
+  Vec operator/(Vec b) const { return {v / b.v}; }
+  // max and min return b where either is NaN.
+  static Vec max(Vec a, Vec b) { return blend(a.v > b.v, a, b); }
+  static Vec min(Vec a, Vec b) { return blend(a.v < b.v, a, b); }
+  static Vec sqrt(Vec a) { return {Float4{std::sqrt(a.v[0]), std::sqrt(a.v[1]), std::sqrt(a.v[2]), std::sqrt(a.v[3])}}; }
+  static Vec round(Vec a) {
+    return {Float4{std::nearbyint(a.v[0]), std::nearbyint(a.v[1]), std::nearbyint(a.v[2]), std::nearbyint(a.v[3])}};
+  }
+  // a * 2^n for integral n in [-252, 254]; in two steps so that results may be subnormal
+  static Vec scale_pow2(Vec a, Vec n) {
+    Float4 out = a.v;
+    for (int i = 0; i < 4; ++i) {
+      const int whole = int(n.v[i]), half = whole >> 1;
+      out[i] = out[i] * bits_to_float(uint32_t(half + 127) << 23) * bits_to_float(uint32_t(whole - half + 127) << 23);
+    }
+    return {out};
+  }
+  // where(a < b, x, y) and where(a is NaN, x, y)
+  static Vec select_lt(Vec a, Vec b, Vec x, Vec y) { return blend(a.v < b.v, x, y); }
+  static Vec select_nan(Vec a, Vec x, Vec y) { return blend(a.v != a.v, x, y); }
+  static bool any_lt(Vec a, Vec b) {
+    const Int4 lt = a.v < b.v;
+    return (lt[0] | lt[1] | lt[2] | lt[3]) != 0;
+  }
+  float sum() const { return (v[0] + v[1]) + (v[2] + v[3]); }
+  float max_lane() const {
+    const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+  }
+  // 4 x 4 block of 32-bit elements: dst[i][j] = src[j][i].
+  static void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 4; ++j) std::memcpy(dst + i * dst_stride + j, src + j * src_stride + i, 4);
+  }
+
+ private:
+  static Vec blend(Int4 mask, Vec x, Vec y) { return {(Float4)(((Int4)x.v & mask) | ((Int4)y.v & ~mask))}; }
+};
+
+#include "../kernels/all.inl.h"
+
+const KernelTable kTable = QVL_KERNEL_TABLE("portable");
+
+}  // namespace qvl::portable
+
+namespace qvl {
+static bool always_supported() { return true; }
+extern const Target kPortableTarget{"portable", always_supported, &portable::kTable};
+}  // namespace qvl

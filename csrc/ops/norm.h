@@ -1,0 +1,8 @@
+#pragma once
+#include "../cpu/kernel_table.h"
+
+namespace qvl {
+
+void run_norm(const NormArgs& args, int64_t rows);
+
+}  // namespace qvl

@@ -1,0 +1,133 @@
+"""Which backend runs a call: the fast one of the tensor's device, else the reference, with each reason said once."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from qvl_kernels import config
+
+__all__ = ["backends", "choose", "cpu_info", "extension", "fallbacks", "use_backend"]
+
+BACKENDS = ("reference", "cpp", "triton")
+FAST_BACKEND = {"cpu": "cpp", "cuda": "triton"}
+
+_forced: str | None = None
+_fallbacks: dict[str, None] = {}  # "op: reason" in order of appearance
+
+try:
+    from qvl_kernels import _C as _extension
+
+    _extension_error: str | None = None
+except ImportError as error:
+    _extension = None
+    _extension_error = f"the C++ extension qvl_kernels._C cannot be imported ({error}); build it with: pip install -e ."
+
+
+def extension():
+    """The C++ extension module, or RuntimeError with the command that builds it."""
+    if _extension is None:
+        raise RuntimeError(f"qvl_kernels: {_extension_error}")
+    return _extension
+
+
+def _unavailable(backend: str) -> str | None:
+    """Why ``backend`` cannot run here, or None."""
+    if backend == "cpp":
+        return _extension_error
+    if backend == "triton":
+        return "this version has no Triton kernels"
+    return None
+
+
+def backends() -> dict[str, dict]:
+    """Backends by name: whether each is available, and why not.
+
+    Example:
+        >>> qvl_kernels.backends()["reference"]
+        {'available': True, 'reason': None}
+    """
+    return {name: {"available": _unavailable(name) is None, "reason": _unavailable(name)} for name in BACKENDS}
+
+
+def _check_name(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces a backend inside the block. A forced backend never falls back: what it cannot run raises RuntimeError.
+
+    Example:
+        >>> with qvl_kernels.use_backend("reference"):
+        ...     y = qvl_kernels.rms_norm(x, weight)
+    """
+    global _forced
+    previous, _forced = _forced, _check_name(name)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+_environment_backend = config.backend_from_environment()
+if _environment_backend is not None:
+    _forced = _check_name(_environment_backend)
+
+
+def fallbacks() -> list[str]:
+    """"op: reason" of every case that fell back to the reference in this process."""
+    return list(_fallbacks)
+
+
+def choose(op: str, device: torch.device, unsupported: str | None = None) -> str:
+    """Backend for one call of ``op``. ``unsupported`` says why the fast backend cannot run this case, or is None."""
+    fast = FAST_BACKEND.get(device.type)
+    if _forced == "reference":
+        return "reference"
+    if _forced is not None:
+        reason = _unavailable(_forced)
+        if reason is None and _forced != fast:
+            reason = f"it does not run on {device.type} tensors"
+        reason = reason or unsupported
+        if reason is not None:
+            raise RuntimeError(
+                f"{op}: backend {_forced!r} was forced but cannot run this call: {reason}. "
+                f"Backends: {', '.join(BACKENDS)}."
+            )
+        return _forced
+    if fast == "cpp":
+        if _extension is None:
+            extension()
+        if unsupported is None:
+            return "cpp"
+    reason = unsupported or _unavailable(fast or "triton")
+    if not torch.compiler.is_compiling():
+        _note_fallback(op, reason)
+    return "reference"
+
+
+def _note_fallback(op: str, reason: str) -> None:
+    case = f"{op}: {reason}"
+    if case not in _fallbacks:
+        _fallbacks[case] = None
+        warnings.warn(f"qvl_kernels: {op} runs on the reference backend: {reason}", RuntimeWarning, stacklevel=4)
+
+
+def cpu_info() -> dict:
+    """Instruction set in use, those that this machine supports, GEMM routes and threads of the C++ backend.
+
+    Example:
+        >>> qvl_kernels.cpu_info()["isa"]
+        'avx512_bf16'
+    """
+    c = extension()
+    return {
+        "isa": c.isa(),
+        "supported": c.supported_isas().split(", "),
+        "gemm_route": {name: c.gemm_route(code) for name, code in (("fp32", 0), ("bf16", 1), ("fp16", 2))},
+        "threads": c.max_threads(),
+    }

@@ -1,0 +1,65 @@
+"""Helpers for tests and benchmarks: relative error against a float64 truth, seeded random inputs, poisoned memory."""
+
+from dataclasses import dataclass
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["Case", "assert_close_to_truth", "poisoned_empty", "random_tensor", "relative_error"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input of an op, shared by tests and benchmarks.
+
+    ``make(dtype, generator)`` returns the keyword arguments of the public function; ``flops`` and ``bytes`` count what a
+    perfect kernel must do (``bytes`` takes the element size in bytes). ``model`` marks real model shapes (benchmarked).
+    """
+
+    name: str
+    make: Callable[[torch.dtype, torch.Generator], dict]
+    flops: float = 0.0
+    bytes: Callable[[int], float] = lambda element_size: 0.0
+    model: bool = False
+
+
+def random_tensor(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, *, scale: float = 1.0
+) -> torch.Tensor:
+    return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+
+def relative_error(out: torch.Tensor, truth: torch.Tensor) -> float:
+    """||out - truth|| / ||truth||, computed in float64."""
+    out, truth = out.double(), truth.double()
+    norm = truth.norm().item()
+    return (out - truth).norm().item() / (norm if norm > 0 else 1.0)
+
+
+def assert_close_to_truth(
+    out: torch.Tensor, baseline: torch.Tensor, truth: torch.Tensor, *, factor: float = 2.0, floor: float | None = None
+) -> None:
+    """``out`` must be at most ``factor`` times as far from the float64 truth as plain PyTorch in the working dtype.
+
+    ``floor`` (default: 2 units in the last place of out's dtype) is allowed whatever the baseline's error.
+    """
+    assert out.shape == truth.shape, f"shape {tuple(out.shape)}, expected {tuple(truth.shape)}"
+    assert out.dtype == baseline.dtype, f"dtype {out.dtype}, expected {baseline.dtype}"
+    floor = 2 * torch.finfo(out.dtype).eps if floor is None else floor
+    error, limit = relative_error(out, truth), max(factor * relative_error(baseline, truth), floor)
+    if not error <= limit:  # also catches NaN
+        difference = (out.double() - truth.double()).abs().nan_to_num(nan=float("inf"))
+        worst = int(difference.argmax())
+        raise AssertionError(
+            f"relative error {error:.3e} > {limit:.3e}; worst element {worst} of shape {tuple(out.shape)}: "
+            f"got {out.flatten()[worst].item()}, truth {truth.flatten()[worst].item()}"
+        )
+
+
+_empty = torch.empty
+
+
+def poisoned_empty(*size, **options) -> torch.Tensor:
+    """``torch.empty`` filled with NaN: an element that a kernel forgets to write fails the comparison."""
+    out = _empty(*size, **options)
+    return out.fill_(float("nan")) if out.is_floating_point() else out

@@ -1,0 +1,101 @@
+"""Every op over its shared cases: accuracy against the float64 reference, gradients, opcheck and torch.compile."""
+
+import pytest
+import torch
+
+import qvl_kernels
+from qvl_kernels.ops.linear.cases import CASES as LINEAR
+from qvl_kernels.ops.rms_norm.cases import ADD_CASES as ADD_RMS_NORM
+from qvl_kernels.ops.rms_norm.cases import CASES as RMS_NORM
+from qvl_kernels.testing import assert_close_to_truth, poisoned_empty
+
+OPS = {
+    "linear": (qvl_kernels.linear, LINEAR),
+    "rms_norm": (qvl_kernels.rms_norm, RMS_NORM),
+    "add_rms_norm": (qvl_kernels.add_rms_norm, ADD_RMS_NORM),
+}
+INFERENCE_ONLY = {"decode_attention", "decoder_layer", "vision_block"}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ALL = [pytest.param(op, case, id=f"{op}-{case.name}") for op, (_, cases) in OPS.items() for case in cases]
+SMALL = [
+    pytest.param(op, case, id=f"{op}-{case.name}") for op, (_, cases) in OPS.items() for case in cases if not case.model
+]
+
+
+def _outputs(result) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _double(arguments: dict) -> dict:
+    return {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+
+
+def _reference(function, arguments: dict):
+    with qvl_kernels.use_backend("reference"):
+        return _outputs(function(**arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "case"), ALL)
+def test_forward(op, case, dtype, monkeypatch):
+    function = OPS[op][0]
+    arguments = case.make(dtype, _generator())
+    truth, baseline = _reference(function, _double(arguments)), _reference(function, arguments)
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+    with qvl_kernels.use_backend("cpp"):
+        out = _outputs(function(**arguments))
+    monkeypatch.undo()
+    assert len(out) == len(truth)
+    for ours, plain, exact in zip(out, baseline, truth):
+        assert_close_to_truth(ours, plain, exact)
+
+
+def _differentiable(arguments: dict) -> dict:
+    return {
+        name: value.detach().clone().requires_grad_()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def _gradients(function, arguments: dict, cotangents) -> list[torch.Tensor]:
+    inputs = [value for value in arguments.values() if isinstance(value, torch.Tensor) and value.requires_grad]
+    outputs = [out for out in _outputs(function(**arguments)) if out.requires_grad]
+    loss = sum((out * cotangent.to(out.dtype)).sum() for out, cotangent in zip(outputs, cotangents))
+    return list(torch.autograd.grad(loss, inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "case"), [p for p in SMALL if p.values[0] not in INFERENCE_ONLY])
+def test_gradients(op, case, dtype):
+    function = OPS[op][0]
+    arguments = _differentiable(case.make(dtype, _generator()))
+    with torch.no_grad(), qvl_kernels.use_backend("reference"):
+        cotangents = [torch.randn(out.shape, generator=_generator()) for out in _outputs(function(**arguments))]
+    with qvl_kernels.use_backend("reference"):
+        truth = _gradients(function, _differentiable(_double(arguments)), cotangents)
+        baseline = _gradients(function, arguments, cotangents)
+    with qvl_kernels.use_backend("cpp"):
+        ours = _gradients(function, arguments, cotangents)
+    for gradient, plain, exact in zip(ours, baseline, truth):
+        assert_close_to_truth(gradient, plain, exact, factor=3.0)
+
+
+@pytest.mark.parametrize(("op", "case"), [p for p in SMALL if p.values[1].name != "empty"])
+def test_compile_fullgraph(op, case):
+    function = OPS[op][0]
+    arguments = case.make(torch.float32, _generator())
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = _outputs(torch.compile(function, fullgraph=True, backend="aot_eager")(**arguments))
+        plain = _outputs(function(**arguments))
+    for one, other in zip(compiled, plain):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
