@@ -10,12 +10,12 @@ void bind_linear(py::module_& m) {
       [](Ptr x, Ptr w, Ptr bias, Ptr y, int64_t rows, int64_t n, int64_t k, int64_t x_stride, int64_t w_stride,
          int64_t y_stride, int dtype) {
         LinearCall call;
-        call.x = in(x), call.x_stride = x_stride, call.m = rows;
-        call.linear = Linear{in(w), n, k, w_stride, in(bias)};
+        call.weight = Weight{in(w), w_stride, in(bias)};
+        call.n = n;
         call.out = out(y), call.out_stride = y_stride;
-        call.dtype = to_dtype(dtype);
+        const Rows input{in(x), x_stride, rows, k, to_dtype(dtype)};
         py::gil_scoped_release release;
-        run_linear(call);
+        run_linears(input, &call, 1);
       },
       "x"_a, "w"_a, "bias"_a, "y"_a, "rows"_a, "n"_a, "k"_a, "x_stride"_a, "w_stride"_a, "y_stride"_a, "dtype"_a,
       "y = x w^T + bias");

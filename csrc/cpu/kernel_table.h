@@ -65,9 +65,8 @@ struct GemvArgs {
   Activation activation;
   const void* residual;
   int64_t residual_stride;
-  void* out;
+  void* out;              // [m, n]
   int64_t out_stride;
-  bool out_float;         // out is fp32 whatever dtype says
 };
 
 struct KernelTable {
@@ -77,7 +76,7 @@ struct KernelTable {
   void (*norm_rows)(const NormArgs&, int64_t begin, int64_t end);
   void (*gemm_pack)(const PackArgs&, int64_t panel);
   void (*gemm_task)(const GemmArgs&, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end, float* scratch);
-  void (*gemv_prepare)(const float* x, DType weight_dtype, int64_t k, float* out);
+  void (*gemv_prepare)(const void* x, DType dtype, int64_t k, float* out);
   void (*gemv_rows)(const GemvArgs&, int64_t n_begin, int64_t n_end);
   float (*read_bytes)(const char* data, int64_t bytes);
   bool has_dot;           // Route::dot is available in gemm_pack and gemm_task

@@ -1,13 +1,15 @@
 #include "linear.h"
 
 #include <chrono>
-#include <vector>
 
 #include "../threads.h"
+#include "../workspace.h"
 
 namespace qvl {
 
 namespace {
+
+constexpr int64_t kMlpChunkRows = 2048;
 
 Workspace& gemm_scratch() {
   thread_local Workspace scratch;
@@ -41,10 +43,97 @@ double time_route(Route route) {
   return best;
 }
 
-// The dot instruction is twice as fast as FMA on Zen 4/5 and half as fast on some Intel parts: measure, do not guess.
+// The dot instruction is twice as fast as FMA on Zen 5 and half as fast on some Intel parts: measure, do not guess.
 bool dot_is_faster() {
   static const bool faster = kernels().has_dot && time_route(Route::dot) < time_route(Route::fma);
   return faster;
+}
+
+int64_t panel_count(int64_t m) { return (m + kernels().panel_width - 1) / kernels().panel_width; }
+
+// 32-bit words that panels of [m, k] take.
+int64_t panel_words(int64_t m, int64_t k, Route route) {
+  return panel_count(m) * kernels().panel_width * (route == Route::dot ? k / 2 : k);
+}
+
+void pack_panels(const Rows& rows, int64_t first_row, int64_t m, Route route, float* panels) {
+  const KernelTable& table = kernels();
+  const char* x = static_cast<const char*>(rows.x) + first_row * rows.stride * dtype_bytes(rows.dtype);
+  const PackArgs args{x, rows.stride, m, rows.k, rows.dtype, route, panels};
+  parallel_tasks(panel_count(m), [&](int64_t panel) { table.gemm_pack(args, panel); });
+}
+
+GemmArgs gemm_args(const LinearCall& call, const float* panels, int64_t m, int64_t k, Route route, DType dtype) {
+  GemmArgs args{};
+  args.panels = panels;
+  args.m = m, args.n = call.n, args.k = k;
+  args.route = route;
+  args.w = call.weight.w, args.w_stride = call.weight.stride;
+  if (call.up) args.w2 = call.up->w, args.w2_stride = call.up->stride;
+  args.bias = call.weight.bias;
+  args.dtype = dtype;
+  args.activation = call.activation;
+  args.residual = call.residual, args.residual_stride = call.residual_stride;
+  args.out = call.out, args.out_stride = call.out_stride;
+  return args;
+}
+
+int64_t rows_per_task(const GemmArgs& args) { return args.activation == Activation::swiglu ? kGemmRows / 2 : kGemmRows; }
+
+// GEMMs over the same panels, their tasks in one parallel region.
+void run_gemms(const GemmArgs* gemms, int count) {
+  const KernelTable& table = kernels();
+  const int64_t panels = panel_count(gemms[0].m);
+  const int64_t m_tasks = (panels + kGemmPanels - 1) / kGemmPanels;
+  int64_t tasks = 0;
+  for (int i = 0; i < count; ++i) tasks += (gemms[i].n + rows_per_task(gemms[i]) - 1) / rows_per_task(gemms[i]) * m_tasks;
+  parallel_tasks(tasks, [&](int64_t task) {
+    const GemmArgs* args = gemms;
+    int64_t n_task = task / m_tasks;
+    for (int64_t n_tasks; n_task >= (n_tasks = (args->n + rows_per_task(*args) - 1) / rows_per_task(*args)); ++args)
+      n_task -= n_tasks;
+    const int64_t rows = rows_per_task(*args), n_begin = n_task * rows, panel_begin = task % m_tasks * kGemmPanels;
+    const int64_t n_end = n_begin + rows < args->n ? n_begin + rows : args->n;
+    const int64_t panel_end = panel_begin + kGemmPanels < panels ? panel_begin + kGemmPanels : panels;
+    table.gemm_task(*args, n_begin, n_end, panel_begin, panel_end,
+                    gemm_scratch().get<float>(gemm_scratch_floats(table)));
+  });
+}
+
+void run_gemvs(const Rows& rows, const LinearCall* calls, int count) {
+  const KernelTable& table = kernels();
+  const int64_t block = 2 * table.vector_width;
+  const int64_t k_padded = (rows.k + block - 1) / block * block;
+  thread_local Workspace prepared_ws;
+  float* prepared = prepared_ws.get<float>(rows.m * k_padded);
+  const int64_t row_bytes = rows.stride * dtype_bytes(rows.dtype);
+  for (int64_t m = 0; m < rows.m; ++m)
+    table.gemv_prepare(static_cast<const char*>(rows.x) + m * row_bytes, rows.dtype, rows.k, prepared + m * k_padded);
+  int64_t total = 0;
+  for (int i = 0; i < count; ++i) total += calls[i].n;
+  // 64 KB of weights a thread at least, or waking it costs more than it saves.
+  const int64_t min_rows = 1 + 65536 / (rows.k * dtype_bytes(rows.dtype) + 1);
+  parallel_ranges(total, min_rows, [&](int64_t begin, int64_t end) {
+    int64_t offset = 0;
+    for (int i = 0; i < count; ++i) {
+      const LinearCall& call = calls[i];
+      const int64_t n_begin = begin > offset ? begin - offset : 0;
+      const int64_t n_end = end < offset + call.n ? end - offset : call.n;
+      offset += call.n;
+      if (n_begin >= n_end) continue;
+      GemvArgs args{};
+      args.x = prepared;
+      args.m = rows.m, args.n = call.n, args.k = rows.k, args.k_padded = k_padded;
+      args.w = call.weight.w, args.w_stride = call.weight.stride;
+      if (call.up) args.w2 = call.up->w, args.w2_stride = call.up->stride;
+      args.bias = call.weight.bias;
+      args.dtype = rows.dtype;
+      args.activation = call.activation;
+      args.residual = call.residual, args.residual_stride = call.residual_stride;
+      args.out = call.out, args.out_stride = call.out_stride;
+      table.gemv_rows(args, n_begin, n_end);
+    }
+  });
 }
 
 }  // namespace
@@ -54,93 +143,46 @@ Route gemm_route(DType dtype, int64_t k, int64_t n) {
   return Route::fma;
 }
 
-int64_t panel_count(int64_t m) { return (m + kernels().panel_width - 1) / kernels().panel_width; }
-
-int64_t panel_words(int64_t m, int64_t k, Route route) {
-  return panel_count(m) * kernels().panel_width * (route == Route::dot ? k / 2 : k);
-}
-
-void pack_panels(const void* x, int64_t x_stride, int64_t m, int64_t k, DType dtype, Route route, float* panels) {
-  const KernelTable& table = kernels();
-  const PackArgs args{x, x_stride, m, k, dtype, route, panels};
-  parallel_tasks(panel_count(m), [&](int64_t panel) { table.gemm_pack(args, panel); });
-}
-
-void run_gemm(const GemmArgs& args) {
-  const KernelTable& table = kernels();
-  const int64_t rows = args.activation == Activation::swiglu ? kGemmRows / 2 : kGemmRows;
-  const int64_t n_tasks = (args.n + rows - 1) / rows;
-  const int64_t panels = panel_count(args.m);
-  const int64_t m_tasks = (panels + kGemmPanels - 1) / kGemmPanels;
-  parallel_tasks(n_tasks * m_tasks, [&](int64_t task) {
-    const int64_t n_begin = task / m_tasks * rows, panel_begin = task % m_tasks * kGemmPanels;
-    const int64_t n_end = n_begin + rows < args.n ? n_begin + rows : args.n;
-    const int64_t panel_end = panel_begin + kGemmPanels < panels ? panel_begin + kGemmPanels : panels;
-    table.gemm_task(args, n_begin, n_end, panel_begin, panel_end,
-                    gemm_scratch().get<float>(gemm_scratch_floats(table)));
-  });
-}
-
-namespace {
-
-void run_gemv(const LinearCall& call) {
-  const KernelTable& table = kernels();
-  const int64_t k = call.linear.k, block = 2 * table.vector_width;
-  const int64_t k_padded = (k + block - 1) / block * block;
-  thread_local Workspace prepared_ws, row_ws;
-  float* prepared = prepared_ws.get<float>(call.m * k_padded);
-  float* row = row_ws.get<float>(k);
-  for (int64_t m = 0; m < call.m; ++m) {
-    switch (call.dtype) {
-      case DType::f32:
-        for (int64_t i = 0; i < k; ++i) row[i] = static_cast<const float*>(call.x)[m * call.x_stride + i];
-        break;
-      case DType::bf16:
-        for (int64_t i = 0; i < k; ++i) row[i] = to_float(static_cast<const bf16*>(call.x)[m * call.x_stride + i]);
-        break;
-      case DType::f16:
-        for (int64_t i = 0; i < k; ++i) row[i] = to_float(static_cast<const f16*>(call.x)[m * call.x_stride + i]);
-        break;
-    }
-    table.gemv_prepare(row, call.dtype, k, prepared + m * k_padded);
-  }
-  GemvArgs args{};
-  args.x = prepared;
-  args.m = call.m, args.n = call.linear.n, args.k = k, args.k_padded = k_padded;
-  args.w = call.linear.w, args.w_stride = call.linear.stride;
-  if (call.up) args.w2 = call.up->w, args.w2_stride = call.up->stride;
-  args.bias = call.linear.bias;
-  args.dtype = call.dtype;
-  args.activation = call.activation;
-  args.residual = call.residual, args.residual_stride = call.residual_stride;
-  args.out = call.out, args.out_stride = call.out_stride;
-  args.out_float = false;
-  // 64 KB of weights a thread at least, or waking it costs more than it saves.
-  const int64_t min_rows = 1 + 65536 / (k * dtype_bytes(call.dtype) + 1);
-  parallel_ranges(args.n, min_rows, [&](int64_t begin, int64_t end) { table.gemv_rows(args, begin, end); });
-}
-
-}  // namespace
-
-void run_linear(const LinearCall& call) {
-  if (call.m == 0 || call.linear.n == 0) return;
-  if (call.m <= kGemvMaxRows) return run_gemv(call);
-  const Route route = gemm_route(call.dtype, call.linear.k, 2);
+void run_linears(const Rows& rows, const LinearCall* calls, int count) {
+  if (rows.m == 0) return;
+  if (rows.m <= kGemvMaxRows) return run_gemvs(rows, calls, count);
+  const Route route = gemm_route(rows.dtype, rows.k, 2);
   thread_local Workspace panels_ws;
-  float* panels = panels_ws.get<float>(panel_words(call.m, call.linear.k, route));
-  pack_panels(call.x, call.x_stride, call.m, call.linear.k, call.dtype, route, panels);
-  GemmArgs args{};
-  args.panels = panels;
-  args.m = call.m, args.n = call.linear.n, args.k = call.linear.k;
-  args.route = route;
-  args.w = call.linear.w, args.w_stride = call.linear.stride;
-  if (call.up) args.w2 = call.up->w, args.w2_stride = call.up->stride;
-  args.bias = call.linear.bias;
-  args.dtype = call.dtype;
-  args.activation = call.activation;
-  args.residual = call.residual, args.residual_stride = call.residual_stride;
-  args.out = call.out, args.out_stride = call.out_stride;
-  run_gemm(args);
+  float* panels = panels_ws.get<float>(panel_words(rows.m, rows.k, route));
+  pack_panels(rows, 0, rows.m, route, panels);
+  constexpr int kMaxCalls = 4;
+  GemmArgs gemms[kMaxCalls];
+  for (int i = 0; i < count; ++i) gemms[i] = gemm_args(calls[i], panels, rows.m, rows.k, route, rows.dtype);
+  run_gemms(gemms, count);
+}
+
+void run_mlp(const Rows& rows, const LinearCall& first, const LinearCall& down) {
+  if (rows.m == 0) return;
+  const int64_t hidden = first.n, element = dtype_bytes(rows.dtype);
+  thread_local Workspace hidden_ws, panels_ws;
+  if (rows.m <= kGemvMaxRows) {
+    LinearCall call = first;
+    call.out = hidden_ws.get<char>(rows.m * hidden * element);
+    call.out_stride = hidden;
+    run_gemvs(rows, &call, 1);
+    return run_gemvs(Rows{call.out, hidden, rows.m, hidden, rows.dtype}, &down, 1);
+  }
+  const Route route = gemm_route(rows.dtype, rows.k, hidden);
+  const int64_t chunk = rows.m < kMlpChunkRows ? rows.m : kMlpChunkRows;
+  float* panels = panels_ws.get<float>(panel_words(chunk, rows.k, route));
+  float* hidden_panels = hidden_ws.get<float>(panel_words(chunk, hidden, route));
+  for (int64_t row = 0; row < rows.m; row += chunk) {
+    const int64_t m = rows.m - row < chunk ? rows.m - row : chunk;
+    pack_panels(rows, row, m, route, panels);
+    GemmArgs args = gemm_args(first, panels, m, rows.k, route, rows.dtype);
+    args.out = hidden_panels;
+    args.out_panels = true;
+    run_gemms(&args, 1);
+    args = gemm_args(down, hidden_panels, m, hidden, route, rows.dtype);
+    args.out = static_cast<char*>(down.out) + row * down.out_stride * element;
+    if (down.residual) args.residual = static_cast<const char*>(down.residual) + row * down.residual_stride * element;
+    run_gemms(&args, 1);
+  }
 }
 
 }  // namespace qvl

@@ -1,45 +1,45 @@
 // Linear layers on the CPU: matrix-vector products for few rows, panel GEMM for more.
 #pragma once
 #include "../cpu/kernel_table.h"
-#include "../workspace.h"
 
 namespace qvl {
 
-struct Linear {
-  const void* w;           // [n, k]
-  int64_t n, k, stride;
-  const void* bias;        // [n] or nullptr
+struct Weight {
+  const void* w;     // [n, k], row stride in elements
+  int64_t stride;
+  const void* bias;  // [n] or nullptr
 };
 
-// Up to this many rows go through gemv: memory bound, one pass over the weights.
-constexpr int64_t kGemvMaxRows = 4;
-
-// The faster GEMM route of this machine for the dtype; dot needs even k (and even n where panels are chained).
-Route gemm_route(DType dtype, int64_t k, int64_t n);
-
-int64_t panel_count(int64_t m);
-// 32-bit words that panels of [m, k] take.
-int64_t panel_words(int64_t m, int64_t k, Route route);
-
-// x [m, k] -> panels.
-void pack_panels(const void* x, int64_t x_stride, int64_t m, int64_t k, DType dtype, Route route, float* panels);
-
-// Runs the GEMM that args describe over all threads.
-void run_gemm(const GemmArgs& args);
-
-// out [m, n] = act(x [m, k] W^T + bias) + residual, row-major, by whichever kernel suits m.
+// out [m, n] = act(x [m, k] W^T + bias) + residual
 struct LinearCall {
-  const void* x;
-  int64_t x_stride, m;
-  Linear linear;
-  const Linear* up = nullptr;  // swiglu: linear is the gate
+  Weight weight;
+  const Weight* up = nullptr;  // swiglu: weight is the gate
+  int64_t n = 0;
   Activation activation = Activation::none;
   const void* residual = nullptr;
   int64_t residual_stride = 0;
   void* out = nullptr;
   int64_t out_stride = 0;
+};
+
+// Rows of activations that one or more linear layers read.
+struct Rows {
+  const void* x;
+  int64_t stride, m, k;
   DType dtype;
 };
-void run_linear(const LinearCall& call);
+
+// Up to this many rows go through gemv: memory bound, one pass over the weights.
+constexpr int64_t kGemvMaxRows = 4;
+
+// The faster GEMM route of this machine for the dtype. dot needs k, and where panels are chained n, to be even.
+Route gemm_route(DType dtype, int64_t k, int64_t n);
+
+// All calls over the same rows, in one parallel region.
+void run_linears(const Rows& rows, const LinearCall* calls, int count);
+
+// down(act(first(x))) [+ down.residual]: the activations between stay in panel layout (or in a small buffer for few rows).
+// hidden is first's n. Rows are processed in chunks, so scratch does not grow with m.
+void run_mlp(const Rows& rows, const LinearCall& first, const LinearCall& down);
 
 }  // namespace qvl

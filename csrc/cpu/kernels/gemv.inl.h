@@ -11,13 +11,29 @@ inline void gemv_load(const T* p, Vec& first, Vec& second) {
 }
 inline void gemv_load(const bf16* p, Vec& first, Vec& second) { Vec::load_even_odd(p, first, second); }
 
-// x [k] padded with zeros to a multiple of kGemvBlock; for bf16 weights, evens before odds in every block.
-void gemv_prepare(const float* x, DType weight_dtype, int64_t k, float* out) {
-  for (int64_t block = 0; block < k; block += kGemvBlock) {
-    for (int64_t i = 0; i < kGemvBlock; ++i) {
-      const int64_t source = weight_dtype == DType::bf16 ? (i % Vec::kWidth) * 2 + i / Vec::kWidth : i;
-      out[block + i] = block + source < k ? x[block + source] : 0.0f;
+// One row x [k] widened, in the order of gemv_load, padded with zeros to a multiple of kGemvBlock.
+template <class T>
+inline void gemv_prepare_typed(const T* x, int64_t k, float* out) {
+  for (int64_t i = 0; i < k; i += kGemvBlock) {
+    Vec first, second;
+    if (i + kGemvBlock <= k) {
+      gemv_load(x + i, first, second);
+    } else {
+      T tail[kGemvBlock];
+      std::memset(tail, 0, sizeof(tail));
+      std::memcpy(tail, x + i, size_t(k - i) * sizeof(T));
+      gemv_load(static_cast<const T*>(tail), first, second);
     }
+    first.store(out + i);
+    second.store(out + i + Vec::kWidth);
+  }
+}
+
+void gemv_prepare(const void* x, DType dtype, int64_t k, float* out) {
+  switch (dtype) {
+    case DType::f32: return gemv_prepare_typed(static_cast<const float*>(x), k, out);
+    case DType::bf16: return gemv_prepare_typed(static_cast<const bf16*>(x), k, out);
+    case DType::f16: return gemv_prepare_typed(static_cast<const f16*>(x), k, out);
   }
 }
 
@@ -81,11 +97,7 @@ inline void gemv_finish(const GemvArgs& a, int64_t n, int rows, const float* sum
       if (a.activation == Activation::gelu_tanh) y = scalar_gelu_tanh(y);
       if (a.activation == Activation::swiglu) y = scalar_silu(y) * sums2[r * M + m];
       if (a.residual) y += to_float(static_cast<const T*>(a.residual)[m * a.residual_stride + n + r]);
-      if (a.out_float) {
-        static_cast<float*>(a.out)[m * a.out_stride + n + r] = y;
-      } else {
-        from_float(y, static_cast<T*>(a.out)[m * a.out_stride + n + r]);
-      }
+      from_float(y, static_cast<T*>(a.out)[m * a.out_stride + n + r]);
     }
   }
 }
