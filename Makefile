@@ -1,0 +1,72 @@
+# make bench     speed, memory and accuracy of stock against accelerated Qwen3-VL (MODEL=PATH for a real checkpoint, ARGS=... for options)
+# make test      the tests that fit into 15 minutes on 2 cores
+# make setup     only the environment (.venv) and the C++ extension; the two above do it themselves
+# make test-all  every test, also on the oldest supported transformers and, under emulation, on aarch64
+# make bench-kernels / make bench-all / make aarch64 / make clean
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+CXX ?= g++
+TORCH := torch==2.13.0
+CSRC := $(shell find csrc -type f)
+
+.PHONY: bench bench-all bench-kernels test test-all test-oldest aarch64 setup clean
+
+bench: setup
+	$(VENV)/bin/python -m bench $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+bench-all: setup
+	$(VENV)/bin/python -m bench --all $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+bench-kernels: setup
+	$(VENV)/bin/python -m bench.kernels $(ARGS)
+
+test: setup
+	$(VENV)/bin/python -m pytest -m "not slow" --durations=15 $(ARGS)
+
+test-all: setup
+	$(VENV)/bin/python -m pytest --durations=40 $(ARGS)
+	$(MAKE) test-oldest
+	@if command -v qemu-aarch64 aarch64-linux-gnu-g++ >/dev/null; then $(MAKE) aarch64; \
+	else echo "aarch64 left out: needs qemu-aarch64 and aarch64-linux-gnu-g++ (apt-get install qemu-user g++-aarch64-linux-gnu)"; fi
+
+# The extension in the source tree serves both environments: it is built against Python only.
+test-oldest: setup $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -m "not slow" tests/test_model_*.py
+
+aarch64:
+	bash tests/aarch64.sh
+
+setup: $(VENV)/.built
+
+$(VENV)/.built: $(VENV)/.installed $(CSRC)
+	$(VENV)/bin/python setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.dependencies pyproject.toml setup.py
+	@command -v $(firstword $(CXX)) >/dev/null || { echo "qvl: no C++ compiler ($(CXX)). Install one that knows C++17 and OpenMP: apt-get install g++ (or set CXX)."; exit 1; }
+	$(VENV)/bin/python -m pip install -q --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dependencies: requirements.txt requirements-common.txt
+	$(call create-environment,$(VENV))
+	$(VENV)/bin/python -m pip install -q -r requirements.txt
+	@touch $@
+
+$(OLDEST)/.installed: requirements-oldest.txt requirements-common.txt
+	$(call create-environment,$(OLDEST))
+	$(OLDEST)/bin/python -m pip install -q -r requirements-oldest.txt
+	@touch $@
+
+# Torch goes in first and pinned, so that no later dependency chooses another build.
+define create-environment
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "qvl: needs Python 3.11 or newer as $(PYTHON) (or set PYTHON=...)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "qvl: $(PYTHON) cannot create environments: apt-get install python3-venv python3-dev"; exit 1; }
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install -q $(TORCH)
+endef
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build *.egg-info qvl_kernels/_C*.so

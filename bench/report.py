@@ -1,0 +1,153 @@
+"""Shows a result: table on the terminal, JSON file, PNG chart, and the table of the README.
+
+    python -m bench.report RESULT.json             prints the table of a committed result
+    python -m bench.report --readme RESULT.json    writes it into README.md between its markers
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.targets import TARGETS, Target, verdict
+
+__all__ = ["accuracy_passed", "machine_line", "print_table", "readme_table", "rows", "save", "write_readme"]
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKERS = ("<!-- results: begin -->", "<!-- results: end -->")
+# Measured and shown, but without a target.
+NOTES = [Target("prefill", "text prefill"), Target("peak_rss_long", "peak RSS after the large images")]
+HEADER = ("", "stock", "accelerated", "ratio", "range", "target", "")
+
+
+def _number(target: Target, value: float) -> str:
+    return f"{value:.1%}" if target.unit == "%" else f"{value:.2f}×"
+
+
+def rows(result: dict) -> Iterator[tuple[str, ...]]:
+    """One row per measured metric: what, stock, accelerated, ratio, its range, target, verdict."""
+    for target in TARGETS + NOTES:
+        metric = result["metrics"].get(target.key)
+        if metric is None:
+            continue
+        spread = f"{metric['low']:.2f} to {metric['high']:.2f}" if metric["low"] is not None else ""
+        noted = target in NOTES
+        yield (target.label, metric["stock"], metric["ours"], _number(target, metric["value"]), spread,
+               "" if noted else target.text, "" if noted else verdict(target, metric["value"]))
+
+
+def accuracy_rows(result: dict) -> list[tuple[str, ...]]:
+    """Rows of the accuracy suite, in the columns of ``rows``."""
+    accuracy = result.get("accuracy")
+    return [tuple(row) for row in accuracy["rows"]] if accuracy else []
+
+
+def accuracy_passed(result: dict) -> bool:
+    """Whether the accuracy suite passed or was left out."""
+    accuracy = result.get("accuracy")
+    return accuracy is None or bool(accuracy["passed"])
+
+
+def machine_line(result: dict) -> str:
+    """One line that says what was measured where."""
+    machine, sizes = result["machine"], result["sizes"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if name in ("torch", "transformers"))
+    bandwidth = result["metrics"]["decode_share"]["bandwidth_gb_s"]
+    return (f"{machine['cpu']}, {machine['cores']} cores, {sizes['threads']} threads, {' '.join(machine['cpu_flags'])}; kernels for "
+            f"{result['cpu_info']['isa']}; read bandwidth {bandwidth:.1f} GB/s; {versions}; image of {sizes['patches']} patches = "
+            f"{sizes['visual_tokens']} tokens + {sizes['text_tokens']} text tokens; {result['model']['description']}")
+
+
+def print_table(result: dict, console) -> None:
+    """The table with targets and verdicts, then the machine and anything that a reader must know."""
+    from rich.table import Table
+
+    table = Table(*HEADER, title="Qwen3-VL: stock transformers (sdpa, bf16) and accelerated")
+    colours = {"pass": "[green]pass[/]", "miss": "[yellow]miss[/]"}
+    for row in [*rows(result), *accuracy_rows(result)]:
+        table.add_row(*row[:-1], colours.get(row[-1], row[-1]))
+    console.print(table)
+    console.print(machine_line(result), style="dim", highlight=False)
+    if result["model"]["random"]:
+        console.print("The weights are random: speed and memory are those of the real model, its answers would be noise.", style="dim")
+    for case in result["raw"]["fallbacks"]:
+        console.print(f"slow path taken: {case}", style="yellow")
+    unmeasured = [target.label for target in TARGETS if target.needs_all and target.key not in result["metrics"]]
+    if unmeasured:
+        console.print(f"Not measured without --all: {'; '.join(unmeasured)}.", style="dim")
+
+
+def save(result: dict, folder: Path, name: str) -> tuple[Path, Path]:
+    """Writes NAME.json and NAME.png and returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, chart = folder / f"{name}.json", folder / f"{name}.png"
+    data.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    _chart(result, chart)
+    return data, chart
+
+
+def _chart(result: dict, file: Path) -> None:
+    """Speed-ups with their targets on the left; ratios of memory and error, where less is better, on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    measured = [target for target in TARGETS if target.key in result["metrics"] and target.unit == "x"]
+    panels = [("times as fast as stock", [t for t in measured if t.at_least is not None]),
+              ("of stock's (less is better)", [t for t in measured if t.at_most is not None])]
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 1.6 + 0.42 * max(len(targets) for _, targets in panels)))
+    for axis, (title, targets) in zip(axes, panels):
+        for place, target in enumerate(reversed(targets)):
+            metric = result["metrics"][target.key]
+            bound = target.at_least if target.at_least is not None else target.at_most
+            good = verdict(target, metric["value"]) == "pass"
+            axis.barh(place, metric["value"], color="#3a7d44" if good else "#c98b2b", height=0.6)
+            axis.plot([bound, bound], [place - 0.4, place + 0.4], color="black", linewidth=2)
+            axis.annotate(f"{metric['value']:.2f}×", (metric["value"], place), xytext=(4, 0), textcoords="offset points", va="center")
+        axis.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
+        axis.set_yticks(range(len(targets)), [target.label for target in reversed(targets)])
+        axis.set_xlabel(f"{title}; black: target")
+        axis.margins(x=0.15)
+    figure.suptitle("Qwen3-VL on CPU: accelerated against stock transformers (bf16, sdpa)")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def readme_table(result: dict) -> str:
+    """The same rows as Markdown, with how they were measured."""
+    header = ("", "stock", "accelerated", "ratio", "range", "target", "result")
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(row) + " |" for row in [*rows(result), *accuracy_rows(result)]]
+    command = "make bench-all" if "vision_best" in result["metrics"] else "make bench"
+    lines += ["", f"`{command}` on {machine_line(result)}. Commit {result['machine']['commit']}, {result['date']}. "
+              "Medians of alternating pairs; the range is over pairs."]
+    return "\n".join(lines)
+
+
+def write_readme(result: dict, file: Path = ROOT / "README.md") -> None:
+    """Replaces what stands between the markers of ``file``."""
+    text = file.read_text()
+    if any(text.count(marker) != 1 for marker in MARKERS):
+        raise ValueError(f"{file} must hold the lines {MARKERS[0]!r} and {MARKERS[1]!r} once each")
+    before, after = text.split(MARKERS[0])[0], text.split(MARKERS[1])[1]
+    file.write_text(f"{before}{MARKERS[0]}\n{readme_table(result)}\n{MARKERS[1]}{after}")
+
+
+def main() -> None:
+    from rich.console import Console
+
+    parser = argparse.ArgumentParser(description="Show a result of python -m bench.")
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    arguments = parser.parse_args()
+    result = json.loads(arguments.result.read_text())
+    print_table(result, Console(width=None if sys.stdout.isatty() else 140))
+    if arguments.readme:
+        write_readme(result)
+
+
+if __name__ == "__main__":
+    main()

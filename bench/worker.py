@@ -1,0 +1,70 @@
+"""A process that measures: one JSON request per line on standard input, one JSON answer per line on standard output.
+
+The driver (bench/client.py) keeps several workers alive and asks them in turn, so that stock and accelerated are timed
+alternately while each has a process, and a peak memory, of its own.
+"""
+
+import json
+import os
+import sys
+import traceback
+import warnings
+
+from bench.session import Session
+
+__all__ = ["main"]
+
+
+class Handlers(Session):
+    """What a request may name: the methods of Session, and the measurements that need no loaded model."""
+
+    def machine(self) -> dict:
+        from bench import machine
+
+        return machine.describe()
+
+    def cpu_info(self) -> dict:
+        import qvl_kernels
+
+        return qvl_kernels.cpu_info()
+
+    def bandwidth(self, bytes: int, repeats: int) -> float:
+        from qvl_kernels.dispatch import extension
+
+        return extension().read_bandwidth(bytes, repeats)
+
+    def errors(self, path: str, layers: int, image_size: int, text_tokens: int) -> dict:
+        from bench import truth
+
+        return truth.errors_against_float64(path, layers, image_size, text_tokens)
+
+    def greedy(self) -> dict:
+        from bench import greedy
+
+        return greedy.run()
+
+    def accuracy(self, model: str | None, limit: int | None) -> dict:
+        from bench import accuracy
+
+        return accuracy.run(model=model, limit=limit)
+
+
+def main() -> None:
+    # Whatever libraries print must not end up between the answers: they get standard error.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore")
+    handlers = Handlers()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {"value": getattr(handlers, request["operation"])(**request["arguments"])}
+        except Exception:  # reported to the driver, which stops the run
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
