@@ -1,18 +1,35 @@
 """Every op over its shared cases: accuracy against the float64 reference, gradients, opcheck and torch.compile."""
 
+import importlib
+
 import pytest
 import torch
 
 import qvl_kernels
-from qvl_kernels.ops.linear.cases import CASES as LINEAR
-from qvl_kernels.ops.rms_norm.cases import ADD_CASES as ADD_RMS_NORM
-from qvl_kernels.ops.rms_norm.cases import CASES as RMS_NORM
 from qvl_kernels.testing import assert_close_to_truth, poisoned_empty
 
+# op -> (folder in qvl_kernels/ops, name of its case list)
+CASE_LISTS = {
+    "attention": ("attention", "CASES"),
+    "cross_attention": ("cross_attention", "CASES"),
+    "decode_attention": ("decode_attention", "CASES"),
+    "rms_norm": ("rms_norm", "CASES"),
+    "add_rms_norm": ("rms_norm", "ADD_CASES"),
+    "layer_norm": ("layer_norm", "CASES"),
+    "add_layer_norm": ("layer_norm", "ADD_CASES"),
+    "qk_norm_rope": ("rope", "CASES"),
+    "vision_rope": ("rope", "VISION_CASES"),
+    "swiglu": ("swiglu", "CASES"),
+    "gelu_tanh": ("gelu_tanh", "CASES"),
+    "patch_embed": ("patch_embed", "CASES"),
+    "linear": ("linear", "CASES"),
+    "linear_cross_entropy": ("linear_cross_entropy", "CASES"),
+    "decoder_layer": ("decoder_layer", "CASES"),
+    "vision_block": ("vision_block", "CASES"),
+}
 OPS = {
-    "linear": (qvl_kernels.linear, LINEAR),
-    "rms_norm": (qvl_kernels.rms_norm, RMS_NORM),
-    "add_rms_norm": (qvl_kernels.add_rms_norm, ADD_RMS_NORM),
+    op: (getattr(qvl_kernels, op), getattr(importlib.import_module(f"qvl_kernels.ops.{folder}.cases"), cases))
+    for op, (folder, cases) in CASE_LISTS.items()
 }
 INFERENCE_ONLY = {"decode_attention", "decoder_layer", "vision_block"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,11 +47,17 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+def _map(function, value):
+    """function over every floating-point tensor of a value, those inside NamedTuples too."""
+    if isinstance(value, dict):
+        return {name: _map(function, item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return type(value)(*(_map(function, item) for item in value))
+    return function(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
 def _double(arguments: dict) -> dict:
-    return {
-        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in arguments.items()
-    }
+    return _map(torch.Tensor.double, arguments)
 
 
 def _reference(function, arguments: dict):
@@ -58,12 +81,7 @@ def test_forward(op, case, dtype, monkeypatch):
 
 
 def _differentiable(arguments: dict) -> dict:
-    return {
-        name: value.detach().clone().requires_grad_()
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-        else value
-        for name, value in arguments.items()
-    }
+    return _map(lambda x: x.detach().clone().requires_grad_(), arguments)
 
 
 def _gradients(function, arguments: dict, cotangents) -> list[torch.Tensor]:

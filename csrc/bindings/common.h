@@ -2,6 +2,7 @@
 // Shared by the files that bind ops. Pointers are integers (Tensor.data_ptr()), 0 for none; strides are in elements;
 // dtypes are 0 fp32, 1 bf16, 2 fp16. No arithmetic here: callers (qvl_kernels/ops/*/cpu.py) have checked shapes.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
@@ -25,5 +26,9 @@ inline DType to_dtype(int code) {
 
 void bind_linear(py::module_& m);
 void bind_norm(py::module_& m);
+void bind_rope(py::module_& m);
+void bind_activation(py::module_& m);
+void bind_attention(py::module_& m);
+void bind_layers(py::module_& m);
 
 }  // namespace qvl

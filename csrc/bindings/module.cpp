@@ -17,4 +17,8 @@ PYBIND11_MODULE(_C, m) {
         "Measured read bandwidth in GB/s");
   bind_linear(m);
   bind_norm(m);
+  bind_rope(m);
+  bind_activation(m);
+  bind_attention(m);
+  bind_layers(m);
 }

@@ -69,6 +69,71 @@ struct GemvArgs {
   int64_t out_stride;
 };
 
+// silu(x) * up, or gelu_tanh(x + bias); rows of `size` elements.
+struct ActivationArgs {
+  Activation activation;
+  const void* x;
+  const void* up;    // swiglu
+  const void* bias;  // gelu_tanh; [size] or nullptr
+  void* y;
+  int64_t rows, size, x_stride, up_stride, y_stride;
+  DType dtype;
+};
+
+constexpr int64_t kMaxHeadDim = 512;  // of rope and attention: bounds their stack buffers
+
+// Rotary embedding of q [B, T, H, D] and k [B, T, Hkv, D] by strides in elements, after an RMS norm of each head where
+// weights are given. Outputs may be the inputs, or rows of a KV cache. cos, sin [B, T, D] (stride 0 where broadcast).
+struct RopeArgs {
+  const void *q, *k;
+  void *q_out, *k_out;
+  int64_t q_b, q_t, q_h, k_b, k_t, k_h, q_out_b, q_out_t, q_out_h, k_out_b, k_out_t, k_out_h;
+  const void *q_weight, *k_weight;  // [D] or nullptr for no norm
+  const void *cos, *sin;
+  int64_t cos_b, cos_t, sin_b, sin_t;
+  DType table_dtype;                // of cos and sin: f32 or dtype
+  int64_t batch, time, heads, kv_heads, head_dim;
+  float eps;
+  DType dtype;
+};
+
+enum class MaskKind : int { none = 0, boolean = 1, additive = 2 };  // boolean: nonzero byte = visible; additive: dtype as q
+
+struct AttentionArgs {
+  const void* q;  // [B, T, H, D] by strides in elements; D contiguous
+  const void* k;  // [B, S, Hkv, D]
+  const void* v;  // [B, S, Hkv, D]
+  void* out;      // [B, T, H, D]
+  float* lse;     // [B, H, T] contiguous (natural log, -inf for rows that see nothing), or nullptr
+  int64_t batch, queries, keys, heads, kv_heads, head_dim;
+  int64_t q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, out_b, out_t, out_h;
+  float scale;
+  bool causal;                // query i of a sequence of T sees keys <= S_b - T + i, S_b the sequence's key count
+  const int64_t* key_counts;  // [B] visible keys (a prefix), or nullptr for all
+  const int32_t* cu_seqlens;  // [B + 1]: q, k, v, out are packed [N, ...], strides *_b unused; or nullptr
+  MaskKind mask_kind;
+  const void* mask;           // [B, H, T, S] by strides (0 where broadcast)
+  int64_t mask_b, mask_h, mask_t, mask_s;
+  DType dtype;
+};
+
+// One block of query rows of one sequence and one key/value head. Its grouped query heads share the block: row r is
+// head r / queries of the group, query r % queries.
+struct AttentionTask {
+  const void *q, *k, *v;          // at the sequence's first query/key of this kv head's first query head / kv head
+  void* out;
+  float* lse;                     // [heads of the group][queries] with stride lse_h, or nullptr
+  int64_t lse_h;
+  const void* mask;
+  int64_t queries, keys;          // of this sequence
+  int64_t row_begin, row_end;     // at most panel_width rows
+  int64_t key_begin, key_end;     // the keys of this split
+  float* partial;                 // split: per row [max, sum, out[head_dim]] instead of out and lse; or nullptr
+  Route route;
+};
+
+constexpr int64_t kAttentionKeys = 128;  // keys per block
+
 struct KernelTable {
   const char* name;
   int vector_width;       // fp32 lanes
@@ -78,6 +143,9 @@ struct KernelTable {
   void (*gemm_task)(const GemmArgs&, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end, float* scratch);
   void (*gemv_prepare)(const void* x, DType dtype, int64_t k, float* out);
   void (*gemv_rows)(const GemvArgs&, int64_t n_begin, int64_t n_end);
+  void (*rope_rows)(const RopeArgs&, int64_t begin, int64_t end);
+  void (*activation_rows)(const ActivationArgs&, int64_t begin, int64_t end);
+  void (*attention_task)(const AttentionArgs&, const AttentionTask&, float* scratch);
   float (*read_bytes)(const char* data, int64_t bytes);
   bool has_dot;           // Route::dot is available in gemm_pack and gemm_task
 };
@@ -93,6 +161,12 @@ constexpr int64_t kGemmDepthFp32 = 128;
 // Scratch of one gemm_task: accumulators and widened weights.
 inline int64_t gemm_scratch_floats(const KernelTable& table) {
   return kGemmPanels * kGemmRows * table.panel_width + kGemmRows * kGemmDepth;
+}
+
+// Scratch of one attention_task: q panel, scores, pairs of scores, widened keys or values, mask, out, row state.
+inline int64_t attention_scratch_floats(const KernelTable& table, int64_t head_dim) {
+  const int64_t padded = (head_dim + 15) / 16 * 16;
+  return table.panel_width * (2 * padded + 3 * kAttentionKeys + 8) + padded * kAttentionKeys;
 }
 
 struct Target {

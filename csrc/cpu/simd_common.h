@@ -4,8 +4,8 @@
 #include <cstring>
 
 // The table entry list is the same for every target; only the bodies behind the names differ.
-#define QVL_KERNEL_TABLE(target_name)                                                             \
-  {                                                                                               \
-    target_name, Vec::kWidth, Vec::kWidth * Vec::kPanelVectors, norm_rows, gemm_pack, gemm_task, \
-        gemv_prepare, gemv_rows, read_bytes, Vec::kHasDot                                                     \
+#define QVL_KERNEL_TABLE(target_name)                                                                \
+  {                                                                                                  \
+    target_name, Vec::kWidth, Vec::kWidth * Vec::kPanelVectors, norm_rows, gemm_pack, gemm_task,     \
+        gemv_prepare, gemv_rows, rope_rows, activation_rows, attention_task, read_bytes, Vec::kHasDot \
   }

@@ -3,4 +3,7 @@
 #include "norm.inl.h"
 #include "gemm.inl.h"
 #include "gemv.inl.h"
+#include "rope.inl.h"
+#include "activation.inl.h"
+#include "attention.inl.h"
 #include "bandwidth.inl.h"

@@ -19,6 +19,12 @@ struct Vec {
   static Vec dot_pairs(Vec acc, Vec pairs, uint32_t weight_pair) {
     return {_mm512_dpbf16_ps(acc.v, (__m512bh)pairs.v, (__m512bh)_mm512_set1_epi32(int(weight_pair)))};
   }
+  // Two rows of bf16 as pairs: lane i is (a[i], b[i]).
+  static Vec load_pair_n(const bf16* a, const bf16* b, int64_t n) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask(n), a));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask(n), b));
+    return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
+  }
 };
 
 #include "../kernels/all.inl.h"

@@ -4,7 +4,7 @@ from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
 from qvl_kernels.library import register
 
-__all__ = ["add_rms_norm_op", "rms_norm_op"]
+__all__ = ["add_rms_norm_op", "rms_norm_backward", "rms_norm_op"]
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -36,7 +36,7 @@ def _add_rms_norm_cpu(
     return y, total
 
 
-def _rms_norm_backward(
+def rms_norm_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """With n = x r, r = rsqrt(mean(x^2) + eps) and g = grad * weight: dx = r (g - n mean(g n)), dw = sum(grad n)."""
@@ -56,7 +56,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
-    dx, dw = _rms_norm_backward(grad, x, weight, ctx.eps)
+    dx, dw = rms_norm_backward(grad, x, weight, ctx.eps)
     return dx, dw, None
 
 
@@ -67,7 +67,7 @@ def _add_setup(ctx, inputs, output) -> None:
 
 def _add_backward(ctx, grad_y, grad_total):
     total, weight = ctx.saved_tensors
-    dx, dw = _rms_norm_backward(grad_y, total, weight, ctx.eps)
+    dx, dw = rms_norm_backward(grad_y, total, weight, ctx.eps)
     dx = dx + grad_total
     return dx, dx, dw, None
 

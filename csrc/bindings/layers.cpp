@@ -1,0 +1,71 @@
+#include "../ops/layers.h"
+
+#include <array>
+
+#include "common.h"
+
+namespace qvl {
+
+namespace {
+
+// (weight pointer, row stride, bias pointer or 0)
+using WeightTuple = std::tuple<Ptr, int64_t, Ptr>;
+Weight weight(const WeightTuple& t) { return Weight{in(std::get<0>(t)), std::get<1>(t), in(std::get<2>(t))}; }
+
+}  // namespace
+
+void bind_layers(py::module_& m) {
+  m.def(
+      "decoder_layer",
+      [](Ptr x, Ptr out_, std::array<Ptr, 4> norms, std::array<WeightTuple, 7> weights, Ptr cos, Ptr sin,
+         std::array<int64_t, 2> cos_s, std::array<int64_t, 2> sin_s, Ptr k_cache, Ptr v_cache, std::array<int64_t, 3> k_s,
+         std::array<int64_t, 3> v_s, int64_t batch, int64_t queries, int64_t past, int64_t hidden, int64_t heads,
+         int64_t kv_heads, int64_t head_dim, int64_t mlp, int mask_kind, Ptr mask, std::array<int64_t, 4> mask_s, float eps,
+         float scale, int dtype) {
+        DecoderLayerArgs a{};
+        a.x = in(x), a.out = out(out_);
+        a.input_norm = in(norms[0]), a.q_norm = in(norms[1]), a.k_norm = in(norms[2]), a.post_norm = in(norms[3]);
+        a.q = weight(weights[0]), a.k = weight(weights[1]), a.v = weight(weights[2]), a.o = weight(weights[3]);
+        a.gate = weight(weights[4]), a.up = weight(weights[5]), a.down = weight(weights[6]);
+        a.cos = in(cos), a.sin = in(sin);
+        a.cos_b = cos_s[0], a.cos_t = cos_s[1], a.sin_b = sin_s[0], a.sin_t = sin_s[1];
+        a.k_cache = out(k_cache), a.v_cache = out(v_cache);
+        a.k_b = k_s[0], a.k_h = k_s[1], a.k_s = k_s[2];
+        a.v_b = v_s[0], a.v_h = v_s[1], a.v_s = v_s[2];
+        a.batch = batch, a.queries = queries, a.past = past, a.hidden = hidden;
+        a.heads = heads, a.kv_heads = kv_heads, a.head_dim = head_dim, a.mlp = mlp;
+        a.mask_kind = static_cast<MaskKind>(mask_kind), a.mask = in(mask);
+        a.mask_b = mask_s[0], a.mask_h = mask_s[1], a.mask_t = mask_s[2], a.mask_s = mask_s[3];
+        a.eps = eps, a.scale = scale, a.dtype = to_dtype(dtype);
+        py::gil_scoped_release release;
+        run_decoder_layer(a);
+      },
+      "x"_a, "out"_a, "norms"_a, "weights"_a, "cos"_a, "sin"_a, "cos_strides"_a, "sin_strides"_a, "k_cache"_a, "v_cache"_a,
+      "k_strides"_a, "v_strides"_a, "batch"_a, "queries"_a, "past"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
+      "mlp"_a, "mask_kind"_a, "mask"_a, "mask_strides"_a, "eps"_a, "scale"_a, "dtype"_a,
+      "One Qwen3-VL text decoder layer. norms: input, q, k, post; weights: q, k, v, o, gate, up, down");
+
+  m.def(
+      "vision_block",
+      [](Ptr x, Ptr out_, std::array<Ptr, 4> norms, std::array<WeightTuple, 4> weights, Ptr cos, Ptr sin, int64_t cos_t,
+         int64_t sin_t, Ptr cu_seqlens, int64_t sequences, int64_t tokens, int64_t hidden, int64_t heads, int64_t head_dim,
+         int64_t mlp, float eps, float scale, int dtype) {
+        VisionBlockArgs a{};
+        a.x = in(x), a.out = out(out_);
+        a.norm1_w = in(norms[0]), a.norm1_b = in(norms[1]), a.norm2_w = in(norms[2]), a.norm2_b = in(norms[3]);
+        a.qkv = weight(weights[0]), a.proj = weight(weights[1]), a.fc1 = weight(weights[2]), a.fc2 = weight(weights[3]);
+        a.cos = static_cast<const float*>(in(cos)), a.sin = static_cast<const float*>(in(sin));
+        a.cos_t = cos_t, a.sin_t = sin_t;
+        a.cu_seqlens = static_cast<const int32_t*>(in(cu_seqlens));
+        a.sequences = sequences, a.tokens = tokens, a.hidden = hidden;
+        a.heads = heads, a.head_dim = head_dim, a.mlp = mlp;
+        a.eps = eps, a.scale = scale, a.dtype = to_dtype(dtype);
+        py::gil_scoped_release release;
+        run_vision_block(a);
+      },
+      "x"_a, "out"_a, "norms"_a, "weights"_a, "cos"_a, "sin"_a, "cos_stride"_a, "sin_stride"_a, "cu_seqlens"_a,
+      "sequences"_a, "tokens"_a, "hidden"_a, "heads"_a, "head_dim"_a, "mlp"_a, "eps"_a, "scale"_a, "dtype"_a,
+      "One Qwen3-VL vision block. norms: norm1 w, b, norm2 w, b; weights: qkv, proj, fc1, fc2");
+}
+
+}  // namespace qvl

@@ -1,0 +1,63 @@
+// q and k heads: optional RMS norm (rounded as the separate op would), then x cos + rotate_half(x) sin in fp32.
+
+template <class T>
+inline void load_table(const void* table, DType table_dtype, int64_t offset, int64_t size, float* out) {
+  QVL_FOR_LANES(i, lanes, size) {
+    const Vec x = table_dtype == DType::f32 ? load_lanes(static_cast<const float*>(table) + offset + i, lanes)
+                                            : load_lanes(static_cast<const T*>(table) + offset + i, lanes);
+    store_lanes(x, out + i, lanes);
+  }
+}
+
+template <class T>
+inline void rope_head(const T* x, const T* weight, float eps, const float* cos, const float* sin, int64_t size, T* out) {
+  alignas(64) float head[kMaxHeadDim];
+  QVL_FOR_LANES(i, lanes, size) { store_lanes(load_lanes(x + i, lanes), head + i, lanes); }
+  if (weight) {
+    Vec squares = Vec::zero();
+    QVL_FOR_LANES(i, lanes, size) {
+      const Vec h = load_lanes(static_cast<const float*>(head) + i, lanes);
+      squares = Vec::fma(h, h, squares);
+    }
+    const Vec rstd = Vec::set1(1.0f) / Vec::sqrt(Vec::set1(squares.sum() / float(size) + eps));
+    QVL_FOR_LANES(i, lanes, size) {
+      const Vec normed = round_to<T>(load_lanes(static_cast<const float*>(head) + i, lanes) * rstd);
+      store_lanes(round_to<T>(normed * load_lanes(weight + i, lanes)), head + i, lanes);
+    }
+  }
+  const int64_t half = size / 2;
+  const float *low = head, *high = head + half;
+  QVL_FOR_LANES(i, lanes, half) {
+    const Vec a = load_lanes(low + i, lanes), b = load_lanes(high + i, lanes);
+    const Vec turned_low = a * load_lanes(cos + i, lanes) - b * load_lanes(sin + i, lanes);
+    const Vec turned_high = b * load_lanes(cos + half + i, lanes) + a * load_lanes(sin + half + i, lanes);
+    store_lanes(turned_low, out + i, lanes);
+    store_lanes(turned_high, out + half + i, lanes);
+  }
+}
+
+template <class T>
+void rope_rows_typed(const RopeArgs& a, int64_t begin, int64_t end) {
+  alignas(64) float cos[kMaxHeadDim], sin[kMaxHeadDim];
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t b = row / a.time, t = row % a.time;
+    load_table<T>(a.cos, a.table_dtype, b * a.cos_b + t * a.cos_t, a.head_dim, cos);
+    load_table<T>(a.sin, a.table_dtype, b * a.sin_b + t * a.sin_t, a.head_dim, sin);
+    const T* q = static_cast<const T*>(a.q) + b * a.q_b + t * a.q_t;
+    const T* k = static_cast<const T*>(a.k) + b * a.k_b + t * a.k_t;
+    T* q_out = static_cast<T*>(a.q_out) + b * a.q_out_b + t * a.q_out_t;
+    T* k_out = static_cast<T*>(a.k_out) + b * a.k_out_b + t * a.k_out_t;
+    for (int64_t h = 0; h < a.heads; ++h)
+      rope_head(q + h * a.q_h, static_cast<const T*>(a.q_weight), a.eps, cos, sin, a.head_dim, q_out + h * a.q_out_h);
+    for (int64_t h = 0; h < a.kv_heads; ++h)
+      rope_head(k + h * a.k_h, static_cast<const T*>(a.k_weight), a.eps, cos, sin, a.head_dim, k_out + h * a.k_out_h);
+  }
+}
+
+void rope_rows(const RopeArgs& a, int64_t begin, int64_t end) {
+  switch (a.dtype) {
+    case DType::f32: return rope_rows_typed<float>(a, begin, end);
+    case DType::bf16: return rope_rows_typed<bf16>(a, begin, end);
+    case DType::f16: return rope_rows_typed<f16>(a, begin, end);
+  }
+}

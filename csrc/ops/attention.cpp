@@ -1,0 +1,148 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../threads.h"
+#include "../workspace.h"
+#include "linear.h"
+
+namespace qvl {
+
+namespace {
+
+constexpr int64_t kMinSplitKeys = 1024;  // fewer keys a split cost more in combining than they gain
+
+struct Sequence {
+  int64_t query_begin, queries, key_begin, keys;  // begins are row offsets of packed tensors, else 0
+  int64_t first_task;
+};
+
+int64_t blocks_of(const AttentionArgs& a, int64_t queries) {
+  const int64_t rows = a.heads / a.kv_heads * queries, width = kernels().panel_width;
+  return (rows + width - 1) / width;
+}
+
+// The sequences of a call; returns the number of (kv head, row block) tasks of all.
+int64_t list_sequences(const AttentionArgs& a, std::vector<Sequence>& sequences) {
+  sequences.resize(size_t(a.batch));
+  int64_t tasks = 0;
+  for (int64_t b = 0; b < a.batch; ++b) {
+    Sequence& s = sequences[size_t(b)];
+    if (a.cu_seqlens) {
+      s.query_begin = s.key_begin = a.cu_seqlens[b];
+      s.queries = s.keys = a.cu_seqlens[b + 1] - a.cu_seqlens[b];
+    } else {
+      s.query_begin = s.key_begin = 0;
+      s.queries = a.queries;
+      s.keys = a.key_counts ? a.key_counts[b] : a.keys;
+    }
+    s.first_task = tasks;
+    tasks += s.queries ? blocks_of(a, s.queries) * a.kv_heads : 0;
+  }
+  return tasks;
+}
+
+AttentionTask make_task(const AttentionArgs& a, const Sequence& s, int64_t b, int64_t index, Route route) {
+  const int64_t blocks = blocks_of(a, s.queries), kv_head = index / blocks, block = index % blocks;
+  const int64_t group = a.heads / a.kv_heads, head = kv_head * group, size = dtype_bytes(a.dtype);
+  const int64_t packed = a.cu_seqlens ? 0 : b;
+  AttentionTask t{};
+  t.q = static_cast<const char*>(a.q) + (packed * a.q_b + s.query_begin * a.q_t + head * a.q_h) * size;
+  t.k = static_cast<const char*>(a.k) + (packed * a.k_b + s.key_begin * a.k_s + kv_head * a.k_h) * size;
+  t.v = static_cast<const char*>(a.v) + (packed * a.v_b + s.key_begin * a.v_s + kv_head * a.v_h) * size;
+  t.out = static_cast<char*>(a.out) + (packed * a.out_b + s.query_begin * a.out_t + head * a.out_h) * size;
+  if (a.lse) {
+    t.lse = a.cu_seqlens ? a.lse + head * a.queries + s.query_begin : a.lse + (b * a.heads + head) * a.queries;
+    t.lse_h = a.queries;
+  }
+  if (a.mask_kind != MaskKind::none) {
+    const int64_t mask_size = a.mask_kind == MaskKind::boolean ? 1 : size;
+    t.mask = static_cast<const char*>(a.mask) + (b * a.mask_b + head * a.mask_h) * mask_size;
+  }
+  t.queries = s.queries, t.keys = s.keys;
+  t.row_begin = block * kernels().panel_width;
+  t.row_end = std::min(t.row_begin + kernels().panel_width, group * s.queries);
+  t.key_begin = 0, t.key_end = s.keys;
+  t.route = route;
+  return t;
+}
+
+void store(float value, DType dtype, void* base, int64_t index) {
+  switch (dtype) {
+    case DType::f32: static_cast<float*>(base)[index] = value; break;
+    case DType::bf16: from_float(value, static_cast<bf16*>(base)[index]); break;
+    case DType::f16: from_float(value, static_cast<f16*>(base)[index]); break;
+  }
+}
+
+// Adds up the splits of one task: each row's [max, sum, out] partials.
+void combine_splits(const AttentionArgs& a, const AttentionTask& t, const float* partials, int64_t splits, int64_t stride) {
+  for (int64_t r = 0; r < t.row_end - t.row_begin; ++r) {
+    const int64_t row = t.row_begin + r;
+    float max = -INFINITY, sum = 0.0f;
+    for (int64_t i = 0; i < splits; ++i) max = std::max(max, partials[i * stride + r * (a.head_dim + 2)]);
+    const float base = max == -INFINITY ? 0.0f : max;
+    float out[kMaxHeadDim] = {};
+    for (int64_t i = 0; i < splits; ++i) {
+      const float* partial = partials + i * stride + r * (a.head_dim + 2);
+      const float alpha = std::exp(partial[0] - base);
+      sum += partial[1] * alpha;
+      for (int64_t d = 0; d < a.head_dim; ++d) out[d] += partial[2 + d] * alpha;
+    }
+    const float inverse = sum > 0.0f ? 1.0f / sum : (sum != sum ? sum : 0.0f);
+    const int64_t offset = row / t.queries * a.out_h + row % t.queries * a.out_t;
+    for (int64_t d = 0; d < a.head_dim; ++d) store(out[d] * inverse, a.dtype, t.out, offset + d);
+    if (t.lse) t.lse[row / t.queries * t.lse_h + row % t.queries] = max + std::log(sum);
+  }
+}
+
+}  // namespace
+
+void run_attention(const AttentionArgs& a) {
+  const KernelTable& table = kernels();
+  thread_local std::vector<Sequence> sequences_storage;
+  std::vector<Sequence>& sequences = sequences_storage;
+  const int64_t tasks = list_sequences(a, sequences);
+  const Route route = gemm_route(a.dtype, a.head_dim, 2);
+  const int64_t scratch_floats = attention_scratch_floats(table, a.head_dim);
+  const auto find = [&](int64_t task) {
+    const auto after = std::upper_bound(sequences.begin(), sequences.end(), task,
+                                        [](int64_t value, const Sequence& s) { return value < s.first_task; });
+    return int64_t(after - sequences.begin()) - 1;
+  };
+  const auto task_at = [&](int64_t task) {
+    const int64_t b = find(task);
+    return make_task(a, sequences[size_t(b)], b, task - sequences[size_t(b)].first_task, route);
+  };
+  const auto scratch = [&] {
+    thread_local Workspace workspace;
+    return workspace.get<float>(scratch_floats);
+  };
+
+  int64_t splits = 1;
+  if (tasks > 0 && tasks < 2 * max_threads() && !a.cu_seqlens)
+    splits = std::min((2 * int64_t(max_threads()) + tasks - 1) / tasks, a.keys / kMinSplitKeys);
+  if (splits <= 1) {
+    parallel_tasks(tasks, [&](int64_t task) { table.attention_task(a, task_at(task), scratch()); });
+    return;
+  }
+  const int64_t stride = table.panel_width * (a.head_dim + 2);
+  thread_local Workspace partials_ws;
+  float* partials = partials_ws.get<float>(tasks * splits * stride);
+  parallel_tasks(tasks * splits, [&](int64_t index) {
+    AttentionTask t = task_at(index / splits);
+    const int64_t split = index % splits, keys = t.keys;
+    const int64_t block_count = (keys + kAttentionKeys - 1) / kAttentionKeys;
+    t.key_begin = std::min(keys, block_count * split / splits * kAttentionKeys);
+    t.key_end = std::min(keys, block_count * (split + 1) / splits * kAttentionKeys);
+    t.partial = partials + index * stride;
+    table.attention_task(a, t, scratch());
+  });
+  parallel_tasks(tasks, [&](int64_t task) {
+    combine_splits(a, task_at(task), partials + task * splits * stride, splits, stride);
+  });
+}
+
+}  // namespace qvl

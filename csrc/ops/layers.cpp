@@ -1,0 +1,157 @@
+#include "layers.h"
+
+#include <cstring>
+
+#include "../threads.h"
+#include "../workspace.h"
+#include "norm.h"
+#include "rope.h"
+
+namespace qvl {
+
+namespace {
+
+// Scratch rows of one layer call, kept per calling thread.
+struct LayerScratch {
+  Workspace normed, qkv, attended, residual;
+};
+LayerScratch& layer_scratch() {
+  thread_local LayerScratch scratch;
+  return scratch;
+}
+
+void norm(const void* x, const void* weight, const void* bias, void* y, int64_t rows, int64_t size, float eps, DType dtype) {
+  NormArgs args{};
+  args.x = x, args.weight = weight, args.bias = bias, args.y = y;
+  args.size = size, args.x_stride = size, args.y_stride = size;
+  args.eps = eps, args.dtype = dtype;
+  run_norm(args, rows);
+}
+
+LinearCall call(const Weight& weight, int64_t n, void* out, int64_t out_stride) {
+  LinearCall linear;
+  linear.weight = weight;
+  linear.n = n;
+  linear.out = out, linear.out_stride = out_stride;
+  return linear;
+}
+
+}  // namespace
+
+void run_decoder_layer(const DecoderLayerArgs& a) {
+  const int64_t rows = a.batch * a.queries, size = dtype_bytes(a.dtype);
+  const int64_t q_width = a.heads * a.head_dim, kv_width = a.kv_heads * a.head_dim, qkv_width = q_width + 2 * kv_width;
+  if (rows == 0) return;
+  LayerScratch& scratch = layer_scratch();
+  char* normed = scratch.normed.get<char>(rows * a.hidden * size);
+  char* q = scratch.qkv.get<char>(rows * qkv_width * size);
+  char* k = q + q_width * size;
+  char* v = k + kv_width * size;
+  char* attended = scratch.attended.get<char>(rows * q_width * size);
+  char* residual = scratch.residual.get<char>(rows * a.hidden * size);
+
+  norm(a.x, a.input_norm, nullptr, normed, rows, a.hidden, a.eps, a.dtype);
+  const LinearCall qkv[3] = {call(a.q, q_width, q, qkv_width), call(a.k, kv_width, k, qkv_width),
+                             call(a.v, kv_width, v, qkv_width)};
+  run_linears(Rows{normed, a.hidden, rows, a.hidden, a.dtype}, qkv, 3);
+
+  char* new_k = static_cast<char*>(a.k_cache) + a.past * a.k_s * size;
+  char* new_v = static_cast<char*>(a.v_cache) + a.past * a.v_s * size;
+  RopeArgs rope{};
+  rope.q = q, rope.q_out = q;
+  rope.q_b = rope.q_out_b = a.queries * qkv_width, rope.q_t = rope.q_out_t = qkv_width, rope.q_h = rope.q_out_h = a.head_dim;
+  rope.k = k, rope.k_out = new_k;
+  rope.k_b = a.queries * qkv_width, rope.k_t = qkv_width, rope.k_h = a.head_dim;
+  rope.k_out_b = a.k_b, rope.k_out_t = a.k_s, rope.k_out_h = a.k_h;
+  rope.q_weight = a.q_norm, rope.k_weight = a.k_norm;
+  rope.cos = a.cos, rope.sin = a.sin;
+  rope.cos_b = a.cos_b, rope.cos_t = a.cos_t, rope.sin_b = a.sin_b, rope.sin_t = a.sin_t;
+  rope.table_dtype = a.dtype;
+  rope.batch = a.batch, rope.time = a.queries, rope.heads = a.heads, rope.kv_heads = a.kv_heads, rope.head_dim = a.head_dim;
+  rope.eps = a.eps, rope.dtype = a.dtype;
+  run_qk_norm_rope(rope);
+  parallel_ranges(rows, 1 + 65536 / (kv_width * size), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t h = 0; h < a.kv_heads; ++h)
+        std::memcpy(new_v + (row / a.queries * a.v_b + row % a.queries * a.v_s + h * a.v_h) * size,
+                    v + (row * qkv_width + h * a.head_dim) * size, size_t(a.head_dim * size));
+  });
+
+  AttentionArgs attention{};
+  attention.q = q, attention.k = a.k_cache, attention.v = a.v_cache, attention.out = attended;
+  attention.batch = a.batch, attention.queries = a.queries, attention.keys = a.past + a.queries;
+  attention.heads = a.heads, attention.kv_heads = a.kv_heads, attention.head_dim = a.head_dim;
+  attention.q_b = a.queries * qkv_width, attention.q_t = qkv_width, attention.q_h = a.head_dim;
+  attention.k_b = a.k_b, attention.k_s = a.k_s, attention.k_h = a.k_h;
+  attention.v_b = a.v_b, attention.v_s = a.v_s, attention.v_h = a.v_h;
+  attention.out_b = a.queries * q_width, attention.out_t = q_width, attention.out_h = a.head_dim;
+  attention.scale = a.scale;
+  attention.causal = a.mask_kind == MaskKind::none;
+  attention.mask_kind = a.mask_kind, attention.mask = a.mask;
+  attention.mask_b = a.mask_b, attention.mask_h = a.mask_h, attention.mask_t = a.mask_t, attention.mask_s = a.mask_s;
+  attention.dtype = a.dtype;
+  run_attention(attention);
+
+  LinearCall o = call(a.o, a.hidden, residual, a.hidden);
+  o.residual = a.x, o.residual_stride = a.hidden;
+  run_linears(Rows{attended, q_width, rows, q_width, a.dtype}, &o, 1);
+
+  norm(residual, a.post_norm, nullptr, normed, rows, a.hidden, a.eps, a.dtype);
+  LinearCall gate = call(a.gate, a.mlp, nullptr, 0);
+  gate.up = &a.up;
+  gate.activation = Activation::swiglu;
+  LinearCall down = call(a.down, a.hidden, a.out, a.hidden);
+  down.residual = residual, down.residual_stride = a.hidden;
+  run_mlp(Rows{normed, a.hidden, rows, a.hidden, a.dtype}, gate, down);
+}
+
+void run_vision_block(const VisionBlockArgs& a) {
+  const int64_t rows = a.tokens, size = dtype_bytes(a.dtype), width = a.heads * a.head_dim;
+  if (rows == 0) return;
+  LayerScratch& scratch = layer_scratch();
+  char* normed = scratch.normed.get<char>(rows * a.hidden * size);
+  char* q = scratch.qkv.get<char>(rows * 3 * width * size);
+  char* attended = scratch.attended.get<char>(rows * width * size);
+  char* residual = scratch.residual.get<char>(rows * a.hidden * size);
+
+  norm(a.x, a.norm1_w, a.norm1_b, normed, rows, a.hidden, a.eps, a.dtype);
+  const LinearCall qkv = call(a.qkv, 3 * width, q, 3 * width);
+  run_linears(Rows{normed, a.hidden, rows, a.hidden, a.dtype}, &qkv, 1);
+
+  RopeArgs rope{};
+  rope.q = q, rope.q_out = q;
+  rope.k = q + width * size, rope.k_out = q + width * size;
+  rope.q_t = rope.q_out_t = rope.k_t = rope.k_out_t = 3 * width;
+  rope.q_h = rope.q_out_h = rope.k_h = rope.k_out_h = a.head_dim;
+  rope.cos = a.cos, rope.sin = a.sin;
+  rope.cos_t = a.cos_t, rope.sin_t = a.sin_t;
+  rope.table_dtype = DType::f32;
+  rope.batch = 1, rope.time = rows, rope.heads = a.heads, rope.kv_heads = a.heads, rope.head_dim = a.head_dim;
+  rope.dtype = a.dtype;
+  run_qk_norm_rope(rope);
+
+  AttentionArgs attention{};
+  attention.q = q, attention.k = q + width * size, attention.v = q + 2 * width * size, attention.out = attended;
+  attention.batch = a.sequences, attention.cu_seqlens = a.cu_seqlens;
+  attention.heads = attention.kv_heads = a.heads, attention.head_dim = a.head_dim;
+  attention.q_t = attention.k_s = attention.v_s = 3 * width;
+  attention.q_h = attention.k_h = attention.v_h = attention.out_h = a.head_dim;
+  attention.out_t = width;
+  attention.queries = attention.keys = rows;
+  attention.scale = a.scale;
+  attention.dtype = a.dtype;
+  run_attention(attention);
+
+  LinearCall proj = call(a.proj, a.hidden, residual, a.hidden);
+  proj.residual = a.x, proj.residual_stride = a.hidden;
+  run_linears(Rows{attended, width, rows, width, a.dtype}, &proj, 1);
+
+  norm(residual, a.norm2_w, a.norm2_b, normed, rows, a.hidden, a.eps, a.dtype);
+  LinearCall fc1 = call(a.fc1, a.mlp, nullptr, 0);
+  fc1.activation = Activation::gelu_tanh;
+  LinearCall fc2 = call(a.fc2, a.hidden, a.out, a.hidden);
+  fc2.residual = residual, fc2.residual_stride = a.hidden;
+  run_mlp(Rows{normed, a.hidden, rows, a.hidden, a.dtype}, fc1, fc2);
+}
+
+}  // namespace qvl

@@ -1,0 +1,163 @@
+"""torch op qvl::attention over the C++ kernel; backward in PyTorch operations, query block by query block."""
+
+import torch
+
+from qvl_kernels import dispatch
+from qvl_kernels.checks import DTYPE_CODES
+from qvl_kernels.library import register
+
+__all__ = ["attention_op"]
+
+BACKWARD_QUERIES = 512  # rows of scores that the backward keeps at once
+
+
+def _strides(x: torch.Tensor) -> list[int]:
+    """Strides of batch, time, head; a packed [N, H, D] tensor has no batch."""
+    return [0, x.stride(0), x.stride(1)] if x.dim() == 3 else [x.stride(0), x.stride(1), x.stride(2)]
+
+
+def mask_arguments(mask: torch.Tensor | None, shape: tuple[int, int, int, int]) -> tuple[int, int, list[int]]:
+    """(kind, pointer, strides with 0 where broadcast) of a mask that broadcasts to ``shape``."""
+    if mask is None:
+        return 0, 0, [0, 0, 0, 0]
+    full = mask.expand(shape)
+    return (1 if mask.dtype == torch.bool else 2), full.data_ptr(), list(full.stride())
+
+
+def _attention_cpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    key_counts: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    packed = cu_seqlens is not None
+    batch = cu_seqlens.numel() - 1 if packed else q.shape[0]
+    queries, heads, head_dim = q.shape[-3:]
+    keys, kv_heads = k.shape[-3], k.shape[-2]
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty((heads, queries) if packed else (batch, heads, queries), dtype=torch.float32)
+    kind, pointer, strides = mask_arguments(mask, (batch, heads, queries, keys))
+    dispatch.extension().attention(
+        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(), batch=batch,
+        queries=queries, keys=keys, heads=heads, kv_heads=kv_heads, head_dim=head_dim, q_strides=_strides(q),
+        k_strides=_strides(k), v_strides=_strides(v), out_strides=_strides(out), scale=scale, causal=causal,
+        key_counts=0 if key_counts is None else key_counts.data_ptr(), cu_seqlens=cu_seqlens.data_ptr() if packed else 0,
+        mask_kind=kind, mask=pointer, mask_strides=strides, dtype=DTYPE_CODES[q.dtype],
+    )  # fmt: skip
+    return out, lse
+
+
+def _attention_fake(q, k, v, cu_seqlens, key_counts, mask, causal, scale):
+    heads, queries = q.shape[-2], q.shape[-3]
+    lse_shape = (heads, queries) if cu_seqlens is not None else (q.shape[0], heads, queries)
+    return (
+        torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        torch.empty(lse_shape, dtype=torch.float32, device=q.device),
+    )
+
+
+def _setup(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens, key_counts, mask, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens, key_counts, mask, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _sequence_backward(q, k, v, out, lse, grad, grad_lse, visible_keys, mask, causal: bool, scale: float):
+    """Gradients of one batch [B, T, H, D], in fp32: dP = dO V^T, dS = P (dP - rowsum(dO O) + dlse), dQ = dS K, dK = dS^T Q."""
+    batch, queries, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1], k.shape[2]
+    group = heads // kv_heads
+
+    def split(x):  # [B, T, H, D] -> [B, Hkv, G, T, D]
+        return x.float().reshape(batch, -1, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
+
+    kf, vf = k.float().transpose(1, 2), v.float().transpose(1, 2)  # [B, Hkv, S, D]
+    if visible_keys is not None:
+        hidden = ~visible_keys[:, None, :, None]
+        kf, vf = kf.masked_fill(hidden, 0), vf.masked_fill(hidden, 0)
+    dq = torch.zeros(batch, kv_heads, group, queries, head_dim, dtype=torch.float32, device=q.device)
+    dk, dv = torch.zeros_like(kf), torch.zeros_like(vf)
+    dmask = None if mask is None or mask.dtype == torch.bool else torch.zeros_like(mask, dtype=torch.float32)
+    qf, of, gf = split(q), split(out), split(grad)
+    lse = lse.reshape(batch, kv_heads, group, queries, 1)
+    delta = (of * gf).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta = delta - grad_lse.reshape(batch, kv_heads, group, queries, 1)
+    key_index = torch.arange(keys, device=q.device)
+    for begin in range(0, queries, BACKWARD_QUERIES):
+        rows = slice(begin, min(begin + BACKWARD_QUERIES, queries))
+        scores = torch.einsum("bhgtd,bhsd->bhgts", qf[:, :, :, rows], kf) * scale
+        hide = None
+        if causal:
+            last = torch.arange(rows.start, rows.stop, device=q.device) + keys - queries
+            hide = (key_index[None, :] > last[:, None])[None, None, None]
+        if visible_keys is not None:
+            padding = ~visible_keys[:, None, None, None, :]
+            hide = padding if hide is None else hide | padding
+        if mask is not None:
+            full = mask.expand(batch, heads, queries, keys)[:, :, rows].reshape(batch, kv_heads, group, -1, keys)
+            if mask.dtype == torch.bool:
+                hide = ~full if hide is None else hide | ~full
+            else:
+                scores = scores + full.float()
+        if hide is not None:
+            scores = scores.masked_fill(hide, float("-inf"))
+        row_lse = lse[:, :, :, rows]
+        p = torch.exp(scores - row_lse.masked_fill(row_lse == float("-inf"), 0.0))
+        ds = p * (torch.einsum("bhgtd,bhsd->bhgts", gf[:, :, :, rows], vf) - delta[:, :, :, rows])
+        dv += torch.einsum("bhgts,bhgtd->bhsd", p, gf[:, :, :, rows])
+        if dmask is not None:
+            part = ds.reshape(batch, heads, -1, keys)
+            target = dmask if dmask.shape[2] == 1 else dmask[:, :, rows]
+            target += part.sum_to_size(*target.shape)
+        ds = ds * scale
+        dq[:, :, :, rows] = torch.einsum("bhgts,bhsd->bhgtd", ds, kf)
+        dk += torch.einsum("bhgts,bhgtd->bhsd", ds, qf[:, :, :, rows])
+    dq = dq.permute(0, 3, 1, 2, 4).reshape(q.shape)
+    return dq, dk.transpose(1, 2), dv.transpose(1, 2), dmask
+
+
+def _backward(ctx, grad, grad_lse):
+    q, k, v, cu_seqlens, key_counts, mask, out, lse = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(out)
+    if cu_seqlens is None:
+        visible = None
+        if key_counts is not None:
+            visible = torch.arange(k.shape[1], device=q.device)[None] < key_counts[:, None]
+        dq, dk, dv, dmask = _sequence_backward(
+            q, k, v, out, lse, grad, grad_lse, visible, mask, ctx.causal, ctx.scale
+        )
+    else:
+        dmask = None
+        parts = []
+        bounds = cu_seqlens.tolist()
+        for begin, end in zip(bounds[:-1], bounds[1:]):
+            s = slice(begin, end)
+            part_lse = None if grad_lse is None else grad_lse[None, :, s]
+            parts.append(
+                _sequence_backward(
+                    q[None, s], k[None, s], v[None, s], out[None, s], lse[None, :, s], grad[None, s], part_lse,
+                    None, None, ctx.causal, ctx.scale,
+                )[:3]
+            )  # fmt: skip
+        dq, dk, dv = (
+            torch.cat([part[i][0] for part in parts]) if parts else torch.zeros_like(x) for i, x in enumerate((q, k, v))
+        )
+    if dmask is not None:
+        dmask = dmask.to(mask.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, dmask, None, None
+
+
+attention_op = register(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? key_counts, Tensor? mask, bool causal, float scale)"
+    " -> (Tensor, Tensor)",
+    cpu=_attention_cpu,
+    fake=_attention_fake,
+    backward=_backward,
+    setup_context=_setup,
+)

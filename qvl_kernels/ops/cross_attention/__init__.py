@@ -1,0 +1,70 @@
+import torch
+
+from qvl_kernels import checks, dispatch
+from qvl_kernels.ops.attention import MAX_HEAD_DIM, check_qkv
+from qvl_kernels.ops.attention.cpu import attention_op
+from qvl_kernels.ops.cross_attention.reference import cross_attention_reference
+
+__all__ = ["cross_attention"]
+
+
+def _key_counts(kv_lens: torch.Tensor, batch: int, keys: int) -> torch.Tensor:
+    if not isinstance(kv_lens, torch.Tensor) or kv_lens.dtype not in (torch.int32, torch.int64):
+        raise TypeError("cross_attention: kv_lens must be an int32 or int64 tensor of visual lengths")
+    checks.check_shape("cross_attention", "kv_lens", kv_lens, (batch,))
+    if not torch.compiler.is_compiling() and kv_lens.device.type == "cpu" and batch:
+        low, high = int(kv_lens.min()), int(kv_lens.max())
+        if low < 0 or high > keys:
+            raise ValueError(f"cross_attention: kv_lens must lie in [0, {keys}] (the keys), got {low} to {high}")
+    return kv_lens.to(torch.int64).contiguous()
+
+
+def cross_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    kv_lens: torch.Tensor | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """Text queries attend to visual keys and values: softmax(q k^T scale) v over each sample's visible keys.
+
+    Args:
+        q: [B, T, H, D] text queries, fp32, bf16 or fp16; last dimension contiguous.
+        k, v: [B, S, Hkv, D] visual keys and values, H a multiple of Hkv.
+        kv_lens: int [B], visual tokens of each sample (a prefix of S); what lies behind may hold anything, NaN included.
+        key_padding_mask: bool [B, S], True = visible; together with kv_lens both must allow a key.
+        scale: default 1 / sqrt(D).
+        dropout_p: probability of dropping an attention weight (runs on the reference).
+    Returns:
+        [B, T, H, D]; 0 for samples that see no visual token.
+    Raises: TypeError or ValueError for bad arguments; RuntimeError if a forced backend cannot run here.
+    Example:
+        >>> q, kv = torch.randn(2, 5, 4, 64), torch.randn(2, 9, 4, 64)
+        >>> out = qvl_kernels.cross_attention(q, kv, kv, kv_lens=torch.tensor([9, 4]))
+    """
+    check_qkv("cross_attention", q, k, v, 4)
+    batch, keys = k.shape[0], k.shape[1]
+    counts = None if kv_lens is None else _key_counts(kv_lens, batch, keys)
+    if key_padding_mask is not None:
+        if not isinstance(key_padding_mask, torch.Tensor) or key_padding_mask.dtype != torch.bool:
+            raise TypeError("cross_attention: key_padding_mask must be a bool tensor, True where a key is visible")
+        checks.check_shape("cross_attention", "key_padding_mask", key_padding_mask, (batch, keys))
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"cross_attention: dropout_p must be in [0, 1), got {dropout_p}")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    unsupported = checks.unsupported_dtype(q)
+    if q.shape[-1] > MAX_HEAD_DIM:
+        unsupported = f"head_dim {q.shape[-1]} (at most {MAX_HEAD_DIM})"
+    elif dropout_p > 0.0:
+        unsupported = "dropout"
+    if dispatch.choose("cross_attention", q.device, unsupported) == "reference":
+        visible = key_padding_mask
+        if counts is not None:
+            prefix = torch.arange(keys, device=q.device)[None] < counts[:, None]
+            visible = prefix if visible is None else visible & prefix
+        return cross_attention_reference(q, k, v, visible, scale, dropout_p)
+    mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+    return attention_op(q, k, v, None, counts, mask, False, scale)[0]

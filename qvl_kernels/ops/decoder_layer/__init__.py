@@ -1,0 +1,125 @@
+from typing import NamedTuple
+
+import torch
+
+from qvl_kernels import checks, dispatch
+from qvl_kernels.ops.attention import MAX_HEAD_DIM, check_mask
+from qvl_kernels.ops.decoder_layer.cpu import decoder_layer_op
+from qvl_kernels.ops.decoder_layer.reference import decoder_layer_reference
+
+__all__ = ["DecoderWeights", "decoder_layer"]
+
+
+class DecoderWeights(NamedTuple):
+    """Tensors of one decoder layer, as ``nn.Linear`` and the norms store them. C hidden, F MLP width, D head_dim."""
+
+    input_norm: torch.Tensor  # [C]
+    q: torch.Tensor  # [H * D, C]
+    k: torch.Tensor  # [Hkv * D, C]
+    v: torch.Tensor  # [Hkv * D, C]
+    q_norm: torch.Tensor  # [D]
+    k_norm: torch.Tensor  # [D]
+    o: torch.Tensor  # [C, H * D]
+    post_norm: torch.Tensor  # [C]
+    gate: torch.Tensor  # [F, C]
+    up: torch.Tensor  # [F, C]
+    down: torch.Tensor  # [C, F]
+    q_bias: torch.Tensor | None = None
+    k_bias: torch.Tensor | None = None
+    v_bias: torch.Tensor | None = None
+    o_bias: torch.Tensor | None = None
+
+
+def _check_weights(x: torch.Tensor, w: DecoderWeights, num_heads: int, kv_heads: int, head_dim: int) -> None:
+    hidden, width, kv_width, mlp = x.shape[2], num_heads * head_dim, kv_heads * head_dim, w.gate.shape[0]
+    expected = (
+        (hidden,), (width, hidden), (kv_width, hidden), (kv_width, hidden), (head_dim,), (head_dim,), (hidden, width),
+        (hidden,), (mlp, hidden), (mlp, hidden), (hidden, mlp), (width,), (kv_width,), (kv_width,), (hidden,),
+    )  # fmt: skip
+    dtype, device = x.dtype, x.device
+    for name, weight, shape in zip(DecoderWeights._fields, w, expected):
+        if weight is None:
+            continue
+        if weight.shape != shape:
+            raise ValueError(f"decoder_layer: {name} must have shape {shape}, got {tuple(weight.shape)}")
+        if weight.dtype is not dtype or weight.device != device:
+            raise TypeError(
+                f"decoder_layer: {name} is {weight.dtype} on {weight.device}, x is {dtype} on {device}; both must agree"
+            )
+        if weight.stride(-1) != 1 and weight.shape[-1] > 1:
+            raise ValueError(f"decoder_layer: the last dimension of {name} must be contiguous")
+
+
+def decoder_layer(
+    x: torch.Tensor,
+    weights: DecoderWeights,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    past: int,
+    mask: torch.Tensor | None = None,
+    num_heads: int,
+    eps: float = 1e-6,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """One whole decoder layer in one call; writes its keys and values into the cache. Inference only.
+
+    x + o(attention(rope(norm(q)), rope(norm(k)), v)) with q, k, v from rms_norm(x), then + down(swiglu(gate, up)) of the
+    normed sum        [Qwen3VLTextDecoderLayer]
+
+    Args:
+        x: [B, T, C] contiguous, fp32, bf16 or fp16.
+        weights: DecoderWeights, dtype of x.
+        cos, sin: [B or 1, T, D], dtype of x.
+        k_cache, v_cache: [B, Hkv, S_cap, D], last dimension contiguous; positions [past, past + T) are overwritten.
+        past: keys already in the cache.
+        mask: None for causal over [0, past + T); or bool (True = visible) / additive in x's dtype, broadcastable to
+            [B, H, T, >= past + T], which replaces the causal rule.
+        num_heads: query heads H, a multiple of Hkv.
+        eps: of all norms. scale: default 1 / sqrt(D).
+    Returns:
+        [B, T, C].
+    Raises: TypeError or ValueError for bad arguments; RuntimeError under gradients or if a forced backend cannot run here.
+    Example:
+        >>> y = qvl_kernels.decoder_layer(x, weights, cos, sin, k_cache, v_cache, past=0, num_heads=16)
+    """
+    op = "decoder_layer"
+    if x.dim() != 3 or not x.is_contiguous():
+        raise ValueError(f"{op}: x must be contiguous [B, T, C], got shape {tuple(x.shape)}, strides {x.stride()}")
+    batch, time, _ = x.shape
+    if k_cache.dim() != 4 or k_cache.shape != v_cache.shape or k_cache.shape[0] != batch:
+        raise ValueError(
+            f"{op}: caches must have one shape [{batch}, Hkv, S_cap, D], got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
+        )
+    _, kv_heads, capacity, head_dim = k_cache.shape
+    if past < 0 or past + time > capacity:
+        raise ValueError(
+            f"{op}: {time} new keys at position {past} do not fit a cache of {capacity}; allocate a larger one"
+        )
+    if num_heads < 1 or num_heads % kv_heads:
+        raise ValueError(f"{op}: num_heads {num_heads} must be a multiple of the cache's {kv_heads} key/value heads")
+    if head_dim % 2:
+        raise ValueError(f"{op}: head_dim must be even to rotate halves, got {head_dim}")
+    _check_weights(x, weights, num_heads, kv_heads, head_dim)
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dim() != 3 or table.shape[1:] != (time, head_dim) or table.shape[0] not in (1, batch):
+            raise ValueError(f"{op}: {name} must have shape [{batch} or 1, {time}, {head_dim}], got {tuple(table.shape)}")
+    checks.check_same(op, x=x, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
+    checks.check_last_contiguous(op, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
+    if mask is not None:
+        check_mask(op, mask[..., : past + time], x, (batch, num_heads, time, past + time))
+    if torch.is_grad_enabled() and (x.requires_grad or any(w is not None and w.requires_grad for w in weights)):
+        raise RuntimeError(f"{op} has no backward; call it under torch.no_grad(), or compose the single ops to train")
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    unsupported = checks.unsupported_dtype(x)
+    if head_dim > MAX_HEAD_DIM:
+        unsupported = f"head_dim {head_dim} (at most {MAX_HEAD_DIM})"
+    w = weights
+    if dispatch.choose(op, x.device, unsupported) == "reference":
+        return decoder_layer_reference(x, w, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale)
+    return decoder_layer_op(
+        x, [w.input_norm, w.q_norm, w.k_norm, w.post_norm], [w.q, w.k, w.v, w.o, w.gate, w.up, w.down],
+        [w.q_bias, w.k_bias, w.v_bias, w.o_bias], cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale,
+    )  # fmt: skip

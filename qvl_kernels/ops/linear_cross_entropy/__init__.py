@@ -1,0 +1,65 @@
+import torch
+
+from qvl_kernels import checks, dispatch
+from qvl_kernels.ops.linear_cross_entropy.cpu import linear_cross_entropy_rows_op
+from qvl_kernels.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
+
+__all__ = ["linear_cross_entropy"]
+
+
+def _check_labels(labels: torch.Tensor, tokens: int, vocabulary: int, ignore_index: int) -> None:
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
+        raise TypeError("linear_cross_entropy: labels must be an int64 tensor")
+    checks.check_shape("linear_cross_entropy", "labels", labels, (tokens,))
+    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+        return
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    if bool(bad.any()):
+        raise ValueError(
+            f"linear_cross_entropy: labels must lie in [0, {vocabulary}) or equal ignore_index {ignore_index}, "
+            f"got {int(labels[bad][0])}"
+        )
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """cross_entropy(hidden @ weight.T, labels) without ever holding the logits        [arXiv:2411.09009]
+
+    Args:
+        hidden: [M, C] fp32, bf16 or fp16. weight: [V, C], same dtype.
+        labels: int64 [M]; tokens equal to ignore_index do not count.
+        label_smoothing: weight of the uniform distribution in the target, in [0, 1).
+        reduction: "mean" (over counted tokens), "sum" or "none".
+    Returns:
+        fp32 scalar, or [M] for "none". Logits are rounded to hidden's dtype, as the language-model head would; the rest is fp32.
+    Raises: TypeError or ValueError for bad arguments; RuntimeError if a forced backend cannot run here.
+    Example:
+        >>> loss = qvl_kernels.linear_cross_entropy(torch.randn(5, 64), torch.randn(100, 64), torch.randint(0, 100, (5,)))
+    """
+    op = "linear_cross_entropy"
+    checks.check_tensor(op, "hidden", hidden, 2)
+    checks.check_tensor(op, "weight", weight, 2)
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: hidden and weight must have the same width, got {hidden.shape[1]} and {weight.shape[1]}"
+        )
+    checks.check_same(op, hidden=hidden, weight=weight)
+    checks.check_last_contiguous(op, hidden=hidden, weight=weight)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'{op}: reduction must be "mean", "sum" or "none", got {reduction!r}')
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1), got {label_smoothing}")
+    _check_labels(labels, hidden.shape[0], weight.shape[0], ignore_index)
+    if dispatch.choose(op, hidden.device, checks.unsupported_dtype(hidden)) == "reference":
+        return linear_cross_entropy_reference(hidden, weight, labels, ignore_index, label_smoothing, reduction)
+    losses, _ = linear_cross_entropy_rows_op(hidden, weight, labels, ignore_index, label_smoothing)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / (labels != ignore_index).sum()

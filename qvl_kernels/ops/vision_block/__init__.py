@@ -1,0 +1,102 @@
+from typing import NamedTuple
+
+import torch
+
+from qvl_kernels import checks, dispatch
+from qvl_kernels.ops.attention import MAX_HEAD_DIM, check_cu_seqlens
+from qvl_kernels.ops.vision_block.cpu import vision_block_op
+from qvl_kernels.ops.vision_block.reference import vision_block_reference
+
+__all__ = ["VisionWeights", "vision_block"]
+
+
+class VisionWeights(NamedTuple):
+    """Tensors of one vision block, as stored. C hidden, F MLP width."""
+
+    norm1_w: torch.Tensor  # [C]
+    norm1_b: torch.Tensor
+    qkv_w: torch.Tensor  # [3 * C, C]
+    qkv_b: torch.Tensor
+    proj_w: torch.Tensor  # [C, C]
+    proj_b: torch.Tensor
+    norm2_w: torch.Tensor  # [C]
+    norm2_b: torch.Tensor
+    fc1_w: torch.Tensor  # [F, C]
+    fc1_b: torch.Tensor
+    fc2_w: torch.Tensor  # [C, F]
+    fc2_b: torch.Tensor
+
+
+def _check_weights(x: torch.Tensor, w: VisionWeights) -> None:
+    hidden, mlp = x.shape[1], w.fc1_w.shape[0]
+    expected = (
+        (hidden,), (hidden,), (3 * hidden, hidden), (3 * hidden,), (hidden, hidden), (hidden,), (hidden,), (hidden,),
+        (mlp, hidden), (mlp,), (hidden, mlp), (hidden,),
+    )  # fmt: skip
+    for name, weight, shape in zip(VisionWeights._fields, w, expected):
+        if weight.shape != shape:
+            raise ValueError(f"vision_block: {name} must have shape {shape}, got {tuple(weight.shape)}")
+        if weight.dtype is not x.dtype or weight.device != x.device:
+            raise TypeError(
+                f"vision_block: {name} is {weight.dtype} on {weight.device}, x is {x.dtype} on {x.device}; both must agree"
+            )
+        if weight.stride(-1) != 1 and weight.shape[-1] > 1:
+            raise ValueError(f"vision_block: the last dimension of {name} must be contiguous")
+
+
+def vision_block(
+    x: torch.Tensor,
+    weights: VisionWeights,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    num_heads: int,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """One whole vision transformer block over packed images in one call. Inference only.
+
+    x + proj(attention(rope(q), rope(k), v)) with q, k, v from layer_norm(x), then + fc2(gelu_tanh(fc1(.))) of the normed
+    sum        [Qwen3VLVisionBlock]
+
+    Args:
+        x: [N, C] contiguous, fp32, bf16 or fp16: the patches of all images, one after the other.
+        weights: VisionWeights, dtype of x.
+        cos, sin: fp32 [N, D], D = C / num_heads, even.
+        cu_seqlens: int32 [images + 1] on the CPU, prefix sum of patches; patches see their own image only.
+        num_heads: heads; C must be a multiple.
+        eps: of both norms.
+    Returns:
+        [N, C].
+    Raises: TypeError or ValueError for bad arguments; RuntimeError under gradients or if a forced backend cannot run here.
+    Example:
+        >>> y = qvl_kernels.vision_block(x, weights, cos, sin, torch.tensor([0, 784], dtype=torch.int32), num_heads=16)
+    """
+    op = "vision_block"
+    checks.check_tensor(op, "x", x, 2)
+    if not x.is_contiguous():
+        raise ValueError(f"{op}: x must be contiguous [N, C], got strides {x.stride()}")
+    tokens, hidden = x.shape
+    if num_heads < 1 or hidden % num_heads or hidden // num_heads % 2:
+        raise ValueError(f"{op}: hidden size {hidden} must be num_heads {num_heads} times an even head_dim")
+    head_dim = hidden // num_heads
+    _check_weights(x, weights)
+    for name, table in (("cos", cos), ("sin", sin)):
+        checks.check_tensor(op, name, table, 2)
+        checks.check_shape(op, name, table, (tokens, head_dim))
+        if table.dtype is not torch.float32 and table.dtype is not torch.float64:
+            raise TypeError(f"{op}: {name} must be fp32, got {table.dtype}")
+    checks.check_last_contiguous(op, cos=cos, sin=sin)
+    check_cu_seqlens(op, cu_seqlens, tokens)
+    if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
+        raise RuntimeError(f"{op} has no backward; call it under torch.no_grad(), or compose the single ops to train")
+    unsupported = checks.unsupported_dtype(x)
+    if head_dim > MAX_HEAD_DIM:
+        unsupported = f"head_dim {head_dim} (at most {MAX_HEAD_DIM})"
+    w = weights
+    if dispatch.choose(op, x.device, unsupported) == "reference":
+        return vision_block_reference(x, w, cos, sin, cu_seqlens, num_heads, eps)
+    return vision_block_op(
+        x, [w.norm1_w, w.norm1_b, w.norm2_w, w.norm2_b], [w.qkv_w, w.proj_w, w.fc1_w, w.fc2_w],
+        [w.qkv_b, w.proj_b, w.fc1_b, w.fc2_b], cos, sin, cu_seqlens, num_heads, eps,
+    )  # fmt: skip
