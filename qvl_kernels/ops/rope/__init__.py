@@ -41,7 +41,8 @@ def qk_norm_rope(
     Args:
         q: [B, T, H, D] fp32, bf16 or fp16; last dimension contiguous. k: [B, T, Hkv, D]. D even.
         q_weight, k_weight: [D], same dtype.
-        cos, sin: [B or 1, T, D], same dtype, as Qwen3VLTextRotaryEmbedding returns them (M-RoPE sections interleaved).
+        cos, sin: [B or 1, T, D], same dtype, as Qwen3VLTextRotaryEmbedding returns them (M-RoPE sections interleaved);
+            constants, without gradient.
         eps: of the norm.
     Returns:
         (q, k), shapes as given. The rotation is computed in fp32 and rounded once.
@@ -76,7 +77,7 @@ def vision_rope(
 
     Args:
         q, k: [N, H, D] fp32, bf16 or fp16; last dimension contiguous. D even.
-        cos, sin: [N, D], fp32 or q's dtype.
+        cos, sin: [N, D], fp32 or q's dtype; constants, without gradient.
     Returns:
         (q, k), computed in fp32 and rounded once.
     Raises: TypeError or ValueError for bad arguments; RuntimeError if a forced backend cannot run here.
