@@ -29,12 +29,13 @@ def _rows_cpu(
     losses, lses = torch.empty(tokens, dtype=torch.float32), torch.empty(tokens, dtype=torch.float32)
     for begin, end in _chunks(tokens, vocabulary):
         logits = _logits(hidden[begin:end], weight)
-        target = labels[begin:end]
+        ignored = labels[begin:end] == ignore_index
+        target = labels[begin:end].masked_fill(ignored, 0)[:, None]
         lse = torch.logsumexp(logits, -1)
-        loss = lse - logits.gather(1, target.clamp_min(0)[:, None])[:, 0] * (1.0 - label_smoothing)
+        loss = lse - logits.gather(1, target)[:, 0] * (1.0 - label_smoothing)
         if label_smoothing > 0.0:
             loss -= logits.mean(-1) * label_smoothing
-        losses[begin:end] = loss.masked_fill_(target == ignore_index, 0.0)
+        losses[begin:end] = loss.masked_fill_(ignored, 0.0)
         lses[begin:end] = lse
     return losses, lses
 
@@ -51,26 +52,31 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_losses, grad_lses):
+    """With p = softmax(logits): dlogits = g (p - (1 - s) onehot(label) - s / V) + g_lse p, one slice of the vocabulary at a time,
+    so that every row of dweight is written once and dhidden is summed in fp32."""
     hidden, weight, labels, lses = ctx.saved_tensors
-    if grad_losses is None:
-        grad_losses = torch.zeros_like(lses)
-    scale = grad_losses.masked_fill(labels == ctx.ignore_index, 0.0)
-    dhidden, dweight = torch.zeros_like(hidden), torch.zeros(weight.shape, dtype=torch.float32)
-    vocabulary = weight.shape[0]
-    for begin, end in _chunks(hidden.shape[0], vocabulary):
-        rows = hidden[begin:end]
-        probabilities = torch.exp(_logits(rows, weight) - lses[begin:end, None])
-        probabilities.mul_(scale[begin:end, None])
-        if ctx.label_smoothing > 0.0:
-            probabilities.sub_(scale[begin:end, None] * (ctx.label_smoothing / vocabulary))
-        target = labels[begin:end].clamp_min(0)[:, None]
-        probabilities.scatter_add_(1, target, -(1.0 - ctx.label_smoothing) * scale[begin:end, None])
-        if grad_lses is not None:
-            raise RuntimeError("linear_cross_entropy: the log-sum-exp output has no gradient")
-        dlogits = probabilities.to(hidden.dtype)
-        dhidden[begin:end] = dlogits @ weight
-        dweight += (dlogits.t() @ rows).float()
-    return dhidden, dweight.to(weight.dtype), None, None, None
+    vocabulary, smoothing = weight.shape[0], ctx.label_smoothing
+    counted = (labels != ctx.ignore_index)[:, None]
+    scale = torch.zeros_like(lses) if grad_losses is None else grad_losses
+    scale = scale[:, None] * counted
+    p_scale = scale if grad_lses is None else scale + grad_lses[:, None]
+    target = labels[:, None].masked_fill(~counted, 0)
+    dhidden = torch.zeros(hidden.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+    dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+    columns = max(1, CHUNK_LOGITS // max(1, hidden.shape[0]))
+    for begin in range(0, vocabulary, columns):
+        rows = weight[begin : begin + columns]
+        dlogits = torch.exp(_logits(hidden, rows) - lses[:, None]).mul_(p_scale)
+        if smoothing > 0.0:
+            dlogits.sub_(scale * (smoothing / vocabulary))
+        inside = (target >= begin) & (target < begin + rows.shape[0])
+        dlogits.scatter_add_(1, (target - begin).masked_fill(~inside, 0), (smoothing - 1.0) * scale * inside)
+        dlogits = dlogits.to(hidden.dtype)
+        if dhidden is not None:
+            dhidden += dlogits @ rows
+        if dweight is not None:
+            dweight[begin : begin + columns] = dlogits.t() @ hidden
+    return None if dhidden is None else dhidden.to(hidden.dtype), dweight, None, None, None
 
 
 linear_cross_entropy_rows_op = register(
