@@ -76,8 +76,12 @@ def _sequence_backward(q, k, v, out, lse, grad, grad_lse, visible_keys, mask, ca
         return x.float().reshape(batch, -1, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
 
     kf, vf = k.float().transpose(1, 2), v.float().transpose(1, 2)  # [B, Hkv, S, D]
-    if visible_keys is not None:
-        hidden = ~visible_keys[:, None, :, None]
+    seen = visible_keys
+    if mask is not None:
+        masked = (mask if mask.dtype == torch.bool else mask > float("-inf")).flatten(1, 2).any(1)
+        seen = masked if seen is None else seen & masked
+    if seen is not None:  # keys that nobody sees may hold anything, and 0 * NaN is NaN
+        hidden = ~seen[:, None, :, None]
         kf, vf = kf.masked_fill(hidden, 0), vf.masked_fill(hidden, 0)
     dq = torch.zeros(batch, kv_heads, group, queries, head_dim, dtype=torch.float32, device=q.device)
     dk, dv = torch.zeros_like(kf), torch.zeros_like(vf)
@@ -121,36 +125,56 @@ def _sequence_backward(q, k, v, out, lse, grad, grad_lse, visible_keys, mask, ca
     return dq, dk.transpose(1, 2), dv.transpose(1, 2), dmask
 
 
-def _backward(ctx, grad, grad_lse):
-    q, k, v, cu_seqlens, key_counts, mask, out, lse = ctx.saved_tensors
-    if grad is None:
-        grad = torch.zeros_like(out)
+def _attention_backward_cpu(grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_counts, mask, causal, scale):
     if cu_seqlens is None:
         visible = None
         if key_counts is not None:
             visible = torch.arange(k.shape[1], device=q.device)[None] < key_counts[:, None]
         dq, dk, dv, dmask = _sequence_backward(
-            q, k, v, out, lse, grad, grad_lse, visible, mask, ctx.causal, ctx.scale
+            q, k, v, out, lse, grad, grad_lse, visible, mask, causal, scale
         )
     else:
         dmask = None
-        parts = []
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         bounds = cu_seqlens.tolist()
         for begin, end in zip(bounds[:-1], bounds[1:]):
             s = slice(begin, end)
             part_lse = None if grad_lse is None else grad_lse[None, :, s]
-            parts.append(
-                _sequence_backward(
-                    q[None, s], k[None, s], v[None, s], out[None, s], lse[None, :, s], grad[None, s], part_lse,
-                    None, None, ctx.causal, ctx.scale,
-                )[:3]
+            parts = _sequence_backward(
+                q[None, s], k[None, s], v[None, s], out[None, s], lse[None, :, s], grad[None, s], part_lse,
+                None, None, causal, scale,
             )  # fmt: skip
-        dq, dk, dv = (
-            torch.cat([part[i][0] for part in parts]) if parts else torch.zeros_like(x) for i, x in enumerate((q, k, v))
-        )
-    if dmask is not None:
-        dmask = dmask.to(mask.dtype)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, dmask, None, None
+            for whole, part in zip((dq, dk, dv), parts):
+                whole[s] = part[0]
+    dmask = q.new_empty(0) if dmask is None else dmask.to(mask.dtype)
+    return *(dx.to(x.dtype).contiguous() for dx, x in ((dq, q), (dk, k), (dv, v))), dmask
+
+
+def _attention_backward_fake(grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_counts, mask, causal, scale):
+    has_dmask = mask is not None and mask.dtype != torch.bool
+    shapes = (q.shape, k.shape, v.shape, mask.shape if has_dmask else (0,))
+    return tuple(torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
+
+
+# An op of its own: its work depends on the values of cu_seqlens, which tracing does not know.
+attention_backward_op = register(
+    "attention_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " Tensor? cu_seqlens, Tensor? key_counts, Tensor? mask, bool causal, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=_attention_backward_cpu,
+    fake=_attention_backward_fake,
+)
+
+
+def _backward(ctx, grad, grad_lse):
+    q, k, v, cu_seqlens, key_counts, mask, out, lse = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(out)
+    dq, dk, dv, dmask = attention_backward_op(
+        grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_counts, mask, ctx.causal, ctx.scale
+    )
+    if mask is None or mask.dtype == torch.bool:
+        dmask = None
+    return dq, dk, dv, None, None, dmask, None, None
 
 
 attention_op = register(
