@@ -1,0 +1,80 @@
+"""torch.library.opcheck of every registered qvl op, on the calls that the public functions make on their small fp32 cases."""
+
+import importlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+import qvl_kernels
+
+# One small case of a public function for every op it reaches, and for the arguments that change what is traced.
+CALLS = [
+    ("attention", "attention", "causal_square"),
+    ("attention", "attention", "packed_causal"),
+    ("attention", "attention", "additive_mask"),
+    ("cross_attention", "cross_attention", "lengths"),
+    ("decoder_layer", "decoder_layer", "bool_mask"),
+    ("gelu_tanh", "gelu_tanh", "odd_bias"),
+    ("layer_norm", "layer_norm", "strided"),
+    ("add_layer_norm", "layer_norm", "rank_3_odd"),
+    ("linear", "linear", "rows_5"),
+    ("linear", "linear", "strided"),
+    ("linear_cross_entropy", "linear_cross_entropy", "sum_smoothed"),
+    ("qk_norm_rope", "rope", "strided"),
+    ("rms_norm", "rms_norm", "strided"),
+    ("add_rms_norm", "rms_norm", "rank_3_odd"),
+    ("swiglu", "swiglu", "strided"),
+    ("vision_block", "vision_block", "odd"),
+    ("vision_rope", "rope", "odd"),
+]
+CASE_LISTS = {"add_layer_norm": "ADD_CASES", "add_rms_norm": "ADD_CASES", "vision_rope": "VISION_CASES"}
+WITHOUT_AUTOGRAD = {"qvl::attention_backward", "qvl::decoder_layer", "qvl::vision_block"}
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of qvl ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "qvl":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _differentiable(value):
+    return value.detach().requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _recorded(function: str, folder: str, case_name: str) -> list:
+    """The qvl calls of one public call and, where it is differentiable, of its backward."""
+    cases = getattr(importlib.import_module(f"qvl_kernels.ops.{folder}.cases"), CASE_LISTS.get(function, "CASES"))
+    (case,) = (case for case in cases if case.name == case_name)
+    arguments = case.make(torch.float32, torch.Generator().manual_seed(0))
+    trained = f"qvl::{function}" not in WITHOUT_AUTOGRAD
+    if trained:
+        arguments = {name: _differentiable(value) for name, value in arguments.items()}
+    with torch.set_grad_enabled(trained), qvl_kernels.use_backend("cpp"), Recorder() as recorder:
+        outputs = getattr(qvl_kernels, function)(**arguments)
+        if trained:
+            sum(out.sum() for out in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+    return recorder.calls
+
+
+@pytest.mark.parametrize(("function", "folder", "case"), CALLS, ids=lambda value: value)
+def test_opcheck(function, folder, case):
+    calls = _recorded(function, folder, case)
+    assert calls, f"{function} reached no qvl op"
+    for op, args, kwargs in calls:
+        change = torch.Tensor.detach if op._schema.name in WITHOUT_AUTOGRAD else _differentiable
+        torch.library.opcheck(op, tree_map(lambda x: change(x) if isinstance(x, torch.Tensor) else x, args), kwargs)
+
+
+def test_every_registered_op_is_checked():
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qvl::")}
+    checked = {op._schema.name for call in CALLS for op, _, _ in _recorded(*call)}
+    assert checked == registered
