@@ -1,0 +1,189 @@
+"""accelerate and restore: layers and leaf modules of a stock model change class, nothing else moves."""
+
+import warnings
+from dataclasses import dataclass, field
+
+import transformers
+from packaging.version import Version
+from torch import nn
+from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
+
+from qvl_model.modules.plain import FAST_DTYPES
+from qvl_model.replacements import MODEL_CLASSES, REPLACEMENTS, STOCK_CLASSES
+
+__all__ = ["Qwen3VLForConditionalGeneration", "Report", "accelerate", "is_accelerated", "report", "restore"]
+
+TESTED_TRANSFORMERS = ("5.17", "5.23")  # oldest and newest minor version that the tests run on
+
+_KEPT_REASONS = {
+    "Qwen3VLTextRotaryEmbedding": "computes small tables once per forward",
+    "Qwen3VLVisionRotaryEmbedding": "computes small tables once per forward",
+    "Qwen3VLVisionPatchMerger": "its norm and linear layers are replaced one by one",
+    "Embedding": "a row look-up",
+    "Conv3d": "Qwen3VLVisionPatchEmbed multiplies its weight as a matrix",
+}
+
+
+@dataclass
+class Report:
+    """What ``accelerate`` replaced (or would replace) in a model, and what it left alone, with the reason.
+
+    Attributes:
+        accelerated: whether the model is accelerated now.
+        replaced: (module name, stock class, our class).
+        kept: (module name, class, reason).
+    """
+
+    accelerated: bool
+    replaced: list[tuple[str, str, str]] = field(default_factory=list)
+    kept: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = ["replaced:" if self.accelerated else "not accelerated; accelerate would replace:"]
+        lines += _summary((stock_class, f"-> {ours}") for _, stock_class, ours in self.replaced)
+        lines.append("kept:")
+        lines += _summary((name, reason) for _, name, reason in self.kept)
+        return "\n".join(lines)
+
+
+def _summary(rows) -> list[str]:
+    counts: dict[tuple[str, str], int] = {}
+    for row in rows:
+        counts[row] = counts.get(row, 0) + 1
+    return [f"  {count:4d} x {name} {what}" for (name, what), count in counts.items()]
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    """The Qwen3-VL model inside, through a PEFT wrapper if there is one."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, MODEL_CLASSES):
+        accepted = ", ".join(cls.__name__ for cls in MODEL_CLASSES)
+        raise TypeError(f"qvl_model takes {accepted} (or a PEFT model around one), got {type(model).__name__}")
+    return inner
+
+
+def _check(model: nn.Module) -> None:
+    """Raises before anything is changed if the model cannot be accelerated."""
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            "accelerate: the model is quantised by another library; load it unquantised (without quantization_config)"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"accelerate: {name} is on the meta device; load the weights first (from_pretrained)")
+        if parameter.dtype not in FAST_DTYPES:
+            raise ValueError(
+                f"accelerate: {name} is {parameter.dtype}; accepted are fp32, bf16 and fp16: call model.to(torch.bfloat16) first"
+            )
+
+
+def _warn_untested() -> None:
+    version = Version(transformers.__version__)
+    oldest, newest = (Version(text) for text in TESTED_TRANSFORMERS)
+    if not oldest <= Version(f"{version.major}.{version.minor}") <= newest:
+        warnings.warn(
+            f"qvl_model is tested with transformers {TESTED_TRANSFORMERS[0]} to {TESTED_TRANSFORMERS[1]}, "
+            f"this is {transformers.__version__}: compare its outputs with the stock model's",
+            stacklevel=3,
+        )
+
+
+def accelerate(model: nn.Module, *, weights: str | None = None) -> nn.Module:
+    """Makes a stock Qwen3-VL model fast, in place; returns the same object.
+
+    Parameters are not moved, copied or re-laid: ``state_dict``, ``save_pretrained``, ``.to()`` and PEFT stay what they
+    were. ``restore`` undoes it.
+
+    Args:
+        model: Qwen3VLForConditionalGeneration, Qwen3VLModel or their text or vision part, in fp32, bf16 or fp16; a PEFT
+            model around one is taken too.
+        weights: None, to use weights as stored; packed formats are not part of this version.
+    Returns:
+        model.
+    Raises: TypeError for another class; ValueError for meta weights, foreign quantisation, unsupported dtypes or a
+        weight format that this version lacks. The model is then as it was.
+    Example:
+        >>> model = Qwen3VLForConditionalGeneration.from_pretrained(path)
+        >>> model = qvl_model.accelerate(model)
+    """
+    if weights is not None:
+        raise ValueError(f"accelerate: weights={weights!r} is not available in this version; accepted is None (as stored)")
+    inner = _base_model(model)
+    _check(inner)
+    _warn_untested()
+    for module in inner.modules():
+        ours = REPLACEMENTS.get(type(module))
+        if ours is not None:
+            module.__class__ = ours
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Gives the stock model back, in place; a model that is not accelerated stays as it is.
+
+    Raises: TypeError for another class than ``accelerate`` takes.
+    Example:
+        >>> model = qvl_model.restore(model)
+    """
+    for module in _base_model(model).modules():
+        theirs = STOCK_CLASSES.get(type(module))
+        if theirs is not None:
+            module.__class__ = theirs
+    return model
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether any module of the model is one of ours.
+
+    Example:
+        >>> qvl_model.is_accelerated(qvl_model.accelerate(model))
+        True
+    """
+    return any(type(module) in STOCK_CLASSES for module in model.modules())
+
+
+def report(model: nn.Module) -> Report:
+    """Lists what is replaced (on a stock model: would be), what is not, and why.
+
+    Raises: TypeError for another class than ``accelerate`` takes.
+    Example:
+        >>> print(qvl_model.report(model))
+    """
+    inner = _base_model(model)
+    result = Report(accelerated=is_accelerated(inner))
+    for name, module in inner.named_modules():
+        cls = type(module)
+        if cls in STOCK_CLASSES:
+            result.replaced.append((name, STOCK_CLASSES[cls].__name__, f"{cls.__module__}.{cls.__name__}"))
+        elif cls in REPLACEMENTS:
+            ours = REPLACEMENTS[cls]
+            result.replaced.append((name, cls.__name__, f"{ours.__module__}.{ours.__name__}"))
+        elif not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            result.kept.append((name, cls.__name__, _kept_reason(module)))
+    return result
+
+
+def _kept_reason(module: nn.Module) -> str:
+    if isinstance(module, MODEL_CLASSES):
+        return "a model's own forward is never replaced"
+    if any(True for _ in module.children()):
+        return _KEPT_REASONS.get(type(module).__name__, "not a class that qvl_model knows; its children are judged one by one")
+    if not any(True for _ in module.parameters()) and type(module).__name__ not in _KEPT_REASONS:
+        return "runs inside the fused calls, or is small"
+    return _KEPT_REASONS.get(type(module).__name__, "not a class that qvl_model knows")
+
+
+class Qwen3VLForConditionalGeneration(stock.Qwen3VLForConditionalGeneration):
+    """The stock class whose ``from_pretrained`` returns an accelerated model. Saved configs name the stock class.
+
+    Example:
+        >>> from qvl_model import Qwen3VLForConditionalGeneration
+        >>> model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=torch.bfloat16)
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        if isinstance(loaded, tuple):  # output_loading_info=True
+            return accelerate(loaded[0]), *loaded[1:]
+        return accelerate(loaded)

@@ -1,0 +1,24 @@
+from torch import Tensor, nn
+
+import qvl_kernels
+from qvl_model.modules.plain import kernels_take
+
+__all__ = ["LayerNorm", "Linear"]
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` through ``qvl_kernels.linear``: the weight is used as stored."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if kernels_take(input, self.weight, self.bias):
+            return qvl_kernels.linear(input, self.weight, self.bias)
+        return super().forward(input)
+
+
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` over the last dimension through ``qvl_kernels.layer_norm``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if len(self.normalized_shape) == 1 and self.bias is not None and kernels_take(input, self.weight, self.bias):
+            return qvl_kernels.layer_norm(input, self.weight, self.bias, eps=self.eps)
+        return super().forward(input)

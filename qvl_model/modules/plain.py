@@ -1,0 +1,42 @@
+"""Is a module plain enough for our kernels? Checked at every call: adapters, hooks and casts may come at any time."""
+
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+__all__ = ["FAST_DTYPES", "is_plain", "kernels_take", "only_capture_hooks"]
+
+FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CAPTURE_HOOKS = "transformers.utils.output_capturing"
+
+
+def is_plain(module: nn.Module, kind: type) -> bool:
+    """Exactly ``kind`` (an adapter wraps or replaces it), no forward hook, ``forward`` not replaced on the instance."""
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in module.__dict__
+    )
+
+
+def no_global_hooks() -> bool:
+    return not nn_module._global_forward_hooks and not nn_module._global_forward_pre_hooks
+
+
+def only_capture_hooks(module: nn.Module) -> bool:
+    """Every forward hook is transformers' own recorder of attention weights, which records nothing under sdpa."""
+    return not module._forward_pre_hooks and all(
+        getattr(hook, "__module__", None) == _CAPTURE_HOOKS for hook in module._forward_hooks.values()
+    )
+
+
+def kernels_take(*tensors: torch.Tensor | None) -> bool:
+    """CPU tensors of one dtype that the kernels know, rows contiguous, no autocast that would change dtypes on the way."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.dtype not in FAST_DTYPES or torch.is_autocast_enabled("cpu"):
+        return False
+    return all(
+        x is None or (x.dtype is first.dtype and x.device.type == "cpu" and (x.stride(-1) == 1 or x.shape[-1] <= 1))
+        for x in tensors
+    )

@@ -1,0 +1,108 @@
+"""The vision tower: one fused call per block at inference, op by op with gradients, stock code for the rest."""
+
+import torch
+from torch import Tensor, nn
+from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
+
+import qvl_kernels
+from qvl_model.modules.linear import LayerNorm, Linear
+from qvl_model.modules.plain import is_plain, kernels_take, no_global_hooks, only_capture_hooks
+
+__all__ = ["Qwen3VLVisionAttention", "Qwen3VLVisionBlock", "Qwen3VLVisionMLP", "Qwen3VLVisionPatchEmbed"]
+
+_GELU_TANH = "gelu_pytorch_tanh"
+
+
+class Qwen3VLVisionPatchEmbed(stock.Qwen3VLVisionPatchEmbed):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight, bias = self.proj.weight, self.proj.bias
+        patches = hidden_states.to(weight.dtype).reshape(-1, weight[0].numel())
+        if is_plain(self.proj, nn.Conv3d) and weight.is_contiguous() and kernels_take(patches, weight, bias):
+            return qvl_kernels.patch_embed(patches, weight, bias)
+        return super().forward(hidden_states)
+
+
+class Qwen3VLVisionMLP(stock.Qwen3VLVisionMLP):
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        hidden_state = self.linear_fc1(hidden_state)
+        if _is_gelu_tanh(self.act_fn) and kernels_take(hidden_state):
+            return self.linear_fc2(qvl_kernels.gelu_tanh(hidden_state))
+        return self.linear_fc2(self.act_fn(hidden_state))
+
+
+_GELU_TANH_CLASS = type(stock.ACT2FN[_GELU_TANH])
+
+
+def _is_gelu_tanh(activation: nn.Module) -> bool:
+    return is_plain(activation, _GELU_TANH_CLASS)
+
+
+class Qwen3VLVisionAttention(stock.Qwen3VLVisionAttention):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs,
+    ) -> Tensor:
+        dropout = self.attention_dropout if self.training else 0.0
+        if self.config._attn_implementation != "sdpa" or dropout > 0.0 or not kernels_take(hidden_states):
+            return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
+        tokens = hidden_states.shape[0]
+        q, k, v = self.qkv(hidden_states).view(tokens, 3, self.num_heads, -1).unbind(1)
+        q, k = qvl_kernels.vision_rope(q, k, *position_embeddings)
+        out = qvl_kernels.attention(q, k, v, cu_seqlens=cu_seqlens.int().contiguous(), scale=self.scaling)
+        return self.proj(out.reshape(tokens, -1))
+
+
+class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs,
+    ) -> Tensor:
+        weights = self._fused_weights(hidden_states, position_embeddings)
+        if weights is not None:
+            return qvl_kernels.vision_block(
+                hidden_states,
+                weights,
+                *position_embeddings,
+                cu_seqlens.int().contiguous(),
+                num_heads=self.attn.num_heads,
+                eps=self.norm1.eps,
+            )
+        return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
+
+    def _fused_weights(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> qvl_kernels.VisionWeights | None:
+        """The block's tensors if one fused call computes what the modules would, else None."""
+        attention, mlp = self.attn, self.mlp
+        if (
+            torch.compiler.is_compiling()
+            or position_embeddings is None
+            or position_embeddings[0].dtype is not torch.float32
+            or type(attention) is not Qwen3VLVisionAttention
+            or "forward" in attention.__dict__
+            or not only_capture_hooks(attention)
+            or attention.config._attn_implementation != "sdpa"
+            or (self.training and attention.attention_dropout > 0.0)
+            or not is_plain(mlp, Qwen3VLVisionMLP)
+            or not _is_gelu_tanh(mlp.act_fn)
+            or not no_global_hooks()
+            or not hidden_states.is_contiguous()
+            or self.norm1.eps != self.norm2.eps
+        ):
+            return None
+        modules = (self.norm1, attention.qkv, attention.proj, self.norm2, mlp.linear_fc1, mlp.linear_fc2)
+        for module in modules:
+            if not is_plain(module, LayerNorm if isinstance(module, nn.LayerNorm) else Linear):
+                return None
+        weights = qvl_kernels.VisionWeights(*(m._parameters[name] for m in modules for name in ("weight", "bias")))
+        if any(weight is None for weight in weights) or not kernels_take(hidden_states, *weights):
+            return None
+        if torch.is_grad_enabled() and (hidden_states.requires_grad or any(weight.requires_grad for weight in weights)):
+            return None
+        return weights

@@ -1,0 +1,28 @@
+"""Stock class -> our subclass of it. Nothing else decides what ``accelerate`` replaces."""
+
+from torch import nn
+from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
+
+from qvl_model.modules import linear, text, vision
+
+__all__ = ["MODEL_CLASSES", "REPLACEMENTS", "STOCK_CLASSES"]
+
+REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
+    stock.Qwen3VLTextDecoderLayer: text.Qwen3VLTextDecoderLayer,
+    stock.Qwen3VLTextAttention: text.Qwen3VLTextAttention,
+    stock.Qwen3VLTextMLP: text.Qwen3VLTextMLP,
+    stock.Qwen3VLTextRMSNorm: text.Qwen3VLTextRMSNorm,
+    stock.Qwen3VLVisionBlock: vision.Qwen3VLVisionBlock,
+    stock.Qwen3VLVisionAttention: vision.Qwen3VLVisionAttention,
+    stock.Qwen3VLVisionMLP: vision.Qwen3VLVisionMLP,
+    stock.Qwen3VLVisionPatchEmbed: vision.Qwen3VLVisionPatchEmbed,
+    nn.Linear: linear.Linear,
+    nn.LayerNorm: linear.LayerNorm,
+}
+STOCK_CLASSES = {ours: theirs for theirs, ours in REPLACEMENTS.items()}
+MODEL_CLASSES = (
+    stock.Qwen3VLForConditionalGeneration,
+    stock.Qwen3VLModel,
+    stock.Qwen3VLTextModel,
+    stock.Qwen3VLVisionModel,
+)
