@@ -2,7 +2,16 @@
 
 import torch
 
-__all__ = ["DTYPE_CODES", "FLOAT_DTYPES", "check_last_contiguous", "check_same", "check_shape", "check_tensor", "unsupported_dtype"]
+__all__ = [
+    "DTYPE_CODES",
+    "FLOAT_DTYPES",
+    "check_device",
+    "check_last_contiguous",
+    "check_same",
+    "check_shape",
+    "check_tensor",
+    "unsupported_dtype",
+]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/dtype.h
@@ -16,6 +25,11 @@ def check_tensor(op: str, name: str, x: object, ndim: int | None = None) -> None
         raise TypeError(f"{op}: {name} must be a floating-point tensor (fp32, bf16 or fp16), got {x.dtype}")
     if ndim is not None and x.dim() != ndim:
         raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {tuple(x.shape)}")
+
+
+def check_device(op: str, name: str, x: torch.Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{op}: {name} is on {x.device} but the other tensors are on {device}; move {name} there")
 
 
 def check_shape(op: str, name: str, x: torch.Tensor, expected: tuple[int, ...]) -> None:

@@ -26,7 +26,7 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ndim: 
         raise ValueError(f"{op}: q and k must have the same batch size, got {q.shape[0]} and {k.shape[0]}")
 
 
-def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, total: int) -> None:
+def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, total: int, device: torch.device) -> None:
     """int32 [n + 1] on the CPU, from 0 to ``total`` without falling: out-of-range values would read foreign memory."""
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
         raise TypeError(f"{op}: cu_seqlens must be a 1-D int32 tensor, got {getattr(cu_seqlens, 'dtype', type(cu_seqlens))}")
@@ -34,6 +34,8 @@ def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, total: int) -> None:
         raise ValueError(f"{op}: cu_seqlens must have at least 1 element (0), got none")
     if not cu_seqlens.is_contiguous():
         raise ValueError(f"{op}: cu_seqlens must be contiguous")
+    if cu_seqlens.device.type != "cpu":
+        checks.check_device(op, "cu_seqlens", cu_seqlens, device)
     if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
         return  # values are not known while tracing, and reading them from a GPU would wait for it
     bounds = cu_seqlens.tolist()
@@ -49,8 +51,7 @@ def check_mask(op: str, mask: torch.Tensor, q: torch.Tensor, shape: tuple[int, i
         raise TypeError(f"{op}: mask must be bool or {q.dtype} (as q), got {getattr(mask, 'dtype', type(mask))}")
     if mask.dim() != 4 or any(size not in (1, full) for size, full in zip(mask.shape, shape)):
         raise ValueError(f"{op}: mask must broadcast to [B, H, T, S] = {shape}, got {tuple(mask.shape)}")
-    if mask.device != q.device:
-        raise ValueError(f"{op}: mask is on {mask.device} but q is on {q.device}")
+    checks.check_device(op, "mask", mask, q.device)
 
 
 def attention(
@@ -93,13 +94,14 @@ def attention(
             raise ValueError("attention: cu_seqlens excludes key_padding_mask and mask; packed sequences have no padding")
         if q.shape[0] != k.shape[0]:
             raise ValueError(f"attention: packed q and k must have the same length, got {q.shape[0]} and {k.shape[0]}")
-        check_cu_seqlens("attention", cu_seqlens, q.shape[0])
+        check_cu_seqlens("attention", cu_seqlens, q.shape[0], q.device)
     else:
         shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         if key_padding_mask is not None:
             if not isinstance(key_padding_mask, torch.Tensor) or key_padding_mask.dtype != torch.bool:
                 raise TypeError("attention: key_padding_mask must be a bool tensor, True where a key is visible")
             checks.check_shape("attention", "key_padding_mask", key_padding_mask, (shape[0], shape[3]))
+            checks.check_device("attention", "key_padding_mask", key_padding_mask, q.device)
         if mask is not None:
             check_mask("attention", mask, q, shape)
     if not 0.0 <= dropout_p < 1.0:

@@ -8,10 +8,11 @@ from qvl_kernels.ops.cross_attention.reference import cross_attention_reference
 __all__ = ["cross_attention"]
 
 
-def _key_counts(kv_lens: torch.Tensor, batch: int, keys: int) -> torch.Tensor:
+def _key_counts(kv_lens: torch.Tensor, batch: int, keys: int, device: torch.device) -> torch.Tensor:
     if not isinstance(kv_lens, torch.Tensor) or kv_lens.dtype not in (torch.int32, torch.int64):
         raise TypeError("cross_attention: kv_lens must be an int32 or int64 tensor of visual lengths")
     checks.check_shape("cross_attention", "kv_lens", kv_lens, (batch,))
+    checks.check_device("cross_attention", "kv_lens", kv_lens, device)
     if not torch.compiler.is_compiling() and kv_lens.device.type == "cpu" and batch:
         low, high = int(kv_lens.min()), int(kv_lens.max())
         if low < 0 or high > keys:
@@ -47,11 +48,12 @@ def cross_attention(
     """
     check_qkv("cross_attention", q, k, v, 4)
     batch, keys = k.shape[0], k.shape[1]
-    counts = None if kv_lens is None else _key_counts(kv_lens, batch, keys)
+    counts = None if kv_lens is None else _key_counts(kv_lens, batch, keys, q.device)
     if key_padding_mask is not None:
         if not isinstance(key_padding_mask, torch.Tensor) or key_padding_mask.dtype != torch.bool:
             raise TypeError("cross_attention: key_padding_mask must be a bool tensor, True where a key is visible")
         checks.check_shape("cross_attention", "key_padding_mask", key_padding_mask, (batch, keys))
+        checks.check_device("cross_attention", "key_padding_mask", key_padding_mask, q.device)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"cross_attention: dropout_p must be in [0, 1), got {dropout_p}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

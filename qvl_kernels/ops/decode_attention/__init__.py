@@ -46,6 +46,7 @@ def decode_attention(
     elif not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError("decode_attention: lengths must be an int or an int32/int64 tensor [B]")
     checks.check_shape("decode_attention", "lengths", lengths, (batch,))
+    checks.check_device("decode_attention", "lengths", lengths, q.device)
     if not torch.compiler.is_compiling() and lengths.device.type == "cpu" and batch:
         low, high = int(lengths.min()), int(lengths.max())
         if low < queries or high > capacity:

@@ -31,6 +31,9 @@ class DecoderWeights(NamedTuple):
 
 
 def _check_weights(x: torch.Tensor, w: DecoderWeights, num_heads: int, kv_heads: int, head_dim: int) -> None:
+    for name, weight in zip(DecoderWeights._fields, w):
+        if not isinstance(weight, torch.Tensor) and (weight is not None or not name.endswith("_bias")):
+            raise TypeError(f"decoder_layer: {name} must be a torch.Tensor, got {type(weight).__name__}")
     hidden, width, kv_width, mlp = x.shape[2], num_heads * head_dim, kv_heads * head_dim, w.gate.shape[0]
     expected = (
         (hidden,), (width, hidden), (kv_width, hidden), (kv_width, hidden), (head_dim,), (head_dim,), (hidden, width),
@@ -86,6 +89,8 @@ def decoder_layer(
         >>> y = qvl_kernels.decoder_layer(x, weights, cos, sin, k_cache, v_cache, past=0, num_heads=16)
     """
     op = "decoder_layer"
+    for name, tensor in (("x", x), ("cos", cos), ("sin", sin), ("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.check_tensor(op, name, tensor)
     if x.dim() != 3 or not x.is_contiguous():
         raise ValueError(f"{op}: x must be contiguous [B, T, C], got shape {tuple(x.shape)}, strides {x.stride()}")
     batch, time, _ = x.shape
@@ -109,7 +114,9 @@ def decoder_layer(
     checks.check_same(op, x=x, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
     checks.check_last_contiguous(op, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
     if mask is not None:
-        check_mask(op, mask[..., : past + time], x, (batch, num_heads, time, past + time))
+        if isinstance(mask, torch.Tensor) and mask.dim() > 0:
+            mask = mask[..., : past + time]
+        check_mask(op, mask, x, (batch, num_heads, time, past + time))
     if torch.is_grad_enabled() and (x.requires_grad or any(w is not None and w.requires_grad for w in weights)):
         raise RuntimeError(f"{op} has no backward; call it under torch.no_grad(), or compose the single ops to train")
     scale = head_dim**-0.5 if scale is None else float(scale)

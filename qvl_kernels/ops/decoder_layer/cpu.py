@@ -12,9 +12,7 @@ def _decoder_layer_cpu(x, norms, weights, biases, cos, sin, k_cache, v_cache, pa
     batch, time, hidden = x.shape
     _, kv_heads, _, head_dim = k_cache.shape
     out = torch.empty(x.shape, dtype=x.dtype)
-    kind, pointer, mask_strides = mask_arguments(
-        None if mask is None else mask[..., : past + time], (batch, num_heads, time, past + time)
-    )
+    kind, pointer, mask_strides = mask_arguments(mask, (batch, num_heads, time, past + time))
     bias_pointers = [0 if bias is None else bias.data_ptr() for bias in biases] + [0, 0, 0]
     dispatch.extension().decoder_layer(
         x.data_ptr(), out.data_ptr(), [norm.data_ptr() for norm in norms],

@@ -26,7 +26,7 @@ def decoder_layer_reference(x, w, cos, sin, k_cache, v_cache, past: int, mask, n
         v_cache[:, :, :end].transpose(1, 2),
         causal=mask is None,
         scale=scale,
-        mask=None if mask is None else mask[..., :end],
+        mask=mask,
     )
     x = x + linear_reference(attended.reshape(batch, time, -1), w.o, w.o_bias)
     normed = rms_norm_reference(x, w.post_norm, eps)

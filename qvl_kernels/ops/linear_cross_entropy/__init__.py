@@ -7,10 +7,11 @@ from qvl_kernels.ops.linear_cross_entropy.reference import linear_cross_entropy_
 __all__ = ["linear_cross_entropy"]
 
 
-def _check_labels(labels: torch.Tensor, tokens: int, vocabulary: int, ignore_index: int) -> None:
+def _check_labels(labels: torch.Tensor, device: torch.device, tokens: int, vocabulary: int, ignore_index: int) -> None:
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
         raise TypeError("linear_cross_entropy: labels must be an int64 tensor")
     checks.check_shape("linear_cross_entropy", "labels", labels, (tokens,))
+    checks.check_device("linear_cross_entropy", "labels", labels, device)
     if torch.compiler.is_compiling() or labels.device.type != "cpu":
         return
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
@@ -56,7 +57,7 @@ def linear_cross_entropy(
         raise ValueError(f'{op}: reduction must be "mean", "sum" or "none", got {reduction!r}')
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1), got {label_smoothing}")
-    _check_labels(labels, hidden.shape[0], weight.shape[0], ignore_index)
+    _check_labels(labels, hidden.device, hidden.shape[0], weight.shape[0], ignore_index)
     if dispatch.choose(op, hidden.device, checks.unsupported_dtype(hidden)) == "reference":
         return linear_cross_entropy_reference(hidden, weight, labels, ignore_index, label_smoothing, reduction)
     losses, _ = linear_cross_entropy_rows_op(hidden, weight, labels, ignore_index, label_smoothing)

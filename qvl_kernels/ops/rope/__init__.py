@@ -91,8 +91,7 @@ def vision_rope(
         checks.check_shape("vision_rope", name, table, (q.shape[0], q.shape[2]))
         if table.dtype not in (torch.float32, q.dtype):
             raise TypeError(f"vision_rope: {name} must be fp32 or {q.dtype} (as q), got {table.dtype}")
-        if table.device != q.device:
-            raise ValueError(f"vision_rope: {name} is on {table.device} but q is on {q.device}")
+        checks.check_device("vision_rope", name, table, q.device)
     checks.check_same("vision_rope", cos=cos, sin=sin)
     checks.check_last_contiguous("vision_rope", cos=cos, sin=sin)
     if dispatch.choose("vision_rope", q.device, _unsupported(q)) == "reference":

@@ -28,6 +28,9 @@ class VisionWeights(NamedTuple):
 
 
 def _check_weights(x: torch.Tensor, w: VisionWeights) -> None:
+    for name, weight in zip(VisionWeights._fields, w):
+        if not isinstance(weight, torch.Tensor):
+            raise TypeError(f"vision_block: {name} must be a torch.Tensor, got {type(weight).__name__}")
     hidden, mlp = x.shape[1], w.fc1_w.shape[0]
     expected = (
         (hidden,), (hidden,), (3 * hidden, hidden), (3 * hidden,), (hidden, hidden), (hidden,), (hidden,), (hidden,),
@@ -86,8 +89,9 @@ def vision_block(
         checks.check_shape(op, name, table, (tokens, head_dim))
         if table.dtype is not torch.float32 and table.dtype is not torch.float64:
             raise TypeError(f"{op}: {name} must be fp32, got {table.dtype}")
+        checks.check_device(op, name, table, x.device)
     checks.check_last_contiguous(op, cos=cos, sin=sin)
-    check_cu_seqlens(op, cu_seqlens, tokens)
+    check_cu_seqlens(op, cu_seqlens, tokens, x.device)
     if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
         raise RuntimeError(f"{op} has no backward; call it under torch.no_grad(), or compose the single ops to train")
     unsupported = checks.unsupported_dtype(x)
