@@ -1,0 +1,77 @@
+"""The shape of the repository: who imports whom, what every op folder holds, and that documented commands exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import qvl_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+FORBIDDEN = {
+    "qvl_kernels": {"transformers", "qvl_model", "bench", "tests"},
+    "qvl_model": {"bench", "tests"},
+    "bench": {"tests"},
+}
+OP_FOLDERS = sorted(path for path in (ROOT / "qvl_kernels" / "ops").iterdir() if (path / "__init__.py").is_file())
+
+
+def imported_packages(file: Path) -> set[str]:
+    """Top-level packages that ``file`` imports anywhere, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_direction_of_imports(package):
+    wrong = {
+        str(file.relative_to(ROOT)): sorted(found)
+        for file in (ROOT / package).rglob("*.py")
+        if (found := imported_packages(file) & FORBIDDEN[package])
+    }
+    assert not wrong, f"{package} must not import {sorted(FORBIDDEN[package])}: {wrong}"
+
+
+def test_extension_needs_no_torch_headers():
+    wrong = [file for file in (ROOT / "csrc").rglob("*") if file.is_file() and re.search(r"#include\s*[<\"](torch|ATen|c10)/", file.read_text())]
+    assert not wrong
+
+
+@pytest.mark.parametrize("folder", OP_FOLDERS, ids=lambda folder: folder.name)
+def test_op_folder_is_complete(folder):
+    assert (folder / "reference.py").is_file() and (folder / "cases.py").is_file()
+    module = f"qvl_kernels.ops.{folder.name}"
+    public = [name for name in qvl_kernels.__all__ if getattr(qvl_kernels, name).__module__ == module]
+    assert public, f"{module} gives nothing to qvl_kernels.__all__"
+    undocumented = [name for name in public if not (getattr(qvl_kernels, name).__doc__ or "").strip()]
+    assert not undocumented, f"without docstring: {undocumented}"
+
+
+@pytest.mark.parametrize("package", ["qvl_kernels", "qvl_model"])
+def test_modules_declare_what_is_public(package):
+    missing = [str(file.relative_to(ROOT)) for file in (ROOT / package).rglob("*.py")
+               if "__all__" not in file.read_text() and any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+                                                            for node in ast.parse(file.read_text()).body)]
+    assert not missing, f"without __all__: {missing}"
+
+
+def test_readme_commands_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z][a-z-]*)\b", (ROOT / "README.md").read_text()))
+    assert {"bench", "test"} <= named
+    assert named <= targets, f"README names make targets that do not exist: {sorted(named - targets)}"
+
+
+def test_readme_modules_and_files_exist():
+    text = (ROOT / "README.md").read_text()
+    for module in set(re.findall(r"python -m ((?:bench|qvl_model)[a-z_.]*[a-z])", text)):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), f"README names {module}"
+    for name in set(re.findall(r"\b((?:qvl_model|qvl_kernels|bench|csrc)/[\w/.-]+\.\w+)", text)):
+        assert (ROOT / name).exists(), f"README names {name}"
