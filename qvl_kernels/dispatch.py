@@ -104,7 +104,7 @@ def choose(op: str, device: torch.device, unsupported: str | None = None) -> str
             extension()
         if unsupported is None:
             return "cpp"
-    reason = unsupported or _unavailable(fast or "triton")
+    reason = f"there are no fast kernels for {device.type} tensors" if fast is None else _unavailable(fast) or unsupported
     if not torch.compiler.is_compiling():
         _note_fallback(op, reason)
     return "reference"

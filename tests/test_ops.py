@@ -34,8 +34,13 @@ OPS = {
 INFERENCE_ONLY = {"decode_attention", "decoder_layer", "vision_block"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = [pytest.param(op, case, id=f"{op}-{case.name}") for op, (_, cases) in OPS.items() for case in cases]
-SMALL = [
-    pytest.param(op, case, id=f"{op}-{case.name}") for op, (_, cases) in OPS.items() for case in cases if not case.model
+SMALL = [param for param in ALL if not param.values[1].model]
+LARGE_BYTES = 2e8  # larger inputs are tested in bf16 only, to save time
+MODEL_SIZES = [
+    pytest.param(*param.values, dtype, id=f"{param.id}-{dtype}")
+    for param in ALL
+    for dtype in DTYPES
+    if param.values[1].model and (dtype == torch.bfloat16 or param.values[1].bytes(2) < LARGE_BYTES)
 ]
 
 
@@ -66,8 +71,17 @@ def _reference(function, arguments: dict):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "case"), ALL)
+@pytest.mark.parametrize(("op", "case"), SMALL)
 def test_forward(op, case, dtype, monkeypatch):
+    _check_forward(op, case, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize(("op", "case", "dtype"), MODEL_SIZES)
+def test_model_sizes(op, case, dtype, monkeypatch):
+    _check_forward(op, case, dtype, monkeypatch)
+
+
+def _check_forward(op, case, dtype, monkeypatch):
     function = OPS[op][0]
     arguments = case.make(dtype, _generator())
     truth_arguments, baseline_arguments = _double(arguments), _map(torch.clone, arguments)

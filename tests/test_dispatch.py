@@ -1,0 +1,105 @@
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import qvl_kernels
+from qvl_kernels import dispatch
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs code in a process of its own with these variables set."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("QVL_")}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**variables, **environment}, timeout=120
+    )
+
+
+NORM = "import torch, qvl_kernels\nprint(qvl_kernels.rms_norm(torch.ones(2, 8), torch.ones(8)).sum().round().item())"
+
+
+@pytest.fixture
+def no_fallbacks(monkeypatch):
+    monkeypatch.setattr(dispatch, "_fallbacks", {})
+
+
+def test_backends():
+    found = qvl_kernels.backends()
+    assert list(found) == ["reference", "cpp", "triton"]
+    assert found["reference"] == {"available": True, "reason": None}
+    assert found["cpp"] == {"available": True, "reason": None}
+    assert not found["triton"]["available"] and found["triton"]["reason"]
+
+
+def test_use_backend_nests_and_restores(monkeypatch):
+    monkeypatch.setattr(dispatch, "_forced", None)
+    cpu = torch.device("cpu")
+    assert dispatch.choose("op", cpu) == "cpp"
+    with qvl_kernels.use_backend("reference"):
+        assert dispatch.choose("op", cpu) == "reference"
+        with qvl_kernels.use_backend("cpp"):
+            assert dispatch.choose("op", cpu) == "cpp"
+        assert dispatch.choose("op", cpu) == "reference"
+    with pytest.raises(ZeroDivisionError), qvl_kernels.use_backend("reference"):
+        raise ZeroDivisionError
+    assert dispatch.choose("op", cpu) == "cpp"
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="unknown backend 'cuda'; choose one of reference, cpp, triton"):
+        with qvl_kernels.use_backend("cuda"):
+            pass
+
+
+def test_forced_backend_never_falls_back(no_fallbacks):
+    x = torch.ones(2, 8, dtype=torch.float64)
+    with qvl_kernels.use_backend("cpp"), pytest.raises(RuntimeError, match="'cpp' was forced.*float64"):
+        qvl_kernels.rms_norm(x, x[0])
+    with qvl_kernels.use_backend("cpp"), pytest.raises(RuntimeError, match="'cpp' was forced.*meta tensors"):
+        qvl_kernels.rms_norm(x.float().to("meta"), x[0].float().to("meta"))
+    with qvl_kernels.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' was forced"):
+        qvl_kernels.rms_norm(x.float(), x[0].float())
+    assert qvl_kernels.fallbacks() == []
+
+
+def test_unsupported_cases_fall_back_with_one_warning_each(no_fallbacks):
+    x = torch.ones(2, 8, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="rms_norm runs on the reference backend: dtype torch.float64") as caught:
+        qvl_kernels.rms_norm(x, x[0])
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qvl_kernels.rms_norm(x, x[0])  # said once
+        with pytest.raises(RuntimeWarning, match="swiglu"):
+            qvl_kernels.swiglu(x, x)
+    names = [case.split(":")[0] for case in qvl_kernels.fallbacks()]
+    assert names == ["rms_norm", "swiglu"]
+
+
+def test_cpu_info():
+    info = qvl_kernels.cpu_info()
+    assert info["isa"] in info["supported"] and info["supported"][0] == "portable"
+    assert set(info["gemm_route"]) == {"fp32", "bf16", "fp16"} and set(info["gemm_route"].values()) <= {"fma", "dot"}
+    assert info["threads"] == torch.get_num_threads()
+
+
+def test_backend_variable():
+    forced = "import torch, qvl_kernels\nprint(qvl_kernels.dispatch.choose('op', torch.device('cpu')))"
+    assert _python(forced, QVL_BACKEND="reference").stdout.strip() == "reference"
+    unknown = _python(NORM, QVL_BACKEND="fast")
+    assert unknown.returncode != 0
+    assert "ValueError: unknown backend 'fast'; choose one of reference, cpp, triton" in unknown.stderr
+
+
+def test_missing_extension_names_the_command_that_builds_it():
+    hidden = "import sys\nsys.modules['qvl_kernels._C'] = None\n"
+    missing = _python(hidden + NORM)
+    assert missing.returncode != 0
+    assert "RuntimeError: qvl_kernels: the C++ extension" in missing.stderr
+    assert "build it with: pip install -e ." in missing.stderr
+    listed = _python(hidden + "import qvl_kernels\nprint(qvl_kernels.backends()['cpp'])")
+    assert "'available': False" in listed.stdout and "pip install" in listed.stdout
+    assert _python(hidden + NORM, QVL_BACKEND="reference").stdout.strip() == "16.0"
