@@ -5,5 +5,6 @@
 #include "gemv.inl.h"
 #include "rope.inl.h"
 #include "activation.inl.h"
+#include "attention_few.inl.h"
 #include "attention.inl.h"
 #include "bandwidth.inl.h"

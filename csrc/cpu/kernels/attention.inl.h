@@ -224,8 +224,7 @@ inline void attention_task_typed(const AttentionArgs& a, const AttentionTask& t,
   int64_t max_limit = 0, min_limit = t.keys;
   for (int64_t lane = 0; lane < width; ++lane) {
     const int64_t row = t.row_begin + lane < t.row_end ? t.row_begin + lane : t.row_end - 1;
-    int64_t limit = a.causal ? t.keys - t.queries + row % t.queries + 1 : t.keys;
-    if (limit < 0) limit = 0;
+    const int64_t limit = attention_limit(a, t, row);
     if (limit > max_limit) max_limit = limit;
     if (limit < min_limit) min_limit = limit;
     s.limit[lane] = float(limit);
@@ -241,6 +240,13 @@ inline void attention_task_typed(const AttentionArgs& a, const AttentionTask& t,
 }
 
 void attention_task(const AttentionArgs& a, const AttentionTask& t, float* scratch) {
+  if (t.row_end - t.row_begin <= kFewRows) {
+    switch (a.dtype) {
+      case DType::f32: return attention_few<float>(a, t, scratch);
+      case DType::bf16: return attention_few<bf16>(a, t, scratch);
+      case DType::f16: return attention_few<f16>(a, t, scratch);
+    }
+  }
   if constexpr (Vec::kHasDot) {
     if (a.dtype == DType::bf16 && t.route == Route::dot) return attention_task_typed<bf16, true>(a, t, scratch);
   }

@@ -1,0 +1,214 @@
+// Attention of up to four query rows (decoding): keys and values are streamed once, as stored, with the queries and the
+// result in registers. A panel of lanes would multiply 16 columns to use two of them and is bound by arithmetic.
+
+constexpr int64_t kFewRows = 4;
+constexpr int64_t kFewKeys = 512;         // per block: long enough that changing between keys and values costs nothing
+constexpr int64_t kFewAheadBytes = 4096;  // how far ahead rows are prefetched
+
+// Keys that a row may see: a prefix.
+inline int64_t attention_limit(const AttentionArgs& a, const AttentionTask& t, int64_t row) {
+  const int64_t limit = a.causal ? t.keys - t.queries + row % t.queries + 1 : t.keys;
+  return limit > 0 ? limit : 0;
+}
+
+// Lives in the scratch of attention_task, which is larger for every head_dim and panel width.
+struct FewScratch {
+  float *q, *out;   // [rows][padded], in the order of gemv_load
+  float* scores;    // [rows][kFewKeys]
+  int64_t padded;
+  float row_max[kFewRows], row_sum[kFewRows];
+  int64_t limit[kFewRows];
+  bool seen[kFewKeys];  // whether any row sees the key; filled where there is a mask
+};
+
+// Place of element d in a row in the order of gemv_load.
+inline int64_t few_place(int64_t d, DType dtype) {
+  if (dtype != DType::bf16) return d;
+  const int64_t in_block = d % kGemvBlock;
+  return d - in_block + in_block % 2 * Vec::kWidth + in_block / 2;
+}
+
+template <class T, int M>
+inline void few_scores(const AttentionArgs& a, const T* k, int64_t keys, int64_t ahead, const FewScratch& s) {
+  float sums[4 * M];
+  int64_t i = 0;
+  for (; i + 4 <= keys; i += 4) {
+    const T* row = k + i * a.k_s;
+    gemv_dot<T, 4, M>(row, a.k_s, row + ahead * a.k_s, s.q, s.padded, a.head_dim, sums);
+    for (int r = 0; r < 4; ++r)
+      for (int m = 0; m < M; ++m) s.scores[m * kFewKeys + i + r] = sums[r * M + m];
+  }
+  for (; i < keys; ++i) {
+    const T* row = k + i * a.k_s;
+    gemv_dot<T, 1, M>(row, a.k_s, row, s.q, s.padded, a.head_dim, sums);
+    for (int m = 0; m < M; ++m) s.scores[m * kFewKeys + i] = sums[m];
+  }
+}
+
+template <class T>
+inline void few_add_mask(const AttentionArgs& a, const AttentionTask& t, int64_t key, int64_t keys, int64_t row, float* x) {
+  const int64_t offset = row / t.queries * a.mask_h + row % t.queries * a.mask_t + key * a.mask_s;
+  if (a.mask_kind == MaskKind::boolean) {
+    const uint8_t* visible = static_cast<const uint8_t*>(t.mask) + offset;
+    for (int64_t i = 0; i < keys; ++i)
+      if (!visible[i * a.mask_s]) x[i] = -__builtin_inff();
+  } else {
+    const T* bias = static_cast<const T*>(t.mask) + offset;
+    for (int64_t i = 0; i < keys; ++i) {
+      const float b = to_float(bias[i * a.mask_s]);
+      x[i] = b < -3.4028234663852886e38f ? b : x[i] + b;  // hidden whatever the score is, NaN included
+    }
+  }
+}
+
+// Scores of one row -> probabilities; updates the row's state and rescales its part of out.
+template <class T>
+inline void few_softmax(const AttentionArgs& a, const AttentionTask& t, int64_t key, int64_t keys, int m, FewScratch& s) {
+  float* x = s.scores + m * kFewKeys;
+  const Vec scale = Vec::set1(a.scale);
+  const int64_t padded = (keys + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
+  for (int64_t i = 0; i < padded; i += Vec::kWidth) (Vec::load(x + i) * scale).store(x + i);
+  if (a.mask_kind != MaskKind::none) few_add_mask<T>(a, t, key, keys, t.row_begin + m, x);
+  const int64_t visible = min_i(keys, s.limit[m] - key);
+  for (int64_t i = visible > 0 ? visible : 0; i < padded; ++i) x[i] = -__builtin_inff();
+  if (a.mask_kind != MaskKind::none)
+    for (int64_t i = 0; i < keys; ++i) s.seen[i] = (m > 0 && s.seen[i]) || x[i] != -__builtin_inff();
+
+  Vec highest = Vec::set1(s.row_max[m]);
+  for (int64_t i = 0; i < padded; i += Vec::kWidth) highest = Vec::max(highest, Vec::load(x + i));
+  const float max = highest.max_lane();
+  const Vec base = Vec::set1(max == -__builtin_inff() ? 0.0f : max);
+  Vec sum = Vec::zero();
+  for (int64_t i = 0; i < padded; i += Vec::kWidth) {
+    const Vec p = vec_exp(Vec::load(x + i) - base);
+    sum = sum + p;
+    p.store(x + i);
+  }
+  const Vec alpha = vec_exp(Vec::set1(s.row_max[m]) - base);
+  s.row_sum[m] = s.row_sum[m] * alpha.max_lane() + sum.sum();
+  if (s.row_max[m] != max) {
+    float* out = s.out + m * s.padded;
+    for (int64_t d = 0; d < s.padded; d += Vec::kWidth) (Vec::load(out + d) * alpha).store(out + d);
+  }
+  s.row_max[m] = max;
+}
+
+// out[m] += sum_i p[m][i] v[i] over BLOCKS blocks of columns, held in registers meanwhile.
+template <class T, int M, int BLOCKS>
+inline void few_columns(const AttentionArgs& a, const T* v, int64_t keys, int64_t ahead, bool masked, float* out,
+                        const FewScratch& s) {
+  Vec acc[M][BLOCKS][2];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; ++b)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half)
+        acc[m][b][half] = Vec::load(out + m * s.padded + b * kGemvBlock + half * Vec::kWidth);
+  for (int64_t i = 0; i < keys; ++i) {
+    if (masked && !s.seen[i]) continue;  // 0 * NaN is NaN
+    const T* row = v + i * a.v_s;
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; ++b) {
+      Vec first, second;
+      __builtin_prefetch(reinterpret_cast<const char*>(row + ahead * a.v_s + b * kGemvBlock), 0, 3);
+      gemv_load(row + b * kGemvBlock, first, second);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const Vec p = Vec::set1(s.scores[m * kFewKeys + i]);
+        acc[m][b][0] = Vec::fma(first, p, acc[m][b][0]);
+        acc[m][b][1] = Vec::fma(second, p, acc[m][b][1]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; ++b)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half)
+        acc[m][b][half].store(out + m * s.padded + b * kGemvBlock + half * Vec::kWidth);
+}
+
+template <class T, int M>
+inline void few_values(const AttentionArgs& a, const T* v, int64_t keys, int64_t ahead, bool masked, const FewScratch& s) {
+  constexpr int kBlocks = Vec::kPanelVectors == 4 ? (M <= 2 ? 4 : 2) : (M == 1 ? 4 : M == 2 ? 2 : 1);  // registers
+  int64_t d = 0;
+  for (; d + kBlocks * kGemvBlock <= a.head_dim; d += kBlocks * kGemvBlock)
+    few_columns<T, M, kBlocks>(a, v + d, keys, ahead, masked, s.out + d, s);
+  for (; d + kGemvBlock <= a.head_dim; d += kGemvBlock) few_columns<T, M, 1>(a, v + d, keys, ahead, masked, s.out + d, s);
+  if (d == a.head_dim) return;
+  T tail[kGemvBlock];
+  std::memset(tail, 0, sizeof(tail));
+  for (int64_t i = 0; i < keys; ++i) {
+    if (masked && !s.seen[i]) continue;
+    std::memcpy(tail, v + i * a.v_s + d, size_t(a.head_dim - d) * sizeof(T));
+    Vec first, second;
+    gemv_load(static_cast<const T*>(tail), first, second);
+    for (int m = 0; m < M; ++m) {
+      const Vec p = Vec::set1(s.scores[m * kFewKeys + i]);
+      float* out = s.out + m * s.padded + d;
+      Vec::fma(first, p, Vec::load(out)).store(out);
+      Vec::fma(second, p, Vec::load(out + Vec::kWidth)).store(out + Vec::kWidth);
+    }
+  }
+}
+
+template <class T>
+inline void few_finish(const AttentionArgs& a, const AttentionTask& t, const FewScratch& s) {
+  for (int64_t m = 0; m < t.row_end - t.row_begin; ++m) {
+    const int64_t row = t.row_begin + m;
+    const float* out = s.out + m * s.padded;
+    const float sum = s.row_sum[m];
+    if (t.partial) {
+      float* partial = t.partial + m * (a.head_dim + 2);
+      partial[0] = s.row_max[m];
+      partial[1] = sum;
+      for (int64_t d = 0; d < a.head_dim; ++d) partial[2 + d] = out[few_place(d, a.dtype)];
+      continue;
+    }
+    const float inverse = sum > 0.0f ? 1.0f / sum : (sum != sum ? sum : 0.0f);
+    T* to = static_cast<T*>(t.out) + row / t.queries * a.out_h + row % t.queries * a.out_t;
+    for (int64_t d = 0; d < a.head_dim; ++d) from_float(out[few_place(d, a.dtype)] * inverse, to[d]);
+    if (t.lse) t.lse[row / t.queries * t.lse_h + row % t.queries] = s.row_max[m] + __builtin_logf(sum);
+  }
+}
+
+template <class T, int M>
+inline void attention_few_typed(const AttentionArgs& a, const AttentionTask& t, float* scratch) {
+  FewScratch s;
+  s.padded = (a.head_dim + kGemvBlock - 1) / kGemvBlock * kGemvBlock;
+  s.q = scratch;
+  s.out = s.q + M * s.padded;
+  s.scores = s.out + M * s.padded;
+  int64_t max_limit = 0;
+  for (int m = 0; m < M; ++m) {
+    const int64_t row = t.row_begin + m;
+    gemv_prepare_typed(static_cast<const T*>(t.q) + row / t.queries * a.q_h + row % t.queries * a.q_t, a.head_dim,
+                       s.q + m * s.padded);
+    s.row_max[m] = -__builtin_inff();
+    s.row_sum[m] = 0.0f;
+    s.limit[m] = attention_limit(a, t, row);
+    if (s.limit[m] > max_limit) max_limit = s.limit[m];
+  }
+  for (int64_t i = 0; i < M * s.padded; i += Vec::kWidth) Vec::zero().store(s.out + i);
+  const int64_t ahead = 1 + kFewAheadBytes / (a.head_dim * int64_t(sizeof(T)));
+  const int64_t key_end = min_i(t.key_end, max_limit);
+  for (int64_t key = t.key_begin; key < key_end; key += kFewKeys) {
+    const int64_t keys = min_i(kFewKeys, key_end - key);
+    few_scores<T, M>(a, static_cast<const T*>(t.k) + key * a.k_s, keys, ahead, s);
+    for (int m = 0; m < M; ++m) few_softmax<T>(a, t, key, keys, m, s);
+    few_values<T, M>(a, static_cast<const T*>(t.v) + key * a.v_s, keys, ahead, a.mask_kind != MaskKind::none, s);
+  }
+  few_finish<T>(a, t, s);
+}
+
+template <class T>
+inline void attention_few(const AttentionArgs& a, const AttentionTask& t, float* scratch) {
+  switch (t.row_end - t.row_begin) {
+    case 1: return attention_few_typed<T, 1>(a, t, scratch);
+    case 2: return attention_few_typed<T, 2>(a, t, scratch);
+    case 3: return attention_few_typed<T, 3>(a, t, scratch);
+    default: return attention_few_typed<T, 4>(a, t, scratch);
+  }
+}
