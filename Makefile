@@ -29,7 +29,7 @@ test: setup
 test-all: setup
 	$(VENV)/bin/python -m pytest --durations=40 $(ARGS)
 	$(MAKE) test-oldest
-	@if command -v qemu-aarch64 aarch64-linux-gnu-g++ >/dev/null; then $(MAKE) aarch64; \
+	@if command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-g++ >/dev/null; then $(MAKE) aarch64; \
 	else echo "aarch64 left out: needs qemu-aarch64 and aarch64-linux-gnu-g++ (apt-get install qemu-user g++-aarch64-linux-gnu)"; fi
 
 # The extension in the source tree serves both environments: it is built against Python only.
