@@ -227,3 +227,14 @@ def test_inference_only_functions_refuse_gradients(op):
     arguments[first].requires_grad_()
     with pytest.raises(RuntimeError, match=f"{op} has no backward"):
         getattr(qvl_kernels, op)(**arguments)
+
+
+def test_lengths_are_checked_where_tracing_hides_them():
+    packed = _rand(N, H, D)
+    compiled = torch.compile(qvl_kernels.attention, fullgraph=True, backend="eager")
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 6"):
+        compiled(packed, packed, packed, cu_seqlens=_bounds(0, N + 100))
+    arguments = GOOD["cross_attention"]()
+    compiled = torch.compile(qvl_kernels.cross_attention, fullgraph=True, backend="eager")
+    with pytest.raises(ValueError, match=r"key lengths must lie in \[0, 5\], got 99"):
+        compiled(**{**arguments, "kv_lens": torch.tensor([99, 1])})

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../threads.h"
@@ -24,7 +26,8 @@ int64_t blocks_of(const AttentionArgs& a, int64_t queries) {
   return (rows + width - 1) / width;
 }
 
-// The sequences of a call; returns the number of (kv head, row block) tasks of all.
+// The sequences of a call; returns the number of (kv head, row block) tasks of all. Lengths are checked here too: under
+// torch.compile the callers cannot see them, and a wrong one reads foreign memory.
 int64_t list_sequences(const AttentionArgs& a, std::vector<Sequence>& sequences) {
   sequences.resize(size_t(a.batch));
   int64_t tasks = 0;
@@ -33,10 +36,16 @@ int64_t list_sequences(const AttentionArgs& a, std::vector<Sequence>& sequences)
     if (a.cu_seqlens) {
       s.query_begin = s.key_begin = a.cu_seqlens[b];
       s.queries = s.keys = a.cu_seqlens[b + 1] - a.cu_seqlens[b];
+      if (s.query_begin < 0 || s.queries < 0 || s.query_begin + s.queries > a.queries)
+        throw std::invalid_argument("attention: cu_seqlens must rise from 0 to " + std::to_string(a.queries) +
+                                    " (the packed length)");
     } else {
       s.query_begin = s.key_begin = 0;
       s.queries = a.queries;
       s.keys = a.key_counts ? a.key_counts[b] : a.keys;
+      if (s.keys < 0 || s.keys > a.keys)
+        throw std::invalid_argument("attention: key lengths must lie in [0, " + std::to_string(a.keys) + "], got " +
+                                    std::to_string(s.keys));
     }
     s.first_task = tasks;
     tasks += s.queries ? blocks_of(a, s.queries) * a.kv_heads : 0;
