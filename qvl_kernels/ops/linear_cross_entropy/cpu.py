@@ -66,7 +66,7 @@ def _backward(ctx, grad_losses, grad_lses):
     columns = max(1, CHUNK_LOGITS // max(1, hidden.shape[0]))
     for begin in range(0, vocabulary, columns):
         rows = weight[begin : begin + columns]
-        dlogits = torch.exp(_logits(hidden, rows) - lses[:, None]).mul_(p_scale)
+        dlogits = _logits(hidden, rows).sub_(lses[:, None]).exp_().mul_(p_scale)
         if smoothing > 0.0:
             dlogits.sub_(scale * (smoothing / vocabulary))
         inside = (target >= begin) & (target < begin + rows.shape[0])
