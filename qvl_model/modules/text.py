@@ -16,7 +16,7 @@ _SPECIAL_ARGUMENTS = (
     "is_causal", "position_bias", "cache", "softcap", "s_aux", "sliding_window", "block_table", "head_mask",
     "cu_seq_lens_q", "cu_seq_lens_k",
 )  # fmt: skip
-_SILU = ("silu", "swish")
+_SILU = type(stock.ACT2FN["silu"])
 
 
 def _has_special_arguments(kwargs: dict) -> bool:
@@ -32,7 +32,7 @@ class Qwen3VLTextRMSNorm(stock.Qwen3VLTextRMSNorm):
 
 class Qwen3VLTextMLP(stock.Qwen3VLTextMLP):
     def forward(self, x: Tensor) -> Tensor:
-        if self.config.hidden_act not in _SILU:
+        if not is_plain(self.act_fn, _SILU):
             return super().forward(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
         if kernels_take(gate, up):
@@ -158,7 +158,7 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
             or implementation not in ("sdpa", "eager")
             or (self.training and attention.attention_dropout > 0.0)
             or not is_plain(mlp, Qwen3VLTextMLP)
-            or mlp.config.hidden_act not in _SILU
+            or not is_plain(mlp.act_fn, _SILU)
             or not no_global_hooks()
             or not hidden_states.is_contiguous()
             or hidden_states.dim() != 3

@@ -61,7 +61,8 @@ def _vision_setup(ctx, inputs, output) -> None:
 
 
 def _vision_backward(ctx, grad_q, grad_k):
-    dq, dk = (_rope_backward(g, *ctx.saved_tensors).to(g.dtype) for g in (grad_q, grad_k))
+    cos, sin = ctx.saved_tensors  # once: checkpointing hands them out a single time
+    dq, dk = (_rope_backward(grad, cos, sin).to(grad.dtype) for grad in (grad_q, grad_k))
     return dq, dk, None, None
 
 

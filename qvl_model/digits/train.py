@@ -1,0 +1,181 @@
+"""Trains the digits model and writes a complete checkpoint: ``python -m qvl_model.digits.train --out DIR``.
+
+Qwen3-VL architecture at small width, transformers.Trainer, about ten minutes on two cores.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Trainer, TrainingArguments
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from qvl_model.digits import scenes
+
+__all__ = ["build_config", "build_image_processor", "build_tokenizer", "main", "patchify"]
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+    "<|video_pad|>",
+]  # fmt: skip
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' or 'image' in part %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif part['type'] == 'video' or 'video' in part %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PATCH, MERGE, TEMPORAL = 16, 2, 2
+VISUAL_TOKENS = (scenes.HEIGHT // (PATCH * MERGE)) * (scenes.WIDTH // (PATCH * MERGE))
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on the questions and answers, with Qwen's special tokens and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    corpus = [*scenes.QUESTIONS.values(), "system", "user\n", "assistant\n", *(f"{a} {b} {c}" for a, b, c in np.ndindex(10, 10, 10))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=384, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus * 2, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL_TOKENS[1:],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
+        vision_start_token="<|vision_start|>",
+        vision_end_token="<|vision_end|>",
+    )
+
+
+def build_image_processor() -> Qwen2VLImageProcessorPil:
+    return Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 32 * 32, "longest_edge": 512 * 512}, patch_size=PATCH, merge_size=MERGE,
+        temporal_patch_size=TEMPORAL, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+    )  # fmt: skip
+
+
+def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    return Qwen3VLConfig(
+        text_config={
+            "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
+            "num_key_value_heads": 3, "head_dim": 32, "vocab_size": 384, "max_position_embeddings": 2048,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True
+            },
+            "tie_word_embeddings": True, "pad_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
+        },
+        vision_config={
+            "depth": 4, "hidden_size": 128, "num_heads": 4, "intermediate_size": 512, "patch_size": PATCH,
+            "temporal_patch_size": TEMPORAL, "spatial_merge_size": MERGE, "out_hidden_size": 192,
+            "deepstack_visual_indexes": [1], "num_position_embeddings": 64,
+        },
+        tie_word_embeddings=True, image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+    )  # fmt: skip
+
+
+def patchify(images: np.ndarray) -> torch.Tensor:
+    """uint8 [B, 32, 96, 3] -> pixel_values [B * patches, C * T * P * P], as the image processor makes them (tested)."""
+    batch = images.shape[0]
+    x = images.astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1.0
+    rows, columns = scenes.HEIGHT // PATCH, scenes.WIDTH // PATCH
+    x = x.reshape(batch, 3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
+    x = x.transpose(0, 2, 5, 3, 6, 1, 4, 7)  # B, block row, block column, row, column, C, P, P
+    x = np.repeat(x[:, :, :, :, :, :, None], TEMPORAL, 6)
+    return torch.from_numpy(np.ascontiguousarray(x.reshape(batch * rows * columns, -1)))
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerFast, question: str, answer: str) -> tuple[list[int], list[int]]:
+    """(prompt ids, answer ids) of one exchange, image tokens expanded."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * VISUAL_TOKENS)
+    return tokenizer(prompt).input_ids, tokenizer(answer + "<|im_end|>").input_ids
+
+
+class _Scenes(Dataset):
+    """``size`` training questions, each a function of (seed, index): new scenes all the time, the same in every run."""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed = size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict:
+        question = scenes.make_question("train", np.random.default_rng((self.seed, index)))
+        return {"image": np.asarray(question.image), "question": question.question, "answer": question.answer}
+
+
+class _Collator:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_token_id: int):
+        self.tokenizer, self.image_token_id = tokenizer, image_token_id
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        sequences = [chat_ids(self.tokenizer, row["question"], row["answer"]) for row in rows]
+        length = max(len(prompt) + len(answer) for prompt, answer in sequences)
+        input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
+        labels, mask = torch.full_like(input_ids, -100), torch.zeros_like(input_ids)
+        for i, (prompt, answer) in enumerate(sequences):
+            end = len(prompt) + len(answer)
+            input_ids[i, :end] = torch.tensor(prompt + answer)
+            labels[i, len(prompt) : end] = torch.tensor(answer)
+            mask[i, :end] = 1
+        grid = torch.tensor([[1, scenes.HEIGHT // PATCH, scenes.WIDTH // PATCH]]).expand(len(rows), 3)
+        return {
+            "input_ids": input_ids, "labels": labels, "attention_mask": mask,
+            "mm_token_type_ids": (input_ids == self.image_token_id).int(),
+            "pixel_values": patchify(np.stack([row["image"] for row in rows])), "image_grid_thw": grid,
+        }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer()
+    config = build_config(tokenizer)
+    model = Qwen3VLForConditionalGeneration(config)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    log = args.out.with_name(args.out.name + ".trainer")
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(log), max_steps=args.steps, per_device_train_batch_size=args.batch, learning_rate=1e-3,
+            lr_scheduler_type="cosine", warmup_steps=200, weight_decay=0.05, max_grad_norm=1.0, adam_beta2=0.98,
+            logging_steps=100, save_strategy="no", report_to=[], remove_unused_columns=False, use_cpu=True,
+            seed=args.seed, dataloader_num_workers=0,
+        ),
+        train_dataset=_Scenes(args.steps * args.batch, args.seed),
+        data_collator=_Collator(tokenizer, config.image_token_id),
+    )  # fmt: skip
+    trainer.train()
+    model.generation_config.update(
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=16
+    )
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    build_image_processor().save_pretrained(args.out)
+    shutil.rmtree(log, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

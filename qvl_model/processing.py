@@ -1,0 +1,38 @@
+"""The processor of a Qwen3-VL checkpoint without torchvision, which transformers' own AutoProcessor asks for."""
+
+import os
+
+from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor as StockProcessor
+
+__all__ = ["Qwen3VLProcessor", "load_processor"]
+
+
+class Qwen3VLProcessor(StockProcessor):
+    """The stock processor for text and images; without a video processor, so videos are refused."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, video_processor=None, chat_template=chat_template)
+
+    def check_argument_for_proper_class(self, argument_name: str, argument) -> type | None:
+        return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+    def __call__(self, images=None, text=None, videos=None, **kwargs):
+        if videos is not None:
+            raise ValueError("videos need transformers' own processor and torchvision; this one takes text and images")
+        return super().__call__(images=images, text=text, **kwargs)
+
+
+def load_processor(path: str | os.PathLike) -> Qwen3VLProcessor:
+    """Tokenizer, image processor (PIL) and chat template of a checkpoint directory.
+
+    Args:
+        path: directory with tokenizer.json, preprocessor_config.json and a chat template.
+    Raises: OSError if files are missing.
+    Example:
+        >>> processor = load_processor(path)
+        >>> inputs = processor(images=[image], text=[prompt], return_tensors="pt")
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+    return Qwen3VLProcessor(image_processor=image_processor, tokenizer=tokenizer, chat_template=tokenizer.chat_template)
