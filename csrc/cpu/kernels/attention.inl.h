@@ -63,7 +63,7 @@ inline void attention_load_mask(const AttentionArgs& a, const AttentionTask& t, 
   }
 }
 
-// Scale, mask and limit the scores of one block; returns whether any running maximum rose. new_max per lane.
+// Scale, mask and limit the scores of one block.
 inline void attention_mask_scores(const AttentionArgs& a, int64_t key, int64_t keys, int64_t width, bool limited,
                                   bool masked, const AttentionScratch& s) {
   const Vec scale = Vec::set1(a.scale), hidden = Vec::set1(-__builtin_inff()), lowest = Vec::set1(-3.4028234663852886e38f);
@@ -82,19 +82,23 @@ inline void attention_mask_scores(const AttentionArgs& a, int64_t key, int64_t k
   }
 }
 
-// Scores -> probabilities; updates the row state and rescales out where a maximum rose.
-inline void attention_softmax(int64_t keys, int64_t width, int64_t head_dim, bool first, const AttentionScratch& s) {
+// Scores times a positive scale -> probabilities; updates the row state and rescales out where a maximum rose.
+inline void attention_softmax(int64_t keys, int64_t width, int64_t head_dim, float scale_by, bool first,
+                              const AttentionScratch& s) {
+  const Vec scale = Vec::set1(scale_by);
   for (int64_t lane = 0; lane < width; lane += Vec::kWidth) {
     const Vec old_max = Vec::load(s.row_max + lane);
-    Vec new_max = old_max;
-    for (int64_t i = 0; i < keys; ++i) new_max = Vec::max(new_max, Vec::load(s.scores + i * width + lane));
+    Vec highest = Vec::load(s.scores + lane);
+    for (int64_t i = 1; i < keys; ++i) highest = Vec::max(highest, Vec::load(s.scores + i * width + lane));
+    const Vec new_max = Vec::max(old_max, highest * scale);
     // A row that has seen nothing keeps -inf; its exponent is taken from 0, which gives exp(-inf) = 0 and no NaN.
     const Vec lowest = Vec::set1(-3.4028234663852886e38f);
     const Vec base = Vec::select_lt(new_max, lowest, Vec::zero(), new_max);
+    const Vec minus_base = Vec::zero() - base;
     Vec sum = Vec::zero();
     for (int64_t i = 0; i < keys; ++i) {
       float* at = s.scores + i * width + lane;
-      const Vec p = vec_exp(Vec::load(at) - base);
+      const Vec p = vec_exp(Vec::fma(Vec::load(at), scale, minus_base));
       sum = sum + p;
       p.store(at);
     }
@@ -135,7 +139,7 @@ inline void attention_pair_block(const AttentionArgs& a, const bf16* v, int64_t 
     const bool pair = i + 1 < keys;
     for (int64_t lane = 0; lane < width; lane += V::kWidth) {
       const V high = pair ? V::load(s.scores + (i + 1) * width + lane) : V::zero();
-      V::pack_pair(V::load(s.scores + i * width + lane), high).store(s.pairs + i / 2 * width + lane);
+      V::pack_pair_flush(V::load(s.scores + i * width + lane), high).store(s.pairs + i / 2 * width + lane);
     }
     const bool hide_low = masked && attention_key_hidden(s.mask + i * width, width);
     const bool hide_high = !pair || (masked && attention_key_hidden(s.mask + (i + 1) * width, width));
@@ -192,8 +196,10 @@ inline void attention_block(const AttentionArgs& a, const AttentionTask& t, int6
   const int64_t words = DOT ? a.head_dim / 2 : a.head_dim;
   const bool masked = a.mask_kind != MaskKind::none, limited = key + keys > min_limit;
   if (DOT || sizeof(T) == 4) {
-    gemm_block<DOT>(vectors, s.q, reinterpret_cast<const char*>(k), a.k_s * int64_t(sizeof(T)), 4, words, keys, s.scores,
-                    width, false);
+    const int64_t max_depth = DOT ? words : kGemmDepthFp32;  // short partial sums keep fp32 accuracy
+    for (int64_t word = 0; word < words; word += max_depth)
+      gemm_block<DOT>(vectors, s.q + word * width, reinterpret_cast<const char*>(k) + word * 4,
+                      a.k_s * int64_t(sizeof(T)), 4, min_i(max_depth, words - word), keys, s.scores, width, word > 0);
   } else {
     for (int64_t i = 0; i < keys; ++i)
       QVL_FOR_LANES(d, lanes, a.head_dim) { store_lanes(load_lanes(k + i * a.k_s + d, lanes), s.kv + i * a.head_dim + d, lanes); }
@@ -201,8 +207,9 @@ inline void attention_block(const AttentionArgs& a, const AttentionTask& t, int6
                       false);
   }
   if (masked) attention_load_mask<T>(a, t, key, keys, width, s.mask);
-  attention_mask_scores(a, key, keys, width, limited, masked, s);
-  attention_softmax(keys, width, a.head_dim, first, s);
+  const bool plain = !masked && !limited && a.scale > 0.0f;
+  if (!plain) attention_mask_scores(a, key, keys, width, limited, masked, s);
+  attention_softmax(keys, width, a.head_dim, plain ? a.scale : 1.0f, first, s);
   if constexpr (DOT) {
     attention_pair_block<Vec>(a, v, keys, width, masked, s);
     gemm_block<true>(vectors, s.pairs, reinterpret_cast<const char*>(s.kv), 4, a.head_dim * 4, (keys + 1) / 2, a.head_dim,

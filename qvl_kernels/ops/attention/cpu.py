@@ -110,8 +110,8 @@ def _sequence_backward(q, k, v, out, lse, grad, grad_lse, visible_keys, mask, ca
                 scores = scores + full.float()
         if hide is not None:
             scores = scores.masked_fill(hide, float("-inf"))
-        row_lse = lse[:, :, :, rows]
-        p = torch.exp(scores - row_lse.masked_fill(row_lse == float("-inf"), 0.0))
+        # Not exp(scores - lse): under masks as large as the dtype, lse cannot hold the logarithm of the sum.
+        p = torch.softmax(scores, -1).masked_fill(lse[:, :, :, rows] == float("-inf"), 0.0)
         ds = p * (torch.einsum("bhgtd,bhsd->bhgts", gf[:, :, :, rows], vf) - delta[:, :, :, rows])
         dv += torch.einsum("bhgts,bhgtd->bhsd", p, gf[:, :, :, rows])
         if dmask is not None:

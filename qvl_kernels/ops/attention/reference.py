@@ -51,7 +51,7 @@ def attention_reference(
     else:
         lse = torch.logsumexp(scores, -1)
     empty = lse == -math.inf
-    p = torch.exp(scores - lse.masked_fill(empty, 0.0)[..., None])
+    p = torch.softmax(scores.masked_fill(empty[..., None], 0.0), -1).masked_fill(empty[..., None], 0.0)
     if dropout_p > 0.0:
         p = torch.nn.functional.dropout(p, dropout_p)
     out = (p @ v.to(wide)).to(v.dtype)
