@@ -42,7 +42,7 @@ def _decode_share(raw: dict, sizes: dict) -> dict:
     bandwidth = median(raw["bandwidth"]) * 1e9
     rates = {who: sizes["bytes_per_token"] / median(values) for who, values in raw["times"]["decode"].items()}
     shares = {who: rate / bandwidth for who, rate in rates.items()}
-    return _metric(shares["ours"], f"{shares['stock']:.1%}", f"{shares['ours']:.1%}", bandwidth_gb_s=bandwidth / 1e9)
+    return _metric(shares["ours"], f"{100 * shares['stock']:.1f} %", f"{100 * shares['ours']:.1f} %", bandwidth_gb_s=bandwidth / 1e9)
 
 
 def from_raw(raw: dict, sizes: dict) -> dict[str, dict]:

@@ -22,7 +22,9 @@ HEADER = ("", "stock", "accelerated", "ratio", "range", "target", "")
 
 
 def _number(target: Target, value: float) -> str:
-    return f"{value:.1%}" if target.unit == "%" else f"{value:.2f}×"
+    if target.unit == "%":
+        return f"{100 * value:.1f} %"
+    return f"{value:.3f}×" if target.at_most is not None else f"{value:.2f}×"
 
 
 def rows(result: dict) -> Iterator[tuple[str, ...]]:
@@ -105,7 +107,7 @@ def _chart(result: dict, file: Path) -> None:
             good = verdict(target, metric["value"]) == "pass"
             axis.barh(place, metric["value"], color="#3a7d44" if good else "#c98b2b", height=0.6)
             axis.plot([bound, bound], [place - 0.4, place + 0.4], color="black", linewidth=2)
-            axis.annotate(f"{metric['value']:.2f}×", (metric["value"], place), xytext=(4, 0), textcoords="offset points", va="center")
+            axis.annotate(_number(target, metric["value"]), (0, place), xytext=(6, 0), textcoords="offset points", va="center", color="white")
         axis.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
         axis.set_yticks(range(len(targets)), [target.label for target in reversed(targets)])
         axis.set_xlabel(f"{title}; black: target")

@@ -1,0 +1,29 @@
+"""Where the time of a run goes: seconds of each part of the tests beside its budget for `make test` on 2 cores."""
+
+from collections import defaultdict
+from pathlib import Path
+
+# Seconds; together under 15 minutes with what the set-up takes. What does not fit is marked slow.
+BUDGETS = {"kernels": 420, "model": 240, "digits": 60, "bench": 60}
+
+
+def part_of(file: str) -> str:
+    name = Path(file).stem
+    for part, prefixes in {"model": ("test_model",), "digits": ("test_digits", "test_cli", "test_processing"), "bench": ("test_bench", "test_structure")}.items():
+        if name.startswith(prefixes):
+            return part
+    return "kernels"
+
+
+def pytest_terminal_summary(terminalreporter):
+    seconds = defaultdict(float)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration") and hasattr(report, "fspath"):
+                seconds[part_of(report.fspath)] += report.duration
+    if sum(seconds.values()) < 30:
+        return
+    terminalreporter.section("time per part (budget of `make test`)")
+    for part, used in seconds.items():
+        late = "  OVER: mark something slow" if used > BUDGETS[part] else ""
+        terminalreporter.write_line(f"{part:8} {used:5.0f} s of {BUDGETS[part]} s{late}")
