@@ -1,0 +1,182 @@
+"""Does acceleration change answers? ``python -m bench.accuracy [--model PATH --questions FILE.jsonl]``
+
+Stock against accelerated on a trained checkpoint, for every weight precision that exists: exact answers (generated,
+greedy), mean log-likelihood and perplexity of the reference answers, and agreement of the generated answers. Default: the
+shipped digits model on its held-out questions. FILE.jsonl has one ``{"image": path or list of paths, "question": text,
+"answer": text}`` per line, paths relative to the file.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+__all__ = ["PRECISIONS", "Item", "load_questions", "main", "run"]
+
+# name -> (dtype of the weights, weights= of accelerate, share of answers that must agree, perplexity ratio at most)
+PRECISIONS: dict[str, tuple[torch.dtype, str | None, float, float]] = {
+    "bf16": (torch.bfloat16, None, 0.999, 1.001),
+    "fp32": (torch.float32, None, 0.999, 1.001),
+}
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about one or more PIL images, with its exact answer."""
+
+    images: list
+    question: str
+    answer: str
+
+
+def load_questions(file: Path) -> list[Item]:
+    """Items of a JSONL file. Raises ValueError with the line number for a line that is not a question."""
+    from PIL import Image
+
+    items = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            paths = row["image"] if isinstance(row["image"], list) else [row["image"]]
+            images = [Image.open(file.parent / path).convert("RGB") for path in paths]
+            items.append(Item(images, str(row["question"]), str(row["answer"])))
+        except (KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+            raise ValueError(f'{file}, line {number}: {error!r}; expected {{"image", "question", "answer"}}') from error
+    if not items:
+        raise ValueError(f"{file} holds no questions")
+    return items
+
+
+def _digits_items(limit: int | None) -> list[Item]:
+    from qvl_model.digits import scenes
+
+    questions = scenes.held_out_questions(limit or 2000)
+    return [Item([q.image], q.question, q.answer) for q in questions]
+
+
+def _batches(processor, items: list[Item], with_answers: bool) -> Iterator[tuple[list[Item], dict, torch.Tensor]]:
+    """(items, model inputs, tokens of each answer); questions padded on the left, answers appended if asked for."""
+    for begin in range(0, len(items), BATCH):
+        part = items[begin : begin + BATCH]
+        texts, answer_tokens = [], []
+        for item in part:
+            content = [{"type": "image"} for _ in item.images] + [{"type": "text", "text": item.question}]
+            prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+            answer = item.answer + processor.tokenizer.eos_token
+            answer_tokens.append(len(processor.tokenizer(answer).input_ids))
+            texts.append(prompt + answer if with_answers else prompt)
+        images = [item.images for item in part]
+        inputs = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
+        yield part, dict(inputs), torch.tensor(answer_tokens)
+
+
+def _evaluate(model, processor, items: list[Item]) -> dict:
+    """{"answers": [...], "log_likelihood": summed, "tokens": counted} of a model on all items."""
+    answers, total, tokens = [], 0.0, 0
+    with torch.inference_mode():
+        for _, inputs, _ in _batches(processor, items, with_answers=False):
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=16)
+            new = ids[:, inputs["input_ids"].shape[1] :]
+            answers += [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        for _, inputs, lengths in _batches(processor, items, with_answers=True):
+            keep = int(lengths.max()) + 1
+            logits = model(**inputs, logits_to_keep=keep).logits.float().log_softmax(-1)
+            targets = inputs["input_ids"][:, -keep + 1 :]
+            likelihood = logits[:, :-1].gather(2, targets[..., None])[..., 0]
+            counted = torch.arange(keep - 1)[None] >= keep - 1 - lengths[:, None]
+            total += likelihood[counted].sum().item()
+            tokens += int(counted.sum())
+    return {"answers": answers, "log_likelihood": total, "tokens": tokens}
+
+
+def run(model: str | None = None, questions: str | None = None, limit: int | None = None) -> dict:
+    """Runs the suite.
+
+    Args:
+        model: checkpoint directory; default the shipped digits model.
+        questions: JSONL file; needed with another model.
+        limit: use that many questions only.
+    Returns:
+        {"passed": bool, "questions": int, "precisions": {name: metrics}, "rows": rows of the benchmark's table}.
+    """
+    from transformers import Qwen3VLForConditionalGeneration
+
+    import qvl_model
+    from qvl_model import digits
+    from qvl_model.processing import load_processor
+
+    if model is not None and questions is None:
+        raise ValueError("accuracy of another model needs its own questions: give --questions FILE.jsonl")
+    items = load_questions(Path(questions))[:limit] if questions else _digits_items(limit)
+    path = model or str(digits.CHECKPOINT)
+    processor = load_processor(path)
+    precisions, rows, passed = {}, [], True
+    for name, (dtype, weights, agreement_least, ratio_most) in PRECISIONS.items():
+        loaded = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").eval()
+        stock = _evaluate(loaded, processor, items)
+        ours = _evaluate(qvl_model.accelerate(loaded, weights=weights), processor, items)
+        metrics = _compare(stock, ours, items)
+        metrics["passed"] = metrics["agreement"] >= agreement_least and metrics["perplexity_ratio"] <= ratio_most
+        passed &= metrics["passed"]
+        precisions[name] = metrics
+        rows += _rows(name, metrics, agreement_least, ratio_most)
+    return {"passed": passed, "questions": len(items), "precisions": precisions, "rows": rows}
+
+
+def _compare(stock: dict, ours: dict, items: list[Item]) -> dict:
+    def exact(answers: list[str]) -> float:
+        return sum(answer == item.answer for answer, item in zip(answers, items)) / len(items)
+
+    agreement = sum(a == b for a, b in zip(stock["answers"], ours["answers"])) / len(items)
+    mean_stock, mean_ours = (side["log_likelihood"] / side["tokens"] for side in (stock, ours))
+    return {
+        "exact_stock": exact(stock["answers"]), "exact_ours": exact(ours["answers"]), "agreement": agreement,
+        "log_likelihood_stock": mean_stock, "log_likelihood_ours": mean_ours,
+        "perplexity_stock": math.exp(-mean_stock), "perplexity_ours": math.exp(-mean_ours),
+        "perplexity_ratio": math.exp(mean_stock - mean_ours),
+    }  # fmt: skip
+
+
+def _rows(name: str, m: dict, agreement_least: float, ratio_most: float) -> list[list[str]]:
+    """Label, stock, accelerated, ratio, range, target, verdict, as in the benchmark's table."""
+    return [
+        [f"answers exact, {name}", f"{m['exact_stock']:.2%}", f"{m['exact_ours']:.2%}", "", "", "", ""],
+        [f"log-likelihood per token, {name}", f"{m['log_likelihood_stock']:.5f}", f"{m['log_likelihood_ours']:.5f}", "", "", "", ""],
+        [f"answers agree, {name}", "", "", f"{m['agreement']:.2%}", "", f"≥ {agreement_least:.1%}",
+         "pass" if m["agreement"] >= agreement_least else "miss"],
+        [f"perplexity, {name}", f"{m['perplexity_stock']:.5f}", f"{m['perplexity_ours']:.5f}", f"{m['perplexity_ratio']:.5f}×", "",
+         f"≤ {ratio_most:g}×", "pass" if m["perplexity_ratio"] <= ratio_most else "miss"],
+    ]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint directory (default: the shipped digits model)")
+    parser.add_argument("--questions", help="JSONL file of questions")
+    parser.add_argument("--limit", type=int, help="use the first N questions only")
+    arguments = parser.parse_args(argv)
+    try:
+        result = run(arguments.model, arguments.questions, arguments.limit)
+    except (ValueError, OSError) as error:
+        print(f"bench.accuracy: {error}", file=sys.stderr)
+        return 2
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "stock", "accelerated", "ratio", "", "target", "", title=f"accuracy on {result['questions']} questions")
+    for row in result["rows"]:
+        table.add_row(*row)
+    Console().print(table)
+    return 0 if result["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
