@@ -3,11 +3,18 @@ import torch
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
 from qvl_kernels.library import register
+from qvl_kernels.ops.linear.onednn import use_onednn
 
-__all__ = ["linear_op"]
+__all__ = ["extension_linear", "linear_op"]
 
 
 def _linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if use_onednn(x, x.numel() // max(1, x.shape[-1])):
+        return torch.nn.functional.linear(x, weight, bias)
+    return extension_linear(x, weight, bias)
+
+
+def extension_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
     n = weight.shape[0]
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)

@@ -1,0 +1,36 @@
+"""Matrix units (AMX) are reached through oneDNN, PyTorch's own linear: used for many rows where it measures faster."""
+
+import functools
+import time
+
+import torch
+
+__all__ = ["MIN_ROWS", "onednn_is_faster", "use_onednn"]
+
+MIN_ROWS = 16  # fewer rows are bound by memory, where the extension's matrix-vector product wins
+
+
+def use_onednn(x: torch.Tensor, rows: int) -> bool:
+    """Whether linear layers over ``rows`` rows of x's dtype go through PyTorch."""
+    return rows >= MIN_ROWS and x.dtype is torch.bfloat16 and onednn_is_faster()
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Measured once per process, on a prefill-sized product, on processors with AMX only: without matrix units oneDNN
+    reached 0.9 to 1.0 (Zen 5) and 0.6 (AVX-512 without AMX) times the extension's speed."""
+    if not torch.cpu._is_amx_tile_supported():
+        return False
+    from qvl_kernels.ops.linear.cpu import extension_linear
+
+    x, weight = torch.randn(256, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
+    return _best_time(lambda: torch.nn.functional.linear(x, weight)) < _best_time(lambda: extension_linear(x, weight, None))
+
+
+def _best_time(function) -> float:
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
