@@ -2,7 +2,8 @@
 
 import os
 
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor as StockProcessor
 
 __all__ = ["Qwen3VLProcessor", "load_processor"]
@@ -34,5 +35,6 @@ def load_processor(path: str | os.PathLike) -> Qwen3VLProcessor:
         >>> inputs = processor(images=[image], text=[prompt], return_tensors="pt")
     """
     tokenizer = AutoTokenizer.from_pretrained(path)
-    image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+    # By name: AutoImageProcessor of transformers 5.17 asks for torchvision whatever backend it is given.
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
     return Qwen3VLProcessor(image_processor=image_processor, tokenizer=tokenizer, chat_template=tokenizer.chat_template)
