@@ -26,9 +26,12 @@ def no_global_hooks() -> bool:
 
 def only_capture_hooks(module: nn.Module) -> bool:
     """Every forward hook is transformers' own recorder of attention weights, which records nothing under sdpa."""
-    return not module._forward_pre_hooks and all(
-        getattr(hook, "__module__", None) == _CAPTURE_HOOKS for hook in module._forward_hooks.values()
-    )
+    if module._forward_pre_hooks:
+        return False
+    for hook in module._forward_hooks.values():
+        if getattr(hook, "__module__", None) != _CAPTURE_HOOKS:
+            return False
+    return True
 
 
 def kernels_take(*tensors: torch.Tensor | None) -> bool:
@@ -36,7 +39,8 @@ def kernels_take(*tensors: torch.Tensor | None) -> bool:
     first = tensors[0]
     if first.device.type != "cpu" or first.dtype not in FAST_DTYPES or torch.is_autocast_enabled("cpu"):
         return False
-    return all(
-        x is None or (x.dtype is first.dtype and x.device.type == "cpu" and (x.stride(-1) == 1 or x.shape[-1] <= 1))
-        for x in tensors
-    )
+    dtype = first.dtype
+    for x in tensors:  # a plain loop: this runs for every layer and token
+        if x is not None and not (x.dtype is dtype and x.is_cpu and (x.stride(-1) == 1 or x.shape[-1] <= 1)):
+            return False
+    return True

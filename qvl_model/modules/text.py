@@ -20,7 +20,10 @@ _SILU = type(stock.ACT2FN["silu"])
 
 
 def _has_special_arguments(kwargs: dict) -> bool:
-    return any(kwargs.get(name) is not None for name in _SPECIAL_ARGUMENTS)
+    for name in kwargs:
+        if name in _SPECIAL_ARGUMENTS and kwargs[name] is not None:
+            return True
+    return False
 
 
 class Qwen3VLTextRMSNorm(stock.Qwen3VLTextRMSNorm):
@@ -148,7 +151,9 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], mask: Tensor | None, kwargs: dict
     ) -> qvl_kernels.DecoderWeights | None:
         """The layer's tensors if one fused call computes what the modules would, else None."""
-        attention, mlp = self.self_attn, self.mlp
+        # Runs once per layer and token: plain loops and dictionary look-ups, no generators and no __getattr__.
+        children = self._modules
+        attention, mlp = children["self_attn"], children["mlp"]
         implementation = attention.config._attn_implementation
         if (
             torch.compiler.is_compiling()
@@ -158,7 +163,6 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
             or implementation not in ("sdpa", "eager")
             or (self.training and attention.attention_dropout > 0.0)
             or not is_plain(mlp, Qwen3VLTextMLP)
-            or not is_plain(mlp.act_fn, _SILU)
             or not no_global_hooks()
             or not hidden_states.is_contiguous()
             or hidden_states.dim() != 3
@@ -166,24 +170,32 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
             or _has_special_arguments(kwargs)
         ):
             return None
-        norms = (self.input_layernorm, attention.q_norm, attention.k_norm, self.post_attention_layernorm)
-        linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        if not all(is_plain(norm, Qwen3VLTextRMSNorm) for norm in norms):
+        projections, feed_forward = attention._modules, mlp._modules
+        if not is_plain(feed_forward["act_fn"], _SILU):
             return None
-        if not all(is_plain(linear, Linear) for linear in linears):
-            return None
-        input_norm, q_norm, k_norm, post_norm = (norm._parameters["weight"] for norm in norms)
-        q, k, v, o, gate, up, down = (linear._parameters["weight"] for linear in linears)
-        q_bias, k_bias, v_bias, o_bias, *mlp_biases = (linear._parameters["bias"] for linear in linears)
+        norms = (children["input_layernorm"], projections["q_norm"], projections["k_norm"], children["post_attention_layernorm"])
+        for norm in norms:
+            if not is_plain(norm, Qwen3VLTextRMSNorm):
+                return None
+        linears = (
+            projections["q_proj"], projections["k_proj"], projections["v_proj"], projections["o_proj"],
+            feed_forward["gate_proj"], feed_forward["up_proj"], feed_forward["down_proj"],
+        )  # fmt: skip
+        for linear in linears:
+            if not is_plain(linear, Linear):
+                return None
+        input_norm, q_norm, k_norm, post_norm = [norm._parameters["weight"] for norm in norms]
+        q, k, v, o, gate, up, down = [linear._parameters["weight"] for linear in linears]
+        q_bias, k_bias, v_bias, o_bias, *mlp_biases = [linear._parameters["bias"] for linear in linears]
         weights = qvl_kernels.DecoderWeights(
             input_norm, q, k, v, q_norm, k_norm, o, post_norm, gate, up, down, q_bias, k_bias, v_bias, o_bias
         )
-        if any(bias is not None for bias in mlp_biases) or not kernels_take(hidden_states, *weights, *position_embeddings):
+        if mlp_biases != [None, None, None] or not kernels_take(hidden_states, *weights, *position_embeddings):
             return None
-        if torch.is_grad_enabled() and (
-            hidden_states.requires_grad or any(weight is not None and weight.requires_grad for weight in weights)
-        ):
-            return None
+        if torch.is_grad_enabled():
+            for tensor in (hidden_states, *weights):
+                if tensor is not None and tensor.requires_grad:
+                    return None
         return weights
 
 
