@@ -107,6 +107,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     config = _config(checkpoint)
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     import qvl_model
     from qvl_model.processing import load_processor
@@ -116,7 +117,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     try:
         processor = load_processor(checkpoint)
         model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(checkpoint, dtype="auto").eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CommandError(f"{checkpoint} cannot be loaded: {error}") from error
     if not arguments.stock:
         model = qvl_model.accelerate(model)

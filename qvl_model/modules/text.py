@@ -35,7 +35,7 @@ class Qwen3VLTextRMSNorm(stock.Qwen3VLTextRMSNorm):
 
 class Qwen3VLTextMLP(stock.Qwen3VLTextMLP):
     def forward(self, x: Tensor) -> Tensor:
-        if not is_plain(self.act_fn, _SILU):
+        if not (is_plain(self.act_fn, _SILU) and no_global_hooks()):
             return super().forward(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
         if kernels_take(gate, up):
@@ -56,9 +56,13 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
         if (
             self.config._attn_implementation != "sdpa"
             or dropout > 0.0
+            or not self.is_causal
             or _has_special_arguments(kwargs)
             or not (attention_mask is None or isinstance(attention_mask, Tensor))
             or not (is_plain(self.q_norm, Qwen3VLTextRMSNorm) and is_plain(self.k_norm, Qwen3VLTextRMSNorm))
+            or self.q_norm.variance_epsilon != self.k_norm.variance_epsilon
+            or not no_global_hooks()
+            or not _tables_fit(position_embeddings, hidden_states)
         ):
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -90,6 +94,12 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
             out, _ = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return self.o_proj(out), None
+
+
+def _tables_fit(tables: tuple[Tensor, Tensor], x: Tensor) -> bool:
+    """cos and sin of exactly the positions of x [B, T, C]; stock code broadcasts whatever else it gets."""
+    shape = tables[0].shape
+    return len(shape) == 3 and shape[1] == x.shape[1] and shape[0] in (1, x.shape[0])
 
 
 def _mask_fits(mask: Tensor | None, q: Tensor, k: Tensor) -> bool:
@@ -162,20 +172,23 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
             or not (only_capture_hooks(attention) if implementation == "sdpa" else is_plain(attention, Qwen3VLTextAttention))
             or implementation not in ("sdpa", "eager")
             or (self.training and attention.attention_dropout > 0.0)
+            or not attention.is_causal
             or not is_plain(mlp, Qwen3VLTextMLP)
             or not no_global_hooks()
             or not hidden_states.is_contiguous()
             or hidden_states.dim() != 3
             or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype in (torch.bool, hidden_states.dtype)))
             or _has_special_arguments(kwargs)
+            or not _tables_fit(position_embeddings, hidden_states)
         ):
             return None
         projections, feed_forward = attention._modules, mlp._modules
         if not is_plain(feed_forward["act_fn"], _SILU):
             return None
         norms = (children["input_layernorm"], projections["q_norm"], projections["k_norm"], children["post_attention_layernorm"])
+        eps = norms[0].variance_epsilon
         for norm in norms:
-            if not is_plain(norm, Qwen3VLTextRMSNorm):
+            if not is_plain(norm, Qwen3VLTextRMSNorm) or norm.variance_epsilon != eps:
                 return None
         linears = (
             projections["q_proj"], projections["k_proj"], projections["v_proj"], projections["o_proj"],

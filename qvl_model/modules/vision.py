@@ -17,7 +17,7 @@ class Qwen3VLVisionPatchEmbed(stock.Qwen3VLVisionPatchEmbed):
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight, bias = self.proj.weight, self.proj.bias
         patches = hidden_states.to(weight.dtype).reshape(-1, weight[0].numel())
-        if is_plain(self.proj, nn.Conv3d) and weight.is_contiguous() and kernels_take(patches, weight, bias):
+        if is_plain(self.proj, nn.Conv3d) and no_global_hooks() and weight.is_contiguous() and kernels_take(patches, weight, bias):
             return qvl_kernels.patch_embed(patches, weight, bias)
         return super().forward(hidden_states)
 
@@ -25,7 +25,7 @@ class Qwen3VLVisionPatchEmbed(stock.Qwen3VLVisionPatchEmbed):
 class Qwen3VLVisionMLP(stock.Qwen3VLVisionMLP):
     def forward(self, hidden_state: Tensor) -> Tensor:
         hidden_state = self.linear_fc1(hidden_state)
-        if _is_gelu_tanh(self.act_fn) and kernels_take(hidden_state):
+        if _is_gelu_tanh(self.act_fn) and no_global_hooks() and kernels_take(hidden_state):
             return self.linear_fc2(qvl_kernels.gelu_tanh(hidden_state))
         return self.linear_fc2(self.act_fn(hidden_state))
 
@@ -94,6 +94,7 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
             or not no_global_hooks()
             or not hidden_states.is_contiguous()
             or self.norm1.eps != self.norm2.eps
+            or attention.scaling != attention.head_dim**-0.5
         ):
             return None
         modules = (self.norm1, attention.qkv, attention.proj, self.norm2, mlp.linear_fc1, mlp.linear_fc2)
