@@ -13,7 +13,7 @@ namespace {
 
 // Scratch rows of one layer call, kept per calling thread.
 struct LayerScratch {
-  Workspace normed, qkv, attended, residual;
+  Workspace rows, qkv;  // rows: normed hidden states or attention output, whichever is alive
 };
 LayerScratch& layer_scratch() {
   thread_local LayerScratch scratch;
@@ -43,12 +43,11 @@ void run_decoder_layer(const DecoderLayerArgs& a) {
   const int64_t q_width = a.heads * a.head_dim, kv_width = a.kv_heads * a.head_dim, qkv_width = q_width + 2 * kv_width;
   if (rows == 0) return;
   LayerScratch& scratch = layer_scratch();
-  char* normed = scratch.normed.get<char>(rows * a.hidden * size);
+  char* normed = scratch.rows.get<char>(rows * (a.hidden > q_width ? a.hidden : q_width) * size);
   char* q = scratch.qkv.get<char>(rows * qkv_width * size);
   char* k = q + q_width * size;
   char* v = k + kv_width * size;
-  char* attended = scratch.attended.get<char>(rows * q_width * size);
-  char* residual = scratch.residual.get<char>(rows * a.hidden * size);
+  char* attended = normed;
 
   norm(a.x, a.input_norm, nullptr, normed, rows, a.hidden, a.eps, a.dtype);
   const LinearCall qkv[3] = {call(a.q, q_width, q, qkv_width), call(a.k, kv_width, k, qkv_width),
@@ -92,16 +91,17 @@ void run_decoder_layer(const DecoderLayerArgs& a) {
   attention.dtype = a.dtype;
   run_attention(attention);
 
-  LinearCall o = call(a.o, a.hidden, residual, a.hidden);
+  // The sum after attention lies in out until the MLP adds to it.
+  LinearCall o = call(a.o, a.hidden, a.out, a.hidden);
   o.residual = a.x, o.residual_stride = a.hidden;
   run_linears(Rows{attended, q_width, rows, q_width, a.dtype}, &o, 1);
 
-  norm(residual, a.post_norm, nullptr, normed, rows, a.hidden, a.eps, a.dtype);
+  norm(a.out, a.post_norm, nullptr, normed, rows, a.hidden, a.eps, a.dtype);
   LinearCall gate = call(a.gate, a.mlp, nullptr, 0);
   gate.up = &a.up;
   gate.activation = Activation::swiglu;
   LinearCall down = call(a.down, a.hidden, a.out, a.hidden);
-  down.residual = residual, down.residual_stride = a.hidden;
+  down.residual = a.out, down.residual_stride = a.hidden;
   run_mlp(Rows{normed, a.hidden, rows, a.hidden, a.dtype}, gate, down);
 }
 
@@ -109,10 +109,9 @@ void run_vision_block(const VisionBlockArgs& a) {
   const int64_t rows = a.tokens, size = dtype_bytes(a.dtype), width = a.heads * a.head_dim;
   if (rows == 0) return;
   LayerScratch& scratch = layer_scratch();
-  char* normed = scratch.normed.get<char>(rows * a.hidden * size);
+  char* normed = scratch.rows.get<char>(rows * (a.hidden > width ? a.hidden : width) * size);
   char* q = scratch.qkv.get<char>(rows * 3 * width * size);
-  char* attended = scratch.attended.get<char>(rows * width * size);
-  char* residual = scratch.residual.get<char>(rows * a.hidden * size);
+  char* attended = normed;
 
   norm(a.x, a.norm1_w, a.norm1_b, normed, rows, a.hidden, a.eps, a.dtype);
   const LinearCall qkv = call(a.qkv, 3 * width, q, 3 * width);
@@ -142,15 +141,15 @@ void run_vision_block(const VisionBlockArgs& a) {
   attention.dtype = a.dtype;
   run_attention(attention);
 
-  LinearCall proj = call(a.proj, a.hidden, residual, a.hidden);
+  LinearCall proj = call(a.proj, a.hidden, a.out, a.hidden);
   proj.residual = a.x, proj.residual_stride = a.hidden;
   run_linears(Rows{attended, width, rows, width, a.dtype}, &proj, 1);
 
-  norm(residual, a.norm2_w, a.norm2_b, normed, rows, a.hidden, a.eps, a.dtype);
+  norm(a.out, a.norm2_w, a.norm2_b, normed, rows, a.hidden, a.eps, a.dtype);
   LinearCall fc1 = call(a.fc1, a.mlp, nullptr, 0);
   fc1.activation = Activation::gelu_tanh;
   LinearCall fc2 = call(a.fc2, a.hidden, a.out, a.hidden);
-  fc2.residual = residual, fc2.residual_stride = a.hidden;
+  fc2.residual = a.out, fc2.residual_stride = a.hidden;
   run_mlp(Rows{normed, a.hidden, rows, a.hidden, a.dtype}, fc1, fc2);
 }
 

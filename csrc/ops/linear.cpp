@@ -9,7 +9,7 @@ namespace qvl {
 
 namespace {
 
-constexpr int64_t kMlpChunkRows = 2048;
+constexpr int64_t kChunkRows = 2048;  // rows whose panels are held at once
 
 Workspace& gemm_scratch() {
   thread_local Workspace scratch;
@@ -61,6 +61,18 @@ void pack_panels(const Rows& rows, int64_t first_row, int64_t m, Route route, fl
   const char* x = static_cast<const char*>(rows.x) + first_row * rows.stride * dtype_bytes(rows.dtype);
   const PackArgs args{x, rows.stride, m, rows.k, rows.dtype, route, panels};
   parallel_tasks(panel_count(m), [&](int64_t panel) { table.gemm_pack(args, panel); });
+}
+
+Workspace& panels_workspace() {
+  thread_local Workspace workspace;
+  return workspace;
+}
+
+// The call with its output and residual beginning at `row`.
+LinearCall from_row(LinearCall call, int64_t row, int64_t element) {
+  if (call.out) call.out = static_cast<char*>(call.out) + row * call.out_stride * element;
+  if (call.residual) call.residual = static_cast<const char*>(call.residual) + row * call.residual_stride * element;
+  return call;
 }
 
 GemmArgs gemm_args(const LinearCall& call, const float* panels, int64_t m, int64_t k, Route route, DType dtype) {
@@ -147,19 +159,23 @@ void run_linears(const Rows& rows, const LinearCall* calls, int count) {
   if (rows.m == 0) return;
   if (rows.m <= kGemvMaxRows) return run_gemvs(rows, calls, count);
   const Route route = gemm_route(rows.dtype, rows.k, 2);
-  thread_local Workspace panels_ws;
-  float* panels = panels_ws.get<float>(panel_words(rows.m, rows.k, route));
-  pack_panels(rows, 0, rows.m, route, panels);
+  const int64_t chunk = rows.m < kChunkRows ? rows.m : kChunkRows, element = dtype_bytes(rows.dtype);
+  float* panels = panels_workspace().get<float>(panel_words(chunk, rows.k, route));
   constexpr int kMaxCalls = 4;
   GemmArgs gemms[kMaxCalls];
-  for (int i = 0; i < count; ++i) gemms[i] = gemm_args(calls[i], panels, rows.m, rows.k, route, rows.dtype);
-  run_gemms(gemms, count);
+  for (int64_t row = 0; row < rows.m; row += chunk) {
+    const int64_t m = rows.m - row < chunk ? rows.m - row : chunk;
+    pack_panels(rows, row, m, route, panels);
+    for (int i = 0; i < count; ++i)
+      gemms[i] = gemm_args(from_row(calls[i], row, element), panels, m, rows.k, route, rows.dtype);
+    run_gemms(gemms, count);
+  }
 }
 
 void run_mlp(const Rows& rows, const LinearCall& first, const LinearCall& down) {
   if (rows.m == 0) return;
   const int64_t hidden = first.n, element = dtype_bytes(rows.dtype);
-  thread_local Workspace hidden_ws, panels_ws;
+  thread_local Workspace hidden_ws;
   if (rows.m <= kGemvMaxRows) {
     LinearCall call = first;
     call.out = hidden_ws.get<char>(rows.m * hidden * element);
@@ -168,8 +184,8 @@ void run_mlp(const Rows& rows, const LinearCall& first, const LinearCall& down) 
     return run_gemvs(Rows{call.out, hidden, rows.m, hidden, rows.dtype}, &down, 1);
   }
   const Route route = gemm_route(rows.dtype, rows.k, hidden);
-  const int64_t chunk = rows.m < kMlpChunkRows ? rows.m : kMlpChunkRows;
-  float* panels = panels_ws.get<float>(panel_words(chunk, rows.k, route));
+  const int64_t chunk = rows.m < kChunkRows ? rows.m : kChunkRows;
+  float* panels = panels_workspace().get<float>(panel_words(chunk, rows.k, route));
   float* hidden_panels = hidden_ws.get<float>(panel_words(chunk, hidden, route));
   for (int64_t row = 0; row < rows.m; row += chunk) {
     const int64_t m = rows.m - row < chunk ? rows.m - row : chunk;
@@ -178,9 +194,7 @@ void run_mlp(const Rows& rows, const LinearCall& first, const LinearCall& down) 
     args.out = hidden_panels;
     args.out_panels = true;
     run_gemms(&args, 1);
-    args = gemm_args(down, hidden_panels, m, hidden, route, rows.dtype);
-    args.out = static_cast<char*>(down.out) + row * down.out_stride * element;
-    if (down.residual) args.residual = static_cast<const char*>(down.residual) + row * down.residual_stride * element;
+    args = gemm_args(from_row(down, row, element), hidden_panels, m, hidden, route, rows.dtype);
     run_gemms(&args, 1);
   }
 }
