@@ -64,11 +64,17 @@ def _base_model(model: nn.Module) -> nn.Module:
 
 def _check(model: nn.Module) -> None:
     """Raises before anything is changed if the model cannot be accelerated."""
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
+    foreign = getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None
+    if foreign or any(".quantized" in type(module).__module__ for module in model.modules()):
         raise ValueError(
             "accelerate: the model is quantised by another library; load it unquantised (without quantization_config)"
         )
     for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter:
+            raise ValueError(
+                f"accelerate: {name}: {type(parameter).__name__} (quantised or sharded by another library); "
+                "accepted are plain parameters: accelerate the model before that, or load it without"
+            )
         if parameter.is_meta:
             raise ValueError(f"accelerate: {name} is on the meta device; load the weights first (from_pretrained)")
         if parameter.dtype not in FAST_DTYPES:

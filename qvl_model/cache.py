@@ -56,6 +56,8 @@ def open_store(cache: Cache | None, index: int, x: Tensor, kv_heads: int, head_d
         return Store(keys, torch.empty_like(keys), 0, queries)
     if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
         return None
+    if type(cache).update is not Cache.update or "update" in cache.__dict__:  # a cache that evicts, quantises, counts, ...
+        return None
     while index >= len(cache.layers) and cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.append(DynamicLayer())
     if index >= len(cache.layers):

@@ -182,3 +182,21 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor, limit: float = 2e-5)
     assert out.shape == expected.shape and out.dtype == expected.dtype
     error = relative(out, expected)
     assert error <= limit, f"relative error {error:.2e} > {limit:.0e}"
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor subclass that holds its values in another tensor, as quantised and sharded weights do."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device, strides=held.stride())
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        def held(value):
+            return value.held if isinstance(value, cls) else value
+
+        return function(*torch.utils._pytree.tree_map(held, args), **torch.utils._pytree.tree_map(held, kwargs or {}))

@@ -81,6 +81,15 @@ def _quantised(model):
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
 
 
+def _quantised_dynamically(model):
+    model.model.language_model.layers[1].mlp = torch.ao.quantization.quantize_dynamic(model.model.language_model.layers[1].mlp, {nn.Linear})
+
+
+def _holds_values_elsewhere(model):
+    model.lm_head._parameters["weight"] = models.Elsewhere(model.lm_head.weight.detach())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.ao.quantization
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -88,8 +97,10 @@ def _quantised(model):
         (lambda: models.stock_model().to("meta"), ValueError, "meta device"),
         (lambda: models.stock_model().double(), ValueError, "float64"),
         (lambda: _with(models.stock_model(), _quantised), ValueError, "quantised"),
+        (lambda: _with(models.stock_model(), _quantised_dynamically), ValueError, "quantised"),
+        (lambda: _with(models.stock_model(), _holds_values_elsewhere), ValueError, "lm_head.weight: Elsewhere"),
     ],
-    ids=["class", "meta", "dtype", "quantised"],
+    ids=["class", "meta", "dtype", "quantised", "quantised dynamically", "tensor subclass"],
 )
 def test_failure_leaves_the_model_as_it_was(make, error, message):
     model = make()

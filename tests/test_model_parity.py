@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from models import CONFIGS, assert_all_fused, assert_close, fused_calls, inputs, pair, stock_model
+from models import CONFIGS, Elsewhere, assert_all_fused, assert_close, fused_calls, inputs, pair, stock_model
 from torch import nn
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
@@ -449,3 +449,25 @@ def test_torch_compile_whole_model_and_static_cache(fresh):
     fast.forward = torch.compile(fast.forward)
     _assert_greedy_equal(stock, fast, batch)
     _assert_greedy_equal(stock, fast, batch, cache_implementation="static")
+
+
+def test_vision_attentions_are_recorded_when_asked_for(fresh):
+    batch = inputs([(1, 4, 6), 2])
+    pixels, grid = batch["pixel_values"], batch["image_grid_thw"]
+    with torch.no_grad():
+        theirs, ours = (model.model.visual(pixels, grid, output_attentions=True) for model in fresh)
+        assert len(ours.attentions) == len(theirs.attentions)
+        for got, expected in zip(ours.attentions, theirs.attentions, strict=True):
+            assert_close(got, expected)
+        with fused_calls(fresh[1]) as calls:
+            fresh[1].model.visual(pixels, grid)
+    assert calls.fused["vision_block"] == calls.expected["vision_block"] > 0
+
+
+def test_weights_that_are_tensor_subclasses(fresh):
+    """Their pointer must never reach a kernel."""
+    for model in fresh:
+        for module in (model.model.language_model.layers[0].mlp.up_proj, model.model.visual.blocks[0].attn.proj, model.lm_head):
+            held = module.weight.detach().clone()
+            module._parameters["weight"] = Elsewhere(held) if model is fresh[1] else held
+    _assert_same_after(*fresh)

@@ -102,3 +102,17 @@ def test_lora_training():
     assert gradients.keys() == expected.keys() and all("lora" in name for name in gradients)
     for name, gradient in gradients.items():
         assert (gradient - expected[name]).norm() <= 5e-5 * expected[name].norm() + 1e-7, name
+
+
+def test_torch_func_grad():
+    """Function transforms have their own tensors, which only PyTorch operations understand."""
+    batch, results = {"input_ids": models.inputs([6])["input_ids"], "use_cache": False}, []
+    for model in models.pair("small"):
+
+        def loss(parameters, model=model):
+            return torch.func.functional_call(model, parameters, kwargs=batch).logits.square().mean()
+
+        results.append(torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()}))
+    expected, gradients = results
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 5e-5 * expected[name].norm() + 1e-7, name

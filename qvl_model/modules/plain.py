@@ -3,11 +3,12 @@
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
+from transformers.utils import output_capturing
 
 __all__ = ["FAST_DTYPES", "is_plain", "kernels_take", "only_capture_hooks"]
 
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CAPTURE_HOOKS = "transformers.utils.output_capturing"
+_PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 
 
 def is_plain(module: nn.Module, kind: type) -> bool:
@@ -25,22 +26,29 @@ def no_global_hooks() -> bool:
 
 
 def only_capture_hooks(module: nn.Module) -> bool:
-    """Every forward hook is transformers' own recorder of attention weights, which records nothing under sdpa."""
+    """Every forward hook is transformers' own recorder of attentions, and nobody asked for them in this call."""
     if module._forward_pre_hooks:
         return False
+    if not module._forward_hooks:
+        return True
     for hook in module._forward_hooks.values():
-        if getattr(hook, "__module__", None) != _CAPTURE_HOOKS:
+        if getattr(hook, "__module__", None) != output_capturing.__name__:
             return False
-    return True
+    return "attentions" not in (output_capturing._active_collector.get() or ())
 
 
 def kernels_take(*tensors: torch.Tensor | None) -> bool:
-    """CPU tensors of one dtype that the kernels know, rows contiguous, no autocast that would change dtypes on the way."""
+    """Plain CPU tensors (no subclass: it may hold its values elsewhere) of one dtype that the kernels know, rows
+    contiguous, no autocast that would change dtypes on the way."""
     first = tensors[0]
-    if first.device.type != "cpu" or first.dtype not in FAST_DTYPES or torch.is_autocast_enabled("cpu"):
+    if not first.is_cpu or first.dtype not in FAST_DTYPES or torch.is_autocast_enabled("cpu"):
+        return False
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():  # torch.func.grad, vmap, ...
         return False
     dtype = first.dtype
     for x in tensors:  # a plain loop: this runs for every layer and token
-        if x is not None and not (x.dtype is dtype and x.is_cpu and (x.stride(-1) == 1 or x.shape[-1] <= 1)):
+        if x is not None and not (
+            type(x) in _PLAIN_TENSORS and x.dtype is dtype and x.is_cpu and (x.stride(-1) == 1 or x.shape[-1] <= 1)
+        ):
             return False
     return True

@@ -1,0 +1,165 @@
+"""Caches that kernels write into in place: whatever is done to one between two steps, it goes on as stock's would."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from models import assert_close, fused_calls, inputs, pair
+from transformers import DynamicCache, StaticCache
+
+PROMPT, NEXT, OTHER = [5, 6, 7, 8, 9], [11, 12, 13], [21, 22, 23]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return pair("odd")
+
+
+@torch.no_grad()
+def _steps(model, cache, ids, rows: int = 1) -> torch.Tensor:
+    """Logits of ids fed one by one to a cache."""
+    return torch.cat([model(input_ids=torch.tensor([[i]] * rows), past_key_values=cache).logits for i in ids], 1)
+
+
+def _filled(model, rows: int = 1) -> DynamicCache:
+    cache = DynamicCache()
+    _steps(model, cache, PROMPT, rows)
+    return cache
+
+
+@torch.no_grad()
+def _from_scratch(model, ids) -> torch.Tensor:
+    return model(input_ids=torch.tensor([ids])).logits
+
+
+def _through_pickle(cache):
+    return pickle.loads(pickle.dumps(cache))
+
+
+def _through_save(cache):
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def _shallow(cache):
+    """Layers copied, their tensors shared."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
+
+
+@pytest.mark.parametrize("branch", [copy.deepcopy, _through_pickle, _through_save, _shallow])
+@pytest.mark.parametrize("copy_first", [False, True], ids=["original goes on first", "copy goes on first"])
+def test_two_branches_of_one_cache(models, branch, copy_first):
+    stock, fast = models
+    cache = _filled(fast)
+    other = branch(cache)
+    runs = [(cache, NEXT), (other, OTHER)]
+    got = {}
+    for step in range(len(NEXT)):  # in turns, so that one would overwrite the other's memory
+        for target, ids in runs[::-1] if copy_first else runs:
+            got.setdefault(ids[0], []).append(_steps(fast, target, ids[step : step + 1]))
+    for ids in (NEXT, OTHER):
+        assert_close(torch.cat(got[ids[0]], 1), _from_scratch(stock, PROMPT + ids)[:, len(PROMPT) :])
+
+
+def test_crop_then_go_on_twice(models):
+    stock, fast = models
+    cache = _filled(fast)
+    _steps(fast, cache, NEXT)
+    kept = [layer.keys for layer in cache.layers]
+    before = [keys.clone() for keys in kept]
+    cache.crop(-len(NEXT))
+    assert_close(_steps(fast, cache, OTHER), _from_scratch(stock, PROMPT + OTHER)[:, len(PROMPT) :])
+    assert all(torch.equal(*both) for both in zip(kept, before, strict=True)), "a tensor taken from the cache changed"
+
+
+def test_batch_operations(models):
+    stock, fast = models
+    got = []
+    for model in (fast, stock):
+        cache = _filled(model)
+        cache.batch_repeat_interleave(3)
+        with torch.no_grad():
+            parts = [model(input_ids=torch.tensor([[1], [2], [3]]), past_key_values=cache).logits]
+            cache.reorder_cache(torch.tensor([2, 2, 0]))
+            parts.append(model(input_ids=torch.tensor([[4], [5], [6]]), past_key_values=cache).logits)
+            cache.batch_select_indices(torch.tensor([0, 2]))
+            parts.append(model(input_ids=torch.tensor([[7], [8]]), past_key_values=cache).logits)
+        got.append(torch.cat(parts))
+    assert_close(*got)
+
+
+def test_reset_and_reuse(models):
+    stock, fast = models
+    for cache in (_filled(fast), StaticCache(config=fast.config.text_config, max_cache_len=12)):
+        _steps(fast, cache, NEXT)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert_close(_steps(fast, cache, OTHER), _from_scratch(stock, OTHER))
+
+
+def test_keys_and_values_are_stocks(models):
+    ours, theirs = (_filled(model, rows=2) for model in models[::-1])
+    assert len(ours.layers) == len(theirs.layers)
+    for mine, stock in zip(ours.layers, theirs.layers, strict=True):
+        assert type(mine) is type(stock) and mine.keys.shape == stock.keys.shape
+        assert_close(mine.keys, stock.keys)
+        assert_close(mine.values, stock.values)
+
+
+def test_a_step_does_not_copy_the_cache(models):
+    fast = models[1]
+    cache = _filled(fast)
+    _steps(fast, cache, NEXT)
+    pointers = [layer.keys.data_ptr() for layer in cache.layers]
+    _steps(fast, cache, range(1, 20))
+    assert [layer.keys.data_ptr() for layer in cache.layers] == pointers
+
+
+def test_reserved_memory_stays_small(models):
+    fast = models[1]
+    cache = DynamicCache()
+    with torch.no_grad():
+        fast(input_ids=inputs([1500])["input_ids"], past_key_values=cache)
+        fast(input_ids=torch.tensor([[3]]), past_key_values=cache)
+    for layer in cache.layers:
+        assert layer.keys.untyped_storage().nbytes() <= 1.1 * layer.keys.nbytes
+
+
+def test_full_static_cache_raises_as_stock_does(models):
+    for model in models:
+        cache = StaticCache(config=model.config.text_config, max_cache_len=len(PROMPT))
+        _steps(model, cache, PROMPT)
+        with pytest.raises((IndexError, RuntimeError)):
+            _steps(model, cache, NEXT)
+
+
+def test_unknown_caches_take_the_stock_code(models):
+    """A sliding window, quantised or offloaded cache keeps its own update."""
+
+    class Layers(DynamicCache):
+        def update(self, keys, values, index, *args, **kwargs):
+            updated.append(index)
+            return super().update(keys, values, index, *args, **kwargs)
+
+    stock, fast = models
+    updated: list[int] = []
+    with fused_calls(fast) as calls:
+        got = _steps(fast, Layers(), NEXT)
+    assert_close(got, _from_scratch(stock, NEXT))
+    assert calls.fused["decoder_layer"] == 0 and len(updated) == len(NEXT) * len(fast.model.language_model.layers)
+
+
+def test_cache_of_another_dtype_is_not_written_into(models):
+    results = []
+    for model in models:
+        cache = _filled(model)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.half(), layer.values.half()
+        results.append(_steps(model, cache, NEXT[:1]))  # torch.cat promotes
+    assert_close(*results, 1e-5)
