@@ -81,9 +81,11 @@ def _batches(processor, items: list[Item], with_answers: bool) -> Iterator[tuple
 def _evaluate(model, processor, items: list[Item]) -> dict:
     """{"answers": [...], "log_likelihood": summed, "tokens": counted} of a model on all items."""
     answers, total, tokens = [], 0.0, 0
+    # Room for the longest reference answer and for a wrong one to show that it goes on.
+    longest = max(len(processor.tokenizer(item.answer).input_ids) for item in items) + 8
     with torch.inference_mode():
         for _, inputs, _ in _batches(processor, items, with_answers=False):
-            ids = model.generate(**inputs, do_sample=False, max_new_tokens=16)
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=longest)
             new = ids[:, inputs["input_ids"].shape[1] :]
             answers += [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
         for _, inputs, lengths in _batches(processor, items, with_answers=True):

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
     generate = commands.add_parser("generate", help="answer a prompt about pictures, streaming the text")
     generate.add_argument("--model", help="checkpoint directory (default: the digits model that ships with qvl)")
-    generate.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures, in order")
+    generate.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="pictures, in order")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--stock", action="store_true", help="run transformers' own code, for comparison")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
@@ -60,7 +60,7 @@ def _config(checkpoint: Path):
     try:
         config = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError, KeyError) as error:
-        raise CommandError(f"{checkpoint}/config.json cannot be read: {error}") from error
+        raise CommandError(f"{checkpoint}/config.json cannot be read: {_one_line(error)}") from error
     if not isinstance(config, Qwen3VLConfig):
         raise CommandError(f"{checkpoint} is a {config.model_type} model; qvl runs qwen3_vl")
     return config
@@ -74,9 +74,38 @@ def _images(files: list[str]) -> list:
         try:
             with Image.open(file) as image:
                 images.append(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise CommandError(f"cannot read picture {file}: {error}") from error
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise CommandError(f"cannot read picture {file}: {_one_line(error)}") from error
     return images
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _load(checkpoint: Path):
+    """(model, processor) of a checkpoint directory; CommandError unless every weight of the model is in it."""
+    from safetensors import SafetensorError
+    from transformers import Qwen3VLForConditionalGeneration
+
+    from qvl_model.processing import load_processor
+
+    try:
+        processor = load_processor(checkpoint)
+        model, info = Qwen3VLForConditionalGeneration.from_pretrained(
+            checkpoint, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
+        # transformers checks little of what it reads: a file of the wrong shape surfaces as any of these.
+        raise CommandError(f"{checkpoint} cannot be loaded: {_one_line(error)}") from error
+    # transformers fills such weights with random numbers and goes on; the answer would be noise.
+    for problem, keys in (("lacks", info["missing_keys"]), ("has another size than config.json says for", info["mismatched_keys"])):
+        if keys:
+            first = min(key if isinstance(key, str) else key[0] for key in keys)
+            raise CommandError(f"{checkpoint} {problem} {len(keys)} of the model's weights, such as {first}; save it again")
+    if processor.chat_template is None:
+        raise CommandError(f"{checkpoint} has no chat template; put its chat_template.jinja or chat_template.json there")
+    return model.eval(), processor
 
 
 class _TimedStreamer:
@@ -107,23 +136,20 @@ def _generate(arguments: argparse.Namespace) -> None:
     config = _config(checkpoint)
     import torch
     import transformers
-    from safetensors import SafetensorError
 
     import qvl_model
-    from qvl_model.processing import load_processor
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    model, processor = _load(checkpoint)
     try:
-        processor = load_processor(checkpoint)
-        model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(checkpoint, dtype="auto").eval()
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CommandError(f"{checkpoint} cannot be loaded: {error}") from error
-    if not arguments.stock:
-        model = qvl_model.accelerate(model)
-    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": arguments.prompt}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
-    inputs = processor(images=images or None, text=[prompt], return_tensors="pt")
+        if not arguments.stock:
+            model = qvl_model.accelerate(model)
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": arguments.prompt}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        inputs = processor(images=images or None, text=[prompt], return_tensors="pt")
+    except (ValueError, TypeError) as error:  # what accelerate refuses; pictures and prompts that the processor refuses
+        raise CommandError(_one_line(error)) from error
     streamer = _TimedStreamer(processor.tokenizer)
     start = time.perf_counter()
     with torch.inference_mode():

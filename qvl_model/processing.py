@@ -28,7 +28,8 @@ def load_processor(path: str | os.PathLike) -> Qwen3VLProcessor:
     """Tokenizer, image processor (PIL) and chat template of a checkpoint directory.
 
     Args:
-        path: directory with tokenizer.json, preprocessor_config.json and a chat template.
+        path: directory with tokenizer.json, preprocessor_config.json and a chat template (chat_template.jinja, in
+            tokenizer_config.json, or in the chat_template.json of older checkpoints).
     Raises: OSError if files are missing.
     Example:
         >>> processor = load_processor(path)
@@ -37,4 +38,6 @@ def load_processor(path: str | os.PathLike) -> Qwen3VLProcessor:
     tokenizer = AutoTokenizer.from_pretrained(path)
     # By name: AutoImageProcessor of transformers 5.17 asks for torchvision whatever backend it is given.
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-    return Qwen3VLProcessor(image_processor=image_processor, tokenizer=tokenizer, chat_template=tokenizer.chat_template)
+    # The template of the processor goes first, as in transformers; the tokenizer does not read chat_template.json.
+    chat_template = Qwen3VLProcessor.get_processor_dict(path)[0].get("chat_template") or tokenizer.chat_template
+    return Qwen3VLProcessor(image_processor=image_processor, tokenizer=tokenizer, chat_template=chat_template)

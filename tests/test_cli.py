@@ -1,10 +1,14 @@
 """The qvl command as a user runs it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from qvl_model import cli, digits
 from qvl_model.digits import scenes
@@ -31,7 +35,19 @@ def test_generate_reads_a_picture(tmp_path, stock):
 def test_generate_on_the_sample_picture():
     done = run("generate", "--image", digits.SAMPLE, "--prompt", "Read the digits from left to right.")
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) == 3
+    assert done.stdout.strip() == "8 6 9"
+
+
+def test_the_sample_picture_is_of_held_out_digits():
+    sample = scenes.held_out_questions(5)[4]
+    assert np.array_equal(sample.image, Image.open(digits.SAMPLE).convert("RGB")) and sample.answer == "8 6 9"
+
+
+def test_pictures_add_up_over_repeated_options(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "_images", lambda files: seen.extend(files) or cli._checkpoint("/no/such/dir"))
+    assert cli.main(["generate", "--image", "a", "b", "--image", "c", "--prompt", "x"]) == 2
+    assert seen == ["a", "b", "c"]
 
 
 def test_random_weights_are_announced(tmp_path, capsys):
@@ -72,13 +88,77 @@ def test_not_a_picture(tmp_path, capsys):
     assert "cannot read picture" in capsys.readouterr().err
 
 
-def test_broken_weights(tmp_path, capsys):
-    for source in digits.CHECKPOINT.iterdir():
-        (tmp_path / source.name).write_bytes(source.read_bytes())
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert cli.main(["generate", "--model", str(tmp_path), "--prompt", "x"]) == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A copy of the shipped checkpoint, to be broken."""
+    return shutil.copytree(digits.CHECKPOINT, tmp_path / "checkpoint")
+
+
+def _cut_weights(checkpoint):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def _drop_a_layer(checkpoint):
+    weights = {key: value for key, value in load_file(checkpoint / "model.safetensors").items() if "layers.1." not in key}
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+def _edit_config(**changes):
+    def edit(checkpoint):
+        config = json.loads((checkpoint / "config.json").read_text())
+        for key, value in changes.items():
+            config[key] = {**config.get(key, {}), **value}
+        (checkpoint / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+def _write(name, text):
+    return lambda checkpoint: (checkpoint / name).write_text(text)
+
+
+def _remove(name):
+    return lambda checkpoint: (checkpoint / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_cut_weights, "cannot be loaded"),
+        (_drop_a_layer, "lacks 11 of the model's weights"),
+        (_edit_config(text_config={"hidden_size": 256}), "another size"),
+        (_edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), "cannot be loaded"),
+        (_remove("model.safetensors"), "cannot be loaded"),
+        (_remove("preprocessor_config.json"), "cannot be loaded"),
+        (_remove("tokenizer.json"), "cannot be loaded"),
+        (_remove("chat_template.jinja"), "has no chat template"),
+        (_write("preprocessor_config.json", "[]"), "cannot be loaded"),
+        (_write("tokenizer.json", "rubbish"), "cannot be loaded"),
+        (_write("config.json", '{"x"'), "config.json cannot be read"),
+    ],
+    ids=[
+        "cut weights", "missing weights", "other sizes", "quantised", "no weights", "no image processor", "no tokenizer",
+        "no template", "wrong json", "bad tokenizer", "bad config",
+    ],
+)  # fmt: skip
+def test_broken_checkpoints(checkpoint, damage, message, capsys):
+    damage(checkpoint)
+    assert cli.main(["generate", "--model", str(checkpoint), "--prompt", "x"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and error.strip().splitlines()[-1].startswith("qvl: ")
+
+
+@pytest.mark.parametrize(("size", "message"), [((4000, 8), "aspect ratio"), ((20000, 20000), "cannot read picture")], ids=["thin", "huge"])
+def test_pictures_of_impossible_sizes(tmp_path, size, message, capsys):
+    Image.new("1", size).save(tmp_path / "a.png")
+    assert cli.main(["generate", "--image", str(tmp_path / "a.png"), "--prompt", "x"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_image_tokens_in_the_prompt(capsys):
+    assert cli.main(["generate", "--image", str(digits.SAMPLE), "--prompt", "what is <|image_pad|>"]) == 2
+    assert "<|image_pad|>" in capsys.readouterr().err
 
 
 def test_another_architecture(tmp_path, capsys):

@@ -1,5 +1,9 @@
 """The digits scenes, the processor and the checkpoint that ships."""
 
+import json
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +60,15 @@ def test_processor_round_trip():
     assert processor.tokenizer.decode(processor.tokenizer(text).input_ids) == text
 
 
+def test_processor_reads_the_template_of_older_checkpoints(tmp_path):
+    directory = shutil.copytree(digits.CHECKPOINT, tmp_path / "old", ignore=shutil.ignore_patterns("*.safetensors"))
+    template = directory / "chat_template.jinja"
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    expected = template.read_text()
+    template.unlink()
+    assert load_processor(directory).chat_template == expected
+
+
 def test_processor_refuses_videos():
     with pytest.raises(ValueError, match="torchvision"):
         load_processor(digits.CHECKPOINT)(videos=[object()], text=["x"])
@@ -92,6 +105,25 @@ def test_training_lowers_the_loss(tmp_path, capsys):
     items = accuracy._digits_items(32)
     trained, untrained = (accuracy._evaluate(m.eval().float(), processor, items) for m in (model, fresh))
     assert trained["log_likelihood"] > 0.5 * untrained["log_likelihood"]
+
+
+def test_long_reference_answers_are_not_cut():
+    """Generation once stopped after 16 tokens, so that no longer answer could be exact."""
+    asked = []
+
+    class Spy(torch.nn.Module):
+        def generate(self, input_ids, max_new_tokens, **inputs):
+            asked.append(max_new_tokens)
+            return input_ids
+
+        def forward(self, input_ids, logits_to_keep, **inputs):
+            return SimpleNamespace(logits=torch.zeros(*input_ids[:, -logits_to_keep:].shape, 384))
+
+    question = scenes.held_out_questions(1)[0]
+    processor = load_processor(digits.CHECKPOINT)
+    answer = " ".join("3141592653589793238462643")
+    accuracy._evaluate(Spy(), processor, [accuracy.Item([question.image], question.question, answer)])
+    assert asked[0] > len(processor.tokenizer(answer).input_ids) > 16
 
 
 def test_questions_from_a_file(tmp_path):
