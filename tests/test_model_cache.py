@@ -95,12 +95,17 @@ def test_batch_operations(models):
 
 
 def test_reset_and_reuse(models):
-    stock, fast = models
-    for cache in (_filled(fast), StaticCache(config=fast.config.text_config, max_cache_len=12)):
-        _steps(fast, cache, NEXT)
-        cache.reset()
-        assert cache.get_seq_length() == 0
-        assert_close(_steps(fast, cache, OTHER), _from_scratch(stock, OTHER))
+    """Whatever reset means in this version (5.17 zeroes a dynamic cache, 5.23 empties it), it means the same to both."""
+    for make in (_filled, lambda model: StaticCache(config=model.config.text_config, max_cache_len=12)):
+        results = []
+        for model in models:
+            cache = make(model)
+            _steps(model, cache, NEXT)
+            cache.reset()
+            results.append((cache.get_seq_length(), _steps(model, cache, OTHER)))
+        (stock_length, expected), (length, got) = results
+        assert length == stock_length
+        assert_close(got, expected)
 
 
 def test_keys_and_values_are_stocks(models):
