@@ -46,6 +46,22 @@ def test_restore_gives_the_stock_model_back():
     assert _snapshot(model) == before
 
 
+@pytest.mark.parametrize("part", ["model", "model.language_model", "model.visual"])
+def test_parts_of_a_model(part):
+    model = models.stock_model()
+    inner = model.get_submodule(part)
+    before, inputs = _snapshot(model), models.inputs(*IMAGES)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert qvl_model.accelerate(inner) is inner and qvl_model.is_accelerated(inner)
+        with models.fused_calls(model) as calls:
+            models.assert_close(model(**inputs).logits, expected)
+    for op, other in (("decoder_layer", "model.visual"), ("vision_block", "model.language_model")):
+        assert calls.fused[op] == (0 if part == other else calls.expected[op])
+    qvl_model.restore(inner)
+    assert _snapshot(model) == before
+
+
 def test_accelerate_twice_is_once():
     model = qvl_model.accelerate(models.stock_model())
     before = _snapshot(model)

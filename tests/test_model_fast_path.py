@@ -43,9 +43,8 @@ def models(odd_pair):
 def _generate(model, batch, *, static: bool = False, new_tokens: int = 6, **options):
     torch.manual_seed(7)
     if static:
-        rows = batch["input_ids"].shape[0] * max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
-        assert rows  # a static cache is sized when it is first written
-        options["past_key_values"] = StaticCache(config=model.config.text_config, max_cache_len=batch["input_ids"].shape[1] + new_tokens)
+        length = batch["input_ids"].shape[1] + new_tokens
+        options["past_key_values"] = StaticCache(config=model.config.text_config, max_cache_len=length)
     return model.generate(
         **batch, max_new_tokens=new_tokens, return_dict_in_generate=True, output_logits=True, **options
     )
