@@ -22,6 +22,7 @@ __all__ = ["PRECISIONS", "Item", "load_questions", "main", "run"]
 PRECISIONS: dict[str, tuple[torch.dtype, str | None, float, float]] = {
     "bf16": (torch.bfloat16, None, 0.999, 1.001),
     "fp32": (torch.float32, None, 0.999, 1.001),
+    "fp16": (torch.float16, None, 0.999, 1.001),
 }
 BATCH = 64
 
@@ -117,6 +118,8 @@ def run(model: str | None = None, questions: str | None = None, limit: int | Non
 
     if model is not None and questions is None:
         raise ValueError("accuracy of another model needs its own questions: give --questions FILE.jsonl")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
     items = load_questions(Path(questions))[:limit] if questions else _digits_items(limit)
     path = model or str(digits.CHECKPOINT)
     processor = load_processor(path)
