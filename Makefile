@@ -24,9 +24,11 @@ bench-kernels: setup
 	$(VENV)/bin/python -m bench.kernels $(ARGS)
 
 test: setup
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m "not slow" tests/gpu
 	$(VENV)/bin/python -m pytest -m "not slow" --durations=15 $(ARGS)
 
 test-all: setup
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/gpu
 	$(VENV)/bin/python -m pytest --durations=40 $(ARGS)
 	$(MAKE) test-oldest
 	@if command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-g++ >/dev/null; then $(MAKE) aarch64; \

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from qvl_kernels import config
+from qvl_kernels import config, gpu
 
-__all__ = ["backends", "choose", "cpu_info", "extension", "fallbacks", "use_backend"]
+__all__ = ["backends", "choose", "cpu_info", "extension", "fallbacks", "forced", "use_backend"]
 
 BACKENDS = ("reference", "cpp", "triton")
 FAST_BACKEND = {"cpu": "cpp", "cuda": "triton"}
@@ -36,9 +36,16 @@ def _unavailable(backend: str) -> str | None:
     """Why ``backend`` cannot run here, or None."""
     if backend == "cpp":
         return _extension_error
-    if backend == "triton":
-        return "this version has no Triton kernels"
-    return None
+    return gpu.unavailable() if backend == "triton" else None
+
+
+def _runs_on(backend: str, device: torch.device) -> bool:
+    return FAST_BACKEND.get(device.type) == backend or (backend == "triton" and device.type == "cpu" and config.interpreted())
+
+
+def forced() -> str | None:
+    """The backend that ``use_backend`` or QVL_BACKEND forces, or None."""
+    return _forced
 
 
 def backends() -> dict[str, dict]:
@@ -90,7 +97,7 @@ def choose(op: str, device: torch.device, unsupported: str | None = None) -> str
         return "reference"
     if _forced is not None:
         reason = _unavailable(_forced)
-        if reason is None and _forced != fast:
+        if reason is None and not _runs_on(_forced, device):
             reason = f"it does not run on {device.type} tensors"
         reason = reason or unsupported
         if reason is not None:
@@ -99,12 +106,11 @@ def choose(op: str, device: torch.device, unsupported: str | None = None) -> str
                 f"Backends: {', '.join(BACKENDS)}."
             )
         return _forced
-    if fast == "cpp":
-        if _extension is None:
-            extension()
-        if unsupported is None:
-            return "cpp"
+    if fast == "cpp" and _extension is None:
+        extension()
     reason = f"there are no fast kernels for {device.type} tensors" if fast is None else _unavailable(fast) or unsupported
+    if reason is None:
+        return fast
     if not torch.compiler.is_compiling():
         _note_fallback(op, reason)
     return "reference"

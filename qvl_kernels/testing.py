@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["Case", "assert_close_to_truth", "poisoned_empty", "random_tensor", "relative_error"]
+__all__ = ["Case", "GuardedEmpty", "assert_close_to_truth", "poisoned_empty", "random_tensor", "relative_error", "surrounded"]
 
 
 @dataclass(frozen=True)
@@ -63,3 +63,49 @@ def poisoned_empty(*size, **options) -> torch.Tensor:
     """``torch.empty`` filled with NaN: an element that a kernel forgets to write fails the comparison."""
     out = _empty(*size, **options)
     return out.fill_(float("nan")) if out.is_floating_point() else out
+
+
+BORDER_BYTES = 1024  # on each side; 0xFF in every byte is NaN in fp32, bf16 and fp16, and -1 in integers
+
+
+def _surrounded_storage(elements: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(all bytes, the elements in their middle), every byte 0xFF."""
+    payload = elements * dtype.itemsize
+    memory = _empty(payload + 2 * BORDER_BYTES, dtype=torch.uint8, device=device).fill_(0xFF)
+    return memory, memory[BORDER_BYTES : BORDER_BYTES + payload].view(dtype)
+
+
+def surrounded(x: torch.Tensor) -> torch.Tensor:
+    """A copy of ``x`` with the same strides whose surroundings and gaps between rows are NaN (-1 in integers)."""
+    if x.numel() == 0 or x.dtype == torch.bool:
+        return x
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    _, elements = _surrounded_storage(span, x.dtype, x.device)
+    return elements.as_strided(x.shape, x.stride()).copy_(x)
+
+
+class GuardedEmpty:
+    """Stands in for ``torch.empty``: fresh tensors are NaN, and ``check`` finds writes beside them.
+
+    Example:
+        >>> guard = GuardedEmpty()
+        >>> monkeypatch.setattr(torch, "empty", guard)
+        >>> launch_something(x)
+        >>> guard.check()
+    """
+
+    def __init__(self) -> None:
+        self._memories: list[torch.Tensor] = []
+
+    def __call__(self, *size, dtype: torch.dtype | None = None, device=None) -> torch.Tensor:
+        shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+        memory, elements = _surrounded_storage(
+            torch.Size(shape).numel(), dtype or torch.get_default_dtype(), torch.device(device or "cpu")
+        )
+        self._memories.append(memory)
+        return elements.view(shape)
+
+    def check(self) -> None:
+        for memory in self._memories:
+            borders = torch.cat((memory[:BORDER_BYTES], memory[-BORDER_BYTES:]))
+            assert bool((borders == 0xFF).all()), "a kernel wrote outside its output"

@@ -30,7 +30,11 @@ CALLS = [
     ("vision_rope", "rope", "odd"),
 ]
 CASE_LISTS = {"add_layer_norm": "ADD_CASES", "add_rms_norm": "ADD_CASES", "vision_rope": "VISION_CASES"}
-WITHOUT_AUTOGRAD = {"qvl::attention_backward", "qvl::decoder_layer", "qvl::vision_block"}
+INFERENCE_ONLY = {"qvl::decoder_layer", "qvl::vision_block"}
+
+
+def _trained(op_name: str) -> bool:
+    return op_name not in INFERENCE_ONLY and not op_name.endswith("_backward")
 
 
 class Recorder(TorchDispatchMode):
@@ -55,7 +59,7 @@ def _recorded(function: str, folder: str, case_name: str) -> list:
     cases = getattr(importlib.import_module(f"qvl_kernels.ops.{folder}.cases"), CASE_LISTS.get(function, "CASES"))
     (case,) = (case for case in cases if case.name == case_name)
     arguments = case.make(torch.float32, torch.Generator().manual_seed(0))
-    trained = f"qvl::{function}" not in WITHOUT_AUTOGRAD
+    trained = _trained(f"qvl::{function}")
     if trained:
         arguments = {name: _differentiable(value) for name, value in arguments.items()}
     with torch.set_grad_enabled(trained), qvl_kernels.use_backend("cpp"), Recorder() as recorder:
@@ -70,7 +74,7 @@ def test_opcheck(function, folder, case):
     calls = _recorded(function, folder, case)
     assert calls, f"{function} reached no qvl op"
     for op, args, kwargs in calls:
-        change = torch.Tensor.detach if op._schema.name in WITHOUT_AUTOGRAD else _differentiable
+        change = _differentiable if _trained(op._schema.name) else torch.Tensor.detach
         torch.library.opcheck(op, tree_map(lambda x: change(x) if isinstance(x, torch.Tensor) else x, args), kwargs)
 
 

@@ -1,37 +1,12 @@
 """Every op over its shared cases: accuracy against the float64 reference, gradients, opcheck and torch.compile."""
 
-import importlib
-
 import pytest
 import torch
 
 import qvl_kernels
 from qvl_kernels.testing import assert_close_to_truth, poisoned_empty
+from op_cases import INFERENCE_ONLY, OPS, differentiable, double, generator, gradients, map_tensors, outputs, reference
 
-# op -> (folder in qvl_kernels/ops, name of its case list)
-CASE_LISTS = {
-    "attention": ("attention", "CASES"),
-    "cross_attention": ("cross_attention", "CASES"),
-    "decode_attention": ("decode_attention", "CASES"),
-    "rms_norm": ("rms_norm", "CASES"),
-    "add_rms_norm": ("rms_norm", "ADD_CASES"),
-    "layer_norm": ("layer_norm", "CASES"),
-    "add_layer_norm": ("layer_norm", "ADD_CASES"),
-    "qk_norm_rope": ("rope", "CASES"),
-    "vision_rope": ("rope", "VISION_CASES"),
-    "swiglu": ("swiglu", "CASES"),
-    "gelu_tanh": ("gelu_tanh", "CASES"),
-    "patch_embed": ("patch_embed", "CASES"),
-    "linear": ("linear", "CASES"),
-    "linear_cross_entropy": ("linear_cross_entropy", "CASES"),
-    "decoder_layer": ("decoder_layer", "CASES"),
-    "vision_block": ("vision_block", "CASES"),
-}
-OPS = {
-    op: (getattr(qvl_kernels, op), getattr(importlib.import_module(f"qvl_kernels.ops.{folder}.cases"), cases))
-    for op, (folder, cases) in CASE_LISTS.items()
-}
-INFERENCE_ONLY = {"decode_attention", "decoder_layer", "vision_block"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = [pytest.param(op, case, id=f"{op}-{case.name}") for op, (_, cases) in OPS.items() for case in cases]
 SMALL = [param for param in ALL if not param.values[1].model]
@@ -42,32 +17,6 @@ MODEL_SIZES = [
     for dtype in DTYPES
     if param.values[1].model and (dtype == torch.bfloat16 or param.values[1].bytes(2) < LARGE_BYTES)
 ]
-
-
-def _outputs(result) -> tuple[torch.Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def _map(function, value):
-    """function over every floating-point tensor of a value, those inside NamedTuples too."""
-    if isinstance(value, dict):
-        return {name: _map(function, item) for name, item in value.items()}
-    if isinstance(value, tuple):
-        return type(value)(*(_map(function, item) for item in value))
-    return function(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def _double(arguments: dict) -> dict:
-    return _map(torch.Tensor.double, arguments)
-
-
-def _reference(function, arguments: dict):
-    with qvl_kernels.use_backend("reference"):
-        return _outputs(function(**arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -83,12 +32,12 @@ def test_model_sizes(op, case, dtype, monkeypatch):
 
 def _check_forward(op, case, dtype, monkeypatch):
     function = OPS[op][0]
-    arguments = case.make(dtype, _generator())
-    truth_arguments, baseline_arguments = _double(arguments), _map(torch.clone, arguments)
-    truth, baseline = _reference(function, truth_arguments), _reference(function, baseline_arguments)
+    arguments = case.make(dtype, generator())
+    truth_arguments, baseline_arguments = double(arguments), map_tensors(torch.clone, arguments)
+    truth, baseline = reference(function, truth_arguments), reference(function, baseline_arguments)
     monkeypatch.setattr(torch, "empty", poisoned_empty)
     with qvl_kernels.use_backend("cpp"):
-        out = _outputs(function(**arguments))
+        out = outputs(function(**arguments))
     monkeypatch.undo()
     assert len(out) == len(truth)
     for ours, plain, exact in zip(out, baseline, truth):
@@ -98,35 +47,18 @@ def _check_forward(op, case, dtype, monkeypatch):
             assert_close_to_truth(arguments[name], baseline_arguments[name], truth_arguments[name])
 
 
-CONSTANTS = {"cos", "sin"}  # rotary tables have no gradient: transformers computes them under no_grad
-
-
-def _differentiable(arguments: dict) -> dict:
-    return {
-        name: value if name in CONSTANTS else _map(lambda x: x.detach().clone().requires_grad_(), value)
-        for name, value in arguments.items()
-    }
-
-
-def _gradients(function, arguments: dict, cotangents) -> list[torch.Tensor]:
-    inputs = [value for value in arguments.values() if isinstance(value, torch.Tensor) and value.requires_grad]
-    outputs = [out for out in _outputs(function(**arguments)) if out.requires_grad]
-    loss = sum((out * cotangent.to(out.dtype)).sum() for out, cotangent in zip(outputs, cotangents))
-    return list(torch.autograd.grad(loss, inputs))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "case"), [p for p in SMALL if p.values[0] not in INFERENCE_ONLY])
 def test_gradients(op, case, dtype):
     function = OPS[op][0]
-    arguments = _differentiable(case.make(dtype, _generator()))
+    arguments = differentiable(case.make(dtype, generator()))
     with torch.no_grad(), qvl_kernels.use_backend("reference"):
-        cotangents = [torch.randn(out.shape, generator=_generator()) for out in _outputs(function(**arguments))]
+        cotangents = [torch.randn(out.shape, generator=generator()) for out in outputs(function(**arguments))]
     with qvl_kernels.use_backend("reference"):
-        truth = _gradients(function, _differentiable(_double(arguments)), cotangents)
-        baseline = _gradients(function, arguments, cotangents)
+        truth = gradients(function, differentiable(double(arguments)), cotangents)
+        baseline = gradients(function, arguments, cotangents)
     with qvl_kernels.use_backend("cpp"):
-        ours = _gradients(function, arguments, cotangents)
+        ours = gradients(function, arguments, cotangents)
     for gradient, plain, exact in zip(ours, baseline, truth):
         assert_close_to_truth(gradient, plain, exact, factor=3.0)
 
@@ -134,10 +66,10 @@ def test_gradients(op, case, dtype):
 @pytest.mark.parametrize(("op", "case"), [p for p in SMALL if p.values[1].name != "empty"])
 def test_compile_fullgraph(op, case):
     function = OPS[op][0]
-    arguments = case.make(torch.float32, _generator())
+    arguments = case.make(torch.float32, generator())
     torch._dynamo.reset()
     with torch.no_grad():
-        compiled = _outputs(torch.compile(function, fullgraph=True, backend="aot_eager")(**arguments))
-        plain = _outputs(function(**arguments))
+        compiled = outputs(torch.compile(function, fullgraph=True, backend="aot_eager")(**arguments))
+        plain = outputs(function(**arguments))
     for one, other in zip(compiled, plain):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)

@@ -7,7 +7,7 @@ from qvl_kernels.ops.attention.cpu import attention_op, mask_arguments
 from qvl_kernels.ops.linear.onednn import use_onednn
 from qvl_kernels.ops.rms_norm.cpu import add_rms_norm_op, rms_norm_op
 from qvl_kernels.ops.rope.cpu import qk_norm_rope_op
-from qvl_kernels.ops.swiglu.cpu import swiglu_op
+from qvl_kernels.ops.swiglu.op import swiglu_op
 
 __all__ = ["compose_decoder_layer", "decoder_layer_op"]
 

@@ -1,7 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
-from qvl_kernels.ops.swiglu.cpu import swiglu_op
+from qvl_kernels.ops.swiglu.op import swiglu_op
 from qvl_kernels.ops.swiglu.reference import swiglu_reference
 
 __all__ = ["swiglu"]

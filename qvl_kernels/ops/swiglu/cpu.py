@@ -2,12 +2,11 @@ import torch
 
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
-from qvl_kernels.library import register
 
-__all__ = ["swiglu_op"]
+__all__ = ["swiglu_backward_cpu", "swiglu_cpu"]
 
 
-def _swiglu_cpu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def swiglu_cpu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     size = gate.shape[-1]
     gate_rows, up_rows = gate.reshape(-1, size), up.reshape(-1, size)
     y = torch.empty(gate.shape, dtype=gate.dtype)
@@ -18,23 +17,10 @@ def _swiglu_cpu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def _setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad):
-    gate, up = ctx.saved_tensors
+def swiglu_backward_cpu(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     g, wide = grad.float(), gate.float()
     sigmoid = torch.sigmoid(wide)
     silu = wide * sigmoid
-    dgate = g * up.float() * (sigmoid + silu * (1.0 - sigmoid))
-    return dgate.to(gate.dtype), (g * silu).to(up.dtype)
-
-
-swiglu_op = register(
-    "swiglu(Tensor gate, Tensor up) -> Tensor",
-    cpu=_swiglu_cpu,
-    fake=lambda gate, up: torch.empty(gate.shape, dtype=gate.dtype, device=gate.device),
-    backward=_backward,
-    setup_context=_setup,
-)
+    dgate = (g * up.float() * (sigmoid + silu * (1.0 - sigmoid))).to(gate.dtype)
+    dup = (g * silu).to(up.dtype)
+    return dgate.contiguous(), dup.contiguous()

@@ -1,0 +1,77 @@
+"""Which GPU there is, or which one to assume: what Triton needs, and the architecture that tile choices depend on."""
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import torch
+
+from qvl_kernels import config
+
+__all__ = ["ARCHITECTURES", "architecture", "assume", "unavailable"]
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")  # checked by bench.audit
+OLDEST_TRITON = (3, 6)
+OLDEST_CAPABILITY = (8, 0)  # Ampere
+
+_assumed: str | None = None
+
+
+@contextlib.contextmanager
+def assume(name: str) -> Iterator[None]:
+    """Inside the block, tiles are chosen and Triton is offered as if the GPU were ``name``; for compiling without one.
+
+    Example:
+        >>> with gpu.assume("sm_90"):
+        ...     gpu.architecture(torch.device("cuda"))
+        'sm_90'
+    """
+    global _assumed
+    if name not in ARCHITECTURES:
+        raise ValueError(f"unknown GPU architecture {name!r}; choose one of {', '.join(ARCHITECTURES)}")
+    previous, _assumed = _assumed, name
+    try:
+        yield
+    finally:
+        _assumed = previous
+
+
+def architecture(device: torch.device) -> str:
+    """"sm_90", "gfx942"…; for the interpreter's CPU tensors the one with the smallest shared memory among sm_80 to sm_120."""
+    if _assumed is not None:
+        return _assumed
+    if device.type != "cuda":
+        return "sm_89"
+    return _architecture(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def unavailable() -> str | None:
+    """Why the Triton kernels cannot run in this process, or None."""
+    return None if _assumed is not None else _unavailable()
+
+
+@functools.cache
+def _unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    found = tuple(int(part) for part in version("triton").split(".")[:2])
+    if found < OLDEST_TRITON:
+        return f"Triton {version('triton')} is too old; install 3.6 or newer"
+    if config.interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "there is no GPU that this PyTorch can use"
+    capability = torch.cuda.get_device_capability()
+    if not torch.version.hip and capability < OLDEST_CAPABILITY:
+        return f"the GPU is sm_{capability[0]}{capability[1]}; the kernels need sm_80 (Ampere) or newer"
+    return None

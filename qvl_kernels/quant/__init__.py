@@ -1,0 +1,93 @@
+"""Weight formats: how int8 and int4 weights are stored. One layout for every backend, for decode and prefill, on disk and in memory.
+
+int8  symmetric, one fp32 scale per output row: w[n, k] = scales[n, 0] * values[n, k], values int8 in [-127, 127].
+int4  symmetric, one bf16 scale per row and group of ``group`` inputs (32, 64 or 128): w[n, k] = scales[n, k // group] * (nibble - 8),
+      nibbles in [0, 15]. In each block of 32 inputs, byte j of 16 holds input j in its low and input j + 16 in its high nibble.
+      K is padded with zeros to a whole number of groups.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["GROUPS", "QuantizedWeight", "dequantize", "quantize"]
+
+GROUPS = (32, 64, 128)
+BLOCK = 32
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight [N, K] in a quantised format."""
+
+    values: torch.Tensor  # int8 [N, K], or uint8 [N, K padded / 2]
+    scales: torch.Tensor  # fp32 [N, 1], or bf16 [N, K padded / group]
+    in_features: int  # K
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.values.dtype == torch.int8 else 4
+
+    @property
+    def group(self) -> int:
+        """Inputs per scale; all K for int8."""
+        return self.in_features if self.bits == 8 else 2 * self.values.shape[1] // self.scales.shape[1]
+
+
+def quantize(weight: torch.Tensor, bits: int, group: int = 64) -> QuantizedWeight:
+    """Rounds a floating-point weight [N, K] to ``bits`` (8 or 4), 4 in groups of ``group`` inputs.
+
+    Raises: ValueError for other bits, groups or shapes, and for weights that are not finite.
+    Example:
+        >>> quantized = quantize(torch.randn(10, 64), bits=4, group=32)
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"quantize: weight must be a floating-point matrix [N, K], got {weight.dtype} {tuple(weight.shape)}")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("quantize: weight has NaN or infinite elements")
+    if bits == 8:
+        return _quantize_int8(weight)
+    if bits == 4:
+        return _quantize_int4(weight, group)
+    raise ValueError(f"quantize: bits must be 8 or 4, got {bits}")
+
+
+def _quantize_int8(weight: torch.Tensor) -> QuantizedWeight:
+    wide = weight.float()
+    scales = _safe(wide.abs().amax(1, keepdim=True) / 127.0 if weight.shape[1] else wide.new_ones(weight.shape[0], 1))
+    values = torch.round(wide / scales).clamp_(-127, 127).to(torch.int8)
+    return QuantizedWeight(values, scales, weight.shape[1])
+
+
+def _quantize_int4(weight: torch.Tensor, group: int) -> QuantizedWeight:
+    if group not in GROUPS:
+        raise ValueError(f"quantize: int4 groups have {', '.join(map(str, GROUPS))} inputs, got {group}")
+    rows, size = weight.shape
+    padded = -(-size // group) * group
+    wide = torch.nn.functional.pad(weight.float(), (0, padded - size)).view(rows, -1, group)
+    # The end of the range that is larger in magnitude becomes -8, which the other sign does not reach.
+    low, high = (wide.amin(2), wide.amax(2)) if padded else (wide.new_zeros(rows, 0), wide.new_zeros(rows, 0))
+    extreme = torch.where(-low > high, low, high)
+    scales = _safe(extreme / -8.0).to(torch.bfloat16)
+    values = (torch.round(wide / scales.float()[..., None]) + 8).clamp_(0, 15).to(torch.uint8)
+    halves = values.view(rows, -1, 2, BLOCK // 2)
+    return QuantizedWeight((halves[:, :, 0] | halves[:, :, 1] << 4).view(rows, padded // 2), scales, size)
+
+
+def _safe(scales: torch.Tensor) -> torch.Tensor:
+    """Rows and groups of zeros, and those too small for a normal number, get scale 1: their values are 0."""
+    return torch.where(scales.abs() < torch.finfo(torch.float32).tiny, torch.ones_like(scales), scales)
+
+
+def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[N, K] in ``dtype``, the weight that a quantised linear layer multiplies with.
+
+    Example:
+        >>> weight = dequantize(quantize(torch.randn(10, 64), bits=8))
+    """
+    values, scales, size = quantized
+    if quantized.bits == 8:
+        return (values.float() * scales).to(dtype)
+    rows = values.shape[0]
+    blocks = values.view(rows, -1, 1, BLOCK // 2)
+    nibbles = torch.cat((blocks & 15, blocks >> 4), 2).view(rows, scales.shape[1], -1)
+    return ((nibbles.float() - 8) * scales.float()[..., None]).view(rows, -1)[:, :size].to(dtype)

@@ -1,0 +1,64 @@
+"""What the Triton kernels share: the one way to launch them, and device functions that more than one op needs."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+
+__all__ = ["Launch", "as_rows", "launch", "record"]
+
+# Contracting a * b + c rounds once instead of twice: never less accurate, and what PyTorch's own kernels are built with.
+FP_FUSION = True
+
+
+class Launch(NamedTuple):
+    """One kernel launch as ``launch`` got it; recorded for bench.audit."""
+
+    kernel: triton.JITFunction
+    grid: tuple[int, ...]
+    args: tuple
+    meta: dict
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Inside the block ``launch`` notes what it was given and runs nothing.
+
+    Example:
+        >>> with gpu.assume("sm_90"), triton_lib.record() as launches:
+        ...     launcher(*fake_tensors)
+    """
+    global _recorded
+    previous, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = previous
+
+
+def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args, **meta) -> None:
+    """kernel[grid](*args, **meta) on the device of the first tensor; an empty grid launches nothing."""
+    if 0 in grid:
+        return
+    meta.setdefault("enable_fp_fusion", FP_FUSION)
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, args, meta))
+        return
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **meta)
+    else:
+        kernel[grid](*args, **meta)
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., C] as [rows, C] with a contiguous last dimension: a view where the strides allow it, else a copy."""
+    size = x.shape[-1]
+    rows = x.reshape(x.numel() // size if size else 0, size)
+    return rows if size <= 1 or rows.stride(-1) == 1 else rows.contiguous()

@@ -1,0 +1,21 @@
+"""The Triton kernels: on a GPU where there is one, else interpreted (TRITON_INTERPRET=1, a process of its own; see Makefile)."""
+
+import pytest
+import torch
+
+from qvl_kernels import config, gpu
+
+RUNNABLE = gpu.unavailable() is None
+collect_ignore_glob = [] if RUNNABLE else ["test_*.py"]
+# The interpreter's bf16 is wrong (it multiplies raw bits), so bf16 is tested on a device only.
+DTYPES = [torch.float32, torch.float16] if config.interpreted() else [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu" if config.interpreted() else "cuda")
+
+
+def pytest_generate_tests(metafunc):
+    if "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,65 @@
+"""Every Triton kernel over the shared cases, forward and backward, against the float64 reference."""
+
+import pytest
+import torch
+
+import qvl_kernels
+from qvl_kernels import config, library
+from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, surrounded
+from op_cases import INFERENCE_ONLY, OPS, differentiable, double, generator, gradients, map_tensors, outputs, reference
+
+ALL = [
+    pytest.param(op, case, id=f"{op}-{case.name}",
+                 marks=[pytest.mark.slow] if case.model and config.interpreted() else [])
+    for op, (_, cases) in OPS.items() if op in library.LAUNCHERS for case in cases
+]
+
+
+def _on(device: torch.device, value):
+    """Arguments on ``device``, each tensor surrounded by NaN or -1."""
+    if isinstance(value, dict):
+        return {name: _on(device, item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return type(value)(*(_on(device, item) for item in value))
+    return surrounded(value.to(device)) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize(("op", "case"), ALL)
+def test_forward(op, case, dtype, device, monkeypatch):
+    function = OPS[op][0]
+    arguments = case.make(dtype, generator())
+    truth_arguments, baseline_arguments = double(arguments), map_tensors(torch.clone, arguments)
+    truth, baseline = reference(function, truth_arguments), reference(function, baseline_arguments)
+    ours_arguments = _on(device, arguments)
+    guard = GuardedEmpty()
+    monkeypatch.setattr(torch, "empty", guard)
+    with torch.no_grad(), qvl_kernels.use_backend("triton"):
+        out = outputs(function(**ours_arguments))
+    monkeypatch.undo()
+    guard.check()
+    assert len(out) == len(truth)
+    for ours, plain, exact in zip(out, baseline, truth):
+        assert_close_to_truth(ours.cpu(), plain, exact)
+    if op == "decoder_layer":
+        for name in ("k_cache", "v_cache"):
+            assert_close_to_truth(ours_arguments[name].cpu(), baseline_arguments[name], truth_arguments[name])
+
+
+@pytest.mark.parametrize(("op", "case"), [p for p in ALL if p.values[0] not in INFERENCE_ONLY])
+def test_gradients(op, case, dtype, device, monkeypatch):
+    function = OPS[op][0]
+    arguments = differentiable(case.make(dtype, generator()))
+    with torch.no_grad(), qvl_kernels.use_backend("reference"):
+        cotangents = [torch.randn(out.shape, generator=generator()) for out in outputs(function(**arguments))]
+    with qvl_kernels.use_backend("reference"):
+        truth = gradients(function, differentiable(double(arguments)), cotangents)
+        baseline = gradients(function, arguments, cotangents)
+    ours_arguments = differentiable(_on(device, arguments))
+    guard = GuardedEmpty()
+    monkeypatch.setattr(torch, "empty", guard)
+    with qvl_kernels.use_backend("triton"):
+        ours = gradients(function, ours_arguments, [cotangent.to(device) for cotangent in cotangents])
+    monkeypatch.undo()
+    guard.check()
+    for gradient, plain, exact in zip(ours, baseline, truth):
+        assert_close_to_truth(gradient.cpu(), plain, exact, factor=3.0)
