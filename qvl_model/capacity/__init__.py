@@ -1,0 +1,64 @@
+"""Capacity: does a model have every layer, head, channel and parameter of its specification, and are they alive?
+
+    >>> from qvl_model import capacity
+    >>> report = capacity.verify(model, "qwen3-vl-2b")     # CapacityError names every module that is not as specified
+    >>> print(report)
+
+The specification is a config: the model that it describes is built without memory (on the meta device) and compared with the
+model at hand, module by module. Then the weights are read once: rows and columns of zeros are pruned heads and channels.
+Accelerated, quantised and sharded models are taken as they are.
+"""
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedConfig
+
+from qvl_model.capacity import structure, weights
+from qvl_model.capacity.spec import SPECS, CapacitySpec, innermost
+from qvl_model.capacity.report import CapacityError, CapacityReport, Violation
+from qvl_model.capacity.weights import weight_of
+
+__all__ = ["SPECS", "CapacityError", "CapacityReport", "CapacitySpec", "Violation", "examine", "verify", "weight_of"]
+
+Spec = CapacitySpec | PreTrainedConfig | str | None
+
+
+def examine(model: nn.Module, spec: Spec = None, *, training: bool = False, optimizer: Optimizer | None = None) -> CapacityReport:
+    """What ``verify`` finds, without raising. Arguments as there."""
+    if hasattr(model, "get_base_model"):
+        raise TypeError("capacity: the model carries adapters (PEFT); merge them first: model.merge_and_unload()")
+    model = innermost(model)
+    spec = CapacitySpec.of(spec if spec is not None else model.config, type(model))
+    report = structure.compare(model, spec)
+    weights.read(model, spec, report)
+    if training:
+        structure.check_trainable(model, report, optimizer)
+    return report
+
+
+def verify(model: nn.Module, spec: Spec = None, *, training: bool = False, optimizer: Optimizer | None = None) -> CapacityReport:
+    """Checks that nothing of the model was removed, pruned, shared, replaced or (in training) frozen.
+
+    Checked are: layer and head counts; the class, sizes and parameter shapes of every module; the number of parameters; that no
+    attention head, row or column of a weight is all zero; that no two layers or weights are one and the same; and, with
+    ``training``, that every parameter asks for a gradient and is known to the optimizer.
+
+    Args:
+        model: Qwen3-VL or QVL (with or without its head), stock, accelerated, quantised, inside DDP, or sharded by FSDP2 (then
+            every rank must call this, since weights are gathered one by one). On the meta device only the structure is checked.
+        spec: what the model must be: a name from ``SPECS``, a config, or a CapacitySpec. None takes the model's own config,
+            which cannot notice layers that were removed from the config as well.
+        training: also check that every parameter is trained.
+        optimizer: the optimizer that must hold every parameter (only with ``training``).
+    Returns:
+        a report: counts that were found, no violations.
+    Raises: CapacityError (a ValueError) that lists every violation with its module; TypeError for other models;
+        ValueError for an unknown spec name.
+    Example:
+        >>> verify(model, "qwen3-vl-2b").facts["parameters"]
+        2127532032
+    """
+    report = examine(model, spec, training=training, optimizer=optimizer)
+    if report.violations:
+        raise CapacityError(report)
+    return report

@@ -1,0 +1,144 @@
+"""What belongs in a model: the tree of modules and parameters that its config describes, built on the meta device."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, Qwen3VLConfig
+
+__all__ = ["SPECS", "CapacitySpec", "heads_of", "innermost"]
+
+OWN_PACKAGES = ("transformers", "torch", "qvl_model")  # a class from elsewhere may do anything in its forward
+# Sizes that are no capacity: they follow the data, or only say where a row of zeros may be.
+_FREE_SIZES = ("padding_idx", "max_seq_len_cached", "original_max_seq_len")
+
+
+def qwen3_vl_2b() -> Qwen3VLConfig:
+    """The published sizes of Qwen3-VL-2B-Instruct: 2,127,532,032 parameters."""
+    return Qwen3VLConfig(
+        text_config=dict(
+            hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+            head_dim=128, vocab_size=151936, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+        ),
+        vision_config=dict(
+            depth=24, hidden_size=1024, num_heads=16, intermediate_size=4096, patch_size=16, temporal_patch_size=2,
+            spatial_merge_size=2, out_hidden_size=2048, deepstack_visual_indexes=[5, 11, 17], num_position_embeddings=2304,
+        ),
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+SPECS: dict[str, Callable[[], PreTrainedConfig]] = {"qwen3-vl-2b": qwen3_vl_2b}
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The transformers model inside DistributedDataParallel and torch.compile."""
+    while not isinstance(model, PreTrainedModel):
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if inner is None:
+            raise TypeError(f"capacity: takes a transformers model of Qwen3-VL or QVL, got {type(model).__name__}")
+        model = inner
+    return model
+
+
+def _defining_class(cls: type) -> type:
+    """The class that the model was before FSDP2 made a class of its own for it."""
+    return next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+
+
+@dataclass(frozen=True)
+class CapacitySpec:
+    """The modules and parameters of a model.
+
+    Attributes:
+        name: how messages call it.
+        modules: module name -> (class, sizes): whole-number attributes such as num_heads, and how many entries a list has.
+        parameters: parameter name -> shape; a shared tensor is listed under each of its names.
+        shared: parameter name -> the first name of the tensor, for those that share one by design (tied embeddings).
+        count: number of parameters, each tensor once.
+    """
+
+    name: str
+    modules: dict[str, tuple[type, dict[str, object]]] = field(repr=False)
+    parameters: dict[str, tuple[int, ...]] = field(repr=False)
+    shared: dict[str, str]
+    count: int
+
+    @classmethod
+    def of(cls, spec: "CapacitySpec | PreTrainedConfig | str", model_class: type | None = None) -> "CapacitySpec":
+        """The specification that a name of ``SPECS``, a config or a specification stands for.
+
+        Args:
+            model_class: class of the model that is to be compared (with a head or without); None takes the one with a head.
+        Raises: ValueError for an unknown name; TypeError for a config that does not fit the class.
+        """
+        if isinstance(spec, CapacitySpec):
+            return spec
+        name = "its own config"
+        if isinstance(spec, str):
+            if spec not in SPECS:
+                raise ValueError(f"capacity: unknown specification {spec!r}; known are {', '.join(SPECS)}, or give a config")
+            name, spec = spec, SPECS[spec]()
+        return cls.from_config(spec, model_class, name)
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, model_class: type | None = None, name: str = "its config") -> "CapacitySpec":
+        """Builds the model that ``config`` describes, without memory, and writes down what is in it."""
+        if model_class is None:
+            model_class = AutoModelForImageTextToText._model_mapping[type(config)]
+        model_class = _defining_class(model_class)
+        if not isinstance(config, model_class.config_class):
+            raise TypeError(f"capacity: {model_class.__name__} is described by {model_class.config_class.__name__}, got {type(config).__name__}")
+        with torch.device("meta"):
+            model = model_class(copy.deepcopy(config))
+        parameters, shared, first = {}, {}, {}
+        for key, parameter in model.named_parameters(remove_duplicate=False):
+            parameters[key] = tuple(parameter.shape)
+            if first.setdefault(id(parameter), key) != key:
+                shared[key] = first[id(parameter)]
+        return cls(
+            name,
+            {key: (type(module), sizes_of(module)) for key, module in model.named_modules(remove_duplicate=False)},
+            parameters,
+            shared,
+            sum(parameter.numel() for parameter in model.parameters()),
+        )
+
+    @classmethod
+    def from_file(cls, path: Path) -> "CapacitySpec":
+        """The specification in a config.json (or the directory of one)."""
+        from transformers import AutoConfig
+
+        return cls.from_config(AutoConfig.from_pretrained(path), name=str(path))
+
+
+def sizes_of(module: nn.Module) -> dict[str, object]:
+    """The attributes of a module that say how much of it there is."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return {"entries": len(module)}
+
+    def counts(value: object) -> bool:
+        if isinstance(value, (list, tuple)):
+            return bool(value) and all(type(item) is int for item in value)
+        return type(value) is int
+
+    return {
+        key: tuple(value) if isinstance(value, (list, tuple)) else value
+        for key, value in vars(module).items()
+        if not key.startswith("_") and key not in _FREE_SIZES and counts(value)
+    }
+
+
+def heads_of(module: nn.Module) -> int | None:
+    """How many query heads an attention module has; None for other modules."""
+    head_dim = getattr(module, "head_dim", None)
+    if "Attention" not in type(module).__name__ or not isinstance(head_dim, int):
+        return None
+    if isinstance(getattr(module, "num_heads", None), int):
+        return module.num_heads
+    query = getattr(module, "q_proj", None)
+    return query.out_features // head_dim if hasattr(query, "out_features") else None

@@ -1,0 +1,295 @@
+"""Capacity checks: whole models pass, and models that were pruned on purpose fail, with the module named."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
+
+import models
+import qvl_model
+from qvl_model import capacity
+
+TEXT = "model.language_model.layers"
+VISION = "model.visual.blocks"
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return models.stock_model("odd")
+
+
+@pytest.fixture(params=["stock", "accelerated"])
+def model(request, whole):
+    copied = copy.deepcopy(whole)
+    return qvl_model.accelerate(copied) if request.param == "accelerated" else copied
+
+
+def _zero(tensor, rows=slice(None), columns=slice(None)):
+    with torch.no_grad():
+        tensor[rows, columns] = 0
+
+
+def test_whole_models_pass(model):
+    report = capacity.verify(model, models.config("odd"), training=True)
+    assert report.ok and "complete" in str(report)
+    assert report.facts["model.language_model.layers (layers)"] == 5 and report.facts["model.visual.blocks (layers)"] == 4
+    assert report.facts["Qwen3VLTextAttention (heads)"] == "6" and report.facts["Qwen3VLVisionAttention (heads)"] == "3"
+    assert report.facts["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", models.CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_config_passes(name, dtype):
+    assert capacity.verify(models.stock_model(name, dtype), models.config(name)).ok
+
+
+def _other_layers(model, count):
+    layers = model.model.language_model.layers
+    model.model.language_model.layers = layers[:count]
+
+
+def _resize_heads(model):
+    """Two of six query heads and one of three key/value heads removed, cleanly, as structured pruning does."""
+    attention, size = model.model.language_model.layers[1].self_attn, 24
+    for name, heads in (("q_proj", 4), ("k_proj", 2), ("v_proj", 2)):
+        linear = getattr(attention, name)
+        linear.weight = nn.Parameter(linear.weight[: heads * size].clone())
+        linear.out_features = heads * size
+    attention.o_proj.weight = nn.Parameter(attention.o_proj.weight[:, : 4 * size].clone())
+    attention.o_proj.in_features = 4 * size
+
+
+def _narrow_mlp(model):
+    mlp = model.model.language_model.layers[2].mlp
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        linear.weight = nn.Parameter(linear.weight[:90].clone())
+    mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, :90].clone())
+
+
+def _masked(model):
+    from torch.nn.utils import prune
+
+    prune.ln_structured(model.model.language_model.layers[0].mlp.gate_proj, "weight", amount=0.1, n=2, dim=0)
+
+
+class _Skip(nn.Module):
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+class _Disguised(Qwen3VLTextDecoderLayer):
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+def _disguise(model):
+    model.model.language_model.layers[3].__class__ = _Disguised
+
+
+def _replace_forward(model):
+    model.model.language_model.layers[3].forward = lambda hidden_states, *args, **kwargs: hidden_states
+
+
+def _set(path, module):
+    def damage(model):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, module)
+
+    return damage
+
+
+def _zero_in(path, rows=slice(None), columns=slice(None)):
+    return lambda model: _zero(model.get_submodule(path).weight, rows, columns)
+
+
+def _same_layer(model):
+    model.model.language_model.layers[4] = model.model.language_model.layers[1]
+
+
+def _copied_layer(model):
+    model.model.language_model.layers[4].load_state_dict(model.model.language_model.layers[1].state_dict())
+
+
+def _tied_weight(model):
+    layers = model.model.language_model.layers
+    layers[4].mlp.up_proj.weight = layers[1].mlp.up_proj.weight
+
+
+def _copied_weight(model):
+    with torch.no_grad():
+        model.model.visual.blocks[3].mlp.linear_fc1.weight.copy_(model.model.visual.blocks[0].mlp.linear_fc1.weight)
+
+
+def _vision_heads(model):
+    attention = model.model.visual.blocks[2].attn
+    attention.num_heads, attention.head_dim = 6, 10
+
+
+def _extra_layer(model):
+    layers = model.model.language_model.layers
+    layers.append(copy.deepcopy(layers[0]))
+
+
+def _zero_norm(model):
+    with torch.no_grad():
+        model.model.language_model.layers[2].input_layernorm.weight.zero_()
+
+
+DAMAGE = {
+    "zeroed query head": (_zero_in(f"{TEXT}.2.self_attn.q_proj", slice(72, 96)), f"{TEXT}.2.self_attn.q_proj", "head 3 is pruned"),
+    "zeroed value head": (_zero_in(f"{TEXT}.0.self_attn.v_proj", slice(24, 48)), f"{TEXT}.0.self_attn.v_proj", "head 1 of the key/value"),
+    "zeroed head output": (_zero_in(f"{TEXT}.4.self_attn.o_proj", columns=slice(0, 24)), f"{TEXT}.4.self_attn.o_proj", "head 0 is pruned"),
+    "zeroed vision keys": (_zero_in(f"{VISION}.1.attn.qkv", slice(60, 80)), f"{VISION}.1.attn.qkv", "head 0 of the keys"),
+    "zeroed vision head": (_zero_in(f"{VISION}.3.attn.proj", columns=slice(40, 60)), f"{VISION}.3.attn.proj", "head 2 is pruned"),
+    "zeroed row of a head": (_zero_in(f"{TEXT}.2.self_attn.q_proj", 5), f"{TEXT}.2.self_attn.q_proj", "output channel 5 of 144 is"),
+    "zeroed MLP channel": (_zero_in(f"{TEXT}.1.mlp.up_proj", 17), f"{TEXT}.1.mlp.up_proj", "output channel 17 of 100"),
+    "zeroed MLP channels": (_zero_in(f"{TEXT}.1.mlp.down_proj", columns=slice(3, 40)), f"{TEXT}.1.mlp.down_proj", "and 29 more of 100 are"),
+    "zeroed vision channel": (_zero_in(f"{VISION}.0.mlp.linear_fc1", 75), f"{VISION}.0.mlp.linear_fc1", "output channel 75"),
+    "zeroed patch channel": (_zero_in("model.visual.patch_embed.proj", 7), "model.visual.patch_embed.proj", "output channel 7"),
+    "zeroed embedding channel": (_zero_in("model.language_model.embed_tokens", columns=9), "model.language_model.embed_tokens", "channel 9"),
+    "zeroed merger": (_zero_in("model.visual.merger.linear_fc2"), "model.visual.merger.linear_fc2", "is all zero"),
+    "zeroed deepstack": (_zero_in("model.visual.deepstack_merger_list.1.linear_fc1"), "model.visual.deepstack_merger_list.1.linear_fc1", "is all zero"),
+    "zeroed norm": (_zero_norm, f"{TEXT}.2.input_layernorm", "all zero"),
+    "removed last layer": (lambda model: _other_layers(model, 4), f"{TEXT}.4", "missing"),
+    "removed vision block": (lambda model: model.model.visual.blocks.__delitem__(1), "model.visual.blocks", "entries is 3, the specification says 4"),
+    "identity layer": (_set(f"{TEXT}.3", nn.Identity()), f"{TEXT}.3", "is a Identity; a Qwen3VLTextDecoderLayer belongs here"),
+    "identity attention": (_set(f"{VISION}.2.attn", _Skip()), f"{VISION}.2.attn", "is a _Skip"),
+    "identity activation": (_set(f"{TEXT}.0.mlp.act_fn", nn.Identity()), f"{TEXT}.0.mlp.act_fn", "is a Identity"),
+    "disguised layer": (_disguise, f"{TEXT}.3", "neither transformers nor qvl"),
+    "replaced forward": (_replace_forward, f"{TEXT}.3", "forward was replaced"),
+    "resized heads": (_resize_heads, f"{TEXT}.1.self_attn.q_proj", "[96, 72], the specification says [144, 72]"),
+    "regrouped heads": (_vision_heads, f"{VISION}.2.attn", "num_heads is 6, the specification says 3"),
+    "narrower MLP": (_narrow_mlp, f"{TEXT}.2.mlp.down_proj", "[72, 90], the specification says [72, 100]"),
+    "pruning masks": (_masked, f"{TEXT}.0.mlp.gate_proj", "its parameter weight is missing"),
+    "shared layer": (_same_layer, f"{TEXT}.4", f"is the same module as {TEXT}.1"),
+    "duplicated layer": (_copied_layer, f"{TEXT}.4", f"repeats the weights of {TEXT}.1"),
+    "shared weight": (_tied_weight, f"{TEXT}.4.mlp.up_proj", f"the same tensor as {TEXT}.1.mlp.up_proj.weight"),
+    "duplicated weight": (_copied_weight, f"{VISION}.3.mlp.linear_fc1", f"has the weights of {VISION}.0.mlp.linear_fc1"),
+    "added layer": (_extra_layer, f"{TEXT}.5", "does not belong here"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_pruned_models_fail(model, kind):
+    damage, module, message = DAMAGE[kind]
+    damage(model)
+    with pytest.raises(capacity.CapacityError) as caught:
+        capacity.verify(model, models.config("odd"))
+    found = [v for v in caught.value.report.violations if v.module == module and message in v.problem]
+    assert found, f"{module}: ...{message}... is not among\n{caught.value}"
+    assert module in str(caught.value)
+
+
+def test_a_zeroed_head_is_reported_once(whole):
+    model = copy.deepcopy(whole)
+    _zero_in(f"{TEXT}.2.self_attn.q_proj", slice(72, 96))(model)
+    assert len(capacity.examine(model).violations) == 1
+
+
+def test_parameter_counts(whole):
+    model = copy.deepcopy(whole)
+    _other_layers(model, 3)
+    report = capacity.examine(model, models.config("odd"))
+    assert any(v.module == "" and "parameters" in v.problem for v in report.violations)
+
+
+def test_a_config_that_was_pruned_too_needs_the_real_specification(whole):
+    """Against its own, edited config a model with fewer layers is complete; against the specification it is not."""
+    config = models.config("odd")
+    config.text_config.num_hidden_layers = 3
+    if hasattr(config.text_config, "layer_types"):
+        config.text_config.layer_types = config.text_config.layer_types[:3]
+    smaller = type(whole)(config)
+    assert capacity.examine(smaller).ok
+    assert not capacity.examine(smaller, models.config("odd")).ok
+
+
+@pytest.mark.parametrize("part", [f"{TEXT}.1.self_attn.k_proj", f"{VISION}.0.norm1", "model.language_model.embed_tokens"])
+def test_frozen_parameters(whole, part):
+    model = copy.deepcopy(whole)
+    model.get_submodule(part).weight.requires_grad_(False)
+    assert capacity.verify(model).ok
+    with pytest.raises(capacity.CapacityError, match=f"{part}: weight is frozen"):
+        capacity.verify(model, training=True)
+
+
+def test_parameters_that_the_optimizer_lacks(whole):
+    model = copy.deepcopy(whole)
+    everything = list(model.parameters())
+    assert capacity.verify(model, training=True, optimizer=torch.optim.AdamW(everything)).ok
+    with pytest.raises(capacity.CapacityError, match="is not in the optimizer"):
+        capacity.verify(model, training=True, optimizer=torch.optim.AdamW(everything[1:]))
+
+
+def test_weights_without_gradient(whole):
+    with torch.no_grad(), pytest.raises(capacity.CapacityError, match="switched off"):
+        capacity.verify(whole, training=True)
+
+
+class _Packed(nn.Linear):
+    """A linear layer that holds its weight in another form, as quantised ones do."""
+
+    def dequantize(self):
+        return self.stored.float()
+
+
+_Packed.__module__ = "qvl_model.modules.packed"
+
+
+def _pack(model):
+    for module in list(model.modules()):
+        if type(module) is nn.Linear and module is not model.lm_head:
+            stored = module.weight.detach().to(torch.bfloat16)
+            module.__class__ = _Packed
+            del module.weight
+            module.register_buffer("stored", stored)
+
+
+def test_packed_weights(whole):
+    model = copy.deepcopy(whole)
+    _pack(model)
+    report = capacity.verify(model, models.config("odd"))
+    assert report.facts["parameters"] == sum(p.numel() for p in whole.parameters())
+    with pytest.raises(capacity.CapacityError, match="quantised, which cannot be trained"):
+        capacity.verify(model, training=True)
+    model.get_submodule(f"{TEXT}.2.self_attn.q_proj").stored[72:96] = 0
+    with pytest.raises(capacity.CapacityError, match="head 3 is pruned"):
+        capacity.verify(model)
+
+
+def test_meta_models_are_compared_by_structure(whole):
+    with torch.device("meta"):
+        model = type(whole)(models.config("odd"))
+    assert "meta" in capacity.verify(model, models.config("odd")).facts["weights"]
+    model.model.language_model.layers[1] = nn.Identity()
+    assert not capacity.examine(model, models.config("odd")).ok
+
+
+def test_published_specification():
+    spec = capacity.CapacitySpec.of("qwen3-vl-2b")
+    assert spec.count == 2_127_532_032
+    assert spec.modules["model.language_model.layers"][1] == {"entries": 28} and spec.modules["model.visual.blocks"][1] == {"entries": 24}
+    assert spec.modules["model.visual.blocks.0.attn"][1]["num_heads"] == 16
+
+
+def test_models_in_wrappers(whole):
+    assert capacity.verify(torch.compile(whole), models.config("odd")).ok
+    assert capacity.verify(whole.model, models.config("odd")).ok
+
+
+def test_what_is_refused(whole):
+    with pytest.raises(TypeError, match="got Linear"):
+        capacity.verify(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="unknown specification 'qwen'; known are qwen3-vl-2b"):
+        capacity.verify(whole, "qwen")
+    with pytest.raises(TypeError, match="described by Qwen3VLConfig"):
+        capacity.verify(whole, models.config("odd").text_config)
+
+    class Adapted(nn.Module):
+        def get_base_model(self):
+            return whole
+
+    with pytest.raises(TypeError, match="merge_and_unload"):
+        capacity.verify(Adapted())
