@@ -5,6 +5,7 @@ from qvl_kernels.ops.attention import attention
 from qvl_kernels.ops.cross_attention import cross_attention
 from qvl_kernels.ops.decode_attention import decode_attention
 from qvl_kernels.ops.decoder_layer import DecoderWeights, decoder_layer
+from qvl_kernels.ops.decoder_layer.prepared import PreparedDecoderLayer
 from qvl_kernels.ops.gelu_tanh import gelu_tanh
 from qvl_kernels.ops.layer_norm import add_layer_norm, layer_norm
 from qvl_kernels.ops.linear import linear
@@ -17,6 +18,7 @@ from qvl_kernels.ops.vision_block import VisionWeights, vision_block
 
 __all__ = [
     "DecoderWeights",
+    "PreparedDecoderLayer",
     "VisionWeights",
     "add_layer_norm",
     "add_rms_norm",

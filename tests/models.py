@@ -133,7 +133,9 @@ class Calls:
 @contextlib.contextmanager
 def fused_calls(model: nn.Module) -> Iterator[Calls]:
     """Counts the fused calls of ``model`` inside the block; the C++ backend is forced, so nothing falls back unseen."""
-    calls, originals = Calls(), {name: getattr(qvl_kernels, name) for name in ("decoder_layer", "vision_block")}
+    calls = Calls()
+    fused = {"decoder_layer": (qvl_kernels.PreparedDecoderLayer, "__call__"), "vision_block": (qvl_kernels, "vision_block")}
+    originals = {name: getattr(*place) for name, place in fused.items()}
 
     def spy(name):
         def called(*args, **kwargs):
@@ -155,13 +157,13 @@ def fused_calls(model: nn.Module) -> Iterator[Calls]:
     ]
     known = dispatch.fallbacks()
     try:
-        for name in originals:
-            setattr(qvl_kernels, name, spy(name))
+        for name, place in fused.items():
+            setattr(*place, spy(name))
         with qvl_kernels.use_backend("cpp"):
             yield calls
     finally:
-        for name, original in originals.items():
-            setattr(qvl_kernels, name, original)
+        for name, place in fused.items():
+            setattr(*place, originals[name])
         for handle in handles:
             handle.remove()
     assert dispatch.fallbacks() == known

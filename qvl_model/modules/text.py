@@ -1,7 +1,9 @@
 """The text decoder: one fused call per layer at inference, op by op with gradients, stock code for the rest."""
 
+import weakref
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 import qvl_kernels
@@ -114,6 +116,87 @@ def _mask_fits(mask: Tensor | None, q: Tensor, k: Tensor) -> bool:
     )
 
 
+_IMPLEMENTATION = "_attn_implementation_internal"  # where a config keeps it; the property on top costs a microsecond
+
+
+class _Plan:
+    """A decoder layer whose modules and weights were found plain, as one fused call; ``holds`` says whether they still are."""
+
+    __slots__ = ("_attention", "_config", "_config_values", "_modules", "_settings", "_tensors", "dtype", "prepared")
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "_Plan | None":
+        """The plan of a layer, or None if one fused call is not what its modules compute."""
+        children = layer._modules
+        attention, mlp = children["self_attn"], children["mlp"]
+        if type(attention) is not Qwen3VLTextAttention or type(mlp) is not Qwen3VLTextMLP:
+            return None
+        norms = [(children, "input_layernorm"), (attention._modules, "q_norm"), (attention._modules, "k_norm"), (children, "post_attention_layernorm")]
+        linears = [(attention._modules, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        linears += [(mlp._modules, name) for name in ("gate_proj", "up_proj", "down_proj")]
+        plan = cls()
+        plan._attention, plan._config, plan._config_values = attention, attention.config, attention.config.__dict__
+        plan._modules = [(siblings, name, siblings[name], kind, siblings[name].__dict__) for group, kind in (
+            ([(children, "mlp")], Qwen3VLTextMLP), (norms, Qwen3VLTextRMSNorm), (linears, Linear), ([(mlp._modules, "act_fn")], _SILU)
+        ) for siblings, name in group]  # fmt: skip
+        norms, linears = ([siblings[name] for siblings, name in group] for group in (norms, linears))
+        if any(type(module) is not kind for _, _, module, kind, _ in plan._modules):
+            return None
+        tensors = [(module._parameters, name) for module in norms + linears for name in module._parameters]
+        plan._tensors = [(own, name, own[name], *_memory(own[name])) for own, name in tensors]
+        plan._settings = [(norm.__dict__, "variance_epsilon", norms[0].variance_epsilon) for norm in norms]
+        plan._settings += [(attention.__dict__, name, getattr(attention, name)) for name in ("scaling", "is_causal")]
+        input_norm, q_norm, k_norm, post_norm = (norm.weight for norm in norms)
+        q, k, v, o, gate, up, down = (linear.weight for linear in linears)
+        q_bias, k_bias, v_bias, o_bias, *mlp_biases = (linear.bias for linear in linears)
+        weights = qvl_kernels.DecoderWeights(
+            input_norm, q, k, v, q_norm, k_norm, o, post_norm, gate, up, down, q_bias, k_bias, v_bias, o_bias
+        )
+        if not attention.is_causal or mlp_biases != [None, None, None] or not kernels_take(*weights) or not plan.holds():
+            return None
+        plan.dtype = q.dtype
+        plan.prepared = qvl_kernels.PreparedDecoderLayer(
+            weights, num_heads=q.shape[0] // attention.head_dim, kv_heads=k.shape[0] // attention.head_dim,
+            eps=norms[0].variance_epsilon, scale=attention.scaling,
+        )  # fmt: skip
+        return plan
+
+    def holds(self) -> bool:
+        attention = self._attention
+        implementation = self._config_values.get(_IMPLEMENTATION)
+        if (
+            type(attention) is not Qwen3VLTextAttention
+            or "forward" in attention.__dict__
+            or attention.__dict__.get("config") is not self._config
+            or not (
+                implementation == "sdpa" and only_capture_hooks(attention)
+                or implementation == "eager" and is_plain(attention, Qwen3VLTextAttention)
+            )
+        ):
+            return False
+        for siblings, name, module, kind, state in self._modules:
+            if siblings.get(name) is not module or type(module) is not kind:
+                return False
+            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:  # is_plain, without a call
+                return False
+        for own, name, tensor, pointer, elements, dtype in self._tensors:
+            if own.get(name) is not tensor:
+                return False
+            if tensor is not None and (tensor.data_ptr() != pointer or tensor.numel() != elements or tensor.dtype is not dtype):
+                return False
+        for own, name, value in self._settings:
+            if own.get(name) != value:
+                return False
+        return True
+
+
+def _memory(tensor: Tensor | None) -> tuple[int, int, torch.dtype | None]:
+    return (0, 0, None) if tensor is None else (tensor.data_ptr(), tensor.numel(), tensor.dtype)
+
+
+_plans: "weakref.WeakKeyDictionary[nn.Module, _Plan | None]" = weakref.WeakKeyDictionary()
+
+
 class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
     def forward(
         self,
@@ -125,25 +208,15 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         use_cache: bool | None = False,
         **kwargs,
     ) -> Tensor:
-        weights = self._fused_weights(hidden_states, position_embeddings, attention_mask, kwargs)
-        if weights is not None:
-            attention = self.self_attn
-            batch, queries, _ = hidden_states.shape
+        prepared = self._prepared(hidden_states, position_embeddings, attention_mask, kwargs)
+        if prepared is not None:
+            queries = hidden_states.shape[1]
             store = cache.open_store(
-                past_key_values, attention.layer_idx, hidden_states, weights.k.shape[0] // attention.head_dim, attention.head_dim
+                past_key_values, self._modules["self_attn"].layer_idx, hidden_states, prepared.kv_heads, prepared.head_dim
             )
             if store is not None and _causal_rule_holds(attention_mask, queries, store):
-                out = qvl_kernels.decoder_layer(
-                    hidden_states,
-                    weights,
-                    *position_embeddings,
-                    store.keys,
-                    store.values,
-                    past=store.past,
-                    mask=attention_mask,
-                    num_heads=attention.config.num_attention_heads,
-                    eps=self.input_layernorm.variance_epsilon,
-                    scale=attention.scaling,
+                out = prepared(
+                    hidden_states, *position_embeddings, store.keys, store.values, past=store.past, mask=attention_mask
                 )
                 store.commit(queries)
                 return out
@@ -157,59 +230,33 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
             **kwargs,
         )
 
-    def _fused_weights(
+    def _prepared(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], mask: Tensor | None, kwargs: dict
-    ) -> qvl_kernels.DecoderWeights | None:
-        """The layer's tensors if one fused call computes what the modules would, else None."""
+    ) -> qvl_kernels.PreparedDecoderLayer | None:
+        """The layer as one fused call if that computes what the modules would, else None."""
         # Runs once per layer and token: plain loops and dictionary look-ups, no generators and no __getattr__.
-        children = self._modules
-        attention, mlp = children["self_attn"], children["mlp"]
-        implementation = attention.config._attn_implementation
+        attention = self._modules["self_attn"]
         if (
             torch.compiler.is_compiling()
-            or type(attention) is not Qwen3VLTextAttention
-            or "forward" in attention.__dict__
-            or not (only_capture_hooks(attention) if implementation == "sdpa" else is_plain(attention, Qwen3VLTextAttention))
-            or implementation not in ("sdpa", "eager")
+            or torch.is_grad_enabled() and _any_requires_grad(hidden_states, self)
             or (self.training and attention.attention_dropout > 0.0)
-            or not attention.is_causal
-            or not is_plain(mlp, Qwen3VLTextMLP)
             or not no_global_hooks()
-            or not hidden_states.is_contiguous()
             or hidden_states.dim() != 3
+            or not hidden_states.is_contiguous()
             or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype in (torch.bool, hidden_states.dtype)))
             or _has_special_arguments(kwargs)
             or not _tables_fit(position_embeddings, hidden_states)
+            or not kernels_take(hidden_states, *position_embeddings)
         ):
             return None
-        projections, feed_forward = attention._modules, mlp._modules
-        if not is_plain(feed_forward["act_fn"], _SILU):
-            return None
-        norms = (children["input_layernorm"], projections["q_norm"], projections["k_norm"], children["post_attention_layernorm"])
-        eps = norms[0].variance_epsilon
-        for norm in norms:
-            if not is_plain(norm, Qwen3VLTextRMSNorm) or norm.variance_epsilon != eps:
-                return None
-        linears = (
-            projections["q_proj"], projections["k_proj"], projections["v_proj"], projections["o_proj"],
-            feed_forward["gate_proj"], feed_forward["up_proj"], feed_forward["down_proj"],
-        )  # fmt: skip
-        for linear in linears:
-            if not is_plain(linear, Linear):
-                return None
-        input_norm, q_norm, k_norm, post_norm = [norm._parameters["weight"] for norm in norms]
-        q, k, v, o, gate, up, down = [linear._parameters["weight"] for linear in linears]
-        q_bias, k_bias, v_bias, o_bias, *mlp_biases = [linear._parameters["bias"] for linear in linears]
-        weights = qvl_kernels.DecoderWeights(
-            input_norm, q, k, v, q_norm, k_norm, o, post_norm, gate, up, down, q_bias, k_bias, v_bias, o_bias
-        )
-        if mlp_biases != [None, None, None] or not kernels_take(hidden_states, *weights, *position_embeddings):
-            return None
-        if torch.is_grad_enabled():
-            for tensor in (hidden_states, *weights):
-                if tensor is not None and tensor.requires_grad:
-                    return None
-        return weights
+        plan = _plans.get(self)
+        if plan is None or not plan.holds():
+            plan = _plans[self] = _Plan.of(self)
+        return None if plan is None or plan.dtype is not hidden_states.dtype else plan.prepared
+
+
+def _any_requires_grad(x: Tensor, layer: nn.Module) -> bool:
+    return x.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
 
 
 def _causal_rule_holds(mask: Tensor | None, queries: int, store: "cache.Store") -> bool:

@@ -30,7 +30,7 @@ class DecoderWeights(NamedTuple):
     o_bias: torch.Tensor | None = None
 
 
-def _check_weights(x: torch.Tensor, w: DecoderWeights, num_heads: int, kv_heads: int, head_dim: int) -> None:
+def check_weights(x: torch.Tensor, w: DecoderWeights, num_heads: int, kv_heads: int, head_dim: int) -> None:
     for name, weight in zip(DecoderWeights._fields, w):
         if not isinstance(weight, torch.Tensor) and (weight is not None or not name.endswith("_bias")):
             raise TypeError(f"decoder_layer: {name} must be a torch.Tensor, got {type(weight).__name__}")
@@ -107,7 +107,7 @@ def decoder_layer(
         raise ValueError(f"{op}: num_heads {num_heads} must be a multiple of the cache's {kv_heads} key/value heads")
     if head_dim % 2:
         raise ValueError(f"{op}: head_dim must be even to rotate halves, got {head_dim}")
-    _check_weights(x, weights, num_heads, kv_heads, head_dim)
+    check_weights(x, weights, num_heads, kv_heads, head_dim)
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dim() != 3 or table.shape[1:] != (time, head_dim) or table.shape[0] not in (1, batch):
             raise ValueError(f"{op}: {name} must have shape [{batch} or 1, {time}, {head_dim}], got {tuple(table.shape)}")
