@@ -1,4 +1,5 @@
-"""The command line: ``qvl generate`` answers a question about pictures, ``qvl inspect`` says what would be replaced."""
+"""The command line: ``qvl generate`` answers a question about pictures, ``qvl inspect`` says what would be replaced, ``qvl verify``
+checks that nothing of a model is missing, ``qvl train`` trains one."""
 
 import argparse
 import os
@@ -16,7 +17,7 @@ class CommandError(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status (2 for a mistake in the arguments).
+    """Runs the command line; returns the exit status: 2 for a mistake in the arguments, 1 for a model without its full capacity.
 
     Example:
         >>> main(["generate", "--image", "digits.png", "--prompt", "Read the digits from left to right."])
@@ -33,14 +34,23 @@ def main(argv: list[str] | None = None) -> int:
     inspect = commands.add_parser("inspect", help="list what accelerate replaces in a checkpoint")
     inspect.add_argument("model", metavar="MODEL", help="checkpoint directory")
     inspect.set_defaults(run=_inspect)
+    verify = commands.add_parser("verify", help="check that no layer, head, channel or parameter of a checkpoint is missing or pruned")
+    verify.add_argument("model", metavar="MODEL", help="checkpoint directory")
+    verify.add_argument(
+        "--spec", metavar="SPEC", help="what it must be: a name (qwen3-vl-2b, ...) or the directory of another config.json (default: its own)"
+    )
+    verify.set_defaults(run=_verify)
+    train = commands.add_parser("train", help="train a model as a YAML file says, or go on with a run that was stopped")
+    train.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="the configuration")
+    train.add_argument("--keys", action="store_true", help="print every key of the configuration with its default and meaning")
+    train.set_defaults(run=_train)
     arguments = parser.parse_args(argv)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except CommandError as error:
         print(f"qvl: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _checkpoint(path: str | None) -> Path:
@@ -83,21 +93,34 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _load(checkpoint: Path):
-    """(model, processor) of a checkpoint directory; CommandError unless every weight of the model is in it."""
+def _reading_errors() -> tuple[type[Exception], ...]:
+    """transformers checks little of what it reads: a file of the wrong shape surfaces as any of these."""
     from safetensors import SafetensorError
+
+    return (OSError, ValueError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
+
+
+def _weights(checkpoint: Path):
+    """(model, what was missing, of another size or too much) of a checkpoint directory."""
     from transformers import Qwen3VLForConditionalGeneration
 
+    try:
+        return Qwen3VLForConditionalGeneration.from_pretrained(
+            checkpoint, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except _reading_errors() as error:
+        raise CommandError(f"{checkpoint} cannot be loaded: {_one_line(error)}") from error
+
+
+def _load(checkpoint: Path):
+    """(model, processor) of a checkpoint directory; CommandError unless every weight of the model is in it."""
     from qvl_model.processing import load_processor
 
     try:
         processor = load_processor(checkpoint)
-        model, info = Qwen3VLForConditionalGeneration.from_pretrained(
-            checkpoint, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
-        # transformers checks little of what it reads: a file of the wrong shape surfaces as any of these.
+    except _reading_errors() as error:
         raise CommandError(f"{checkpoint} cannot be loaded: {_one_line(error)}") from error
+    model, info = _weights(checkpoint)
     # transformers fills such weights with random numbers and goes on; the answer would be noise.
     for problem, keys in (("lacks", info["missing_keys"]), ("has another size than config.json says for", info["mismatched_keys"])):
         if keys:
@@ -176,6 +199,62 @@ def _inspect(arguments: argparse.Namespace) -> None:
     with torch.device("meta"):  # the structure is enough: no weight is read
         model = Qwen3VLForConditionalGeneration(config)
     print(qvl_model.report(model))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    import transformers
+
+    from qvl_model import capacity
+
+    checkpoint = _checkpoint(arguments.model)
+    config = _config(checkpoint)
+    spec, name = config, f"{checkpoint}/config.json"
+    if arguments.spec in capacity.SPECS:
+        spec, name = capacity.SPECS[arguments.spec](), arguments.spec
+    elif arguments.spec is not None:
+        if not Path(arguments.spec).is_dir():
+            raise CommandError(f"--spec {arguments.spec} is neither one of {', '.join(capacity.SPECS)} nor a directory with a config.json")
+        spec, name = _config(_checkpoint(arguments.spec)), f"{arguments.spec}/config.json"
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model, info = _weights(checkpoint)
+    try:
+        report = capacity.examine(model, capacity.CapacitySpec.from_config(spec, type(model), name))
+    except TypeError as error:
+        raise CommandError(_one_line(error)) from error
+    for key in sorted(info["missing_keys"]):
+        report.add(key.rpartition(".")[0], f"{key.rpartition('.')[2]} is not in the checkpoint")
+    for key, found, _ in sorted(info["mismatched_keys"]):
+        report.add(key.rpartition(".")[0], f"{key.rpartition('.')[2]} is {list(found)} in the checkpoint")
+    for key in sorted(info["unexpected_keys"]):
+        report.add(key.rpartition(".")[0], f"{key.rpartition('.')[2]} is in the checkpoint, and config.json has no place for it")
+    print(report)
+    return 0 if report.ok else 1
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    try:
+        from qvl_model import capacity, training
+    except ImportError as error:  # the Trainer's own needs
+        raise CommandError(f"training needs more packages: pip install 'qvl[train]' ({_one_line(error)})") from error
+    if arguments.keys:
+        print(training.describe_keys())
+        return 0
+    if arguments.config is None:
+        raise CommandError("train needs a CONFIG.yaml; --keys lists what may stand in it")
+    try:
+        result = training.train(training.TrainConfig.from_yaml(arguments.config))
+    except capacity.CapacityError as error:
+        print(f"qvl: training was stopped, the model lost capacity. {error}", file=sys.stderr)
+        return 1
+    except (training.ConfigError, training.DataError) as error:
+        raise CommandError(str(error)) from error
+    except KeyboardInterrupt:
+        print("\nqvl: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{result.steps} steps; the model is in {result.directory}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""Checkpoints of a run: the newest complete one, what a resumed run must have in common with the first, the log of losses."""
+
+import json
+import re
+from pathlib import Path
+
+from qvl_model.training.config import ConfigError
+
+__all__ = ["RunRecord", "last_complete", "read_log", "truncate_log"]
+
+RECORD = "run.json"
+LOG = "log.jsonl"
+STATE = "trainer_state.json"  # what the Trainer writes last
+_FREE = ("workers",)  # keys of "run" that may change between the runs
+
+
+def last_complete(directory: Path) -> tuple[Path | None, list[Path]]:
+    """(newest checkpoint that was written to its end, newer ones that were not).
+
+    A run that is killed while it writes leaves a directory without trainer_state.json, or with half of one.
+    """
+    found = [(int(match[1]), path) for path in directory.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    incomplete = []
+    for _, path in sorted(found, reverse=True):
+        try:
+            json.loads((path / STATE).read_text())
+        except (OSError, ValueError):
+            incomplete.append(path)
+            continue
+        return path, incomplete
+    return None, incomplete
+
+
+class RunRecord:
+    """What the curve of a run depends on, kept in run.json: a run is only resumed with the same."""
+
+    def __init__(self, config: dict, fingerprints: dict[str, str], ranks: int):
+        run = {key: value for key, value in config["run"].items() if key not in _FREE}
+        data = {key: value for key, value in config["data"].items() if key not in ("train", "validation", "images")}  # files may move
+        self.values = {"model": config["model"], "data": data, "optimizer": config["optimizer"], "run": run, "rows": fingerprints, "ranks": ranks}
+
+    def write(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / RECORD).write_text(json.dumps(self.values, indent=1) + "\n")
+
+    def check(self, directory: Path) -> None:
+        """Raises ConfigError if the run in ``directory`` was another one, naming the keys that differ."""
+        try:
+            before = json.loads((directory / RECORD).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{directory} has checkpoints and no readable {RECORD}; give another output.directory") from error
+        now = json.loads(json.dumps(self.values))
+        changed = [f"{key} ({was!r} then, {new!r} now)" for key, was, new in _differences(before, now)]
+        if changed:
+            raise ConfigError(
+                f"{directory} has checkpoints of another run: {'; '.join(changed)}. Change these back to resume it, or give another output.directory"
+            )
+
+
+def _differences(before: dict, now: dict, group: str = ""):
+    for key in dict.fromkeys((*before, *now)):
+        was, new = before.get(key), now.get(key)
+        if isinstance(was, dict) and isinstance(new, dict):
+            yield from _differences(was, new, f"{group}{key}.")
+        elif was != new:
+            yield f"{group}{key}", was, new
+
+
+def read_log(directory: str | Path) -> list[dict]:
+    """The lines of log.jsonl: step, and loss with learning_rate and grad_norm, or eval_loss. A line cut short by a kill is left out.
+
+    Example:
+        >>> [line["loss"] for line in read_log("out") if "loss" in line]
+    """
+    entries = []
+    try:
+        lines = (Path(directory) / LOG).read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
+
+
+def truncate_log(directory: Path, step: int) -> None:
+    """Drops what was logged after ``step``: a run that resumes there logs it again."""
+    kept = [entry for entry in read_log(directory) if entry["step"] <= step]
+    temporary = directory / (LOG + ".new")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    temporary.replace(directory / LOG)

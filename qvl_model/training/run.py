@@ -1,0 +1,264 @@
+"""A whole training run from its configuration: load, check the data, train (or go on), save."""
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import TrainingArguments
+
+import qvl_model
+from qvl_model import capacity
+from qvl_model.training.checkpoints import RunRecord, last_complete
+from qvl_model.training.config import ConfigError, TrainConfig
+from qvl_model.training.data import Rows, open_rows
+from qvl_model.training.encode import Collator, Encoder
+from qvl_model.training.trainer import CapacityCallback, LogCallback, Trainer
+
+__all__ = ["TrainResult", "build_arguments", "load_model", "train"]
+
+FINAL = "final"
+# What a processor is made of: copied beside the trained weights as it came, so that nothing of it is lost on the way.
+PROCESSOR_FILES = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "preprocessor_config.json", "processor_config.json",
+    "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json",
+)  # fmt: skip
+
+
+@dataclass
+class TrainResult:
+    """What a run left behind.
+
+    Attributes:
+        directory: the trained model, for from_pretrained.
+        steps: optimizer steps altogether.
+        resumed_from: step of the checkpoint that the run went on from; 0 for a new one.
+        skipped: lines of the training data that were left out.
+    """
+
+    directory: Path
+    steps: int
+    resumed_from: int
+    skipped: int
+
+
+def _checkpoint_of(config: TrainConfig) -> Path:
+    from qvl_model import digits
+
+    path = Path(config.model.path) if config.model.path is not None else digits.CHECKPOINT
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"model.path: {path} has no config.json; give a checkpoint as save_pretrained writes it")
+    return path
+
+
+def load_model(config: TrainConfig) -> tuple[nn.Module, capacity.CapacitySpec, torch.dtype]:
+    """The model to train, in fp32 and accelerated if asked for; its specification; the dtype to save it in.
+
+    Raises: ConfigError if the checkpoint cannot be loaded or lacks weights.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    path = _checkpoint_of(config)
+    try:
+        settings = AutoConfig.from_pretrained(path)
+        _set_dropout(settings, config)
+        if config.model.random_weights:
+            torch.manual_seed(config.run.seed)
+            model = AutoModelForImageTextToText.from_config(settings, dtype=torch.float32)
+        else:
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                path, config=settings, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            for keys in (info["missing_keys"], info["mismatched_keys"]):
+                if keys:
+                    first = min(key if isinstance(key, str) else key[0] for key in keys)
+                    raise ConfigError(f"model.path: {path} lacks {len(keys)} of the model's weights, or has them in another size, such as {first}")
+        model.train()
+        if config.model.accelerate:
+            model = qvl_model.accelerate(model)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"model.path: {path} cannot be trained: {' '.join(str(error).split())}") from error
+    dtype = getattr(settings, "dtype", None)
+    return model, capacity.CapacitySpec.of(model.config, type(model)), dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+# Names of the two dropouts in the configs of the families.
+_DROPOUTS = {
+    "attention_dropout": ("attention_dropout", "attention_probs_dropout_prob"),
+    "hidden_dropout": ("hidden_dropout_prob",),
+}
+
+
+def _set_dropout(settings: Any, config: TrainConfig) -> None:
+    for key, names in _DROPOUTS.items():
+        value = getattr(config.model, key)
+        if value is None:
+            continue
+        places = [(part, name) for part in (settings, settings.get_text_config()) for name in names if name in part.to_dict()]
+        if not places:
+            raise ConfigError(f"model.{key}: a {settings.model_type} model has no such dropout")
+        for part, name in places:
+            setattr(part, name, value)
+
+
+def build_arguments(config: TrainConfig, model: nn.Module, *, pictures_in_every_row: bool = True) -> TrainingArguments:
+    """transformers' TrainingArguments for a configuration; what it leaves out is up to the caller.
+
+    Args:
+        pictures_in_every_row: False if ranks may get batches without pictures, whose vision tower then has no gradient.
+    Raises: ConfigError for a precision, device or sharding that cannot be had here.
+    """
+    run, optimizer, output = config.run, config.optimizer, config.output
+    cuda = torch.cuda.is_available() and run.device != "cpu"
+    if run.device == "cuda" and not cuda:
+        raise ConfigError("run.device is cuda, and PyTorch finds no GPU; use auto or cpu")
+    precision = ("fp16" if cuda else "bf16") if run.precision == "auto" else run.precision
+    if precision == "fp16" and not cuda:
+        raise ConfigError("run.precision fp16 needs a GPU; on a CPU use bf16 (or auto, which chooses)")
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"  # since transformers 5.2x
+    options: dict[str, Any] = {checkpointing: run.gradient_checkpointing}
+    if run.gradient_checkpointing:
+        options[f"{checkpointing}_kwargs"] = {"use_reentrant": False}
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if run.sharding == "fsdp":
+        if ranks == 1:
+            raise ConfigError("run.sharding is fsdp, which needs several ranks: start with torchrun, or use ddp")
+        if not pictures_in_every_row:
+            raise ConfigError("run.sharding fsdp needs pictures in every row or in none: a rank without them would wait for the others for ever")
+        options |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": list(model._no_split_modules)}}
+    if ranks > 1:
+        options |= {"ddp_find_unused_parameters": not pictures_in_every_row, "ddp_backend": "nccl" if cuda else "gloo"}
+    if run.workers and "dataloader_multiprocessing_context" in names:
+        options["dataloader_multiprocessing_context"] = "spawn"  # a forked child hangs in PyTorch once OpenMP has run
+    evaluate = config.data.validation is not None
+    return TrainingArguments(
+        output_dir=output.directory, max_steps=run.steps or -1, num_train_epochs=run.epochs or 1,
+        per_device_train_batch_size=run.batch_size, per_device_eval_batch_size=run.batch_size, gradient_accumulation_steps=run.accumulation,
+        optim="adamw_torch", learning_rate=optimizer.learning_rate, weight_decay=optimizer.weight_decay, adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2, adam_epsilon=optimizer.epsilon, max_grad_norm=optimizer.max_grad_norm,
+        lr_scheduler_type=optimizer.schedule, warmup_steps=optimizer.warmup, fp16=precision == "fp16", bf16=precision == "bf16",
+        use_cpu=not cuda, seed=run.seed, data_seed=run.seed, dataloader_num_workers=run.workers, remove_unused_columns=False,
+        logging_strategy="steps", logging_steps=output.log_every, logging_nan_inf_filter=False, report_to=[],
+        disable_tqdm=not output.progress, save_strategy="steps", save_steps=output.save_every, save_total_limit=output.keep,
+        eval_strategy="steps" if evaluate else "no", eval_steps=(output.evaluate_every or output.save_every) if evaluate else None,
+        prediction_loss_only=True, **options,
+    )  # fmt: skip
+
+
+def _rows(path: str, config: TrainConfig, encoder: Encoder, main: bool) -> Rows:
+    source = open_rows(path, images=config.data.images, split=config.data.split)
+    rows = Rows(source, encoder, columns=config.data.columns, decode=config.data.decode)
+    if main:
+        print(rows.skipped, file=sys.stderr)
+        if rows.skipped.rows:
+            report = Path(config.output.directory) / f"skipped-{Path(path).stem}.txt"
+            report.write_text("".join(f"line {line}: {reason}\n" for line, reason in rows.skipped.rows))
+    return rows
+
+
+def _tensorboard(config: TrainConfig, main: bool, step: int) -> list:
+    if not config.output.tensorboard:
+        return []
+    if not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
+        raise ConfigError("output.tensorboard needs the tensorboard package: pip install tensorboard, or set it to false")
+    if not main:
+        return []
+    from transformers.integrations import TensorBoardCallback
+
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        from tensorboardX import SummaryWriter
+    # What a killed run logged after its last checkpoint is hidden: the resumed run logs it again.
+    return [TensorBoardCallback(SummaryWriter(str(Path(config.output.directory) / "tensorboard"), purge_step=step + 1 if step else None))]
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Trains as configured; goes on from the newest complete checkpoint if the output directory has one.
+
+    Under torchrun every rank calls this. Bad rows are reported on stderr and in ``skipped-*.txt``, losses in ``log.jsonl``.
+
+    Returns: where the trained model is, and what was skipped.
+    Raises: ConfigError and DataError (both ValueError) for what cannot be trained, before a step is made;
+        capacity.CapacityError if the model loses capacity on the way.
+    Example:
+        >>> result = train(TrainConfig.from_yaml("train.yaml"))
+        >>> model = Qwen3VLForConditionalGeneration.from_pretrained(result.directory)
+    """
+    from qvl_model.processing import load_processor
+
+    main, ranks = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("WORLD_SIZE", 1))
+    path, directory = _checkpoint_of(config), Path(config.output.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        processor = load_processor(path)
+        encoder = Encoder(processor, config.data.max_length)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: the processor of {path} cannot be loaded: {' '.join(str(error).split())}") from error
+    rows = _rows(config.data.train, config, encoder, main)
+    validation = _rows(config.data.validation, config, encoder, main) if config.data.validation is not None else None
+    mixed = 0 < len(rows.without_pictures) < len(rows)
+
+    checkpoint, incomplete = last_complete(directory)
+    fingerprints = {"train": rows.source.fingerprint, "validation": validation.source.fingerprint if validation else None}
+    record = RunRecord(config.to_dict(), fingerprints, ranks)
+    if checkpoint is not None:
+        record.check(directory)
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+    if main:
+        for broken in incomplete:
+            print(f"{broken} was not written to its end, it is left out", file=sys.stderr)
+        if checkpoint is not None:
+            print(f"going on from {checkpoint}", file=sys.stderr)
+
+    model, spec, dtype = load_model(config)
+    arguments = build_arguments(config, model, pictures_in_every_row=not mixed)
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=rows, eval_dataset=validation, data_collator=Collator(processor),
+        callbacks=[CapacityCallback(spec, config.output.capacity_every), LogCallback(directory), *_tensorboard(config, main, step)],
+    )  # fmt: skip
+    if main and checkpoint is None:
+        record.write(directory)
+    trainer.add_callback(_ProcessorCallback(path))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    _save_final(trainer, path, directory / FINAL, dtype)
+    return TrainResult(directory / FINAL, trainer.state.global_step, step, len(rows.skipped.rows))
+
+
+def _copy_processor(source: Path, target: Path) -> None:
+    for name in PROCESSOR_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+class _ProcessorCallback(transformers.TrainerCallback):
+    """Puts the processor into every checkpoint, so that each can be used by itself."""
+
+    def __init__(self, source: Path):
+        self.source = source
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.process_index == 0:
+            _copy_processor(self.source, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _save_final(trainer: Trainer, source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Weights in the dtype of the checkpoint that training began with, config, generation config and processor."""
+    state = trainer.accelerator.get_state_dict(trainer.model)  # gathers sharded weights: every rank takes part
+    if trainer.is_world_process_zero():
+        model = capacity.innermost(trainer.model)
+        model.config.use_cache, model.config.dtype = True, dtype
+        state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+        model.save_pretrained(target, state_dict=state)
+        _copy_processor(source, target)
+    trainer.accelerator.wait_for_everyone()

@@ -1,0 +1,116 @@
+"""The Trainer and its callbacks: which weights decay, checkpoints that are complete or not there, capacity, the log."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qvl_model import capacity
+from qvl_model.training.checkpoints import LOG, truncate_log
+
+__all__ = ["CapacityCallback", "LogCallback", "Trainer", "decayed"]
+
+
+def decayed(model: nn.Module) -> list[str]:
+    """Names of the parameters that weight decay applies to: matrices. Norms, biases and gates have one dimension or none.
+
+    Example:
+        >>> "model.language_model.norm.weight" in decayed(model)
+        False
+    """
+    return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
+
+
+class Trainer(transformers.Trainer):
+    """transformers' Trainer, with four differences.
+
+    The loss of a step is the mean over all its learned tokens, however they are spread over accumulated batches and ranks (stock
+    Qwen3-VL asks for a mean of means); weight decay applies to matrices only; a checkpoint's last file says that it is complete;
+    and FSDP2 works on CPU ranks too.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp and not self.is_fsdp_enabled and state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate switches FSDP on for GPUs alone; all that follows runs on gloo as well.
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if state.mixed_precision != "no":
+                plugin.set_mixed_precision(state.mixed_precision)
+            state.fsdp_plugin, state.distributed_type = plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # every AcceleratorState() reads it from here again
+            self.is_fsdp_enabled = True
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decayed(model)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The main rank writes trainer_state.json next: only after every rank has written its part is the checkpoint complete.
+        if self.args.world_size > 1:
+            torch.distributed.barrier()
+
+
+class CapacityCallback(TrainerCallback):
+    """Checks the capacity before the first step, every ``every`` steps and after the last, and stops the run on a violation.
+
+    All ranks check together. The violation is raised as CapacityError out of ``Trainer.train``, before a checkpoint of the step is
+    written, so the newest checkpoint is of a whole model.
+
+    Args:
+        spec: as for ``qvl_model.capacity.verify``.
+        every: steps between checks.
+    Example:
+        >>> trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[CapacityCallback("qwen3-vl-2b", every=100)])
+    """
+
+    def __init__(self, spec: "capacity.Spec" = None, every: int = 500):
+        if every < 1:
+            raise ValueError(f"CapacityCallback: every must be at least 1 step, got {every}")
+        self.spec, self.every, self.checks = spec, every, 0
+
+    def _verify(self, model: nn.Module, optimizer) -> None:
+        if not isinstance(self.spec, capacity.CapacitySpec):
+            inner = capacity.innermost(model)
+            self.spec = capacity.CapacitySpec.of(self.spec if self.spec is not None else inner.config, type(inner))
+        self.checks += 1
+        capacity.verify(model, self.spec, training=True, optimizer=optimizer)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, optimizer=None, **kwargs):
+        self._verify(model, optimizer)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, optimizer=None, **kwargs):
+        if state.global_step % self.every == 0:
+            self._verify(model, optimizer)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, optimizer=None, **kwargs):
+        self._verify(model, optimizer)
+
+
+class LogCallback(TrainerCallback):
+    """Writes losses into log.jsonl, one line each, flushed at once; a resumed run goes on where its checkpoint was."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if args.process_index == 0:
+            truncate_log(self.directory, state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
+        if args.process_index != 0 or not logs or not ("loss" in logs or "eval_loss" in logs):
+            return
+        kept = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "eval_loss") if key in logs}
+        kept = {key: value if math.isfinite(value) else str(value) for key, value in kept.items()}
+        with open(self.directory / LOG, "a") as stream:
+            stream.write(json.dumps({"step": state.global_step, **kept}) + "\n")
