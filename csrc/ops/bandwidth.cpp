@@ -1,9 +1,6 @@
 #include "bandwidth.h"
 
 #include <chrono>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "../cpu/kernel_table.h"
 #include "../threads.h"
@@ -14,13 +11,6 @@ namespace qvl {
 double read_bandwidth(int64_t bytes, int repeats) {
   Workspace buffer;
   char* data = buffer.get<char>(bytes);
-#if defined(__linux__)
-  // Files are mapped in huge pages where the kernel can: measure the same, or the ceiling comes out a third too low.
-  constexpr uintptr_t kHuge = 2u << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / kHuge * kHuge;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
   const int64_t threads = max_threads();
   const int64_t share = bytes / threads / 4096 * 4096;
   parallel_ranges(threads, 1, [&](int64_t begin, int64_t end) {

@@ -15,8 +15,9 @@ inline V multiply_add(V acc, V a, const char* word) {
   }
 }
 
-// c[n][lane] (+)= sum_k w[n][k] * panel[k][lane]. w_row and w_step in bytes.
-template <bool DOT, int MV, int NR>
+// c[n][lane] (+)= sum_k w[n][k] * panel[k][lane]. w_row and w_step in bytes. FETCH: the NR rows after these are brought
+// nearer meanwhile; the first panel of a task would otherwise wait for memory at every new row.
+template <bool DOT, int MV, int NR, bool FETCH>
 inline void gemm_tile(const float* panel, const char* w, int64_t w_row, int64_t w_step, int64_t words, float* c,
                       int64_t c_stride, bool accumulate) {
   Vec acc[NR][MV];
@@ -26,6 +27,9 @@ inline void gemm_tile(const float* panel, const char* w, int64_t w_row, int64_t 
     for (int m = 0; m < MV; ++m)
       acc[n][m] = Vec::zero();
   for (int64_t k = 0; k < words; ++k) {
+    if (FETCH && k % 16 == 0)
+#pragma GCC unroll 16
+      for (int n = 0; n < NR; ++n) __builtin_prefetch(w + (NR + n) * w_row, 0, 2);
     Vec a[MV];
 #pragma GCC unroll 4
     for (int m = 0; m < MV; ++m) a[m] = Vec::load(panel + m * Vec::kWidth);
@@ -48,31 +52,34 @@ inline void gemm_tile(const float* panel, const char* w, int64_t w_row, int64_t 
 // All n rows of one panel with MV vectors of lanes, NR rows at a time.
 template <bool DOT, int MV, int NR>
 inline void gemm_rows(const float* panel, const char* w, int64_t w_row, int64_t w_step, int64_t words, int64_t rows,
-                      float* c, int64_t c_stride, bool accumulate) {
+                      float* c, int64_t c_stride, bool accumulate, bool fetch) {
   int64_t n = 0;
+  if (fetch)
+    for (; n + 2 * NR <= rows; n += NR)
+      gemm_tile<DOT, MV, NR, true>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride, accumulate);
   for (; n + NR <= rows; n += NR)
-    gemm_tile<DOT, MV, NR>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride, accumulate);
+    gemm_tile<DOT, MV, NR, false>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride, accumulate);
   for (; n + 2 <= rows; n += 2)
-    gemm_tile<DOT, MV, 2>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride, accumulate);
+    gemm_tile<DOT, MV, 2, false>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride, accumulate);
   for (; n < rows; ++n)
-    gemm_tile<DOT, MV, 1>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride, accumulate);
+    gemm_tile<DOT, MV, 1, false>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride, accumulate);
 }
 
 // rows x (vectors * kWidth) block of c from one panel. Panel stride is vectors * kWidth words, c stride is c_stride.
 template <bool DOT>
 inline void gemm_block(int vectors, const float* panel, const char* w, int64_t w_row, int64_t w_step, int64_t words,
-                       int64_t rows, float* c, int64_t c_stride, bool accumulate) {
+                       int64_t rows, float* c, int64_t c_stride, bool accumulate, bool fetch = false) {
   if constexpr (Vec::kPanelVectors == 4) {  // 32 vector registers: up to 24 accumulators
     switch (vectors) {
-      case 1: return gemm_rows<DOT, 1, 12>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate);
-      case 2: return gemm_rows<DOT, 2, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate);
-      case 3: return gemm_rows<DOT, 3, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate);
-      default: return gemm_rows<DOT, 4, 6>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate);
+      case 1: return gemm_rows<DOT, 1, 12>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
+      case 2: return gemm_rows<DOT, 2, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
+      case 3: return gemm_rows<DOT, 3, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
+      default: return gemm_rows<DOT, 4, 6>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
     }
   } else {  // 16 vector registers: 12 accumulators
     switch (vectors) {
-      case 1: return gemm_rows<DOT, 1, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate);
-      default: return gemm_rows<DOT, 2, 6>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate);
+      case 1: return gemm_rows<DOT, 1, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
+      default: return gemm_rows<DOT, 2, 6>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
     }
   }
 }
@@ -164,11 +171,11 @@ inline void gemm_accumulate(const GemmArgs& a, const T* w, int64_t w_stride, int
       float* block = c + ((p - panel_begin) * kGemmRows + row0) * kPanelWidth;
       if constexpr (Vec::kHasDot) {
         if (dot) {
-          gemm_block<true>(vectors, panel, rows_ptr, row_bytes, 4, depth, rows, block, kPanelWidth, word > 0);
+          gemm_block<true>(vectors, panel, rows_ptr, row_bytes, 4, depth, rows, block, kPanelWidth, word > 0, p == panel_begin);
           continue;
         }
       }
-      gemm_block<false>(vectors, panel, rows_ptr, row_bytes, 4, depth, rows, block, kPanelWidth, word > 0);
+      gemm_block<false>(vectors, panel, rows_ptr, row_bytes, 4, depth, rows, block, kPanelWidth, word > 0, p == panel_begin);
     }
   }
 }
