@@ -153,7 +153,7 @@ DAMAGE = {
     "zeroed deepstack": (_zero_in("model.visual.deepstack_merger_list.1.linear_fc1"), "model.visual.deepstack_merger_list.1.linear_fc1", "is all zero"),
     "zeroed norm": (_zero_norm, f"{TEXT}.2.input_layernorm", "all zero"),
     "removed last layer": (lambda model: _other_layers(model, 4), f"{TEXT}.4", "missing"),
-    "removed vision block": (lambda model: model.model.visual.blocks.__delitem__(1), "model.visual.blocks", "entries is 3, the specification says 4"),
+    "removed vision block": (lambda model: model.model.visual.blocks.__delitem__(1), "model.visual.blocks", "has 3 entries, the specification says 4"),
     "identity layer": (_set(f"{TEXT}.3", nn.Identity()), f"{TEXT}.3", "is a Identity; a Qwen3VLTextDecoderLayer belongs here"),
     "identity attention": (_set(f"{VISION}.2.attn", _Skip()), f"{VISION}.2.attn", "is a _Skip"),
     "identity activation": (_set(f"{TEXT}.0.mlp.act_fn", nn.Identity()), f"{TEXT}.0.mlp.act_fn", "is a Identity"),

@@ -18,6 +18,7 @@ def compare(model: nn.Module, spec: CapacitySpec) -> CapacityReport:
     _compare_parameters(model, spec, report, wrong)
     _find_sharing(model, spec, report)
     _count(model, spec, report)
+    report.violations.sort(key=lambda violation: violation.module != "" and "entries" not in violation.problem)  # totals first
     return report
 
 
@@ -64,7 +65,8 @@ def _compare_sizes(name: str, module: nn.Module, expected: dict[str, object], re
     sizes = sizes_of(module)
     for key, value in expected.items():
         if sizes.get(key) != value:
-            report.add(name, f"{key} is {sizes.get(key)}, the specification says {value}")
+            found = f"has {sizes.get(key)} entries" if key == "entries" else f"{key} is {sizes.get(key)}"
+            report.add(name, f"{found}, the specification says {value}")
 
 
 def _compare_parameters(model: nn.Module, spec: CapacitySpec, report: CapacityReport, wrong: set[str]) -> None:

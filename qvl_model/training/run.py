@@ -68,6 +68,7 @@ def load_model(config: TrainConfig) -> tuple[nn.Module, capacity.CapacitySpec, t
     path = _checkpoint_of(config)
     try:
         settings = AutoConfig.from_pretrained(path)
+        dtype = settings.dtype if isinstance(settings.dtype, torch.dtype) else torch.float32  # loading in fp32 changes it
         _set_dropout(settings, config)
         if config.model.random_weights:
             torch.manual_seed(config.run.seed)
@@ -87,8 +88,7 @@ def load_model(config: TrainConfig) -> tuple[nn.Module, capacity.CapacitySpec, t
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ConfigError(f"model.path: {path} cannot be trained: {' '.join(str(error).split())}") from error
-    dtype = getattr(settings, "dtype", None)
-    return model, capacity.CapacitySpec.of(model.config, type(model)), dtype if isinstance(dtype, torch.dtype) else torch.float32
+    return model, capacity.CapacitySpec.of(model.config, type(model)), dtype
 
 
 # Names of the two dropouts in the configs of the families.
@@ -257,8 +257,12 @@ def _save_final(trainer: Trainer, source: Path, target: Path, dtype: torch.dtype
     state = trainer.accelerator.get_state_dict(trainer.model)  # gathers sharded weights: every rank takes part
     if trainer.is_world_process_zero():
         model = capacity.innermost(trainer.model)
-        model.config.use_cache, model.config.dtype = True, dtype
+        model.config.use_cache = True  # the Trainer switched it off
         state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
         model.save_pretrained(target, state_dict=state)
+        for part in (model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)):
+            if part is not None:
+                part.dtype = dtype  # save_pretrained wrote that of the fp32 weights in memory
+        model.config.save_pretrained(target)
         _copy_processor(source, target)
     trainer.accelerator.wait_for_everyone()
