@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Qwen3VLForConditionalGeneration, TrainerCallback, TrainingArguments
@@ -16,7 +17,7 @@ from transformers import AutoModelForImageTextToText, Qwen3VLForConditionalGener
 import models
 import qvl_model
 from qvl_model import capacity, cli, training
-from qvl_model.training import TrainConfig
+from qvl_model.training import TrainConfig, checkpoints
 from training_data import settings, tiny_checkpoint, write_rows
 
 
@@ -93,16 +94,19 @@ def _environment():
 
 
 def _kill_in_the_middle(command: list[str], out: Path, step: int) -> None:
-    """Starts the command, and kills its whole process group with SIGKILL once ``step`` is in the log."""
-    process = subprocess.Popen(command, env=_environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    """Starts the command, and ends it and all that it started with SIGKILL once ``step`` is in the log."""
+    process = subprocess.Popen(command, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 240
     while len(_losses(out)) < step and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     ended = process.poll()
-    os.killpg(process.pid, signal.SIGKILL)
+    ranks = psutil.Process(process.pid).children(recursive=True) if ended is None else []
+    for started in (process, *ranks):
+        started.kill()
     _, error = process.communicate(timeout=60)
     assert ended is None, f"ended before step {step}: {error.decode()[-2000:]}"
     assert process.returncode == -signal.SIGKILL
+    psutil.wait_procs(ranks, timeout=60)
 
 
 def test_resume_after_kill(shared, tmp_path):
@@ -138,6 +142,11 @@ def test_a_finished_run_is_not_repeated(shared, tmp_path):
     shutil.copytree(shared / "plain", tmp_path / "out")
     losses, result = _train(shared, tmp_path / "out")
     assert result.resumed_from == result.steps == 6 and losses == _losses(shared / "plain")
+
+
+def test_one_process_at_a_time(shared, tmp_path):
+    with checkpoints.locked(tmp_path), pytest.raises(training.ConfigError, match="another process trains into"):
+        _train(shared, tmp_path)
 
 
 def test_another_run_is_not_resumed(shared, tmp_path):
@@ -312,6 +321,9 @@ def test_frozen_models_do_not_start(tmp_path):
 def test_unusable_checkpoints(shared, tmp_path):
     with pytest.raises(training.ConfigError, match="has no config.json"):
         _train(shared, tmp_path / "out", model={"path": str(tmp_path)})
+    (tmp_path / "file").touch()
+    with pytest.raises(training.ConfigError, match="output.directory: .* cannot be made"):
+        _train(shared, tmp_path / "file")
     with pytest.raises(training.ConfigError, match="cannot be trained"):
         _train(shared, tmp_path / "out", model={"random_weights": False})
     broken = tiny_checkpoint(tmp_path / "broken")

@@ -1,12 +1,15 @@
 """Checkpoints of a run: the newest complete one, what a resumed run must have in common with the first, the log of losses."""
 
+import contextlib
+import fcntl
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from qvl_model.training.config import ConfigError
 
-__all__ = ["RunRecord", "last_complete", "read_log", "truncate_log"]
+__all__ = ["RunRecord", "last_complete", "locked", "read_log", "truncate_log"]
 
 RECORD = "run.json"
 LOG = "log.jsonl"
@@ -29,6 +32,20 @@ def last_complete(directory: Path) -> tuple[Path | None, list[Path]]:
             continue
         return path, incomplete
     return None, incomplete
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds the directory for this process; the system lets go of it however the process ends.
+
+    Raises: ConfigError if another process trains into it: ranks that outlived a killed torchrun, for example.
+    """
+    with open(directory / ".lock", "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"another process trains into {directory}; wait for it, end it, or give another output.directory") from error
+        yield
 
 
 class RunRecord:

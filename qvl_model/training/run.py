@@ -1,5 +1,6 @@
 """A whole training run from its configuration: load, check the data, train (or go on), save."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -16,7 +17,7 @@ from transformers import TrainingArguments
 
 import qvl_model
 from qvl_model import capacity
-from qvl_model.training.checkpoints import RunRecord, last_complete
+from qvl_model.training.checkpoints import RunRecord, last_complete, locked
 from qvl_model.training.config import ConfigError, TrainConfig
 from qvl_model.training.data import Rows, open_rows
 from qvl_model.training.encode import Collator, Encoder
@@ -195,11 +196,19 @@ def train(config: TrainConfig) -> TrainResult:
         >>> result = train(TrainConfig.from_yaml("train.yaml"))
         >>> model = Qwen3VLForConditionalGeneration.from_pretrained(result.directory)
     """
+    main, directory = int(os.environ.get("RANK", 0)) == 0, Path(config.output.directory)
+    path = _checkpoint_of(config)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output.directory: {directory} cannot be made: {error}") from error
+    with locked(directory) if main else contextlib.nullcontext():
+        return _train(config, path, directory, main)
+
+
+def _train(config: TrainConfig, path: Path, directory: Path, main: bool) -> TrainResult:
     from qvl_model.processing import load_processor
 
-    main, ranks = int(os.environ.get("RANK", 0)) == 0, int(os.environ.get("WORLD_SIZE", 1))
-    path, directory = _checkpoint_of(config), Path(config.output.directory)
-    directory.mkdir(parents=True, exist_ok=True)
     try:
         processor = load_processor(path)
         encoder = Encoder(processor, config.data.max_length)
@@ -211,7 +220,7 @@ def train(config: TrainConfig) -> TrainResult:
 
     checkpoint, incomplete = last_complete(directory)
     fingerprints = {"train": rows.source.fingerprint, "validation": validation.source.fingerprint if validation else None}
-    record = RunRecord(config.to_dict(), fingerprints, ranks)
+    record = RunRecord(config.to_dict(), fingerprints, int(os.environ.get("WORLD_SIZE", 1)))
     if checkpoint is not None:
         record.check(directory)
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
