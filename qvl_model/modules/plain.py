@@ -5,6 +5,8 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from transformers.utils import output_capturing
 
+from qvl_kernels import gpu
+
 __all__ = ["FAST_DTYPES", "is_plain", "kernels_take", "only_capture_hooks"]
 
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,17 +40,23 @@ def only_capture_hooks(module: nn.Module) -> bool:
 
 
 def kernels_take(*tensors: torch.Tensor | None) -> bool:
-    """Plain CPU tensors (no subclass: it may hold its values elsewhere) of one dtype that the kernels know, rows
-    contiguous, no autocast that would change dtypes on the way."""
+    """Plain tensors (no subclass: it may hold its values elsewhere) on one CPU or GPU that the kernels run on, of one dtype
+    that they know, rows contiguous, no autocast that would change dtypes on the way."""
     first = tensors[0]
-    if not first.is_cpu or first.dtype not in FAST_DTYPES or torch.is_autocast_enabled("cpu"):
+    on_cpu = first.is_cpu
+    if not (on_cpu or first.is_cuda and gpu.unavailable() is None) or first.dtype not in FAST_DTYPES:
+        return False
+    if torch.is_autocast_enabled("cpu" if on_cpu else "cuda"):
         return False
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():  # torch.func.grad, vmap, ...
         return False
     dtype = first.dtype
     for x in tensors:  # a plain loop: this runs for every layer and token
         if x is not None and not (
-            type(x) in _PLAIN_TENSORS and x.dtype is dtype and x.is_cpu and (x.stride(-1) == 1 or x.shape[-1] <= 1)
+            type(x) in _PLAIN_TENSORS
+            and x.dtype is dtype
+            and (x.is_cpu if on_cpu else x.device == first.device)
+            and (x.stride(-1) == 1 or x.shape[-1] <= 1)
         ):
             return False
     return True

@@ -11,7 +11,7 @@ from qvl_model import cache
 from qvl_model.modules.linear import Linear
 from qvl_model.modules.plain import is_plain, kernels_take, no_global_hooks, only_capture_hooks
 
-__all__ = ["Qwen3VLTextAttention", "Qwen3VLTextDecoderLayer", "Qwen3VLTextMLP", "Qwen3VLTextRMSNorm"]
+__all__ = ["Qwen3VLTextAttention", "Qwen3VLTextDecoderLayer", "Qwen3VLTextMLP", "Qwen3VLTextRMSNorm", "plan_of"]
 
 # Arguments of attention functions that change what attention computes; stock code serves them.
 _SPECIAL_ARGUMENTS = (
@@ -197,6 +197,14 @@ def _memory(tensor: Tensor | None) -> tuple[int, int, torch.dtype | None]:
 _plans: "weakref.WeakKeyDictionary[nn.Module, _Plan | None]" = weakref.WeakKeyDictionary()
 
 
+def plan_of(layer: "Qwen3VLTextDecoderLayer") -> _Plan | None:
+    """The plan of a layer as it is now, or None if one fused call is not what its modules compute."""
+    plan = _plans.get(layer)
+    if plan is None or not plan.holds():
+        plan = _plans[layer] = _Plan.of(layer)
+    return plan
+
+
 class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
     def forward(
         self,
@@ -249,9 +257,7 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
             or not kernels_take(hidden_states, *position_embeddings)
         ):
             return None
-        plan = _plans.get(self)
-        if plan is None or not plan.holds():
-            plan = _plans[self] = _Plan.of(self)
+        plan = plan_of(self)
         return None if plan is None or plan.dtype is not hidden_states.dtype else plan.prepared
 
 

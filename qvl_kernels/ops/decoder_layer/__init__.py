@@ -4,7 +4,7 @@ import torch
 
 from qvl_kernels import checks, dispatch
 from qvl_kernels.ops.attention import MAX_HEAD_DIM, check_mask
-from qvl_kernels.ops.decoder_layer.cpu import decoder_layer_op
+from qvl_kernels.ops.decoder_layer.op import decoder_layer_op
 from qvl_kernels.ops.decoder_layer.reference import decoder_layer_reference
 
 __all__ = ["DecoderWeights", "decoder_layer"]

@@ -4,7 +4,7 @@ import torch
 
 from qvl_kernels import checks, dispatch
 from qvl_kernels.ops.attention import MAX_HEAD_DIM, check_cu_seqlens
-from qvl_kernels.ops.vision_block.cpu import vision_block_op
+from qvl_kernels.ops.vision_block.op import vision_block_op
 from qvl_kernels.ops.vision_block.reference import vision_block_reference
 
 __all__ = ["VisionWeights", "vision_block"]
