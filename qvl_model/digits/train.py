@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qvl_model.digits import scenes
+from qvl_model.training.encode import IGNORED, pad
 
 __all__ = ["build_config", "build_image_processor", "build_tokenizer", "main", "patchify"]
 
@@ -126,21 +127,16 @@ class _Collator:
         self.tokenizer, self.image_token_id = tokenizer, image_token_id
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        sequences = [chat_ids(self.tokenizer, row["question"], row["answer"]) for row in rows]
-        length = max(len(prompt) + len(answer) for prompt, answer in sequences)
-        input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
-        labels, mask = torch.full_like(input_ids, -100), torch.zeros_like(input_ids)
-        for i, (prompt, answer) in enumerate(sequences):
-            end = len(prompt) + len(answer)
-            input_ids[i, :end] = torch.tensor(prompt + answer)
-            labels[i, len(prompt) : end] = torch.tensor(answer)
-            mask[i, :end] = 1
-        grid = torch.tensor([[1, scenes.HEIGHT // PATCH, scenes.WIDTH // PATCH]]).expand(len(rows), 3)
-        return {
-            "input_ids": input_ids, "labels": labels, "attention_mask": mask,
-            "mm_token_type_ids": (input_ids == self.image_token_id).int(),
-            "pixel_values": patchify(np.stack([row["image"] for row in rows])), "image_grid_thw": grid,
-        }  # fmt: skip
+        parts = []
+        for row in rows:
+            prompt, answer = chat_ids(self.tokenizer, row["question"], row["answer"])
+            ids = torch.tensor(prompt + answer)
+            parts.append({
+                "input_ids": ids, "labels": torch.tensor([IGNORED] * len(prompt) + answer),
+                "mm_token_type_ids": (ids == self.image_token_id).int(), "pixel_values": patchify(row["image"][None]),
+                "image_grid_thw": torch.tensor([[1, scenes.HEIGHT // PATCH, scenes.WIDTH // PATCH]]),
+            })  # fmt: skip
+        return pad(parts, self.tokenizer.pad_token_id)
 
 
 def main(argv: list[str] | None = None) -> None:
