@@ -11,6 +11,7 @@ from qvl_kernels.ops.layer_norm import add_layer_norm, layer_norm
 from qvl_kernels.ops.linear import linear
 from qvl_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from qvl_kernels.ops.patch_embed import patch_embed
+from qvl_kernels.ops.quantized_linear import quantized_linear
 from qvl_kernels.ops.rms_norm import add_rms_norm, rms_norm
 from qvl_kernels.ops.rope import qk_norm_rope, vision_rope
 from qvl_kernels.ops.swiglu import swiglu
@@ -35,6 +36,7 @@ __all__ = [
     "linear_cross_entropy",
     "patch_embed",
     "qk_norm_rope",
+    "quantized_linear",
     "rms_norm",
     "swiglu",
     "use_backend",

@@ -21,6 +21,7 @@ CASE_LISTS = {
     "gelu_tanh": ("gelu_tanh", "CASES"),
     "patch_embed": ("patch_embed", "CASES"),
     "linear": ("linear", "CASES"),
+    "quantized_linear": ("quantized_linear", "CASES"),
     "linear_cross_entropy": ("linear_cross_entropy", "CASES"),
     "decoder_layer": ("decoder_layer", "CASES"),
     "vision_block": ("vision_block", "CASES"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import qvl_kernels
+from qvl_kernels.quant import quantize
 
 B, T, S, H, HKV, D, C, F, N, V = 2, 3, 5, 4, 2, 8, 16, 24, 6, 11
 
@@ -61,6 +62,7 @@ GOOD = {
         "q": _rand(B, T, H, D), "k": _rand(B, T, HKV, D), "q_weight": _rand(D), "k_weight": _rand(D), "cos": _rand(1, T, D),
         "sin": _rand(1, T, D),
     },
+    "quantized_linear": lambda: {"x": _rand(N, 2 * F), "weight": quantize(_rand(F, 2 * F), 4, group=32), "bias": _rand(F)},
     "rms_norm": lambda: {"x": _rand(N, C), "weight": _rand(C)},
     "add_rms_norm": lambda: {"x": _rand(N, C), "residual": _rand(N, C), "weight": _rand(C)},
     "swiglu": lambda: {"gate": _rand(N, F), "up": _rand(N, F)},
@@ -78,8 +80,8 @@ def _tensors(*, floating: bool = False, but: tuple[str, ...] = ()) -> list:
     for op, make in GOOD.items():
         for name, value in make().items():
             items = [(name, value)]
-            if name == "weights":
-                items = [(f"weights.{field}", tensor) for field, tensor in value._asdict().items()]
+            if isinstance(value, tuple):
+                items = [(f"{name}.{field}", tensor) for field, tensor in value._asdict().items()]
             for path, tensor in items:
                 if not isinstance(tensor, torch.Tensor) or (floating and not tensor.is_floating_point()):
                     continue
@@ -112,7 +114,7 @@ def test_good_arguments_run(op):
 
 def test_every_public_function_is_here():
     functions = {name for name in qvl_kernels.__all__ if callable(getattr(qvl_kernels, name))}
-    others = {"DecoderWeights", "VisionWeights", "backends", "cpu_info", "fallbacks", "use_backend"}
+    others = {"DecoderWeights", "PreparedDecoderLayer", "VisionWeights", "backends", "cpu_info", "fallbacks", "use_backend"}
     assert set(GOOD) == functions - others
 
 
@@ -137,7 +139,7 @@ def test_integers(op, path):
 
 
 @pytest.mark.parametrize(
-    ("op", "path"), _tensors(but=("rms_norm-x", "layer_norm-x", "linear-x", "gelu_tanh-x"))  # any number is accepted there
+    ("op", "path"), _tensors(but=("rms_norm-x", "layer_norm-x", "linear-x", "quantized_linear-x", "gelu_tanh-x"))  # any number is accepted there
 )
 def test_one_dimension_more(op, path):
     _raises(op, _spoiled(op, path, lambda x: x[None]))
@@ -198,6 +200,10 @@ def test_masks_may_have_any_strides(op):
         ("linear_cross_entropy", {"labels": torch.full((N,), -1)}, "labels"),
         ("linear_cross_entropy", {"reduction": "max"}, "reduction"),
         ("linear_cross_entropy", {"label_smoothing": 1.5}, "label_smoothing"),
+        ("quantized_linear", {"x": torch.tensor(1.0)}, "scalar"),
+        ("quantized_linear", {"weight": _rand(F, 2 * F)}, "QuantizedWeight"),
+        ("quantized_linear", {"weight": quantize(_rand(F, 2 * F), 8)._replace(scales=_rand(F, 2))}, "scales"),
+        ("quantized_linear", {"weight": quantize(_rand(F, 2 * F), 8)._replace(in_features=F)}, "inputs"),
         ("rms_norm", {"x": torch.tensor(1.0)}, "scalar"),
         ("swiglu", {"gate": torch.tensor(1.0), "up": torch.tensor(1.0)}, "scalar"),
         ("qk_norm_rope", {"cos": _rand(3, T, D), "sin": _rand(3, T, D)}, "cos"),

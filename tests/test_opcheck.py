@@ -23,6 +23,8 @@ CALLS = [
     ("linear", "linear", "strided"),
     ("linear_cross_entropy", "linear_cross_entropy", "sum_smoothed"),
     ("qk_norm_rope", "rope", "strided"),
+    ("quantized_linear", "quantized_linear", "int8_odd_rows_3"),
+    ("quantized_linear", "quantized_linear", "int4_odd_rows_33"),
     ("rms_norm", "rms_norm", "strided"),
     ("add_rms_norm", "rms_norm", "rank_3_odd"),
     ("swiglu", "swiglu", "strided"),

@@ -1,0 +1,53 @@
+import torch
+
+from qvl_kernels.quant import quantize
+from qvl_kernels.testing import Case, random_tensor
+
+__all__ = ["CASES"]
+
+
+def _exact_in_int8(m: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Rows that rounding to int8 with the scale max |x| / 127 leaves as they are: the format's error is not the kernel's."""
+    x = torch.randint(-127, 128, (m, k), generator=generator)
+    if k:
+        x[:, k // 2] = 127
+    return (x / 64.0).to(dtype)
+
+
+def _case(
+    name: str, bits: int, m: int, n: int, k: int, *, group: int = 64, bias: bool = False, strided: bool = False, model: bool = False
+) -> Case:
+    def make(dtype, generator):
+        columns = k + 5 if strided else k
+        x = _exact_in_int8(m, columns, dtype, generator) if bits == 8 else random_tensor((m, columns), dtype, generator)
+        weight = quantize(random_tensor((n, k), torch.float32, generator, scale=k**-0.5), bits, group)
+        if strided:
+            x = x[:, 5:]
+            wider = torch.zeros(n, weight.values.shape[1] + 3, dtype=weight.values.dtype)
+            wider[:, 3:] = weight.values
+            weight = weight._replace(values=wider[:, 3:])
+        return {"x": x, "weight": weight, "bias": random_tensor((n,), dtype, generator) if bias else None}
+
+    padded = -(-k // group) * group
+    weight_bytes = n * (k + 4) if bits == 8 else n * (padded / 2 + padded / group * 2)
+    return Case(name, make, flops=2.0 * m * n * k, bytes=lambda size: float(m * k + m * n) * size + weight_bytes, model=model)
+
+
+CASES = [
+    _case("int8_decode_mlp", 8, 1, 6144, 2048, model=True),
+    _case("int4_decode_mlp", 4, 1, 6144, 2048, model=True),
+    _case("int8_prefill_mlp", 8, 262, 6144, 2048, model=True),
+    _case("int4_prefill_mlp", 4, 262, 6144, 2048, model=True),
+    _case("int8_vision_down", 8, 784, 1024, 4096, bias=True, model=True),
+    _case("int8_one", 8, 1, 1, 1),
+    _case("int4_one", 4, 1, 1, 1, group=32),
+    _case("int8_odd_rows_3", 8, 3, 37, 75, bias=True),
+    _case("int4_odd_rows_5", 4, 5, 29, 75, group=32, bias=True),
+    _case("int4_group_128", 4, 2, 18, 300, group=128),
+    _case("int8_odd_rows_33", 8, 33, 50, 129, bias=True),
+    _case("int4_odd_rows_33", 4, 33, 45, 131, group=64, bias=True),
+    _case("int8_strided", 8, 19, 21, 48, strided=True),
+    _case("int4_strided_decode", 4, 3, 19, 96, group=32, strided=True, bias=True),
+    _case("int8_no_rows", 8, 0, 8, 16),
+    _case("int4_no_rows", 4, 0, 8, 64),
+]

@@ -1,0 +1,38 @@
+"""torch op qvl::quantized_linear; its weight is a constant, so the backward gives gradients of x and bias only."""
+
+import torch
+
+from qvl_kernels.library import register
+from qvl_kernels.ops.quantized_linear.reference import quantized_linear_reference
+from qvl_kernels.quant import QuantizedWeight, dequantize
+
+__all__ = ["quantized_linear_op"]
+
+
+def _quantized_linear_cpu(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return quantized_linear_reference(x, QuantizedWeight(values, scales, x.shape[-1]), bias)
+
+
+def _setup(ctx, inputs, output) -> None:
+    _, values, scales, bias = inputs
+    ctx.save_for_backward(values, scales)
+    ctx.size = inputs[0].shape[-1]
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, grad):
+    dx = db = None
+    if ctx.needs_input_grad[0]:
+        dx = grad @ dequantize(QuantizedWeight(*ctx.saved_tensors, ctx.size), grad.dtype)
+    if ctx.has_bias and ctx.needs_input_grad[3]:
+        db = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return dx, None, None, db
+
+
+quantized_linear_op = register(
+    "quantized_linear(Tensor x, Tensor values, Tensor scales, Tensor? bias) -> Tensor",
+    cpu=_quantized_linear_cpu,
+    fake=lambda x, values, scales, bias: torch.empty((*x.shape[:-1], values.shape[0]), dtype=x.dtype, device=x.device),
+    backward=_backward,
+    setup_context=_setup,
+)
