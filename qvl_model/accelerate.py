@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
+from qvl_model.decoding import MODES, graphs_possible
 from qvl_model.modules.plain import FAST_DTYPES
 from qvl_model.replacements import MODEL_CLASSES, REPLACEMENTS, STOCK_CLASSES
 
-__all__ = ["Qwen3VLForConditionalGeneration", "Report", "accelerate", "is_accelerated", "report", "restore"]
+__all__ = ["Report", "accelerate", "is_accelerated", "report", "restore"]
 
 TESTED_TRANSFORMERS = ("5.17", "5.23")  # oldest and newest minor version that the tests run on
 
@@ -32,9 +32,11 @@ class Report:
         accelerated: whether the model is accelerated now.
         replaced: (module name, stock class, our class).
         kept: (module name, class, reason).
+        decoding: how ``generate`` makes tokens on the model's device.
     """
 
     accelerated: bool
+    decoding: str
     replaced: list[tuple[str, str, str]] = field(default_factory=list)
     kept: list[tuple[str, str, str]] = field(default_factory=list)
 
@@ -43,6 +45,7 @@ class Report:
         lines += _summary((stock_class, f"-> {ours}") for _, stock_class, ours in self.replaced)
         lines.append("kept:")
         lines += _summary((name, reason) for _, name, reason in self.kept)
+        lines.append(f"decoding: {self.decoding}")
         return "\n".join(lines)
 
 
@@ -156,7 +159,7 @@ def report(model: nn.Module) -> Report:
         >>> print(qvl_model.report(model))
     """
     inner = _base_model(model)
-    result = Report(accelerated=is_accelerated(inner))
+    result = Report(accelerated=is_accelerated(inner), decoding=_decoding(inner))
     for name, module in inner.named_modules():
         cls = type(module)
         if cls in STOCK_CLASSES:
@@ -169,6 +172,14 @@ def report(model: nn.Module) -> Report:
     return result
 
 
+def _decoding(model: nn.Module) -> str:
+    device = next(model.parameters()).device
+    reason = graphs_possible(device)
+    if reason is not None:
+        return f"one fused call per layer and token ({reason})"
+    return f"whole steps as CUDA graphs for {MODES}; one fused call per layer and token for all else"
+
+
 def _kept_reason(module: nn.Module) -> str:
     if isinstance(module, MODEL_CLASSES):
         return "a model's own forward is never replaced"
@@ -177,19 +188,3 @@ def _kept_reason(module: nn.Module) -> str:
     if not any(True for _ in module.parameters()) and type(module).__name__ not in _KEPT_REASONS:
         return "runs inside the fused calls, or is small"
     return _KEPT_REASONS.get(type(module).__name__, "not a class that qvl_model knows")
-
-
-class Qwen3VLForConditionalGeneration(stock.Qwen3VLForConditionalGeneration):
-    """The stock class whose ``from_pretrained`` returns an accelerated model. Saved configs name the stock class.
-
-    Example:
-        >>> from qvl_model import Qwen3VLForConditionalGeneration
-        >>> model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=torch.bfloat16)
-    """
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        if isinstance(loaded, tuple):  # output_loading_info=True
-            return accelerate(loaded[0]), *loaded[1:]
-        return accelerate(loaded)

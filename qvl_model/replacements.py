@@ -3,11 +3,12 @@
 from torch import nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
-from qvl_model.modules import linear, text, vision
+from qvl_model.modules import generation, linear, text, vision
 
 __all__ = ["MODEL_CLASSES", "REPLACEMENTS", "STOCK_CLASSES"]
 
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
+    stock.Qwen3VLForConditionalGeneration: generation.Qwen3VLForConditionalGeneration,
     stock.Qwen3VLTextDecoderLayer: text.Qwen3VLTextDecoderLayer,
     stock.Qwen3VLTextAttention: text.Qwen3VLTextAttention,
     stock.Qwen3VLTextMLP: text.Qwen3VLTextMLP,

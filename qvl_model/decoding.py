@@ -1,0 +1,272 @@
+"""Decoding on a GPU: every token is two CUDA graphs, the model's step over a static key/value cache and the choice of the next token.
+
+``generate`` stays transformers' own: it prepares the inputs and calls ``_sample``, where the first token comes from stock
+code and the rest from here. Whatever is not plain greedy or sampling decoding stays with stock code altogether.
+"""
+
+import copy
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
+
+from qvl_kernels import dispatch, gpu
+from qvl_kernels.ops.decoder_layer.decode_step import decode_step
+from qvl_model.modules import text
+from qvl_model.modules.linear import Linear
+from qvl_model.modules.plain import is_plain, no_global_hooks
+from qvl_model.sampling import Sampler, unsupported_criterion, unsupported_processor
+
+__all__ = ["MODES", "decode", "graphs_possible", "why_not"]
+
+MODES = "greedy and sampling (temperature, top-k, top-p, min-p, repetition penalty, minimum length)"
+KEPT_STEPS = 2  # static caches kept per model, those used last
+STOP_CHECK = 8  # tokens between two looks at whether all rows have ended
+SMALLEST_CAPACITY = 512
+
+
+class _Step:
+    """One decoding step of a model for ``rows`` rows: buffers, and the graph over them once captured."""
+
+    def __init__(self, model: nn.Module, rows: int, capacity: int) -> None:
+        self.model, self.rows, self.capacity = weakref.ref(model), rows, capacity
+        language_model, head = model.model.language_model, model.lm_head
+        self.layers = [text.plan_of(layer).prepared for layer in language_model.layers]
+        device, dtype = head.weight.device, head.weight.dtype
+        self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros(3, rows, 1, dtype=torch.long, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)  # keys in the cache
+        self.visible = torch.ones(rows, 1, 1, capacity, dtype=torch.bool, device=device)
+        self.logits = torch.zeros(rows, head.weight.shape[0], dtype=dtype, device=device)
+        shapes = [(rows, layer.kv_heads, capacity, layer.head_dim) for layer in self.layers]
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.samplers: dict[tuple, tuple[Sampler, Callable[[], None]]] = {}
+        self.replay = _captured(self._run, device)
+
+    def _run(self) -> None:
+        model = self.model()
+        language_model = model.model.language_model
+        hidden = language_model.embed_tokens(self.tokens)
+        cos, sin = language_model.rotary_emb(hidden, self.positions)
+        for layer, keys, values in zip(self.layers, self.keys, self.values):
+            hidden = decode_step(hidden, layer, cos, sin, keys, values, self.lengths, self.visible)
+        self.logits.copy_(model.lm_head(language_model.norm(hidden))[:, 0])
+        self.lengths.add_(1)
+        self.positions.add_(1)
+
+    def sampler(self, processors, criteria, *, do_sample: bool, pad: int) -> tuple[Sampler, Callable[[], None]]:
+        key = Sampler.key(processors, criteria, do_sample=do_sample, pad=pad)
+        if key not in self.samplers:
+            device, vocabulary = self.logits.device, self.logits.shape[1]
+            sampler = Sampler(
+                processors, criteria, do_sample=do_sample, pad=pad, rows=self.rows, vocabulary=vocabulary, capacity=self.capacity, device=device
+            )
+            self.samplers[key] = sampler, _captured(lambda: sampler.step(self.logits, self.tokens), device)
+        return self.samplers[key]
+
+    def holds(self) -> bool:
+        """Whether the model's layers are still those that were captured."""
+        model = self.model()
+        plans = [text.plan_of(layer) for layer in model.model.language_model.layers]
+        return (
+            [None if plan is None else plan.prepared for plan in plans] == self.layers
+            and model.lm_head.weight.shape[0] == self.logits.shape[1]
+            and self._pointers() == self.pointers
+        )
+
+    def _pointers(self) -> tuple[int, ...]:
+        model = self.model()
+        language_model = model.model.language_model
+        return tuple(module.weight.data_ptr() for module in (language_model.embed_tokens, language_model.norm, model.lm_head))
+
+    def begin(self, cache: DynamicCache, positions: Tensor, visible: Tensor | None) -> None:
+        """Takes over the keys and values of ``cache`` [B rows of length L] and the positions [3, B] of the next token."""
+        batch, length = positions.shape[1], cache.get_seq_length()
+        for layer, keys, values in zip(cache.layers, self.keys, self.values):
+            keys[:batch, :, :length].copy_(layer.keys)
+            values[:batch, :, :length].copy_(layer.values)
+        self.lengths.zero_()
+        self.lengths[:batch] = length
+        self.positions.zero_()
+        self.positions[:, :batch, 0] = positions
+        self.visible.fill_(True)
+        if visible is not None:
+            self.visible[:batch, 0, 0, :length] = visible[:, :length]
+
+    def end(self, cache: DynamicCache, batch: int, length: int) -> None:
+        """Gives the first ``length`` keys and values back to ``cache``."""
+        for layer, keys, values in zip(cache.layers, self.keys, self.values):
+            layer.keys, layer.values = keys[:batch, :, :length].clone(), values[:batch, :, :length].clone()
+
+
+def _captured(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """``function`` as a CUDA graph over the buffers that it uses; elsewhere itself."""
+    if device.type != "cuda":
+        return function
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(2):  # compiles kernels and fills cuBLAS workspaces, which a capture may not do
+            function()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+_steps: "weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple[int, int], _Step]]" = weakref.WeakKeyDictionary()
+_failed: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
+
+
+def _step(model: nn.Module, batch: int, length: int) -> _Step:
+    rows = 1 << (batch - 1).bit_length()
+    capacity = max(SMALLEST_CAPACITY, 1 << (length - 1).bit_length())
+    steps = _steps.setdefault(model, OrderedDict())
+    step = steps.get((rows, capacity))
+    if step is None or not step.holds():
+        steps.pop((rows, capacity), None)
+        while len(steps) >= KEPT_STEPS:
+            steps.popitem(last=False)
+        step = _Step(model, rows, capacity)
+        step.pointers = step._pointers()
+        steps[rows, capacity] = step
+    steps.move_to_end((rows, capacity))
+    return step
+
+
+def graphs_possible(device: torch.device) -> str | None:
+    """Why tokens on ``device`` cannot be decoded by captured steps, or None."""
+    if device.type == "cuda":
+        return gpu.unavailable()
+    if device.type == "cpu" and dispatch.forced() == "triton":  # the interpreter: tests
+        return gpu.unavailable()
+    return f"tensors on {device.type} have no CUDA graphs"
+
+
+def why_not(model: nn.Module, input_ids: Tensor, processors, criteria, config, options: dict) -> str | None:
+    """Why this call of ``_sample`` stays with stock code, or None. ``options``: its keyword arguments, model inputs included."""
+    reason = graphs_possible(input_ids.device) or _failed.get(model)
+    if reason is not None:
+        return reason
+    if sum(type(processor) is RepetitionPenaltyLogitsProcessor for processor in processors) > 1:
+        return "several repetition penalties"
+    for judged in (*map(unsupported_processor, processors), *map(unsupported_criterion, criteria)):
+        if judged is not None:
+            return judged
+    if any(getattr(config, name, None) for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")):
+        return "scores, attentions or hidden states were asked for"
+    if options.get("synced_gpus") or torch.is_grad_enabled() or input_ids.numel() == 0:
+        return "several GPUs step together, or gradients are on"
+    cache, mask = options.get("past_key_values"), options.get("attention_mask")
+    if not options.get("use_cache") or type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        return f"the cache is a {type(cache).__name__}"
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return "a cache layer is not a DynamicLayer"
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        return "the attention mask is not [B, L]"
+    language_model = model.model.language_model
+    plain = (model, model.model, language_model, language_model.embed_tokens, language_model.norm, language_model.rotary_emb, model.lm_head)
+    if any(not is_plain(module, type(module)) for module in plain) or not no_global_hooks():
+        return "hooks, which a graph would not call"
+    if type(model.lm_head) is not Linear or type(language_model.norm) is not text.Qwen3VLTextRMSNorm:
+        return "the head or the last norm is not plain"
+    if any(text.plan_of(layer) is None for layer in language_model.layers):
+        return "a decoder layer is not plain"
+    return None
+
+
+class _Silent:
+    """A streamer's ``put`` without its ``end``: the first token is streamed by stock code, which must not close it."""
+
+    def __init__(self, streamer) -> None:
+        self.put = streamer.put
+
+    def end(self) -> None:
+        pass
+
+
+def decode(model: nn.Module, first_token: Callable, input_ids: Tensor, processors, criteria, config, *, streamer=None, **options):
+    """``_sample`` of a call that ``why_not`` has nothing against. ``first_token`` is the stock ``_sample``."""
+    batch, prompt = input_ids.shape
+    max_length = min(criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria)
+    pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    settings = {"do_sample": bool(config.do_sample), "pad": pad}
+    stock_call = {"streamer": streamer, **options}
+    if max_length - prompt <= 1:
+        return first_token(input_ids, processors, criteria, config, **stock_call)
+    try:
+        step = _step(model, batch, max_length)
+        sampler, choose = step.sampler(processors, criteria, **settings)
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        _steps.pop(model, None)
+        _failed[model] = f"capturing a CUDA graph failed: {error}"
+        warnings.warn(f"qvl_model: decoding goes on without CUDA graphs: {error}", RuntimeWarning, stacklevel=3)
+        return first_token(input_ids, processors, criteria, config, **stock_call)
+
+    sequences, positions = _first_token(model, first_token, input_ids, processors, criteria, config, stock_call)
+    cache, mask = options["past_key_values"], options.get("attention_mask")
+    hidden = mask is not None and not bool(mask.all())
+    step.begin(cache, positions, mask.bool() if hidden else None)
+    step.tokens.zero_()
+    step.tokens[:batch] = sequences[:, -1:]
+    sampler.begin(sequences, processors)
+    steps = 0
+    while prompt + 1 + steps < max_length:
+        if (streamer is not None or steps % STOP_CHECK == 0) and bool(sampler.finished.all()):
+            break
+        step.replay()
+        choose()
+        steps += 1
+        if streamer is not None:
+            streamer.put(sampler.produced[:batch, steps - 1].cpu())
+    produced = sampler.produced[:batch, :steps]
+    steps = _used(produced, sequences[:, -1], sampler._ends)
+    sequences = torch.cat((sequences, produced[:, :steps]), 1)
+    if streamer is not None:
+        streamer.end()
+    if config.return_dict_in_generate or getattr(cache, "_is_user_defined", True):
+        step.end(cache, batch, prompt + steps)
+    if config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+    return sequences
+
+
+def _used(produced: Tensor, first: Tensor, ends: Tensor | None) -> int:
+    """How many of the produced tokens there are until every row has ended."""
+    if ends is None:
+        return produced.shape[1]
+    ended = torch.isin(torch.cat((first[:, None], produced), 1), ends).cumsum(1) > 0
+    running = int((~ended.all(0)).sum())  # columns after which some row goes on
+    return min(running, produced.shape[1])
+
+
+def _first_token(model, first_token, input_ids, processors, criteria, config, stock_call) -> tuple[Tensor, Tensor]:
+    """The sequences with one more token, by stock code, and the rotary positions [3, B] of that token."""
+    seen: list[Tensor] = []
+    rotary = model.model.language_model.rotary_emb
+    handle = rotary.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[1] if len(args) > 1 else kwargs["position_ids"]), with_kwargs=True)
+    one = StoppingCriteriaList([MaxLengthCriteria(input_ids.shape[1] + 1)])
+    one += [criterion for criterion in criteria if type(criterion) is not MaxLengthCriteria]
+    config = copy.copy(config)
+    config.return_dict_in_generate = False
+    streamer = stock_call["streamer"]
+    try:
+        sequences = first_token(input_ids, processors, one, config, **stock_call | {"streamer": None if streamer is None else _Silent(streamer)})
+    finally:
+        handle.remove()
+    positions = seen[0]
+    positions = positions[None].expand(3, -1, -1) if positions.dim() == 2 else positions
+    mask = stock_call.get("attention_mask")
+    if mask is not None:  # whatever stands at padding does not count
+        positions = positions.masked_fill(~mask.bool()[None, :, -positions.shape[2] :], -1)
+    # Text goes on after the largest position of any axis (M-RoPE, arXiv:2409.12191).
+    return sequences, (positions.amax((0, 2)) + 1).expand(3, -1)

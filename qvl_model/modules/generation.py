@@ -1,0 +1,32 @@
+"""The top of the model: stock, but for where tokens are chosen."""
+
+from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
+
+from qvl_model import decoding
+
+__all__ = ["Qwen3VLForConditionalGeneration"]
+
+
+class Qwen3VLForConditionalGeneration(stock.Qwen3VLForConditionalGeneration):
+    """The stock class whose ``from_pretrained`` returns an accelerated model. Saved configs name the stock class.
+
+    Example:
+        >>> from qvl_model import Qwen3VLForConditionalGeneration
+        >>> model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=torch.bfloat16)
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        from qvl_model.accelerate import accelerate  # which imports this module, to change a model's class to this one
+
+        loaded = super().from_pretrained(*args, **kwargs)
+        if isinstance(loaded, tuple):  # output_loading_info=True
+            return accelerate(loaded[0]), *loaded[1:]
+        return accelerate(loaded)
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **options):
+        """Greedy and sampling: ``generate`` calls this once everything is prepared."""
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if decoding.why_not(self, *arguments, options) is not None:
+            return super()._sample(*arguments, **options)
+        return decoding.decode(self, super()._sample, *arguments, **options)
