@@ -162,15 +162,40 @@ def test_another_run_is_not_resumed(shared, tmp_path):
 def test_two_ranks_are_one(shared, tmp_path, sharding):
     """Two gloo ranks with half the batch each: the losses of one rank, and a model that loads; FSDP2 gathers and saves shards."""
     out = tmp_path / "out"
-    config = settings(shared, run={"batch_size": 2, "sharding": sharding}, output={"directory": str(out)})
+    validation = write_rows(tmp_path / "validation.jsonl", "held_out", 8)
+    config = settings(shared, data={"validation": str(validation)}, run={"batch_size": 2, "sharding": sharding}, output={"directory": str(out)})
     done = subprocess.run(_command(config, tmp_path, ranks=2), env=_environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert _losses(out) == pytest.approx(_losses(shared / "plain"), rel=1e-5)
+    evaluated = [entry["eval_loss"] for entry in training.read_log(out) if "eval_loss" in entry]
+    assert len(evaluated) == 2 and 0 < evaluated[1] < evaluated[0]
     assert (out / "checkpoint-6" / "pytorch_model_fsdp.bin").is_file() == (sharding == "fsdp")
     ours, theirs = (Qwen3VLForConditionalGeneration.from_pretrained(path / "final") for path in (out, shared / "plain"))
     assert capacity.verify(ours).ok
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert (a - b).abs().max() <= 0.02 * b.abs().max(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp in bf16", "some rows without pictures"])
+def test_two_ranks_are_one_also(shared, tmp_path, kind):
+    groups = {"run": {"gradient_checkpointing": True}}
+    if kind == "fsdp in bf16":
+        groups["run"] |= {"precision": "bf16", "sharding": "fsdp"}
+    else:  # a rank may get a batch without any, and its vision tower no gradient
+        data = shutil.copytree(shared / "data", tmp_path / "data")
+        rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+        text = [json.dumps({key: value for key, value in row.items() if key != "image" or i % 3 == 0}) for i, row in enumerate(rows)]
+        (data / "train.jsonl").write_text("\n".join(text))
+        groups["data"] = {"train": str(data / "train.jsonl")}
+    expected, _ = _train(shared, tmp_path / "one", **{**groups, "run": {**groups["run"], "sharding": "ddp"}})
+    groups["run"]["batch_size"] = 2
+    config = settings(shared, **groups, output={"directory": str(tmp_path / "two")})
+    done = subprocess.run(_command(config, tmp_path, ranks=2), env=_environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = _losses(tmp_path / "two")
+    assert losses == pytest.approx(expected, rel=2e-3 if "bf16" in kind else 1e-5)
+    assert all(loss != torch.tensor(loss).bfloat16().item() for loss in losses), "the loss itself was rounded to bf16"
 
 
 @pytest.mark.slow
@@ -251,6 +276,19 @@ def test_schedule_and_precision_arguments(shared, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(training.ConfigError, match="pictures in every row"):
         training.build_arguments(TrainConfig.from_dict(settings(shared, run={"sharding": "fsdp"})), model, pictures_in_every_row=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="loss scaling runs on GPUs only")
+def test_fp16_scales_the_loss(shared, tmp_path):
+    losses, _ = _train(shared, tmp_path, run={"precision": "fp16", "device": "cuda"})
+    assert losses == pytest.approx(_losses(shared / "plain"), rel=2e-2)
+    scaler = torch.load(tmp_path / "checkpoint-6" / "scaler.pt", weights_only=True)
+    assert scaler["scale"] > 1
+
+
+def test_epochs(shared, tmp_path):
+    losses, result = _train(shared, tmp_path, run={"steps": None, "epochs": 0.5})
+    assert result.steps == 3 and losses[:2] == _losses(shared / "plain")[:2]  # the warm-up is the same, the cosine is not
 
 
 def _learning_rates(directory):

@@ -156,13 +156,14 @@ def build_arguments(config: TrainConfig, model: nn.Module, *, pictures_in_every_
     )  # fmt: skip
 
 
-def _rows(path: str, config: TrainConfig, encoder: Encoder, main: bool) -> Rows:
-    source = open_rows(path, images=config.data.images, split=config.data.split)
+def _rows(key: str, config: TrainConfig, encoder: Encoder, main: bool) -> Rows:
+    """The rows of data.train or data.validation; the main rank reports what is left out."""
+    source = open_rows(getattr(config.data, key), images=config.data.images, split=config.data.split)
     rows = Rows(source, encoder, columns=config.data.columns, decode=config.data.decode)
     if main:
         print(rows.skipped, file=sys.stderr)
         if rows.skipped.rows:
-            report = Path(config.output.directory) / f"skipped-{Path(path).stem}.txt"
+            report = Path(config.output.directory) / f"skipped-{key}.txt"
             report.write_text("".join(f"line {line}: {reason}\n" for line, reason in rows.skipped.rows))
     return rows
 
@@ -214,8 +215,8 @@ def _train(config: TrainConfig, path: Path, directory: Path, main: bool) -> Trai
         encoder = Encoder(processor, config.data.max_length)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: the processor of {path} cannot be loaded: {' '.join(str(error).split())}") from error
-    rows = _rows(config.data.train, config, encoder, main)
-    validation = _rows(config.data.validation, config, encoder, main) if config.data.validation is not None else None
+    rows = _rows("train", config, encoder, main)
+    validation = _rows("validation", config, encoder, main) if config.data.validation is not None else None
     mixed = 0 < len(rows.without_pictures) < len(rows)
 
     checkpoint, incomplete = last_complete(directory)

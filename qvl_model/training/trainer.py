@@ -9,6 +9,7 @@ import transformers
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qvl_model import capacity
@@ -44,12 +45,16 @@ class Trainer(transformers.Trainer):
         state = self.accelerator.state
         if self.args.fsdp and not self.is_fsdp_enabled and state.distributed_type == DistributedType.MULTI_CPU:
             # accelerate switches FSDP on for GPUs alone; all that follows runs on gloo as well.
-            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            if state.mixed_precision != "no":
-                plugin.set_mixed_precision(state.mixed_precision)
-            state.fsdp_plugin, state.distributed_type = plugin, DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = DistributedType.FSDP
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # every AcceleratorState() reads it from here again
             self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled and state.mixed_precision != "no":
+            # accelerate's own policy would also sum gradients and round the loss in 16 bits.
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype={"fp16": torch.float16, "bf16": torch.bfloat16}[state.mixed_precision],
+                reduce_dtype=torch.float32,
+            )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decayed(model)
