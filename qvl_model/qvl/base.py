@@ -1,0 +1,63 @@
+"""What all QVL models share: their config, first weights, and what transformers must know about them."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
+
+from qvl_model.qvl.configuration import QVLConfig
+
+__all__ = ["QVLPreTrainedModel", "attend", "key_mask", "rotary_tables"]
+
+
+class QVLPreTrainedModel(PreTrainedModel):
+    """Loading, saving and first weights of QVL models."""
+
+    config: QVLConfig
+    config_class = QVLConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["QVLDecoderLayer", "QVLVisionBlock", "QVLConnectorLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = False
+
+    def __init__(self, config: QVLConfig, *args, **kwargs):
+        config.check()  # it may have been edited since it was made
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        for name, parameter in module._parameters.items():
+            if name == "gate":
+                init.constant_(parameter, float(self.config.cross_attention_gate_init))
+            elif name in ("queries", "positions"):
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+
+
+def attend(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as the config of ``module`` asks for. q [B, H, T, D], k and v [B, Hkv, S, D], additive mask [B, 1, 1, S].
+
+    Returns [B, T, H, D], and the weights [B, H, T, S] if they are computed (eager).
+    """
+    function = stock.ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, stock.eager_attention_forward)
+    return function(module, q, k, v, mask, dropout=dropout if module.training else 0.0, scaling=module.scaling, is_causal=False)
+
+
+def rotary_tables(positions: Tensor, dim: int, theta: float) -> Tensor:
+    """Angles [..., dim / 2], fp32, of positions [...]: position * theta^(-2i / dim)."""
+    frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim)
+    return positions[..., None].float() * frequencies
+
+
+def key_mask(lengths: Tensor | None, keys: int, dtype: torch.dtype) -> Tensor | None:
+    """Additive mask [B, 1, 1, S] over the first ``lengths`` [B] of S keys; None where all are seen."""
+    if lengths is None:
+        return None
+    hidden = torch.arange(keys, device=lengths.device)[None] >= lengths[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=lengths.device).masked_fill(hidden, torch.finfo(dtype).min)[:, None, None]
