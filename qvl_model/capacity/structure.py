@@ -112,13 +112,13 @@ def _count(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> None
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
             report.facts[f"{name} (layers)"] = len(module)
-    heads: dict[str, set[int]] = {}
-    for name, module in model.named_modules():
+    heads: dict[str, list[int]] = {}
+    for module in model.modules():
         count = heads_of(module)
         if count is not None:
-            heads.setdefault(type(module).__name__.removeprefix("FSDP"), set()).add(count)
+            heads.setdefault(type(module).__name__.removeprefix("FSDP"), []).append(count)
     for kind, counts in heads.items():
-        report.facts[f"{kind} (heads)"] = ", ".join(map(str, sorted(counts)))
+        report.facts[f"{kind} (heads)"] = f"{', '.join(map(str, sorted(set(counts))))} in each of {len(counts)}"
     count = sum(parameter.numel() for parameter in model.parameters())
     for module in model.modules():
         if is_packed(module):

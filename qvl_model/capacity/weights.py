@@ -63,8 +63,8 @@ def read(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> None:
     """Adds every head, row and column of zeros and every repeated weight to ``report``."""
     prints: dict[tuple, list[str]] = {}
     unread = 0
-    parents = {name: module for name, module in model.named_modules()}
-    for name, module in parents.items():
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
         for own_name, parameter in _matrices(module):
             full_name = f"{name}.{own_name}".lstrip(".")
             if full_name in spec.shared:
@@ -72,26 +72,36 @@ def read(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> None:
             values = weight_of(module) if parameter is None else _values(parameter)
             if values is None:
                 unread += 1
-                continue
-            if parameter is not None and parameter.dim() < 2:
+            elif values.dim() < 2:
                 if not bool(values.any()):
-                    report.add(name, "its weight is all zero")
-                continue
-            matrix = values.reshape(values.shape[0], -1)
-            if matrix.numel():
-                _check_zeros(name, module, parents.get(name.rpartition(".")[0]), matrix, report)
-                prints.setdefault(_fingerprint(matrix), []).append(full_name)
+                    _add_zero_vector(name, own_name, model, report)
+            elif values.numel():
+                if own_name == "weight":
+                    values = values.reshape(values.shape[0], -1)
+                    _check_zeros(name, module, modules.get(name.rpartition(".")[0]), values, report)
+                else:  # learned positions and queries: their channels come last
+                    values = values.reshape(-1, values.shape[-1])
+                    for what, alive in zip(("row", "channel"), _living(values)):
+                        _add_lines(name, f"{own_name}: {what}", alive, report)
+                prints.setdefault(_fingerprint(values), []).append(full_name)
     if unread:
         report.facts["weights"] = f"{unread} not read (meta device)"
     _report_repeats(model, prints, report)
 
 
+def _add_zero_vector(name: str, own_name: str, model: nn.Module, report: CapacityReport) -> None:
+    if own_name != "gate":
+        report.add(name, "its weight is all zero")
+    elif getattr(model.config, "cross_attention_gate_init", None) != 0:  # models may begin with closed gates, if their config says so
+        report.add(name, "its gate is closed (0), so its cross-attention adds nothing")
+
+
 def _matrices(module: nn.Module):
-    """(name, parameter) of what is looked at: matrices and the weights of norms; (name, None) for a packed weight."""
+    """(name, parameter) of what is looked at: matrices, the weights of norms and the gates; (name, None) for a packed weight."""
     if is_packed(module):
         yield "weight", None
     for name, parameter in module._parameters.items():
-        if parameter is not None and (parameter.dim() >= 2 or (name == "weight" and "Norm" in type(module).__name__)):
+        if parameter is not None and (parameter.dim() >= 2 or name == "gate" or (name == "weight" and "Norm" in type(module).__name__)):
             yield name, parameter
 
 
