@@ -9,7 +9,7 @@ from torch import nn
 
 from qvl_model.decoding import MODES, graphs_possible
 from qvl_model.modules.plain import FAST_DTYPES
-from qvl_model.replacements import MODEL_CLASSES, REPLACEMENTS, STOCK_CLASSES
+from qvl_model.replacements import MODEL_CLASSES, STOCK_CLASSES, replacement
 
 __all__ = ["Report", "accelerate", "is_accelerated", "report", "restore"]
 
@@ -120,8 +120,8 @@ def accelerate(model: nn.Module, *, weights: str | None = None) -> nn.Module:
     inner = _base_model(model)
     _check(inner)
     _warn_untested()
-    for module in inner.modules():
-        ours = REPLACEMENTS.get(type(module))
+    for name, module in inner.named_modules():
+        ours = replacement(name, module)
         if ours is not None:
             module.__class__ = ours
     return model
@@ -164,8 +164,7 @@ def report(model: nn.Module) -> Report:
         cls = type(module)
         if cls in STOCK_CLASSES:
             result.replaced.append((name, STOCK_CLASSES[cls].__name__, f"{cls.__module__}.{cls.__name__}"))
-        elif cls in REPLACEMENTS:
-            ours = REPLACEMENTS[cls]
+        elif (ours := replacement(name, module)) is not None:
             result.replaced.append((name, cls.__name__, f"{ours.__module__}.{ours.__name__}"))
         elif not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             result.kept.append((name, cls.__name__, _kept_reason(module)))

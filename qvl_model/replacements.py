@@ -3,9 +3,9 @@
 from torch import nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
-from qvl_model.modules import generation, linear, text, vision
+from qvl_model.modules import generation, head, linear, text, vision
 
-__all__ = ["MODEL_CLASSES", "REPLACEMENTS", "STOCK_CLASSES"]
+__all__ = ["MODEL_CLASSES", "REPLACEMENTS", "STOCK_CLASSES", "replacement"]
 
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     stock.Qwen3VLForConditionalGeneration: generation.Qwen3VLForConditionalGeneration,
@@ -20,10 +20,16 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: linear.Linear,
     nn.LayerNorm: linear.LayerNorm,
 }
-STOCK_CLASSES = {ours: theirs for theirs, ours in REPLACEMENTS.items()}
+STOCK_CLASSES = {ours: theirs for theirs, ours in REPLACEMENTS.items()} | {head.Linear: nn.Linear}
 MODEL_CLASSES = (
     stock.Qwen3VLForConditionalGeneration,
     stock.Qwen3VLModel,
     stock.Qwen3VLTextModel,
     stock.Qwen3VLVisionModel,
 )
+
+
+def replacement(name: str, module: nn.Module) -> type[nn.Module] | None:
+    """Our class for the module of this name in a model, or None: by its class, but for the head, which is a Linear like others."""
+    ours = REPLACEMENTS.get(type(module))
+    return head.Linear if ours is linear.Linear and name == "lm_head" else ours

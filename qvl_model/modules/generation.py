@@ -1,8 +1,10 @@
-"""The top of the model: stock, but for where tokens are chosen."""
+"""The top of the model: stock, but for where tokens are chosen and how the loss is computed."""
 
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 from qvl_model import decoding
+from qvl_model.modules.head import causal_loss
 
 __all__ = ["Qwen3VLForConditionalGeneration"]
 
@@ -23,6 +25,16 @@ class Qwen3VLForConditionalGeneration(stock.Qwen3VLForConditionalGeneration):
         if isinstance(loaded, tuple):  # output_loading_info=True
             return accelerate(loaded[0]), *loaded[1:]
         return accelerate(loaded)
+
+    @property
+    def loss_function(self):
+        """The stock loss; where it is the usual one, ours, which equals it and takes lazy logits too."""
+        function = stock.Qwen3VLForConditionalGeneration.loss_function.fget(self)
+        return causal_loss if function is ForCausalLMLoss else function
+
+    @loss_function.setter
+    def loss_function(self, value):
+        stock.Qwen3VLForConditionalGeneration.loss_function.fset(self, value)
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **options):
         """Greedy and sampling: ``generate`` calls this once everything is prepared."""
