@@ -21,6 +21,12 @@ _KEPT_REASONS = {
     "Qwen3VLVisionPatchMerger": "its norm and linear layers are replaced one by one",
     "Embedding": "a row look-up",
     "Conv3d": "Qwen3VLVisionPatchEmbed multiplies its weight as a matrix",
+    "Conv2d": "QVLPatchEmbed multiplies its weight as a matrix",
+    "QVLVisionPositions": "a table, interpolated once per image size",
+    "QVLFusion": "adds what its attention, which is replaced, reads from the image",
+    "QVLConnectorLayer": "its attention, MLP, norm and linear layers are replaced one by one",
+    "QVLAttentionConnector": "its layers are replaced one by one",
+    "QVLMLPConnector": "its MLP is replaced",
 }
 
 
@@ -57,7 +63,7 @@ def _summary(rows) -> list[str]:
 
 
 def _base_model(model: nn.Module) -> nn.Module:
-    """The Qwen3-VL model inside, through a PEFT wrapper if there is one."""
+    """The model inside, through a PEFT wrapper if there is one."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(inner, MODEL_CLASSES):
         accepted = ", ".join(cls.__name__ for cls in MODEL_CLASSES)
@@ -98,14 +104,14 @@ def _warn_untested() -> None:
 
 
 def accelerate(model: nn.Module, *, weights: str | None = None) -> nn.Module:
-    """Makes a stock Qwen3-VL model fast, in place; returns the same object.
+    """Makes a stock Qwen3-VL model, or a QVL model, fast, in place; returns the same object.
 
     Parameters are not moved, copied or re-laid: ``state_dict``, ``save_pretrained``, ``.to()`` and PEFT stay what they
     were. ``restore`` undoes it.
 
     Args:
-        model: Qwen3VLForConditionalGeneration, Qwen3VLModel or their text or vision part, in fp32, bf16 or fp16; a PEFT
-            model around one is taken too.
+        model: Qwen3VLForConditionalGeneration, Qwen3VLModel or their text or vision part, or the same of QVL, in fp32, bf16 or
+            fp16; a PEFT model around one is taken too.
         weights: None, to use weights as stored; packed formats are not part of this version.
     Returns:
         model.

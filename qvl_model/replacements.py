@@ -4,6 +4,7 @@ from torch import nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 from qvl_model.modules import generation, head, linear, text, vision
+from qvl_model.qvl import QVLForConditionalGeneration, QVLModel, QVLTextModel, QVLVisionModel, fast
 
 __all__ = ["MODEL_CLASSES", "REPLACEMENTS", "STOCK_CLASSES", "replacement"]
 
@@ -19,6 +20,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     stock.Qwen3VLVisionPatchEmbed: vision.Qwen3VLVisionPatchEmbed,
     nn.Linear: linear.Linear,
     nn.LayerNorm: linear.LayerNorm,
+    **fast.REPLACEMENTS,
 }
 STOCK_CLASSES = {ours: theirs for theirs, ours in REPLACEMENTS.items()} | {head.Linear: nn.Linear}
 MODEL_CLASSES = (
@@ -26,6 +28,10 @@ MODEL_CLASSES = (
     stock.Qwen3VLModel,
     stock.Qwen3VLTextModel,
     stock.Qwen3VLVisionModel,
+    QVLForConditionalGeneration,
+    QVLModel,
+    QVLTextModel,
+    QVLVisionModel,
 )
 
 

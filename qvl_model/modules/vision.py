@@ -8,7 +8,7 @@ import qvl_kernels
 from qvl_model.modules.linear import LayerNorm, Linear
 from qvl_model.modules.plain import is_plain, kernels_take, no_global_hooks, only_capture_hooks
 
-__all__ = ["Qwen3VLVisionAttention", "Qwen3VLVisionBlock", "Qwen3VLVisionMLP", "Qwen3VLVisionPatchEmbed"]
+__all__ = ["Qwen3VLVisionAttention", "Qwen3VLVisionBlock", "Qwen3VLVisionMLP", "Qwen3VLVisionPatchEmbed", "is_gelu_tanh"]
 
 _GELU_TANH = "gelu_pytorch_tanh"
 
@@ -25,7 +25,7 @@ class Qwen3VLVisionPatchEmbed(stock.Qwen3VLVisionPatchEmbed):
 class Qwen3VLVisionMLP(stock.Qwen3VLVisionMLP):
     def forward(self, hidden_state: Tensor) -> Tensor:
         hidden_state = self.linear_fc1(hidden_state)
-        if _is_gelu_tanh(self.act_fn) and no_global_hooks() and kernels_take(hidden_state):
+        if is_gelu_tanh(self.act_fn) and no_global_hooks() and kernels_take(hidden_state):
             return self.linear_fc2(qvl_kernels.gelu_tanh(hidden_state))
         return self.linear_fc2(self.act_fn(hidden_state))
 
@@ -33,7 +33,7 @@ class Qwen3VLVisionMLP(stock.Qwen3VLVisionMLP):
 _GELU_TANH_CLASS = type(stock.ACT2FN[_GELU_TANH])
 
 
-def _is_gelu_tanh(activation: nn.Module) -> bool:
+def is_gelu_tanh(activation: nn.Module) -> bool:
     return is_plain(activation, _GELU_TANH_CLASS)
 
 
@@ -90,7 +90,7 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
             or attention.config._attn_implementation != "sdpa"
             or (self.training and attention.attention_dropout > 0.0)
             or not is_plain(mlp, Qwen3VLVisionMLP)
-            or not _is_gelu_tanh(mlp.act_fn)
+            or not is_gelu_tanh(mlp.act_fn)
             or not no_global_hooks()
             or not hidden_states.is_contiguous()
             or self.norm1.eps != self.norm2.eps

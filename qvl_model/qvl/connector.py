@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qvl_model.qvl.base import attend, key_mask
 from qvl_model.qvl.configuration import QVLConfig
-from transformers.activations import ACT2FN
 
 __all__ = ["QVLAttentionConnector", "QVLConnectorAttention", "QVLConnectorLayer", "QVLConnectorMLP", "QVLMLPConnector"]
 

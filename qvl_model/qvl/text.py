@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -102,6 +103,8 @@ class QVLDecoderLayer(stock.Qwen3VLTextDecoderLayer):
 
     def __init__(self, config: QVLConfig, layer_idx: int):
         super().__init__(config, layer_idx)
+        if config.hidden_act == "swish":  # one function under two names, of which the stock modules use this one
+            self.mlp.act_fn = ACT2FN["silu"]
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         fused = config.cross_attention_layers
         self.fusion = QVLFusion(config, fused.index(layer_idx)) if layer_idx in fused else None

@@ -1,0 +1,123 @@
+"""Subclasses of QVL's plain modules that call the kernels. What QVL shares with Qwen3-VL (attention, MLPs, norms, linear layers)
+is replaced by ``qvl_model.modules``; these are the rest. Names stay those of the plain classes."""
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+import qvl_kernels
+from qvl_model.modules.head import causal_loss
+from qvl_model.modules.plain import is_plain, kernels_take, no_global_hooks
+from qvl_model.modules.text import Qwen3VLTextDecoderLayer
+from qvl_model.modules.vision import Qwen3VLVisionBlock, is_gelu_tanh
+from qvl_model.qvl import connector, modeling, text, vision
+
+__all__ = [
+    "QVLConnectorAttention", "QVLConnectorMLP", "QVLCrossAttention", "QVLDecoderLayer", "QVLForConditionalGeneration", "QVLPatchEmbed",
+    "QVLVisionBlock", "REPLACEMENTS",
+]  # fmt: skip
+
+
+class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
+    """Cross-attention from single kernels, then the rest of the layer in one fused call if it is plain."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        visual: text.Visual | None = None,
+        **kwargs,
+    ) -> Tensor:
+        if self.fusion is not None:
+            hidden_states = self.fusion(hidden_states, visual, past_key_values)
+        return super().forward(
+            hidden_states,
+            position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            fuse=False,
+            **kwargs,
+        )
+
+    def _prepared(self, hidden_states: Tensor, *args) -> qvl_kernels.PreparedDecoderLayer | None:
+        dropout = self._modules["dropout"]
+        if not is_plain(dropout, nn.Dropout) or (dropout.training and dropout.p > 0.0):
+            return None
+        return super()._prepared(hidden_states, *args)
+
+
+class QVLCrossAttention(text.QVLCrossAttention):
+    def read(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if not _reads_plainly(self, self.attention_dropout) or not kernels_take(q, keys, values):
+            return super().read(q, keys, values, lengths)
+        k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        return qvl_kernels.cross_attention(q, k, v, kv_lens=lengths, scale=self.scaling), None
+
+
+class QVLConnectorAttention(connector.QVLConnectorAttention):
+    def read(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+        if not _reads_plainly(self, 0.0) or not kernels_take(q, k, v):
+            return super().read(q, k, v, lengths)
+        return qvl_kernels.cross_attention(q, k, v, kv_lens=lengths, scale=self.scaling)
+
+
+def _reads_plainly(attention: nn.Module, dropout: float) -> bool:
+    return attention.config._attn_implementation == "sdpa" and not (attention.training and dropout > 0.0)
+
+
+class QVLConnectorMLP(connector.QVLConnectorMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.fc1(x)
+        if is_gelu_tanh(self.act_fn) and no_global_hooks() and kernels_take(wide):
+            return self.fc2(qvl_kernels.gelu_tanh(wide))
+        return self.fc2(self.act_fn(wide))
+
+
+class QVLVisionBlock(Qwen3VLVisionBlock, vision.QVLVisionBlock):
+    """One fused call if the block is plain, as in Qwen3-VL."""
+
+
+class QVLPatchEmbed(vision.QVLPatchEmbed):
+    """The convolution as the matrix product that it is."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        weight, bias, patch = self.proj.weight, self.proj.bias, self.patch_size
+        if not (is_plain(self.proj, nn.Conv2d) and no_global_hooks() and weight.is_contiguous()):
+            return super().forward(pixel_values)
+        images, channels, height, width = pixel_values.shape
+        rows, columns = height // patch, width // patch
+        patches = pixel_values.to(weight.dtype).reshape(images, channels, rows, patch, columns, patch)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(images * rows * columns, -1)
+        if not kernels_take(patches, weight, bias):
+            return super().forward(pixel_values)
+        return qvl_kernels.patch_embed(patches, weight.unsqueeze(2), bias).view(images, rows, columns, -1)
+
+
+class QVLForConditionalGeneration(modeling.QVLForConditionalGeneration):
+    """The loss without logits where nobody reads them; all else is the plain class."""
+
+    @property
+    def loss_function(self):
+        function = modeling.QVLForConditionalGeneration.loss_function.fget(self)
+        return causal_loss if function is ForCausalLMLoss else function
+
+    @loss_function.setter
+    def loss_function(self, value):
+        modeling.QVLForConditionalGeneration.loss_function.fset(self, value)
+
+
+REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
+    text.QVLDecoderLayer: QVLDecoderLayer,
+    text.QVLCrossAttention: QVLCrossAttention,
+    connector.QVLConnectorAttention: QVLConnectorAttention,
+    connector.QVLConnectorMLP: QVLConnectorMLP,
+    vision.QVLVisionBlock: QVLVisionBlock,
+    vision.QVLPatchEmbed: QVLPatchEmbed,
+    modeling.QVLForConditionalGeneration: QVLForConditionalGeneration,
+}
