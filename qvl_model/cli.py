@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     verify = commands.add_parser("verify", help="check that no layer, head, channel or parameter of a checkpoint is missing or pruned")
     verify.add_argument("model", metavar="MODEL", help="checkpoint directory")
     verify.add_argument(
-        "--spec", metavar="SPEC", help="what it must be: a name (qwen3-vl-2b, ...) or the directory of another config.json (default: its own)"
+        "--spec", metavar="SPEC", help="what it must be: a name (qwen3-vl-2b, qvl-2b) or the directory of another config.json (default: its own)"
     )
     verify.set_defaults(run=_verify)
     train = commands.add_parser("train", help="train a model as a YAML file says, or go on with a run that was stopped")
@@ -67,12 +67,14 @@ def _checkpoint(path: str | None) -> Path:
 def _config(checkpoint: Path):
     from transformers import AutoConfig, Qwen3VLConfig
 
+    from qvl_model.qvl import QVLConfig
+
     try:
         config = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError, KeyError) as error:
         raise CommandError(f"{checkpoint}/config.json cannot be read: {_one_line(error)}") from error
-    if not isinstance(config, Qwen3VLConfig):
-        raise CommandError(f"{checkpoint} is a {config.model_type} model; qvl runs qwen3_vl")
+    if not isinstance(config, (Qwen3VLConfig, QVLConfig)):
+        raise CommandError(f"{checkpoint} is a {config.model_type} model; qvl runs qwen3_vl and qvl")
     return config
 
 
@@ -102,10 +104,10 @@ def _reading_errors() -> tuple[type[Exception], ...]:
 
 def _weights(checkpoint: Path):
     """(model, what was missing, of another size or too much) of a checkpoint directory."""
-    from transformers import Qwen3VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
     try:
-        return Qwen3VLForConditionalGeneration.from_pretrained(
+        return AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
     except _reading_errors() as error:
@@ -191,13 +193,13 @@ def _print_speed(start: float, times: list[float], variant: str) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     import torch
-    from transformers import Qwen3VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
     import qvl_model
 
     config = _config(_checkpoint(arguments.model))
     with torch.device("meta"):  # the structure is enough: no weight is read
-        model = Qwen3VLForConditionalGeneration(config)
+        model = AutoModelForImageTextToText.from_config(config)
     print(qvl_model.report(model))
 
 

@@ -1,10 +1,14 @@
-"""The processor of a Qwen3-VL checkpoint without torchvision, which transformers' own AutoProcessor asks for."""
+"""The processor of a checkpoint, for Qwen3-VL without torchvision, which transformers' own AutoProcessor asks for."""
 
+import json
 import os
+from pathlib import Path
 
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor as StockProcessor
+
+from qvl_model.qvl.processing import QVLProcessor
 
 __all__ = ["Qwen3VLProcessor", "load_processor"]
 
@@ -24,8 +28,8 @@ class Qwen3VLProcessor(StockProcessor):
         return super().__call__(images=images, text=text, **kwargs)
 
 
-def load_processor(path: str | os.PathLike) -> Qwen3VLProcessor:
-    """Tokenizer, image processor (PIL) and chat template of a checkpoint directory.
+def load_processor(path: str | os.PathLike) -> Qwen3VLProcessor | QVLProcessor:
+    """Tokenizer, image processor (PIL) and chat template of a checkpoint directory of Qwen3-VL or QVL.
 
     Args:
         path: directory with tokenizer.json, preprocessor_config.json and a chat template (chat_template.jinja, in
@@ -35,9 +39,19 @@ def load_processor(path: str | os.PathLike) -> Qwen3VLProcessor:
         >>> processor = load_processor(path)
         >>> inputs = processor(images=[image], text=[prompt], return_tensors="pt")
     """
+    if _model_type(path) == "qvl":
+        return QVLProcessor.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     # By name: AutoImageProcessor of transformers 5.17 asks for torchvision whatever backend it is given.
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
     # The template of the processor goes first, as in transformers; the tokenizer does not read chat_template.json.
     chat_template = Qwen3VLProcessor.get_processor_dict(path)[0].get("chat_template") or tokenizer.chat_template
     return Qwen3VLProcessor(image_processor=image_processor, tokenizer=tokenizer, chat_template=chat_template)
+
+
+def _model_type(path: str | os.PathLike) -> str | None:
+    """model_type of config.json; None without one, which only says that there are no weights here."""
+    try:
+        return json.loads((Path(path) / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None

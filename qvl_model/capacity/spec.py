@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, Qwen3VLConfig
 
+from qvl_model.qvl import QVLConfig
+
 __all__ = ["SPECS", "CapacitySpec", "heads_of", "innermost"]
 
 OWN_PACKAGES = ("transformers", "torch", "qvl_model")  # a class from elsewhere may do anything in its forward
@@ -32,7 +34,7 @@ def qwen3_vl_2b() -> Qwen3VLConfig:
     )  # fmt: skip
 
 
-SPECS: dict[str, Callable[[], PreTrainedConfig]] = {"qwen3-vl-2b": qwen3_vl_2b}
+SPECS: dict[str, Callable[[], PreTrainedConfig]] = {"qwen3-vl-2b": qwen3_vl_2b, "qvl-2b": lambda: QVLConfig.from_preset("qvl-2b")}
 
 
 def innermost(model: nn.Module) -> nn.Module:

@@ -148,7 +148,7 @@ class Rows(Dataset):
             try:
                 conversation = parse(self.source.row(index), self.columns)
                 images = [load_image(image, self.source.folder, decode=decode) for image in conversation.images]
-                self.encoder.check_length(conversation, [image.size for image in images])
+                self.encoder.check(conversation, [image.size for image in images])
             except BadRow as error:
                 return 0, str(error)
             return len(images), None

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qvl_model.qvl.processing import QVLImageProcessor
 from qvl_model.training.rows import BadRow, Conversation
 
 __all__ = ["Collator", "Encoder", "IGNORED", "pad"]
@@ -23,15 +24,16 @@ class Encoder:
     Args:
         processor: as ``qvl_model.processing.load_processor`` gives it.
         max_length: longest row in tokens.
+        max_images: most pictures that a row may have; None for any number.
     Example:
         >>> encoder = Encoder(load_processor(path), max_length=2048)
         >>> row = encoder(parse({"image": image, "question": "Which digit is this?", "answer": "7"}), [image])
     """
 
-    def __init__(self, processor: Any, max_length: int = 2048):
+    def __init__(self, processor: Any, max_length: int = 2048, max_images: int | None = None):
         if processor.chat_template is None:
             raise ValueError("the processor has no chat template; put its chat_template.jinja into the checkpoint directory")
-        self.processor, self.max_length = processor, max_length
+        self.processor, self.max_length, self.max_images = processor, max_length, max_images
 
     def segments(self, conversation: Conversation) -> list[tuple[str, bool]]:
         """(text, whether it is learned) in order; together the rendered conversation up to the end of the last answer."""
@@ -65,23 +67,35 @@ class Encoder:
     def length(self, conversation: Conversation, sizes: list[tuple[int, int]]) -> int:
         """Tokens of the row, given the (width, height) of its pictures, without preparing them. Raises: BadRow."""
         count = sum(len(self.processor.tokenizer(text, add_special_tokens=i == 0).input_ids) for i, (text, _) in enumerate(self.segments(conversation)))
-        image_processor = self.processor.image_processor
         for width, height in sizes:
             try:
-                patches = image_processor.get_number_of_image_patches(height, width, {})
+                count += self._image_tokens(height, width) - 1  # its place is one token of the text
             except ValueError as error:
                 raise BadRow(f"a picture of {width} x {height} pixels is refused: {' '.join(str(error).split())}") from error
-            count += patches // image_processor.merge_size**2 - 1  # its place is one token of the text
         return count
 
-    def check_length(self, conversation: Conversation, sizes: list[tuple[int, int]]) -> None:
-        """Raises: BadRow if the row is too long."""
+    def _image_tokens(self, height: int, width: int) -> int:
+        """Tokens that a picture takes in the text: one per merged patch in Qwen3-VL, one in QVL."""
+        image_processor = self.processor.image_processor
+        if isinstance(image_processor, QVLImageProcessor):
+            image_processor.target_size(height, width)
+            return 1
+        return image_processor.get_number_of_image_patches(height, width, {}) // image_processor.merge_size**2
+
+    def check(self, conversation: Conversation, sizes: list[tuple[int, int]]) -> None:
+        """Raises: BadRow if the row is too long or has too many pictures."""
+        if self.max_images is not None and len(sizes) > self.max_images:
+            raise BadRow(f"has {len(sizes)} pictures, more than the model's {self.max_images}")
         length = self.length(conversation, sizes)
         if length > self.max_length:
             raise BadRow(f"is {length} tokens long, more than {self.max_length}")
 
     def __call__(self, conversation: Conversation, images: list[Image.Image]) -> dict[str, Tensor]:
-        """One row: input_ids, labels, mm_token_type_ids [T] and, with pictures, pixel_values and image_grid_thw. Raises: BadRow."""
+        """One row: input_ids and labels [T], and what the family's model takes besides. Raises: BadRow.
+
+        Qwen3-VL: mm_token_type_ids [T]; with pictures pixel_values [patches, ...] and image_grid_thw. QVL: with pictures pixel_values
+        [1, images, C, H, W] and pixel_attention_mask [1, images, H, W].
+        """
         columns: dict[str, list[Tensor]] = {}
         labels, rest = [], list(images)
         for i, (text, learned) in enumerate(self.segments(conversation)):
@@ -91,15 +105,18 @@ class Encoder:
             ids = encoded["input_ids"][0]
             labels.append(ids if learned else torch.full_like(ids, IGNORED))
             for name, value in encoded.items():
+                if name in _PIXELS and "pixel_attention_mask" in encoded and encoded["pixel_values"].dim() == 4:
+                    value = value[:, None]  # the only picture of its text
                 columns.setdefault(name, []).append(value[0] if name in _PER_TOKEN else value)
         columns.pop("attention_mask", None)
-        row = {name: torch.cat(values) for name, values in columns.items()}
+        row = {name: _joined(name, values, dim=1) for name, values in columns.items()}
         row["labels"] = torch.cat(labels)
         if len(row["input_ids"]) > self.max_length:
             raise BadRow(f"is {len(row['input_ids'])} tokens long, more than {self.max_length}")
         return row
 
 
+_PIXELS = ("pixel_values", "pixel_attention_mask")
 _PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
 _FILLERS = {"labels": IGNORED, "mm_token_type_ids": 0}
 
@@ -115,9 +132,25 @@ def pad(rows: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
         if values[0].dim() == 1 and name in ("input_ids", *_FILLERS):
             filler = _FILLERS.get(name, pad_token_id)
             batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filler)
+        elif name in _PIXELS and values[0].dim() > 3:  # of each row, [1, images, ...]: rows without pictures get masked ones
+            blank = values[0].new_zeros((1, 1, *values[0].shape[2:]))
+            batch[name] = _joined(name, [row.get(name, blank) for row in rows], dim=0)
         else:
             batch[name] = torch.cat(values)
     return batch
+
+
+def _joined(name: str, values: list[Tensor], dim: int) -> Tensor:
+    """Values of several texts or rows as one. Pictures as pixels, [1, images, (channels,) H, W], are padded with zeros to one size
+    and joined along ``dim`` (images of a row: 1; rows of a batch: 0); all else is a list of tokens or patches."""
+    if name not in _PIXELS or values[0].dim() <= 3:
+        return torch.cat(values)
+    largest = [max(value.shape[i] for value in values) for i in range(values[0].dim())]
+    padded = []
+    for value in values:
+        gaps = [0 if i == dim or i == values[0].dim() - 3 and name == "pixel_values" else size - value.shape[i] for i, size in enumerate(largest)]
+        padded.append(torch.nn.functional.pad(value, [amount for gap in reversed(gaps) for amount in (0, gap)]))
+    return torch.cat(padded, dim)
 
 
 class Collator:

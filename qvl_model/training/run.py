@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import TrainingArguments
+from transformers import AutoConfig, AutoModelForImageTextToText, TrainingArguments
 
 import qvl_model
 from qvl_model import capacity
@@ -64,8 +64,6 @@ def load_model(config: TrainConfig) -> tuple[nn.Module, capacity.CapacitySpec, t
 
     Raises: ConfigError if the checkpoint cannot be loaded or lacks weights.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
     path = _checkpoint_of(config)
     try:
         settings = AutoConfig.from_pretrained(path)
@@ -136,7 +134,9 @@ def build_arguments(config: TrainConfig, model: nn.Module, *, pictures_in_every_
             raise ConfigError("run.sharding is fsdp, which needs several ranks: start with torchrun, or use ddp")
         if not pictures_in_every_row:
             raise ConfigError("run.sharding fsdp needs pictures in every row or in none: a rank without them would wait for the others for ever")
-        options |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": list(model._no_split_modules)}}
+        present = {type(module).__name__ for module in model.modules()}
+        wrapped = [name for name in model._no_split_modules if name in present]
+        options |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": wrapped}}
     if ranks > 1:
         options |= {"ddp_find_unused_parameters": not pictures_in_every_row, "ddp_backend": "nccl" if cuda else "gloo"}
     if run.workers and "dataloader_multiprocessing_context" in names:
@@ -212,9 +212,10 @@ def _train(config: TrainConfig, path: Path, directory: Path, main: bool) -> Trai
 
     try:
         processor = load_processor(path)
-        encoder = Encoder(processor, config.data.max_length)
+        settings = AutoConfig.from_pretrained(path)
+        encoder = Encoder(processor, config.data.max_length, getattr(settings, "max_num_images", None))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: the processor of {path} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"model.path: config or processor of {path} cannot be loaded: {' '.join(str(error).split())}") from error
     rows = _rows("train", config, encoder, main)
     validation = _rows("validation", config, encoder, main) if config.data.validation is not None else None
     mixed = 0 < len(rows.without_pictures) < len(rows)
