@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 import transformers
 from packaging.version import Version
 from torch import nn
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from qvl_model.decoding import MODES, graphs_possible
 from qvl_model.modules.plain import FAST_DTYPES
+from qvl_model.modules.vision_tables import provide_tables
 from qvl_model.replacements import MODEL_CLASSES, STOCK_CLASSES, replacement
 
 __all__ = ["Report", "accelerate", "is_accelerated", "report", "restore"]
@@ -17,7 +19,6 @@ TESTED_TRANSFORMERS = ("5.17", "5.23")  # oldest and newest minor version that t
 
 _KEPT_REASONS = {
     "Qwen3VLTextRotaryEmbedding": "computes small tables once per forward",
-    "Qwen3VLVisionRotaryEmbedding": "computes small tables once per forward",
     "Qwen3VLVisionPatchMerger": "its norm and linear layers are replaced one by one",
     "Embedding": "a row look-up",
     "Conv3d": "Qwen3VLVisionPatchEmbed multiplies its weight as a matrix",
@@ -130,6 +131,8 @@ def accelerate(model: nn.Module, *, weights: str | None = None) -> nn.Module:
         ours = replacement(name, module)
         if ours is not None:
             module.__class__ = ours
+        if isinstance(module, Qwen3VLVisionModel) and provide_tables not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(provide_tables, with_kwargs=True)
     return model
 
 
@@ -144,6 +147,9 @@ def restore(model: nn.Module) -> nn.Module:
         theirs = STOCK_CLASSES.get(type(module))
         if theirs is not None:
             module.__class__ = theirs
+        for handle, hook in list(module._forward_pre_hooks.items()):
+            if hook is provide_tables:
+                del module._forward_pre_hooks[handle], module._forward_pre_hooks_with_kwargs[handle]
     return model
 
 

@@ -3,7 +3,7 @@
 from torch import nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
-from qvl_model.modules import generation, head, linear, text, vision
+from qvl_model.modules import generation, head, linear, text, vision, vision_tables
 from qvl_model.qvl import QVLForConditionalGeneration, QVLModel, QVLTextModel, QVLVisionModel, fast
 
 __all__ = ["MODEL_CLASSES", "REPLACEMENTS", "STOCK_CLASSES", "replacement"]
@@ -18,6 +18,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     stock.Qwen3VLVisionAttention: vision.Qwen3VLVisionAttention,
     stock.Qwen3VLVisionMLP: vision.Qwen3VLVisionMLP,
     stock.Qwen3VLVisionPatchEmbed: vision.Qwen3VLVisionPatchEmbed,
+    stock.Qwen3VLVisionRotaryEmbedding: vision_tables.Qwen3VLVisionRotaryEmbedding,
     nn.Linear: linear.Linear,
     nn.LayerNorm: linear.LayerNorm,
     **fast.REPLACEMENTS,

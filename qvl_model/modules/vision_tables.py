@@ -1,0 +1,75 @@
+"""Position tables of the vision tower, made once per set of image sizes instead of once per forward and image by image."""
+
+import weakref
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
+from transformers.vision_utils import get_vision_attention_seqlens, get_vision_interpolation_indices_and_weights
+
+__all__ = ["Qwen3VLVisionRotaryEmbedding", "provide_tables"]
+
+KEPT = 16  # sets of image sizes per model, those used last
+_NAMES = ("position_ids", "interp_indices", "interp_weights", "cu_seqlens", "max_seqlen")
+_kept: "weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple, dict]]" = weakref.WeakKeyDictionary()
+
+
+def provide_tables(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Forward pre-hook of a stock vision model: hands it the tables that it would compute from ``grid_thw``."""
+    grid = args[1] if len(args) > 1 else kwargs.get("grid_thw")
+    if torch.compiler.is_compiling() or not isinstance(grid, Tensor) or any(name in kwargs for name in _NAMES):
+        return None
+    sizes, merge = tuple(map(tuple, grid.tolist())), model.spatial_merge_size
+    if any(len(size) != 3 or min(size) < 1 or size[1] % merge or size[2] % merge for size in sizes):
+        return None  # stock code says what is wrong
+    key = (sizes, grid.device, model.num_grid_per_side, merge, model.config._attn_implementation)
+    kept = _kept.setdefault(model, OrderedDict())
+    if key not in kept:
+        while len(kept) >= KEPT:
+            kept.popitem(last=False)
+        with torch.inference_mode(False):  # training may use them later
+            kept[key] = _tables(model, torch.tensor(sizes, dtype=torch.int64), grid.device)
+    kept.move_to_end(key)
+    return args, kwargs | kept[key]
+
+
+def _tables(model: nn.Module, grid: Tensor, device: torch.device) -> dict:
+    """Computed on the CPU and moved over whole: a GPU would be launched dozens of times for a few kilobytes."""
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        grid, num_grid_per_side=model.num_grid_per_side, mode=model.interpolation_mode, align_corners=model.interpolation_align_corners,
+        spatial_merge_size=model.config.spatial_merge_size,
+    )  # fmt: skip
+    cu_seqlens, max_seqlen = get_vision_attention_seqlens(grid, model.config)
+    positions = _positions(grid, model.spatial_merge_size).to(device)
+    positions.rotary_tables = {}  # see Qwen3VLVisionRotaryEmbedding
+    # cu_seqlens stays on the CPU for CPU kernels, which check it there, and goes to the GPU once for those that read it there.
+    tables = {"position_ids": positions, "interp_indices": indices.to(device), "interp_weights": weights.to(device), "cu_seqlens": cu_seqlens.to(device)}
+    return tables | ({} if max_seqlen is None else {"max_seqlen": max_seqlen})
+
+
+def _positions(grid: Tensor, merge: int) -> Tensor:
+    """(row, column) [N, 2] of every patch of images ``grid`` [images, 3], in the order in which merge x merge blocks follow."""
+    counts = grid.prod(1)
+    image = torch.repeat_interleave(torch.arange(len(grid)), counts)
+    first = (counts.cumsum(0) - counts)[image]
+    height, width = grid[image, 1], grid[image, 2]
+    within = (torch.arange(int(counts.sum())) - first) % (height * width)
+    block, inner = within // merge**2, within % merge**2
+    blocks_wide = width // merge
+    return torch.stack((block // blocks_wide * merge + inner // merge, block % blocks_wide * merge + inner % merge), 1)
+
+
+class Qwen3VLVisionRotaryEmbedding(stock.Qwen3VLVisionRotaryEmbedding):
+    """Keeps cos and sin with the position ids that they belong to."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        kept = getattr(position_ids, "rotary_tables", None)
+        if kept is None:
+            return super().forward(x, position_ids)
+        key = (x.device, self.inv_freq.data_ptr(), self.inv_freq._version, self.attention_scaling)
+        if key not in kept:
+            kept.clear()
+            with torch.inference_mode(False):
+                kept[key] = super().forward(x, position_ids)
+        return kept[key]
