@@ -384,7 +384,7 @@ def test_command_line(shared, tmp_path, capsys):
     assert f"1 steps; the model is in {final}" in capsys.readouterr().out
     assert cli.main(["verify", str(final)]) == 0
     assert "capacity is complete" in capsys.readouterr().out
-    assert cli.main(["verify", str(final), "--spec", str(shared / "checkpoint")]) == 0
+    assert cli.main(["verify", str(final), "--spec", str(shared / "qwen3_vl")]) == 0
     assert cli.main(["verify", str(final), "--spec", "qwen3-vl-2b"]) == 1
     assert "model.language_model.layers: has 2 entries, the specification says 28" in capsys.readouterr().out
     assert cli.main(["verify", str(final), "--spec", "nonsense"]) == 2
