@@ -78,4 +78,5 @@ def write(config: "QVLConfig", path: str | PathLike | None) -> str:
 
 
 def _line(config: "QVLConfig", key: str) -> str:
-    return yaml.safe_dump({key: getattr(config, key)}, default_flow_style=None, width=1000).strip()
+    value = yaml.safe_dump(getattr(config, key), default_flow_style=True, width=1000).removesuffix("...\n")
+    return f"{key}: {value.strip()}"

@@ -24,7 +24,8 @@ class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        visual_tokens: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -32,8 +33,7 @@ class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
         visual: text.Visual | None = None,
         **kwargs,
     ) -> Tensor:
-        if self.fusion is not None:
-            hidden_states = self.fusion(hidden_states, visual, past_key_values)
+        hidden_states = self.fuse(hidden_states, visual_tokens, visual, past_key_values)
         return super().forward(
             hidden_states,
             position_embeddings,

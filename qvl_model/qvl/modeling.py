@@ -144,11 +144,12 @@ class QVLModel(QVLPreTrainedModel):
         if pixel_values is not None:
             if holds_images(past_key_values, self.config.num_hidden_layers):
                 raise ValueError("QVL: the cache already holds images; give pixel_values with the first call only, or a new cache")
-            if text is not None and text.shape[0] % pixel_values.shape[0]:
-                raise ValueError(f"QVL: {pixel_values.shape[0]} samples in pixel_values do not fit {text.shape[0]} rows of text")
             visual = self.get_image_features(pixel_values, pixel_attention_mask)
-            if visual is not None:
-                visual = visual._replace(repeats=text.shape[0] // pixel_values.shape[0])
+            if visual is not None and text is not None:
+                repeats, rest = divmod(text.shape[0], pixel_values.shape[0])
+                if rest or not repeats:
+                    raise ValueError(f"QVL: {pixel_values.shape[0]} samples in pixel_values do not fit {text.shape[0]} rows of text")
+                visual = visual._replace(repeats=repeats)
         elif pixel_attention_mask is not None:
             raise ValueError("QVL: pixel_attention_mask without pixel_values")
         out = self.language_model(

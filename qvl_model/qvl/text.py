@@ -112,7 +112,8 @@ class QVLDecoderLayer(stock.Qwen3VLTextDecoderLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        visual_tokens: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -121,9 +122,10 @@ class QVLDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         fuse: bool = True,
         **kwargs,
     ) -> Tensor:
-        """``fuse``: whether cross-attention is still to be done."""
-        if fuse and self.fusion is not None:
-            hidden_states = self.fusion(hidden_states, visual, past_key_values)
+        """``visual_tokens`` are those of ``visual``, by themselves because reentrant checkpointing follows plain arguments only;
+        ``fuse``: whether cross-attention is still to be done."""
+        if fuse:
+            hidden_states = self.fuse(hidden_states, visual_tokens, visual, past_key_values)
         residual = hidden_states
         hidden_states, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
@@ -136,6 +138,11 @@ class QVLDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         )
         hidden_states = residual + self.dropout(hidden_states)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+    def fuse(self, hidden_states: Tensor, tokens: Tensor | None, visual: Visual | None, cache: Cache | None) -> Tensor:
+        if self.fusion is None:
+            return hidden_states
+        return self.fusion(hidden_states, None if visual is None else visual._replace(tokens=tokens), cache)
 
 
 class QVLTextModel(QVLPreTrainedModel):
@@ -198,10 +205,11 @@ class QVLTextModel(QVLPreTrainedModel):
         angles = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
         angles = torch.cat((angles, angles), -1)
         tables = angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+        tokens = None if visual is None else visual.tokens
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, tables, attention_mask=mask, position_ids=position_ids, past_key_values=past_key_values,
-                use_cache=use_cache, visual=visual, **kwargs,
+                hidden_states, tokens, position_embeddings=tables, attention_mask=mask, position_ids=position_ids,
+                past_key_values=past_key_values, use_cache=use_cache, visual=visual, **kwargs,
             )  # fmt: skip
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
