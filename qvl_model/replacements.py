@@ -23,7 +23,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LayerNorm: linear.LayerNorm,
     **fast.REPLACEMENTS,
 }
-STOCK_CLASSES = {ours: theirs for theirs, ours in REPLACEMENTS.items()} | {head.Linear: nn.Linear}
+STOCK_CLASSES = {ours: theirs for theirs, ours in REPLACEMENTS.items()} | {head.Linear: nn.Linear, vision_tables.Embedding: nn.Embedding}
 MODEL_CLASSES = (
     stock.Qwen3VLForConditionalGeneration,
     stock.Qwen3VLModel,
@@ -37,6 +37,9 @@ MODEL_CLASSES = (
 
 
 def replacement(name: str, module: nn.Module) -> type[nn.Module] | None:
-    """Our class for the module of this name in a model, or None: by its class, but for the head, which is a Linear like others."""
-    ours = REPLACEMENTS.get(type(module))
-    return head.Linear if ours is linear.Linear and name == "lm_head" else ours
+    """Our class for the module of this name in a model, or None: by its class, but for a head and a position table."""
+    if type(module) is nn.Linear and name == "lm_head":
+        return head.Linear
+    if type(module) is nn.Embedding and name.endswith("visual.pos_embed"):
+        return vision_tables.Embedding
+    return REPLACEMENTS.get(type(module))

@@ -74,3 +74,24 @@ def test_hook_comes_once_travels_and_goes():
         assert list(copied.model.visual._forward_pre_hooks.values()) == [vision_tables.provide_tables]
         visual = qvl_model.restore(copied).model.visual
         assert not visual._forward_pre_hooks and not visual._forward_pre_hooks_with_kwargs
+
+
+def test_a_changed_position_table_counts():
+    stock, fast = (model.model.visual for model in models.pair())
+    sizes = [(1, 4, 6), (1, 2, 8)]
+    grid, pixels = torch.tensor(sizes), _pixels(sizes)
+    for change in (lambda model: model.pos_embed.weight.mul_(3), lambda model: model.half().float(), lambda model: None):
+        with torch.no_grad():
+            change(stock), change(fast)
+            assert_close(fast(pixels, grid_thw=grid).pooler_output, stock(pixels, grid_thw=grid).pooler_output)
+
+
+def test_bf16_rows_are_those_of_stock_bit_by_bit():
+    stock, fast = (model.model.visual.bfloat16() for model in models.pair())
+    grid = torch.tensor([(1, 6, 10)])
+    with torch.no_grad():
+        args, kwargs = vision_tables.provide_tables(fast, (), {"grid_thw": grid})
+        ours = (fast.pos_embed(kwargs["interp_indices"]) * kwargs["interp_weights"][:, :, None]).sum(1)
+        args, kwargs = vision_tables.provide_tables(stock, (), {"grid_thw": grid})
+        theirs = (stock.pos_embed(kwargs["interp_indices"]) * kwargs["interp_weights"][:, :, None]).sum(1)
+    assert kwargs["interp_indices"].shape[1] == 4 and torch.equal(ours.bfloat16(), theirs.bfloat16())

@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from transformers.vision_utils import get_vision_attention_seqlens, get_vision_interpolation_indices_and_weights
 
-__all__ = ["Qwen3VLVisionRotaryEmbedding", "provide_tables"]
+from qvl_model.modules.plain import is_plain
+
+__all__ = ["Embedding", "Qwen3VLVisionRotaryEmbedding", "provide_tables"]
 
 KEPT = 16  # sets of image sizes per model, those used last
+KEPT_PATCHES = 1 << 15  # and of all of them together, unless one alone has more
 _NAMES = ("position_ids", "interp_indices", "interp_weights", "cu_seqlens", "max_seqlen")
 _kept: "weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple, dict]]" = weakref.WeakKeyDictionary()
 
@@ -26,12 +29,15 @@ def provide_tables(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     key = (sizes, grid.device, model.num_grid_per_side, merge, model.config._attn_implementation)
     kept = _kept.setdefault(model, OrderedDict())
     if key not in kept:
-        while len(kept) >= KEPT:
-            kept.popitem(last=False)
         with torch.inference_mode(False):  # training may use them later
             kept[key] = _tables(model, torch.tensor(sizes, dtype=torch.int64), grid.device)
+        while len(kept) > KEPT or len(kept) > 1 and sum(len(tables["position_ids"]) for tables in kept.values()) > KEPT_PATCHES:
+            kept.popitem(last=False)
     kept.move_to_end(key)
-    return args, kwargs | kept[key]
+    tables = kept[key]
+    if is_plain(model.pos_embed, Embedding):  # which interpolates by itself
+        tables = tables | {"interp_weights": tables["interp_indices"].unit_weights}
+    return args, kwargs | tables
 
 
 def _tables(model: nn.Module, grid: Tensor, device: torch.device) -> dict:
@@ -41,10 +47,12 @@ def _tables(model: nn.Module, grid: Tensor, device: torch.device) -> dict:
         spatial_merge_size=model.config.spatial_merge_size,
     )  # fmt: skip
     cu_seqlens, max_seqlen = get_vision_attention_seqlens(grid, model.config)
-    positions = _positions(grid, model.spatial_merge_size).to(device)
+    positions, indices, weights = _positions(grid, model.spatial_merge_size).to(device), indices.to(device), weights.to(device)
     positions.rotary_tables = {}  # see Qwen3VLVisionRotaryEmbedding
+    indices.interpolation_weights, indices.interpolated = weights, {}  # see Embedding
+    indices.unit_weights = torch.ones(len(indices), 1, dtype=model.pos_embed.weight.dtype, device=device)
     # cu_seqlens stays on the CPU for CPU kernels, which check it there, and goes to the GPU once for those that read it there.
-    tables = {"position_ids": positions, "interp_indices": indices.to(device), "interp_weights": weights.to(device), "cu_seqlens": cu_seqlens.to(device)}
+    tables = {"position_ids": positions, "interp_indices": indices, "interp_weights": weights, "cu_seqlens": cu_seqlens.to(device)}
     return tables | ({} if max_seqlen is None else {"max_seqlen": max_seqlen})
 
 
@@ -65,7 +73,7 @@ class Qwen3VLVisionRotaryEmbedding(stock.Qwen3VLVisionRotaryEmbedding):
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         kept = getattr(position_ids, "rotary_tables", None)
-        if kept is None:
+        if kept is None or self.inv_freq.is_inference():  # which tell no versions
             return super().forward(x, position_ids)
         key = (x.device, self.inv_freq.data_ptr(), self.inv_freq._version, self.attention_scaling)
         if key not in kept:
@@ -73,3 +81,24 @@ class Qwen3VLVisionRotaryEmbedding(stock.Qwen3VLVisionRotaryEmbedding):
             with torch.inference_mode(False):
                 kept[key] = super().forward(x, position_ids)
         return kept[key]
+
+
+class Embedding(nn.Embedding):
+    """The learned position table. Of indices from ``provide_tables`` it gives the interpolated rows [N, 1, C] at once, and keeps
+    them with the indices while the table does not change."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weights = getattr(input, "interpolation_weights", None)
+        if weights is None:
+            return super().forward(input)
+        if self.weight.is_inference() or self.weight.requires_grad and torch.is_grad_enabled():
+            return self._interpolated(input, weights)
+        kept, key = input.interpolated, (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
+        if key not in kept:
+            kept.clear()
+            with torch.inference_mode(False), torch.no_grad():
+                kept[key] = self._interpolated(input, weights).to(self.weight.dtype)
+        return kept[key]
+
+    def _interpolated(self, indices: Tensor, weights: Tensor) -> Tensor:
+        return (super().forward(indices) * weights[:, :, None]).sum(1, keepdim=True)
