@@ -9,6 +9,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLay
 
 import models
 import qvl_model
+import qvl_models
 from qvl_model import capacity
 
 TEXT = "model.language_model.layers"
@@ -183,6 +184,86 @@ def test_pruned_models_fail(model, kind):
     assert module in str(caught.value)
 
 
+@pytest.fixture(params=["stock", "accelerated"])
+def qvl(request):
+    model = qvl_models.plain_model("attention")
+    return qvl_model.accelerate(model) if request.param == "accelerated" else model
+
+
+@pytest.mark.parametrize("name", qvl_models.CONFIGS)
+def test_whole_qvl_models_pass(name):
+    for model in qvl_models.pair(name):
+        report = capacity.verify(model, qvl_models.config(name), training=True)
+        assert report.facts["QVLCrossAttention (heads)"] == f"{model.config.num_attention_heads} in each of 2"
+
+
+def _fusion(model, index=2):
+    return model.model.language_model.layers[index].fusion
+
+
+def _without_fusion(model):
+    model.model.language_model.layers[2].fusion = None
+
+
+def _close_gate(model):
+    with torch.no_grad():
+        _fusion(model).gate.zero_()
+
+
+def _same_fusion(model):
+    model.model.language_model.layers[2].fusion = _fusion(model, 0)
+
+
+def _copied_attention(model):
+    _fusion(model).attn.load_state_dict(_fusion(model, 0).attn.state_dict())
+
+
+def _drop_query(model):
+    with torch.no_grad():
+        model.model.connector.queries[3] = 0
+
+
+def _fewer_queries(model):
+    model.model.connector.queries = nn.Parameter(model.model.connector.queries[:4].clone())
+
+
+FUSION = "model.language_model.layers.2.fusion"
+QVL_DAMAGE = {
+    "zeroed cross-attention": (_zero_in(f"{FUSION}.attn.o_proj"), f"{FUSION}.attn.o_proj", "is all zero"),
+    "zeroed cross-attention head": (_zero_in(f"{FUSION}.attn.q_proj", slice(9, 18)), f"{FUSION}.attn.q_proj", "head 1 is pruned"),
+    "removed cross-attention": (_without_fusion, FUSION, "missing; a QVLFusion belongs here"),
+    "identity for cross-attention": (_set(f"{FUSION}.attn", nn.Identity()), f"{FUSION}.attn", "a QVLCrossAttention belongs here"),
+    "closed gate": (_close_gate, FUSION, "gate is closed"),
+    "shared cross-attention": (_same_fusion, FUSION, "is the same module as model.language_model.layers.0.fusion"),
+    "duplicated cross-attention": (_copied_attention, f"{FUSION}.attn.q_proj", "has the weights of model.language_model.layers.0.fusion.attn.q_proj"),
+    "zeroed connector head": (_zero_in("model.connector.layers.1.attn.k_proj", slice(0, 10)), "model.connector.layers.1.attn.k_proj", "head 0 is pruned"),
+    "removed connector layer": (lambda model: model.model.connector.layers.__delitem__(1), "model.connector.layers", "has 1 entries, the specification says 2"),
+    "zeroed query": (_drop_query, "model.connector", "queries: row 3 of 5 is all zero"),
+    "fewer queries": (_fewer_queries, "model.connector", "queries is [4, 20], the specification says [5, 20]"),
+    "zeroed image channel": (_zero_in("model.image_embed", columns=2), "model.image_embed", "channel 2 of 20"),
+    "removed decoder layer": (lambda model: model.model.language_model.layers.__delitem__(1), "model.language_model.layers", "has 2 entries"),
+    "zeroed decoder head": (_zero_in("model.language_model.layers.0.self_attn.v_proj", slice(10, 20)), "model.language_model.layers.0.self_attn.v_proj", "head 1 is pruned"),
+    "zeroed vision head": (_zero_in("model.visual.blocks.0.attn.proj", columns=slice(12, 24)), "model.visual.blocks.0.attn.proj", "head 1 is pruned"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", QVL_DAMAGE)
+def test_pruned_qvl_models_fail(qvl, kind):
+    damage, module, message = QVL_DAMAGE[kind]
+    damage(qvl)
+    report = capacity.examine(qvl, qvl_models.config("attention"))
+    assert [v for v in report.violations if v.module == module and message in v.problem], f"{module}: ...{message}... is not among\n{report}"
+
+
+def test_gates_may_begin_closed_if_the_config_says_so():
+    model = qvl_models.plain_model("mlp", cross_attention_gate_init=0.0)
+    for layer in (1, 3):
+        _fusion(model, layer).gate.data.zero_()
+    assert capacity.verify(model).ok
+    model.config.cross_attention_gate_init = 0.5
+    assert not capacity.examine(model).ok
+
+
 def test_a_zeroed_head_is_reported_once(whole):
     model = copy.deepcopy(whole)
     _zero_in(f"{TEXT}.2.self_attn.q_proj", slice(72, 96))(model)
@@ -273,6 +354,9 @@ def test_published_specification():
     assert spec.count == 2_127_532_032
     assert spec.modules["model.language_model.layers"][1] == {"entries": 28} and spec.modules["model.visual.blocks"][1] == {"entries": 24}
     assert spec.modules["model.visual.blocks.0.attn"][1]["num_heads"] == 16
+    qvl = capacity.CapacitySpec.of("qvl-2b")
+    assert 2.0e9 <= qvl.count <= 2.3e9 and qvl.modules["model.language_model.layers"][1] == {"entries": 32}
+    assert sum(kind.__name__ == "QVLCrossAttention" for kind, _ in qvl.modules.values()) == 8
 
 
 def test_models_in_wrappers(whole):
@@ -283,7 +367,7 @@ def test_models_in_wrappers(whole):
 def test_what_is_refused(whole):
     with pytest.raises(TypeError, match="got Linear"):
         capacity.verify(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="unknown specification 'qwen'; known are qwen3-vl-2b"):
+    with pytest.raises(ValueError, match="unknown specification 'qwen'; known are qwen3-vl-2b, qvl-2b"):
         capacity.verify(whole, "qwen")
     with pytest.raises(TypeError, match="described by Qwen3VLConfig"):
         capacity.verify(whole, models.config("odd").text_config)

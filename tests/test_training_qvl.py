@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from qvl_model import capacity, cli, training
+from qvl_model import capacity, cli, digits, training
 from qvl_model.digits import scenes
 from qvl_model.processing import load_processor
 from qvl_model.qvl import QVLForConditionalGeneration
@@ -131,6 +131,9 @@ def test_a_run(shared, tmp_path, capsys):
     assert "model.language_model.layers: has 2 entries, the specification says 32" in capsys.readouterr().out
     assert cli.main(["verify", str(final), "--spec", "qwen3-vl-2b"]) == 2
     assert "described by QVLConfig" in capsys.readouterr().err
+    assert cli.main(["inspect", str(final)]) == 0 and "QVLDecoderLayer" in capsys.readouterr().out
+    for variant in ([], ["--stock"]):
+        assert cli.main(["generate", "--model", str(final), "--image", str(digits.SAMPLE), "--prompt", "Hi", "--max-new-tokens", "3", *variant]) == 0
 
 
 CHANGES = {
