@@ -3,10 +3,12 @@
 Each function returns the constexpr arguments and launch options (num_warps, num_stages) of one kernel.
 """
 
-__all__ = ["SHARED_MEMORY", "elementwise", "next_power_of_2", "row_in_registers"]
+__all__ = ["GEMV_ROWS", "SHARED_MEMORY", "elementwise", "gemv_dot", "gemv_fma", "next_power_of_2", "row_in_registers"]
 
 # Bytes of shared memory that one thread block may use.
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
+
+GEMV_ROWS = 16  # up to so many rows a linear layer is bound by reading its weight; one tile of the tensor cores has 16
 
 
 def next_power_of_2(n: int) -> int:
@@ -22,3 +24,36 @@ def row_in_registers(size: int) -> dict:
     """A whole row of ``size`` elements in registers of one program: 16 elements a thread, more in rows beyond 8,192."""
     block = next_power_of_2(size)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
+def gemv_fma(rows: int, n: int, k: int, size: int, bits: int, pair: bool, arch: str) -> dict | None:
+    """Few rows times a weight [n, k] on the FMA units, or None where the tensor cores are better (``gemv_dot``).
+
+    ``size``: bytes per element of x; ``bits``: 8 or 4 if quantised, else 0; ``pair``: gate and up weights.
+    """
+    # On the tensor cores tiles have 16 rows whatever the number, on FMA units each row costs: at 3.35 TB/s an H100 has 18 FMA
+    # slots per bf16 weight, and 4.5 per int4 weight of which unpacking takes 3. fp32 has no tensor cores of its accuracy.
+    limit = {0: 4, 8: 3, 4: 2}[bits]
+    if rows > limit and size == 2:
+        return None
+    per_block = {0: 16 // size, 8: 16, 4: 32}[bits]  # inputs in 16 bytes of a weight row
+    lanes = 64 if arch.startswith("gfx") else 32
+    # 2 blocks a thread of 16-bit weights, whose rows are long; half of it where more rows of x need registers.
+    largest = 4 * lanes * (2 if bits == 0 and rows <= 2 else 1)
+    blocks = min((-(-k // (per_block * b)) * b, -b) for b in (largest, largest // 2, largest // 4))[1] * -1
+    warps = max(1, min(4, blocks // lanes))
+    # 8 loads of 16 bytes in flight per thread, and at least 512 programs (4 per SM) while n allows it.
+    together = max(1, 8 * warps * lanes // blocks // (2 if pair else 1) // (1 if rows <= 2 else 2))
+    block_n = next(b for b in (8, 4, 2, 1) if b == 1 or (b <= together and n >= 512 * b))
+    vector = 16 if bits else 16 // size
+    return {"ROWS": min(rows, limit), "BLOCK_N": block_n, "BLOCKS": blocks, "VECTOR": vector, "num_warps": warps, "num_stages": 1}
+
+
+def gemv_dot(size: int, bits: int, group: int, pair: bool, arch: str) -> dict:
+    """Up to 16 rows times a weight in tiles of 16 rows: 16 outputs a program, so that a layer's 1,024 still fill half the chip."""
+    block_n, parts = 16, 4
+    block = group // 2 if bits == 4 else 64  # columns of w, 64 to 128 bytes of a row; or those of one int4 group
+    stage = parts * block * (block_n * (2 if pair else 1) * (1 if bits else size) + 16 * size * (2 if bits == 4 else 1))
+    # A third of shared memory, so that two programs and more run on a processor.
+    stages = 2 if arch.startswith("gfx") else max(2, min(5, SHARED_MEMORY[arch] // 3 // stage))
+    return {"BLOCK_N": block_n, "PARTS": parts, "BLOCK": block, "num_warps": parts, "num_stages": stages}

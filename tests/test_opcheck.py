@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import qvl_kernels
+from qvl_kernels import gemv
+from qvl_kernels.quant import quantize
 
 # One small case of a public function for every op it reaches, and for the arguments that change what is traced.
 CALLS = [
@@ -30,6 +32,22 @@ CALLS = [
     ("swiglu", "swiglu", "strided"),
     ("vision_block", "vision_block", "odd"),
     ("vision_rope", "rope", "odd"),
+]
+
+
+def _rand(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+# Ops without a public function of their own, and their arguments.
+X, NORM = _rand(2, 3, 40), _rand(40)
+INT8, INT4 = quantize(_rand(5, 40), 8), quantize(_rand(5, 40), 4, 32)
+INTERNAL = [
+    (gemv.gemv_op, (X, _rand(5, 40), _rand(5), NORM, 1e-6, _rand(2, 3, 5))),
+    (gemv.gemv_op, (X, _rand(5, 40), None, None, 0.0, None)),
+    (gemv.gemv_swiglu_op, (X, _rand(5, 40), _rand(5, 40), NORM, 1e-6)),
+    (gemv.quantized_gemv_op, (X, INT8.values, INT8.scales, _rand(5), NORM, 1e-6, _rand(2, 3, 5))),
+    (gemv.quantized_gemv_swiglu_op, (X, INT4.values, INT4.scales, INT4.values, INT4.scales, None, 1e-6)),
 ]
 CASE_LISTS = {"add_layer_norm": "ADD_CASES", "add_rms_norm": "ADD_CASES", "vision_rope": "VISION_CASES"}
 INFERENCE_ONLY = {"qvl::decoder_layer", "qvl::vision_block"}
@@ -80,7 +98,12 @@ def test_opcheck(function, folder, case):
         torch.library.opcheck(op, tree_map(lambda x: change(x) if isinstance(x, torch.Tensor) else x, args), kwargs)
 
 
+@pytest.mark.parametrize(("op", "args"), INTERNAL, ids=lambda value: getattr(getattr(value, "_schema", None), "name", ""))
+def test_opcheck_of_internal_ops(op, args):
+    torch.library.opcheck(op, args)
+
+
 def test_every_registered_op_is_checked():
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qvl::")}
-    checked = {op._schema.name for call in CALLS for op, _, _ in _recorded(*call)}
+    checked = {op._schema.name for call in CALLS for op, _, _ in _recorded(*call)} | {op._schema.name for op, _ in INTERNAL}
     assert checked == registered

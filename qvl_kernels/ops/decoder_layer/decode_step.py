@@ -4,7 +4,7 @@ import torch
 
 from qvl_kernels.ops.decode_attention import decode_attention
 from qvl_kernels.ops.decoder_layer.prepared import PreparedDecoderLayer
-from qvl_kernels.ops.linear.cpu import linear_op
+from qvl_kernels.ops.linear.op import linear_op
 from qvl_kernels.ops.rms_norm.cpu import add_rms_norm_op, rms_norm_op
 from qvl_kernels.ops.rope.cpu import qk_norm_rope_op
 from qvl_kernels.ops.swiglu.op import swiglu_op

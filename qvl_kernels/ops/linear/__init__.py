@@ -1,7 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
-from qvl_kernels.ops.linear.cpu import linear_op
+from qvl_kernels.ops.linear.op import linear_op
 from qvl_kernels.ops.linear.reference import linear_reference
 
 __all__ = ["linear"]

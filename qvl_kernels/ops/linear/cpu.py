@@ -2,13 +2,12 @@ import torch
 
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
-from qvl_kernels.library import register
 from qvl_kernels.ops.linear.onednn import use_onednn
 
-__all__ = ["extension_linear", "linear_op"]
+__all__ = ["extension_linear", "linear_cpu"]
 
 
-def _linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if use_onednn(x, x.numel() // max(1, x.shape[-1])):
         return torch.nn.functional.linear(x, weight, bias)
     return extension_linear(x, weight, bias)
@@ -24,31 +23,3 @@ def extension_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
         dtype=DTYPE_CODES[x.dtype],
     )  # fmt: skip
     return y
-
-
-def _setup(ctx, inputs, output) -> None:
-    x, weight, bias = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.has_bias = bias is not None
-
-
-def _backward(ctx, grad):
-    x, weight = ctx.saved_tensors
-    dx = dw = db = None
-    rows = grad.reshape(-1, grad.shape[-1])
-    if ctx.needs_input_grad[0]:
-        dx = grad @ weight
-    if ctx.needs_input_grad[1]:
-        dw = rows.t() @ x.reshape(-1, x.shape[-1])
-    if ctx.has_bias and ctx.needs_input_grad[2]:
-        db = rows.sum(0)
-    return dx, dw, db
-
-
-linear_op = register(
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    cpu=_linear_cpu,
-    fake=lambda x, weight, bias: torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device),
-    backward=_backward,
-    setup_context=_setup,
-)

@@ -6,7 +6,7 @@
 import torch
 
 from qvl_kernels.library import register
-from qvl_kernels.ops.linear.cpu import linear_op
+from qvl_kernels.ops.linear.op import linear_op
 
 __all__ = ["linear_cross_entropy_rows_op"]
 

@@ -1,7 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
-from qvl_kernels.ops.linear.cpu import linear_op
+from qvl_kernels.ops.linear.op import linear_op
 from qvl_kernels.ops.patch_embed.reference import patch_embed_reference
 
 __all__ = ["patch_embed"]

@@ -1,0 +1,82 @@
+"""Launchers of the matrix-vector kernels: which of the two runs, and with which tiles."""
+
+import torch
+import triton
+
+from qvl_kernels import gpu, tuning
+from qvl_kernels.gemv.triton_dot import gemv_dot_kernel, normalise_rows_kernel
+from qvl_kernels.gemv.triton_fma import gemv_fma_kernel
+from qvl_kernels.triton_lib import as_rows, launch
+
+__all__ = ["launch_gemv", "launch_gemv_swiglu", "launch_quantized_gemv", "launch_quantized_gemv_swiglu"]
+
+
+def launch_gemv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm_weight: torch.Tensor | None, eps: float,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    return _gemv(x, (weight, None), None, bias, norm_weight, eps, residual)
+
+
+def launch_gemv_swiglu(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, norm_weight: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    return _gemv(x, (gate, None), (up, None), None, norm_weight, eps, None)
+
+
+def launch_quantized_gemv(
+    x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, norm_weight: torch.Tensor | None,
+    eps: float, residual: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    return _gemv(x, (values, scales), None, bias, norm_weight, eps, residual)
+
+
+def launch_quantized_gemv_swiglu(
+    x: torch.Tensor, gate_values: torch.Tensor, gate_scales: torch.Tensor, up_values: torch.Tensor, up_scales: torch.Tensor,
+    norm_weight: torch.Tensor | None, eps: float,
+) -> torch.Tensor:  # fmt: skip
+    return _gemv(x, (gate_values, gate_scales), (up_values, up_scales), None, norm_weight, eps, None)
+
+
+def _gemv(x, weight, up, bias, norm_weight, eps: float, residual) -> torch.Tensor:
+    """``weight`` and ``up`` are (values, scales or None); absent tensors are replaced by x, which the kernels then do not read."""
+    values, scales = weight
+    up_values, up_scales = (values, scales) if up is None else up
+    n, columns = values.shape
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    rows, y_rows = as_rows(x), as_rows(y)
+    m, k = rows.shape[0] if x.shape[-1] else y_rows.shape[0], x.shape[-1]
+    if m == 0 or n == 0:
+        return y
+    bits = {torch.int8: 8, torch.uint8: 4}.get(values.dtype, 0)
+    group = 0 if bits != 4 else 2 * columns // scales.shape[1]
+    arch = gpu.architecture(x.device)
+    tile = tuning.gemv_fma(m, n, k, x.element_size(), bits, up is not None, arch)
+    if tile is None:
+        tile = tuning.gemv_dot(x.element_size(), bits, group, up is not None, arch)
+        kernel, programs = gemv_dot_kernel, (triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(m, 16))
+        if norm_weight is not None and x.dtype == torch.float16:  # x * weight, not yet divided by its norm, may overflow
+            rows, norm_weight = _normalised(rows, norm_weight, eps), None
+    else:
+        tile = {**tile, "GROUP": group, "COUNT": tuning.next_power_of_2(tile["BLOCK_N"] * tile["ROWS"]),
+                "ROW_COUNT": tuning.next_power_of_2(tile["ROWS"])}  # fmt: skip
+        kernel, programs = gemv_fma_kernel, (triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(m, tile["ROWS"]))
+    scale_args = (scales, up_scales) if scales is not None else (x, x)
+    strides = (scales.stride(0), up_scales.stride(0)) if scales is not None else (0, 0)
+    residual_rows = rows if residual is None else as_rows(residual)
+    launch(
+        kernel, programs, rows, values, scale_args[0], up_values, scale_args[1], x if bias is None else bias,
+        x if norm_weight is None else norm_weight, residual_rows, y_rows, m, n, k, columns, eps, rows.stride(0), values.stride(0),
+        strides[0], up_values.stride(0), strides[1], residual_rows.stride(0), y_rows.stride(0), BITS=bits, HAS_UP=up is not None,
+        HAS_BIAS=bias is not None, HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, **tile,
+    )  # fmt: skip
+    return y
+
+
+def _normalised(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    y = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    launch(
+        normalise_rows_kernel, (rows.shape[0],), rows, weight, y, rows.shape[1], eps, rows.stride(0), y.stride(0),
+        **tuning.elementwise(rows.shape[1]),
+    )  # fmt: skip
+    return y

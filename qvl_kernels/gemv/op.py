@@ -1,0 +1,42 @@
+"""torch ops qvl::gemv, qvl::gemv_swiglu and their quantised twins; inference only. x is [..., K], weights are [N, K]."""
+
+import torch
+
+from qvl_kernels.gemv import reference
+from qvl_kernels.library import register
+
+__all__ = ["gemv_op", "gemv_swiglu_op", "quantized_gemv_op", "quantized_gemv_swiglu_op"]
+
+
+def _fake(x: torch.Tensor, weight: torch.Tensor, *_) -> torch.Tensor:
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+
+
+gemv_op = register(
+    "gemv(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual) -> Tensor",
+    cpu=reference.gemv_reference,
+    triton="qvl_kernels.gemv.launch:launch_gemv",
+    fake=_fake,
+)
+
+gemv_swiglu_op = register(
+    "gemv_swiglu(Tensor x, Tensor gate, Tensor up, Tensor? norm_weight, float eps) -> Tensor",
+    cpu=reference.gemv_swiglu_reference,
+    triton="qvl_kernels.gemv.launch:launch_gemv_swiglu",
+    fake=_fake,
+)
+
+quantized_gemv_op = register(
+    "quantized_gemv(Tensor x, Tensor values, Tensor scales, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual) -> Tensor",
+    cpu=reference.quantized_gemv_reference,
+    triton="qvl_kernels.gemv.launch:launch_quantized_gemv",
+    fake=_fake,
+)
+
+quantized_gemv_swiglu_op = register(
+    "quantized_gemv_swiglu(Tensor x, Tensor gate_values, Tensor gate_scales, Tensor up_values, Tensor up_scales, Tensor? norm_weight,"
+    " float eps) -> Tensor",
+    cpu=reference.quantized_gemv_swiglu_reference,
+    triton="qvl_kernels.gemv.launch:launch_quantized_gemv_swiglu",
+    fake=_fake,
+)

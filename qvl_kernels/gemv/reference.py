@@ -1,0 +1,47 @@
+"""What the matrix-vector ops compute, as the composition of PyTorch operations; also their CPU kernels."""
+
+import torch
+
+from qvl_kernels.quant import QuantizedWeight, dequantize
+
+__all__ = ["gemv_reference", "gemv_swiglu_reference", "quantized_gemv_reference", "quantized_gemv_swiglu_reference"]
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    if weight is None:
+        return x
+    wide = x if x.dtype == torch.float64 else x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def gemv_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm_weight: torch.Tensor | None, eps: float,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    y = torch.nn.functional.linear(_normed(x, norm_weight, eps), weight, bias)
+    return y if residual is None else y + residual
+
+
+def gemv_swiglu_reference(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, norm_weight: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    normed = _normed(x, norm_weight, eps)
+    return torch.nn.functional.silu(torch.nn.functional.linear(normed, gate)) * torch.nn.functional.linear(normed, up)
+
+
+def _wide(values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return dequantize(QuantizedWeight(values, scales, x.shape[-1]), x.dtype)
+
+
+def quantized_gemv_reference(
+    x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, norm_weight: torch.Tensor | None,
+    eps: float, residual: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    return gemv_reference(x, _wide(values, scales, x), bias, norm_weight, eps, residual)
+
+
+def quantized_gemv_swiglu_reference(
+    x: torch.Tensor, gate_values: torch.Tensor, gate_scales: torch.Tensor, up_values: torch.Tensor, up_scales: torch.Tensor,
+    norm_weight: torch.Tensor | None, eps: float,
+) -> torch.Tensor:  # fmt: skip
+    return gemv_swiglu_reference(x, _wide(gate_values, gate_scales, x), _wide(up_values, up_scales, x), norm_weight, eps)

@@ -1,0 +1,115 @@
+"""3 to 16 rows times a weight on the tensor cores, whose smallest tile has 16 rows.
+
+A program has BLOCK_N outputs and PARTS slices of K, one per warp, multiplied as a batch and added up at the end: 1,024 outputs are
+only 64 programs, and one warp alone could not keep up with its share of the memory.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["gemv_dot_kernel", "normalise_rows_kernel"]
+
+
+@triton.jit
+def _multiply(x, x_high, w, BITS: tl.constexpr):
+    """[PARTS, 16, BLOCK] times [PARTS, BLOCK_N, BLOCK] transposed; int4: low nibbles times x plus high nibbles times x_high."""
+    if BITS == 4:
+        low, high = (w & 15).to(tl.int8) - 8, (w >> 4).to(tl.int8) - 8
+        total = tl.dot(x, tl.trans(low.to(x.dtype), 0, 2, 1), input_precision="ieee")
+        return tl.dot(x_high, tl.trans(high.to(x.dtype), 0, 2, 1), total, input_precision="ieee")
+    else:
+        return tl.dot(x, tl.trans(w.to(x.dtype), 0, 2, 1), input_precision="ieee")
+
+
+@triton.jit
+def gemv_dot_kernel(
+    x_ptr, w_ptr, scale_ptr, up_ptr, up_scale_ptr, bias_ptr, norm_ptr, residual_ptr, y_ptr,
+    M, N, K, W_COLUMNS, eps, stride_x, stride_w, stride_scale, stride_up, stride_up_scale, stride_residual, stride_y,
+    BLOCK_N: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
+    HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """As gemv_fma_kernel, over PARTS * BLOCK columns of w at a time. int4: BLOCK columns are one group, whose scale multiplies its
+    product."""
+    rows = tl.program_id(1) * 16 + tl.arange(0, 16)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    wide_rows, wide_n = rows.to(tl.int64), n.to(tl.int64)
+    in_rows, in_n = rows < M, n < N
+    part = tl.arange(0, PARTS)
+    offs = (part[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])[:, None, :]  # [PARTS, 1, BLOCK]
+    x_base = x_ptr + wide_rows[None, :, None] * stride_x
+    w_base = w_ptr + wide_n[None, :, None] * stride_w
+    up_base = up_ptr + wide_n[None, :, None] * stride_up
+    acc = tl.zeros([PARTS, 16, BLOCK_N], tl.float32)
+    up_acc = tl.zeros([PARTS, 16, BLOCK_N], tl.float32)
+    squares = tl.zeros([PARTS, 16], tl.float32)
+    for column in range(0, W_COLUMNS, PARTS * BLOCK):
+        columns = column + offs
+        w_mask = in_n[None, :, None] & (columns < W_COLUMNS)
+        w = tl.load(w_base + columns, mask=w_mask, other=0)  # [PARTS, BLOCK_N, BLOCK]
+        k = columns
+        if BITS == 4:
+            k = columns // 16 * 32 + columns % 16
+        x = tl.load(x_base + k, mask=in_rows[None, :, None] & (k < K), other=0.0)  # [PARTS, 16, BLOCK]
+        x_high = x
+        if BITS == 4:
+            x_high = tl.load(x_base + k + 16, mask=in_rows[None, :, None] & (k + 16 < K), other=0.0)
+        if HAS_NORM:
+            wide = x.to(tl.float32)
+            squares += tl.sum(wide * wide, 2)
+            x = (wide * tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)).to(x_ptr.dtype.element_ty)
+            if BITS == 4:
+                wide = x_high.to(tl.float32)
+                squares += tl.sum(wide * wide, 2)
+                factor = tl.load(norm_ptr + k + 16, mask=k + 16 < K, other=0.0).to(tl.float32)
+                x_high = (wide * factor).to(x_ptr.dtype.element_ty)
+        product = _multiply(x, x_high, w, BITS)
+        if BITS == 4:
+            group = column // BLOCK + part[:, None]  # [PARTS, 1]
+            scale_mask = in_n[None, :] & (group * BLOCK < W_COLUMNS)
+            scale = tl.load(scale_ptr + wide_n[None, :] * stride_scale + group, mask=scale_mask, other=0.0)
+            product *= scale.to(tl.float32)[:, None, :]
+        acc += product
+        if HAS_UP:
+            product = _multiply(x, x_high, tl.load(up_base + columns, mask=w_mask, other=0), BITS)
+            if BITS == 4:
+                scale = tl.load(up_scale_ptr + wide_n[None, :] * stride_up_scale + group, mask=scale_mask, other=0.0)
+                product *= scale.to(tl.float32)[:, None, :]
+            up_acc += product
+
+    y = tl.sum(acc, 0)  # [16, BLOCK_N]
+    if BITS == 8:
+        y *= tl.load(scale_ptr + wide_n * stride_scale, mask=in_n, other=0.0)[None, :]
+    if HAS_NORM:
+        factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        y *= factor[:, None]
+    if HAS_UP:
+        up = tl.sum(up_acc, 0)
+        if BITS == 8:
+            up *= tl.load(up_scale_ptr + wide_n * stride_up_scale, mask=in_n, other=0.0)[None, :]
+        if HAS_NORM:
+            up *= factor[:, None]
+        y = y * tl.sigmoid(y) * up
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    mask = in_rows[:, None] & in_n[None, :]
+    if HAS_RESIDUAL:
+        residual = residual_ptr + wide_rows[:, None] * stride_residual + n[None, :]
+        y += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + wide_rows[:, None] * stride_y + n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def normalise_rows_kernel(x_ptr, weight_ptr, y_ptr, K, eps, stride_x, stride_y, BLOCK: tl.constexpr):  # fmt: skip
+    """y = x / sqrt(mean(x^2) + eps) * weight, one program per row."""
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, K, BLOCK):
+        x = tl.load(x_ptr + row * stride_x + begin + offs, mask=begin + offs < K, other=0.0).to(tl.float32)  # [BLOCK]
+        squares += x * x
+    factor = tl.rsqrt(tl.sum(squares) / K + eps)
+    for begin in range(0, K, BLOCK):
+        mask = begin + offs < K
+        x = tl.load(x_ptr + row * stride_x + begin + offs, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + begin + offs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + row * stride_y + begin + offs, (x * factor * weight).to(y_ptr.dtype.element_ty), mask=mask)

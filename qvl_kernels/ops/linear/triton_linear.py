@@ -1,0 +1,14 @@
+"""linear on GPUs: few rows are bound by the weights and go to the matrix-vector kernels, more rows to PyTorch (cuBLAS, hipBLASLt)."""
+
+import torch
+
+from qvl_kernels import tuning
+from qvl_kernels.gemv.launch import launch_gemv
+
+__all__ = ["launch_linear"]
+
+
+def launch_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if x.numel() <= tuning.GEMV_ROWS * x.shape[-1]:
+        return launch_gemv(x, weight, bias, None, 0.0, None)
+    return torch.nn.functional.linear(x, weight, bias)
