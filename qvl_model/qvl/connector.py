@@ -46,7 +46,7 @@ class QVLConnectorAttention(nn.Module):
         self.head_dim = width // self.num_heads
         self.scaling, self.is_causal = self.head_dim**-0.5, False
         self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(config.vision_hidden_size, width)
+        self.k_proj = nn.Linear(config.vision_hidden_size, width, bias=False)  # it would move all scores alike: softmax forgets that
         self.v_proj = nn.Linear(config.vision_hidden_size, width)
         self.o_proj = nn.Linear(width, width)
 
