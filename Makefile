@@ -2,6 +2,8 @@
 # make test      the tests that fit into 15 minutes on 2 cores
 # make setup     only the environment (.venv) and the C++ extension; the two above do it themselves
 # make test-all  every test, also on the oldest supported transformers and, under emulation, on aarch64
+# make audit     every Triton kernel compiled for every GPU architecture and read back; needs no GPU
+# make bench-gpu GPU tests and benchmarks (a plain PyTorch image is enough); without a GPU it builds every case
 # make bench-kernels / make bench-all / make aarch64 / make clean
 
 SHELL := /bin/bash
@@ -12,7 +14,7 @@ CXX ?= g++
 TORCH := torch==2.13.0
 CSRC := $(shell find csrc -type f)
 
-.PHONY: bench bench-all bench-kernels test test-all test-oldest aarch64 setup clean
+.PHONY: audit audit-oldest bench bench-all bench-gpu bench-kernels test test-all test-oldest aarch64 setup clean
 
 bench: setup
 	$(VENV)/bin/python -m bench $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -23,6 +25,17 @@ bench-all: setup
 bench-kernels: setup
 	$(VENV)/bin/python -m bench.kernels $(ARGS)
 
+# On a machine with a GPU as it is: nothing is installed, and nothing is fetched.
+bench-gpu:
+	@if $(PYTHON) -c 'import sys, torch, triton, transformers; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+	then $(PYTHON) -m bench.gpu $(ARGS); else $(MAKE) setup && $(VENV)/bin/python -m bench.gpu $(ARGS); fi
+
+audit: setup
+	$(VENV)/bin/python -m bench.audit $(ARGS)
+
+audit-oldest: setup $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m bench.audit --no-write $(ARGS)
+
 test: setup
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m "not slow" tests/gpu
 	$(VENV)/bin/python -m pytest -m "not slow" --durations=15 $(ARGS)
@@ -30,7 +43,8 @@ test: setup
 test-all: setup
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/gpu
 	$(VENV)/bin/python -m pytest --durations=40 $(ARGS)
-	$(MAKE) test-oldest
+	$(MAKE) audit
+	$(MAKE) test-oldest audit-oldest
 	@if command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-g++ >/dev/null; then $(MAKE) aarch64; \
 	else echo "aarch64 left out: needs qemu-aarch64 and aarch64-linux-gnu-g++ (apt-get install qemu-user g++-aarch64-linux-gnu)"; fi
 

@@ -7,10 +7,11 @@ import torch
 
 from qvl_kernels import config, dispatch
 
-__all__ = ["LAUNCHERS", "register"]
+__all__ = ["FORMULAS", "LAUNCHERS", "register"]
 
 _LIBRARY = torch.library.Library("qvl", "DEF")
 LAUNCHERS: dict[str, Callable] = {}  # op name -> its Triton launcher
+FORMULAS: dict[str, tuple[Callable, Callable | None]] = {}  # op name -> (backward, setup_context), for bench.audit
 
 
 def register(
@@ -37,6 +38,7 @@ def register(
     _LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"qvl::{name}", fake, lib=_LIBRARY)
     if backward is not None:
+        FORMULAS[name] = backward, setup_context
         torch.library.register_autograd(f"qvl::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     return getattr(torch.ops.qvl, name).default
 

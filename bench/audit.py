@@ -1,0 +1,228 @@
+"""python -m bench.audit: every Triton kernel at the model's real shapes, compiled for every architecture and read back.
+
+Needs no GPU. The kernels are those that the public ops launch on their shared cases with ``model=True``, forward and
+backward; a kernel that none of these reaches is compiled for the first other case that does. Registers, stack, spills,
+shared memory, resident warps and the matrix instructions inside loops go to bench/results/audit.json and audit.md. Exit
+status 1 for a violation that no waiver (bench/waivers.py) names, or for a waiver that nothing needs.
+"""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import qvl_kernels
+import qvl_model
+from bench import audit_report
+from bench.chips import ROOFLINES
+from bench.compiled import compile_all, violations
+from bench.kernels import cases_of, ops
+from bench.launches import Call, Specialisation, kernels, record, specialise
+from bench.session import DTYPES
+from bench.waivers import WAIVERS, Waiver
+from qvl_kernels import config, gpu
+from qvl_kernels.testing import Case
+
+__all__ = ["Audit", "audit", "main"]
+
+RESULTS = Path(__file__).resolve().parent / "results"
+# bf16 is what models run in; the others differ in tile sizes and instructions, so one architecture shows them.
+PLAN = [("sm_90", "fp16"), ("sm_80", "fp32")] + [(arch, "bf16") for arch in gpu.ARCHITECTURES]
+# FLOPs of a backward pass in forward passes: two products for each of the forward's, and the scores or logits once more.
+BACKWARD_FLOPS = {"attention": 2.5, "cross_attention": 2.5, "linear_cross_entropy": 3.0}
+
+
+@dataclass
+class _Kernel:
+    """One specialisation, the dtype of its first case, and all cases that use it."""
+
+    specialisation: Specialisation
+    dtype: str
+    cases: list[str]
+
+
+@dataclass
+class Audit:
+    """What an audit found; ``rows`` is what audit.json holds, ``failures`` what makes it fail."""
+
+    rows: list[dict] = field(default_factory=list)
+    work: list[dict] = field(default_factory=list)
+    waived: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def _work(op: str, case: Case, backward: list[Call]) -> list[dict]:
+    """FLOPs, bytes and roofline times of a case in bf16; the backward's bytes are its ops' inputs and outputs."""
+    sides = [("forward", case.flops, case.bytes(2))]
+    if backward:
+        sides.append(("backward", case.flops * BACKWARD_FLOPS.get(op, 2.0), float(sum(call.bytes for call in backward))))
+    return [
+        {"op": op, "case": case.name, "direction": direction, "flops": flops, "bytes": bytes,
+         "microseconds": {name: round(1e6 * chip.seconds(flops, bytes), 2) for name, chip in ROOFLINES.items()}}
+        for direction, flops, bytes in sides
+    ]  # fmt: skip
+
+
+class _Collector:
+    """Gathers specialisations over ops, cases, dtypes and architectures, each once."""
+
+    def __init__(self, result: Audit) -> None:
+        self.result = result
+        self.found: dict[str, _Kernel] = {}
+        self.reached: set[tuple[str, str]] = set()  # (architecture, kernel)
+        self._worked: set[tuple[str, str]] = set()
+
+    def add(self, op: str, case: Case, arch: str, dtype: str, wanted: set[str] | None = None) -> None:
+        """Records a case; of a case that is no model shape only the kernels in ``wanted``."""
+        try:
+            forward, backward = record(op, case, DTYPES[dtype], arch)
+            launches = [(direction, launch) for direction, calls in (("forward", forward), ("backward", backward))
+                        for call in calls for launch in call.launches]  # fmt: skip
+            made = [(direction, specialise(launch, arch)) for direction, launch in launches]
+        except Exception as error:  # a launcher that cannot run on this architecture is what the audit is for
+            if wanted is None:
+                self.result.failures.append(f"{op} {case.name}, {arch}, {dtype}: cannot be launched: {type(error).__name__}: {error}")
+            return
+        if case.model and made and (op, case.name) not in self._worked:
+            self._worked.add((op, case.name))
+            self.result.work += _work(op, case, backward)
+        for direction, specialisation in made:
+            name = _name(specialisation)
+            if wanted is not None and name not in wanted:
+                continue
+            self.reached.add((arch, name))
+            kernel = self.found.setdefault(specialisation.key, _Kernel(specialisation, dtype, []))
+            label = f"{op} {case.name} {direction}"
+            if label not in kernel.cases:
+                kernel.cases.append(label)
+
+
+def _name(specialisation: Specialisation) -> str:
+    return f"{specialisation.kernel.__module__}:{specialisation.kernel.__name__}"
+
+
+def _collect(result: Audit, names: list[str], plan: list[tuple[str, str]], complete: bool) -> list[_Kernel]:
+    collector, known = _Collector(result), kernels(qvl_kernels, qvl_model)
+    cases = [(op, case) for op in names for case in cases_of(op)]
+    for arch, dtype in plan:
+        for op, case in cases:
+            if case.model:
+                collector.add(op, case, arch, dtype)
+    unreached: dict[str, list[str]] = {}
+    for arch, dtype in dict(plan).items():
+        for op, case in cases:
+            missing = {name for name in known if (arch, name) not in collector.reached}
+            if missing and not case.model:
+                collector.add(op, case, arch, dtype, missing)
+        for name in known:
+            if (arch, name) not in collector.reached:
+                unreached.setdefault(name, []).append(arch)
+    if complete:
+        result.failures += [f"{name.split(':')[1]}: no case of any op launches it on {', '.join(archs)}, so nothing is known about it"
+                            for name, archs in sorted(unreached.items())]  # fmt: skip
+    return list(collector.found.values())
+
+
+def _row(kernel: _Kernel, found: dict) -> dict:
+    specialisation = kernel.specialisation
+    names = specialisation.kernel.arg_names
+    constants = {names[place[0]]: str(value) for place, value in specialisation.source.constants.items() if names[place[0]].isupper()}
+    return {"kernel": specialisation.kernel.__name__, "arch": specialisation.arch, "dtype": kernel.dtype, "cases": kernel.cases,
+            "constants": constants, **found}  # fmt: skip
+
+
+def _judge(result: Audit, row: dict, waivers: list[Waiver], used: set[Waiver]) -> None:
+    """Adds a row with its violations, waived or not."""
+    wrong = [("compile", row["error"])] if "error" in row else violations(row["arch"], row)
+    row["violations"] = []
+    for kind, sentence in wrong:
+        text = f"{row['kernel']}, {row['arch']}, {row['dtype']} ({row['cases'][0]}): {sentence}"
+        waiver = next((w for w in waivers if w.covers(row["kernel"], row["arch"], row["dtype"], kind, triton.__version__)), None)
+        row["violations"].append({"kind": kind, "text": sentence, "waiver": waiver.reason if waiver else None})
+        if waiver is None:
+            result.failures.append(text)
+        else:
+            used.add(waiver)
+            result.waived.append(f"{text}: {waiver.reason}")
+    result.rows.append(row)
+
+
+def audit(
+    *, names: list[str] | None = None, plan: list[tuple[str, str]] = PLAN, waivers: list[Waiver] = WAIVERS, jobs: int = 2,
+    console: Console | None = None,
+) -> Audit:  # fmt: skip
+    """Compiles and judges the kernels of ops ``names`` (default all) for ``plan``, pairs of architecture and dtype.
+
+    Example:
+        >>> audit(names=["swiglu"], plan=[("sm_90", "bf16")]).failures
+        []
+    """
+    if config.interpreted():
+        raise RuntimeError("audit: TRITON_INTERPRET=1 is set, so there is nothing to compile; unset it")
+    result, complete = Audit(), names is None
+    console = console or Console(quiet=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Refreshed by hand: processes are forked meanwhile, which a refreshing thread would not survive in order.
+    with Progress(*columns, console=console, auto_refresh=False) as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bar = progress.add_task("recording launches", total=None)
+        progress.refresh()
+        found = _collect(result, names or list(ops()), plan, complete)
+        by_key = {kernel.specialisation.key: kernel for kernel in found}
+        progress.update(bar, description=f"compiling, {jobs} at a time", total=len(found))
+        used: set[Waiver] = set()
+        for specialisation, inspected in compile_all([k.specialisation for k in found], jobs=jobs, tick=progress.refresh):
+            _judge(result, _row(by_key[specialisation.key], inspected), waivers, used)
+            progress.advance(bar)
+        progress.refresh()
+    result.rows.sort(key=lambda row: (row["kernel"], row["dtype"], row["arch"], row["cases"]))
+    if complete and {arch for arch, _ in plan} == set(gpu.ARCHITECTURES):
+        result.failures += [f"unused waiver: {w.kernel}, {w.arch}, {w.dtype}, {w.kind} ({w.reason})" for w in waivers
+                            if w not in used and triton.__version__.startswith(w.triton)]  # fmt: skip
+    return result
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.audit", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--op", action="append", choices=list(ops()), help="only this op (may be repeated); writes no files")
+    parser.add_argument("--arch", action="append", choices=gpu.ARCHITECTURES, help="only this architecture (may be repeated); writes no files")
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype (may be repeated); writes no files")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilations at a time (default: one per core)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of audit.json and audit.md (default bench/results)")
+    parser.add_argument("--no-write", action="store_true", help="only print")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: clean, 1: violations, 2: nothing to do."""
+    arguments = _arguments(argv)
+    plan = [(arch, dtype) for arch, dtype in PLAN
+            if (not arguments.arch or arch in arguments.arch) and (not arguments.dtype or dtype in arguments.dtype)]  # fmt: skip
+    if not plan:
+        print("bench.audit: that dtype is not compiled for that architecture: see PLAN in bench/audit.py", file=sys.stderr)
+        return 2
+    cache = Path(os.environ.get("QVL_CACHE") or Path.home() / ".cache" / "qvl") / f"audit-triton-{triton.__version__}"
+    os.environ["TRITON_CACHE_DIR"] = str(cache)  # a cache of its own: what models compile is neither used nor touched
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    result = audit(names=arguments.op, plan=plan, jobs=max(1, arguments.jobs), console=console)
+    audit_report.print_tables(result, console)
+    partial = arguments.op or arguments.arch or arguments.dtype
+    if not partial and not arguments.no_write:
+        data = audit_report.data(result, {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]})
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "audit.json").write_text(json.dumps(data, indent=1) + "\n")
+        (arguments.output / "audit.md").write_text(audit_report.markdown(data))
+        console.print(f"written: {arguments.output / 'audit.json'} and audit.md", highlight=False)
+    return 1 if result.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""The audit: kernels made to be wrong are found out, launches are specialised as Triton does it, and the shipped kernels are clean."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import qvl_kernels
+from bench import audit as command
+from bench import audit_report, chips, sass
+from bench.compiled import compile_all, inspect, violations
+from bench.kernels import cases_of
+from bench.launches import kernels, record, specialise
+from bench.waivers import WAIVABLE, WAIVERS, Waiver
+from qvl_kernels import config, gpu
+from qvl_kernels.triton_lib import Launch
+
+pytestmark = pytest.mark.skipif(config.interpreted(), reason="the interpreter replaces what the audit compiles")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+
+
+@triton.jit
+def _product_kernel(x_ptr, w_ptr, y_ptr, size, stride, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+    """y = x w^T over blocks of SIZE columns; tiles of BLOCK rows each."""
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, SIZE)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for begin in range(0, size, SIZE):
+        mask = (begin + columns)[None, :] < size
+        x = tl.load(x_ptr + rows[:, None] * stride + (begin + columns)[None, :], mask=mask, other=0.0)
+        w = tl.load(w_ptr + rows[:, None] * stride + (begin + columns)[None, :], mask=mask, other=0.0)
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+    tl.store(y_ptr + rows[:, None] * stride + rows[None, :], acc.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["step"])
+def _scale_kernel(x_ptr, y_ptr, size, one, odd, step, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs * one, mask=offs < size)
+    tl.store(y_ptr + offs, x * odd * step, mask=offs < size)
+
+
+def _found(arch, *, dtype=torch.bfloat16, block=64, size=64, **meta):
+    x = torch.empty(1024, 1024, dtype=dtype)
+    launch = Launch(_product_kernel, (1,), (x, x, x, 1024, 1024), {"BLOCK": block, "SIZE": size, "num_warps": 4, "enable_fp_fusion": True, **meta})
+    ((_, found),) = compile_all([specialise(launch, arch)], jobs=1)
+    assert "error" not in found, found
+    return found
+
+
+def _kinds(arch, found):
+    return {kind for kind, _ in violations(arch, found)}
+
+
+@pytest.mark.parametrize(("arch", "family"), [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("sm_120", "HMMA"), ("gfx942", "MFMA")])
+def test_a_good_kernel_is_clean(arch, family):
+    found = _found(arch, size=32)
+    assert violations(arch, found) == []
+    assert found["matrix_in_loops"][family] > 0 and found["has_loop"]
+    assert found["dots"] == [{"m": 64, "n": 64, "k": 32, "dtype": "bf16", "in_loop": True}]
+    assert found["resident_warps"] > 0 and found["shared"] > 0
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_spills_are_found(arch):
+    # 256 x 256 fp32 sums over 4 warps are 512 registers a thread (256 on a wavefront of 64, beside everything else).
+    found = _found(arch, block=256, size=32, num_warps=4 if arch == "sm_90" else 2)
+    assert "spill" in _kinds(arch, found)
+    assert found["stack"] > 0
+    assert found["local_loads"] > 0 or found.get("vgpr_spills", 0) > 0
+
+
+def test_too_much_shared_memory_is_found():
+    found = _found("sm_89", block=128, size=128, num_stages=4)
+    assert found["shared"] > 99 << 10
+    assert "shared" in _kinds("sm_89", found)
+    assert "shared" not in _kinds("sm_90", {**found, "shared": 227 << 10})
+    assert found["resident_warps"] == 0
+
+
+def test_missing_matrix_instructions_are_found():
+    narrow = _found("sm_90", num_warps=2, size=16)  # a warp group has four warps: two can only issue HMMA
+    assert _kinds("sm_90", narrow) == {"matrix"}
+    assert "no HGMMA in the loop: " in violations("sm_90", narrow)[0][1]
+    small = _found("sm_90", block=32)  # below 64 rows HMMA is right
+    assert violations("sm_90", small) == [] and small["matrix_in_loops"].get("HMMA")
+    outside = {**_found("sm_90"), "matrix_in_loops": {}}
+    assert _kinds("sm_90", outside) == {"matrix"}
+
+
+def test_full_precision_products_need_no_matrix_instructions():
+    found = _found("sm_80", dtype=torch.float32, block=32, size=32)
+    assert found["dots"][0]["dtype"] == "f32" and found["matrix"] == {}
+    assert violations("sm_80", found) == []
+
+
+def test_a_compiler_that_fails_or_hangs_is_one_error(monkeypatch):
+    x = torch.empty(64, 64)
+    good, bad = (Launch(_scale_kernel, (1,), (x, x, 64, 1, 3, 3), {"BLOCK": block}) for block in (64, 63))  # 63 is no power of two
+    made = [specialise(launch, "sm_90") for launch in (good, bad)]
+    results = {item.key: found for item, found in compile_all(made, jobs=2)}
+    assert results[made[0].key]["registers"] > 0
+    assert "power of 2" in results[made[1].key]["error"]
+    ((_, late),) = compile_all(made[:1], jobs=1, timeout=0.0)
+    assert "longer than" in late["error"]
+
+
+def test_specialisation_is_tritons_own():
+    x = torch.empty(4096, dtype=torch.bfloat16)
+    launch = Launch(_scale_kernel, (4,), (x, x[1:], 4096, 1, 17, 32), {"BLOCK": 1024, "num_warps": 8})
+    made = specialise(launch, "sm_90")
+    assert made.source.signature == {"x_ptr": "*bf16", "y_ptr": "*bf16", "size": "i32", "one": "constexpr", "odd": "i32", "step": "i32",
+                                     "BLOCK": "constexpr"}  # fmt: skip
+    assert made.source.constants == {(3,): 1, (6,): 1024}
+    divisible = {place[0] for place, attributes in made.source.attrs.items() if ["tt.divisibility", 16] in attributes}
+    assert divisible == {0, 2}  # y begins 2 bytes in, 17 is odd, step asked not to be looked at
+    assert made.options["num_warps"] == 8
+    other = specialise(launch._replace(args=(x, x[1:], 8192, 1, 19, 7)), "sm_90")
+    assert other.key == made.key  # the same compilation
+    assert specialise(launch._replace(args=(x, x, 4096, 1, 17, 32)), "sm_90").key != made.key
+
+
+def test_recording_sees_launchers_and_formulas():
+    (case,) = (case for case in cases_of("swiglu") if case.model)
+    forward, backward = record("swiglu", case, torch.bfloat16, "sm_90")
+    assert [call.op for call in forward] == ["swiglu"] and [call.op for call in backward] == ["swiglu_backward"]
+    assert forward[0].bytes == case.bytes(2)
+    ((launch,), (gradient,)) = (calls[0].launches for calls in (forward, backward))
+    assert launch.kernel.__name__ == "_swiglu_kernel" and gradient.kernel.__name__ == "_swiglu_backward_kernel"
+    assert launch.args[0].device.type == "cuda" and tuple(launch.args[0].shape) == (262, 6144)
+    assert {"qvl_kernels.ops.swiglu.triton_swiglu:_swiglu_kernel"} < kernels(qvl_kernels)
+
+
+def test_audit_of_an_op_waivers_and_files(tmp_path, monkeypatch):
+    result = command.audit(names=["swiglu"], plan=[("sm_90", "bf16"), ("gfx942", "bf16")], jobs=2)
+    assert result.failures == []
+    assert {(row["kernel"], row["arch"]) for row in result.rows} >= {
+        (kernel, arch) for kernel in ("_swiglu_kernel", "_swiglu_backward_kernel") for arch in ("sm_90", "gfx942")}  # fmt: skip
+    forward = next(work for work in result.work if work["op"] == "swiglu" and work["direction"] == "forward")
+    assert forward["microseconds"]["H100"] == round(1e6 * 3 * 262 * 6144 * 2 / 3.35e12, 2)
+    data = audit_report.data(result, {"triton": "3.9.0"})
+    assert json.loads(json.dumps(data)) == data
+    text = audit_report.markdown(data)
+    assert "### `_swiglu_kernel`" in text and "| swiglu prefill forward | bf16 |" in text and "0 violations" in text
+
+
+def test_violations_fail_unless_waived(monkeypatch, capsys):
+    monkeypatch.setattr(command, "violations", lambda arch, found: [("spill", "8 bytes of stack")])
+    plan = [("sm_90", "bf16")]
+    failed = command.audit(names=["swiglu"], plan=plan)
+    assert failed.failures and "8 bytes of stack" in failed.failures[0] and failed.waived == []
+    waiver = Waiver("_swiglu*kernel", "sm_90", "bf16", "spill", "made up for this test")
+    waived = command.audit(names=["swiglu"], plan=plan, waivers=[waiver])
+    assert waived.failures == [] and "made up for this test" in waived.waived[0]
+    for name, value in (("kernel", "_other_kernel"), ("arch", "sm_80"), ("dtype", "fp32"), ("kind", "matrix"), ("triton", "2.")):
+        assert command.audit(names=["swiglu"], plan=plan, waivers=[dataclasses.replace(waiver, **{name: value})]).failures
+    monkeypatch.setattr(command, "violations", lambda arch, found: [("shared", "too much")])
+    assert command.audit(names=["swiglu"], plan=plan, waivers=[dataclasses.replace(waiver, kind="shared")]).failures
+    assert command.main(["--op", "swiglu", "--arch", "sm_90", "--dtype", "bf16"]) == 1
+    assert "violation:" in capsys.readouterr().out
+
+
+def test_unused_waivers_and_unreached_kernels_fail_a_whole_audit(monkeypatch):
+    """All ops, none of whose kernels is compiled here."""
+    monkeypatch.setattr(command, "compile_all", lambda items, **_: ())
+    monkeypatch.setattr(command, "kernels", lambda *_: {"somewhere:_lonely_kernel"})
+    monkeypatch.setattr(command, "ops", lambda: {"swiglu": None})
+    plan = [(arch, "bf16") for arch in gpu.ARCHITECTURES]
+    result = command.audit(plan=plan, waivers=[Waiver("_swiglu_kernel", "sm_80", "bf16", "spill", "once upon a time")])
+    assert len(result.failures) == 2
+    assert "_lonely_kernel: no case of any op launches it" in result.failures[0]
+    assert "unused waiver: _swiglu_kernel" in result.failures[1] and "once upon a time" in result.failures[1]
+
+
+def test_waivers_are_explained():
+    assert all(waiver.reason and waiver.kind in WAIVABLE for waiver in WAIVERS)
+    assert len(set(WAIVERS)) == len(WAIVERS)
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "warps", "expected"),
+    [
+        ("sm_90", 32, 0, 4, 64),  # nothing limits
+        ("sm_90", 128, 0, 4, 16),  # 65,536 / (128 x 32) = 16
+        ("sm_90", 129, 0, 4, 12),  # handed out in eights: 136 give 3 warps on each of 4 schedulers
+        ("sm_90", 255, 0, 8, 8),
+        ("sm_90", 255, 0, 16, 0),  # 16 warps of 256 registers are twice what there is
+        ("sm_90", 32, 100 << 10, 4, 8),
+        ("sm_89", 32, 99 << 10, 4, 4),
+        ("gfx942", 128, 0, 4, 16),  # 512 registers a SIMD
+        ("gfx942", 512, 64 << 10, 4, 4),
+    ],
+)
+def test_resident_warps(arch, registers, shared, warps, expected):
+    assert chips.resident_warps(arch, registers, shared, warps) == expected
+
+
+def test_loops_are_found_by_control_flow():
+    """A jump back out of a cold block does not make a loop of all that lies between; nor does the trap at the end."""
+    text = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/               @P0 BRA `(.L_x_0) ;
+    .L_x_1:
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0030*/                   LDL.64 R2, [R1] ;
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+    .L_x_2:
+        /*0050*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0060*/                   EXIT ;
+    .L_x_0:
+        /*0070*/                   STL [R1], R2 ;
+        /*0080*/                   BRA `(.L_x_2) ;
+    .L_x_3:
+        /*0090*/                   BRA `(.L_x_3);
+    """
+    found = sass.nvidia_instructions("\n".join(line[4:] if line.strip().startswith(".L") else line for line in text.splitlines()))
+    assert found == sass.Instructions({"HMMA": 1, "HGMMA": 1}, {"HMMA": 1}, True, local_loads=1, local_stores=1)
+    straight = sass.nvidia_instructions("/*0000*/ HMMA.16816.F32 R4, R8, R12, R4 ;\n/*0010*/ EXIT ;\n.L_x_0:\n/*0020*/ BRA `(.L_x_0);")
+    assert not straight.has_loop and straight.matrix == {"HMMA": 1}
+
+
+def test_compilation_in_process_equals_the_forked_one():
+    x = torch.empty(64, 64)
+    made = specialise(Launch(_scale_kernel, (1,), (x, x, 64, 1, 3, 3), {"BLOCK": 64}), "sm_80")
+    ((_, forked),) = compile_all([made], jobs=1)
+    assert inspect(made) == forked
+
+
+def test_shipped_kernels_briefly():
+    """Two ops on two architectures; the whole audit is `make audit`."""
+    result = command.audit(names=["swiglu", "rms_norm"], plan=[("sm_90", "bf16"), ("gfx942", "bf16")], jobs=2)
+    assert result.rows and result.failures == []
