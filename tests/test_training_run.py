@@ -66,7 +66,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [pytest.param(name, marks=[pytest.mark.slow] if name == "workers" else []) for name in CHANGES])
 def test_what_must_not_change_the_curve(shared, tmp_path, change):
     losses, _ = _train(shared, tmp_path, **CHANGES[change])
     assert losses == pytest.approx(_losses(shared / "plain"), rel=2e-5)

@@ -78,7 +78,7 @@ def read(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> None:
             elif values.numel():
                 if own_name == "weight":
                     values = values.reshape(values.shape[0], -1)
-                    _check_zeros(name, module, modules.get(name.rpartition(".")[0]), values, report)
+                    _check_zeros(name, module, modules.get(name.rpartition(".")[0]), values, report, packed=parameter is None)
                 else:  # learned positions and queries: their channels come last
                     values = values.reshape(-1, values.shape[-1])
                     for what, alive in zip(("row", "channel"), _living(values)):
@@ -116,7 +116,7 @@ def _living(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(rows).cpu(), columns.cpu()
 
 
-def _check_zeros(name: str, module: nn.Module, parent: nn.Module | None, matrix: Tensor, report: CapacityReport) -> None:
+def _check_zeros(name: str, module: nn.Module, parent: nn.Module | None, matrix: Tensor, report: CapacityReport, *, packed: bool) -> None:
     rows, columns = _living(matrix)
     if not bool(rows.any()):
         report.add(name, f"its weight {list(matrix.shape)} is all zero")
@@ -127,6 +127,8 @@ def _check_zeros(name: str, module: nn.Module, parent: nn.Module | None, matrix:
         rows = _without_dead_heads(name, rows, parent, "rows", report)
     elif heads is not None and own_name in _COLUMN_HEADS:
         columns = _without_dead_heads(name, columns, parent, "columns", report)
+    if packed:  # a column may be small beside its neighbours in every row, and round to zeros; a row has its own scale
+        columns = torch.ones_like(columns)
     if not isinstance(module, nn.Embedding):  # tokens that never occur may well have no embedding
         _add_lines(name, "output channel", rows, report)
     _add_lines(name, "input channel" if not isinstance(module, nn.Embedding) else "channel", columns, report)
