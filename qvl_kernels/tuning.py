@@ -3,7 +3,9 @@
 Each function returns the constexpr arguments and launch options (num_warps, num_stages) of one kernel.
 """
 
-__all__ = ["GEMV_ROWS", "SHARED_MEMORY", "elementwise", "gemv_dot", "gemv_fma", "next_power_of_2", "row_in_registers"]
+__all__ = ["GEMV_ROWS", "PROCESSORS", "SHARED_MEMORY", "decode_attention", "elementwise", "gemv_dot", "gemv_fma", "next_power_of_2", "row_in_registers"]
+
+PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}  # of the largest chip of each
 
 # Bytes of shared memory that one thread block may use.
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
@@ -57,3 +59,21 @@ def gemv_dot(size: int, bits: int, group: int, pair: bool, arch: str) -> dict:
     # A third of shared memory, so that two programs and more run on a processor.
     stages = 2 if arch.startswith("gfx") else max(2, min(5, SHARED_MEMORY[arch] // 3 // stage))
     return {"BLOCK_N": block_n, "PARTS": parts, "BLOCK": block, "num_warps": parts, "num_stages": stages}
+
+
+def decode_attention(heads: int, rows: int, head_dim: int, size: int, capacity: int, arch: str) -> dict:
+    """``heads``: kv heads of all sequences; ``rows``: queries times query heads of each; ``size``: bytes per element of q.
+
+    Four programs a processor hide the latency of memory and even out sequences of different lengths, up to 64 splits; none
+    is smaller than a block of keys. A function of the capacity, not of the lengths: the launch is the same at every step of a graph.
+    """
+    block_d = max(16, next_power_of_2(head_dim))
+    block_m = max(16, min(next_power_of_2(rows), 64 if block_d <= 128 and size == 2 else 16))
+    block_n = 64 if block_d * size <= 256 else (32 if block_d * size <= 1024 else 16)
+    programs = heads * -(-rows // block_m)
+    splits = next_power_of_2(-(-4 * PROCESSORS[arch] // max(1, programs)))
+    splits = max(1, min(64, splits, next_power_of_2(-(-capacity // block_n))))
+    stage = 2 * block_n * block_d * size
+    stages = 1 if arch.startswith("gfx") else max(1, min(3, SHARED_MEMORY[arch] // 2 // stage))
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "SPLITS": splits, "JOIN_STEP": min(splits, max(1, 2048 // block_d)),
+            "num_warps": 4, "num_stages": stages}  # fmt: skip

@@ -34,6 +34,8 @@ def _bounds(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+INT8_CACHES = {name: torch.ones(B, HKV, S, D, dtype=torch.int8) for name in ("k_cache", "v_cache")}
+
 # Good arguments of every public function; each test below spoils one.
 GOOD = {
     "attention": lambda: {
@@ -188,6 +190,11 @@ def test_masks_may_have_any_strides(op):
         ("decode_attention", {"lengths": 0}, "lengths"),
         ("decode_attention", {"lengths": 2.5}, "lengths"),
         ("decode_attention", {"q": _rand(B, 1, 3, D)}, "multiple"),
+        ("decode_attention", {"k_scale": _rand(B, HKV, S)}, "together"),
+        ("decode_attention", {"k_scale": _rand(B, HKV, S), "v_scale": _rand(B, HKV, S)}, "int8"),
+        ("decode_attention", {**INT8_CACHES, "k_scale": _rand(B, HKV, S), "v_scale": _rand(B, HKV, S + 1)}, "v_scale"),
+        ("decode_attention", {**INT8_CACHES, "k_scale": _rand(B, HKV, S), "v_scale": torch.ones(B, HKV, S).long()}, "v_scale"),
+        ("decode_attention", {**INT8_CACHES, "q": _rand(B, 1, H, D + 2), "k_scale": _rand(B, HKV, S), "v_scale": _rand(B, HKV, S)}, "head_dim"),
         ("decoder_layer", {"past": 3}, "cache"),
         ("decoder_layer", {"past": -1}, "cache"),
         ("decoder_layer", {"num_heads": 3}, "multiple"),

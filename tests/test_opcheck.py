@@ -17,6 +17,8 @@ CALLS = [
     ("attention", "attention", "packed_causal"),
     ("attention", "attention", "additive_mask"),
     ("cross_attention", "cross_attention", "lengths"),
+    ("decode_attention", "decode_attention", "lengths"),
+    ("decode_attention", "decode_attention", "int8_masked"),
     ("decoder_layer", "decoder_layer", "bool_mask"),
     ("gelu_tanh", "gelu_tanh", "odd_bias"),
     ("layer_norm", "layer_norm", "strided"),
@@ -50,7 +52,7 @@ INTERNAL = [
     (gemv.quantized_gemv_swiglu_op, (X, INT4.values, INT4.scales, INT4.values, INT4.scales, None, 1e-6)),
 ]
 CASE_LISTS = {"add_layer_norm": "ADD_CASES", "add_rms_norm": "ADD_CASES", "vision_rope": "VISION_CASES"}
-INFERENCE_ONLY = {"qvl::decoder_layer", "qvl::vision_block"}
+INFERENCE_ONLY = {"qvl::decode_attention", "qvl::decoder_layer", "qvl::vision_block"}
 
 
 def _trained(op_name: str) -> bool:

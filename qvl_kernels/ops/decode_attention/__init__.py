@@ -2,7 +2,7 @@ import torch
 
 from qvl_kernels import checks, dispatch
 from qvl_kernels.ops.attention import MAX_HEAD_DIM, check_mask, check_qkv
-from qvl_kernels.ops.attention.cpu import attention_op
+from qvl_kernels.ops.decode_attention.op import decode_attention_op
 from qvl_kernels.ops.decode_attention.reference import decode_attention_reference
 
 __all__ = ["decode_attention"]
@@ -16,6 +16,8 @@ def decode_attention(
     lengths: int | torch.Tensor,
     mask: torch.Tensor | None = None,
     scale: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The last few queries of each sequence against its key/value cache; long caches are split over keys. Inference only.
 
@@ -26,21 +28,21 @@ def decode_attention(
         mask: None for causal (query i sees keys <= length - T + i); or bool / additive, broadcastable to
             [B, H, T, S_cap], which replaces the causal rule.
         scale: default 1 / sqrt(D).
+        k_scale, v_scale: of an int8 cache, whose caches are int8 then: fp32, bf16 or fp16 [B, Hkv, S_cap], any strides. A key is its
+            8-bit numbers times its scale; per token and kv head, max |k| / 127 when it is written.
     Returns:
-        [B, T, H, D].
+        [B, T, H, D], dtype of q. Rows that see no key give 0.
+    Numerics: scores, softmax and sums in fp32; int8 keys and values times their scales are rounded to q's dtype, as in a cache of it.
+        Lengths that only the device knows are taken into [0, S_cap] there; on the CPU they are checked.
     Raises: TypeError or ValueError for bad arguments; RuntimeError under gradients or if a forced backend cannot run here.
     Example:
         >>> q, cache = torch.randn(2, 1, 4, 64), torch.randn(2, 2, 100, 64)
         >>> out = qvl_kernels.decode_attention(q, cache, cache, lengths=torch.tensor([100, 7]))
     """
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.check_tensor("decode_attention", name, x, 4)
-    checks.check_last_contiguous("decode_attention", k_cache=k_cache, v_cache=v_cache)
-    k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    check_qkv("decode_attention", q, k, v, 4)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    _check_caches(q, k_cache, v_cache, k_scale, v_scale)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
         raise RuntimeError("decode_attention has no backward; call it under torch.no_grad(), or use attention to train")
-    batch, capacity, queries = q.shape[0], k.shape[1], q.shape[1]
+    batch, capacity, queries = q.shape[0], k_cache.shape[2], q.shape[1]
     if isinstance(lengths, int):
         lengths = torch.full((batch,), lengths, dtype=torch.int64, device=q.device)
     elif not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int32, torch.int64):
@@ -60,5 +62,31 @@ def decode_attention(
     if q.shape[-1] > MAX_HEAD_DIM:
         unsupported = f"head_dim {q.shape[-1]} (at most {MAX_HEAD_DIM})"
     if dispatch.choose("decode_attention", q.device, unsupported) == "reference":
-        return decode_attention_reference(q, k_cache, v_cache, lengths, mask, scale)
-    return attention_op(q, k, v, None, lengths.to(torch.int64).contiguous(), mask, mask is None, scale)[0]
+        return decode_attention_reference(q, k_cache, v_cache, lengths, mask, k_scale, v_scale, scale)
+    return decode_attention_op(q, k_cache, v_cache, lengths, mask, k_scale, v_scale, scale)
+
+
+def _check_caches(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None
+) -> None:
+    op = "decode_attention"
+    if (k_scale is None) != (v_scale is None):
+        raise ValueError(f"{op}: k_scale and v_scale must be given together")
+    caches = {"k_cache": k_cache, "v_cache": v_cache}
+    if k_scale is None:
+        for name, x in caches.items():
+            checks.check_tensor(op, name, x, 4)
+        k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    else:
+        for name, x in caches.items():
+            if not isinstance(x, torch.Tensor) or x.dtype != torch.int8 or x.dim() != 4:
+                raise TypeError(f"{op}: {name} must be int8 [B, Hkv, S_cap, D] when scales are given, got {getattr(x, 'dtype', type(x))}")
+            checks.check_device(op, name, x, q.device)
+        checks.check_shape(op, "v_cache", v_cache, tuple(k_cache.shape))
+        for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+            checks.check_tensor(op, name, x, 3)
+            checks.check_shape(op, name, x, tuple(k_cache.shape[:3]))
+            checks.check_device(op, name, x, q.device)
+        k = v = q.new_empty(k_cache.shape[3]).expand(k_cache.transpose(1, 2).shape)  # stands for the caches where q's shape is checked
+    checks.check_last_contiguous(op, **caches)
+    check_qkv(op, q, k, v, 4)

@@ -1,0 +1,16 @@
+"""torch op qvl::decode_attention; inference only."""
+
+import torch
+
+from qvl_kernels.library import register
+from qvl_kernels.ops.decode_attention.cpu import decode_attention_cpu
+
+__all__ = ["decode_attention_op"]
+
+decode_attention_op = register(
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? mask, Tensor? k_scale, Tensor? v_scale,"
+    " float scale) -> Tensor",
+    cpu=decode_attention_cpu,
+    triton="qvl_kernels.ops.decode_attention.triton_decode:launch_decode_attention",
+    fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device),
+)

@@ -1,0 +1,172 @@
+"""decode_attention: programs over splits of the keys write partial softmaxes, a second kernel joins them.
+
+The number of splits is fixed by shapes, so that a CUDA graph fits every length; how many keys each takes follows from the length
+that the device holds, so that short sequences use few splits and long ones share their keys evenly.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from qvl_kernels import gpu, tuning
+from qvl_kernels.triton_lib import launch
+
+__all__ = ["launch_decode_attention"]
+
+LOG2E = tl.constexpr(1.4426950408889634)  # softmax to base 2
+
+
+@triton.jit
+def _split_size(length, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys of one split, whole blocks; the first cdiv(length, size) splits have keys."""
+    return tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N), 1) * BLOCK_N
+
+
+@triton.jit
+def _length_of(lengths_ptr, stride_length, batch, S):
+    """A length inside the cache, whatever the device says."""
+    return tl.minimum(tl.maximum(tl.load(lengths_ptr + batch * stride_length), 0), S).to(tl.int32)
+
+
+@triton.jit
+def _decode_attention_kernel(
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, mask_ptr, lengths_ptr, out_ptr, partial_ptr, lse_ptr,
+    T, H, S, D, scale, stride_qb, stride_qt, stride_qh, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ksb, stride_ksh, stride_kss, stride_vsb, stride_vsh, stride_vss, stride_mb, stride_mh, stride_mt, stride_ms,
+    stride_length, ROW_BLOCKS,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_SCALES: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """softmax(q k^T scale + mask) v over the keys of one split; the GROUP query heads of a kv head and their T queries are rows.
+
+    Row r is query r // GROUP of head r % GROUP. MASK: 0 causal, 1 bool, 2 additive. The split's result is normalised; its
+    log-sum-exp (base 2) weighs it in the join.
+    """
+    split = tl.program_id(0)
+    kv_head, row_block = tl.program_id(1) // ROW_BLOCKS, tl.program_id(1) % ROW_BLOCKS
+    batch = tl.program_id(2).to(tl.int64)
+    length = _length_of(lengths_ptr, stride_length, batch, S)
+    size = _split_size(length, SPLITS, BLOCK_N)
+    begin = split * size
+    if SPLITS > 1:
+        if begin >= length:
+            return
+    end = tl.minimum(begin + size, length)
+
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    t, head = rows // GROUP, kv_head * GROUP + rows % GROUP
+    offs_d, offs_n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    in_rows, in_d = t < T, offs_d < D
+    q_rows = batch * stride_qb + t.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
+    q = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=in_rows[:, None] & in_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
+    k_base = k_ptr + batch * stride_kb + kv_head.to(tl.int64) * stride_kh
+    v_base = v_ptr + batch * stride_vb + kv_head.to(tl.int64) * stride_vh
+    k_scale_base = k_scale_ptr + batch * stride_ksb + kv_head.to(tl.int64) * stride_ksh
+    v_scale_base = v_scale_ptr + batch * stride_vsb + kv_head.to(tl.int64) * stride_vsh
+    mask_rows = batch * stride_mb + head.to(tl.int64) * stride_mh + t.to(tl.int64) * stride_mt
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        keys = start + offs_n
+        in_keys = keys < end
+        wide_keys = keys.to(tl.int64)
+        kv_mask = in_keys[:, None] & in_d[None, :]
+        k = tl.load(k_base + wide_keys[:, None] * stride_ks + offs_d[None, :], mask=kv_mask, other=0)  # [BLOCK_N, BLOCK_D]
+        v = tl.load(v_base + wide_keys[:, None] * stride_vs + offs_d[None, :], mask=kv_mask, other=0)
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * (scale * LOG2E)  # [BLOCK_M, BLOCK_N]
+        if HAS_SCALES:
+            scores *= tl.load(k_scale_base + wide_keys * stride_kss, mask=in_keys, other=0.0).to(tl.float32)[None, :]
+        visible = in_rows[:, None] & in_keys[None, :]
+        if MASK == 0:
+            visible = visible & (keys[None, :] <= (length - T + t)[:, None])
+        else:
+            mask = tl.load(mask_ptr + mask_rows[:, None] + wide_keys[None, :] * stride_ms, mask=visible, other=0)
+            if MASK == 1:
+                visible = visible & (mask != 0)
+            else:
+                scores += mask.to(tl.float32) * LOG2E
+        scores = tl.where(visible, scores, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(scores, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(scores - m_safe[:, None])
+        correction = tl.exp2(m_i - m_safe)
+        l_i = l_i * correction + tl.sum(p, 1)
+        if HAS_SCALES:  # the scaled values, not p times scale, are rounded: small scales would take p below fp16's range
+            v_scale = tl.load(v_scale_base + wide_keys * stride_vss, mask=in_keys, other=0.0).to(tl.float32)
+            v = (v.to(tl.float32) * v_scale[:, None]).to(q.dtype)
+        acc = tl.dot(p.to(q.dtype), v, acc * correction[:, None], input_precision="ieee")
+        m_i = m_new
+
+    acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # rows that see no key give zeros
+    flat = (batch * T + t) * H + head  # row of [B, T, H]
+    out_mask = in_rows[:, None] & in_d[None, :]
+    if SPLITS == 1:
+        tl.store(out_ptr + flat[:, None] * D + offs_d[None, :], acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+    else:
+        flat = flat * SPLITS + split
+        tl.store(partial_ptr + flat[:, None] * D + offs_d[None, :], acc, mask=out_mask)
+        tl.store(lse_ptr + flat, tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(l_i)), mask=in_rows)
+
+
+@triton.jit
+def _decode_attention_join_kernel(
+    partial_ptr, lse_ptr, lengths_ptr, out_ptr, rows_per_batch, S, D, stride_length,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """out = sum_s 2^(lse_s) partial_s / sum_s 2^(lse_s) of one row [B, T, H], over the splits that have keys."""
+    row = tl.program_id(0).to(tl.int64)
+    length = _length_of(lengths_ptr, stride_length, row // rows_per_batch, S)
+    used = tl.cdiv(length, _split_size(length, SPLITS, BLOCK_N))
+    splits = tl.arange(0, SPLITS)
+    lse = tl.load(lse_ptr + row * SPLITS + splits, mask=splits < used, other=float("-inf"))
+    largest = tl.max(lse, 0)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    total = tl.sum(tl.exp2(lse - largest), 0)
+    offs_s, offs_d = tl.arange(0, STEP), tl.arange(0, BLOCK_D)
+    acc = tl.zeros([STEP, BLOCK_D], tl.float32)
+    for start in range(0, used, STEP):
+        s = start + offs_s
+        some = tl.load(lse_ptr + row * SPLITS + s, mask=s < used, other=float("-inf"))
+        address = partial_ptr + (row * SPLITS + s)[:, None] * D + offs_d[None, :]
+        part = tl.load(address, mask=(s < used)[:, None] & (offs_d < D)[None, :], other=0.0)  # [STEP, BLOCK_D]
+        acc += tl.exp2(some - largest)[:, None] * part
+    out = tl.sum(acc, 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + row * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < D)
+
+
+def launch_decode_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor | None,
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    batch, queries, heads, head_dim = q.shape
+    kv_heads, capacity = k_cache.shape[1], k_cache.shape[2]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    group = heads // kv_heads
+    tile = tuning.decode_attention(batch * kv_heads, group * queries, head_dim, q.element_size(), capacity, gpu.architecture(q.device))
+    join_step = tile.pop("JOIN_STEP")
+    splits, row_blocks = tile["SPLITS"], triton.cdiv(group * queries, tile["BLOCK_M"])
+    partial = lse = out
+    if splits > 1:
+        partial = torch.empty((batch, queries, heads, splits, head_dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty((batch, queries, heads, splits), dtype=torch.float32, device=q.device)
+    kind, full, mask_strides = 0, q, (0, 0, 0, 0)
+    if mask is not None:
+        kind = 1 if mask.dtype == torch.bool else 2
+        full = (mask.view(torch.uint8) if kind == 1 else mask).expand(batch, heads, queries, capacity)
+        mask_strides = full.stride()
+    scales = (q, q) if k_scale is None else (k_scale, v_scale)
+    scale_strides = (0, 0, 0, 0, 0, 0) if k_scale is None else (*k_scale.stride(), *v_scale.stride())
+    launch(
+        _decode_attention_kernel, (splits, kv_heads * row_blocks, batch),
+        q, k_cache, v_cache, *scales, full, lengths, out, partial, lse, queries, heads, capacity, head_dim, scale,
+        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *scale_strides, *mask_strides, lengths.stride(0), row_blocks,
+        GROUP=group, HAS_SCALES=k_scale is not None, MASK=kind, **tile,
+    )  # fmt: skip
+    if splits > 1:
+        launch(
+            _decode_attention_join_kernel, (batch * queries * heads,),
+            partial, lse, lengths, out, queries * heads, capacity, head_dim, lengths.stride(0),
+            BLOCK_N=tile["BLOCK_N"], BLOCK_D=tile["BLOCK_D"], SPLITS=splits, STEP=join_step, num_warps=4,
+        )  # fmt: skip
+    return out
