@@ -3,11 +3,9 @@
 import torch
 
 from qvl_kernels.ops.decode_attention import decode_attention
+from qvl_kernels.ops.decoder_layer.parts import add_product, gated, normed_products
 from qvl_kernels.ops.decoder_layer.prepared import PreparedDecoderLayer
-from qvl_kernels.ops.linear.op import linear_op
-from qvl_kernels.ops.rms_norm.cpu import add_rms_norm_op, rms_norm_op
 from qvl_kernels.ops.rope.cpu import qk_norm_rope_op
-from qvl_kernels.ops.swiglu.op import swiglu_op
 
 __all__ = ["decode_step"]
 
@@ -26,16 +24,13 @@ def decode_step(
     Returns:
         [B, 1, C]. Nothing here waits for the device, and every shape is fixed.
     """
-    w, batch, head_dim = layer.weights, x.shape[0], layer.head_dim
-    normed = rms_norm_op(x, w.input_norm, layer.eps)
-    q = linear_op(normed, w.q, w.q_bias).view(batch, 1, layer.num_heads, head_dim)
-    k = linear_op(normed, w.k, w.k_bias).view(batch, 1, layer.kv_heads, head_dim)
-    v = linear_op(normed, w.v, w.v_bias).view(batch, layer.kv_heads, head_dim)
-    q, k = qk_norm_rope_op(q, k, w.q_norm, w.k_norm, cos, sin, layer.eps)
+    w, batch, eps = layer.weights, x.shape[0], layer.eps
+    q, k, v = normed_products(x, w.input_norm, eps, [w.q, w.k, w.v], [w.q_bias, w.k_bias, w.v_bias])
+    q, k = q.view(batch, 1, layer.num_heads, layer.head_dim), k.view(batch, 1, layer.kv_heads, layer.head_dim)
+    q, k = qk_norm_rope_op(q, k, w.q_norm, w.k_norm, cos, sin, eps)
     rows = torch.arange(batch, device=x.device)
     k_cache[rows, :, lengths] = k[:, 0]
-    v_cache[rows, :, lengths] = v
+    v_cache[rows, :, lengths] = v.view(batch, layer.kv_heads, layer.head_dim)
     attended = decode_attention(q, k_cache, v_cache, lengths=lengths + 1, mask=visible, scale=layer.scale)
-    projected = linear_op(attended.view(batch, 1, -1), w.o, w.o_bias)
-    normed, total = add_rms_norm_op(projected, x, w.post_norm, layer.eps)
-    return total + linear_op(swiglu_op(linear_op(normed, w.gate, None), linear_op(normed, w.up, None)), w.down, None)
+    x = add_product(x, attended.view(batch, 1, -1), w.o, w.o_bias)
+    return add_product(x, gated(x, w.post_norm, eps, w.gate, w.up), w.down, None)

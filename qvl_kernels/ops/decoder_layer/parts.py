@@ -1,0 +1,56 @@
+"""Parts of a decoder layer over weights of any format: what its compositions from single ops share."""
+
+import torch
+
+from qvl_kernels import dispatch
+from qvl_kernels.gemv import gemv_op, gemv_swiglu_op, quantized_gemv_op, quantized_gemv_swiglu_op
+from qvl_kernels.ops.quantized_linear.op import quantized_linear_op
+from qvl_kernels.ops.rms_norm.cpu import rms_norm_op
+from qvl_kernels.ops.swiglu.op import swiglu_op
+from qvl_kernels.quant import QuantizedWeight
+
+__all__ = ["add_product", "gated", "normed_products"]
+
+GEMV_ROWS = 16  # of the matrix-vector kernels on GPUs
+Weight = torch.Tensor | QuantizedWeight
+
+
+def normed_products(x: torch.Tensor, norm: torch.Tensor, eps: float, weights: list[Weight], biases: list) -> list[torch.Tensor]:
+    """rms_norm(x) times each of the weights, plus its bias. Few rows are bound by the weights' bytes: the norm rides along."""
+    if _few(x):
+        return [_gemv(x, weight, bias, norm, eps, None) for weight, bias in zip(weights, biases)]
+    normed = rms_norm_op(x, norm, eps)
+    return [_linear(normed, weight, bias) for weight, bias in zip(weights, biases)]
+
+
+def gated(x: torch.Tensor, norm: torch.Tensor, eps: float, gate: Weight, up: Weight) -> torch.Tensor:
+    """silu(n gate^T) * (n up^T) of n = rms_norm(x)."""
+    if _few(x) and type(gate) is type(up):
+        if isinstance(gate, QuantizedWeight):
+            if gate.bits == up.bits and gate.group == up.group:
+                return quantized_gemv_swiglu_op(x, gate.values, gate.scales, up.values, up.scales, norm, eps)
+        else:
+            return gemv_swiglu_op(x, gate, up, norm, eps)
+    return swiglu_op(*normed_products(x, norm, eps, [gate, up], [None, None]))
+
+
+def add_product(residual: torch.Tensor, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+    """residual + x weight^T + bias."""
+    return _gemv(x, weight, bias, None, 0.0, residual) if _few(x) else residual + _linear(x, weight, bias)
+
+
+def _few(x: torch.Tensor) -> bool:
+    on_gpu = x.is_cuda or dispatch.forced() == "triton"  # the latter: under Triton's interpreter
+    return on_gpu and x.numel() <= GEMV_ROWS * x.shape[-1]
+
+
+def _gemv(x, weight, bias, norm, eps, residual):
+    if isinstance(weight, QuantizedWeight):
+        return quantized_gemv_op(x, weight.values, weight.scales, bias, norm, eps, residual)
+    return gemv_op(x, weight, bias, norm, eps, residual)
+
+
+def _linear(x, weight, bias):
+    if isinstance(weight, QuantizedWeight):
+        return quantized_linear_op(x, weight.values, weight.scales, bias)
+    return torch.nn.functional.linear(x, weight, bias)
