@@ -50,7 +50,7 @@ test-all: setup
 
 # The extension in the source tree serves both environments: it is built against Python only.
 test-oldest: setup $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -m "not slow" tests/test_model_*.py
+	$(OLDEST)/bin/python -m pytest -m "not slow" tests/test_model_*.py tests/test_capacity.py tests/test_training*.py tests/test_qvl*.py
 
 aarch64:
 	bash tests/aarch64.sh
