@@ -3,7 +3,21 @@
 Each function returns the constexpr arguments and launch options (num_warps, num_stages) of one kernel.
 """
 
-__all__ = ["GEMV_ROWS", "PROCESSORS", "SHARED_MEMORY", "decode_attention", "elementwise", "gemv_dot", "gemv_fma", "next_power_of_2", "row_in_registers"]
+__all__ = [
+    "GEMV_ROWS",
+    "PROCESSORS",
+    "SHARED_MEMORY",
+    "decode_attention",
+    "elementwise",
+    "gemv_dot",
+    "gemv_fma",
+    "int4_matmul",
+    "int8_matmul",
+    "next_power_of_2",
+    "quantize_rows",
+    "quantized_linear_route",
+    "row_in_registers",
+]
 
 PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}  # of the largest chip of each
 
@@ -68,12 +82,51 @@ def decode_attention(heads: int, rows: int, head_dim: int, size: int, capacity: 
     is smaller than a block of keys. A function of the capacity, not of the lengths: the launch is the same at every step of a graph.
     """
     block_d = max(16, next_power_of_2(head_dim))
-    block_m = max(16, min(next_power_of_2(rows), 64 if block_d <= 128 and size == 2 else 16))
+    largest = 16 if block_d > 128 or size == 4 else (32 if arch.startswith("gfx") else 64)
+    block_m = max(16, min(next_power_of_2(rows), largest))
     block_n = 64 if block_d * size <= 256 else (32 if block_d * size <= 1024 else 16)
     programs = heads * -(-rows // block_m)
     splits = next_power_of_2(-(-4 * PROCESSORS[arch] // max(1, programs)))
     splits = max(1, min(64, splits, next_power_of_2(-(-capacity // block_n))))
     stage = 2 * block_n * block_d * size
-    stages = 1 if arch.startswith("gfx") else max(1, min(3, SHARED_MEMORY[arch] // 2 // stage))
+    # fp32 products need their registers for operands; with prefetched addresses on top they spill.
+    stages = 1 if arch.startswith("gfx") or size == 4 else max(1, min(3, SHARED_MEMORY[arch] // 2 // stage))
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "SPLITS": splits, "JOIN_STEP": min(splits, max(1, 2048 // block_d)),
             "num_warps": 4, "num_stages": stages}  # fmt: skip
+
+
+def quantized_linear_route(rows: int, bits: int, size: int) -> str:
+    """"gemv", "triton" or "dequantize" (once to x's dtype, then PyTorch's product). Not measured yet; the reasoning:
+
+    int8 tensor cores are twice as fast as 16-bit ones and read half the weight, whatever the rows. int4 is unpacked once per block
+    of 128 rows, which overtakes writing and reading a 16-bit copy (8 times the bytes of the weight) after a few blocks; fp32
+    has no tensor cores of its accuracy.
+    """
+    if rows <= GEMV_ROWS:
+        return "gemv"
+    if bits == 8:
+        return "triton"
+    return "triton" if size == 2 and rows <= 512 else "dequantize"
+
+
+def quantize_rows(k: int) -> dict:
+    """A row in one pass where it has at most 8,192 elements: 16 a thread."""
+    block = min(8192, next_power_of_2(k))
+    return {"BLOCK": block, "num_warps": min(8, max(1, block // 512))}
+
+
+def int8_matmul(m: int, n: int, arch: str) -> dict:
+    """int8 [m, k] times int8 [n, k]: 128 bytes of k at a time."""
+    block_m = 32 if m <= 32 else (64 if m <= 64 else 128)
+    block_n = 128 if n * m >= PROCESSORS[arch] * block_m * 128 else 64  # enough programs for every processor first
+    stage = (block_m + block_n) * 128
+    stages = 2 if arch.startswith("gfx") else max(2, min(4, (SHARED_MEMORY[arch] - 2048) // stage))
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 8 if block_m * block_n >= 128 * 128 else 4, "num_stages": stages}
+
+
+def int4_matmul(m: int, half_group: int, arch: str) -> dict:
+    """16-bit [m, k] times int4 [n, k], a group of k at a time; registers hold the weights widened, so tiles are smaller than int8's."""
+    block_m, block_n = (32 if m <= 32 else 64 if m <= 64 else 128), 64
+    stage = 4 * block_m * half_group + block_n * half_group
+    stages = 2 if arch.startswith("gfx") else max(2, min(4, SHARED_MEMORY[arch] // 2 // stage))
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": stages}

@@ -106,7 +106,8 @@ def _decode_attention_kernel(
     else:
         flat = flat * SPLITS + split
         tl.store(partial_ptr + flat[:, None] * D + offs_d[None, :], acc, mask=out_mask)
-        tl.store(lse_ptr + flat, tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(l_i)), mask=in_rows)
+        lse = m_i + tl.log2(tl.where(l_i == 0.0, 1.0, l_i))  # -inf where no key is seen: so is m_i
+        tl.store(lse_ptr + flat, lse, mask=in_rows)
 
 
 @triton.jit

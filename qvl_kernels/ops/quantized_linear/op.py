@@ -32,6 +32,7 @@ def _backward(ctx, grad):
 quantized_linear_op = register(
     "quantized_linear(Tensor x, Tensor values, Tensor scales, Tensor? bias) -> Tensor",
     cpu=_quantized_linear_cpu,
+    triton="qvl_kernels.ops.quantized_linear.triton_quantized:launch_quantized_linear",
     fake=lambda x, values, scales, bias: torch.empty((*x.shape[:-1], values.shape[0]), dtype=x.dtype, device=x.device),
     backward=_backward,
     setup_context=_setup,

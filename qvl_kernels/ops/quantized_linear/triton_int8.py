@@ -1,0 +1,83 @@
+"""int8 weights times many rows: the rows are rounded to int8 too, one scale each, and multiplied on integer tensor cores."""
+
+import torch
+import triton
+import triton.language as tl
+
+from qvl_kernels import gpu, tuning
+from qvl_kernels.triton_lib import launch
+
+__all__ = ["launch_int8_matmul", "launch_quantize_rows"]
+
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it to a small fp32 leaves no bits behind the point, rounded to even
+
+
+@triton.jit
+def _quantize_rows_kernel(x_ptr, values_ptr, scale_ptr, K, stride_x, stride_values, BLOCK: tl.constexpr):  # fmt: skip
+    """scale = max |x| / 127, values = round(x / scale); one program per row. A row that is not finite gets the scale NaN."""
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK)
+    largest = tl.zeros([BLOCK], tl.float32)
+    poison = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, K, BLOCK):
+        x = tl.load(x_ptr + row * stride_x + begin + offs, mask=begin + offs < K, other=0.0).to(tl.float32)  # [BLOCK]
+        largest = tl.maximum(largest, tl.abs(x))
+        poison += x * 0.0
+    top = tl.max(largest, 0)
+    inverse = tl.where(top > 1e-30, 127.0 / top, 0.0)  # smaller rows are zeros
+    for begin in range(0, K, BLOCK):
+        mask = begin + offs < K
+        x = tl.load(x_ptr + row * stride_x + begin + offs, mask=mask, other=0.0).to(tl.float32)
+        scaled = tl.minimum(tl.maximum(x * inverse, -127.0), 127.0)
+        tl.store(values_ptr + row * stride_values + begin + offs, ((scaled + ROUND) - ROUND).to(tl.int8), mask=mask)
+    tl.store(scale_ptr + row, top / 127.0 + tl.sum(poison, 0))
+
+
+@triton.jit
+def _int8_matmul_kernel(
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, y_ptr, M, N, K, stride_x, stride_w, stride_scale, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """y = (x w^T) * x_scale * w_scale + bias with int32 sums. Programs beside each other share their columns of w."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    in_rows, in_n = rows < M, n < N
+    x_base = x_ptr + rows.to(tl.int64)[:, None] * stride_x + offs_k[None, :]
+    w_base = w_ptr + n.to(tl.int64)[:, None] * stride_w + offs_k[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    for begin in range(0, K, BLOCK_K):
+        in_k = begin + offs_k < K
+        x = tl.load(x_base + begin, mask=in_rows[:, None] & in_k[None, :], other=0)  # [BLOCK_M, BLOCK_K]
+        w = tl.load(w_base + begin, mask=in_n[:, None] & in_k[None, :], other=0)  # [BLOCK_N, BLOCK_K]
+        acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
+    x_scale = tl.load(x_scale_ptr + rows, mask=in_rows, other=0.0)
+    w_scale = tl.load(w_scale_ptr + n.to(tl.int64) * stride_scale, mask=in_n, other=0.0)
+    y = acc.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    address = y_ptr + rows.to(tl.int64)[:, None] * stride_y + n[None, :]
+    tl.store(address, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & in_n[None, :])
+
+
+def launch_quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [M, K] and fp32 [M] of rows [M, K]."""
+    m, k = rows.shape
+    values = torch.empty((m, k), dtype=torch.int8, device=rows.device)
+    scales = torch.empty((m,), dtype=torch.float32, device=rows.device)
+    launch(_quantize_rows_kernel, (m,), rows, values, scales, k, rows.stride(0), values.stride(0), **tuning.quantize_rows(k))
+    return values, scales
+
+
+def launch_int8_matmul(
+    rows: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
+) -> None:
+    """y [M, N] = rows [M, K] times int8 values [N, K] with scales [N, 1]."""
+    x, x_scales = launch_quantize_rows(rows)
+    (m, k), n = rows.shape, values.shape[0]
+    tile = tuning.int8_matmul(m, n, gpu.architecture(rows.device))
+    launch(
+        _int8_matmul_kernel, (triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(n, tile["BLOCK_N"])),
+        x, x_scales, values, scales, scales if bias is None else bias, y, m, n, k, x.stride(0), values.stride(0), scales.stride(0),
+        y.stride(0), HAS_BIAS=bias is not None, **tile,
+    )  # fmt: skip
