@@ -1,6 +1,7 @@
 """accelerate and restore: layers and leaf modules of a stock model change class, nothing else moves."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import transformers
@@ -9,8 +10,10 @@ from torch import nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from qvl_model.decoding import MODES, graphs_possible
+from qvl_model.modules.packed import PackedEmbedding, PackedLinear
 from qvl_model.modules.plain import FAST_DTYPES
 from qvl_model.modules.vision_tables import provide_tables
+from qvl_model.quantization import formats_of, pack_model, unpack_model
 from qvl_model.replacements import MODEL_CLASSES, STOCK_CLASSES, replacement
 
 __all__ = ["Report", "accelerate", "is_accelerated", "report", "restore"]
@@ -104,7 +107,7 @@ def _warn_untested() -> None:
         )
 
 
-def accelerate(model: nn.Module, *, weights: str | None = None) -> nn.Module:
+def accelerate(model: nn.Module, *, weights: str | Mapping[str, str | None] | None = None) -> nn.Module:
     """Makes a stock Qwen3-VL model, or a QVL model, fast, in place; returns the same object.
 
     Parameters are not moved, copied or re-laid: ``state_dict``, ``save_pretrained``, ``.to()`` and PEFT stay what they
@@ -113,20 +116,23 @@ def accelerate(model: nn.Module, *, weights: str | None = None) -> nn.Module:
     Args:
         model: Qwen3VLForConditionalGeneration, Qwen3VLModel or their text or vision part, or the same of QVL, in fp32, bf16 or
             fp16; a PEFT model around one is taken too.
-        weights: None, to use weights as stored; packed formats are not part of this version.
+        weights: None, to use weights as stored; "int8" or "int4" packs every linear layer, and an embedding tied to the head;
+            {"text": "int4", "vision": "int8", "lm_head": None} chooses by part. Packed weights are constants: adapters train
+            on top of them, they themselves do not.
     Returns:
         model.
-    Raises: TypeError for another class; ValueError for meta weights, foreign quantisation, unsupported dtypes or a
-        weight format that this version lacks. The model is then as it was.
+    Raises: TypeError for another class; ValueError for meta weights, foreign quantisation, unsupported dtypes, unknown formats
+        or parts, and for packing weights that are not finite. The model is then as it was.
     Example:
         >>> model = Qwen3VLForConditionalGeneration.from_pretrained(path)
         >>> model = qvl_model.accelerate(model)
+        >>> model = qvl_model.accelerate(model, weights="int8")
     """
-    if weights is not None:
-        raise ValueError(f"accelerate: weights={weights!r} is not available in this version; accepted is None (as stored)")
+    formats = formats_of(weights)
     inner = _base_model(model)
     _check(inner)
     _warn_untested()
+    pack_model(inner, formats)
     for name, module in inner.named_modules():
         ours = replacement(name, module)
         if ours is not None:
@@ -137,12 +143,14 @@ def accelerate(model: nn.Module, *, weights: str | None = None) -> nn.Module:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Gives the stock model back, in place; a model that is not accelerated stays as it is.
+    """Gives the stock model back, in place; a model that is not accelerated stays as it is. Packed weights are read again from
+    the checkpoint that the model was loaded from.
 
-    Raises: TypeError for another class than ``accelerate`` takes.
+    Raises: TypeError for another class than ``accelerate`` takes; ValueError for packed weights whose checkpoint is not known.
     Example:
         >>> model = qvl_model.restore(model)
     """
+    unpack_model(_base_model(model))
     for module in _base_model(model).modules():
         theirs = STOCK_CLASSES.get(type(module))
         if theirs is not None:
@@ -174,7 +182,9 @@ def report(model: nn.Module) -> Report:
     result = Report(accelerated=is_accelerated(inner), decoding=_decoding(inner))
     for name, module in inner.named_modules():
         cls = type(module)
-        if cls in STOCK_CLASSES:
+        if isinstance(module, PackedLinear | PackedEmbedding):
+            result.replaced.append((name, cls.__mro__[2].__name__, f"{cls.__module__}.{cls.__name__} (int{module.quantized.bits})"))
+        elif cls in STOCK_CLASSES:
             result.replaced.append((name, STOCK_CLASSES[cls].__name__, f"{cls.__module__}.{cls.__name__}"))
         elif (ours := replacement(name, module)) is not None:
             result.replaced.append((name, cls.__name__, f"{ours.__module__}.{ours.__name__}"))

@@ -20,6 +20,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria, Stoppin
 from qvl_kernels import dispatch, gpu
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
 from qvl_model.modules import head, text
+from qvl_model.modules.packed import PackedLinear
 from qvl_model.modules.plain import is_plain, no_global_hooks
 from qvl_model.sampling import Sampler, unsupported_criterion, unsupported_processor
 
@@ -38,12 +39,12 @@ class _Step:
         self.model, self.rows, self.capacity = weakref.ref(model), rows, capacity
         language_model, lm_head = model.model.language_model, model.lm_head
         self.layers = [text.plan_of(layer).prepared for layer in language_model.layers]
-        device, dtype = lm_head.weight.device, lm_head.weight.dtype
+        device, dtype = language_model.norm.weight.device, language_model.norm.weight.dtype
         self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros(3, rows, 1, dtype=torch.long, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)  # keys in the cache
         self.visible = torch.ones(rows, 1, 1, capacity, dtype=torch.bool, device=device)
-        self.logits = torch.zeros(rows, lm_head.weight.shape[0], dtype=dtype, device=device)
+        self.logits = torch.zeros(rows, lm_head.out_features, dtype=dtype, device=device)
         shapes = [(rows, layer.kv_heads, capacity, layer.head_dim) for layer in self.layers]
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
@@ -77,14 +78,15 @@ class _Step:
         plans = [text.plan_of(layer) for layer in model.model.language_model.layers]
         return (
             [None if plan is None else plan.prepared for plan in plans] == self.layers
-            and model.lm_head.weight.shape[0] == self.logits.shape[1]
+            and model.lm_head.out_features == self.logits.shape[1]
             and self._pointers() == self.pointers
         )
 
     def _pointers(self) -> tuple[int, ...]:
         model = self.model()
         language_model = model.model.language_model
-        return tuple(module.weight.data_ptr() for module in (language_model.embed_tokens, language_model.norm, model.lm_head))
+        modules = (language_model.embed_tokens, language_model.norm, model.lm_head)
+        return tuple(x.data_ptr() for module in modules for x in (*module.parameters(), *module.buffers()))
 
     def begin(self, cache: DynamicCache, positions: Tensor, visible: Tensor | None) -> None:
         """Takes over the keys and values of ``cache`` [B rows of length L] and the positions [3, B] of the next token."""
@@ -176,7 +178,7 @@ def why_not(model: nn.Module, input_ids: Tensor, processors, criteria, config, o
     plain = (model, model.model, language_model, language_model.embed_tokens, language_model.norm, language_model.rotary_emb, model.lm_head)
     if any(not is_plain(module, type(module)) for module in plain) or not no_global_hooks():
         return "hooks, which a graph would not call"
-    if type(model.lm_head) is not head.Linear or type(language_model.norm) is not text.Qwen3VLTextRMSNorm:
+    if type(model.lm_head) not in (head.Linear, PackedLinear) or type(language_model.norm) is not text.Qwen3VLTextRMSNorm:
         return "the head or the last norm is not plain"
     if any(text.plan_of(layer) is None for layer in language_model.layers):
         return "a decoder layer is not plain"

@@ -14,6 +14,7 @@ __all__ = ["GROUPS", "QuantizedWeight", "dequantize", "quantize"]
 
 GROUPS = (32, 64, 128)
 BLOCK = 32
+CHUNK = 1 << 22  # elements widened at once
 
 
 class QuantizedWeight(NamedTuple):
@@ -30,7 +31,7 @@ class QuantizedWeight(NamedTuple):
     @property
     def group(self) -> int:
         """Inputs per scale; all K for int8."""
-        return self.in_features if self.bits == 8 else 2 * self.values.shape[1] // self.scales.shape[1]
+        return self.in_features if self.bits == 8 else 2 * self.values.shape[1] // max(1, self.scales.shape[1])
 
 
 def quantize(weight: torch.Tensor, bits: int, group: int = 64) -> QuantizedWeight:
@@ -42,34 +43,42 @@ def quantize(weight: torch.Tensor, bits: int, group: int = 64) -> QuantizedWeigh
     """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"quantize: weight must be a floating-point matrix [N, K], got {weight.dtype} {tuple(weight.shape)}")
-    if not bool(torch.isfinite(weight).all()):
+    if bits not in (8, 4):
+        raise ValueError(f"quantize: bits must be 8 or 4, got {bits}")
+    if bits == 4 and group not in GROUPS:
+        raise ValueError(f"quantize: int4 groups have {', '.join(map(str, GROUPS))} inputs, got {group}")
+    # In pieces, so that no wide copy of a large weight is made.
+    pieces = weight.split(max(1, CHUNK // max(1, weight.shape[1]))) if weight.shape[0] else (weight,)
+    parts = [_quantize_int8(piece) if bits == 8 else _quantize_int4(piece, group) for piece in pieces]
+    if len(parts) == 1:
+        return parts[0]
+    return QuantizedWeight(torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]), weight.shape[1])
+
+
+def _wide(weight: torch.Tensor) -> torch.Tensor:
+    wide = weight.float()
+    if not bool(torch.isfinite(wide).all()):
         raise ValueError("quantize: weight has NaN or infinite elements")
-    if bits == 8:
-        return _quantize_int8(weight)
-    if bits == 4:
-        return _quantize_int4(weight, group)
-    raise ValueError(f"quantize: bits must be 8 or 4, got {bits}")
+    return wide
 
 
 def _quantize_int8(weight: torch.Tensor) -> QuantizedWeight:
-    wide = weight.float()
+    wide = _wide(weight)
     scales = _safe(wide.abs().amax(1, keepdim=True) / 127.0 if weight.shape[1] else wide.new_ones(weight.shape[0], 1))
     values = torch.round(wide / scales).clamp_(-127, 127).to(torch.int8)
     return QuantizedWeight(values, scales, weight.shape[1])
 
 
 def _quantize_int4(weight: torch.Tensor, group: int) -> QuantizedWeight:
-    if group not in GROUPS:
-        raise ValueError(f"quantize: int4 groups have {', '.join(map(str, GROUPS))} inputs, got {group}")
     rows, size = weight.shape
     padded = -(-size // group) * group
-    wide = torch.nn.functional.pad(weight.float(), (0, padded - size)).view(rows, -1, group)
+    wide = torch.nn.functional.pad(_wide(weight), (0, padded - size)).view(rows, padded // group, group)
     # The end of the range that is larger in magnitude becomes -8, which the other sign does not reach.
     low, high = (wide.amin(2), wide.amax(2)) if padded else (wide.new_zeros(rows, 0), wide.new_zeros(rows, 0))
     extreme = torch.where(-low > high, low, high)
     scales = _safe(extreme / -8.0).to(torch.bfloat16)
     values = (torch.round(wide / scales.float()[..., None]) + 8).clamp_(0, 15).to(torch.uint8)
-    halves = values.view(rows, -1, 2, BLOCK // 2)
+    halves = values.view(rows, padded // BLOCK, 2, BLOCK // 2)
     return QuantizedWeight((halves[:, :, 0] | halves[:, :, 1] << 4).view(rows, padded // 2), scales, size)
 
 
@@ -88,6 +97,7 @@ def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -
     if quantized.bits == 8:
         return (values.float() * scales).to(dtype)
     rows = values.shape[0]
-    blocks = values.view(rows, -1, 1, BLOCK // 2)
-    nibbles = torch.cat((blocks & 15, blocks >> 4), 2).view(rows, scales.shape[1], -1)
-    return ((nibbles.float() - 8) * scales.float()[..., None]).view(rows, -1)[:, :size].to(dtype)
+    padded = 2 * values.shape[1]
+    blocks = values.reshape(rows, padded // BLOCK, 1, BLOCK // 2)
+    nibbles = torch.cat((blocks & 15, blocks >> 4), 2).view(rows, scales.shape[1], padded // max(1, scales.shape[1]))
+    return ((nibbles.float() - 8) * scales.float()[..., None]).view(rows, padded)[:, :size].to(dtype)

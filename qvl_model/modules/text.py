@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 import qvl_kernels
+from qvl_kernels.quant import QuantizedWeight
 from qvl_model import cache
 from qvl_model.modules.linear import Linear
+from qvl_model.modules.packed import PackedLinear
 from qvl_model.modules.plain import is_plain, kernels_take, no_global_hooks, only_capture_hooks
 
 __all__ = ["Qwen3VLTextAttention", "Qwen3VLTextDecoderLayer", "Qwen3VLTextMLP", "Qwen3VLTextRMSNorm", "plan_of"]
@@ -136,27 +138,30 @@ class _Plan:
         linears += [(mlp._modules, name) for name in ("gate_proj", "up_proj", "down_proj")]
         plan = cls()
         plan._attention, plan._config, plan._config_values = attention, attention.config, attention.config.__dict__
-        plan._modules = [(siblings, name, siblings[name], kind, siblings[name].__dict__) for group, kind in (
-            ([(children, "mlp")], Qwen3VLTextMLP), (norms, Qwen3VLTextRMSNorm), (linears, Linear), ([(mlp._modules, "act_fn")], _SILU)
+        plan._modules = [(siblings, name, siblings[name], kinds, siblings[name].__dict__) for group, kinds in (
+            ([(children, "mlp")], (Qwen3VLTextMLP,)), (norms, (Qwen3VLTextRMSNorm,)), (linears, (Linear, PackedLinear)),
+            ([(mlp._modules, "act_fn")], (_SILU,)),
         ) for siblings, name in group]  # fmt: skip
         norms, linears = ([siblings[name] for siblings, name in group] for group in (norms, linears))
-        if any(type(module) is not kind for _, _, module, kind, _ in plan._modules):
+        if any(type(module) not in kinds for _, _, module, kinds, _ in plan._modules):
             return None
-        tensors = [(module._parameters, name) for module in norms + linears for name in module._parameters]
+        tensors = [(own, name) for module in norms + linears for own in (module._parameters, module._buffers) for name in own]
         plan._tensors = [(own, name, own[name], *_memory(own[name])) for own, name in tensors]
         plan._settings = [(norm.__dict__, "variance_epsilon", norms[0].variance_epsilon) for norm in norms]
         plan._settings += [(attention.__dict__, name, getattr(attention, name)) for name in ("scaling", "is_causal")]
         input_norm, q_norm, k_norm, post_norm = (norm.weight for norm in norms)
-        q, k, v, o, gate, up, down = (linear.weight for linear in linears)
+        q, k, v, o, gate, up, down = (linear.quantized if type(linear) is PackedLinear else linear.weight for linear in linears)
         q_bias, k_bias, v_bias, o_bias, *mlp_biases = (linear.bias for linear in linears)
         weights = qvl_kernels.DecoderWeights(
             input_norm, q, k, v, q_norm, k_norm, o, post_norm, gate, up, down, q_bias, k_bias, v_bias, o_bias
         )
-        if not attention.is_causal or mlp_biases != [None, None, None] or not kernels_take(*weights) or not plan.holds():
+        plain = [weight for weight in weights if not isinstance(weight, QuantizedWeight)]
+        if not attention.is_causal or mlp_biases != [None, None, None] or not kernels_take(*plain) or not plan.holds():
             return None
-        plan.dtype = q.dtype
-        plan.prepared = qvl_kernels.PreparedDecoderLayer(
-            weights, num_heads=q.shape[0] // attention.head_dim, kv_heads=k.shape[0] // attention.head_dim,
+        plan.dtype = input_norm.dtype
+        kind = qvl_kernels.PreparedDecoderLayer if len(plain) == len(weights) else qvl_kernels.QuantizedDecoderLayer
+        plan.prepared = kind(
+            weights, num_heads=linears[0].out_features // attention.head_dim, kv_heads=linears[1].out_features // attention.head_dim,
             eps=norms[0].variance_epsilon, scale=attention.scaling,
         )  # fmt: skip
         return plan
@@ -174,8 +179,8 @@ class _Plan:
             )
         ):
             return False
-        for siblings, name, module, kind, state in self._modules:
-            if siblings.get(name) is not module or type(module) is not kind:
+        for siblings, name, module, kinds, state in self._modules:
+            if siblings.get(name) is not module or type(module) not in kinds:
                 return False
             if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:  # is_plain, without a call
                 return False
