@@ -1,0 +1,47 @@
+"""QVL through the Triton kernels: the accelerated model beside the plain one, image, connector, cross-attention and cache."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import qvl_kernels
+import qvl_model
+from qvl_kernels import config, dispatch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from qvl_models import inputs, pad_pixels, plain_model  # noqa: E402
+
+SMALL = dict(
+    num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, hidden_size=16, intermediate_size=16, cross_attention_layers=[0],
+    vision_num_hidden_layers=1, vision_num_attention_heads=2, vision_hidden_size=16, vision_intermediate_size=16, connector_num_layers=1,
+    vision_projection_dim=16, language_projection_dim=16, attention_bias=False, tie_word_embeddings=True,
+)  # fmt: skip
+LIMITS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention"])
+@torch.no_grad()
+def test_prefill_and_a_step(device, dtype, name):
+    if config.interpreted() and (dtype is not torch.float32 or name == "mlp"):
+        pytest.skip("one model is enough for the interpreter, which is slow")
+    plain = plain_model(name, **SMALL).to(device, dtype)
+    model = qvl_model.accelerate(copy.deepcopy(plain))
+    generator = torch.Generator().manual_seed(0)
+    pixels = pad_pixels(torch.randn(3, 6, 9, generator=generator), torch.randn(3, 4, 4, generator=generator))
+    batch = {key: value.to(device) for key, value in (inputs(4, 3, image=None) | pixels).items()}
+    following = torch.tensor([[5], [6]], device=device)
+    mask = torch.cat((batch["attention_mask"], torch.ones_like(following)), 1)
+
+    def run(one):
+        first = one(**batch)
+        step = one(input_ids=following, attention_mask=mask, past_key_values=first.past_key_values)
+        return torch.cat((first.logits[batch["attention_mask"].bool()], step.logits[:, 0])).double()
+
+    known, expected = dispatch.fallbacks(), run(plain)
+    with qvl_kernels.use_backend("triton"):
+        out = run(model)
+    assert ((out - expected).norm() / expected.norm()).item() <= LIMITS[dtype]
+    assert dispatch.fallbacks() == known
