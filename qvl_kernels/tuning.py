@@ -47,22 +47,22 @@ def gemv_fma(rows: int, n: int, k: int, size: int, bits: int, pair: bool, arch: 
 
     ``size``: bytes per element of x; ``bits``: 8 or 4 if quantised, else 0; ``pair``: gate and up weights.
     """
-    # On the tensor cores tiles have 16 rows whatever the number, on FMA units each row costs: at 3.35 TB/s an H100 has 18 FMA
-    # slots per bf16 weight, and 4.5 per int4 weight of which unpacking takes 3. fp32 has no tensor cores of its accuracy.
-    limit = {0: 4, 8: 3, 4: 2}[bits]
-    if rows > limit and size == 2:
+    # Tiles of the tensor cores have 16 rows whatever the number; on FMA units each row costs. At 3.35 TB/s an H100 has 18
+    # instruction slots per bf16 weight, 9 per int8 and 4.5 per int4 weight. fp32 has no tensor cores of its accuracy.
+    limit = {0: 4, 8: 3, 4: 1}[bits]
+    if rows > limit and (size == 2 or bits == 4):
         return None
     per_block = {0: 16 // size, 8: 16, 4: 32}[bits]  # inputs in 16 bytes of a weight row
     lanes = 64 if arch.startswith("gfx") else 32
-    # 2 blocks a thread of 16-bit weights, whose rows are long; half of it where more rows of x need registers.
+    # 2 blocks a thread of 16-bit weights, whose rows are long; half of it where more rows of x need registers. Of three sizes
+    # the one that covers k with the fewest idle lanes.
     largest = 4 * lanes * (2 if bits == 0 and rows <= 2 else 1)
-    blocks = min((-(-k // (per_block * b)) * b, -b) for b in (largest, largest // 2, largest // 4))[1] * -1
+    blocks = min((largest, largest // 2, largest // 4), key=lambda count: (-(-k // (per_block * count)) * count, -count))
     warps = max(1, min(4, blocks // lanes))
-    # 8 loads of 16 bytes in flight per thread, and at least 512 programs (4 per SM) while n allows it.
+    # 8 loads of 16 bytes in flight per thread, and at least 512 programs (4 per processor of an H100) while n allows it.
     together = max(1, 8 * warps * lanes // blocks // (2 if pair else 1) // (1 if rows <= 2 else 2))
     block_n = next(b for b in (8, 4, 2, 1) if b == 1 or (b <= together and n >= 512 * b))
-    vector = 16 if bits else 16 // size
-    return {"ROWS": min(rows, limit), "BLOCK_N": block_n, "BLOCKS": blocks, "VECTOR": vector, "num_warps": warps, "num_stages": 1}
+    return {"ROWS": min(rows, limit), "BLOCK_N": block_n, "BLOCKS": blocks, "num_warps": warps, "num_stages": 1}
 
 
 def gemv_dot(size: int, bits: int, group: int, pair: bool, arch: str) -> dict:
@@ -84,7 +84,7 @@ def decode_attention(heads: int, rows: int, head_dim: int, size: int, capacity: 
     block_d = max(16, next_power_of_2(head_dim))
     largest = 16 if block_d > 128 or size == 4 else (32 if arch.startswith("gfx") else 64)
     block_m = max(16, min(next_power_of_2(rows), largest))
-    block_n = 64 if block_d * size <= 256 else (32 if block_d * size <= 1024 else 16)
+    block_n = 16 if size == 4 or block_d > 256 else (64 if block_d <= 128 else 32)
     programs = heads * -(-rows // block_m)
     splits = next_power_of_2(-(-4 * PROCESSORS[arch] // max(1, programs)))
     splits = max(1, min(64, splits, next_power_of_2(-(-capacity // block_n))))

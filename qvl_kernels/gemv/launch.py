@@ -6,6 +6,9 @@ import triton
 from qvl_kernels import gpu, tuning
 from qvl_kernels.gemv.triton_dot import gemv_dot_kernel, normalise_rows_kernel
 from qvl_kernels.gemv.triton_fma import gemv_fma_kernel
+from qvl_kernels.gemv.triton_int4 import gemv_int4_kernel
+from qvl_kernels.gemv.triton_int4 import gemv_int4_kernel
+from qvl_kernels.gemv.triton_int4 import gemv_int4_kernel
 from qvl_kernels.triton_lib import as_rows, launch
 
 __all__ = ["launch_gemv", "launch_gemv_swiglu", "launch_quantized_gemv", "launch_quantized_gemv_swiglu"]
@@ -49,28 +52,49 @@ def _gemv(x, weight, up, bias, norm_weight, eps: float, residual) -> torch.Tenso
     if m == 0 or n == 0:
         return y
     bits = {torch.int8: 8, torch.uint8: 4}.get(values.dtype, 0)
-    group = 0 if bits != 4 else 2 * columns // scales.shape[1]
+    group = 2 * columns // scales.shape[1] if bits == 4 else 0
     arch = gpu.architecture(x.device)
+    residual_rows = rows if residual is None else as_rows(residual)
     tile = tuning.gemv_fma(m, n, k, x.element_size(), bits, up is not None, arch)
-    if tile is None:
-        tile = tuning.gemv_dot(x.element_size(), bits, group, up is not None, arch)
+    flags = {"HAS_UP": up is not None, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
+    words = None
+    if tile is not None and bits == 4:
+        words = _words(rows, norm_weight, values, up_values)
+    if tile is None or (bits == 4 and words is None):
+        tile = {**tuning.gemv_dot(x.element_size(), bits, group, up is not None, arch), "BITS": bits}
         kernel, programs = gemv_dot_kernel, (triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(m, 16))
         if norm_weight is not None and x.dtype == torch.float16:  # x * weight, not yet divided by its norm, may overflow
             rows, norm_weight = _normalised(rows, norm_weight, eps), None
     else:
-        tile = {**tile, "GROUP": group, "COUNT": tuning.next_power_of_2(tile["BLOCK_N"] * tile["ROWS"]),
-                "ROW_COUNT": tuning.next_power_of_2(tile["ROWS"])}  # fmt: skip
+        tile["COUNT"], tile["ROW_COUNT"] = (tuning.next_power_of_2(size * tile["ROWS"]) for size in (tile["BLOCK_N"], 1))
         kernel, programs = gemv_fma_kernel, (triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(m, tile["ROWS"]))
-    scale_args = (scales, up_scales) if scales is not None else (x, x)
-    strides = (scales.stride(0), up_scales.stride(0)) if scales is not None else (0, 0)
-    residual_rows = rows if residual is None else as_rows(residual)
+        if bits == 4:
+            rows, norm_weight, values, up_values = words
+            k, columns = rows.shape[1], values.shape[1]
+            kernel, tile["GROUP_BLOCKS"] = gemv_int4_kernel, group // 32
+        else:
+            tile["VECTOR"], tile["BITS"] = 16 // values.element_size(), bits
+    if scales is None:
+        scales = up_scales = y_rows  # not read
     launch(
-        kernel, programs, rows, values, scale_args[0], up_values, scale_args[1], x if bias is None else bias,
+        kernel, programs, rows, values, scales, up_values, up_scales, x if bias is None else bias,
         x if norm_weight is None else norm_weight, residual_rows, y_rows, m, n, k, columns, eps, rows.stride(0), values.stride(0),
-        strides[0], up_values.stride(0), strides[1], residual_rows.stride(0), y_rows.stride(0), BITS=bits, HAS_UP=up is not None,
-        HAS_BIAS=bias is not None, HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, **tile,
+        scales.stride(0), up_values.stride(0), up_scales.stride(0), residual_rows.stride(0), y_rows.stride(0),
+        HAS_NORM=norm_weight is not None, **flags, **tile,
     )  # fmt: skip
     return y
+
+
+def _words(rows: torch.Tensor, norm_weight: torch.Tensor | None, *values: torch.Tensor) -> tuple[torch.Tensor | None, ...] | None:
+    """x and the norm's weight as int64, int4 values as int32; None where their places or strides do not allow it."""
+    if rows.element_size() != 2 or not all(_divisible(x, 4) for x in (rows, norm_weight, *values) if x is not None):
+        return None
+    norm_words = None if norm_weight is None else norm_weight.view(torch.int64)
+    return rows.view(torch.int64), norm_words, *(x.view(torch.int32) for x in values)
+
+
+def _divisible(x: torch.Tensor, by: int) -> bool:
+    return all(size % by == 0 for size in (x.storage_offset(), x.shape[-1], *x.stride()[:-1]))
 
 
 def _normalised(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

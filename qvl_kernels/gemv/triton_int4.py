@@ -1,0 +1,92 @@
+"""One or two 16-bit rows times an int4 weight on the FMA units, with three instructions per weight: mask, convert, multiply-add.
+
+At the memory bandwidth of an H100 a processor gets 29 int4 weights a cycle and has 128 instruction slots. So nibbles are taken
+from 32-bit words where they lie: nibble j of a word is an integer 16^j times too large, and x is divided by 16^j instead, once for
+all outputs of the program. Of the 8 in every nibble the sum of x takes care, once per block.
+"""
+
+import triton
+import triton.language as tl
+
+from qvl_kernels.gemv.triton_fma import finish_rows
+
+__all__ = ["gemv_int4_kernel"]
+
+
+@triton.jit
+def _number(word, I: tl.constexpr, dtype: tl.constexpr):
+    """Number I of the four 16-bit ones in a 64-bit word, as fp32."""
+    return (word >> (16 * I)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def gemv_int4_kernel(
+    x_ptr, w_ptr, scale_ptr, up_ptr, up_scale_ptr, bias_ptr, norm_ptr, residual_ptr, y_ptr,
+    M, N, K, W_COLUMNS, eps, stride_x, stride_w, stride_scale, stride_up, stride_up_scale, stride_residual, stride_y,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
+    HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    COUNT: tl.constexpr, ROW_COUNT: tl.constexpr,
+):  # fmt: skip
+    """As gemv_fma_kernel. w is int32 [N, W_COLUMNS]; x and the norm's weight are int64, K words of four numbers; y has their dtype.
+
+    A block is 32 inputs in 4 words: byte i of word q holds inputs 4 q + i and 16 + 4 q + i. GROUP_BLOCKS of them share a scale.
+    """
+    row0 = tl.program_id(1) * ROWS
+    first = tl.program_id(0) * BLOCK_N
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    block = tl.arange(0, BLOCKS)
+    q = tl.arange(0, 4)[None, :]
+    WEIGHT_ROWS: tl.constexpr = 2 * BLOCK_N if HAS_UP else BLOCK_N
+    zero = tl.zeros([BLOCKS], tl.float32)
+    accs = (zero,) * (WEIGHT_ROWS * ROWS)
+    squares = (zero,) * ROWS
+    for column in range(0, W_COLUMNS, BLOCKS * 4):
+        words = column + block[:, None] * 4 + q  # [BLOCKS, 4]
+        inside = column + block * 4 < W_COLUMNS
+        weights = ()
+        scales = ()
+        for i in tl.static_range(WEIGHT_ROWS):
+            n = tl.minimum(first + i % BLOCK_N, N - 1).to(tl.int64)
+            base, scale_base = w_ptr + n * stride_w, scale_ptr + n * stride_scale
+            if i >= BLOCK_N:
+                base, scale_base = up_ptr + n * stride_up, up_scale_ptr + n * stride_up_scale
+            word = tl.load(base + words, mask=words < W_COLUMNS, other=0, eviction_policy="evict_first")
+            weights = weights + (word.to(tl.uint32, bitcast=True),)
+            scale = tl.load(scale_base + (column // 4 + block) // GROUP_BLOCKS, mask=inside, other=0.0)
+            scales = scales + (scale.to(tl.float32),)
+        low = column * 2 + block[:, None] * 8 + q  # [BLOCKS, 4], in units of four inputs
+        if HAS_NORM:
+            low_norm = tl.load(norm_ptr + low, mask=low < K, other=0)
+            high_norm = tl.load(norm_ptr + low + 4, mask=low + 4 < K, other=0)
+        new_squares = ()
+        new_accs = ()
+        for r in tl.static_range(ROWS):
+            row = tl.minimum(row0 + r, M - 1).to(tl.int64)
+            low_x = tl.load(x_ptr + row * stride_x + low, mask=low < K, other=0)
+            high_x = tl.load(x_ptr + row * stride_x + low + 4, mask=low + 4 < K, other=0)
+            square = tl.zeros([BLOCKS, 4], tl.float32)
+            total = tl.zeros([BLOCKS, 4], tl.float32)
+            parts = ()
+            for i in tl.static_range(4):
+                a, b = _number(low_x, i, dtype), _number(high_x, i, dtype)
+                if HAS_NORM:
+                    square += a * a + b * b
+                    a, b = a * _number(low_norm, i, dtype), b * _number(high_norm, i, dtype)
+                total += a + b
+                parts = parts + (a * (1.0 / (1 << (8 * i))), b * (1.0 / (1 << (8 * i + 4))))
+            offset = tl.sum(total, 1) * 8.0
+            if HAS_NORM:
+                new_squares = new_squares + (squares[r] + tl.sum(square, 1),)
+            for i in tl.static_range(WEIGHT_ROWS):
+                product = tl.zeros([BLOCKS, 4], tl.float32)
+                for j in tl.static_range(8):
+                    product += (weights[i] & (15 << (4 * j))).to(tl.float32) * parts[j]
+                new_accs = new_accs + (accs[r * WEIGHT_ROWS + i] + (tl.sum(product, 1) - offset) * scales[i],)
+        accs = new_accs
+        if HAS_NORM:
+            squares = new_squares
+    finish_rows(
+        accs, squares, scale_ptr, up_scale_ptr, bias_ptr, residual_ptr, y_ptr, row0, first, M, N, K * 4, eps,
+        stride_scale, stride_up_scale, stride_residual, stride_y,
+        ROWS, BLOCK_N, 4, HAS_UP, HAS_BIAS, HAS_NORM, HAS_RESIDUAL, COUNT, ROW_COUNT,
+    )  # fmt: skip
