@@ -233,6 +233,26 @@ def test_autocast():
     assert relative(out, expected) < 0.03
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("weights, limit", [("int8", 0.03), ("int4", 0.4)])
+def test_packed_weights_and_back(tmp_path, name, weights, limit):
+    """Random weights are the worst case of int4; that the kernels read what was packed is tested by their own tests."""
+    plain_model(name).save_pretrained(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    batch = inputs(9, 5)
+    expected = run(model, **batch).logits
+    qvl_model.accelerate(model, weights=weights)
+    packed = {key for key, _, ours in qvl_model.report(model).replaced if "Packed" in ours}
+    wanted = {"lm_head", "model.language_model.layers.2.mlp.up_proj", "model.visual.blocks.0.attn.qkv"}
+    assert wanted | {key for key in packed if "fusion.attn" in key or "connector" in key} <= packed and any("fusion.attn.k_proj" in key for key in packed)
+    out = run(model, **batch).logits
+    assert 0 < relative(out, expected) < limit
+    tokens = model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert tokens.shape == (2, 12) and torch.equal(tokens[:, 9], out[:, -1].argmax(-1))
+    restored = run(qvl_model.restore(model), **batch).logits
+    assert not qvl_model.is_accelerated(model) and torch.equal(restored, expected)
+
+
 def test_capacity_is_complete_before_and_after():
     for name in NAMES:
         for model in pair(name):
