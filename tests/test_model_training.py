@@ -116,3 +116,34 @@ def test_torch_func_grad():
     expected, gradients = results
     for name, gradient in gradients.items():
         assert (gradient - expected[name]).norm() <= 5e-5 * expected[name].norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_training_runs_on_the_kernels(parameters, monkeypatch):
+    """As Trainer(bf16=True) does it: as close to fp32 as stock is, over the attention and norms of qvl_kernels."""
+    import qvl_kernels
+
+    calls = {name: 0 for name in ("attention", "rms_norm", "qk_norm_rope", "swiglu")}
+    for name in calls:
+
+        def counted(*args, name=name, original=getattr(qvl_kernels, name), **kwargs):
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(qvl_kernels, name, counted)
+    stock, fast = (model.train() for model in models.pair())
+    batch = models.inputs(*ROWS)
+    _, truth = _gradients(stock, batch)
+    results = []
+    for model in (stock.to(parameters), fast.to(parameters)):
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(_gradients(model, batch)[1])
+    layers, blocks = len(fast.model.language_model.layers), len(fast.model.visual.blocks)
+    assert calls == {"attention": layers + blocks, "rms_norm": 2 * layers + 1, "qk_norm_rope": layers, "swiglu": layers}
+
+    def error(gradients):
+        squares = sum((gradients[name].double() - truth[name].double()).square().sum() for name in truth)
+        return (squares / sum(truth[name].double().square().sum() for name in truth)).sqrt()
+
+    expected, got = map(error, results)
+    assert 0 < got < 1.3 * expected

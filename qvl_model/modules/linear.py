@@ -1,7 +1,7 @@
 from torch import Tensor, nn
 
 import qvl_kernels
-from qvl_model.modules.plain import kernels_take
+from qvl_model.modules.plain import autocast_dtype, kernels_take
 
 __all__ = ["LayerNorm", "Linear"]
 
@@ -19,6 +19,7 @@ class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` over the last dimension through ``qvl_kernels.layer_norm``."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if len(self.normalized_shape) == 1 and self.bias is not None and kernels_take(input, self.weight, self.bias):
+        plain = len(self.normalized_shape) == 1 and self.bias is not None and autocast_dtype(input.device) is None  # which asks for fp32
+        if plain and kernels_take(input, self.weight, self.bias):
             return qvl_kernels.layer_norm(input, self.weight, self.bias, eps=self.eps)
         return super().forward(input)

@@ -7,7 +7,7 @@ from transformers.utils import output_capturing
 
 from qvl_kernels import gpu
 
-__all__ = ["FAST_DTYPES", "is_plain", "kernels_take", "only_capture_hooks"]
+__all__ = ["FAST_DTYPES", "autocast_dtype", "is_plain", "kernels_take", "only_capture_hooks"]
 
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
@@ -39,14 +39,19 @@ def only_capture_hooks(module: nn.Module) -> bool:
     return "attentions" not in (output_capturing._active_collector.get() or ())
 
 
-def kernels_take(*tensors: torch.Tensor | None) -> bool:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype to which autocast brings products on ``device`` in this thread, or None if it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def kernels_take(*tensors: torch.Tensor | None, cast: bool = True) -> bool:
     """Plain tensors (no subclass: it may hold its values elsewhere) on one CPU or GPU that the kernels run on, of one dtype
-    that they know, rows contiguous, no autocast that would change dtypes on the way."""
+    that they know, rows contiguous. ``cast``: autocast, where it is on, would cast this op's inputs, and must find nothing to do."""
     first = tensors[0]
     on_cpu = first.is_cpu
     if not (on_cpu or first.is_cuda and gpu.unavailable() is None) or first.dtype not in FAST_DTYPES:
         return False
-    if torch.is_autocast_enabled("cpu" if on_cpu else "cuda"):
+    if cast and autocast_dtype(first.device) not in (None, first.dtype):
         return False
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():  # torch.func.grad, vmap, ...
         return False

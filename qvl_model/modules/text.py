@@ -11,7 +11,7 @@ from qvl_kernels.quant import QuantizedWeight
 from qvl_model import cache
 from qvl_model.modules.linear import Linear
 from qvl_model.modules.packed import PackedLinear
-from qvl_model.modules.plain import is_plain, kernels_take, no_global_hooks, only_capture_hooks
+from qvl_model.modules.plain import autocast_dtype, is_plain, kernels_take, no_global_hooks, only_capture_hooks
 
 __all__ = ["Qwen3VLTextAttention", "Qwen3VLTextDecoderLayer", "Qwen3VLTextMLP", "Qwen3VLTextRMSNorm", "plan_of"]
 
@@ -32,7 +32,7 @@ def _has_special_arguments(kwargs: dict) -> bool:
 
 class Qwen3VLTextRMSNorm(stock.Qwen3VLTextRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if kernels_take(hidden_states, self.weight):
+        if kernels_take(hidden_states, self.weight, cast=False):
             return qvl_kernels.rms_norm(hidden_states, self.weight, eps=self.variance_epsilon)
         return super().forward(hidden_states)
 
@@ -42,7 +42,7 @@ class Qwen3VLTextMLP(stock.Qwen3VLTextMLP):
         if not (is_plain(self.act_fn, _SILU) and no_global_hooks()):
             return super().forward(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if kernels_take(gate, up):
+        if kernels_take(gate, up, cast=False):
             return self.down_proj(qvl_kernels.swiglu(gate, up))
         return self.down_proj(self.act_fn(gate) * up)
 
@@ -75,13 +75,18 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
         v = self.v_proj(hidden_states).view(shape)
         cos, sin = position_embeddings
         q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
-        if kernels_take(q, k, v, cos, sin, q_weight, k_weight):
+        lower = autocast_dtype(q.device)
+        if lower is not None and q.dtype != cos.dtype:  # projections came out lower than tables and norms are
+            q, k = q.to(cos.dtype), k.to(cos.dtype)
+        if kernels_take(q, k, cos, sin, q_weight, k_weight, cast=False):
             q, k = qvl_kernels.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=self.q_norm.variance_epsilon)
         else:
             q, k = stock.apply_rotary_pos_emb(self.q_norm(q), self.k_norm(k), cos, sin, unsqueeze_dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
+        if lower is not None:  # as sdpa under autocast
+            q, k, v = q.to(lower), k.to(lower), v.to(lower)
         queries, keys = q.shape[2], k.shape[2]
         # Without a mask sdpa is causal from the first key on; ours from the last. They agree for equal lengths.
         if kernels_take(q, k, v) and (attention_mask is not None or queries in (1, keys)) and _mask_fits(attention_mask, q, k):

@@ -25,7 +25,7 @@ class Qwen3VLVisionPatchEmbed(stock.Qwen3VLVisionPatchEmbed):
 class Qwen3VLVisionMLP(stock.Qwen3VLVisionMLP):
     def forward(self, hidden_state: Tensor) -> Tensor:
         hidden_state = self.linear_fc1(hidden_state)
-        if is_gelu_tanh(self.act_fn) and no_global_hooks() and kernels_take(hidden_state):
+        if is_gelu_tanh(self.act_fn) and no_global_hooks() and kernels_take(hidden_state, cast=False):
             return self.linear_fc2(qvl_kernels.gelu_tanh(hidden_state))
         return self.linear_fc2(self.act_fn(hidden_state))
 
@@ -46,7 +46,7 @@ class Qwen3VLVisionAttention(stock.Qwen3VLVisionAttention):
         **kwargs,
     ) -> Tensor:
         dropout = self.attention_dropout if self.training else 0.0
-        if self.config._attn_implementation != "sdpa" or dropout > 0.0 or not kernels_take(hidden_states):
+        if self.config._attn_implementation != "sdpa" or dropout > 0.0 or not kernels_take(hidden_states, cast=False):
             return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
         tokens = hidden_states.shape[0]
         q, k, v = self.qkv(hidden_states).view(tokens, 3, self.num_heads, -1).unbind(1)

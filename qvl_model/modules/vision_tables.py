@@ -75,12 +75,18 @@ class Qwen3VLVisionRotaryEmbedding(stock.Qwen3VLVisionRotaryEmbedding):
         kept = getattr(position_ids, "rotary_tables", None)
         if kept is None or self.inv_freq.is_inference():  # which tell no versions
             return super().forward(x, position_ids)
-        key = (x.device, self.inv_freq.data_ptr(), self.inv_freq._version, self.attention_scaling)
+        key = (x.device, *_identity(self.inv_freq), self.attention_scaling)
         if key not in kept:
             kept.clear()
             with torch.inference_mode(False):
-                kept[key] = super().forward(x, position_ids)
-        return kept[key]
+                kept[key] = *super().forward(x, position_ids), self.inv_freq.detach()
+        return kept[key][:2]
+
+
+def _identity(x: Tensor) -> tuple:
+    """Equal for two looks at a tensor only if nothing was written in between; who keeps it keeps ``x.detach()`` too, or memory
+    freed and used again for other values could look the same."""
+    return x.data_ptr(), x._version, x.dtype, x.shape
 
 
 class Embedding(nn.Embedding):
@@ -93,12 +99,12 @@ class Embedding(nn.Embedding):
             return super().forward(input)
         if self.weight.is_inference() or self.weight.requires_grad and torch.is_grad_enabled():
             return self._interpolated(input, weights)
-        kept, key = input.interpolated, (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
+        kept, key = input.interpolated, _identity(self.weight)
         if key not in kept:
             kept.clear()
             with torch.inference_mode(False), torch.no_grad():
-                kept[key] = self._interpolated(input, weights).to(self.weight.dtype)
-        return kept[key]
+                kept[key] = self._interpolated(input, weights).to(self.weight.dtype), self.weight.detach()
+        return kept[key][0]
 
     def _interpolated(self, indices: Tensor, weights: Tensor) -> Tensor:
         return (super().forward(indices) * weights[:, :, None]).sum(1, keepdim=True)
