@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import qvl_kernels
 import qvl_model
-from bench import audit_report
+from bench import audit_report, gpu_report
 from bench.chips import ROOFLINES
 from bench.compiled import compile_all, violations
 from bench.kernels import cases_of, ops
@@ -221,6 +221,8 @@ def main(argv: list[str] | None = None) -> int:
         (arguments.output / "audit.json").write_text(json.dumps(data, indent=1) + "\n")
         (arguments.output / "audit.md").write_text(audit_report.markdown(data))
         console.print(f"written: {arguments.output / 'audit.json'} and audit.md", highlight=False)
+        if arguments.output == RESULTS:
+            gpu_report.write_readme()
     return 1 if result.failures else 0
 
 

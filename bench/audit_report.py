@@ -1,11 +1,6 @@
-"""Shows an audit: tables on the terminal, audit.md, and the summary in the README.
+"""Shows an audit: tables on the terminal, audit.md, and the summary for the README (see gpu_report.py)."""
 
-    python -m bench.audit_report     writes the summary of bench/results/audit.json into README.md
-"""
-
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 from bench.chips import LIMITS, ROOFLINES
 from qvl_kernels.gpu import ARCHITECTURES
@@ -13,7 +8,6 @@ from qvl_kernels.tuning import SHARED_MEMORY
 
 __all__ = ["data", "markdown", "print_tables", "summary", "summary_markdown"]
 
-ROOT = Path(__file__).resolve().parent.parent
 SUMMARY_HEADER = ("", "dtype", "compiled", "spills", "most registers", "most shared memory", "fewest resident warps", "matrix instructions", "violations", "waived")
 
 
@@ -129,13 +123,3 @@ def markdown(data: dict) -> str:
             "<br>".join(_cell(row) for row in mine if row["arch"] == arch and row["dtype"] == dtype and case in row["cases"]) for arch in archs
         )) for dtype, case in sorted(keys)))  # fmt: skip
     return "\n".join(lines)
-
-
-def main() -> None:
-    from bench.gpu_report import write_readme
-
-    write_readme(json.loads((ROOT / "bench" / "results" / "audit.json").read_text()))
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-__all__ = ["FULL_CONFIG", "RANDOM_KEY", "cached_checkpoint", "write_random"]
+__all__ = ["FULL_CONFIG", "RANDOM_KEY", "cached_checkpoint", "special_token_ids", "write_random"]
 
 RANDOM_KEY = "qvl_random_weights"  # in config.json: says that answers are noise
 SEED = 0
@@ -70,8 +70,9 @@ def _digits_directory() -> Path:
     return Path(qvl_model.__file__).parent / "digits" / "checkpoint"
 
 
-def _special_token_ids(tokenizer_file: Path) -> dict[str, int]:
-    added = {token["content"]: token["id"] for token in json.loads(tokenizer_file.read_text())["added_tokens"]}
+def special_token_ids() -> dict[str, int]:
+    """Config key -> id of each token in SPECIAL_TOKENS, in the tokenizer of the shipped digits model."""
+    added = {token["content"]: token["id"] for token in json.loads((_digits_directory() / "tokenizer.json").read_text())["added_tokens"]}
     return {key: added[token] for key, token in SPECIAL_TOKENS.items()}
 
 
@@ -88,7 +89,7 @@ def write_random(directory: Path, config: dict = FULL_CONFIG) -> Path:
     torch.set_default_dtype(torch.bfloat16)
     try:
         torch.manual_seed(SEED)
-        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config, **_special_token_ids(source / "tokenizer.json")))
+        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config, **special_token_ids()))
     finally:
         torch.set_default_dtype(previous)
     model.save_pretrained(temporary)

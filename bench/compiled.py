@@ -1,17 +1,13 @@
 """Compiles specialisations in processes of their own and says what is wrong with what comes out."""
 
-import multiprocessing
-import multiprocessing.connection
-import os
-import tempfile
-import time
-import traceback
+import functools
 from collections.abc import Callable, Iterator
 
 import triton
 
 from bench import sass
 from bench.chips import LIMITS, resident_warps
+from bench.isolated import run_all
 from bench.launches import Specialisation, target
 from qvl_kernels.tuning import SHARED_MEMORY
 
@@ -73,49 +69,17 @@ def violations(arch: str, found: dict) -> list[tuple[str, str]]:
     return wrong
 
 
-def _child(specialisation: Specialisation, connection, log) -> None:
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    try:
-        connection.send(inspect(specialisation))
-    except Exception as error:  # becomes a violation
-        connection.send({"error": f"{type(error).__name__}: {error}" or traceback.format_exc()})
-    connection.close()
-    os._exit(0)
-
-
 def compile_all(
     specialisations: list[Specialisation], *, jobs: int, timeout: float = 300.0, tick: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Specialisation, dict]]:
     """(specialisation, what ``inspect`` found or {"error": text}) in order of completion.
 
-    Each compilation is forked off: an assertion inside the compiler ends that process alone.
+    Each compilation is a process of its own: an assertion inside the compiler ends that one alone.
     """
-    context = multiprocessing.get_context("fork")
-    waiting, running = list(reversed(specialisations)), {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            item = waiting.pop()
-            receive, send = context.Pipe(duplex=False)
-            log = tempfile.TemporaryFile("w+")
-            process = context.Process(target=_child, args=(item, send, log), daemon=True)
-            process.start()
-            send.close()
-            running[receive] = (item, process, log, time.monotonic() + timeout)
-        ready = multiprocessing.connection.wait(list(running), timeout=0.2)
-        tick()
-        late = [connection for connection, (*_, deadline) in running.items() if connection not in ready and time.monotonic() > deadline]
-        for connection in late:
-            running[connection][1].kill()
-        for connection in [*ready, *late]:
-            item, process, log, _ = running.pop(connection)
-            try:
-                found = {"error": f"took longer than {timeout:.0f} s"} if connection in late else connection.recv()
-            except EOFError:
-                process.join()
-                log.seek(0)
-                found = {"error": f"the compiler ended with exit code {process.exitcode}: {log.read()[-300:].strip()}"}
-            process.join()
-            connection.close()
-            log.close()
-            yield item, found
+    tasks = ((index, functools.partial(inspect, item), timeout) for index, item in enumerate(specialisations))
+    for index, answer in run_all(tasks, jobs=jobs, tick=tick):
+        if "error" in answer:
+            error = answer["error"] if "exit code" not in answer["error"] else f"{answer['error']}: {answer['log'][-300:]}"
+            yield specialisations[index], {"error": error}
+        else:
+            yield specialisations[index], answer["value"]

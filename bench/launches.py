@@ -9,6 +9,7 @@ import ctypes
 import functools
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +27,7 @@ import qvl_kernels
 from qvl_kernels import gpu, library, triton_lib
 from qvl_kernels.testing import Case
 
-__all__ = ["Call", "Specialisation", "kernels", "record", "specialise", "target"]
+__all__ = ["Call", "Specialisation", "allow_fake_cuda", "kernels", "record", "record_call", "specialise", "target"]
 
 
 @dataclass
@@ -121,7 +122,7 @@ def _arguments(case: Case, dtype: torch.dtype):
 
 
 @functools.cache
-def _allow_fake_cuda() -> None:
+def allow_fake_cuda() -> None:
     """Gives a PyTorch without CUDA a device guard for CUDA that does nothing, as PyTorch itself does (ensureCUDADeviceGuardSet)
     where it has CUDA but finds no GPU. Without one, indexing a fake CUDA tensor fails. The guard of the meta device is such a one."""
     cuda, meta = 1, 14  # c10::DeviceType
@@ -131,22 +132,28 @@ def _allow_fake_cuda() -> None:
         guards[cuda] = guards[meta]
 
 
+def record_call(function: Callable, make: Callable[[], dict], arch: str) -> tuple[list[Call], list[Call]]:
+    """(calls of the forward, calls of the backward) of ``function(**make())`` as on a GPU of architecture ``arch``; ``make`` and
+    ``function`` may create CUDA tensors, which are fake."""
+    allow_fake_cuda()
+    with torch.no_grad(), FakeTensorMode(), gpu.assume(arch), triton_lib.record() as launches:
+        arguments = make()
+        with _Launchers(launches) as launchers:
+            function(**arguments)
+            forward = launchers.calls[:]
+            return forward, launchers.differentiate()
+
+
 def record(op: str, case: Case, dtype: torch.dtype, arch: str) -> tuple[list[Call], list[Call]]:
-    """(calls of the forward, calls of the backward) of a public op on one case, as on a GPU of architecture ``arch``.
+    """``record_call`` of a public op on one of its cases.
 
     Example:
         >>> forward, backward = record("swiglu", cases.CASES[0], torch.bfloat16, "sm_90")
         >>> forward[0].launches[0].grid
         (262, 6)
     """
-    function, arguments = getattr(qvl_kernels, op), _arguments(case, dtype)
-    _allow_fake_cuda()
-    with torch.no_grad(), FakeTensorMode(), gpu.assume(arch), triton_lib.record() as launches:
-        arguments = tree_map(lambda x: _like(x, "cuda"), arguments)
-        with _Launchers(launches) as launchers:
-            function(**arguments)
-            forward = launchers.calls[:]
-            return forward, launchers.differentiate()
+    arguments = _arguments(case, dtype)
+    return record_call(getattr(qvl_kernels, op), lambda: tree_map(lambda x: _like(x, "cuda"), arguments), arch)
 
 
 def target(arch: str) -> GPUTarget:

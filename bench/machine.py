@@ -6,7 +6,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-__all__ = ["describe", "peak_rss_bytes"]
+__all__ = ["commit", "describe", "peak_rss_bytes"]
 
 # The processor features that decide which kernels run; the full list would bury them.
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8",
@@ -29,7 +29,8 @@ def _memory_gib() -> float:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The short name of the checked-out commit, with a note if files differ from it."""
     root = Path(__file__).resolve().parent.parent
     try:
         name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
@@ -50,7 +51,7 @@ def describe() -> dict[str, object]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 

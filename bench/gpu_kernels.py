@@ -1,0 +1,239 @@
+"""The kernels at sizes that fill a GPU: a training batch of 4 x 2048 tokens, long prompts, images, and decoding steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils._pytree import tree_map
+
+import qvl_kernels
+from bench import gpu_rivals
+from bench.gpu_timing import compare, peak_bytes
+from qvl_kernels.quant import QuantizedWeight
+from qvl_kernels.testing import relative_error
+
+__all__ = ["CASES", "KernelCase", "build", "copy_bandwidth", "run"]
+
+CONSTANTS = ("cos", "sin")  # rotary tables have no gradient
+SEED = 0
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One op at one size. ``make(device, dtype)`` gives its keyword arguments, ``rivals`` functions that take the same."""
+
+    name: str
+    op: str
+    make: Callable[[torch.device, torch.dtype], dict]
+    rivals: Callable[[], dict[str, Callable]]
+    bytes: float  # that a perfect forward moves, 16-bit data
+    flops: float = 0.0
+    backward: bool = True
+    memory: bool = False
+
+
+def _normal(device, dtype, *shape: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(shape, device=device, dtype=dtype) * scale
+
+
+def _elementwise(name: str, op: str, shapes: dict[str, tuple[int, ...]], moved: float) -> KernelCase:
+    return KernelCase(name, op, lambda device, dtype: {key: _normal(device, dtype, *shape) for key, shape in shapes.items()},
+                      lambda: gpu_rivals.plain_rivals(op), 2.0 * moved)  # fmt: skip
+
+
+def _tables(device, dtype, *shape: int) -> dict[str, torch.Tensor]:
+    angles = torch.rand(shape, device=device, dtype=torch.float32) * 50
+    return {"cos": angles.cos().to(dtype), "sin": angles.sin().to(dtype)}
+
+
+def _qk_norm_rope(b: int, t: int, h: int, hkv: int, d: int) -> KernelCase:
+    def make(device, dtype):
+        return {"q": _normal(device, dtype, b, t, h, d), "k": _normal(device, dtype, b, t, hkv, d), "q_weight": _normal(device, dtype, d),
+                "k_weight": _normal(device, dtype, d), **_tables(device, dtype, b, t, d)}  # fmt: skip
+
+    return KernelCase("qk_norm_rope", "qk_norm_rope", make, lambda: gpu_rivals.plain_rivals("qk_norm_rope"),
+                      2.0 * b * t * d * (2 * (h + hkv) + 2))  # fmt: skip
+
+
+def _vision_rope(n: int, h: int, d: int) -> KernelCase:
+    def make(device, dtype):
+        return {"q": _normal(device, dtype, n, h, d), "k": _normal(device, dtype, n, h, d), **_tables(device, torch.float32, n, d)}
+
+    return KernelCase("vision_rope", "vision_rope", make, lambda: gpu_rivals.plain_rivals("vision_rope"), n * d * (2.0 * 4 * h + 8))
+
+
+def _attention(name: str, b: int, t: int, h: int, hkv: int, d: int, *, causal: bool, packed: bool = False) -> KernelCase:
+    def make(device, dtype):
+        lead = (b * t,) if packed else (b, t)
+        arguments = {"q": _normal(device, dtype, *lead, h, d), "k": _normal(device, dtype, *lead, hkv, d), "v": _normal(device, dtype, *lead, hkv, d),
+                     "causal": causal}  # fmt: skip
+        if packed:
+            arguments["cu_seqlens"] = torch.arange(0, b * t + 1, t, dtype=torch.int32, device=device)
+        return arguments
+
+    return KernelCase(name, "attention", make, lambda: gpu_rivals.attention_rivals(causal=causal, lengths=(b, t) if packed else None),
+                      2.0 * b * t * d * (2 * h + 2 * hkv), 4.0 * b * t * t * h * d * (0.5 if causal else 1.0))  # fmt: skip
+
+
+def _cross_attention(b: int, t: int, s: int, h: int, d: int) -> KernelCase:
+    def make(device, dtype):
+        return {"q": _normal(device, dtype, b, t, h, d), "k": _normal(device, dtype, b, s, h, d), "v": _normal(device, dtype, b, s, h, d),
+                "kv_lens": torch.full((b,), s, dtype=torch.int32, device=device) - 7 * torch.arange(b, dtype=torch.int32, device=device)}  # fmt: skip
+
+    return KernelCase("cross_attention", "cross_attention", make, gpu_rivals.cross_attention_rivals, 4.0 * b * (t + s) * h * d,
+                      4.0 * b * t * s * h * d)  # fmt: skip
+
+
+def _decode_attention(name: str, b: int, s: int, h: int = 16, hkv: int = 8, d: int = 128) -> KernelCase:
+    def make(device, dtype):
+        return {"q": _normal(device, dtype, b, 1, h, d), "k_cache": _normal(device, dtype, b, hkv, s, d), "v_cache": _normal(device, dtype, b, hkv, s, d),
+                "lengths": torch.full((b,), s, dtype=torch.int32, device=device)}  # fmt: skip
+
+    return KernelCase(name, "decode_attention", make, gpu_rivals.decode_attention_rivals, 4.0 * b * s * hkv * d, 4.0 * b * s * h * d, backward=False)
+
+
+def _linear(name: str, m: int, n: int, k: int, *, bits: int = 16) -> KernelCase:
+    def make(device, dtype):
+        x = _normal(device, dtype, m, k)
+        if bits == 16:
+            return {"x": x, "weight": _normal(device, dtype, n, k, scale=k**-0.5)}
+        if bits == 8:
+            values = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
+            scales = torch.full((n, 1), k**-0.5 / 64, dtype=torch.float32, device=device)
+        else:
+            values = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+            scales = torch.full((n, k // 64), k**-0.5 / 4, dtype=torch.bfloat16, device=device)
+        return {"x": x, "weight": QuantizedWeight(values, scales, k)}
+
+    op, rivals = ("linear", lambda: gpu_rivals.plain_rivals("linear")) if bits == 16 else ("quantized_linear", gpu_rivals.quantized_rivals)
+    return KernelCase(name, op, make, rivals, n * k * bits / 8 + 2.0 * m * (n + k), 2.0 * m * n * k, backward=False)
+
+
+def _linear_cross_entropy(m: int, v: int, c: int) -> KernelCase:
+    def make(device, dtype):
+        return {"hidden": _normal(device, dtype, m, c), "weight": _normal(device, dtype, v, c, scale=c**-0.5),
+                "labels": torch.randint(0, v, (m,), device=device)}  # fmt: skip
+
+    return KernelCase("linear_cross_entropy", "linear_cross_entropy", make, gpu_rivals.linear_cross_entropy_rivals, 2.0 * (m + v) * c, 2.0 * m * v * c,
+                      memory=True)  # fmt: skip
+
+
+def _patch_embed(n: int, e: int) -> KernelCase:
+    kernel = (3, 2, 16, 16)
+
+    def make(device, dtype):
+        return {"pixels": _normal(device, dtype, n, 1536), "weight": _normal(device, dtype, e, *kernel, scale=1536**-0.5), "bias": _normal(device, dtype, e)}
+
+    def convolution(pixels, weight, bias):
+        return torch.nn.functional.conv3d(pixels.view(-1, *kernel), weight, bias, stride=kernel[1:]).flatten(1)
+
+    return KernelCase("patch_embed", "patch_embed", make, lambda: {"conv3d": convolution}, 2.0 * (n * 1536 + e * 1536 + n * e), 2.0 * n * e * 1536,
+                      backward=False)  # fmt: skip
+
+
+T, C, F = 8192, 2048, 6144  # tokens of a training batch, hidden size, MLP width
+P, E = 16384, 1024  # patches of 16 images of 512 x 512, vision hidden size
+CASES = [
+    _elementwise("rms_norm", "rms_norm", {"x": (T, C), "weight": (C,)}, 2 * T * C),
+    _elementwise("add_rms_norm", "add_rms_norm", {"x": (T, C), "residual": (T, C), "weight": (C,)}, 4 * T * C),
+    _elementwise("layer_norm", "layer_norm", {"x": (P, E), "weight": (E,), "bias": (E,)}, 2 * P * E),
+    _elementwise("add_layer_norm", "add_layer_norm", {"x": (P, E), "residual": (P, E), "weight": (E,), "bias": (E,)}, 4 * P * E),
+    _qk_norm_rope(4, 2048, 16, 8, 128),
+    _vision_rope(P, 16, 64),
+    _elementwise("swiglu", "swiglu", {"gate": (T, F), "up": (T, F)}, 3 * T * F),
+    _elementwise("gelu_tanh", "gelu_tanh", {"x": (P, 4 * E), "bias": (4 * E,)}, 2 * P * 4 * E),
+    _attention("attention train", 4, 2048, 16, 8, 128, causal=True),
+    _attention("attention 16k", 1, 16384, 16, 8, 128, causal=True),
+    _attention("attention full", 1, 16384, 16, 16, 128, causal=False),
+    _attention("attention vision", 16, 1024, 16, 16, 64, causal=False, packed=True),
+    _cross_attention(8, 512, 1024, 32, 64),
+    _decode_attention("decode_attention 1 x 2k", 1, 2048),
+    _decode_attention("decode_attention 1 x 32k", 1, 32768),
+    _decode_attention("decode_attention 32 x 2k", 32, 2048),
+    _linear_cross_entropy(T, 151936, C),
+    _linear("linear 1 row", 1, F, C),
+    _linear("linear head", 1, 151936, C),
+    _linear("linear 16 rows", 16, F, C),
+    _linear("int8 linear 1 row", 1, F, C, bits=8),
+    _linear("int8 linear prefill", 2048, F, C, bits=8),
+    _linear("int4 linear 1 row", 1, F, C, bits=4),
+    _linear("int4 linear prefill", 2048, F, C, bits=4),
+    _patch_embed(P, E),
+]
+
+
+def _outputs(result) -> list[torch.Tensor]:
+    return [x for x in (result if isinstance(result, tuple) else (result,)) if x.is_floating_point()]
+
+
+def _fp32(x):
+    return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def _own(arguments: dict, backward: bool) -> dict:
+    """A copy of the arguments for one contestant: some libraries write gradients over their inputs."""
+
+    def copy(name, x):
+        return tree_map(lambda t: t.clone().requires_grad_(backward and t.is_floating_point() and name not in CONSTANTS)
+                        if isinstance(t, torch.Tensor) else t, x)  # fmt: skip
+
+    return {name: copy(name, value) for name, value in arguments.items()}
+
+
+def _gradient(function: Callable, arguments: dict) -> Callable[[], object]:
+    """The backward pass alone, over one kept forward pass."""
+    inputs = [x for x in arguments.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+    out = [x for x in _outputs(function(**arguments)) if x.requires_grad]
+    cotangents = [torch.randn_like(x) for x in out]
+    return lambda: torch.autograd.grad(out, inputs, cotangents, retain_graph=True)
+
+
+def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloat16, seconds: float = 0.4) -> dict:
+    """Errors against fp32, then milliseconds forward and backward of ours and of each rival, then memory if the case asks for it.
+
+    Returns {"errors", "forward", "backward", "memory": by contestant, "unavailable": {rival: why}, "bytes", "flops"}.
+    """
+    torch.manual_seed(SEED)
+    made = case.make(device, dtype)
+    contestants = {"ours": getattr(qvl_kernels, case.op), **case.rivals()}
+    truth_of = next(function for name, function in contestants.items() if name != "ours")
+    errors, unavailable, arguments = {}, {}, {}
+    with torch.no_grad():
+        truth = _outputs(truth_of(**{name: _fp32(x) for name, x in made.items()}))
+        for name, function in list(contestants.items()):
+            try:
+                errors[name] = max(relative_error(x, exact) for x, exact in zip(_outputs(function(**made)), truth))
+                arguments[name] = _own(made, case.backward)
+            except Exception as error:  # a rival that this machine or version lacks; ours must work
+                if name == "ours":
+                    raise
+                unavailable[name] = f"{type(error).__name__}: {error}"[:200]
+                del contestants[name]
+        del truth
+        forward = compare({name: lambda f=function, a=arguments[name]: f(**a) for name, function in contestants.items()}, device, seconds=seconds)
+    result = {"errors": errors, "forward": forward, "unavailable": unavailable, "bytes": case.bytes, "flops": case.flops}
+    if case.backward:
+        result["backward"] = compare({name: _gradient(function, arguments[name]) for name, function in contestants.items()}, device, seconds=seconds)
+    if case.memory:
+        result["memory"] = {name: peak_bytes(lambda f=function, a=arguments[name]: _gradient(f, a)(), device) for name, function in contestants.items()}
+    return result
+
+
+def build(case: KernelCase, arch: str = "sm_90") -> dict:
+    """Without a GPU: the rivals are made, the arguments are fake CUDA tensors, and every kernel launched on them is compiled."""
+    from bench.compiled import inspect, violations
+    from bench.launches import record_call, specialise
+
+    forward, backward = record_call(getattr(qvl_kernels, case.op), lambda: case.make(torch.device("cuda"), torch.bfloat16), arch)
+    case.rivals()
+    made = {s.key: s for call in forward + backward for launch in call.launches for s in [specialise(launch, arch)]}
+    wrong = [f"{s.kernel.__name__}: {text}" for s in made.values() for _, text in violations(arch, inspect(s))]
+    return {"kernels": sorted({s.kernel.__name__ for s in made.values()}), "violations": wrong}
+
+
+def copy_bandwidth(device: torch.device, bytes: int = 2 << 30) -> dict:
+    """GB/s of a device copy, reading and writing counted: what memory-bound kernels are held against."""
+    source = torch.empty(bytes, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    times = compare({"copy": lambda: target.copy_(source)}, device)["copy"]
+    return {"gb_s": 2 * bytes / times["median"] / 1e6, "milliseconds": times}

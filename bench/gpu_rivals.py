@@ -1,0 +1,123 @@
+"""What the kernels are compared with on a GPU: PyTorch eager and compiled, its attention backends, and libraries where installed."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+import qvl_kernels
+from qvl_kernels.quant import dequantize
+
+__all__ = ["attention_rivals", "cross_attention_rivals", "decode_attention_rivals", "linear_cross_entropy_rivals", "plain_rivals",
+           "quantized_rivals"]  # fmt: skip
+
+Rivals = dict[str, Callable[..., object]]
+
+
+def _eager(op: str) -> Callable[..., object]:
+    function = getattr(qvl_kernels, op)
+
+    def call(**arguments):
+        with qvl_kernels.use_backend("reference"):
+            return function(**arguments)
+
+    return call
+
+
+@functools.cache
+def _liger() -> dict[str, Callable[..., object]]:
+    """op -> Liger-Kernel's counterpart with our argument names; empty where it is not installed."""
+    try:
+        from liger_kernel.transformers import functional as liger
+    except ImportError:
+        return {}
+    return {
+        "rms_norm": lambda x, weight: liger.liger_rms_norm(x, weight, 1e-6, 0.0, "llama", False),
+        "add_rms_norm": lambda x, residual, weight: liger.liger_fused_add_rms_norm(x, residual, weight, 1e-6, 0.0, "llama", False),
+        "layer_norm": lambda x, weight, bias: liger.liger_layer_norm(x, weight, bias, 1e-6),
+        "swiglu": lambda gate, up: liger.liger_swiglu(gate, up),
+        "linear_cross_entropy": lambda hidden, weight, labels: liger.liger_fused_linear_cross_entropy(hidden, weight, labels),
+    }
+
+
+def plain_rivals(op: str) -> Rivals:
+    """The reference eagerly and compiled, and Liger's kernel if it has one."""
+    rivals = {"eager": _eager(op), "compile": torch.compile(_eager(op), dynamic=False)}
+    return rivals | ({"liger": _liger()[op]} if op in _liger() else {})
+
+
+def linear_cross_entropy_rivals() -> Rivals:
+    def stock(hidden, weight, labels):
+        return cross_entropy((hidden @ weight.t()).float(), labels)
+
+    return {"eager": stock} | ({"liger": _liger()["linear_cross_entropy"]} if _liger() else {})
+
+
+def _sdpa(q, k, v, **options):
+    """[B, T, H, D] in and out."""
+    if q.dtype == torch.float32:  # the truth: with grouped queries SDPA would hold all scores
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    out = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=q.shape[2] != k.shape[2], **options)
+    return out.transpose(1, 2)
+
+
+def _with_backend(backend: SDPBackend, function: Callable[..., object]) -> Callable[..., object]:
+    def call(**arguments):
+        with sdpa_kernel([backend]):
+            return function(**arguments)
+
+    return call
+
+
+def attention_rivals(*, causal: bool, lengths: tuple[int, int] | None = None) -> Rivals:
+    """SDPA as stock calls it, its FLASH and CUDNN backends, and flash-attn. ``lengths``: (sequences, tokens of each) of packed inputs."""
+
+    def sdpa(q, k, v, **_):
+        if lengths is None:
+            return _sdpa(q, k, v, is_causal=causal)
+        return _sdpa(*(x.view(*lengths, *x.shape[1:]) for x in (q, k, v)), is_causal=causal).reshape(q.shape)
+
+    rivals = {"sdpa": sdpa, "flash": _with_backend(SDPBackend.FLASH_ATTENTION, sdpa), "cudnn": _with_backend(SDPBackend.CUDNN_ATTENTION, sdpa)}
+    try:
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
+    except ImportError:
+        return rivals
+    if lengths is None:
+        rivals["flash-attn"] = lambda q, k, v, **_: flash_attn_func(q, k, v, causal=causal)
+    else:
+        rivals["flash-attn"] = lambda q, k, v, cu_seqlens, **_: flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, lengths[1], lengths[1], causal=causal)
+    return rivals
+
+
+def cross_attention_rivals() -> Rivals:
+    def sdpa(q, k, v, kv_lens):
+        visible = torch.arange(k.shape[1], device=q.device)[None, None, None] < kv_lens[:, None, None, None]
+        return _sdpa(q, k, v, attn_mask=visible)
+
+    return {"sdpa": sdpa}
+
+
+def decode_attention_rivals() -> Rivals:
+    def sdpa(q, k_cache, v_cache, lengths):
+        """A step over a static cache, as stock transformers does it: a mask hides what is not filled yet."""
+        visible = torch.arange(k_cache.shape[2], device=q.device)[None, None, None] < lengths[:, None, None, None]
+        out = scaled_dot_product_attention(q.transpose(1, 2), k_cache, v_cache, attn_mask=visible, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    return {"sdpa": sdpa}
+
+
+def quantized_rivals() -> Rivals:
+    """The definition, and the product with the same weight in 16 bits, rounded beforehand: what a user has without quantisation."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def dequantised(x, weight):
+        key = id(weight.values)
+        if key not in kept:
+            kept[key] = dequantize(weight, x.dtype)
+        return x @ kept[key].t()
+
+    return {"eager": _eager("quantized_linear"), "dequantised": dequantised}

@@ -1,0 +1,76 @@
+"""Times and memory on a GPU; on other devices the same with the wall clock, so that every case can be tried without one."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from bench.timing import summary
+
+__all__ = ["compare", "peak_bytes", "synchronize", "wall_seconds"]
+
+FLUSH_BYTES = 256 << 20  # larger than any L2 cache: inputs come from memory, as in a model
+FLUSH_BYTES_CPU = 1 << 20
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def wall_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Of one call, with everything that it put on the device."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def compare(functions: dict[str, Callable[[], object]], device: torch.device, *, seconds: float = 0.4, most: int = 50) -> dict[str, dict]:
+    """Milliseconds of each function: medians and ranges of rounds in which all take turns, after a flush of the caches.
+
+    ``seconds`` bounds the time of all rounds together, ``most`` their number; five are always done.
+    """
+    for function in functions.values():
+        for _ in range(2):
+            function()
+    once = sum(wall_seconds(function, device) for function in functions.values())
+    rounds = min(most, max(5, int(seconds / max(once, 1e-6))))
+    flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else FLUSH_BYTES_CPU, dtype=torch.uint8, device=device)
+    names, times = list(functions), {name: [] for name in functions}
+    for index in range(rounds):
+        order = names[index % len(names) :] + names[: index % len(names)]
+        for name in order:
+            flush.zero_()
+            times[name].append(_once(functions[name], device))
+    synchronize(device)
+    return {name: summary([reading() for reading in readings]) for name, readings in times.items()}
+
+
+def _once(function: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """Runs it and returns how to read its milliseconds once the device has finished."""
+    if device.type != "cuda":
+        elapsed = 1e3 * wall_seconds(function, device)
+        return lambda: elapsed
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    function()
+    end.record()
+    return lambda: start.elapsed_time(end)
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Device memory that a call needs beyond what was allocated before; 0 where there is no allocator to ask."""
+    if device.type != "cuda":
+        function()
+        return 0
+    function()  # what it keeps, such as workspaces, is not counted
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
