@@ -214,6 +214,28 @@ def test_hooks_are_called_and_heeded(name):
     assert calls[accelerated] == calls[plain] > 0 and relative(out, expected) < 2e-5
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_adapters(name):
+    import peft
+
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "qkv", "fc1"], init_lora_weights=False)
+    base = plain_model(name)
+    adapted = peft.get_peft_model(copy.deepcopy(base), settings).eval()
+    accelerated = qvl_model.accelerate(copy.deepcopy(adapted))
+    expected = run(adapted, **inputs(6)).logits
+    assert relative(expected, run(base, **inputs(6)).logits) > 0.1
+    assert relative(run(accelerated, **inputs(6)).logits, expected) < 2e-5
+    assert relative(run(accelerated.merge_and_unload(), **inputs(6)).logits, expected) < 2e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_traced_models(name):
+    plain, accelerated = pair(name)
+    compiled = torch.compile(accelerated, backend="eager")
+    assert relative(run(compiled, **inputs(6)).logits, run(plain, **inputs(6)).logits) < 2e-5
+
+
 def test_weights_may_be_replaced_between_calls():
     plain, accelerated = pair("mlp")
     run(accelerated, **inputs(6))

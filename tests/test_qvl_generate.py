@@ -220,6 +220,24 @@ def text_cache(model) -> DynamicCache:
     return cache
 
 
+def test_a_second_turn_goes_on_with_the_cache(model):
+    batch, cache = inputs(5), DynamicCache(config=model.config)
+    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    first = model.generate(**batch, **options, past_key_values=cache)
+    ids = torch.cat((first, torch.tensor([[3, 4, 5]])), 1)
+    expected = model.generate(input_ids=ids, pixel_values=batch["pixel_values"], **options)
+    again = copy.deepcopy(cache)
+    assert torch.equal(model.generate(input_ids=ids, past_key_values=cache, **options), expected)
+    with pytest.raises(ValueError, match="already holds images"):  # rather than silently left out
+        model.generate(input_ids=ids, pixel_values=batch["pixel_values"], past_key_values=again, **options)
+
+
+def test_an_assistant_model(models, model):
+    plain = models["attention" if "attention" in model.config.connector_type else "mlp", "plain"]
+    batch = inputs(6)
+    assert torch.equal(generated(model, batch, assistant_model=copy.deepcopy(plain)), by_hand(model, batch, 6))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_decoding_step_is_fused(models, name):
     model = models[name, "accelerated"]

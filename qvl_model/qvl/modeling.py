@@ -245,9 +245,12 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
             cross_attentions=out.cross_attentions,
         )  # fmt: skip
 
-    def prepare_inputs_for_generation(self, input_ids, *args, past_key_values=None, use_cache=True, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
-        if holds_images(past_key_values, self.config.num_hidden_layers):  # read once; from now on the cache has them
+    def prepare_inputs_for_generation(self, input_ids, *args, past_key_values=None, is_first_iteration=False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+        )
+        # Read once; from then on the cache has them. A cache that came with images and a call that brings more is refused by forward.
+        if not is_first_iteration and holds_images(past_key_values, self.config.num_hidden_layers):
             inputs.pop("pixel_values", None)
         if inputs.get("pixel_values") is None:
             inputs.pop("pixel_attention_mask", None)
