@@ -72,7 +72,9 @@ def gemv_dot(size: int, bits: int, group: int, pair: bool, arch: str) -> dict:
     stage = parts * block * (block_n * (2 if pair else 1) * (1 if bits else size) + 16 * size * (2 if bits == 4 else 1))
     # A third of shared memory, so that two programs and more run on a processor.
     stages = 2 if arch.startswith("gfx") else max(2, min(5, SHARED_MEMORY[arch] // 3 // stage))
-    return {"BLOCK_N": block_n, "PARTS": parts, "BLOCK": block, "num_warps": parts, "num_stages": stages}
+    # fp32 products keep both operands in registers: more warps share a slice.
+    warps = parts * (1 if size == 2 else 2 if block <= 32 else 4)
+    return {"BLOCK_N": block_n, "PARTS": parts, "BLOCK": block, "num_warps": warps, "num_stages": stages}
 
 
 def decode_attention(heads: int, rows: int, head_dim: int, size: int, capacity: int, arch: str) -> dict:
@@ -82,7 +84,7 @@ def decode_attention(heads: int, rows: int, head_dim: int, size: int, capacity: 
     is smaller than a block of keys. A function of the capacity, not of the lengths: the launch is the same at every step of a graph.
     """
     block_d = max(16, next_power_of_2(head_dim))
-    largest = 16 if block_d > 128 or size == 4 else (32 if arch.startswith("gfx") else 64)
+    largest = 16 if block_d > 128 or size == 4 or arch.startswith("gfx") else 64
     block_m = max(16, min(next_power_of_2(rows), largest))
     block_n = 16 if size == 4 or block_d > 256 else (64 if block_d <= 128 else 32)
     programs = heads * -(-rows // block_m)

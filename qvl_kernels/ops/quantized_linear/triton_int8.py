@@ -24,7 +24,7 @@ def _quantize_rows_kernel(x_ptr, values_ptr, scale_ptr, K, stride_x, stride_valu
         largest = tl.maximum(largest, tl.abs(x))
         poison += x * 0.0
     top = tl.max(largest, 0)
-    inverse = tl.where(top > 1e-30, 127.0 / top, 0.0)  # smaller rows are zeros
+    inverse = tl.where(top > 1e-30, 127.0 / tl.maximum(top, 1e-30), 0.0)  # smaller rows are zeros
     for begin in range(0, K, BLOCK):
         mask = begin + offs < K
         x = tl.load(x_ptr + row * stride_x + begin + offs, mask=mask, other=0.0).to(tl.float32)

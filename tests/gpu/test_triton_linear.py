@@ -1,0 +1,43 @@
+"""linear on GPUs: which kernel multiplies how many rows, and weights whose addresses no wide load can use."""
+
+import pytest
+import torch
+
+import qvl_kernels
+from qvl_kernels import triton_lib, tuning
+from qvl_kernels.testing import assert_close_to_truth, random_tensor
+
+
+def _rand(*shape: int, dtype=torch.float16, seed: int = 0) -> torch.Tensor:
+    return random_tensor(shape, dtype, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("shape", "kind", "kernel"), [
+    ((1, 64), torch.float16, "gemv_fma_kernel"), ((2, 2, 64), torch.float16, "gemv_fma_kernel"),
+    ((5, 64), torch.float16, "gemv_dot_kernel"), ((16, 64), torch.float16, "gemv_dot_kernel"),
+    ((16, 64), torch.float32, "gemv_fma_kernel"), ((17, 64), torch.float16, None), ((2, 9, 64), torch.float32, None),
+], ids=str)  # fmt: skip
+def test_kernel_by_rows(shape, kind, kernel, device):
+    x, weight = (_rand(*size, dtype=kind).to(device) for size in (shape, (10, 64)))
+    with torch.no_grad(), qvl_kernels.use_backend("triton"), triton_lib.record() as launches:
+        qvl_kernels.linear(x, weight)
+    assert [launch.kernel.__name__ for launch in launches] == ([] if kernel is None else [kernel])
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_misaligned_weights(rows, offset, dtype, device):
+    """Views that begin between two 16-byte words, with rows of odd lengths."""
+    x = _rand(rows, 35, dtype=dtype).to(device)[:, :33]
+    weight = _rand(6 * 40 + offset, dtype=dtype, seed=1)[offset:].view(6, 40).to(device)[:, :33]
+    with torch.no_grad(), qvl_kernels.use_backend("triton"):
+        out = qvl_kernels.linear(x, weight)
+    assert_close_to_truth(out, x @ weight.t(), x.double() @ weight.double().t())
+
+
+def test_bytes_of_the_model_are_read_once():
+    """Programs times their share of the weight: no weight row is loaded twice, whatever the tile."""
+    for rows in range(1, tuning.GEMV_ROWS + 1):
+        for bits in (0, 8, 4):
+            tile = tuning.gemv_fma(rows, 2048, 2048, 2, bits, False, "sm_90")
+            assert tile is None or tile["ROWS"] == rows, (rows, bits, tile)

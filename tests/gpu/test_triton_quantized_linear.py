@@ -1,0 +1,89 @@
+"""quantized_linear on GPUs beyond the shared cases: rounding of rows to int8, both routes for many rows, and what is not finite."""
+
+import pytest
+import torch
+
+import qvl_kernels
+from qvl_kernels import tuning
+from qvl_kernels.ops.quantized_linear import triton_int8
+from qvl_kernels.quant import dequantize, quantize
+from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, random_tensor, relative_error, surrounded
+
+
+def _rand(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
+    return random_tensor(shape, dtype, torch.Generator().manual_seed(seed))
+
+
+def _run(x: torch.Tensor, weight, device, monkeypatch) -> torch.Tensor:
+    ours = weight._replace(values=surrounded(weight.values.to(device)), scales=surrounded(weight.scales.to(device)))
+    x = surrounded(x.to(device))
+    guard = GuardedEmpty()
+    monkeypatch.setattr(torch, "empty", guard)
+    with torch.no_grad(), qvl_kernels.use_backend("triton"):
+        out = qvl_kernels.quantized_linear(x, ours)
+    monkeypatch.undo()
+    guard.check()
+    return out.cpu()
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    """What rows become between int8 and back."""
+    scale = x.double().abs().amax(1, keepdim=True) / 127.0
+    return torch.where(scale > 0, torch.round(x.double() / scale) * scale, 0.0)
+
+
+@pytest.mark.parametrize("k", [1, 100, 300])
+def test_rows_are_rounded_to_int8(k, dtype, device, monkeypatch):
+    x = _rand(5, k, dtype=dtype)
+    x[1], x[2] = 0.0, x[2] * 1e-4
+    x[3, k // 2] = 1000.0  # an outlier: the others become small numbers
+    monkeypatch.setattr(tuning, "quantize_rows", lambda k: {"BLOCK": 64, "num_warps": 1})  # rows of several blocks
+    values, scales = (y.cpu() for y in triton_int8.launch_quantize_rows(surrounded(x.to(device))))
+    exact = x.double() / (x.double().abs().amax(1, keepdim=True) / 127.0)
+    exact[1] = 0.0
+    assert (values.double() - exact).abs().max() <= 0.5 + 1e-4
+    assert values.abs().amax(1).tolist() == [127, 0, 127, 127, 127]
+    torch.testing.assert_close(scales.double(), x.double().abs().amax(1) / 127.0, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(17, 70, 40), (40, 33, 129), (70, 66, 260)], ids=str)
+def test_int8_products_are_exact_but_for_the_rounding_of_rows(m, n, k, dtype, device, monkeypatch):
+    x, weight = _rand(m, k, dtype=dtype), quantize(_rand(n, k, seed=1), 8)
+    out, wide = _run(x, weight, device, monkeypatch), dequantize(weight, torch.float64)
+    # A number next to the middle of two integers may be rounded either way.
+    assert relative_error(out, _rounded(x) @ wide.t()) < 2 * torch.finfo(dtype).eps + 1e-4
+    assert relative_error(out, x.double() @ wide.t()) < 0.012  # 8 bits of a normal distribution
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_int4_unpacked_in_the_kernel(group, device, monkeypatch):
+    x, weight = _rand(37, 150, dtype=torch.float16), quantize(_rand(70, 150, seed=1), 4, group)
+    baseline = x @ dequantize(weight, torch.float16).t()
+    assert tuning.quantized_linear_route(37, 4, 2) == "triton"
+    assert_close_to_truth(_run(x, weight, device, monkeypatch), baseline, x.double() @ dequantize(weight, torch.float64).t())
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32), (4, 128)])
+def test_widened_weight(bits, group, dtype, device, monkeypatch):
+    monkeypatch.setattr(tuning, "quantized_linear_route", lambda *_: "dequantize")
+    x, weight = _rand(20, 300, dtype=dtype), quantize(_rand(9, 300, seed=1), bits, group)
+    out = _run(x, weight, device, monkeypatch)
+    assert_close_to_truth(out, x @ dequantize(weight, dtype).t(), x.double() @ dequantize(weight, torch.float64).t())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite(bits, bad, device, monkeypatch):
+    x, weight = _rand(20, 64, dtype=torch.float16), quantize(_rand(5, 64, seed=1), bits, 32)
+    x[3, 7] = bad
+    out = _run(x, weight, device, monkeypatch)
+    good = torch.arange(20) != 3
+    assert not out[3].isfinite().any() and out[good].isfinite().all()
+
+
+def test_few_rows_keep_their_precision(device, monkeypatch):
+    """Decoding multiplies x as it is; the error of rounding rows begins with prefill, at 17 rows."""
+    x, weight = _rand(17, 64), quantize(_rand(8, 64, seed=1), 8)
+    exact = x.double() @ dequantize(weight, torch.float64).t()
+    assert relative_error(_run(x[:16], weight, device, monkeypatch), exact[:16]) < 1e-6
+    assert 1e-3 < relative_error(_run(x, weight, device, monkeypatch), exact) < 0.012
