@@ -25,6 +25,14 @@ def test_files_and_tests_exist():
         assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), flags=re.MULTILINE), f"SPEC.md names {file}::{test}"
 
 
+def test_readme_example():
+    """It runs as it stands."""
+    section = (ROOT / "README.md").read_text().split("## QVL\n")[1].split("\n## ")[0]
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)[1], names)
+    assert names["tokens"].shape == (2, 11)
+
+
 def test_every_norm_has_the_epsilon():
     for name in ("mlp", "attention"):
         modules = list(plain_model(name).modules())
