@@ -6,18 +6,10 @@
 
 namespace qvl {
 
-namespace {
-
-// (weight pointer, row stride, bias pointer or 0)
-using WeightTuple = std::tuple<Ptr, int64_t, Ptr>;
-Weight weight(const WeightTuple& t) { return Weight{in(std::get<0>(t)), std::get<1>(t), in(std::get<2>(t))}; }
-
-}  // namespace
-
 void bind_layers(py::module_& m) {
   m.def(
       "decoder_layer",
-      [](Ptr x, Ptr out_, std::array<Ptr, 4> norms, std::array<WeightTuple, 7> weights, Ptr cos, Ptr sin,
+      [](Ptr x, Ptr out_, std::array<Ptr, 4> norms, std::array<Weight, 7> weights, Ptr cos, Ptr sin,
          std::array<int64_t, 2> cos_s, std::array<int64_t, 2> sin_s, Ptr k_cache, Ptr v_cache, std::array<int64_t, 3> k_s,
          std::array<int64_t, 3> v_s, int64_t batch, int64_t queries, int64_t past, int64_t hidden, int64_t heads,
          int64_t kv_heads, int64_t head_dim, int64_t mlp, int mask_kind, Ptr mask, std::array<int64_t, 4> mask_s, float eps,
@@ -25,8 +17,8 @@ void bind_layers(py::module_& m) {
         DecoderLayerArgs a{};
         a.x = in(x), a.out = out(out_);
         a.input_norm = in(norms[0]), a.q_norm = in(norms[1]), a.k_norm = in(norms[2]), a.post_norm = in(norms[3]);
-        a.q = weight(weights[0]), a.k = weight(weights[1]), a.v = weight(weights[2]), a.o = weight(weights[3]);
-        a.gate = weight(weights[4]), a.up = weight(weights[5]), a.down = weight(weights[6]);
+        a.q = weights[0], a.k = weights[1], a.v = weights[2], a.o = weights[3];
+        a.gate = weights[4], a.up = weights[5], a.down = weights[6];
         a.cos = in(cos), a.sin = in(sin);
         a.cos_b = cos_s[0], a.cos_t = cos_s[1], a.sin_b = sin_s[0], a.sin_t = sin_s[1];
         a.k_cache = out(k_cache), a.v_cache = out(v_cache);
@@ -47,13 +39,13 @@ void bind_layers(py::module_& m) {
 
   m.def(
       "vision_block",
-      [](Ptr x, Ptr out_, std::array<Ptr, 4> norms, std::array<WeightTuple, 4> weights, Ptr cos, Ptr sin, int64_t cos_t,
+      [](Ptr x, Ptr out_, std::array<Ptr, 4> norms, std::array<Weight, 4> weights, Ptr cos, Ptr sin, int64_t cos_t,
          int64_t sin_t, Ptr cu_seqlens, int64_t sequences, int64_t tokens, int64_t hidden, int64_t heads, int64_t head_dim,
          int64_t mlp, float eps, float scale, int dtype) {
         VisionBlockArgs a{};
         a.x = in(x), a.out = out(out_);
         a.norm1_w = in(norms[0]), a.norm1_b = in(norms[1]), a.norm2_w = in(norms[2]), a.norm2_b = in(norms[3]);
-        a.qkv = weight(weights[0]), a.proj = weight(weights[1]), a.fc1 = weight(weights[2]), a.fc2 = weight(weights[3]);
+        a.qkv = weights[0], a.proj = weights[1], a.fc1 = weights[2], a.fc2 = weights[3];
         a.cos = static_cast<const float*>(in(cos)), a.sin = static_cast<const float*>(in(sin));
         a.cos_t = cos_t, a.sin_t = sin_t;
         a.cu_seqlens = static_cast<const int32_t*>(in(cu_seqlens));

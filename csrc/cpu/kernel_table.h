@@ -69,6 +69,37 @@ struct GemvArgs {
   int64_t out_stride;
 };
 
+enum class WeightFormat : int { stored = 0, int8 = 1, int4 = 2 };  // layouts: qvl_kernels/quant
+
+constexpr int64_t kInt8Group = 128;  // activations per scale with int8 weights; int4 weights bring their own group
+
+// Inputs of a row per scale of its rounded activations; k_padded is a whole number of groups.
+inline int64_t activation_group(WeightFormat format, int64_t weight_group) {
+  return format == WeightFormat::int8 ? kInt8Group : weight_group;
+}
+
+// Rows of activations as int8, one scale per row and group: values = round(x * 127 / max |x|), scale = max |x| / 127.
+// A group with an element that is not finite gets the scale NaN; one below kTinyActivation is zeros.
+struct QuantizeArgs {
+  const void* x;          // [m, k] rows
+  int64_t x_stride, k, group, k_padded;
+  DType dtype;
+  int8_t* values;         // [m][k_padded], zero from k on
+  float* scales;          // [m][k_padded / group]
+};
+constexpr float kTinyActivation = 1e-30f;
+
+// As GemvArgs over quantised weights and activations.
+struct QuantGemvArgs : GemvArgs {
+  WeightFormat format;
+  int64_t group;          // inputs per activation scale, and of int4 per weight scale
+  const int8_t* values;   // activations: [m][k_padded]
+  const float* x_scales;  // [m][k_padded / group]
+  const void* scales;     // of the weights: fp32 [n], or bf16 [n][k_padded / group], rows at scale_stride
+  const void* scales2;
+  int64_t scale_stride, scale2_stride;
+};
+
 // silu(x) * up, or gelu_tanh(x + bias); rows of `size` elements.
 struct ActivationArgs {
   Activation activation;
@@ -143,6 +174,8 @@ struct KernelTable {
   void (*gemm_task)(const GemmArgs&, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end, float* scratch);
   void (*gemv_prepare)(const void* x, DType dtype, int64_t k, float* out);
   void (*gemv_rows)(const GemvArgs&, int64_t n_begin, int64_t n_end);
+  void (*quantize_rows)(const QuantizeArgs&, int64_t begin, int64_t end);
+  void (*quant_gemv_rows)(const QuantGemvArgs&, int64_t n_begin, int64_t n_end);
   void (*rope_rows)(const RopeArgs&, int64_t begin, int64_t end);
   void (*activation_rows)(const ActivationArgs&, int64_t begin, int64_t end);
   void (*attention_task)(const AttentionArgs&, const AttentionTask&, float* scratch);

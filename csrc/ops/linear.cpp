@@ -4,6 +4,7 @@
 
 #include "../threads.h"
 #include "../workspace.h"
+#include "quant_linear.h"
 
 namespace qvl {
 
@@ -73,6 +74,13 @@ LinearCall from_row(LinearCall call, int64_t row, int64_t element) {
   if (call.out) call.out = static_cast<char*>(call.out) + row * call.out_stride * element;
   if (call.residual) call.residual = static_cast<const char*>(call.residual) + row * call.residual_stride * element;
   return call;
+}
+
+// At most `count` rows, the first of them `row`.
+Rows from_row(Rows rows, int64_t row, int64_t count) {
+  rows.x = static_cast<const char*>(rows.x) + row * rows.stride * dtype_bytes(rows.dtype);
+  rows.m = rows.m - row < count ? rows.m - row : count;
+  return rows;
 }
 
 GemmArgs gemm_args(const LinearCall& call, const float* panels, int64_t m, int64_t k, Route route, DType dtype) {
@@ -148,20 +156,13 @@ void run_gemvs(const Rows& rows, const LinearCall* calls, int count) {
   });
 }
 
-}  // namespace
+constexpr int kMaxCalls = 4;
 
-Route gemm_route(DType dtype, int64_t k, int64_t n) {
-  if (dtype == DType::bf16 && k % 2 == 0 && n % 2 == 0 && dot_is_faster()) return Route::dot;
-  return Route::fma;
-}
-
-void run_linears(const Rows& rows, const LinearCall* calls, int count) {
-  if (rows.m == 0) return;
+void run_stored(const Rows& rows, const LinearCall* calls, int count) {
   if (rows.m <= kGemvMaxRows) return run_gemvs(rows, calls, count);
   const Route route = gemm_route(rows.dtype, rows.k, 2);
   const int64_t chunk = rows.m < kChunkRows ? rows.m : kChunkRows, element = dtype_bytes(rows.dtype);
   float* panels = panels_workspace().get<float>(panel_words(chunk, rows.k, route));
-  constexpr int kMaxCalls = 4;
   GemmArgs gemms[kMaxCalls];
   for (int64_t row = 0; row < rows.m; row += chunk) {
     const int64_t m = rows.m - row < chunk ? rows.m - row : chunk;
@@ -172,19 +173,55 @@ void run_linears(const Rows& rows, const LinearCall* calls, int count) {
   }
 }
 
+void run_quantized(const Rows& rows, const LinearCall* calls, int count) {
+  const int64_t element = dtype_bytes(rows.dtype);
+  LinearCall part[kMaxCalls];
+  for (int64_t row = 0; row < rows.m; row += kQuantGemvMaxRows) {
+    for (int i = 0; i < count; ++i) part[i] = from_row(calls[i], row, element);
+    run_quant_gemvs(from_row(rows, row, kQuantGemvMaxRows), part, count);
+  }
+}
+
+bool quantized(const LinearCall& call) { return call.weight.format != WeightFormat::stored; }
+
+}  // namespace
+
+Route gemm_route(DType dtype, int64_t k, int64_t n) {
+  if (dtype == DType::bf16 && k % 2 == 0 && n % 2 == 0 && dot_is_faster()) return Route::dot;
+  return Route::fma;
+}
+
+void run_linears(const Rows& rows, const LinearCall* calls, int count) {
+  if (rows.m == 0) return;
+  for (int begin = 0, end; begin < count; begin = end) {
+    const Weight& first = calls[begin].weight;
+    for (end = begin + 1; end < count && calls[end].weight.format == first.format && calls[end].weight.group == first.group;) ++end;
+    if (first.format == WeightFormat::stored) {
+      run_stored(rows, calls + begin, end - begin);
+    } else {
+      run_quantized(rows, calls + begin, end - begin);
+    }
+  }
+}
+
 void run_mlp(const Rows& rows, const LinearCall& first, const LinearCall& down) {
   if (rows.m == 0) return;
   const int64_t hidden = first.n, element = dtype_bytes(rows.dtype);
   thread_local Workspace hidden_ws;
-  if (rows.m <= kGemvMaxRows) {
+  const int64_t chunk = rows.m < kChunkRows ? rows.m : kChunkRows;
+  if (rows.m <= kGemvMaxRows || quantized(first) || quantized(down)) {
     LinearCall call = first;
-    call.out = hidden_ws.get<char>(rows.m * hidden * element);
+    call.out = hidden_ws.get<char>(chunk * hidden * element);
     call.out_stride = hidden;
-    run_gemvs(rows, &call, 1);
-    return run_gemvs(Rows{call.out, hidden, rows.m, hidden, rows.dtype}, &down, 1);
+    for (int64_t row = 0; row < rows.m; row += chunk) {
+      const Rows part = from_row(rows, row, chunk);
+      run_linears(part, &call, 1);
+      const LinearCall last = from_row(down, row, element);
+      run_linears(Rows{call.out, hidden, part.m, hidden, rows.dtype}, &last, 1);
+    }
+    return;
   }
   const Route route = gemm_route(rows.dtype, rows.k, hidden);
-  const int64_t chunk = rows.m < kChunkRows ? rows.m : kChunkRows;
   float* panels = panels_workspace().get<float>(panel_words(chunk, rows.k, route));
   float* hidden_panels = hidden_ws.get<float>(panel_words(chunk, hidden, route));
   for (int64_t row = 0; row < rows.m; row += chunk) {

@@ -5,15 +5,19 @@
 namespace qvl {
 
 struct Weight {
-  const void* w;     // [n, k], row stride in elements
-  int64_t stride;
-  const void* bias;  // [n] or nullptr
+  const void* w;             // [n, k]: elements of the rows' dtype, int8 values, or nibbles
+  int64_t stride;            // of rows, in elements; in bytes for int4
+  const void* bias;          // [n] or nullptr
+  WeightFormat format = WeightFormat::stored;
+  const void* scales = nullptr;  // int8: fp32 [n]; int4: bf16 [n][k padded / group]
+  int64_t scale_stride = 0;
+  int64_t group = 0;         // int4: inputs per scale
 };
 
 // out [m, n] = act(x [m, k] W^T + bias) + residual
 struct LinearCall {
   Weight weight;
-  const Weight* up = nullptr;  // swiglu: weight is the gate
+  const Weight* up = nullptr;  // swiglu: weight is the gate; both in one format
   int64_t n = 0;
   Activation activation = Activation::none;
   const void* residual = nullptr;
@@ -31,11 +35,12 @@ struct Rows {
 
 // Up to this many rows go through gemv: memory bound, one pass over the weights.
 constexpr int64_t kGemvMaxRows = 4;
+constexpr int64_t kQuantGemvMaxRows = 16;  // the same over quantised weights
 
 // The faster GEMM route of this machine for the dtype. dot needs k, and where panels are chained n, to be even.
 Route gemm_route(DType dtype, int64_t k, int64_t n);
 
-// All calls over the same rows, in one parallel region.
+// All calls over the same rows; calls of one format beside each other share a parallel region.
 void run_linears(const Rows& rows, const LinearCall* calls, int count);
 
 // down(act(first(x))) [+ down.residual]: the activations between stay in panel layout (or in a small buffer for few rows).

@@ -4,15 +4,23 @@ int8  symmetric, one fp32 scale per output row: w[n, k] = scales[n, 0] * values[
 int4  symmetric, one bf16 scale per row and group of ``group`` inputs (32, 64 or 128): w[n, k] = scales[n, k // group] * (nibble - 8),
       nibbles in [0, 15]. In each block of 32 inputs, byte j of 16 holds input j in its low and input j + 16 in its high nibble.
       K is padded with zeros to a whole number of groups.
+
+On the CPU activations are rounded to int8 too, one scale per row and group of inputs: see ``quantize_activations``.
 """
 
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["GROUPS", "QuantizedWeight", "dequantize", "quantize"]
+from qvl_kernels import checks
+
+__all__ = [
+    "GROUPS", "INT8_ACTIVATION_GROUP", "QuantizedWeight", "check_weight", "dequantize", "quantize", "quantize_activations", "rounded_activations",
+]  # fmt: skip
 
 GROUPS = (32, 64, 128)
+INT8_ACTIVATION_GROUP = 128  # activations per scale with int8 weights; as csrc/cpu/kernel_table.h
+TINY_ACTIVATION = 1e-30  # groups that stay below are zeros
 BLOCK = 32
 CHUNK = 1 << 22  # elements widened at once
 
@@ -101,3 +109,60 @@ def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -
     blocks = values.reshape(rows, padded // BLOCK, 1, BLOCK // 2)
     nibbles = torch.cat((blocks & 15, blocks >> 4), 2).view(rows, scales.shape[1], padded // max(1, scales.shape[1]))
     return ((nibbles.float() - 8) * scales.float()[..., None]).view(rows, padded)[:, :size].to(dtype)
+
+
+def quantize_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., K] as int8 [..., K padded to whole groups] and fp32 scales [..., groups]: what the CPU kernels multiply.
+
+    scale = max |x| / 127 of each group, values = round(x * 127 / max |x|). A group with an element that is not finite gets the
+    scale NaN, one below 1e-30 is zeros. Groups keep an outlier from coarsening more than its neighbours.
+
+    Example:
+        >>> values, scales = quantize_activations(torch.randn(3, 100), 32)
+    """
+    wide = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
+    top = wide.abs().amax(-1)
+    inverse = torch.where(top > TINY_ACTIVATION, 127.0 / top, torch.zeros_like(top))
+    values = torch.round(wide * inverse[..., None]).nan_to_num(0.0, 0.0, 0.0).to(torch.int8).flatten(-2)
+    return values, torch.where(torch.isfinite(top), top / 127.0, torch.full_like(top, torch.nan))
+
+
+def rounded_activations(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """x [..., K] as the CPU kernels see it when they multiply with ``weight``, in fp32.
+
+    Example:
+        >>> weight = quantize(torch.randn(10, 64), bits=8)
+        >>> y = rounded_activations(torch.randn(3, 64), weight) @ dequantize(weight).T
+    """
+    group = INT8_ACTIVATION_GROUP if weight.bits == 8 else weight.group
+    values, scales = quantize_activations(x, group)
+    return (values.unflatten(-1, (-1, group)) * scales[..., None]).flatten(-2)[..., : x.shape[-1]]
+
+
+def check_weight(op: str, weight: object, device: torch.device) -> None:
+    """TypeError or ValueError unless ``weight`` is a well-formed QuantizedWeight on ``device``; its rows may be strided."""
+    if not isinstance(weight, QuantizedWeight):
+        raise TypeError(f"{op}: weight must be a quant.QuantizedWeight, got {type(weight).__name__}; see quant.quantize")
+    values, scales, size = weight
+    for name, part in (("values", values), ("scales", scales)):
+        if not isinstance(part, torch.Tensor) or part.dim() != 2:
+            raise TypeError(f"{op}: weight.{name} must be a matrix, got {getattr(part, 'shape', type(part).__name__)}")
+        checks.check_device(op, f"weight.{name}", part, device)
+    if size < 1:
+        raise ValueError(f"{op}: weight must have at least 1 input, got {size}")
+    # float64 scales are the tests' truth and taken by the reference only
+    if values.dtype == torch.int8 and scales.dtype in (torch.float32, torch.float64):
+        checks.check_shape(op, "weight.values", values, (values.shape[0], size))
+        checks.check_shape(op, "weight.scales", scales, (values.shape[0], 1))
+    elif values.dtype == torch.uint8 and scales.dtype in (torch.bfloat16, torch.float64):
+        groups, rest = divmod(2 * values.shape[1], max(1, scales.shape[1]))
+        if scales.shape[0] != values.shape[0] or rest or groups not in GROUPS or scales.shape[1] != -(-size // groups):
+            raise ValueError(
+                f"{op}: int4 values {tuple(values.shape)} and scales {tuple(scales.shape)} do not describe rows of {size}"
+                f" inputs in groups of {', '.join(map(str, GROUPS))}"
+            )
+    else:
+        raise TypeError(
+            f"{op}: weight must be int8 values with fp32 scales or uint8 values with bf16 scales, got {values.dtype} and {scales.dtype}"
+        )
+    checks.check_last_contiguous(op, values=values, scales=scales)

@@ -3,6 +3,8 @@
 #include "norm.inl.h"
 #include "gemm.inl.h"
 #include "gemv.inl.h"
+#include "quantize.inl.h"
+#include "quant_gemv.inl.h"
 #include "rope.inl.h"
 #include "activation.inl.h"
 #include "attention_few.inl.h"

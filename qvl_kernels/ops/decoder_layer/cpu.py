@@ -5,6 +5,7 @@ from qvl_kernels.checks import DTYPE_CODES
 from qvl_kernels.ops.attention.cpu import mask_arguments
 from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.linear.onednn import use_onednn
+from qvl_kernels.ops.linear.weights import extension_weight
 
 __all__ = ["decoder_layer_cpu"]
 
@@ -16,10 +17,9 @@ def decoder_layer_cpu(x, norms, weights, biases, cos, sin, k_cache, v_cache, pas
     _, kv_heads, _, head_dim = k_cache.shape
     out = torch.empty(x.shape, dtype=x.dtype)
     kind, pointer, mask_strides = mask_arguments(mask, (batch, num_heads, time, past + time))
-    bias_pointers = [0 if bias is None else bias.data_ptr() for bias in biases] + [0, 0, 0]
     dispatch.extension().decoder_layer(
         x.data_ptr(), out.data_ptr(), [norm.data_ptr() for norm in norms],
-        [(w.data_ptr(), w.stride(0), bias) for w, bias in zip(weights, bias_pointers)], cos.data_ptr(), sin.data_ptr(),
+        [extension_weight(weight, bias) for weight, bias in zip(weights, (*biases, None, None, None))], cos.data_ptr(), sin.data_ptr(),
         (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)), (sin.stride(0) if sin.shape[0] > 1 else 0, sin.stride(1)),
         k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride()[:3], v_cache.stride()[:3], batch, time, past, hidden,
         num_heads, kv_heads, head_dim, weights[4].shape[0], kind, pointer, mask_strides, eps, scale, DTYPE_CODES[x.dtype],

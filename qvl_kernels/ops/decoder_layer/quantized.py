@@ -1,29 +1,43 @@
-"""A decoder layer some of whose weights are quantised, composed of single ops; looks like a PreparedDecoderLayer from outside."""
+"""A decoder layer some of whose weights are quantised; looks like a PreparedDecoderLayer from outside."""
+
+import sys
 
 import torch
 
-from qvl_kernels.ops.decoder_layer import DecoderWeights
+from qvl_kernels import quant
+from qvl_kernels.ops.decoder_layer import DecoderWeights, check_weights
 from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
+from qvl_kernels.ops.decoder_layer.prepared import PreparedDecoderLayer
+from qvl_kernels.quant import QuantizedWeight
 
 __all__ = ["QuantizedDecoderLayer"]
 
 
-class QuantizedDecoderLayer:
+class QuantizedDecoderLayer(PreparedDecoderLayer):
     """``decoder_layer`` over DecoderWeights any of whose matrices is a ``quant.QuantizedWeight``. Inference only.
+
+    On the CPU one C++ call; on GPUs, under tracing and where gate and up differ in format, composed of single ops.
+    Activations are rounded as ``quantized_linear`` does.
 
     Args:
         weights: with tensors or QuantizedWeight. num_heads, kv_heads: query and key/value heads. eps, scale: as ``decoder_layer``.
+    Raises: TypeError or ValueError for weights that do not fit together.
     """
 
-    def __init__(self, weights: DecoderWeights, *, num_heads: int, kv_heads: int, eps: float, scale: float) -> None:
-        self.weights, self.num_heads, self.kv_heads, self.eps, self.scale = weights, num_heads, kv_heads, eps, scale
-        self.head_dim = weights.q_norm.shape[0]
+    ROWS = sys.maxsize
 
-    def __call__(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *,
-        past: int, mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """As ``decoder_layer``."""
+    def _check(self, x: torch.Tensor, weights: DecoderWeights, num_heads: int, kv_heads: int, head_dim: int) -> None:
+        stand_ins = {}
+        for name, weight in zip(weights._fields, weights):
+            if isinstance(weight, QuantizedWeight):
+                quant.check_weight("decoder_layer", weight, x.device)
+                stand_ins[name] = x.new_empty(weight.in_features).expand(weight.values.shape[0], weight.in_features)
+        check_weights(x, weights._replace(**stand_ins), num_heads, kv_heads, head_dim)
+
+    def _is_plain(self, x, cos, sin, k_cache, v_cache, past, mask) -> bool:
+        return _one_format(self.weights.gate, self.weights.up) and super()._is_plain(x, cos, sin, k_cache, v_cache, past, mask)
+
+    def _other(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
         if past < 0 or past + x.shape[1] > k_cache.shape[2]:
             raise ValueError(f"decoder_layer: {x.shape[1]} new keys at position {past} do not fit a cache of {k_cache.shape[2]}")
         w = self.weights
@@ -31,3 +45,10 @@ class QuantizedDecoderLayer:
             x, (w.input_norm, w.q_norm, w.k_norm, w.post_norm), (w.q, w.k, w.v, w.o, w.gate, w.up, w.down),
             (w.q_bias, w.k_bias, w.v_bias, w.o_bias), cos, sin, k_cache, v_cache, past, mask, self.num_heads, self.eps, self.scale,
         )  # fmt: skip
+
+
+def _one_format(gate: torch.Tensor | QuantizedWeight, up: torch.Tensor | QuantizedWeight) -> bool:
+    """Whether one kernel can read both."""
+    if isinstance(gate, QuantizedWeight) and isinstance(up, QuantizedWeight):
+        return gate.bits == up.bits and gate.group == up.group
+    return isinstance(gate, torch.Tensor) and isinstance(up, torch.Tensor)

@@ -3,14 +3,10 @@
 import torch
 
 from qvl_kernels.library import register
-from qvl_kernels.ops.quantized_linear.reference import quantized_linear_reference
+from qvl_kernels.ops.quantized_linear.cpu import quantized_linear_cpu
 from qvl_kernels.quant import QuantizedWeight, dequantize
 
 __all__ = ["quantized_linear_op"]
-
-
-def _quantized_linear_cpu(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return quantized_linear_reference(x, QuantizedWeight(values, scales, x.shape[-1]), bias)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -31,7 +27,7 @@ def _backward(ctx, grad):
 
 quantized_linear_op = register(
     "quantized_linear(Tensor x, Tensor values, Tensor scales, Tensor? bias) -> Tensor",
-    cpu=_quantized_linear_cpu,
+    cpu=quantized_linear_cpu,
     triton="qvl_kernels.ops.quantized_linear.triton_quantized:launch_quantized_linear",
     fake=lambda x, values, scales, bias: torch.empty((*x.shape[:-1], values.shape[0]), dtype=x.dtype, device=x.device),
     backward=_backward,

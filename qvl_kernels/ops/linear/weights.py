@@ -1,0 +1,28 @@
+"""Weights of any format as the extension takes them."""
+
+import torch
+
+from qvl_kernels import dispatch
+from qvl_kernels.quant import QuantizedWeight
+
+__all__ = ["extension_weight", "out_features"]
+
+STORED, INT8, INT4 = range(3)  # as csrc/cpu/kernel_table.h
+
+
+def extension_weight(weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None):
+    """Pointers and layout of a checked weight; the tensors must outlive it."""
+    bias_pointer = 0 if bias is None else bias.data_ptr()
+    if isinstance(weight, torch.Tensor):
+        return dispatch.extension().Weight(weight.data_ptr(), weight.stride(0), bias_pointer)
+    values, scales, _ = weight
+    if scales.dtype is not (torch.float32 if weight.bits == 8 else torch.bfloat16):
+        raise TypeError(f"the C++ kernels take fp32 scales of int8 and bf16 scales of int4 weights, got {scales.dtype}")
+    return dispatch.extension().Weight(
+        values.data_ptr(), values.stride(0), bias_pointer, INT8 if weight.bits == 8 else INT4, scales.data_ptr(), scales.stride(0),
+        0 if weight.bits == 8 else weight.group,
+    )  # fmt: skip
+
+
+def out_features(weight: torch.Tensor | QuantizedWeight) -> int:
+    return (weight.values if isinstance(weight, QuantizedWeight) else weight).shape[0]

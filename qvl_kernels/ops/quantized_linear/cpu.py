@@ -1,0 +1,10 @@
+import torch
+
+from qvl_kernels.ops.linear.cpu import extension_linear
+from qvl_kernels.quant import QuantizedWeight
+
+__all__ = ["quantized_linear_cpu"]
+
+
+def quantized_linear_cpu(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return extension_linear(x, QuantizedWeight(values, scales, x.shape[-1]), bias)
