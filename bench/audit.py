@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,9 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import qvl_kernels
 import qvl_model
 from bench import audit_report, gpu_report
+from bench.audit_sources import sources
 from bench.chips import ROOFLINES
 from bench.compiled import compile_all, violations
-from bench.kernels import cases_of, ops
 from bench.launches import Call, Specialisation, kernels, record, specialise
 from bench.session import DTYPES
 from bench.waivers import WAIVERS, Waiver
@@ -80,10 +81,10 @@ class _Collector:
         self.reached: set[tuple[str, str]] = set()  # (architecture, kernel)
         self._worked: set[tuple[str, str]] = set()
 
-    def add(self, op: str, case: Case, arch: str, dtype: str, wanted: set[str] | None = None) -> None:
+    def add(self, op: str, function: Callable, case: Case, arch: str, dtype: str, wanted: set[str] | None = None) -> None:
         """Records a case; of a case that is no model shape only the kernels in ``wanted``."""
         try:
-            forward, backward = record(op, case, DTYPES[dtype], arch)
+            forward, backward = record(function, case, DTYPES[dtype], arch)
             launches = [(direction, launch) for direction, calls in (("forward", forward), ("backward", backward))
                         for call in calls for launch in call.launches]  # fmt: skip
             made = [(direction, specialise(launch, arch)) for direction, launch in launches]
@@ -109,23 +110,23 @@ def _name(specialisation: Specialisation) -> str:
     return f"{specialisation.kernel.__module__}:{specialisation.kernel.__name__}"
 
 
-def _collect(result: Audit, names: list[str], plan: list[tuple[str, str]], complete: bool) -> list[_Kernel]:
+def _collect(result: Audit, names: list[str] | None, plan: list[tuple[str, str]]) -> list[_Kernel]:
     collector, known = _Collector(result), kernels(qvl_kernels, qvl_model)
-    cases = [(op, case) for op in names for case in cases_of(op)]
+    cases = [(name, function, case) for name, (function, cases) in sources().items() if names is None or name in names for case in cases]
     for arch, dtype in plan:
-        for op, case in cases:
+        for op, function, case in cases:
             if case.model:
-                collector.add(op, case, arch, dtype)
+                collector.add(op, function, case, arch, dtype)
     unreached: dict[str, list[str]] = {}
     for arch, dtype in dict(plan).items():
-        for op, case in cases:
+        for op, function, case in cases:
             missing = {name for name in known if (arch, name) not in collector.reached}
             if missing and not case.model:
-                collector.add(op, case, arch, dtype, missing)
+                collector.add(op, function, case, arch, dtype, missing)
         for name in known:
             if (arch, name) not in collector.reached:
                 unreached.setdefault(name, []).append(arch)
-    if complete:
+    if names is None:
         result.failures += [f"{name.split(':')[1]}: no case of any op launches it on {', '.join(archs)}, so nothing is known about it"
                             for name, archs in sorted(unreached.items())]  # fmt: skip
     return list(collector.found.values())
@@ -167,7 +168,7 @@ def audit(
     """
     if config.interpreted():
         raise RuntimeError("audit: TRITON_INTERPRET=1 is set, so there is nothing to compile; unset it")
-    result, complete = Audit(), names is None
+    result = Audit()
     console = console or Console(quiet=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Refreshed by hand: processes are forked meanwhile, which a refreshing thread would not survive in order.
@@ -175,7 +176,7 @@ def audit(
         warnings.simplefilter("ignore")
         bar = progress.add_task("recording launches", total=None)
         progress.refresh()
-        found = _collect(result, names or list(ops()), plan, complete)
+        found = _collect(result, names, plan)
         by_key = {kernel.specialisation.key: kernel for kernel in found}
         progress.update(bar, description=f"compiling, {jobs} at a time", total=len(found))
         used: set[Waiver] = set()
@@ -184,7 +185,7 @@ def audit(
             progress.advance(bar)
         progress.refresh()
     result.rows.sort(key=lambda row: (row["kernel"], row["dtype"], row["arch"], row["cases"]))
-    if complete and {arch for arch, _ in plan} == set(gpu.ARCHITECTURES):
+    if names is None and {arch for arch, _ in plan} == set(gpu.ARCHITECTURES):
         result.failures += [f"unused waiver: {w.kernel}, {w.arch}, {w.dtype}, {w.kind} ({w.reason})" for w in waivers
                             if w not in used and triton.__version__.startswith(w.triton)]  # fmt: skip
     return result
@@ -192,7 +193,7 @@ def audit(
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.audit", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--op", action="append", choices=list(ops()), help="only this op (may be repeated); writes no files")
+    parser.add_argument("--op", action="append", choices=list(sources()), help="only this op (may be repeated); writes no files")
     parser.add_argument("--arch", action="append", choices=gpu.ARCHITECTURES, help="only this architecture (may be repeated); writes no files")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype (may be repeated); writes no files")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilations at a time (default: one per core)")

@@ -23,7 +23,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-import qvl_kernels
 from qvl_kernels import gpu, library, triton_lib
 from qvl_kernels.testing import Case
 
@@ -144,16 +143,16 @@ def record_call(function: Callable, make: Callable[[], dict], arch: str) -> tupl
             return forward, launchers.differentiate()
 
 
-def record(op: str, case: Case, dtype: torch.dtype, arch: str) -> tuple[list[Call], list[Call]]:
-    """``record_call`` of a public op on one of its cases.
+def record(function: Callable, case: Case, dtype: torch.dtype, arch: str) -> tuple[list[Call], list[Call]]:
+    """``record_call`` on a shared case.
 
     Example:
-        >>> forward, backward = record("swiglu", cases.CASES[0], torch.bfloat16, "sm_90")
+        >>> forward, backward = record(qvl_kernels.swiglu, cases.CASES[0], torch.bfloat16, "sm_90")
         >>> forward[0].launches[0].grid
         (262, 6)
     """
     arguments = _arguments(case, dtype)
-    return record_call(getattr(qvl_kernels, op), lambda: tree_map(lambda x: _like(x, "cuda"), arguments), arch)
+    return record_call(function, lambda: tree_map(lambda x: _like(x, "cuda"), arguments), arch)
 
 
 def target(arch: str) -> GPUTarget:

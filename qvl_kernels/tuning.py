@@ -16,7 +16,7 @@ __all__ = [
     "next_power_of_2",
     "quantize_rows",
     "quantized_linear_route",
-    "row_in_registers",
+    "whole_rows",
 ]
 
 PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}  # of the largest chip of each
@@ -25,6 +25,8 @@ PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120":
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
 
 GEMV_ROWS = 16  # up to so many rows a linear layer is bound by reading its weight; one tile of the tensor cores has 16
+
+PARTIAL_SUMS = 256  # programs that each sum a part of a weight's gradient: two per multiprocessor of large GPUs
 
 
 def next_power_of_2(n: int) -> int:
@@ -36,10 +38,10 @@ def elementwise(size: int) -> dict:
     return {"BLOCK": min(1024, next_power_of_2(size)), "num_warps": 4}
 
 
-def row_in_registers(size: int) -> dict:
-    """A whole row of ``size`` elements in registers of one program: 16 elements a thread, more in rows beyond 8,192."""
+def whole_rows(size: int) -> dict:
+    """Rows of ``size`` elements that stay in registers: 16 to 32 elements a thread, several rows a program if they are short."""
     block = next_power_of_2(size)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    return {"ROWS": max(1, min(16, 1024 // block)), "BLOCK": block, "num_warps": min(16, max(2, block // 512))}
 
 
 def gemv_fma(rows: int, n: int, k: int, size: int, bits: int, pair: bool, arch: str) -> dict | None:

@@ -11,6 +11,7 @@ import triton.language as tl
 import qvl_kernels
 from bench import audit as command
 from bench import audit_report, chips, sass
+from bench.audit_sources import sources
 from bench.compiled import compile_all, inspect, violations
 from bench.kernels import cases_of
 from bench.launches import kernels, record, specialise
@@ -128,7 +129,7 @@ def test_specialisation_is_tritons_own():
 
 def test_recording_sees_launchers_and_formulas():
     (case,) = (case for case in cases_of("swiglu") if case.model)
-    forward, backward = record("swiglu", case, torch.bfloat16, "sm_90")
+    forward, backward = record(qvl_kernels.swiglu, case, torch.bfloat16, "sm_90")
     assert [call.op for call in forward] == ["swiglu"] and [call.op for call in backward] == ["swiglu_backward"]
     assert forward[0].bytes == case.bytes(2)
     ((launch,), (gradient,)) = (calls[0].launches for calls in (forward, backward))
@@ -170,7 +171,7 @@ def test_unused_waivers_and_unreached_kernels_fail_a_whole_audit(monkeypatch):
     """All ops, none of whose kernels is compiled here."""
     monkeypatch.setattr(command, "compile_all", lambda items, **_: ())
     monkeypatch.setattr(command, "kernels", lambda *_: {"somewhere:_lonely_kernel"})
-    monkeypatch.setattr(command, "ops", lambda: {"swiglu": None})
+    monkeypatch.setattr(command, "sources", lambda: {"swiglu": sources()["swiglu"]})
     plan = [(arch, "bf16") for arch in gpu.ARCHITECTURES]
     result = command.audit(plan=plan, waivers=[Waiver("_swiglu_kernel", "sm_80", "bf16", "spill", "once upon a time")])
     assert len(result.failures) == 2

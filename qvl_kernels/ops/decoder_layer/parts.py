@@ -5,7 +5,7 @@ import torch
 from qvl_kernels import dispatch
 from qvl_kernels.gemv import gemv_op, gemv_swiglu_op, quantized_gemv_op, quantized_gemv_swiglu_op
 from qvl_kernels.ops.quantized_linear.op import quantized_linear_op
-from qvl_kernels.ops.rms_norm.cpu import rms_norm_op
+from qvl_kernels.ops.rms_norm.op import rms_norm_op
 from qvl_kernels.ops.swiglu.op import swiglu_op
 from qvl_kernels.quant import QuantizedWeight
 

@@ -1,7 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
-from qvl_kernels.ops.gelu_tanh.cpu import gelu_tanh_op
+from qvl_kernels.ops.gelu_tanh.op import gelu_tanh_op
 from qvl_kernels.ops.gelu_tanh.reference import gelu_tanh_reference
 
 __all__ = ["gelu_tanh"]

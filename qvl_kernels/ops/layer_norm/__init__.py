@@ -1,7 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
-from qvl_kernels.ops.layer_norm.cpu import add_layer_norm_op, layer_norm_op
+from qvl_kernels.ops.layer_norm.op import add_layer_norm_op, layer_norm_op
 from qvl_kernels.ops.layer_norm.reference import add_layer_norm_reference, layer_norm_reference
 
 __all__ = ["add_layer_norm", "layer_norm"]

@@ -2,12 +2,15 @@ import torch
 
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
-from qvl_kernels.library import register
 
-__all__ = ["add_layer_norm_op", "layer_norm_op"]
+__all__ = ["add_layer_norm_cpu", "layer_norm_backward_cpu", "layer_norm_cpu"]
 
 
-def _norm(x, residual, weight, bias, eps):
+def layer_norm_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    return add_layer_norm_cpu(x, None, weight, bias, eps)[0]
+
+
+def add_layer_norm_cpu(x, residual, weight, bias, eps):
     rows = x.reshape(-1, x.shape[-1])
     residual_rows = None if residual is None else residual.reshape(-1, x.shape[-1])
     y = torch.empty(x.shape, dtype=x.dtype)
@@ -21,54 +24,18 @@ def _norm(x, residual, weight, bias, eps):
     return y, total
 
 
-def _layer_norm_backward(grad, x, weight, eps):
-    """With n = (x - mean) r and g = grad * weight: dx = r (g - mean(g) - n mean(g n)), dw = sum(grad n), db = sum(grad)."""
+def layer_norm_backward_cpu(
+    grad: torch.Tensor, grad_x: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """With n = (x - mean) r and g = grad * weight: dx = r (g - mean(g) - n mean(g n)) + grad_x, dw = sum(grad n), db = sum(grad)."""
     wide, g = x.float(), grad.float()
     centred = wide - wide.mean(-1, keepdim=True)
     r = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
     n = centred * r
     gw = g * weight.float()
     dx = r * (gw - gw.mean(-1, keepdim=True) - n * (gw * n).mean(-1, keepdim=True))
+    if grad_x is not None:
+        dx = dx + grad_x
     dw = (g * n).reshape(-1, x.shape[-1]).sum(0)
     db = g.reshape(-1, x.shape[-1]).sum(0)
-    return dx.to(x.dtype), dw.to(weight.dtype), db.to(weight.dtype)
-
-
-def _setup(ctx, inputs, output) -> None:
-    x, weight, _, ctx.eps = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _backward(ctx, grad):
-    return *_layer_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None
-
-
-def _add_setup(ctx, inputs, output) -> None:
-    _, _, weight, _, ctx.eps = inputs
-    ctx.save_for_backward(output[1], weight)
-
-
-def _add_backward(ctx, grad_y, grad_total):
-    dx, dw, db = _layer_norm_backward(grad_y, *ctx.saved_tensors, ctx.eps)
-    dx = dx + grad_total
-    return dx, dx, dw, db, None
-
-
-def _like(x):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-layer_norm_op = register(
-    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
-    cpu=lambda x, weight, bias, eps: _norm(x, None, weight, bias, eps)[0],
-    fake=lambda x, weight, bias, eps: _like(x),
-    backward=_backward,
-    setup_context=_setup,
-)
-add_layer_norm_op = register(
-    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
-    cpu=_norm,
-    fake=lambda x, residual, weight, bias, eps: (_like(x), _like(x)),
-    backward=_add_backward,
-    setup_context=_add_setup,
-)
+    return dx.to(x.dtype).contiguous(), dw.to(weight.dtype), db.to(weight.dtype)

@@ -1,7 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
-from qvl_kernels.ops.rms_norm.cpu import add_rms_norm_op, rms_norm_op
+from qvl_kernels.ops.rms_norm.op import add_rms_norm_op, rms_norm_op
 from qvl_kernels.ops.rms_norm.reference import add_rms_norm_reference, rms_norm_reference
 
 __all__ = ["add_rms_norm", "rms_norm"]

@@ -2,16 +2,15 @@ import torch
 
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
-from qvl_kernels.library import register
 
-__all__ = ["add_rms_norm_op", "rms_norm_backward", "rms_norm_op"]
+__all__ = ["add_rms_norm_cpu", "rms_norm_backward_cpu", "rms_norm_cpu"]
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     rows = _rows(x)
     y = torch.empty(x.shape, dtype=x.dtype)
     dispatch.extension().norm(
@@ -22,7 +21,7 @@ def _rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     return y
 
 
-def _add_rms_norm_cpu(
+def add_rms_norm_cpu(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x_rows, residual_rows = _rows(x), _rows(residual)
@@ -36,56 +35,22 @@ def _add_rms_norm_cpu(
     return y, total
 
 
-def rms_norm_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+def rms_norm_backward_cpu(
+    grad: torch.Tensor, grad_x: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """With n = x r, r = rsqrt(mean(x^2) + eps) and g = grad * weight: dx = r (g - n mean(g n)), dw = sum(grad n)."""
-    wide, g = x.float(), grad.float()
+    """With n = x r, r = rsqrt(mean(x^2) + eps) and g = grad * weight: dx = r (g - n mean(g n)) + grad_x, dw = sum(grad n).
+
+    Since 1 = mean(n^2) + eps r^2, dx_i = r (g_i (sum of the other n_j^2 / size + eps r^2) - n_i sum of the other g_j n_j / size),
+    which does not cancel in rows that one element dominates.
+    """
+    wide, g, size = x.float(), grad.float(), x.shape[-1]
     r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     n = wide * r
     gw = g * weight.float()
-    dx = r * (gw - n * (gw * n).mean(-1, keepdim=True))
+    squares, products = n * n, gw * n
+    other_squares = (squares.sum(-1, keepdim=True) - squares) / size + eps * r * r
+    dx = r * (gw * other_squares - n * ((products.sum(-1, keepdim=True) - products) / size))
+    if grad_x is not None:
+        dx = dx + grad_x
     dw = (g * n).reshape(-1, x.shape[-1]).sum(0)
-    return dx.to(x.dtype), dw.to(weight.dtype)
-
-
-def _setup(ctx, inputs, output) -> None:
-    x, weight, ctx.eps = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _backward(ctx, grad):
-    x, weight = ctx.saved_tensors
-    dx, dw = rms_norm_backward(grad, x, weight, ctx.eps)
-    return dx, dw, None
-
-
-def _add_setup(ctx, inputs, output) -> None:
-    _, _, weight, ctx.eps = inputs
-    ctx.save_for_backward(output[1], weight)
-
-
-def _add_backward(ctx, grad_y, grad_total):
-    total, weight = ctx.saved_tensors
-    dx, dw = rms_norm_backward(grad_y, total, weight, ctx.eps)
-    dx = dx + grad_total
-    return dx, dx, dw, None
-
-
-rms_norm_op = register(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    cpu=_rms_norm_cpu,
-    fake=lambda x, weight, eps: torch.empty(x.shape, dtype=x.dtype, device=x.device),
-    backward=_backward,
-    setup_context=_setup,
-)
-add_rms_norm_op = register(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
-    cpu=_add_rms_norm_cpu,
-    fake=lambda x, residual, weight, eps: (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-    ),
-    backward=_add_backward,
-    setup_context=_add_setup,
-)
+    return dx.to(x.dtype).contiguous(), dw.to(weight.dtype)

@@ -3,7 +3,7 @@ import torch
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
 from qvl_kernels.library import register
-from qvl_kernels.ops.rms_norm.cpu import rms_norm_backward
+from qvl_kernels.ops.rms_norm.cpu import rms_norm_backward_cpu
 from qvl_kernels.ops.rope.reference import rotate_half
 
 __all__ = ["qk_norm_rope_op", "vision_rope_op"]
@@ -51,8 +51,8 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_q, grad_k):
     q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
-    dq, dqw = rms_norm_backward(_rope_backward(grad_q, cos, sin), q, q_weight, ctx.eps)
-    dk, dkw = rms_norm_backward(_rope_backward(grad_k, cos, sin), k, k_weight, ctx.eps)
+    dq, dqw = rms_norm_backward_cpu(_rope_backward(grad_q, cos, sin), None, q, q_weight, ctx.eps)
+    dk, dkw = rms_norm_backward_cpu(_rope_backward(grad_k, cos, sin), None, k, k_weight, ctx.eps)
     return dq, dk, dqw, dkw, None, None, None
 
 

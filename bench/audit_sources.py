@@ -1,0 +1,74 @@
+"""What the audit runs: every public op over its shared cases and over the sizes of the GPU benchmark, and the internal steps of decoding."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+
+import qvl_kernels
+from bench import gpu_kernels
+from bench.kernels import cases_of, ops
+from qvl_kernels.gemv import cases as gemv
+from qvl_kernels.ops.decoder_layer import DecoderWeights
+from qvl_kernels.ops.decoder_layer.decode_step import decode_step
+from qvl_kernels.quant import QuantizedWeight
+from qvl_kernels.testing import Case, random_tensor
+
+__all__ = ["sources"]
+
+C, H, HKV, D, F = 2048, 16, 8, 128, 6144  # of a decoder layer
+CAPACITY = 1024
+
+
+def _weight(n: int, k: int, bits: int, dtype: torch.dtype):
+    if bits == 16:
+        return torch.empty(n, k, dtype=dtype)
+    if bits == 8:
+        return QuantizedWeight(torch.empty(n, k, dtype=torch.int8), torch.empty(n, 1), k)
+    return QuantizedWeight(torch.empty(n, k // 2, dtype=torch.uint8), torch.empty(n, k // 64, dtype=torch.bfloat16), k)
+
+
+def _decode_step_case(rows: int, bits: int) -> Case:
+    """One token of ``rows`` rows through a layer, as a CUDA graph of decoding holds it."""
+
+    def make(dtype, generator):
+        def tensor(*shape):
+            return random_tensor(shape, dtype, generator)
+
+        q, kv = _weight(H * D, C, bits, dtype), _weight(HKV * D, C, bits, dtype)
+        up, o, down = _weight(F, C, bits, dtype), _weight(C, H * D, bits, dtype), _weight(C, F, bits, dtype)
+        weights = DecoderWeights(tensor(C), q, kv, kv, tensor(D), tensor(D), o, tensor(C), up, up, down)
+        cache = (rows, HKV, CAPACITY, D)
+        return {
+            "x": tensor(rows, 1, C), "weights": weights, "cos": tensor(rows, 1, D), "sin": tensor(rows, 1, D), "k_cache": tensor(*cache),
+            "v_cache": tensor(*cache), "lengths": torch.zeros(rows, dtype=torch.int32),
+            "visible": torch.ones(rows, 1, 1, CAPACITY, dtype=torch.bool),
+        }  # fmt: skip
+
+    parameters = C * (H + 2 * HKV) * D + H * D * C + 3 * C * F
+    return Case(f"{rows}_rows_{bits}_bits", make, flops=2.0 * rows * parameters + 4.0 * rows * CAPACITY * H * D,
+                bytes=lambda size: parameters * bits / 8 + 2.0 * rows * HKV * CAPACITY * D * size, model=True)  # fmt: skip
+
+
+def _decode_step(*, weights, **arguments):
+    layer = SimpleNamespace(weights=weights, num_heads=H, kv_heads=HKV, head_dim=D, eps=1e-6, scale=D**-0.5)
+    return decode_step(layer=layer, **arguments)
+
+
+def _benchmarked(op: str) -> list[Case]:
+    """The cases of the GPU benchmark in the form of shared ones."""
+
+    def shared(case: gpu_kernels.KernelCase) -> Case:
+        return Case(case.name, lambda dtype, generator: case.make(torch.device("cpu"), dtype), case.flops, lambda size: case.bytes, model=True)
+
+    return [shared(case) for case in gpu_kernels.CASES if case.op == op]
+
+
+def sources() -> dict[str, tuple[Callable, list[Case]]]:
+    """Name -> (function of keyword arguments, its cases)."""
+    public = {op: (getattr(qvl_kernels, op), [*cases_of(op), *_benchmarked(op)]) for op in ops()}
+    return {
+        **public,
+        "gemv": (lambda **arguments: gemv.op_of(arguments)(**arguments), gemv.CASES),
+        "decode_step": (_decode_step, [_decode_step_case(rows, bits) for rows in (1, 4, 16, 32) for bits in (16, 8, 4)]),
+    }

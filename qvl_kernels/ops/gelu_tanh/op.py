@@ -1,0 +1,41 @@
+"""torch ops qvl::gelu_tanh and its backward."""
+
+import torch
+
+from qvl_kernels.library import register
+from qvl_kernels.ops.gelu_tanh.cpu import gelu_tanh_backward_cpu, gelu_tanh_cpu
+
+__all__ = ["gelu_tanh_op"]
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+gelu_tanh_backward_op = register(
+    "gelu_tanh_backward(Tensor grad, Tensor x, Tensor? bias) -> Tensor",
+    cpu=gelu_tanh_backward_cpu,
+    triton="qvl_kernels.ops.gelu_tanh.triton_gelu_tanh:launch_gelu_tanh_backward",
+    fake=lambda grad, x, bias: _like(x),
+)
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    x, bias = ctx.saved_tensors
+    dx = gelu_tanh_backward_op(grad, x, bias)
+    db = None if bias is None else dx.reshape(-1, x.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)
+    return dx, db
+
+
+gelu_tanh_op = register(
+    "gelu_tanh(Tensor x, Tensor? bias) -> Tensor",
+    cpu=gelu_tanh_cpu,
+    triton="qvl_kernels.ops.gelu_tanh.triton_gelu_tanh:launch_gelu_tanh",
+    fake=lambda x, bias: _like(x),
+    backward=_backward,
+    setup_context=_setup,
+)

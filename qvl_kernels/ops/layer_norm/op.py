@@ -1,0 +1,59 @@
+"""torch ops qvl::layer_norm, qvl::add_layer_norm and their backward."""
+
+import torch
+
+from qvl_kernels.library import register
+from qvl_kernels.ops.layer_norm.cpu import add_layer_norm_cpu, layer_norm_backward_cpu, layer_norm_cpu
+
+__all__ = ["add_layer_norm_op", "layer_norm_op"]
+
+_TRITON = "qvl_kernels.ops.layer_norm.triton_layer_norm"
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+layer_norm_backward_op = register(
+    "layer_norm_backward(Tensor grad, Tensor? grad_x, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    cpu=layer_norm_backward_cpu,
+    triton=f"{_TRITON}:launch_layer_norm_backward",
+    fake=lambda grad, grad_x, x, weight, eps: (_like(x), _like(weight), _like(weight)),
+)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, weight, _, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad):
+    return *layer_norm_backward_op(grad, None, *ctx.saved_tensors, ctx.eps), None
+
+
+def _add_setup(ctx, inputs, output) -> None:
+    _, _, weight, _, ctx.eps = inputs
+    ctx.save_for_backward(output[1], weight)
+
+
+def _add_backward(ctx, grad_y, grad_total):
+    dx, dw, db = layer_norm_backward_op(grad_y, grad_total, *ctx.saved_tensors, ctx.eps)
+    return dx, dx, dw, db, None
+
+
+layer_norm_op = register(
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
+    cpu=layer_norm_cpu,
+    triton=f"{_TRITON}:launch_layer_norm",
+    fake=lambda x, weight, bias, eps: _like(x),
+    backward=_backward,
+    setup_context=_setup,
+)
+add_layer_norm_op = register(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    cpu=add_layer_norm_cpu,
+    triton=f"{_TRITON}:launch_add_layer_norm",
+    fake=lambda x, residual, weight, bias, eps: (_like(x), _like(x)),
+    backward=_add_backward,
+    setup_context=_add_setup,
+)

@@ -1,0 +1,59 @@
+"""torch ops qvl::rms_norm, qvl::add_rms_norm and their backward."""
+
+import torch
+
+from qvl_kernels.library import register
+from qvl_kernels.ops.rms_norm.cpu import add_rms_norm_cpu, rms_norm_backward_cpu, rms_norm_cpu
+
+__all__ = ["add_rms_norm_op", "rms_norm_backward_op", "rms_norm_op"]
+
+_TRITON = "qvl_kernels.ops.rms_norm.triton_rms_norm"
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+rms_norm_backward_op = register(
+    "rms_norm_backward(Tensor grad, Tensor? grad_x, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    cpu=rms_norm_backward_cpu,
+    triton=f"{_TRITON}:launch_rms_norm_backward",
+    fake=lambda grad, grad_x, x, weight, eps: (_like(x), _like(weight)),
+)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad):
+    return *rms_norm_backward_op(grad, None, *ctx.saved_tensors, ctx.eps), None
+
+
+def _add_setup(ctx, inputs, output) -> None:
+    _, _, weight, ctx.eps = inputs
+    ctx.save_for_backward(output[1], weight)
+
+
+def _add_backward(ctx, grad_y, grad_total):
+    dx, dw = rms_norm_backward_op(grad_y, grad_total, *ctx.saved_tensors, ctx.eps)
+    return dx, dx, dw, None
+
+
+rms_norm_op = register(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    cpu=rms_norm_cpu,
+    triton=f"{_TRITON}:launch_rms_norm",
+    fake=lambda x, weight, eps: _like(x),
+    backward=_backward,
+    setup_context=_setup,
+)
+add_rms_norm_op = register(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    cpu=add_rms_norm_cpu,
+    triton=f"{_TRITON}:launch_add_rms_norm",
+    fake=lambda x, residual, weight, eps: (_like(x), _like(x)),
+    backward=_add_backward,
+    setup_context=_add_setup,
+)
