@@ -26,7 +26,7 @@ from bench import audit_report, gpu_report
 from bench.audit_sources import sources
 from bench.chips import ROOFLINES
 from bench.compiled import compile_all, violations
-from bench.launches import Call, Specialisation, kernels, record, specialise
+from bench.launches import GRADIENTS_WITH_LOSS, Call, Specialisation, kernels, record, record_training, specialise
 from bench.session import DTYPES
 from bench.waivers import WAIVERS, Waiver
 from qvl_kernels import config, gpu
@@ -60,11 +60,14 @@ class Audit:
     failures: list[str] = field(default_factory=list)
 
 
-def _work(op: str, case: Case, backward: list[Call]) -> list[dict]:
-    """FLOPs, bytes and roofline times of a case in bf16; the backward's bytes are its ops' inputs and outputs."""
+def _work(op: str, case: Case, backward: list[Call], training: list[Call]) -> list[dict]:
+    """FLOPs, bytes and roofline times of a case in bf16; the backward's bytes are its ops' inputs and outputs. Training: a forward that
+    makes the gradients too."""
     sides = [("forward", case.flops, case.bytes(2))]
     if backward:
         sides.append(("backward", case.flops * BACKWARD_FLOPS.get(op, 2.0), float(sum(call.bytes for call in backward))))
+    if training:
+        sides.append(("training", case.flops * 3.0, float(sum(call.bytes for call in training))))
     return [
         {"op": op, "case": case.name, "direction": direction, "flops": flops, "bytes": bytes,
          "microseconds": {name: round(1e6 * chip.seconds(flops, bytes), 2) for name, chip in ROOFLINES.items()}}
@@ -85,7 +88,8 @@ class _Collector:
         """Records a case; of a case that is no model shape only the kernels in ``wanted``."""
         try:
             forward, backward = record(function, case, DTYPES[dtype], arch)
-            launches = [(direction, launch) for direction, calls in (("forward", forward), ("backward", backward))
+            training = record_training(function, case, DTYPES[dtype], arch) if op in GRADIENTS_WITH_LOSS else []
+            launches = [(direction, launch) for direction, calls in (("forward", forward), ("backward", backward), ("training", training))
                         for call in calls for launch in call.launches]  # fmt: skip
             made = [(direction, specialise(launch, arch)) for direction, launch in launches]
         except Exception as error:  # a launcher that cannot run on this architecture is what the audit is for
@@ -94,7 +98,7 @@ class _Collector:
             return
         if case.model and made and (op, case.name) not in self._worked:
             self._worked.add((op, case.name))
-            self.result.work += _work(op, case, backward)
+            self.result.work += _work(op, case, backward, training)
         for direction, specialisation in made:
             name = _name(specialisation)
             if wanted is not None and name not in wanted:

@@ -20,7 +20,10 @@ SEED = 0
 
 @dataclass(frozen=True)
 class KernelCase:
-    """One op at one size. ``make(device, dtype)`` gives its keyword arguments, ``rivals`` functions that take the same."""
+    """One op at one size. ``make(device, dtype)`` gives its keyword arguments, ``rivals`` functions that take the same.
+
+    ``step``: its backward is timed together with its forward, which may make the gradients already.
+    """
 
     name: str
     op: str
@@ -30,6 +33,7 @@ class KernelCase:
     flops: float = 0.0
     backward: bool = True
     memory: bool = False
+    step: bool = False
 
 
 def _normal(device, dtype, *shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -115,7 +119,7 @@ def _linear_cross_entropy(m: int, v: int, c: int) -> KernelCase:
                 "labels": torch.randint(0, v, (m,), device=device)}  # fmt: skip
 
     return KernelCase("linear_cross_entropy", "linear_cross_entropy", make, gpu_rivals.linear_cross_entropy_rivals, 2.0 * (m + v) * c, 2.0 * m * v * c,
-                      memory=True)  # fmt: skip
+                      memory=True, step=True)  # fmt: skip
 
 
 def _patch_embed(n: int, e: int) -> KernelCase:
@@ -188,6 +192,17 @@ def _gradient(function: Callable, arguments: dict) -> Callable[[], object]:
     return lambda: torch.autograd.grad(out, inputs, cotangents, retain_graph=True)
 
 
+def _step(function: Callable, arguments: dict) -> Callable[[], object]:
+    """Forward and backward, as in training: the graph serves once."""
+    inputs = [x for x in arguments.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def step():
+        out = [x for x in _outputs(function(**arguments)) if x.requires_grad]
+        return torch.autograd.grad(out, inputs, [torch.ones_like(x) for x in out])
+
+    return step
+
+
 def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloat16, seconds: float = 0.4) -> dict:
     """Errors against fp32, then milliseconds forward and backward of ours and of each rival, then memory if the case asks for it.
 
@@ -213,9 +228,10 @@ def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloa
         forward = compare({name: lambda f=function, a=arguments[name]: f(**a) for name, function in contestants.items()}, device, seconds=seconds)
     result = {"errors": errors, "forward": forward, "unavailable": unavailable, "bytes": case.bytes, "flops": case.flops}
     if case.backward:
-        result["backward"] = compare({name: _gradient(function, arguments[name]) for name, function in contestants.items()}, device, seconds=seconds)
+        measured = _step if case.step else _gradient
+        result["backward"] = compare({name: measured(function, arguments[name]) for name, function in contestants.items()}, device, seconds=seconds)
     if case.memory:
-        result["memory"] = {name: peak_bytes(lambda f=function, a=arguments[name]: _gradient(f, a)(), device) for name, function in contestants.items()}
+        result["memory"] = {name: peak_bytes(_step(function, arguments[name]), device) for name, function in contestants.items()}
     return result
 
 

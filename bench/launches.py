@@ -26,7 +26,10 @@ from triton.runtime.jit import create_function_from_signature
 from qvl_kernels import gpu, library, triton_lib
 from qvl_kernels.testing import Case
 
-__all__ = ["Call", "Specialisation", "allow_fake_cuda", "kernels", "record", "record_call", "specialise", "target"]
+__all__ = ["Call", "GRADIENTS_WITH_LOSS", "Specialisation", "allow_fake_cuda", "kernels", "record", "record_call", "record_training", "specialise",
+           "target"]  # fmt: skip
+
+GRADIENTS_WITH_LOSS = {"linear_cross_entropy"}  # ops whose forward is another one where gradients are wanted
 
 
 @dataclass
@@ -153,6 +156,17 @@ def record(function: Callable, case: Case, dtype: torch.dtype, arch: str) -> tup
     """
     arguments = _arguments(case, dtype)
     return record_call(function, lambda: tree_map(lambda x: _like(x, "cuda"), arguments), arch)
+
+
+def record_training(function: Callable, case: Case, dtype: torch.dtype, arch: str) -> list[Call]:
+    """Calls of the forward where gradients are wanted, of an op in GRADIENTS_WITH_LOSS."""
+    arguments = _arguments(case, dtype)
+
+    def make():
+        made = tree_map(lambda x: _like(x, "cuda"), arguments)
+        return tree_map(lambda x: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, made)
+
+    return record_call(torch.enable_grad()(function), make, arch)[0]
 
 
 def target(arch: str) -> GPUTarget:

@@ -7,6 +7,8 @@ __all__ = [
     "GEMV_ROWS",
     "PROCESSORS",
     "SHARED_MEMORY",
+    "cross_entropy",
+    "cross_entropy_rows",
     "decode_attention",
     "elementwise",
     "gemv_dot",
@@ -134,3 +136,18 @@ def int4_matmul(m: int, half_group: int, arch: str) -> dict:
     stage = 4 * block_m * half_group + block_n * half_group
     stages = 2 if arch.startswith("gfx") else max(2, min(4, SHARED_MEMORY[arch] // 2 // stage))
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": stages}
+
+
+def cross_entropy(vocabulary: int) -> dict:
+    """Passes over a row of logits: 32 elements a thread, so that 4 loads of 16 bytes are in flight."""
+    block = min(8192, next_power_of_2(vocabulary))
+    return {"BLOCK": block, "num_warps": max(1, block // 1024)}
+
+
+def cross_entropy_rows(tokens: int, accumulate: bool) -> int:
+    """Rows of logits held at once: 311 MB of 16-bit logits with 151,936 words.
+
+    ``accumulate``: every chunk reads and writes dweight, 0.37 ms on an H100 for 622 MB, beside a product of 1 ms with 1,024 rows; and
+    rounds it to its dtype: 16 times are twice the error of once, so that more tokens get larger chunks instead.
+    """
+    return max(1024, -(-tokens // 16)) if accumulate else 1024

@@ -66,8 +66,27 @@ def test_ignore_index(ignore_index, reduction):
     torch.testing.assert_close(torch.autograd.grad(loss.sum(), (hidden, weight)), expected_grads, rtol=1e-4, atol=1e-6)
 
 
-def test_all_ignored_is_nan_as_in_torch():
+@pytest.mark.parametrize("count", [None, 0.0])
+def test_all_ignored_as_in_torch(count):
+    """The mean is no number, but trains nothing: a batch without a learned token must not end a training run."""
     hidden, weight, labels = _inputs()
     labels.fill_(-100)
-    assert qvl_kernels.linear_cross_entropy(hidden, weight, labels).isnan()
-    assert qvl_kernels.linear_cross_entropy(hidden, weight, labels, reduction="sum").item() == 0.0
+    loss = qvl_kernels.linear_cross_entropy(hidden, weight, labels, reduction="sum")
+    assert loss.item() == 0.0
+    loss = qvl_kernels.linear_cross_entropy(hidden, weight, labels) if count is None else loss / count
+    assert loss.isnan()
+    assert not any(gradient.any() for gradient in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_huge_logits():
+    """The difference between two logits counts, not their size."""
+    hidden, weight, labels = _inputs()
+    hidden, weight = (3000 * hidden).detach().requires_grad_(), weight.detach()
+    weight[1::2] = weight[::2]  # pairs of equal logits: losses of log 2 where the label is of the largest pair
+    labels = (hidden @ weight.t()).argmax(1)
+    loss = qvl_kernels.linear_cross_entropy(hidden, weight, labels, reduction="none")
+    expected = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().t(), labels, reduction="none")
+    assert (hidden @ weight.t()).abs().max() > 1e4 and (expected - 0.6931).abs().max() < 1e-3
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    (gradient,), (exact,) = (torch.autograd.grad(x.sum(), hidden) for x in (loss, expected))
+    torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=1e-5)

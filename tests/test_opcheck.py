@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map
 
 import qvl_kernels
 from qvl_kernels import gemv
+from qvl_kernels.ops.linear_cross_entropy.op import loss_sum_op
 from qvl_kernels.quant import quantize
 
 # One small case of a public function for every op it reaches, and for the arguments that change what is traced.
@@ -50,6 +51,8 @@ INTERNAL = [
     (gemv.gemv_swiglu_op, (X, _rand(5, 40), _rand(5, 40), NORM, 1e-6)),
     (gemv.quantized_gemv_op, (X, INT8.values, INT8.scales, _rand(5), NORM, 1e-6, _rand(2, 3, 5))),
     (gemv.quantized_gemv_swiglu_op, (X, INT4.values, INT4.scales, INT4.values, INT4.scales, None, 1e-6)),
+    (loss_sum_op, (_rand(7, 40).requires_grad_(), _rand(5, 40).requires_grad_(), torch.tensor([0, 1, 2, 3, 4, -100, 1]), -100, 0.1, True, True)),
+    (loss_sum_op, (_rand(7, 40), _rand(5, 40).requires_grad_(), torch.tensor([0, 1, 2, 3, 4, -100, 1]), -100, 0.0, False, True)),
 ]
 CASE_LISTS = {"add_layer_norm": "ADD_CASES", "add_rms_norm": "ADD_CASES", "vision_rope": "VISION_CASES"}
 INFERENCE_ONLY = {"qvl::decode_attention", "qvl::decoder_layer", "qvl::vision_block"}

@@ -1,7 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
-from qvl_kernels.ops.linear_cross_entropy.cpu import linear_cross_entropy_rows_op
+from qvl_kernels.ops.linear_cross_entropy.op import loss_rows_op, loss_sum_op
 from qvl_kernels.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 __all__ = ["linear_cross_entropy"]
@@ -58,9 +58,16 @@ def linear_cross_entropy(
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1), got {label_smoothing}")
     _check_labels(labels, hidden.device, hidden.shape[0], weight.shape[0], ignore_index)
-    if dispatch.choose(op, hidden.device, checks.unsupported_dtype(hidden)) == "reference":
+    backend = dispatch.choose(op, hidden.device, checks.unsupported_dtype(hidden))
+    if backend == "reference":
         return linear_cross_entropy_reference(hidden, weight, labels, ignore_index, label_smoothing, reduction)
-    losses, _ = linear_cross_entropy_rows_op(hidden, weight, labels, ignore_index, label_smoothing)
-    if reduction == "none":
-        return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / (labels != ignore_index).sum()
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+    # In fp16 gradients must be computed at the scale of the loss, which the backward knows; without it the small ones are lost.
+    if backend == "triton" and any(wanted) and reduction != "none" and hidden.dtype != torch.float16:
+        total, _, _ = loss_sum_op(hidden, weight, labels, ignore_index, label_smoothing, *wanted)
+    else:
+        losses, _ = loss_rows_op(hidden, weight, labels, ignore_index, label_smoothing)
+        if reduction == "none":
+            return losses
+        total = losses.sum()
+    return total if reduction == "sum" else total / (labels != ignore_index).sum()

@@ -1,89 +1,74 @@
-"""qvl::linear_cross_entropy_rows: per-token loss from chunks of logits; the backward recomputes each chunk.
+"""Per-token losses from chunks of logits; the backward computes the logits once more, one slice of the vocabulary at a time.
 
 [Cut Your Losses, Wijmans et al. 2024, arXiv:2411.09009: the [M, V] logits are never materialised.]
 """
 
 import torch
 
-from qvl_kernels.library import register
 from qvl_kernels.ops.linear.op import linear_op
 
-__all__ = ["linear_cross_entropy_rows_op"]
+__all__ = ["loss_rows_backward_cpu", "loss_rows_cpu", "loss_sum_cpu"]
 
 CHUNK_LOGITS = 1 << 24  # logits held at once (64 MB of fp32)
-
-
-def _chunks(tokens: int, vocabulary: int):
-    rows = max(1, CHUNK_LOGITS // max(1, vocabulary))
-    return ((begin, min(begin + rows, tokens)) for begin in range(0, tokens, rows))
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return linear_op(hidden, weight, None).float()
 
 
-def _rows_cpu(
+def loss_rows_cpu(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, label_smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    losses, lses = torch.empty(tokens, dtype=torch.float32), torch.empty(tokens, dtype=torch.float32)
-    for begin, end in _chunks(tokens, vocabulary):
-        logits = _logits(hidden[begin:end], weight)
-        ignored = labels[begin:end] == ignore_index
-        target = labels[begin:end].masked_fill(ignored, 0)[:, None]
-        lse = torch.logsumexp(logits, -1)
-        loss = lse - logits.gather(1, target)[:, 0] * (1.0 - label_smoothing)
+    losses, sums = torch.empty(tokens, dtype=torch.float32), torch.empty((2, tokens), dtype=torch.float32)
+    rows = max(1, CHUNK_LOGITS // max(1, vocabulary))
+    for begin in range(0, tokens, rows):
+        part = slice(begin, begin + rows)
+        logits = _logits(hidden[part], weight)
+        ignored = labels[part] == ignore_index
+        target = labels[part].masked_fill(ignored, 0)[:, None]
+        largest = logits.amax(-1)
+        loss = (largest - logits.gather(1, target)[:, 0]) * (1.0 - label_smoothing)
         if label_smoothing > 0.0:
-            loss -= logits.mean(-1) * label_smoothing
-        losses[begin:end] = loss.masked_fill_(ignored, 0.0)
-        lses[begin:end] = lse
-    return losses, lses
+            loss += (largest - logits.mean(-1)) * label_smoothing
+        log_sum = logits.sub_(largest[:, None]).exp_().sum(-1).log_()
+        losses[part] = loss.add_(log_sum).masked_fill_(ignored, 0.0)
+        sums[0, part], sums[1, part] = largest, log_sum
+    return losses, sums
 
 
-def _fake(hidden, weight, labels, ignore_index, label_smoothing):
-    shape, options = (hidden.shape[0],), {"dtype": torch.float32, "device": hidden.device}
-    return torch.empty(shape, **options), torch.empty(shape, **options)
-
-
-def _setup(ctx, inputs, output) -> None:
-    hidden, weight, labels, ctx.ignore_index, ctx.label_smoothing = inputs
-    ctx.save_for_backward(hidden, weight, labels, output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_losses, grad_lses):
-    """With p = softmax(logits): dlogits = g (p - (1 - s) onehot(label) - s / V) + g_lse p, one slice of the vocabulary at a time,
-    so that every row of dweight is written once and dhidden is summed in fp32."""
-    hidden, weight, labels, lses = ctx.saved_tensors
-    vocabulary, smoothing = weight.shape[0], ctx.label_smoothing
-    counted = (labels != ctx.ignore_index)[:, None]
-    scale = torch.zeros_like(lses) if grad_losses is None else grad_losses
-    scale = scale[:, None] * counted
-    p_scale = scale if grad_lses is None else scale + grad_lses[:, None]
+def loss_rows_backward_cpu(
+    grad: torch.Tensor, sums: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int,
+    label_smoothing: float, hidden_wanted: bool, weight_wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Every row of dweight is written once, and dhidden is summed in fp32."""
+    vocabulary = weight.shape[0]
+    counted = (labels != ignore_index)[:, None]
+    scale = torch.where(counted, grad[:, None], 0.0)
     target = labels[:, None].masked_fill(~counted, 0)
-    dhidden = torch.zeros(hidden.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
-    dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+    dhidden = torch.zeros(hidden.shape, dtype=torch.float32) if hidden_wanted else None
+    dweight = torch.empty(weight.shape if weight_wanted else (0,), dtype=weight.dtype)
     columns = max(1, CHUNK_LOGITS // max(1, hidden.shape[0]))
     for begin in range(0, vocabulary, columns):
         rows = weight[begin : begin + columns]
-        dlogits = _logits(hidden, rows).sub_(lses[:, None]).exp_().mul_(p_scale)
-        if smoothing > 0.0:
-            dlogits.sub_(scale * (smoothing / vocabulary))
+        dlogits = _logits(hidden, rows).sub_(sums[0, :, None]).sub_(sums[1, :, None]).exp_().mul_(scale)
+        if label_smoothing > 0.0:
+            dlogits.sub_(scale * (label_smoothing / vocabulary))
         inside = (target >= begin) & (target < begin + rows.shape[0])
-        dlogits.scatter_add_(1, (target - begin).masked_fill(~inside, 0), (smoothing - 1.0) * scale * inside)
+        dlogits.scatter_add_(1, (target - begin).masked_fill(~inside, 0), (label_smoothing - 1.0) * scale * inside)
         dlogits = dlogits.to(hidden.dtype)
         if dhidden is not None:
             dhidden += dlogits @ rows
-        if dweight is not None:
+        if weight_wanted:
             dweight[begin : begin + columns] = dlogits.t() @ hidden
-    return None if dhidden is None else dhidden.to(hidden.dtype), dweight, None, None, None
+    return hidden.new_empty(0) if dhidden is None else dhidden.to(hidden.dtype), dweight
 
 
-linear_cross_entropy_rows_op = register(
-    "linear_cross_entropy_rows(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, float label_smoothing)"
-    " -> (Tensor, Tensor)",
-    cpu=_rows_cpu,
-    fake=_fake,
-    backward=_backward,
-    setup_context=_setup,
-)
+def loss_sum_cpu(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, label_smoothing: float,
+    hidden_wanted: bool, weight_wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """One pass after the other: adding up dweight chunk by chunk would cost a CPU more than computing the logits again."""
+    losses, sums = loss_rows_cpu(hidden, weight, labels, ignore_index, label_smoothing)
+    options = (ignore_index, label_smoothing, hidden_wanted, weight_wanted)
+    return losses.sum(), *loss_rows_backward_cpu(torch.ones_like(losses), sums, hidden, weight, labels, *options)

@@ -1,0 +1,97 @@
+"""torch ops behind linear_cross_entropy: losses of rows with a backward of their own, and their sum with its gradients at once.
+
+sums [2, M]: the largest logit of each row, and the logarithm of the sum of exp(logit - largest). Kept apart: their sum would lose
+the digits of the second beside a huge first.
+"""
+
+import torch
+
+from qvl_kernels.library import register
+from qvl_kernels.ops.linear_cross_entropy.cpu import loss_rows_backward_cpu, loss_rows_cpu, loss_sum_cpu
+
+__all__ = ["loss_rows_op", "loss_sum_op"]
+
+_TRITON = "qvl_kernels.ops.linear_cross_entropy.triton_linear_cross_entropy"
+
+
+def _gradients(hidden: torch.Tensor, weight: torch.Tensor, hidden_wanted: bool, weight_wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised; of size 0 where not wanted."""
+    return tuple(
+        torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
+        for x, wanted in ((hidden, hidden_wanted), (weight, weight_wanted))
+    )
+
+
+def _rows_fake(hidden, weight, labels, ignore_index, label_smoothing):
+    options = {"dtype": torch.float32, "device": hidden.device}
+    return torch.empty((hidden.shape[0],), **options), torch.empty((2, hidden.shape[0]), **options)
+
+
+def _rows_backward_fake(grad, sums, hidden, weight, labels, ignore_index, label_smoothing, hidden_wanted, weight_wanted):
+    return _gradients(hidden, weight, hidden_wanted, weight_wanted)
+
+
+def _sum_fake(hidden, weight, labels, ignore_index, label_smoothing, hidden_wanted, weight_wanted):
+    loss = torch.empty((), dtype=torch.float32, device=hidden.device)
+    return loss, *_gradients(hidden, weight, hidden_wanted, weight_wanted)
+
+
+def _rows_setup(ctx, inputs, output) -> None:
+    hidden, weight, labels, ctx.ignore_index, ctx.label_smoothing = inputs
+    ctx.save_for_backward(output[1], hidden, weight, labels)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _rows_backward(ctx, grad, _):
+    wanted = ctx.needs_input_grad[:2]
+    gradients = loss_rows_backward_op(grad, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing, *wanted)
+    return *(x if needed else None for x, needed in zip(gradients, wanted)), None, None, None
+
+
+def _sum_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[2], *output[1:])
+    ctx.ignore_index = inputs[3]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _sum_backward(ctx, grad, *_):
+    labels, *unscaled = ctx.saved_tensors
+    # With no row counted the mean is 0 / 0, its gradient infinite; times nothing it is nothing, as in PyTorch.
+    factor = torch.where((labels != ctx.ignore_index).any(), grad, 0.0)
+    gradients = (_scaled(x, factor) if needed else None for x, needed in zip(unscaled, ctx.needs_input_grad))
+    return *gradients, None, None, None, None, None
+
+
+def _scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """x [A, B] times a scalar on its device, in fp32 (as a scalar it would first be rounded to x's dtype). In place where nobody asks
+    again, neither another backward over a kept graph nor a tracer: dweight is the largest tensor of a training step."""
+    in_place = type(x) is torch.Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    return torch.mul(x, factor.reshape(1, 1), out=x if in_place else torch.empty_like(x))
+
+
+loss_rows_backward_op = register(
+    "linear_cross_entropy_backward(Tensor grad, Tensor sums, Tensor hidden, Tensor weight, Tensor labels, int ignore_index,"
+    " float label_smoothing, bool hidden_wanted, bool weight_wanted) -> (Tensor, Tensor)",
+    cpu=loss_rows_backward_cpu,
+    triton=f"{_TRITON}:launch_loss_rows_backward",
+    fake=_rows_backward_fake,
+)
+
+loss_rows_op = register(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, float label_smoothing) -> (Tensor, Tensor)",
+    cpu=loss_rows_cpu,
+    triton=f"{_TRITON}:launch_loss_rows",
+    fake=_rows_fake,
+    backward=_rows_backward,
+    setup_context=_rows_setup,
+)
+
+loss_sum_op = register(
+    "linear_cross_entropy_sum(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, float label_smoothing, bool hidden_wanted,"
+    " bool weight_wanted) -> (Tensor, Tensor, Tensor)",
+    cpu=loss_sum_cpu,
+    triton=f"{_TRITON}:launch_loss_sum",
+    fake=_sum_fake,
+    backward=_sum_backward,
+    setup_context=_sum_setup,
+)

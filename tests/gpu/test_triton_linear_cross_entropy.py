@@ -1,0 +1,195 @@
+"""linear_cross_entropy on GPUs beyond the shared cases: chunks, both ways to the gradients, and logits that are huge or no numbers."""
+
+import pytest
+import torch
+
+import qvl_kernels
+from qvl_kernels import triton_lib, tuning
+from qvl_kernels.ops.linear_cross_entropy.op import loss_rows_op, loss_sum_op
+from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, random_tensor, surrounded
+
+M, V, C = 21, 50, 16
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(tuning, "cross_entropy_rows", lambda tokens, accumulate: 8)
+    monkeypatch.setattr(tuning, "cross_entropy", lambda vocabulary: {"BLOCK": 16, "num_warps": 1})
+
+
+def _inputs(dtype, *, scale: float = 1.0, strided: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    columns = C + 3 if strided else C
+    hidden = random_tensor((M, columns), dtype, generator, scale=scale)[:, :C]
+    weight = random_tensor((V, columns), dtype, generator)[:, :C]
+    labels = torch.randint(0, V, (M,), generator=generator)
+    labels[3:6] = -100
+    return hidden, weight, labels
+
+
+def _reference(hidden, weight, labels, cotangent=None, **options):
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    with qvl_kernels.use_backend("reference"):
+        loss = qvl_kernels.linear_cross_entropy(hidden, weight, labels, **options)
+    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight), cotangent)
+
+
+def _triton(hidden, weight, labels, device, cotangent=None, **options):
+    hidden, weight = (surrounded(x.detach().to(device)).requires_grad_() for x in (hidden, weight))
+    labels = surrounded(labels.to(device))
+    with qvl_kernels.use_backend("triton"):
+        loss = qvl_kernels.linear_cross_entropy(hidden, weight, labels, **options)
+        grads = torch.autograd.grad(loss, (hidden, weight), None if cotangent is None else cotangent.to(device))
+    return tuple(x.detach().cpu() for x in (loss, *grads))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_chunks_add_up(reduction, smoothing, dtype, device, monkeypatch):
+    inputs, options = _inputs(dtype, strided=True), {"reduction": reduction, "label_smoothing": smoothing}
+    cotangent = random_tensor((M,) if reduction == "none" else (), torch.float32, torch.Generator().manual_seed(1))
+    guard = GuardedEmpty()
+    monkeypatch.setattr(torch, "empty", guard)
+    ours = _triton(*inputs, device, cotangent, **options)
+    monkeypatch.undo()
+    guard.check()
+    truth = _reference(*(x.double() for x in inputs[:2]), inputs[2], cotangent.double(), **options)
+    baseline = _reference(*inputs, cotangent, **options)
+    for factor, out, plain, exact in zip((2.0, 3.0, 3.0), ours, baseline, truth):
+        assert_close_to_truth(out, plain, exact, factor=factor)
+
+
+def test_gradients_made_with_the_loss(dtype, device):
+    """The way of bf16 and fp32; fp16 goes another for the sake of loss scales, but the kernel is the same."""
+    hidden, weight, labels = (x.to(device) for x in _inputs(dtype))
+    with qvl_kernels.use_backend("triton"):
+        out = loss_sum_op(hidden, weight, labels, -100, 0.1, True, True)
+    options = {"reduction": "sum", "label_smoothing": 0.1}
+    hidden, weight, labels = _inputs(dtype)
+    truth, baseline = _reference(hidden.double(), weight.double(), labels, **options), _reference(hidden, weight, labels, **options)
+    for ours, plain, exact in zip(out, baseline, truth):
+        assert_close_to_truth(ours.cpu(), plain, exact, factor=3.0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kind", "reduction", "products"),
+    [((True, True), torch.float32, "mean", 3), ((True, False), torch.float32, "sum", 2), ((False, True), torch.float32, "mean", 2),
+     ((True, True), torch.float32, "none", 4), ((True, True), torch.float16, "mean", 4), ((False, False), torch.float32, "mean", 1)],
+    ids=str,
+)  # fmt: skip
+def test_no_product_too_many(wanted, kind, reduction, products, device, monkeypatch):
+    hidden, weight, labels = (x.to(device) for x in _inputs(kind))
+    hidden.requires_grad_(wanted[0]), weight.requires_grad_(wanted[1])
+    made, allocated, empty = [], [], torch.empty
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, lambda *args, original=getattr(torch, name), **options: made.append(1) or original(*args, **options))
+    monkeypatch.setattr(torch, "empty", lambda shape, **options: allocated.append(torch.Size(shape).numel()) or empty(shape, **options))
+    with qvl_kernels.use_backend("triton"):
+        loss = qvl_kernels.linear_cross_entropy(hidden, weight, labels, reduction=reduction)
+        if any(wanted):
+            loss.sum().backward()
+    assert [x.grad is not None for x in (hidden, weight)] == list(wanted)
+    assert len(made) == 3 * products  # chunks
+    assert max(allocated) < M * V
+
+
+def test_two_backward_passes_over_one_graph(device):
+    hidden, weight, labels = _inputs(torch.float32)
+    _, *expected = _reference(hidden, weight, labels)
+    hidden, weight, labels = (x.to(device) for x in (hidden, weight, labels))
+    hidden.requires_grad_(), weight.requires_grad_()
+    with qvl_kernels.use_backend("triton"):
+        loss = qvl_kernels.linear_cross_entropy(hidden, weight, labels)
+    for factor, keep in ((3.0, True), (0.0, True), (1.0, True), (-2.0, False)):
+        grads = torch.autograd.grad(factor * loss, (hidden, weight), retain_graph=keep)
+        for gradient, exact in zip(grads, expected):
+            torch.testing.assert_close(gradient.cpu(), factor * exact, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_ignored(reduction, dtype, device):
+    hidden, weight, labels = _inputs(dtype)
+    labels.fill_(-100)
+    cotangent = torch.ones(M) if reduction == "none" else None
+    ours = _triton(hidden, weight, labels, device, cotangent, reduction=reduction)
+    loss, *grads = _reference(hidden, weight, labels, cotangent, reduction=reduction)
+    assert torch.equal(ours[0].isnan(), loss.isnan()) and (reduction == "mean" or not ours[0].any())
+    for gradient, expected in zip(ours[1:], grads):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_huge_logits(device):
+    """Logits around 10,000: the difference between two of them counts, not their size."""
+    inputs = _inputs(torch.float32, scale=3000.0)
+    inputs[1][1::2] = inputs[1][::2]  # pairs of equal logits, so that losses are near log 2 where the label is of the largest pair
+    largest = (inputs[0].double() @ inputs[1].double().t()).argmax(1)
+    inputs[2][8:] = largest[8:]
+    truth = _reference(*(x.double() for x in inputs[:2]), inputs[2], torch.ones(M).double(), reduction="none")
+    baseline = _reference(*inputs, torch.ones(M), reduction="none")
+    ours = _triton(*inputs, device, torch.ones(M), reduction="none")
+    for out, plain, exact in zip(ours, baseline, truth):
+        assert_close_to_truth(out[8:] if out.dim() == 1 else out, plain[8:] if plain.dim() == 1 else plain, exact[8:] if exact.dim() == 1 else exact)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_not_finite_as_the_reference(bad, reduction, dtype, device):
+    hidden, weight, labels = _inputs(dtype)
+    hidden[2, 1], hidden[4, 5] = bad, bad  # row 4 is ignored
+    cotangent = torch.ones(M) if reduction == "none" else None
+    ours = _triton(hidden, weight, labels, device, cotangent, reduction=reduction)
+    for out, expected in zip(ours, _reference(hidden, weight, labels, cotangent, reduction=reduction)):
+        assert torch.equal(out.isfinite(), expected.isfinite())
+
+
+def test_words_that_are_ruled_out(dtype, device):
+    """Logits of -inf, a block of the kernel of them at once, have probability 0."""
+    hidden, weight, labels = _inputs(torch.float32)
+    hidden, weight = hidden.abs().to(dtype), weight.to(dtype)
+    weight[:20] = float("-inf")
+    labels = 20 + labels.clamp(0) % (V - 20)
+    loss, *_ = _reference(hidden.double(), weight.double(), labels, torch.ones(M).double(), reduction="none")
+    ours, dhidden, dweight = _triton(hidden, weight, labels, device, torch.ones(M), reduction="none")
+    assert_close_to_truth(ours, loss.float(), loss, floor=4 * torch.finfo(dtype).eps)
+    assert dweight.isfinite().all() and not dweight[:20].any()
+
+
+def test_labels_out_of_range_are_no_number_and_read_nothing(device):
+    """On a GPU nobody waits to look at labels."""
+    hidden, weight, labels = (x.to(device) for x in _inputs(torch.float32))
+    labels[7], labels[9] = V, -1
+    with qvl_kernels.use_backend("triton"):
+        losses, _ = loss_rows_op(hidden, weight, labels, -100, 0.0)
+    assert losses.isnan().nonzero().flatten().tolist() == [7, 9]
+
+
+def test_empty(dtype, device):
+    hidden, weight, labels = _inputs(dtype)
+    loss, dhidden, dweight = _triton(hidden[:0], weight, labels[:0], device, reduction="sum")
+    assert loss.item() == 0.0 and dhidden.shape == (0, C) and dweight.shape == (V, C) and not dweight.any()
+
+
+def test_nothing_waits_for_the_device(dtype, device):
+    if device.type != "cuda":
+        pytest.skip("needs a GPU")
+    hidden, weight, labels = (x.to(device) for x in _inputs(dtype))
+    hidden.requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        qvl_kernels.linear_cross_entropy(hidden, weight, labels).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_inference_computes_no_gradient(dtype, device):
+    hidden, weight, labels = (x.to(device) for x in _inputs(dtype))
+    hidden.requires_grad_()
+    with torch.no_grad(), qvl_kernels.use_backend("triton"), triton_lib.record() as launches:
+        qvl_kernels.linear_cross_entropy(hidden, weight, labels)
+    assert [launch.meta["GRADIENT"] for launch in launches] == [False] * 3
+
+
+def test_chunks_of_many_tokens(monkeypatch):
+    monkeypatch.undo()
+    assert tuning.cross_entropy_rows(8192, True) == tuning.cross_entropy_rows(1 << 20, False) == 1024
+    assert tuning.cross_entropy_rows(100_000, True) == 6250  # dweight is added to 16 times at most
