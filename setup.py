@@ -12,7 +12,7 @@ try:
 except ImportError:
     sys.exit("qvl: building needs pybind11: pip install pybind11")
 
-X86_ONLY = ("csrc/cpu/targets/avx2.cpp", "csrc/cpu/targets/avx512.cpp", "csrc/cpu/targets/avx512_bf16.cpp")
+X86_ONLY = tuple(f"csrc/cpu/targets/{isa}.cpp" for isa in ("avx2", "avx512", "avx512_vnni", "avx512_bf16"))
 
 
 def sources() -> list[str]:

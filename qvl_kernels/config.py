@@ -1,7 +1,7 @@
 """Every environment variable that qvl_kernels reads, in one place.
 
 QVL_BACKEND       forces a backend ("reference", "cpp", "triton"); the same as ``use_backend`` around the whole program.
-QVL_CPU_ISA       forces a CPU instruction set ("portable", "avx2", "avx512", "avx512_bf16"); read by the C++ extension.
+QVL_CPU_ISA       forces a CPU instruction set ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"); read by the C++ extension.
 TRITON_INTERPRET  1: Triton's own switch; its kernels then run on CPU tensors, slowly, for tests.
 """
 

@@ -19,20 +19,25 @@ def _python(*arguments: str, isa: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def _run_op_tests(test: str, isa: str) -> None:
-    result = _python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_ops.py", "-k", test, isa=isa)
+def _run_tests(isa: str, *arguments: str) -> None:
+    result = _python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments, isa=isa)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
 @pytest.mark.parametrize("isa", FORCED)
 def test_small_cases(isa):
-    _run_op_tests("test_forward", isa)
+    _run_tests(isa, "tests/test_ops.py", "-k", "test_forward")
+
+
+@pytest.mark.parametrize("isa", FORCED)
+def test_quantised_products(isa):
+    _run_tests(isa, "tests/test_quant_gemm.py")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", FORCED)
 def test_model_sizes(isa):
-    _run_op_tests("test_model_sizes", isa)
+    _run_tests(isa, "tests/test_ops.py", "-k", "test_model_sizes")
 
 
 PRINT_ISA = "import qvl_kernels; print(qvl_kernels.cpu_info()['isa'])"

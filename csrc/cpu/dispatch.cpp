@@ -8,7 +8,7 @@
 namespace qvl {
 
 #if defined(__x86_64__)
-extern const Target kAvx2Target, kAvx512Target, kAvx512Bf16Target;
+extern const Target kAvx2Target, kAvx512Target, kAvx512VnniTarget, kAvx512Bf16Target;
 #endif
 extern const Target kPortableTarget;
 
@@ -20,6 +20,7 @@ const Target* const kTargets[] = {
 #if defined(__x86_64__)
     &kAvx2Target,
     &kAvx512Target,
+    &kAvx512VnniTarget,
     &kAvx512Bf16Target,
 #endif
 };

@@ -100,6 +100,28 @@ struct QuantGemvArgs : GemvArgs {
   int64_t scale_stride, scale2_stride;
 };
 
+// Rows of activations as int8 panels: like PackArgs, words of 32 bits [words][width] with a whole number of elements each
+// (KernelTable::quant_per_word; K is padded to a multiple of 4), and scales [groups][width] beside them.
+struct QuantPackArgs {
+  QuantizeArgs rows;      // without values and scales
+  int64_t m;
+  uint32_t* words;
+  float* scales;
+};
+
+// As GemmArgs over int8 panels and quantised weights, whose row strides are in bytes. out_panels: out is the words of the
+// next GEMM's panels, rounded in groups of out_group, with their scales in out_scales.
+struct QuantGemmArgs : GemmArgs {
+  WeightFormat format;
+  int64_t group;          // inputs per activation scale, and of int4 per weight scale
+  const float* x_scales;
+  const void* scales;     // as in QuantGemvArgs
+  const void* scales2;
+  int64_t scale_stride, scale2_stride;
+  int64_t out_group;
+  float* out_scales;
+};
+
 // silu(x) * up, or gelu_tanh(x + bias); rows of `size` elements.
 struct ActivationArgs {
   Activation activation;
@@ -176,10 +198,14 @@ struct KernelTable {
   void (*gemv_rows)(const GemvArgs&, int64_t n_begin, int64_t n_end);
   void (*quantize_rows)(const QuantizeArgs&, int64_t begin, int64_t end);
   void (*quant_gemv_rows)(const QuantGemvArgs&, int64_t n_begin, int64_t n_end);
+  void (*quant_pack)(const QuantPackArgs&, int64_t block, char* scratch);
+  void (*quant_gemm_task)(const QuantGemmArgs&, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
+                          float* scratch);
   void (*rope_rows)(const RopeArgs&, int64_t begin, int64_t end);
   void (*activation_rows)(const ActivationArgs&, int64_t begin, int64_t end);
   void (*attention_task)(const AttentionArgs&, const AttentionTask&, float* scratch);
   float (*read_bytes)(const char* data, int64_t bytes);
+  int quant_per_word;     // elements of k in a word of a quantised panel
   bool has_dot;           // Route::dot is available in gemm_pack and gemm_task
 };
 
@@ -194,6 +220,21 @@ constexpr int64_t kGemmDepthFp32 = 128;
 // Scratch of one gemm_task: accumulators and widened weights.
 inline int64_t gemm_scratch_floats(const KernelTable& table) {
   return kGemmPanels * kGemmRows * table.panel_width + kGemmRows * kGemmDepth;
+}
+
+// The same over quantised weights. A task is kQuantRows rows, a multiple of every group: what it computes is rounded in whole
+// groups for the next GEMM. For swiglu it is that many of both weights.
+constexpr int64_t kQuantRows = 128;
+constexpr int64_t kQuantRowBytes = 2048;  // of a widened row in one block of k
+
+// Scratch of one quant_gemm_task: accumulators, widened rows, and starts and scales of groups of at least 32 inputs.
+inline int64_t quant_gemm_scratch_floats(const KernelTable& table) {
+  return kGemmPanels * 2 * kQuantRows * table.panel_width + kQuantRows * (kQuantRowBytes / 4 + 2 * kQuantRowBytes / 32);
+}
+
+// Scratch of one quant_pack: the rows' values, read a vector at a time, and scales.
+inline int64_t quant_pack_scratch_bytes(const KernelTable& table, const QuantizeArgs& rows) {
+  return table.vector_width * (rows.k_padded + rows.k_padded / rows.group * 4) + 64;
 }
 
 // Scratch of one attention_task: q panel, scores, pairs of scores, widened keys or values, mask, out, row state.

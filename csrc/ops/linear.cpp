@@ -4,13 +4,12 @@
 
 #include "../threads.h"
 #include "../workspace.h"
+#include "gemm_tasks.h"
 #include "quant_linear.h"
 
 namespace qvl {
 
 namespace {
-
-constexpr int64_t kChunkRows = 2048;  // rows whose panels are held at once
 
 Workspace& gemm_scratch() {
   thread_local Workspace scratch;
@@ -50,8 +49,6 @@ bool dot_is_faster() {
   return faster;
 }
 
-int64_t panel_count(int64_t m) { return (m + kernels().panel_width - 1) / kernels().panel_width; }
-
 // 32-bit words that panels of [m, k] take.
 int64_t panel_words(int64_t m, int64_t k, Route route) {
   return panel_count(m) * kernels().panel_width * (route == Route::dot ? k / 2 : k);
@@ -67,20 +64,6 @@ void pack_panels(const Rows& rows, int64_t first_row, int64_t m, Route route, fl
 Workspace& panels_workspace() {
   thread_local Workspace workspace;
   return workspace;
-}
-
-// The call with its output and residual beginning at `row`.
-LinearCall from_row(LinearCall call, int64_t row, int64_t element) {
-  if (call.out) call.out = static_cast<char*>(call.out) + row * call.out_stride * element;
-  if (call.residual) call.residual = static_cast<const char*>(call.residual) + row * call.residual_stride * element;
-  return call;
-}
-
-// At most `count` rows, the first of them `row`.
-Rows from_row(Rows rows, int64_t row, int64_t count) {
-  rows.x = static_cast<const char*>(rows.x) + row * rows.stride * dtype_bytes(rows.dtype);
-  rows.m = rows.m - row < count ? rows.m - row : count;
-  return rows;
 }
 
 GemmArgs gemm_args(const LinearCall& call, const float* panels, int64_t m, int64_t k, Route route, DType dtype) {
@@ -100,23 +83,11 @@ GemmArgs gemm_args(const LinearCall& call, const float* panels, int64_t m, int64
 
 int64_t rows_per_task(const GemmArgs& args) { return args.activation == Activation::swiglu ? kGemmRows / 2 : kGemmRows; }
 
-// GEMMs over the same panels, their tasks in one parallel region.
 void run_gemms(const GemmArgs* gemms, int count) {
   const KernelTable& table = kernels();
-  const int64_t panels = panel_count(gemms[0].m);
-  const int64_t m_tasks = (panels + kGemmPanels - 1) / kGemmPanels;
-  int64_t tasks = 0;
-  for (int i = 0; i < count; ++i) tasks += (gemms[i].n + rows_per_task(gemms[i]) - 1) / rows_per_task(gemms[i]) * m_tasks;
-  parallel_tasks(tasks, [&](int64_t task) {
-    const GemmArgs* args = gemms;
-    int64_t n_task = task / m_tasks;
-    for (int64_t n_tasks; n_task >= (n_tasks = (args->n + rows_per_task(*args) - 1) / rows_per_task(*args)); ++args)
-      n_task -= n_tasks;
-    const int64_t rows = rows_per_task(*args), n_begin = n_task * rows, panel_begin = task % m_tasks * kGemmPanels;
-    const int64_t n_end = n_begin + rows < args->n ? n_begin + rows : args->n;
-    const int64_t panel_end = panel_begin + kGemmPanels < panels ? panel_begin + kGemmPanels : panels;
-    table.gemm_task(*args, n_begin, n_end, panel_begin, panel_end,
-                    gemm_scratch().get<float>(gemm_scratch_floats(table)));
+  parallel_gemms(gemms, count, rows_per_task, [&](const auto& args, int64_t n_begin, int64_t n_end, int64_t panel_begin,
+                                                  int64_t panel_end) {
+    table.gemm_task(args, n_begin, n_end, panel_begin, panel_end, gemm_scratch().get<float>(gemm_scratch_floats(table)));
   });
 }
 
@@ -156,8 +127,6 @@ void run_gemvs(const Rows& rows, const LinearCall* calls, int count) {
   });
 }
 
-constexpr int kMaxCalls = 4;
-
 void run_stored(const Rows& rows, const LinearCall* calls, int count) {
   if (rows.m <= kGemvMaxRows) return run_gemvs(rows, calls, count);
   const Route route = gemm_route(rows.dtype, rows.k, 2);
@@ -170,15 +139,6 @@ void run_stored(const Rows& rows, const LinearCall* calls, int count) {
     for (int i = 0; i < count; ++i)
       gemms[i] = gemm_args(from_row(calls[i], row, element), panels, m, rows.k, route, rows.dtype);
     run_gemms(gemms, count);
-  }
-}
-
-void run_quantized(const Rows& rows, const LinearCall* calls, int count) {
-  const int64_t element = dtype_bytes(rows.dtype);
-  LinearCall part[kMaxCalls];
-  for (int64_t row = 0; row < rows.m; row += kQuantGemvMaxRows) {
-    for (int i = 0; i < count; ++i) part[i] = from_row(calls[i], row, element);
-    run_quant_gemvs(from_row(rows, row, kQuantGemvMaxRows), part, count);
   }
 }
 
@@ -199,7 +159,7 @@ void run_linears(const Rows& rows, const LinearCall* calls, int count) {
     if (first.format == WeightFormat::stored) {
       run_stored(rows, calls + begin, end - begin);
     } else {
-      run_quantized(rows, calls + begin, end - begin);
+      run_quant_linears(rows, calls + begin, end - begin);
     }
   }
 }
@@ -208,6 +168,7 @@ void run_mlp(const Rows& rows, const LinearCall& first, const LinearCall& down) 
   if (rows.m == 0) return;
   const int64_t hidden = first.n, element = dtype_bytes(rows.dtype);
   thread_local Workspace hidden_ws;
+  if (rows.m > kQuantGemvMaxRows && quantized(first) && quantized(down)) return run_quant_mlp(rows, first, down);
   const int64_t chunk = rows.m < kChunkRows ? rows.m : kChunkRows;
   if (rows.m <= kGemvMaxRows || quantized(first) || quantized(down)) {
     LinearCall call = first;

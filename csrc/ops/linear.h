@@ -33,6 +33,23 @@ struct Rows {
   DType dtype;
 };
 
+// The call with its output and residual beginning at `row`.
+inline LinearCall from_row(LinearCall call, int64_t row, int64_t element) {
+  if (call.out) call.out = static_cast<char*>(call.out) + row * call.out_stride * element;
+  if (call.residual) call.residual = static_cast<const char*>(call.residual) + row * call.residual_stride * element;
+  return call;
+}
+
+// At most `count` rows, the first of them `row`.
+inline Rows from_row(Rows rows, int64_t row, int64_t count) {
+  rows.x = static_cast<const char*>(rows.x) + row * rows.stride * dtype_bytes(rows.dtype);
+  rows.m = rows.m - row < count ? rows.m - row : count;
+  return rows;
+}
+
+constexpr int kMaxCalls = 4;            // over the same rows in one call
+constexpr int64_t kChunkRows = 2048;  // rows whose panels are held at once
+
 // Up to this many rows go through gemv: memory bound, one pass over the weights.
 constexpr int64_t kGemvMaxRows = 4;
 constexpr int64_t kQuantGemvMaxRows = 16;  // the same over quantised weights

@@ -8,4 +8,10 @@ namespace qvl {
 // quantised format and group.
 void run_quant_gemvs(const Rows& rows, const LinearCall* calls, int count);
 
+// All calls over the same rows, any number of them; one format and group, as above.
+void run_quant_linears(const Rows& rows, const LinearCall* calls, int count);
+
+// run_mlp for more than kQuantGemvMaxRows rows, both weights quantised: what lies between is rounded in panel layout.
+void run_quant_mlp(const Rows& rows, const LinearCall& first, const LinearCall& down);
+
 }  // namespace qvl

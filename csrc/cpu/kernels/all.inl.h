@@ -5,6 +5,8 @@
 #include "gemv.inl.h"
 #include "quantize.inl.h"
 #include "quant_gemv.inl.h"
+#include "quant_gemm.inl.h"
+#include "quant_pack.inl.h"
 #include "rope.inl.h"
 #include "activation.inl.h"
 #include "attention_few.inl.h"

@@ -180,9 +180,10 @@ inline void gemm_accumulate(const GemmArgs& a, const T* w, int64_t w_stride, int
   }
 }
 
-// bias and activation on c[row][lane], in place; swiglu leaves its result in the first `rows` rows.
+// bias and activation on c[row][lane], in place; swiglu finds the up projection from row up_row on and leaves its result in
+// the first `rows` rows.
 template <class T>
-inline void gemm_activate(const GemmArgs& a, int64_t n_begin, int64_t rows, int64_t width, float* c) {
+inline void gemm_activate(const GemmArgs& a, int64_t n_begin, int64_t rows, int64_t width, int64_t up_row, float* c) {
   const T* bias = static_cast<const T*>(a.bias);
   if (!bias && a.activation == Activation::none) return;
   for (int64_t n = 0; n < rows; ++n) {
@@ -191,7 +192,7 @@ inline void gemm_activate(const GemmArgs& a, int64_t n_begin, int64_t rows, int6
       float* at = c + n * kPanelWidth + lane;
       Vec x = Vec::load(at) + b;
       if (a.activation == Activation::gelu_tanh) x = vec_gelu_tanh(x);
-      if (a.activation == Activation::swiglu) x = vec_silu(x) * Vec::load(at + kGemmRows / 2 * kPanelWidth);
+      if (a.activation == Activation::swiglu) x = vec_silu(x) * Vec::load(at + up_row * kPanelWidth);
       x.store(at);
     }
   }
@@ -248,7 +249,7 @@ void gemm_task_typed(const GemmArgs& a, int64_t n_begin, int64_t n_end, int64_t 
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     float* block = c + (p - panel_begin) * kGemmRows * kPanelWidth;
     const int64_t width = panel_vectors(a.m, p) * Vec::kWidth;
-    gemm_activate<T>(a, n_begin, rows, width, block);
+    gemm_activate<T>(a, n_begin, rows, width, kGemmRows / 2, block);
     if (a.out_panels) {
       gemm_store_panel<Vec>(a, p, n_begin, rows, width, block);
     } else {

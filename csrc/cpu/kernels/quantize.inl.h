@@ -1,20 +1,26 @@
 // Activations rounded to int8 in groups: see QuantizeArgs.
 
+constexpr int64_t kMaxGroup = 128;
+
 template <class T>
 inline void quantize_group(const T* x, int64_t count, int8_t* values, float* scale) {
-  float top = 0.0f, poison = 0.0f;
-  for (int64_t i = 0; i < count; ++i) {
-    const float value = to_float(x[i]), magnitude = value < 0.0f ? -value : value;
-    if (magnitude > top) top = magnitude;
-    poison += value * 0.0f;
+  alignas(64) float rounded[kMaxGroup];
+  Vec top = Vec::zero(), poison = Vec::zero();
+  QVL_FOR_LANES(i, lanes, count) {
+    const Vec value = load_lanes(x + i, lanes);
+    top = Vec::max(Vec::max(value, Vec::zero() - value), top);
+    poison = Vec::fma(value, Vec::zero(), poison);
+    value.store(rounded + i);
   }
-  const float inverse = top > kTinyActivation ? 127.0f / top : 0.0f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits behind the point, rounded to even
-  for (int64_t i = 0; i < count; ++i) {
-    const float scaled = to_float(x[i]) * inverse;
-    values[i] = poison == 0.0f ? int8_t(int32_t((scaled + kRound) - kRound)) : int8_t(0);
+  const float largest = top.max_lane(), invalid = poison.sum();
+  *scale = largest / 127.0f + invalid;
+  if (!(largest > kTinyActivation) || invalid != 0.0f) {
+    std::memset(values, 0, size_t(count));
+    return;
   }
-  *scale = top / 127.0f + poison;
+  const Vec inverse = Vec::set1(127.0f / largest);
+  QVL_FOR_LANES(i, lanes, count) { Vec::round(Vec::load(rounded + i) * inverse).store(rounded + i); }
+  for (int64_t i = 0; i < count; ++i) values[i] = int8_t(int32_t(rounded[i]));
 }
 
 template <class T>

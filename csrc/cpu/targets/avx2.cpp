@@ -122,6 +122,35 @@ struct Vec {
   }
 };
 
+// Integer words of the quantised GEMM: two 16-bit elements. (vpmaddubsw would saturate.)
+struct Ints {
+  using Weight = int16_t;
+  static constexpr int kPerWord = 2;
+  __m256i v;
+
+  static Ints set1(int32_t x) { return {_mm256_set1_epi32(x)}; }
+  static Ints load(const uint32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+  void store(uint32_t* p) const { _mm256_storeu_si256((__m256i*)p, v); }
+  void store(float* p) const { _mm256_storeu_si256((__m256i*)p, v); }
+  static Ints multiply_add(Ints acc, Ints activations, uint32_t weights) {
+    return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(activations.v, _mm256_set1_epi32(int(weights))))};
+  }
+  Vec to_float() const { return {_mm256_cvtepi32_ps(v)}; }
+  static int32_t start(const char*, int64_t) { return 0; }
+  static Ints load_values(const int8_t* p) { return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p))}; }
+  // 16 bytes of nibbles, the low ones first, as 32 elements.
+  static void unpack(const uint8_t* nibbles, Weight* out) {
+    const __m128i x = _mm_loadu_si128((const __m128i*)nibbles);
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_srli_epi16(x, 4), 1);
+    const __m256i values = _mm256_sub_epi8(_mm256_and_si256(both, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
+    _mm256_storeu_si256((__m256i*)out, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(values)));
+    _mm256_storeu_si256((__m256i*)(out + 16), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(values, 1)));
+  }
+  static Ints pack(const Vec* x) {
+    return {_mm256_blend_epi16(_mm256_cvtps_epi32(x[0].v), _mm256_slli_epi32(_mm256_cvtps_epi32(x[1].v), 16), 0xaa)};
+  }
+};
+
 #include "../kernels/all.inl.h"
 
 const KernelTable kTable = QVL_KERNEL_TABLE("avx2");

@@ -16,6 +16,35 @@ struct Vec {
 #include "avx512_vec.inl.h"
 };
 
+// Integer words of the quantised GEMM: two 16-bit elements. (vpmaddubsw would saturate.)
+struct Ints {
+  using Weight = int16_t;
+  static constexpr int kPerWord = 2;
+  __m512i v;
+
+  static Ints set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  static Ints load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+  void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
+  void store(float* p) const { _mm512_storeu_si512(p, v); }
+  static Ints multiply_add(Ints acc, Ints activations, uint32_t weights) {
+    return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(activations.v, _mm512_set1_epi32(int(weights))))};
+  }
+  Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
+  static int32_t start(const char*, int64_t) { return 0; }
+  static Ints load_values(const int8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
+  // 16 bytes of nibbles, the low ones first, as 32 elements.
+  static void unpack(const uint8_t* nibbles, Weight* out) {
+    const __m128i x = _mm_loadu_si128((const __m128i*)nibbles);
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_srli_epi16(x, 4), 1);
+    const __m256i values = _mm256_sub_epi8(_mm256_and_si256(both, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
+    _mm512_storeu_si512(out, _mm512_cvtepi8_epi16(values));
+  }
+  static Ints pack(const Vec* x) {
+    const __m512i low = _mm512_cvtps_epi32(x[0].v), high = _mm512_slli_epi32(_mm512_cvtps_epi32(x[1].v), 16);
+    return {_mm512_mask_blend_epi16(0xaaaaaaaau, low, high)};
+  }
+};
+
 #include "../kernels/all.inl.h"
 
 const KernelTable kTable = QVL_KERNEL_TABLE("avx512");

@@ -1,11 +1,11 @@
-// AVX-512 with the bf16 pair dot product (vdpbf16ps): Cooper Lake, Sapphire Rapids, Zen 4 and later.
+// AVX-512 with dot products of bf16 pairs (vdpbf16ps) and of bytes (vpdpbusd): Cooper Lake, Sapphire Rapids, Zen 4 and later.
 #include <immintrin.h>
 
 #include "../kernel_table.h"
 #include "../simd_common.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c")
 
 namespace qvl::avx512_bf16 {
 
@@ -34,6 +34,8 @@ struct Vec {
   }
 };
 
+#include "vnni_ints.inl.h"
+
 #include "../kernels/all.inl.h"
 
 const KernelTable kTable = QVL_KERNEL_TABLE("avx512_bf16");
@@ -45,7 +47,8 @@ namespace qvl {
 bool avx512_bf16_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("fma");
 }
 extern const Target kAvx512Bf16Target{"avx512_bf16", avx512_bf16_supported, &avx512_bf16::kTable};
 }  // namespace qvl

@@ -83,6 +83,34 @@ struct Vec {
   static Vec blend(Int4 mask, Vec x, Vec y) { return {(Float4)(((Int4)x.v & mask) | ((Int4)y.v & ~mask))}; }
 };
 
+// Words of the quantised GEMM: one element as a float. Products of bytes summed over a group are exact in fp32.
+struct Ints {
+  using Weight = float;
+  static constexpr int kPerWord = 1;
+  Vec v;
+
+  static Ints set1(int32_t x) { return {Vec::set1(float(x))}; }
+  static Ints load(const uint32_t* p) { return {Vec::load(reinterpret_cast<const float*>(p))}; }
+  void store(uint32_t* p) const { v.store(reinterpret_cast<float*>(p)); }
+  void store(float* p) const { v.store(p); }
+  static Ints multiply_add(Ints acc, Ints activations, uint32_t weight) {
+    return {Vec::fma(activations.v, Vec::set1(bits_to_float(weight)), acc.v)};
+  }
+  Vec to_float() const { return v; }
+  static int32_t start(const char*, int64_t) { return 0; }
+  static Ints load_values(const int8_t* p) {
+    return {{Vec::Float4{float(p[0]), float(p[1]), float(p[2]), float(p[3])}}};
+  }
+  // 16 bytes of nibbles, the low ones first, as 32 elements.
+  static void unpack(const uint8_t* nibbles, Weight* out) {
+    for (int j = 0; j < 16; ++j) {
+      out[j] = float(int(nibbles[j] & 15) - 8);
+      out[j + 16] = float(int(nibbles[j] >> 4) - 8);
+    }
+  }
+  static Ints pack(const Vec* x) { return {Vec::round(x[0])}; }
+};
+
 #include "../kernels/all.inl.h"
 
 const KernelTable kTable = QVL_KERNEL_TABLE("portable");

@@ -1,0 +1,254 @@
+// GEMM over int8 and int4 weights and activations rounded to int8: activations packed, weights broadcast, as in
+// gemm.inl.h. A word is 32 bits of k: as many elements as the target multiplies at once (Ints). Integer sums run over one
+// group of activations, fp32 sums over the groups. Where the instruction takes activations as unsigned bytes, 128 is
+// added to them, and sums begin at -128 times the sum of the group's weights.
+
+constexpr int64_t kQuantDepth = kQuantRowBytes / int64_t(sizeof(Ints::Weight));  // elements of k per block
+
+inline int64_t quant_words(int64_t k) { return (k + 3) / 4 * 4 / Ints::kPerWord; }
+
+struct QuantWeight {
+  const void* w;
+  int64_t stride;  // bytes
+  const void* scales;
+  int64_t scale_stride;
+};
+
+// One block of k of a task's weight rows, shared by the tiles of all panels.
+struct QuantBlock {
+  WeightFormat format;
+  const char* stored;  // the rows in memory; bytes of a row, and of a group of it
+  int64_t stored_row, stored_group;
+  const void* stored_scales;  // of the rows: int4 bf16 from the block's first group on, int8 fp32 in the last block or nullptr
+  int64_t scale_stride;
+  Ints::Weight* widened;  // [rows][kQuantDepth], or nullptr where the stored rows are words already
+  const char* words;      // [rows][words] at word_row bytes: either of them
+  int64_t word_row;
+  int64_t depth;          // elements of k
+  int64_t count, group;   // words, and words of a group: the last group may be shorter
+  int32_t* starts;        // [group][kQuantRows]: integer sums begin here
+  float* scales;          // int4: [group][kQuantRows]; int8: [kQuantRows], 1 until the last block of k
+};
+
+// c[n][lane] (+)= sum over groups of x_scales[group][lane] * the group's integer sum, times the weights' scale: of the
+// group (GROUPED) or of the row. fetch: the NR rows after these are brought nearer meanwhile.
+template <bool GROUPED, int MV, int NR>
+inline void quant_tile(const QuantBlock& b, int64_t n0, const uint32_t* panel, const float* x_scales, float* c,
+                       bool accumulate, bool fetch) {
+  const char* words = b.words + n0 * b.word_row;
+  c += n0 * kPanelWidth;
+  Vec sum[NR][MV];
+#pragma GCC unroll 8
+  for (int n = 0; n < NR; ++n)
+#pragma GCC unroll 4
+    for (int m = 0; m < MV; ++m)
+      sum[n][m] = accumulate ? Vec::load(c + n * kPanelWidth + m * Vec::kWidth) : Vec::zero();
+  for (int64_t begin = 0, group = 0; begin < b.count; begin += b.group, ++group) {
+    Ints acc[NR][MV];
+#pragma GCC unroll 8
+    for (int n = 0; n < NR; ++n) {
+      const Ints start = Ints::set1(b.starts[group * kQuantRows + n0 + n]);
+#pragma GCC unroll 4
+      for (int m = 0; m < MV; ++m) acc[n][m] = start;
+    }
+    if (fetch) {
+      const char* next = b.stored + (n0 + NR) * b.stored_row + group * b.stored_group;
+#pragma GCC unroll 8
+      for (int n = 0; n < NR; ++n, next += b.stored_row) {
+        __builtin_prefetch(next, 0, 2);  // a group of int8 is two lines, of int4 at most one
+        __builtin_prefetch(next + 64, 0, 2);
+      }
+    }
+    const int64_t count = min_i(b.group, b.count - begin);
+    for (int64_t k = 0; k < count; ++k) {
+      Ints a[MV];
+#pragma GCC unroll 4
+      for (int m = 0; m < MV; ++m) a[m] = Ints::load(panel + m * Vec::kWidth);
+#pragma GCC unroll 8
+      for (int n = 0; n < NR; ++n) {
+        uint32_t word;
+        std::memcpy(&word, words + n * b.word_row, 4);
+#pragma GCC unroll 4
+        for (int m = 0; m < MV; ++m) acc[n][m] = Ints::multiply_add(acc[n][m], a[m], word);
+      }
+      panel += MV * Vec::kWidth;
+      words += 4;
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < MV; ++m) {
+      const Vec x_scale = Vec::load(x_scales + m * Vec::kWidth);
+#pragma GCC unroll 8
+      for (int n = 0; n < NR; ++n) {
+        const Vec scale = GROUPED ? x_scale * Vec::set1(b.scales[group * kQuantRows + n0 + n]) : x_scale;
+        sum[n][m] = Vec::fma(acc[n][m].to_float(), scale, sum[n][m]);
+      }
+    }
+    x_scales += MV * Vec::kWidth;
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < NR; ++n)
+#pragma GCC unroll 4
+    for (int m = 0; m < MV; ++m)
+      (GROUPED ? sum[n][m] : sum[n][m] * Vec::set1(b.scales[n0 + n])).store(c + n * kPanelWidth + m * Vec::kWidth);
+}
+
+// Rows [n, end) of the block made ready for the tiles.
+inline void quant_ready(const QuantBlock& b, int64_t n, int64_t end) {
+  for (; n < end; ++n) {
+    const char* stored = b.stored + n * b.stored_row;
+    if (b.widened) {
+      Ints::Weight* out = b.widened + n * kQuantDepth;
+      if (b.format == WeightFormat::int4) {
+        for (int64_t i = 0; i < b.depth; i += 32) Ints::unpack(reinterpret_cast<const uint8_t*>(stored) + i / 2, out + i);
+      } else {
+        for (int64_t i = 0; i < b.depth; ++i) out[i] = Ints::Weight(reinterpret_cast<const int8_t*>(stored)[i]);
+        for (int64_t i = b.depth; i < b.count * Ints::kPerWord; ++i) out[i] = Ints::Weight(0);
+      }
+    }
+    for (int64_t begin = 0, group = 0; begin < b.count; begin += b.group, ++group) {
+      b.starts[group * kQuantRows + n] = Ints::start(b.words + n * b.word_row + begin * 4, min_i(b.group, b.count - begin));
+      if (b.format == WeightFormat::int4)
+        b.scales[group * kQuantRows + n] = to_float(static_cast<const bf16*>(b.stored_scales)[n * b.scale_stride + group]);
+    }
+    if (b.format == WeightFormat::int8)
+      b.scales[n] = b.stored_scales ? static_cast<const float*>(b.stored_scales)[n * b.scale_stride] : 1.0f;
+  }
+}
+
+// All rows of the block and one panel. The first panel finds rows that are not ready: made so just before their tile,
+// while the next ones are fetched.
+template <bool GROUPED, int MV, int NR>
+inline void quant_rows(const QuantBlock& b, int64_t rows, const uint32_t* panel, const float* x_scales, float* c,
+                       bool accumulate, bool first) {
+  int64_t n = 0;
+  for (; n + NR <= rows; n += NR) {
+    if (first) quant_ready(b, n, n + NR);
+    quant_tile<GROUPED, MV, NR>(b, n, panel, x_scales, c, accumulate, first && n + 2 * NR <= rows);
+  }
+  for (; n < rows; ++n) {
+    if (first) quant_ready(b, n, n + 1);
+    quant_tile<GROUPED, MV, 1>(b, n, panel, x_scales, c, accumulate, false);
+  }
+}
+
+template <bool GROUPED>
+inline void quant_panel(int vectors, const QuantBlock& b, int64_t rows, const uint32_t* panel, const float* x_scales, float* c,
+                        bool accumulate, bool first) {
+  if constexpr (Vec::kPanelVectors == 4) {  // 32 vector registers: 16 integer sums, the fp32 ones partly in L1
+    switch (vectors) {
+      case 1: return quant_rows<GROUPED, 1, 8>(b, rows, panel, x_scales, c, accumulate, first);
+      case 2: return quant_rows<GROUPED, 2, 8>(b, rows, panel, x_scales, c, accumulate, first);
+      case 3: return quant_rows<GROUPED, 3, 4>(b, rows, panel, x_scales, c, accumulate, first);
+      default: return quant_rows<GROUPED, 4, 4>(b, rows, panel, x_scales, c, accumulate, first);
+    }
+  } else {
+    switch (vectors) {
+      case 1: return quant_rows<GROUPED, 1, 8>(b, rows, panel, x_scales, c, accumulate, first);
+      default: return quant_rows<GROUPED, 2, 4>(b, rows, panel, x_scales, c, accumulate, first);
+    }
+  }
+}
+
+// Rows [n_begin, n_begin + rows) of a weight times the panels, over all k.
+inline void quant_accumulate(const QuantGemmArgs& a, const QuantWeight& weight, int64_t n_begin, int64_t rows,
+                             int64_t panel_begin, int64_t panel_end, float* c, int64_t c_panel, float* scratch) {
+  const bool int4 = a.format == WeightFormat::int4;
+  const int64_t groups = (a.k + a.group - 1) / a.group;
+  QuantBlock b{};
+  b.format = a.format;
+  b.stored_row = weight.stride, b.stored_group = int4 ? a.group / 2 : a.group;
+  b.scale_stride = weight.scale_stride;
+  b.group = a.group / Ints::kPerWord;
+  if (int4 || Ints::kPerWord < 4 || a.k % 4 != 0) b.widened = reinterpret_cast<Ints::Weight*>(scratch);
+  b.starts = reinterpret_cast<int32_t*>(scratch + kQuantRows * kQuantRowBytes / 4);
+  b.scales = scratch + kQuantRows * (kQuantRowBytes / 4 + kQuantRowBytes / 32);
+  for (int64_t k = 0; k < a.k; k += kQuantDepth) {
+    b.depth = min_i(kQuantDepth, a.k - k);
+    b.count = quant_words(b.depth);
+    b.stored = static_cast<const char*>(weight.w) + n_begin * weight.stride + (int4 ? k / 2 : k);
+    if (int4) {
+      b.stored_scales = static_cast<const bf16*>(weight.scales) + n_begin * weight.scale_stride + k / a.group;
+    } else if (k + kQuantDepth >= a.k) {
+      b.stored_scales = static_cast<const float*>(weight.scales) + n_begin * weight.scale_stride;
+    }
+    b.words = b.widened ? reinterpret_cast<const char*>(b.widened) : b.stored;
+    b.word_row = b.widened ? kQuantRowBytes : b.stored_row;
+    for (int64_t p = panel_begin; p < panel_end; ++p) {
+      const int vectors = panel_vectors(a.m, p);
+      const int64_t width = vectors * Vec::kWidth;
+      const uint32_t* panel =
+          static_cast<const uint32_t*>(a.panels) + p * kPanelWidth * quant_words(a.k) + quant_words(k) * width;
+      const float* x_scales = a.x_scales + p * kPanelWidth * groups + k / a.group * width;
+      float* block = c + (p - panel_begin) * c_panel;
+      const auto multiply = int4 ? quant_panel<true> : quant_panel<false>;
+      multiply(vectors, b, rows, panel, x_scales, block, k > 0, p == panel_begin);
+    }
+  }
+}
+
+// The scale of one group of activations in each lane: see QuantizeArgs.
+struct LaneScales {
+  Vec top = Vec::zero(), poison = Vec::zero();
+  void see(Vec x) {
+    top = Vec::max(Vec::max(x, Vec::zero() - x), top);
+    poison = Vec::fma(x, Vec::zero(), poison);
+  }
+  Vec scale() const { return top / Vec::set1(127.0f) + poison; }
+  Vec inverse() const { return Vec::select_lt(Vec::set1(kTinyActivation), top, Vec::set1(127.0f) / top, Vec::zero()); }
+};
+
+// c as inputs [n_begin, n_begin + rows) of the next GEMM's panel p. Its groups lie within one task.
+inline void quant_store_panel(const QuantGemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, int64_t width, const float* c) {
+  const int64_t groups = (a.n + a.out_group - 1) / a.out_group;
+  uint32_t* out = static_cast<uint32_t*>(a.out) + p * kPanelWidth * quant_words(a.n) + quant_words(n_begin) * width;
+  float* scales = a.out_scales + p * kPanelWidth * groups + n_begin / a.out_group * width;
+  for (int64_t begin = 0; begin < rows; begin += a.out_group, scales += width) {
+    const int64_t count = min_i(a.out_group, rows - begin), words = quant_words(count);
+    for (int64_t lane = 0; lane < width; lane += Vec::kWidth) {
+      const float* column = c + begin * kPanelWidth + lane;
+      LaneScales of;
+      for (int64_t i = 0; i < count; ++i) of.see(Vec::load(column + i * kPanelWidth));
+      of.scale().store(scales + lane);
+      const Vec inverse = of.inverse();
+      for (int64_t word = 0; word < words; ++word) {
+        Vec elements[Ints::kPerWord];
+        for (int e = 0; e < Ints::kPerWord; ++e) {
+          const int64_t i = word * Ints::kPerWord + e;
+          elements[e] = i < count ? Vec::load(column + i * kPanelWidth) * inverse : Vec::zero();
+        }
+        Ints::pack(elements).store(out + word * width + lane);
+      }
+    }
+    out += words * width;
+  }
+}
+
+template <class T>
+void quant_gemm_task_typed(const QuantGemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
+                           float* scratch) {
+  const int64_t rows = n_end - n_begin, c_panel = 2 * kQuantRows * kPanelWidth;
+  float* c = scratch;
+  scratch += kGemmPanels * c_panel;
+  const QuantWeight weight{a.w, a.w_stride, a.scales, a.scale_stride}, up{a.w2, a.w2_stride, a.scales2, a.scale2_stride};
+  quant_accumulate(a, weight, n_begin, rows, panel_begin, panel_end, c, c_panel, scratch);
+  if (a.activation == Activation::swiglu)
+    quant_accumulate(a, up, n_begin, rows, panel_begin, panel_end, c + kQuantRows * kPanelWidth, c_panel, scratch);
+  for (int64_t p = panel_begin; p < panel_end; ++p, c += c_panel) {
+    const int64_t width = panel_vectors(a.m, p) * Vec::kWidth;
+    gemm_activate<T>(a, n_begin, rows, width, kQuantRows, c);
+    if (a.out_panels) {
+      quant_store_panel(a, p, n_begin, rows, width, c);
+    } else {
+      gemm_store_rows<T>(a, p, n_begin, rows, c);
+    }
+  }
+}
+
+void quant_gemm_task(const QuantGemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
+                     float* scratch) {
+  switch (a.dtype) {
+    case DType::f32: return quant_gemm_task_typed<float>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+    case DType::bf16: return quant_gemm_task_typed<bf16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+    case DType::f16: return quant_gemm_task_typed<f16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+  }
+}

@@ -1,0 +1,172 @@
+"""Quantised linear layers of many rows on the CPU against the product of the rounded numbers, alone and within layers."""
+
+import pytest
+import torch
+
+import qvl_kernels
+from qvl_kernels import dispatch, quant
+from qvl_kernels.checks import DTYPE_CODES
+from qvl_kernels.ops.decoder_layer import DecoderWeights
+from qvl_kernels.ops.decoder_layer.quantized import QuantizedDecoderLayer
+from qvl_kernels.ops.linear.weights import extension_weight
+from qvl_kernels.testing import random_tensor, relative_error, surrounded
+
+FORMATS = [(8, 128), (4, 32), (4, 64), (4, 128)]  # bits, inputs per scale
+# Rows of one and of several panels, whole and partial tasks, blocks of k (2,048 or fewer) and groups, K not a multiple of 4
+SIZES = [(17, 1, 1), (33, 50, 129), (64, 128, 256), (18, 7, 35), (100, 131, 2304), (70, 300, 2049), (200, 129, 96)]
+LIMITS = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _truth(x: torch.Tensor, weight: quant.QuantizedWeight) -> torch.Tensor:
+    return quant.rounded_activations(x, weight).double() @ quant.dequantize(weight).double().T
+
+
+def _weight(n: int, k: int, bits: int, group: int, generator: torch.Generator) -> quant.QuantizedWeight:
+    return quant.quantize(random_tensor((n, k), torch.float32, generator, scale=k**-0.5), bits, group)
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_equals_the_product_of_rounded_numbers(bits, group, size):
+    (m, n, k), generator = size, _generator()
+    weight = _weight(n, k, bits, group, generator)
+    x = random_tensor((m, k + 3), torch.float32, generator)[:, 3:]
+    x[:, k // 2] *= 100.0
+    x[m // 2] = 0.0
+    bias = random_tensor((n,), torch.float32, generator)
+    weight = weight._replace(values=surrounded(weight.values), scales=surrounded(weight.scales))
+    for dtype, limit in LIMITS.items():
+        typed = surrounded(x.to(dtype))
+        out = qvl_kernels.quantized_linear(typed, weight, bias.to(dtype))
+        assert relative_error(out, _truth(typed, weight) + bias.to(dtype).double()) < limit
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_rows_that_are_not_finite_are_nan_and_alone(bits, group, bad):
+    generator = _generator()
+    weight = _weight(45, 300, bits, group, generator)
+    x = random_tensor((80, 300), torch.float32, generator)
+    clean = qvl_kernels.quantized_linear(x, weight)
+    x[66, 290] = bad
+    out = qvl_kernels.quantized_linear(x, weight)
+    assert out[66].isnan().all()
+    assert torch.equal(torch.cat((out[:66], out[67:])), torch.cat((clean[:66], clean[67:])))
+
+
+def test_int8_minus_128_and_the_longest_sums():
+    k = 70_000  # one int32 sum of all products would overflow
+    weight = quant.QuantizedWeight(torch.full((5, k), -128, dtype=torch.int8), torch.ones(5, 1), k)
+    out = qvl_kernels.quantized_linear(torch.full((20, k), 127.0), weight)
+    assert relative_error(out, torch.full((20, 5), -128.0 * 127 * k)) < 1e-6
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_do_not_depend_on_how_many_there_are(bits):
+    """More rows than one chunk of panels holds."""
+    generator = _generator()
+    weight = _weight(6, 64, bits, 32, generator)
+    x = random_tensor((2100, 64), torch.float32, generator)
+    out = qvl_kernels.quantized_linear(x, weight)
+    assert relative_error(out, _truth(x, weight)) < 1e-6
+    assert torch.equal(out[2040:2080], qvl_kernels.quantized_linear(x[2040:2080], weight))
+
+
+def _decoder(dtype: torch.dtype, generator: torch.Generator) -> DecoderWeights:
+    hidden, heads, kv_heads, head_dim, mlp = 160, 4, 2, 32, 300
+    shapes = {
+        "q": (heads * head_dim, hidden), "k": (kv_heads * head_dim, hidden), "v": (kv_heads * head_dim, hidden),
+        "o": (hidden, heads * head_dim), "gate": (mlp, hidden), "up": (mlp, hidden), "down": (hidden, mlp),
+    }  # fmt: skip
+    matrices = {name: random_tensor(shape, dtype, generator, scale=shape[1] ** -0.5) for name, shape in shapes.items()}
+    norms = {name: torch.ones(hidden, dtype=dtype) for name in ("input_norm", "post_norm")}
+    return DecoderWeights(**matrices, **norms, q_norm=torch.ones(head_dim, dtype=dtype), k_norm=torch.ones(head_dim, dtype=dtype))
+
+
+def _run(weights: DecoderWeights, x: torch.Tensor) -> torch.Tensor:
+    time, dtype = x.shape[1], x.dtype
+    angles = torch.arange(time)[None, :, None] * 10.0 ** -torch.linspace(0, 2, 16).repeat(2)
+    caches = [torch.zeros(1, 2, time, 32, dtype=dtype) for _ in range(2)]
+    layer = QuantizedDecoderLayer(weights, num_heads=4, kv_heads=2, eps=1e-6, scale=32**-0.5)
+    return layer(x, angles.cos().to(dtype), angles.sin().to(dtype), *caches, past=0)
+
+
+@pytest.mark.parametrize("formats", [("int8", "int8"), ("int4", "int4"), ("int8", "int4"), ("int4", "int8")], ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decoder_layer_is_its_fake_quantised_composition(formats, dtype):
+    """The activations between gate/up and down are rounded in panels and never written out as rows."""
+    generator = _generator()
+    stored = _decoder(dtype, generator)
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    bits = {name: int(formats[name == "down"][3:]) for name in names}
+    matrices = {name: quant.quantize(getattr(stored, name), bits[name], 32) for name in names}
+    x = random_tensor((1, 70, 160), dtype, generator)
+    x[..., 7] *= 30.0
+    with torch.inference_mode():
+        out = _run(stored._replace(**matrices), x).double()
+        expected = _fake_quantised(stored, matrices, x)
+        plain = _run(stored, x).double()
+    assert torch.cosine_similarity(out.flatten(), expected.flatten(), dim=0) > 0.9999
+    if dtype == torch.float32:  # bf16 between the products moves some activations to the next integer
+        update, expected_update = out - x.double(), expected - x.double()
+        assert torch.cosine_similarity(update.flatten(), expected_update.flatten(), dim=0) > 0.999999
+        assert relative_error(plain, expected) > 10 * relative_error(out, expected)
+
+
+def _fake_quantised(stored: DecoderWeights, matrices: dict, x: torch.Tensor) -> torch.Tensor:
+    """The layer in float64, each product of rounded activations and weights."""
+
+    def product(a, name):
+        return _truth(a.float(), matrices[name])
+
+    def norm(a):
+        return a * (a.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+    time, x = x.shape[1], x.double()
+    heads = [product(norm(x), name).view(1, time, -1, 32) for name in ("q", "k", "v")]
+    angles = (torch.arange(time)[None, :, None] * 10.0 ** -torch.linspace(0, 2, 16).repeat(2)).double()
+    ones = torch.ones(32, dtype=torch.float64)
+    with qvl_kernels.use_backend("reference"):
+        q, k = qvl_kernels.qk_norm_rope(*heads[:2], ones, ones, angles.cos(), angles.sin(), eps=1e-6)
+        attended = qvl_kernels.attention(q, k, heads[2], causal=True, scale=32**-0.5)
+    x = x + product(attended.reshape(1, time, -1), "o")
+    hidden = torch.nn.functional.silu(product(norm(x), "gate")) * product(norm(x), "up")
+    return x + product(hidden, "down")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_vision_block_is_its_fake_quantised_composition(bits):
+    """GELU outputs are rounded in panels; products have biases."""
+    generator, tokens, hidden, heads, mlp = _generator(), 90, 96, 3, 200
+    shapes = [(3 * hidden, hidden), (hidden, hidden), (mlp, hidden), (hidden, mlp)]
+    matrices = [_weight(*shape, bits, 32, generator) for shape in shapes]
+    biases = [random_tensor(shape[:1], torch.float32, generator) for shape in shapes]
+    norms = [torch.ones(hidden), torch.zeros(hidden)] * 2
+    x = random_tensor((tokens, hidden), torch.float32, generator)
+    angles = torch.arange(tokens)[:, None] * 10.0 ** -torch.linspace(0, 2, 16).repeat(2)
+    cos, sin, ends = angles.cos(), angles.sin(), torch.tensor([0, 40, tokens], dtype=torch.int32)
+    out = torch.full_like(x, torch.nan)
+    dispatch.extension().vision_block(
+        x=x.data_ptr(), out=out.data_ptr(), norms=[norm.data_ptr() for norm in norms],
+        weights=[extension_weight(weight, bias) for weight, bias in zip(matrices, biases)], cos=cos.data_ptr(), sin=sin.data_ptr(),
+        cos_stride=32, sin_stride=32, cu_seqlens=ends.data_ptr(), sequences=2, tokens=tokens, hidden=hidden, heads=heads,
+        head_dim=32, mlp=mlp, eps=1e-6, scale=32**-0.5, dtype=DTYPE_CODES[torch.float32],
+    )  # fmt: skip
+
+    def product(a, index):
+        return _truth(a.float(), matrices[index]) + biases[index]
+
+    wide = x.double()
+    with qvl_kernels.use_backend("reference"):
+        q, k, v = product(torch.nn.functional.layer_norm(wide, (hidden,), eps=1e-6), 0).view(tokens, 3, heads, 32).unbind(1)
+        q, k = qvl_kernels.vision_rope(q, k, cos.double(), sin.double())
+        parts = [slice(0, 40), slice(40, tokens)]
+        attended = [qvl_kernels.attention(q[None, part], k[None, part], v[None, part], scale=32**-0.5)[0] for part in parts]
+    middle = wide + product(torch.cat(attended).reshape(tokens, hidden), 1)
+    gelu = torch.nn.functional.gelu(product(torch.nn.functional.layer_norm(middle, (hidden,), eps=1e-6), 2), approximate="tanh")
+    expected = middle + product(gelu, 3)
+    assert torch.cosine_similarity((out - x).double().flatten(), (expected - wide).flatten(), dim=0) > 0.99999
