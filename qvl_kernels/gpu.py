@@ -74,4 +74,12 @@ def _unavailable() -> str | None:
     capability = torch.cuda.get_device_capability()
     if not torch.version.hip and capability < OLDEST_CAPABILITY:
         return f"the GPU is sm_{capability[0]}{capability[1]}; the kernels need sm_80 (Ampere) or newer"
+    if torch.compiler.is_compiling():
+        return None
+    try:  # no compiler for Triton's launchers, a driver too old, ...: said here once, not in the middle of a model
+        from qvl_kernels.gpu_probe import probe
+
+        probe(torch.device("cuda"))
+    except Exception as error:
+        return f"Triton cannot run a kernel here ({type(error).__name__}: {error})"
     return None

@@ -9,9 +9,12 @@ from packaging.version import Version
 from torch import nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from qvl_model.decoding import MODES, graphs_possible
+from qvl_model.decoding import MODES, why_never
 from qvl_model.modules.packed import PackedEmbedding, PackedLinear
+from qvl_model.modules.parts import check_rows, set_rows
 from qvl_model.modules.plain import FAST_DTYPES
+from qvl_model.modules.text import Qwen3VLTextMLP
+from qvl_model.modules.vision import Qwen3VLVisionMLP
 from qvl_model.modules.vision_tables import provide_tables
 from qvl_model.quantization import formats_of, pack_model, unpack_model
 from qvl_model.replacements import MODEL_CLASSES, STOCK_CLASSES, replacement
@@ -20,6 +23,7 @@ __all__ = ["Report", "accelerate", "is_accelerated", "report", "restore"]
 
 TESTED_TRANSFORMERS = ("5.17", "5.23")  # oldest and newest minor version that the tests run on
 
+_MLPS = (Qwen3VLTextMLP, Qwen3VLVisionMLP)  # QVL's too
 _KEPT_REASONS = {
     "Qwen3VLTextRotaryEmbedding": "computes small tables once per forward",
     "Qwen3VLVisionPatchMerger": "its norm and linear layers are replaced one by one",
@@ -107,7 +111,9 @@ def _warn_untested() -> None:
         )
 
 
-def accelerate(model: nn.Module, *, weights: str | Mapping[str, str | None] | None = None) -> nn.Module:
+def accelerate(
+    model: nn.Module, *, weights: str | Mapping[str, str | None] | None = None, mlp_rows: int | None = None
+) -> nn.Module:
     """Makes a stock Qwen3-VL model, or a QVL model, fast, in place; returns the same object.
 
     Parameters are not moved, copied or re-laid: ``state_dict``, ``save_pretrained``, ``.to()`` and PEFT stay what they
@@ -119,9 +125,11 @@ def accelerate(model: nn.Module, *, weights: str | Mapping[str, str | None] | No
         weights: None, to use weights as stored; "int8" or "int4" packs every linear layer, and an embedding tied to the head;
             {"text": "int4", "vision": "int8", "lm_head": None} chooses by part. Packed weights are constants: adapters train
             on top of them, they themselves do not.
+        mlp_rows: None, or how many tokens an MLP takes at a time, for memory: what it computes in between, several times as wide as
+            its input, exists for so many tokens only, and while training is computed again in the backward instead of kept.
     Returns:
         model.
-    Raises: TypeError for another class; ValueError for meta weights, foreign quantisation, unsupported dtypes, unknown formats
+    Raises: TypeError for another class or type; ValueError for meta weights, foreign quantisation, unsupported dtypes, unknown formats
         or parts, and for packing weights that are not finite. The model is then as it was.
     Example:
         >>> model = Qwen3VLForConditionalGeneration.from_pretrained(path)
@@ -129,6 +137,7 @@ def accelerate(model: nn.Module, *, weights: str | Mapping[str, str | None] | No
         >>> model = qvl_model.accelerate(model, weights="int8")
     """
     formats = formats_of(weights)
+    check_rows(mlp_rows)
     inner = _base_model(model)
     _check(inner)
     _warn_untested()
@@ -137,6 +146,8 @@ def accelerate(model: nn.Module, *, weights: str | Mapping[str, str | None] | No
         ours = replacement(name, module)
         if ours is not None:
             module.__class__ = ours
+        if isinstance(module, _MLPS):
+            set_rows(module, mlp_rows)
         if isinstance(module, Qwen3VLVisionModel) and provide_tables not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(provide_tables, with_kwargs=True)
     return model
@@ -152,6 +163,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     unpack_model(_base_model(model))
     for module in _base_model(model).modules():
+        set_rows(module, None)
         theirs = STOCK_CLASSES.get(type(module))
         if theirs is not None:
             module.__class__ = theirs
@@ -194,8 +206,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _decoding(model: nn.Module) -> str:
-    device = next(model.parameters()).device
-    reason = graphs_possible(device)
+    reason = why_never(model, next(model.parameters()).device)
     if reason is not None:
         return f"one fused call per layer and token ({reason})"
     return f"whole steps as CUDA graphs for {MODES}; one fused call per layer and token for all else"

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
+from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 from qvl_kernels import dispatch, gpu
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
@@ -24,7 +25,7 @@ from qvl_model.modules.packed import PackedLinear
 from qvl_model.modules.plain import is_plain, no_global_hooks
 from qvl_model.sampling import Sampler, unsupported_criterion, unsupported_processor
 
-__all__ = ["MODES", "decode", "graphs_possible", "why_not"]
+__all__ = ["MODES", "decode", "graphs_possible", "why_never", "why_not"]
 
 MODES = "greedy and sampling (temperature, top-k, top-p, min-p, repetition penalty, minimum length)"
 KEPT_STEPS = 2  # static caches kept per model, those used last
@@ -144,6 +145,22 @@ def _step(model: nn.Module, batch: int, length: int) -> _Step:
     return step
 
 
+def _capture(model: nn.Module, batch: int, length: int, processors, criteria, settings: dict):
+    """(step, sampler, choose), or None after one warning where memory or the driver do not allow it; nothing is kept then."""
+    try:
+        step = _step(model, batch, length)
+        return step, *step.sampler(processors, criteria, **settings)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        reason = str(error)
+    # Out here the error, whose traceback holds the buffers, is gone: the slower path may need their memory.
+    _steps.pop(model, None)
+    _failed[model] = f"capturing a CUDA graph failed: {reason}"
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    warnings.warn(f"qvl_model: decoding goes on without CUDA graphs: {reason}", RuntimeWarning, stacklevel=4)
+    return None
+
+
 def graphs_possible(device: torch.device) -> str | None:
     """Why tokens on ``device`` cannot be decoded by captured steps, or None."""
     if device.type == "cuda":
@@ -153,9 +170,16 @@ def graphs_possible(device: torch.device) -> str | None:
     return f"tensors on {device.type} have no CUDA graphs"
 
 
+def why_never(model: nn.Module, device: torch.device) -> str | None:
+    """Why no call for tokens on ``device`` is decoded by captured steps, or None."""
+    if not isinstance(model, stock.Qwen3VLForConditionalGeneration):
+        return f"{type(model).__name__} decodes by transformers' own loop"
+    return graphs_possible(device) or _failed.get(model)
+
+
 def why_not(model: nn.Module, input_ids: Tensor, processors, criteria, config, options: dict) -> str | None:
     """Why this call of ``_sample`` stays with stock code, or None. ``options``: its keyword arguments, model inputs included."""
-    reason = graphs_possible(input_ids.device) or _failed.get(model)
+    reason = why_never(model, input_ids.device)
     if reason is not None:
         return reason
     if sum(type(processor) is RepetitionPenaltyLogitsProcessor for processor in processors) > 1:
@@ -204,15 +228,10 @@ def decode(model: nn.Module, first_token: Callable, input_ids: Tensor, processor
     stock_call = {"streamer": streamer, **options}
     if max_length - prompt <= 1:
         return first_token(input_ids, processors, criteria, config, **stock_call)
-    try:
-        step = _step(model, batch, max_length)
-        sampler, choose = step.sampler(processors, criteria, **settings)
-    except (RuntimeError, torch.OutOfMemoryError) as error:
-        _steps.pop(model, None)
-        _failed[model] = f"capturing a CUDA graph failed: {error}"
-        warnings.warn(f"qvl_model: decoding goes on without CUDA graphs: {error}", RuntimeWarning, stacklevel=3)
+    captured = _capture(model, batch, max_length, processors, criteria, settings)
+    if captured is None:
         return first_token(input_ids, processors, criteria, config, **stock_call)
-
+    step, sampler, choose = captured
     sequences, positions = _first_token(model, first_token, input_ids, processors, criteria, config, stock_call)
     cache, mask = options["past_key_values"], options.get("attention_mask")
     hidden = mask is not None and not bool(mask.all())

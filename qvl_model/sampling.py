@@ -83,7 +83,7 @@ class Sampler:
         batch = sequences.shape[0]
         self.finished.fill_(True)
         last = sequences[:, -1]
-        self.finished[:batch] = torch.isin(last, self._ends) if self._ends is not None else False
+        self.finished[:batch] = self._is_end(last) if self._ends is not None else False
         self.produced.fill_(self._pad)
         self.count.zero_()
         self.length.fill_(sequences.shape[1])
@@ -106,13 +106,17 @@ class Sampler:
             chosen = scores.argmax(-1)
         chosen = chosen.masked_fill(self.finished, self._pad)
         if self._ends is not None:
-            self.finished |= torch.isin(chosen, self._ends)
+            self.finished |= self._is_end(chosen)
         if self.seen is not None:
             self.seen.scatter_(1, chosen[:, None], True)
         self.produced.scatter_(1, self.count.expand(chosen.shape[0], 1), chosen[:, None])
         tokens.copy_(chosen[:, None])
         self.count += 1
         self.length += 1
+
+    def _is_end(self, tokens: Tensor) -> Tensor:
+        """Like torch.isin, which for many ends sorts and waits for the device: a capture would fail."""
+        return (tokens[:, None] == self._ends).any(1)
 
     def _process(self, processor, scores: Tensor) -> Tensor:
         kind = type(processor)

@@ -42,7 +42,7 @@ def config(name: str = "odd") -> Qwen3VLConfig:
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": c["sections"], "mrope_interleaved": True},
         ),
         vision_config=dict(
-            depth=4, hidden_size=vision_hidden, intermediate_size=vision_mlp, num_heads=vision_heads, in_channels=3,
+            depth=c.get("depth", 4), hidden_size=vision_hidden, intermediate_size=vision_mlp, num_heads=vision_heads, in_channels=3,
             patch_size=PATCH, temporal_patch_size=TEMPORAL, spatial_merge_size=MERGE, out_hidden_size=c["hidden"],
             num_position_embeddings=64, deepstack_visual_indexes=[0, 2][: c["layers"]],
         ),

@@ -1,4 +1,6 @@
+import functools
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -77,6 +79,39 @@ def test_unsupported_cases_fall_back_with_one_warning_each(no_fallbacks):
             qvl_kernels.swiglu(x, x)
     names = [case.split(":")[0] for case in qvl_kernels.fallbacks()]
     assert names == ["rms_norm", "swiglu"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "error", "reason"),
+    [((7, 5), None, "the GPU is sm_75; the kernels need sm_80"), ((9, 0), None, None),
+     ((9, 0), RuntimeError("Failed to find C compiler"), "Triton cannot run a kernel here .RuntimeError: Failed to find C compiler")],
+    ids=["old", "good", "no compiler"],
+)  # fmt: skip
+def test_gpus_that_cannot_run_the_kernels(capability, error, reason, monkeypatch):
+    """One warning, and stock code."""
+    from qvl_kernels import gpu, gpu_probe
+    from qvl_model.modules import plain
+
+    def probe(device):
+        if error is not None:
+            raise error
+
+    class OnGpu:
+        is_cpu, is_cuda, dtype = False, True, torch.float64  # a dtype that no kernel takes: the tensor is not looked at further
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(gpu_probe, "probe", probe)
+    monkeypatch.setattr(gpu, "_unavailable", functools.cache(gpu._unavailable.__wrapped__))
+    monkeypatch.setattr(plain, "_say_once", functools.cache(plain._say_once.__wrapped__))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert not plain.kernels_take(OnGpu())
+    assert (gpu.unavailable() is None) == (reason is None)
+    assert len(caught) == (reason is not None)
+    if reason is not None:
+        assert re.search(reason, str(caught[0].message)) and "stock code" in str(caught[0].message)
 
 
 def test_cpu_info():

@@ -1,5 +1,7 @@
 """The decoding loop of GPUs, run here without graphs on CPU tensors: same tokens as stock's own loop."""
 
+import weakref
+
 import pytest
 import torch
 from models import inputs, pair
@@ -8,6 +10,7 @@ from transformers.generation import LogitsProcessorList, MaxTimeCriteria, Stoppi
 from transformers.generation import logits_process as processors
 from transformers.generation.streamers import BaseStreamer
 
+import qvl_model
 from qvl_model import decoding
 from qvl_model.sampling import Sampler
 
@@ -138,6 +141,32 @@ def test_a_failed_capture_warns_once_and_decodes_all_the_same(models, monkeypatc
         out = _generate(ours, batch, **GREEDY)
     assert torch.equal(out, _generate(stock, batch, **GREEDY))
     assert "no memory" in decoding.why_not(ours, batch["input_ids"], [], [], GenerationConfig(), {})
+    assert "no memory" in qvl_model.report(ours).decoding
+
+
+def test_a_failed_capture_keeps_no_memory(models, monkeypatch):
+    """Where memory ran out, the slower path needs it."""
+    ours, buffers = models[1], []
+
+    def fail(function, device):
+        buffers.extend(map(weakref.ref, function.__self__.keys))
+        raise torch.OutOfMemoryError("no memory for a graph")
+
+    original = ours.model.language_model.forward
+    monkeypatch.setattr(decoding, "_captured", fail)
+    monkeypatch.setattr(ours.model.language_model, "forward", lambda *args, **kwargs: alive.append([b() for b in buffers]) or original(*args, **kwargs))
+    monkeypatch.setattr(decoding, "_failed", type(decoding._failed)())
+    alive = []
+    monkeypatch.setattr(decoding, "is_plain", lambda *_: True)  # in spite of the forward that looks
+    with pytest.warns(RuntimeWarning, match="without CUDA graphs"):
+        _generate(ours, inputs([5]), **GREEDY)
+    assert buffers and len(alive) == GREEDY["max_new_tokens"] and not any(b is not None for seen in alive for b in seen)
+
+
+def test_report_says_which_modes_are_captured(models):
+    text = qvl_model.report(models[1]).decoding
+    assert text.startswith("whole steps as CUDA graphs for greedy and sampling") and "for all else" in text
+    assert "own loop" in qvl_model.report(models[1].model).decoding
 
 
 @pytest.mark.parametrize(

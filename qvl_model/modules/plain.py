@@ -1,5 +1,8 @@
 """Is a module plain enough for our kernels? Checked at every call: adapters, hooks and casts may come at any time."""
 
+import functools
+import warnings
+
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
@@ -44,12 +47,24 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
+def _gpu_takes() -> bool:
+    reason = gpu.unavailable()
+    if reason is not None and not torch.compiler.is_compiling():
+        _say_once(reason)
+    return reason is None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    warnings.warn(f"qvl_model: the model runs on stock code: {reason}", RuntimeWarning, stacklevel=4)
+
+
 def kernels_take(*tensors: torch.Tensor | None, cast: bool = True) -> bool:
     """Plain tensors (no subclass: it may hold its values elsewhere) on one CPU or GPU that the kernels run on, of one dtype
     that they know, rows contiguous. ``cast``: autocast, where it is on, would cast this op's inputs, and must find nothing to do."""
     first = tensors[0]
     on_cpu = first.is_cpu
-    if not (on_cpu or first.is_cuda and gpu.unavailable() is None) or first.dtype not in FAST_DTYPES:
+    if not (on_cpu or first.is_cuda and _gpu_takes()) or first.dtype not in FAST_DTYPES:
         return False
     if cast and autocast_dtype(first.device) not in (None, first.dtype):
         return False

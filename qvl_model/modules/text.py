@@ -11,6 +11,7 @@ from qvl_kernels.quant import QuantizedWeight
 from qvl_model import cache
 from qvl_model.modules.linear import Linear
 from qvl_model.modules.packed import PackedLinear
+from qvl_model.modules.parts import in_parts, splits
 from qvl_model.modules.plain import autocast_dtype, is_plain, kernels_take, no_global_hooks, only_capture_hooks
 
 __all__ = ["Qwen3VLTextAttention", "Qwen3VLTextDecoderLayer", "Qwen3VLTextMLP", "Qwen3VLTextRMSNorm", "plan_of"]
@@ -39,8 +40,11 @@ class Qwen3VLTextRMSNorm(stock.Qwen3VLTextRMSNorm):
 
 class Qwen3VLTextMLP(stock.Qwen3VLTextMLP):
     def forward(self, x: Tensor) -> Tensor:
+        return in_parts(self, self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if not (is_plain(self.act_fn, _SILU) and no_global_hooks()):
-            return super().forward(x)
+            return stock.Qwen3VLTextMLP.forward(self, x)
         gate, up = self.gate_proj(x), self.up_proj(x)
         if kernels_take(gate, up, cast=False):
             return self.down_proj(qvl_kernels.swiglu(gate, up))
@@ -261,6 +265,7 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
             or not no_global_hooks()
             or hidden_states.dim() != 3
             or not hidden_states.is_contiguous()
+            or splits(self._modules["mlp"], hidden_states)
             or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype in (torch.bool, hidden_states.dtype)))
             or _has_special_arguments(kwargs)
             or not _tables_fit(position_embeddings, hidden_states)

@@ -6,6 +6,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 import qvl_kernels
 from qvl_model.modules.linear import LayerNorm, Linear
+from qvl_model.modules.parts import in_parts, splits
 from qvl_model.modules.plain import is_plain, kernels_take, no_global_hooks, only_capture_hooks
 
 __all__ = ["Qwen3VLVisionAttention", "Qwen3VLVisionBlock", "Qwen3VLVisionMLP", "Qwen3VLVisionPatchEmbed", "is_gelu_tanh"]
@@ -24,6 +25,9 @@ class Qwen3VLVisionPatchEmbed(stock.Qwen3VLVisionPatchEmbed):
 
 class Qwen3VLVisionMLP(stock.Qwen3VLVisionMLP):
     def forward(self, hidden_state: Tensor) -> Tensor:
+        return in_parts(self, self._forward, hidden_state)
+
+    def _forward(self, hidden_state: Tensor) -> Tensor:
         hidden_state = self.linear_fc1(hidden_state)
         if is_gelu_tanh(self.act_fn) and no_global_hooks() and kernels_take(hidden_state, cast=False):
             return self.linear_fc2(qvl_kernels.gelu_tanh(hidden_state))
@@ -93,6 +97,7 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
             or not is_gelu_tanh(mlp.act_fn)
             or not no_global_hooks()
             or not hidden_states.is_contiguous()
+            or splits(mlp, hidden_states)
             or self.norm1.eps != self.norm2.eps
             or attention.scaling != attention.head_dim**-0.5
         ):

@@ -1,0 +1,17 @@
+"""The smallest Triton kernel, launched once to see whether any can be."""
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["probe"]
+
+
+@triton.jit
+def _one(x_ptr):
+    tl.store(x_ptr, 1.0)
+
+
+def probe(device: torch.device) -> None:
+    """Compiles and launches; raises whatever Triton or the driver raise."""
+    _one[(1,)](torch.empty(1, dtype=torch.float32, device=device))
