@@ -18,6 +18,7 @@ __all__ = [
     "next_power_of_2",
     "quantize_rows",
     "quantized_linear_route",
+    "rope",
     "whole_rows",
 ]
 
@@ -44,6 +45,16 @@ def whole_rows(size: int) -> dict:
     """Rows of ``size`` elements that stay in registers: 16 to 32 elements a thread, several rows a program if they are short."""
     block = next_power_of_2(size)
     return {"ROWS": max(1, min(16, 1024 // block)), "BLOCK": block, "num_warps": min(16, max(2, block // 512))}
+
+
+def rope(heads: int, kv_heads: int, half: int) -> dict:
+    """Heads of one token, both halves of ``half`` elements in registers: 8 elements of each a thread, 16-byte loads of 16-bit data.
+
+    No more heads than k has, so that grouped-query attention leaves no thread idle.
+    """
+    block = next_power_of_2(half)
+    rows = min(next_power_of_2(min(heads, kv_heads)), max(1, 1024 // block))
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(8, rows * block // 256))}
 
 
 def gemv_fma(rows: int, n: int, k: int, size: int, bits: int, pair: bool, arch: str) -> dict | None:

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 import qvl_kernels
 from qvl_kernels import gemv
 from qvl_kernels.ops.linear_cross_entropy.op import loss_sum_op
+from qvl_kernels.ops.rope.op import qk_norm_rope_to_cache_op
 from qvl_kernels.quant import quantize
 
 # One small case of a public function for every op it reaches, and for the arguments that change what is traced.
@@ -45,6 +46,7 @@ def _rand(*shape: int) -> torch.Tensor:
 # Ops without a public function of their own, and their arguments.
 X, NORM = _rand(2, 3, 40), _rand(40)
 INT8, INT4 = quantize(_rand(5, 40), 8), quantize(_rand(5, 40), 4, 32)
+HEADS, CACHE = _rand(2, 3, 4, 16), (_rand(16), _rand(16), _rand(1, 3, 16), _rand(1, 3, 16), _rand(2, 4, 9, 16), _rand(2, 4, 9, 16))
 INTERNAL = [
     (gemv.gemv_op, (X, _rand(5, 40), _rand(5), NORM, 1e-6, _rand(2, 3, 5))),
     (gemv.gemv_op, (X, _rand(5, 40), None, None, 0.0, None)),
@@ -53,6 +55,8 @@ INTERNAL = [
     (gemv.quantized_gemv_swiglu_op, (X, INT4.values, INT4.scales, INT4.values, INT4.scales, None, 1e-6)),
     (loss_sum_op, (_rand(7, 40).requires_grad_(), _rand(5, 40).requires_grad_(), torch.tensor([0, 1, 2, 3, 4, -100, 1]), -100, 0.1, True, True)),
     (loss_sum_op, (_rand(7, 40), _rand(5, 40).requires_grad_(), torch.tensor([0, 1, 2, 3, 4, -100, 1]), -100, 0.0, False, True)),
+    (qk_norm_rope_to_cache_op, (HEADS, HEADS, HEADS, *CACHE, torch.tensor([5, 0]), 0, 1e-6)),
+    (qk_norm_rope_to_cache_op, (HEADS, HEADS, HEADS, *CACHE, None, 2, 1e-6)),
 ]
 CASE_LISTS = {"add_layer_norm": "ADD_CASES", "add_rms_norm": "ADD_CASES", "vision_rope": "VISION_CASES"}
 INFERENCE_ONLY = {"qvl::decode_attention", "qvl::decoder_layer", "qvl::vision_block"}

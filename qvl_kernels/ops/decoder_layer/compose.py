@@ -4,7 +4,7 @@ import torch
 
 from qvl_kernels.ops.attention.cpu import attention_op
 from qvl_kernels.ops.decoder_layer.parts import add_product, gated, normed_products
-from qvl_kernels.ops.rope.cpu import qk_norm_rope_op
+from qvl_kernels.ops.rope.op import qk_norm_rope_to_cache_op
 
 __all__ = ["compose_decoder_layer"]
 
@@ -17,10 +17,8 @@ def compose_decoder_layer(x, norms, weights, biases, cos, sin, k_cache, v_cache,
     q_w, k_w, v_w, o_w, gate_w, up_w, down_w = weights
     *qkv_biases, o_b = biases
     q, k, v = normed_products(x, input_norm, eps, [q_w, k_w, v_w], qkv_biases)
-    q, k = q.view(batch, time, num_heads, head_dim), k.view(batch, time, kv_heads, head_dim)
-    q, k = qk_norm_rope_op(q, k, q_norm, k_norm, cos, sin, eps)
-    k_cache[:, :, past:end] = k.transpose(1, 2)
-    v_cache[:, :, past:end] = v.view(batch, time, kv_heads, head_dim).transpose(1, 2)
+    q, k, v = (heads.view(batch, time, count, head_dim) for heads, count in ((q, num_heads), (k, kv_heads), (v, kv_heads)))
+    q = qk_norm_rope_to_cache_op(q, k, v, q_norm, k_norm, cos, sin, k_cache, v_cache, None, past, eps)
     keys, values = k_cache[:, :, :end].transpose(1, 2), v_cache[:, :, :end].transpose(1, 2)
     mask = None if mask is None else mask[..., :end]
     attended, _ = attention_op(q, keys, values, None, None, mask, mask is None, scale)

@@ -5,7 +5,7 @@ import torch
 from qvl_kernels.ops.decode_attention import decode_attention
 from qvl_kernels.ops.decoder_layer.parts import add_product, gated, normed_products
 from qvl_kernels.ops.decoder_layer.prepared import PreparedDecoderLayer
-from qvl_kernels.ops.rope.cpu import qk_norm_rope_op
+from qvl_kernels.ops.rope.op import qk_norm_rope_to_cache_op
 
 __all__ = ["decode_step"]
 
@@ -26,11 +26,8 @@ def decode_step(
     """
     w, batch, eps = layer.weights, x.shape[0], layer.eps
     q, k, v = normed_products(x, w.input_norm, eps, [w.q, w.k, w.v], [w.q_bias, w.k_bias, w.v_bias])
-    q, k = q.view(batch, 1, layer.num_heads, layer.head_dim), k.view(batch, 1, layer.kv_heads, layer.head_dim)
-    q, k = qk_norm_rope_op(q, k, w.q_norm, w.k_norm, cos, sin, eps)
-    rows = torch.arange(batch, device=x.device)
-    k_cache[rows, :, lengths] = k[:, 0]
-    v_cache[rows, :, lengths] = v.view(batch, layer.kv_heads, layer.head_dim)
+    q, k, v = (heads.view(batch, 1, -1, layer.head_dim) for heads in (q, k, v))
+    q = qk_norm_rope_to_cache_op(q, k, v, w.q_norm, w.k_norm, cos, sin, k_cache, v_cache, lengths, 0, eps)
     attended = decode_attention(q, k_cache, v_cache, lengths=lengths + 1, mask=visible, scale=layer.scale)
     x = add_product(x, attended.view(batch, 1, -1), w.o, w.o_bias)
     return add_product(x, gated(x, w.post_norm, eps, w.gate, w.up), w.down, None)

@@ -1,7 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
-from qvl_kernels.ops.rope.cpu import qk_norm_rope_op, vision_rope_op
+from qvl_kernels.ops.rope.op import qk_norm_rope_op, vision_rope_op
 from qvl_kernels.ops.rope.reference import qk_norm_rope_reference, vision_rope_reference
 
 __all__ = ["qk_norm_rope", "vision_rope"]

@@ -2,11 +2,10 @@ import torch
 
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
-from qvl_kernels.library import register
 from qvl_kernels.ops.rms_norm.cpu import rms_norm_backward_cpu
 from qvl_kernels.ops.rope.reference import rotate_half
 
-__all__ = ["qk_norm_rope_op", "vision_rope_op"]
+__all__ = ["qk_norm_rope_backward_cpu", "qk_norm_rope_cpu", "qk_norm_rope_to_cache_cpu", "vision_rope_backward_cpu", "vision_rope_cpu"]
 
 
 def _strides(x: torch.Tensor) -> list[int]:
@@ -21,7 +20,11 @@ def _table_strides(x: torch.Tensor) -> list[int]:
     return [x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)]
 
 
-def _rope(q, k, q_weight, k_weight, cos, sin, eps):
+def vision_rope_cpu(q, k, cos, sin):
+    return qk_norm_rope_cpu(q, k, None, None, cos, sin, 0.0)
+
+
+def qk_norm_rope_cpu(q, k, q_weight, k_weight, cos, sin, eps):
     q_out, k_out = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
     dispatch.extension().qk_norm_rope(
         q=q.data_ptr(), k=k.data_ptr(), q_out=q_out.data_ptr(), k_out=k_out.data_ptr(), q_strides=_strides(q),
@@ -34,8 +37,18 @@ def _rope(q, k, q_weight, k_weight, cos, sin, eps):
     return q_out, k_out
 
 
-def _fake(q, k, *rest):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+def qk_norm_rope_to_cache_cpu(q, k, v, q_weight, k_weight, cos, sin, k_cache, v_cache, lengths, past, eps):
+    q, k = qk_norm_rope_cpu(q, k, q_weight, k_weight, cos, sin, eps)
+    time, capacity = k.shape[1], k_cache.shape[2]
+    if lengths is None and 0 <= past <= capacity - time:
+        k_cache[:, :, past : past + time] = k.transpose(1, 2)
+        v_cache[:, :, past : past + time] = v.transpose(1, 2)
+        return q
+    positions = torch.arange(past, past + time) + (torch.zeros(k.shape[0], 1) if lengths is None else lengths[:, None]).long()
+    rows, times = ((positions >= 0) & (positions < capacity)).nonzero(as_tuple=True)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache[rows, :, positions[rows, times]] = new[rows, times]
+    return q
 
 
 def _rope_backward(grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -44,39 +57,12 @@ def _rope_backward(grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     return g * cos - rotate_half(g * sin)
 
 
-def _setup(ctx, inputs, output) -> None:
-    q, k, q_weight, k_weight, cos, sin, ctx.eps = inputs
-    ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
+def qk_norm_rope_backward_cpu(grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, eps):
+    dq, dqw = rms_norm_backward_cpu(_rope_backward(grad_q, cos, sin), None, q, q_weight, eps)
+    dk, dkw = rms_norm_backward_cpu(_rope_backward(grad_k, cos, sin), None, k, k_weight, eps)
+    return dq, dk, dqw, dkw
 
 
-def _backward(ctx, grad_q, grad_k):
-    q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
-    dq, dqw = rms_norm_backward_cpu(_rope_backward(grad_q, cos, sin), None, q, q_weight, ctx.eps)
-    dk, dkw = rms_norm_backward_cpu(_rope_backward(grad_k, cos, sin), None, k, k_weight, ctx.eps)
-    return dq, dk, dqw, dkw, None, None, None
-
-
-def _vision_setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[2], inputs[3])
-
-
-def _vision_backward(ctx, grad_q, grad_k):
-    cos, sin = ctx.saved_tensors  # once: checkpointing hands them out a single time
-    dq, dk = (_rope_backward(grad, cos, sin).to(grad.dtype) for grad in (grad_q, grad_k))
-    return dq, dk, None, None
-
-
-qk_norm_rope_op = register(
-    "qk_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
-    cpu=_rope,
-    fake=_fake,
-    backward=_backward,
-    setup_context=_setup,
-)
-vision_rope_op = register(
-    "vision_rope(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
-    cpu=lambda q, k, cos, sin: _rope(q, k, None, None, cos, sin, 0.0),
-    fake=_fake,
-    backward=_vision_backward,
-    setup_context=_vision_setup,
-)
+def vision_rope_backward_cpu(grad_q, grad_k, cos, sin):
+    dq, dk = (_rope_backward(grad, cos, sin).to(grad.dtype).contiguous() for grad in (grad_q, grad_k))
+    return dq, dk

@@ -1,0 +1,78 @@
+"""torch ops qvl::qk_norm_rope, qvl::vision_rope, their backward, and qvl::qk_norm_rope_to_cache for inference."""
+
+import torch
+
+from qvl_kernels.library import register
+from qvl_kernels.ops.rope.cpu import (
+    qk_norm_rope_backward_cpu,
+    qk_norm_rope_cpu,
+    qk_norm_rope_to_cache_cpu,
+    vision_rope_backward_cpu,
+    vision_rope_cpu,
+)
+
+__all__ = ["qk_norm_rope_op", "qk_norm_rope_to_cache_op", "vision_rope_op"]
+
+_TRITON = "qvl_kernels.ops.rope.triton_rope"
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+qk_norm_rope_backward_op = register(
+    "qk_norm_rope_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,"
+    " float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=qk_norm_rope_backward_cpu,
+    triton=f"{_TRITON}:launch_qk_norm_rope_backward",
+    fake=lambda grad_q, grad_k, q, k, q_weight, k_weight, *rest: (_like(q), _like(k), _like(q_weight), _like(k_weight)),
+)
+vision_rope_backward_op = register(
+    "vision_rope_backward(Tensor grad_q, Tensor grad_k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+    cpu=vision_rope_backward_cpu,
+    triton=f"{_TRITON}:launch_vision_rope_backward",
+    fake=lambda grad_q, grad_k, *tables: (_like(grad_q), _like(grad_k)),
+)
+
+
+def _setup(ctx, inputs, output) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_q, grad_k):
+    return *qk_norm_rope_backward_op(grad_q, grad_k, *ctx.saved_tensors, ctx.eps), None, None, None
+
+
+def _vision_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[2], inputs[3])
+
+
+def _vision_backward(ctx, grad_q, grad_k):
+    return *vision_rope_backward_op(grad_q, grad_k, *ctx.saved_tensors), None, None
+
+
+qk_norm_rope_op = register(
+    "qk_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
+    cpu=qk_norm_rope_cpu,
+    triton=f"{_TRITON}:launch_qk_norm_rope",
+    fake=lambda q, k, *rest: (_like(q), _like(k)),
+    backward=_backward,
+    setup_context=_setup,
+)
+# The rotated q; k and v go to positions past + lengths[b] + t of the caches [B, Hkv, S_cap, D], or nowhere if those are outside.
+qk_norm_rope_to_cache_op = register(
+    "qk_norm_rope_to_cache(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor(a!) k_cache,"
+    " Tensor(b!) v_cache, Tensor? lengths, int past, float eps) -> Tensor",
+    cpu=qk_norm_rope_to_cache_cpu,
+    triton=f"{_TRITON}:launch_qk_norm_rope_to_cache",
+    fake=lambda q, *rest: _like(q),
+)
+vision_rope_op = register(
+    "vision_rope(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+    cpu=vision_rope_cpu,
+    triton=f"{_TRITON}:launch_vision_rope",
+    fake=lambda q, k, *tables: (_like(q), _like(k)),
+    backward=_vision_backward,
+    setup_context=_vision_setup,
+)
