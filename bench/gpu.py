@@ -194,6 +194,12 @@ def _measure(entries: list[Entry], gpu: dict, arguments: argparse.Namespace, sta
     return 1 if failed.get("failed") or failed.get("crashed") else 0
 
 
+def _in_one_thread(build: Callable[[], dict]) -> dict:
+    """A forked process whose parent has used OpenMP hangs when it opens a team of its own; a team of one is none."""
+    torch.set_num_threads(1)
+    return build()
+
+
 def _build(entries: list[Entry]) -> int:
     """Builds every case. 1 if one of them cannot be built."""
     print("no GPU: every case is built, nothing is measured")
@@ -202,7 +208,7 @@ def _build(entries: list[Entry]) -> int:
         if not entry.installed:
             print(f"{entry.name}: left out, {entry.needs} is not installed")
     entries = [entry for entry in entries if entry.installed]
-    for name, answer in run_all((entry.name, entry.build, BUILD_SECONDS) for entry in entries):
+    for name, answer in run_all((entry.name, functools.partial(_in_one_thread, entry.build), BUILD_SECONDS) for entry in entries):
         value = answer.get("value", {})
         wrong = answer.get("error") or "; ".join(value.get("violations", []))
         failed += bool(wrong)

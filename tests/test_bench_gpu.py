@@ -118,13 +118,14 @@ def test_model_cases_run_and_agree():
     value = gpu_models.generate(gpu_models.SMALL, CPU)
     assert set(value["first"]) == set(value["decode"]) == set(value["vision"]) == {"stock", "ours"}
     assert value["errors"]["ours"] <= 2 * value["errors"]["stock"] + 1e-3
-    built = gpu_models.build(lambda sizes, device: gpu_models.parity(sizes, device))
+    parity = {}
+    built = gpu_models.build(lambda sizes, device: parity.update(gpu_models.parity(sizes, device)) or parity)
     assert built["parameters"] == 2_127_532_032 and built["measured"] == ["difference", "first", "last"]
-    parity = gpu_models.parity(gpu_models.SMALL, CPU)
     assert parity["difference"] < 1e-3 and parity["last"] < parity["first"]
 
 
 def test_without_a_gpu_cases_are_built(capsys, monkeypatch):
+    torch.randn(512, 512) @ torch.randn(512, 512)  # OpenMP has run in this process before it forks, whatever the order of tests
     assert gpu.main(["--case", "swiglu", "--case", "loss parity", "--case", "GPU tests"]) == 0
     out = capsys.readouterr().out
     assert "no GPU: every case is built" in out and "swiglu: _swiglu_backward_kernel, _swiglu_kernel" in out and "no GPU: 3 of 3 cases built" in out
