@@ -80,7 +80,8 @@ class _Launchers(TorchDispatchMode):
             out = library.LAUNCHERS[name](*args, **(kwargs or {}))
         self.calls.append(Call(name, _bytes(args, out), self.launches[before:]))
         if name in library.FORMULAS:
-            self.differentiable.append((name, args, out))
+            defaults = [argument.default_value for argument in function._schema.arguments[len(args):]]
+            self.differentiable.append((name, (*args, *defaults), out))
         return out
 
     def differentiate(self) -> list[Call]:

@@ -7,6 +7,9 @@ __all__ = [
     "GEMV_ROWS",
     "PROCESSORS",
     "SHARED_MEMORY",
+    "attention",
+    "attention_backward_keys",
+    "attention_backward_queries",
     "cross_entropy",
     "cross_entropy_rows",
     "decode_attention",
@@ -90,6 +93,60 @@ def gemv_dot(size: int, bits: int, group: int, pair: bool, arch: str) -> dict:
     # fp32 products keep both operands in registers: more warps share a slice.
     warps = parts * (1 if size == 2 else 2 if block <= 32 else 4)
     return {"BLOCK_N": block_n, "PARTS": parts, "BLOCK": block, "num_warps": warps, "num_stages": stages}
+
+
+def _attention_stages(resident: int, stage: int, most: int, arch: str) -> int:
+    """Stages of what streams that fit beside the resident tiles (bytes); gfx942 loads through registers."""
+    return 1 if arch.startswith("gfx") else max(1, min(most, (SHARED_MEMORY[arch] - resident) // stage))
+
+
+def attention(queries: int, head_dim: int, size: int, arch: str) -> dict:
+    """Forward: blocks of queries stay, keys and values stream. The largest tiles of 16-bit data that the audit finds without spills."""
+    block_d = max(16, next_power_of_2(head_dim))
+    if size == 4:  # products of full precision keep their operands in registers
+        block_m, block_n, warps = (16, 16, 4) if block_d > 64 else (32, 32, 4)
+    elif block_d > 128:
+        block_m, block_n, warps = 128 if arch in ("sm_90", "sm_100") else 64, 32, 8
+    else:
+        block_m, block_n, warps = 128, 64, 4 if block_d <= 64 and arch not in ("sm_89", "sm_120") else 8
+    block_m = min(block_m, max(16, next_power_of_2(queries)))
+    stages = _attention_stages(block_m * block_d * size, 2 * block_n * block_d * size, 3 if size == 2 else 2, arch)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
+
+
+def attention_backward_queries(queries: int, head_dim: int, size: int, arch: str) -> dict:
+    """Gradient of q: as the forward, with one more operand of each side."""
+    block_d = max(16, next_power_of_2(head_dim))
+    wide = arch in ("sm_90", "sm_100")  # products that leave their operands in shared memory
+    if size == 4:
+        block_m, block_n, warps = (16, 16, 4) if block_d > 128 else (32, 16, 4) if block_d > 64 else (32, 32, 4)
+    elif block_d > 128:
+        block_m, block_n, warps = 64, 32, 8
+    elif arch.startswith("gfx"):
+        block_m, block_n, warps = (64, 32, 4) if block_d > 64 else (64, 64, 4)
+    else:
+        block_m, block_n, warps = 128, 64 if wide or block_d <= 64 else 32, 8
+    block_m = min(block_m, max(16, next_power_of_2(queries)))
+    stages = _attention_stages(2 * block_m * block_d * size, 2 * block_n * block_d * size, 2, arch)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
+
+
+def attention_backward_keys(keys: int, head_dim: int, size: int, arch: str) -> dict:
+    """Gradients of k and v: blocks of keys stay, queries and their gradients stream."""
+    block_d = max(16, next_power_of_2(head_dim))
+    wide = arch in ("sm_90", "sm_100")
+    if size == 4:
+        block_m, block_n, warps = (16, 16, 4) if block_d > 128 else (16, 32, 4) if block_d > 64 else (32, 32, 4)
+    elif block_d > 128:
+        block_m, block_n, warps = 32, 64, 8
+    elif block_d > 64:  # two accumulators of 128 columns
+        block_m, block_n, warps = (32, 128, 8) if wide else (32, 64, 8) if arch.startswith("gfx") else (64, 64, 8)
+    else:
+        block_m, block_n, warps = 32 if arch in ("sm_89", "sm_120") else 64, 128, 8
+    block_n = min(block_n, max(16, next_power_of_2(keys)))
+    resident = 2 * block_n * block_d * size + (16 << 10)  # k and v, and room to change the layout of a tile
+    stages = _attention_stages(resident, 2 * block_m * block_d * size, 2 if size == 2 else 1, arch)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
 
 def decode_attention(heads: int, rows: int, head_dim: int, size: int, capacity: int, arch: str) -> dict:

@@ -8,10 +8,12 @@ from qvl_kernels import config, library
 from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, surrounded
 from op_cases import INFERENCE_ONLY, OPS, differentiable, double, generator, gradients, map_tensors, outputs, reference
 
+SAME_KERNELS = {"cross_attention": "attention", "patch_embed": "linear"}  # public functions over another's op
+SLOW = {"one_query", "split_keys"}  # long for the interpreter, as the model's shapes are
 ALL = [
     pytest.param(op, case, id=f"{op}-{case.name}",
-                 marks=[pytest.mark.slow] if case.model and config.interpreted() else [])
-    for op, (_, cases) in OPS.items() if op in library.LAUNCHERS or op == "patch_embed" for case in cases  # the latter is linear
+                 marks=[pytest.mark.slow] if (case.model or case.name in SLOW) and config.interpreted() else [])
+    for op, (_, cases) in OPS.items() if SAME_KERNELS.get(op, op) in library.LAUNCHERS for case in cases
 ]
 
 

@@ -1,12 +1,13 @@
 import torch
 
 from qvl_kernels import checks, dispatch
-from qvl_kernels.ops.attention.cpu import attention_op
+from qvl_kernels.ops.attention.op import attention_op
 from qvl_kernels.ops.attention.reference import attention_reference, packed_attention_reference
 
 __all__ = ["attention"]
 
 MAX_HEAD_DIM = 512
+MAX_HEAD_DIM_GPU = 256
 
 
 def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ndim: int) -> None:
@@ -54,6 +55,22 @@ def check_mask(op: str, mask: torch.Tensor, q: torch.Tensor, shape: tuple[int, i
     checks.check_device(op, "mask", mask, q.device)
 
 
+def unsupported_case(q: torch.Tensor, dropout_p: float) -> str | None:
+    """Why the fast backend cannot run attention of ``q``, or None."""
+    on_gpu = q.device.type == "cuda" or dispatch.forced() == "triton"
+    limit = MAX_HEAD_DIM_GPU if on_gpu else MAX_HEAD_DIM
+    if q.shape[-1] > limit:
+        return f"head_dim {q.shape[-1]} (at most {limit})"
+    if dropout_p > 0.0 and not on_gpu:
+        return "dropout"
+    return checks.unsupported_dtype(q)
+
+
+def dropout_seed(dropout_p: float, device: torch.device) -> torch.Tensor | None:
+    """int64 [1] from PyTorch's generator of the device, so that ``torch.manual_seed`` and checkpointing repeat it; None without dropout."""
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=device) if dropout_p > 0.0 else None
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -77,7 +94,7 @@ def attention(
         cu_seqlens: int32 [n + 1] on the CPU, prefix sum of lengths: sequences are packed and see only themselves.
         key_padding_mask: bool [B, S], True = visible. Hidden keys and values may hold anything, NaN included.
         mask: bool (True = visible) or additive in q's dtype, broadcastable to [B, H, T, S]; on top of the others.
-        dropout_p: probability of dropping an attention weight (runs on the reference).
+        dropout_p: probability of dropping an attention weight; on the CPU this runs on the reference.
         return_lse: also return the log-sum-exp of each row.
     Returns:
         out as q, or (out, lse): lse fp32 [B, H, T] (packed [H, N]), natural logarithm. Rows that see no key give 0 and -inf.
@@ -107,12 +124,7 @@ def attention(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"attention: dropout_p must be in [0, 1), got {dropout_p}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    unsupported = checks.unsupported_dtype(q)
-    if q.shape[-1] > MAX_HEAD_DIM:
-        unsupported = f"head_dim {q.shape[-1]} (at most {MAX_HEAD_DIM})"
-    elif dropout_p > 0.0:
-        unsupported = "dropout"
-    if dispatch.choose("attention", q.device, unsupported) == "reference":
+    if dispatch.choose("attention", q.device, unsupported_case(q, dropout_p)) == "reference":
         if packed:
             out, lse = packed_attention_reference(q, k, v, cu_seqlens, causal=causal, scale=scale, dropout_p=dropout_p)
         else:
@@ -128,5 +140,6 @@ def attention(
                 mask = mask & padding
             else:
                 mask = mask.masked_fill(~padding, float("-inf"))
-        out, lse = attention_op(q, k, v, cu_seqlens, None, mask, causal, scale)
+        seed = dropout_seed(dropout_p, q.device)
+        out, lse = attention_op(q, k, v, cu_seqlens, None, mask, causal, scale, dropout_p, seed)
     return (out, lse) if return_lse else out

@@ -1,17 +1,16 @@
-"""torch op qvl::attention over the C++ kernel; backward in PyTorch operations, query block by query block."""
+"""attention over the C++ kernel; backward in PyTorch operations, query block by query block."""
 
 import torch
 
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
-from qvl_kernels.library import register
 
-__all__ = ["attention_op"]
+__all__ = ["attention_backward_cpu", "attention_cpu", "mask_arguments", "row_strides"]
 
 BACKWARD_QUERIES = 512  # rows of scores that the backward keeps at once
 
 
-def _strides(x: torch.Tensor) -> list[int]:
+def row_strides(x: torch.Tensor) -> list[int]:
     """Strides of batch, time, head; a packed [N, H, D] tensor has no batch."""
     return [0, x.stride(0), x.stride(1)] if x.dim() == 3 else [x.stride(0), x.stride(1), x.stride(2)]
 
@@ -24,7 +23,7 @@ def mask_arguments(mask: torch.Tensor | None, shape: tuple[int, int, int, int]) 
     return (1 if mask.dtype == torch.bool else 2), full.data_ptr(), list(full.stride())
 
 
-def _attention_cpu(
+def attention_cpu(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -33,7 +32,11 @@ def _attention_cpu(
     mask: torch.Tensor | None,
     causal: bool,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if dropout_p > 0.0:
+        raise RuntimeError("attention: the C++ kernel has no dropout; the reference and Triton have")
     packed = cu_seqlens is not None
     batch = cu_seqlens.numel() - 1 if packed else q.shape[0]
     queries, heads, head_dim = q.shape[-3:]
@@ -43,30 +46,15 @@ def _attention_cpu(
     kind, pointer, strides = mask_arguments(mask, (batch, heads, queries, keys))
     dispatch.extension().attention(
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(), batch=batch,
-        queries=queries, keys=keys, heads=heads, kv_heads=kv_heads, head_dim=head_dim, q_strides=_strides(q),
-        k_strides=_strides(k), v_strides=_strides(v), out_strides=_strides(out), scale=scale, causal=causal,
+        queries=queries, keys=keys, heads=heads, kv_heads=kv_heads, head_dim=head_dim, q_strides=row_strides(q),
+        k_strides=row_strides(k), v_strides=row_strides(v), out_strides=row_strides(out), scale=scale, causal=causal,
         key_counts=0 if key_counts is None else key_counts.data_ptr(), cu_seqlens=cu_seqlens.data_ptr() if packed else 0,
         mask_kind=kind, mask=pointer, mask_strides=strides, dtype=DTYPE_CODES[q.dtype],
     )  # fmt: skip
     return out, lse
 
 
-def _attention_fake(q, k, v, cu_seqlens, key_counts, mask, causal, scale):
-    heads, queries = q.shape[-2], q.shape[-3]
-    lse_shape = (heads, queries) if cu_seqlens is not None else (q.shape[0], heads, queries)
-    return (
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty(lse_shape, dtype=torch.float32, device=q.device),
-    )
-
-
-def _setup(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, key_counts, mask, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, cu_seqlens, key_counts, mask, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _sequence_backward(q, k, v, out, lse, grad, grad_lse, visible_keys, mask, causal: bool, scale: float):
+def _sequence_backward(q, k, v, out, lse, grad, grad_lse, visible_keys, mask, causal: bool, scale: float, mask_grad: bool):
     """Gradients of one batch [B, T, H, D], in fp32: dP = dO V^T, dS = P (dP - rowsum(dO O) + dlse), dQ = dS K, dK = dS^T Q."""
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
@@ -85,7 +73,7 @@ def _sequence_backward(q, k, v, out, lse, grad, grad_lse, visible_keys, mask, ca
         kf, vf = kf.masked_fill(hidden, 0), vf.masked_fill(hidden, 0)
     dq = torch.zeros(batch, kv_heads, group, queries, head_dim, dtype=torch.float32, device=q.device)
     dk, dv = torch.zeros_like(kf), torch.zeros_like(vf)
-    dmask = None if mask is None or mask.dtype == torch.bool else torch.zeros_like(mask, dtype=torch.float32)
+    dmask = torch.zeros_like(mask, dtype=torch.float32) if mask_grad else None
     qf, of, gf = split(q), split(out), split(grad)
     lse = lse.reshape(batch, kv_heads, group, queries, 1)
     delta = (of * gf).sum(-1, keepdim=True)
@@ -125,13 +113,15 @@ def _sequence_backward(q, k, v, out, lse, grad, grad_lse, visible_keys, mask, ca
     return dq, dk.transpose(1, 2), dv.transpose(1, 2), dmask
 
 
-def _attention_backward_cpu(grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_counts, mask, causal, scale):
+def attention_backward_cpu(
+    grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_counts, mask, causal, scale, dropout_p, seed, mask_grad
+):
     if cu_seqlens is None:
         visible = None
         if key_counts is not None:
             visible = torch.arange(k.shape[1], device=q.device)[None] < key_counts[:, None]
         dq, dk, dv, dmask = _sequence_backward(
-            q, k, v, out, lse, grad, grad_lse, visible, mask, causal, scale
+            q, k, v, out, lse, grad, grad_lse, visible, mask, causal, scale, mask_grad
         )
     else:
         dmask = None
@@ -142,46 +132,9 @@ def _attention_backward_cpu(grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_c
             part_lse = None if grad_lse is None else grad_lse[None, :, s]
             parts = _sequence_backward(
                 q[None, s], k[None, s], v[None, s], out[None, s], lse[None, :, s], grad[None, s], part_lse,
-                None, None, causal, scale,
+                None, None, causal, scale, False,
             )  # fmt: skip
             for whole, part in zip((dq, dk, dv), parts):
                 whole[s] = part[0]
     dmask = q.new_empty(0) if dmask is None else dmask.to(mask.dtype)
     return *(dx.to(x.dtype).contiguous() for dx, x in ((dq, q), (dk, k), (dv, v))), dmask
-
-
-def _attention_backward_fake(grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_counts, mask, causal, scale):
-    has_dmask = mask is not None and mask.dtype != torch.bool
-    shapes = (q.shape, k.shape, v.shape, mask.shape if has_dmask else (0,))
-    return tuple(torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
-
-
-# An op of its own: its work depends on the values of cu_seqlens, which tracing does not know.
-attention_backward_op = register(
-    "attention_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " Tensor? cu_seqlens, Tensor? key_counts, Tensor? mask, bool causal, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=_attention_backward_cpu,
-    fake=_attention_backward_fake,
-)
-
-
-def _backward(ctx, grad, grad_lse):
-    q, k, v, cu_seqlens, key_counts, mask, out, lse = ctx.saved_tensors
-    if grad is None:
-        grad = torch.zeros_like(out)
-    dq, dk, dv, dmask = attention_backward_op(
-        grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_counts, mask, ctx.causal, ctx.scale
-    )
-    if mask is None or mask.dtype == torch.bool:
-        dmask = None
-    return dq, dk, dv, None, None, dmask, None, None
-
-
-attention_op = register(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? key_counts, Tensor? mask, bool causal, float scale)"
-    " -> (Tensor, Tensor)",
-    cpu=_attention_cpu,
-    fake=_attention_fake,
-    backward=_backward,
-    setup_context=_setup,
-)

@@ -1,8 +1,8 @@
 import torch
 
 from qvl_kernels import checks, dispatch
-from qvl_kernels.ops.attention import MAX_HEAD_DIM, check_qkv
-from qvl_kernels.ops.attention.cpu import attention_op
+from qvl_kernels.ops.attention import check_qkv, dropout_seed, unsupported_case
+from qvl_kernels.ops.attention.op import attention_op
 from qvl_kernels.ops.cross_attention.reference import cross_attention_reference
 
 __all__ = ["cross_attention"]
@@ -38,7 +38,7 @@ def cross_attention(
         kv_lens: int [B], visual tokens of each sample (a prefix of S); what lies behind may hold anything, NaN included.
         key_padding_mask: bool [B, S], True = visible; together with kv_lens both must allow a key.
         scale: default 1 / sqrt(D).
-        dropout_p: probability of dropping an attention weight (runs on the reference).
+        dropout_p: probability of dropping an attention weight; on the CPU this runs on the reference.
     Returns:
         [B, T, H, D]; 0 for samples that see no visual token.
     Raises: TypeError or ValueError for bad arguments; RuntimeError if a forced backend cannot run here.
@@ -57,16 +57,11 @@ def cross_attention(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"cross_attention: dropout_p must be in [0, 1), got {dropout_p}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    unsupported = checks.unsupported_dtype(q)
-    if q.shape[-1] > MAX_HEAD_DIM:
-        unsupported = f"head_dim {q.shape[-1]} (at most {MAX_HEAD_DIM})"
-    elif dropout_p > 0.0:
-        unsupported = "dropout"
-    if dispatch.choose("cross_attention", q.device, unsupported) == "reference":
+    if dispatch.choose("cross_attention", q.device, unsupported_case(q, dropout_p)) == "reference":
         visible = key_padding_mask
         if counts is not None:
             prefix = torch.arange(keys, device=q.device)[None] < counts[:, None]
             visible = prefix if visible is None else visible & prefix
         return cross_attention_reference(q, k, v, visible, scale, dropout_p)
     mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
-    return attention_op(q, k, v, None, counts, mask, False, scale)[0]
+    return attention_op(q, k, v, None, counts, mask, False, scale, dropout_p, dropout_seed(dropout_p, q.device))[0]

@@ -2,7 +2,7 @@
 
 import torch
 
-from qvl_kernels.ops.attention.cpu import attention_op
+from qvl_kernels.ops.attention.op import attention_op
 from qvl_kernels.ops.decoder_layer.parts import add_product, gated, normed_products
 from qvl_kernels.ops.rope.op import qk_norm_rope_to_cache_op
 

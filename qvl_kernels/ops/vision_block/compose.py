@@ -2,7 +2,7 @@
 
 import torch
 
-from qvl_kernels.ops.attention.cpu import attention_op
+from qvl_kernels.ops.attention.op import attention_op
 from qvl_kernels.ops.gelu_tanh.op import gelu_tanh_op
 from qvl_kernels.ops.layer_norm.op import add_layer_norm_op, layer_norm_op
 from qvl_kernels.ops.rope.op import vision_rope_op

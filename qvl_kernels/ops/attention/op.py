@@ -1,0 +1,62 @@
+"""torch ops qvl::attention and its backward."""
+
+import torch
+
+from qvl_kernels.library import register
+from qvl_kernels.ops.attention.cpu import attention_backward_cpu, attention_cpu
+
+__all__ = ["attention_backward_op", "attention_op"]
+
+
+def _attention_fake(q, k, v, cu_seqlens, key_counts, mask, causal, scale, dropout_p=0.0, seed=None):
+    heads, queries = q.shape[-2], q.shape[-3]
+    lse_shape = (heads, queries) if cu_seqlens is not None else (q.shape[0], heads, queries)
+    return (
+        torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        torch.empty(lse_shape, dtype=torch.float32, device=q.device),
+    )
+
+
+def _attention_backward_fake(grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_counts, mask, causal, scale, dropout_p, seed, mask_grad):
+    shapes = (q.shape, k.shape, v.shape, mask.shape if mask_grad else (0,))
+    return tuple(torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
+
+
+# An op of its own: its work depends on the values of cu_seqlens, which tracing does not know.
+attention_backward_op = register(
+    "attention_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens,"
+    " Tensor? key_counts, Tensor? mask, bool causal, float scale, float dropout_p, Tensor? seed, bool mask_grad)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=attention_backward_cpu,
+    triton="qvl_kernels.ops.attention.triton_attention_backward:launch_attention_backward",
+    fake=_attention_backward_fake,
+)
+
+
+def _setup(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens, key_counts, mask, ctx.causal, ctx.scale, ctx.dropout_p, seed = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens, key_counts, mask, seed, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, grad_lse):
+    q, k, v, cu_seqlens, key_counts, mask, seed, out, lse = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(out)
+    mask_grad = ctx.needs_input_grad[5]
+    dq, dk, dv, dmask = attention_backward_op(
+        grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_counts, mask, ctx.causal, ctx.scale, ctx.dropout_p, seed, mask_grad
+    )
+    return dq, dk, dv, None, None, dmask if mask_grad else None, None, None, None, None
+
+
+# Dropout (Triton only) draws from ``seed``, int64 [1]; the backward draws the same.
+attention_op = register(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? key_counts, Tensor? mask, bool causal, float scale,"
+    " float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor)",
+    cpu=attention_cpu,
+    triton="qvl_kernels.ops.attention.triton_attention:launch_attention",
+    fake=_attention_fake,
+    backward=_backward,
+    setup_context=_setup,
+)
