@@ -31,7 +31,7 @@ def test_small_cases(isa):
 
 @pytest.mark.parametrize("isa", FORCED)
 def test_quantised_products(isa):
-    _run_tests(isa, "tests/test_quant_gemm.py")
+    _run_tests(isa, "tests/test_quant_gemm.py", "tests/test_quantized_linear.py")
 
 
 @pytest.mark.slow

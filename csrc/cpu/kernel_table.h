@@ -89,13 +89,26 @@ struct QuantizeArgs {
 };
 constexpr float kTinyActivation = 1e-30f;
 
-// As GemvArgs over quantised weights and activations.
+// One row of activations as quantised matrix-vector products read it: [k_padded] int8 or int16 values in the order of the
+// format's dot products, fp32 scales (int8: one per chunk; int4: one per lane), and int32 starts of each chunk's sums, which
+// undo the offset of unsigned operands.
+constexpr int64_t kQuantChunk = 128;  // inputs; k_padded is a whole number of chunks
+inline int64_t quant_record_bytes(int64_t k_padded) { return 3 * k_padded; }
+
+struct QuantPrepareArgs {
+  const void* x;          // [m, k] rows
+  int64_t x_stride, k, k_padded, group;
+  DType dtype;
+  WeightFormat format;
+  char* records;          // of each row, 64-byte aligned
+};
+
+// As GemvArgs over quantised weights, whose row strides are in bytes, and prepared activations.
 struct QuantGemvArgs : GemvArgs {
   WeightFormat format;
   int64_t group;          // inputs per activation scale, and of int4 per weight scale
-  const int8_t* values;   // activations: [m][k_padded]
-  const float* x_scales;  // [m][k_padded / group]
-  const void* scales;     // of the weights: fp32 [n], or bf16 [n][k_padded / group], rows at scale_stride
+  char* records;
+  const void* scales;     // of the weights: fp32 [n], or bf16 [n][k padded / group], rows at scale_stride
   const void* scales2;
   int64_t scale_stride, scale2_stride;
 };
@@ -197,6 +210,7 @@ struct KernelTable {
   void (*gemv_prepare)(const void* x, DType dtype, int64_t k, float* out);
   void (*gemv_rows)(const GemvArgs&, int64_t n_begin, int64_t n_end);
   void (*quantize_rows)(const QuantizeArgs&, int64_t begin, int64_t end);
+  void (*quant_prepare)(const QuantPrepareArgs&, int64_t begin, int64_t end);  // chunks of all rows
   void (*quant_gemv_rows)(const QuantGemvArgs&, int64_t n_begin, int64_t n_end);
   void (*quant_pack)(const QuantPackArgs&, int64_t block, char* scratch);
   void (*quant_gemm_task)(const QuantGemmArgs&, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,

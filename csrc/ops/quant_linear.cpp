@@ -5,20 +5,21 @@
 
 namespace qvl {
 
+constexpr int64_t kMinChunks = 128;  // of 128 inputs, that a thread prepares: fewer take no longer than waking it
+
 void run_quant_gemvs(const Rows& rows, const LinearCall* calls, int count) {
   const KernelTable& table = kernels();
   const WeightFormat format = calls[0].weight.format;
   const int64_t group = activation_group(format, calls[0].weight.group);
-  const int64_t k_padded = (rows.k + group - 1) / group * group;
-  thread_local Workspace values_ws, scales_ws;
-  QuantizeArgs quantize{rows.x, rows.stride, rows.k, group, k_padded, rows.dtype, nullptr, nullptr};
-  quantize.values = values_ws.get<int8_t>(rows.m * k_padded);
-  quantize.scales = scales_ws.get<float>(rows.m * (k_padded / group));
-  table.quantize_rows(quantize, 0, rows.m);
+  const int64_t chunks = (rows.k + kQuantChunk - 1) / kQuantChunk, k_padded = chunks * kQuantChunk;
+  thread_local Workspace records_ws;
+  QuantPrepareArgs prepare{rows.x, rows.stride, rows.k, k_padded, group, rows.dtype, format, nullptr};
+  prepare.records = records_ws.get<char>(rows.m * quant_record_bytes(k_padded));
+  parallel_ranges(rows.m * chunks, kMinChunks, [&](int64_t begin, int64_t end) { table.quant_prepare(prepare, begin, end); });
   int64_t total = 0;
   for (int i = 0; i < count; ++i) total += calls[i].n;
   // 64 KB of weights a thread at least, or waking it costs more than it saves.
-  const int64_t row_bytes = format == WeightFormat::int8 ? rows.k : k_padded / 2, min_rows = 1 + 65536 / (row_bytes + 1);
+  const int64_t row_bytes = format == WeightFormat::int8 ? rows.k : rows.k / 2, min_rows = 1 + 65536 / (row_bytes + 1);
   parallel_ranges(total, min_rows, [&](int64_t begin, int64_t end) {
     int64_t offset = 0;
     for (int i = 0; i < count; ++i) {
@@ -30,7 +31,7 @@ void run_quant_gemvs(const Rows& rows, const LinearCall* calls, int count) {
       QuantGemvArgs args{};
       args.m = rows.m, args.n = call.n, args.k = rows.k, args.k_padded = k_padded;
       args.format = format, args.group = group;
-      args.values = quantize.values, args.x_scales = quantize.scales;
+      args.records = prepare.records;
       args.w = call.weight.w, args.w_stride = call.weight.stride;
       args.scales = call.weight.scales, args.scale_stride = call.weight.scale_stride;
       if (call.up) {

@@ -5,7 +5,9 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 import qvl_kernels
+from qvl_kernels.quant import QuantizedWeight
 from qvl_model.modules.linear import LayerNorm, Linear
+from qvl_model.modules.packed import PackedLinear
 from qvl_model.modules.parts import in_parts, splits
 from qvl_model.modules.plain import is_plain, kernels_take, no_global_hooks, only_capture_hooks
 
@@ -104,11 +106,15 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
             return None
         modules = (self.norm1, attention.qkv, attention.proj, self.norm2, mlp.linear_fc1, mlp.linear_fc2)
         for module in modules:
-            if not is_plain(module, LayerNorm if isinstance(module, nn.LayerNorm) else Linear):
+            kind = LayerNorm if isinstance(module, nn.LayerNorm) else PackedLinear if type(module) is PackedLinear else Linear
+            if not is_plain(module, kind):
                 return None
-        weights = qvl_kernels.VisionWeights(*(m._parameters[name] for m in modules for name in ("weight", "bias")))
-        if any(weight is None for weight in weights) or not kernels_take(hidden_states, *weights):
+        weights = qvl_kernels.VisionWeights(
+            *(tensor for m in modules for tensor in (m.quantized if type(m) is PackedLinear else m._parameters["weight"], m._parameters["bias"]))
+        )
+        plain = [weight for weight in weights if not isinstance(weight, QuantizedWeight)]
+        if any(weight is None for weight in plain) or not kernels_take(hidden_states, *plain):
             return None
-        if torch.is_grad_enabled() and (hidden_states.requires_grad or any(weight.requires_grad for weight in weights)):
+        if torch.is_grad_enabled() and (hidden_states.requires_grad or any(weight.requires_grad for weight in plain)):
             return None
         return weights

@@ -122,6 +122,47 @@ struct Vec {
   }
 };
 
+// Dot products of bytes along k for the quantised matrix-vector products: int8 pairs widened to 16 bits; nibbles times int8
+// activations, which cannot saturate.
+struct Bytes {
+  static constexpr int kInt8Step = 16, kInt4Step = 64;
+  using Int8Value = int16_t;
+  using Int4Value = int8_t;
+  struct Int8 {
+    __m256i v;
+  };
+  struct Int4 {
+    __m256i low, high;
+  };
+  __m256i v;
+
+  static Bytes zero() { return {_mm256_setzero_si256()}; }
+  static Bytes load(const int32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+  void store(int32_t* p) const { _mm256_storeu_si256((__m256i*)p, v); }
+  Bytes operator-(Bytes b) const { return {_mm256_sub_epi32(v, b.v)}; }
+  Vec to_float() const { return {_mm256_cvtepi32_ps(v)}; }
+
+  static Int8 load_int8(const int8_t* p) { return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p))}; }
+  static Int4 load_int4(const uint8_t* p) {
+    const __m256i bytes = _mm256_loadu_si256((const __m256i*)p), nibble = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(bytes, nibble), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble)};
+  }
+  static Bytes dot(Bytes acc, Int8 w, const int16_t* x) {
+    return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(w.v, _mm256_loadu_si256((const __m256i*)x)))};
+  }
+  static Bytes dot(Bytes acc, Int4 w, const int8_t* x) {
+    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w.low, _mm256_loadu_si256((const __m256i*)x)),
+                                           _mm256_maddubs_epi16(w.high, _mm256_loadu_si256((const __m256i*)(x + 32))));
+    return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+  }
+  // The scale of each lane's group: 64 inputs lie in two blocks of 32, four lanes each.
+  template <int GROUP>
+  static Vec load_scales(const bf16* p) {
+    const float first = qvl::to_float(p[0]), second = GROUP == 32 ? qvl::to_float(p[1]) : first;
+    return {_mm256_set_m128(_mm_set1_ps(second), _mm_set1_ps(first))};
+  }
+};
+
 // Integer words of the quantised GEMM: two 16-bit elements. (vpmaddubsw would saturate.)
 struct Ints {
   using Weight = int16_t;

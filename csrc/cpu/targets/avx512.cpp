@@ -16,6 +16,27 @@ struct Vec {
 #include "avx512_vec.inl.h"
 };
 
+// Dot products of bytes along k for the quantised matrix-vector products: int8 pairs widened to 16 bits; nibbles times int8
+// activations, which cannot saturate.
+struct Bytes {
+#include "avx512_bytes.inl.h"
+  static constexpr int kInt8Step = 32;
+  using Int8Value = int16_t;
+  struct Int8 {
+    __m512i v;
+  };
+
+  static Int8 load_int8(const int8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
+  static Bytes dot(Bytes acc, Int8 w, const int16_t* x) {
+    return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(w.v, _mm512_loadu_si512(x)))};
+  }
+  static Bytes dot(Bytes acc, Int4 w, const int8_t* x) {
+    const __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16(w.low, _mm512_loadu_si512(x)),
+                                           _mm512_maddubs_epi16(w.high, _mm512_loadu_si512(x + 64)));
+    return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+  }
+};
+
 // Integer words of the quantised GEMM: two 16-bit elements. (vpmaddubsw would saturate.)
 struct Ints {
   using Weight = int16_t;

@@ -34,6 +34,7 @@ struct Vec {
   }
 };
 
+#include "vnni_bytes.inl.h"
 #include "vnni_ints.inl.h"
 
 #include "../kernels/all.inl.h"

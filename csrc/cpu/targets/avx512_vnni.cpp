@@ -16,6 +16,7 @@ struct Vec {
 #include "avx512_vec.inl.h"
 };
 
+#include "vnni_bytes.inl.h"
 #include "vnni_ints.inl.h"
 
 #include "../kernels/all.inl.h"

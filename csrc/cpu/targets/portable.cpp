@@ -83,6 +83,64 @@ struct Vec {
   static Vec blend(Int4 mask, Vec x, Vec y) { return {(Float4)(((Int4)x.v & mask) | ((Int4)y.v & ~mask))}; }
 };
 
+// Dot products of bytes along k for the quantised matrix-vector products, in vectors of eight 16-bit numbers: two products
+// of int8, or four of nibbles and int8, add up without overflow.
+struct Bytes {
+  static constexpr int kInt8Step = 16, kInt4Step = 32;
+  using Int8Value = int16_t;
+  using Int4Value = int16_t;
+  typedef int16_t Short8 __attribute__((vector_size(16)));
+  typedef int8_t Char8 __attribute__((vector_size(8)));
+  typedef int16_t Short4 __attribute__((vector_size(8)));
+  struct Int8 {
+    Short8 v[2];
+  };
+  struct Int4 {
+    Short8 v[4];
+  };
+  Vec::Int4 v;
+
+  static Bytes zero() { return {Vec::Int4{0, 0, 0, 0}}; }
+  static Bytes load(const int32_t* p) {
+    Bytes sums;
+    std::memcpy(&sums.v, p, sizeof(sums.v));
+    return sums;
+  }
+  void store(int32_t* p) const { std::memcpy(p, &v, sizeof(v)); }
+  Bytes operator-(Bytes b) const { return {v - b.v}; }
+  Vec to_float() const { return {__builtin_convertvector(v, Vec::Float4)}; }
+
+  static Short8 load_values(const int16_t* p) {
+    Short8 values;
+    std::memcpy(&values, p, sizeof(values));
+    return values;
+  }
+  static Short8 widen(const void* p) {
+    Char8 bytes;
+    std::memcpy(&bytes, p, sizeof(bytes));
+    return __builtin_convertvector(bytes, Short8);
+  }
+  static Int8 load_int8(const int8_t* p) { return {{widen(p), widen(p + 8)}}; }
+  static Int4 load_int4(const uint8_t* p) {
+    const Short8 first = widen(p), second = widen(p + 8);
+    return {{first & 15, second & 15, (first >> 4) & 15, (second >> 4) & 15}};
+  }
+  Bytes add(Short8 x) const {
+    Short4 low, high;
+    std::memcpy(&low, &x, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(low), sizeof(high));
+    return {v + __builtin_convertvector(low, Vec::Int4) + __builtin_convertvector(high, Vec::Int4)};
+  }
+  static Bytes dot(Bytes acc, const Int8& w, const int16_t* x) { return acc.add(w.v[0] * load_values(x) + w.v[1] * load_values(x + 8)); }
+  static Bytes dot(Bytes acc, const Int4& w, const int16_t* x) {
+    return acc.add(w.v[0] * load_values(x) + w.v[1] * load_values(x + 8) + w.v[2] * load_values(x + 16) + w.v[3] * load_values(x + 24));
+  }
+  template <int GROUP>
+  static Vec load_scales(const bf16* p) {
+    return Vec::set1(qvl::to_float(*p));
+  }
+};
+
 // Words of the quantised GEMM: one element as a float. Products of bytes summed over a group are exact in fp32.
 struct Ints {
   using Weight = float;

@@ -9,7 +9,7 @@ from qvl_kernels.ops.rms_norm.op import rms_norm_op
 from qvl_kernels.ops.swiglu.op import swiglu_op
 from qvl_kernels.quant import QuantizedWeight
 
-__all__ = ["add_product", "gated", "normed_products"]
+__all__ = ["add_product", "gated", "normed_products", "product"]
 
 GEMV_ROWS = 16  # of the matrix-vector kernels on GPUs
 Weight = torch.Tensor | QuantizedWeight
@@ -20,7 +20,7 @@ def normed_products(x: torch.Tensor, norm: torch.Tensor, eps: float, weights: li
     if _few(x):
         return [_gemv(x, weight, bias, norm, eps, None) for weight, bias in zip(weights, biases)]
     normed = rms_norm_op(x, norm, eps)
-    return [_linear(normed, weight, bias) for weight, bias in zip(weights, biases)]
+    return [product(normed, weight, bias) for weight, bias in zip(weights, biases)]
 
 
 def gated(x: torch.Tensor, norm: torch.Tensor, eps: float, gate: Weight, up: Weight) -> torch.Tensor:
@@ -36,7 +36,7 @@ def gated(x: torch.Tensor, norm: torch.Tensor, eps: float, gate: Weight, up: Wei
 
 def add_product(residual: torch.Tensor, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """residual + x weight^T + bias."""
-    return _gemv(x, weight, bias, None, 0.0, residual) if _few(x) else residual + _linear(x, weight, bias)
+    return _gemv(x, weight, bias, None, 0.0, residual) if _few(x) else residual + product(x, weight, bias)
 
 
 def _few(x: torch.Tensor) -> bool:
@@ -50,7 +50,8 @@ def _gemv(x, weight, bias, norm, eps, residual):
     return gemv_op(x, weight, bias, norm, eps, residual)
 
 
-def _linear(x, weight, bias):
+def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+    """x weight^T + bias."""
     if isinstance(weight, QuantizedWeight):
         return quantized_linear_op(x, weight.values, weight.scales, bias)
     return torch.nn.functional.linear(x, weight, bias)

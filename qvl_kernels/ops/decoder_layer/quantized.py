@@ -4,10 +4,10 @@ import sys
 
 import torch
 
-from qvl_kernels import quant
 from qvl_kernels.ops.decoder_layer import DecoderWeights, check_weights
 from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.decoder_layer.prepared import PreparedDecoderLayer
+from qvl_kernels.ops.linear.weights import stand_in
 from qvl_kernels.quant import QuantizedWeight
 
 __all__ = ["QuantizedDecoderLayer"]
@@ -27,12 +27,8 @@ class QuantizedDecoderLayer(PreparedDecoderLayer):
     ROWS = sys.maxsize
 
     def _check(self, x: torch.Tensor, weights: DecoderWeights, num_heads: int, kv_heads: int, head_dim: int) -> None:
-        stand_ins = {}
-        for name, weight in zip(weights._fields, weights):
-            if isinstance(weight, QuantizedWeight):
-                quant.check_weight("decoder_layer", weight, x.device)
-                stand_ins[name] = x.new_empty(weight.in_features).expand(weight.values.shape[0], weight.in_features)
-        check_weights(x, weights._replace(**stand_ins), num_heads, kv_heads, head_dim)
+        stand_ins = DecoderWeights(*(stand_in("decoder_layer", weight, x) for weight in weights))
+        check_weights(x, stand_ins, num_heads, kv_heads, head_dim)
 
     def _is_plain(self, x, cos, sin, k_cache, v_cache, past, mask) -> bool:
         return _one_format(self.weights.gate, self.weights.up) and super()._is_plain(x, cos, sin, k_cache, v_cache, past, mask)

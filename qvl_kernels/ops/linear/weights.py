@@ -2,10 +2,10 @@
 
 import torch
 
-from qvl_kernels import dispatch
+from qvl_kernels import dispatch, quant
 from qvl_kernels.quant import QuantizedWeight
 
-__all__ = ["extension_weight", "out_features"]
+__all__ = ["extension_weight", "out_features", "stand_in"]
 
 STORED, INT8, INT4 = range(3)  # as csrc/cpu/kernel_table.h
 
@@ -26,3 +26,11 @@ def extension_weight(weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor 
 
 def out_features(weight: torch.Tensor | QuantizedWeight) -> int:
     return (weight.values if isinstance(weight, QuantizedWeight) else weight).shape[0]
+
+
+def stand_in(op: str, weight: torch.Tensor | QuantizedWeight, x: torch.Tensor) -> torch.Tensor:
+    """A plain weight as it is; for a quantised one, once it is checked, a tensor of its shape and x's dtype without its memory."""
+    if not isinstance(weight, QuantizedWeight):
+        return weight
+    quant.check_weight(op, weight, x.device)
+    return x.new_empty(weight.in_features).expand(out_features(weight), weight.in_features)

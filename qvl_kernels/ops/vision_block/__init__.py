@@ -4,8 +4,11 @@ import torch
 
 from qvl_kernels import checks, dispatch
 from qvl_kernels.ops.attention import MAX_HEAD_DIM, check_cu_seqlens
+from qvl_kernels.ops.linear.weights import stand_in
+from qvl_kernels.ops.vision_block.cpu import quantized_vision_block
 from qvl_kernels.ops.vision_block.op import vision_block_op
 from qvl_kernels.ops.vision_block.reference import vision_block_reference
+from qvl_kernels.quant import QuantizedWeight, dequantize
 
 __all__ = ["VisionWeights", "vision_block"]
 
@@ -64,7 +67,7 @@ def vision_block(
 
     Args:
         x: [N, C] contiguous, fp32, bf16 or fp16: the patches of all images, one after the other.
-        weights: VisionWeights, dtype of x.
+        weights: VisionWeights, dtype of x; any of the matrices may be a ``quant.QuantizedWeight`` instead.
         cos, sin: fp32 [N, D], D = C / num_heads, even.
         cu_seqlens: int32 [images + 1] on the CPU, prefix sum of patches; patches see their own image only.
         num_heads: heads; C must be a multiple.
@@ -83,7 +86,8 @@ def vision_block(
     if num_heads < 1 or hidden % num_heads or hidden // num_heads % 2:
         raise ValueError(f"{op}: hidden size {hidden} must be num_heads {num_heads} times an even head_dim")
     head_dim = hidden // num_heads
-    _check_weights(x, weights)
+    w = VisionWeights(*(stand_in(op, weight, x) for weight in weights))
+    _check_weights(x, w)
     for name, table in (("cos", cos), ("sin", sin)):
         checks.check_tensor(op, name, table, 2)
         checks.check_shape(op, name, table, (tokens, head_dim))
@@ -92,15 +96,19 @@ def vision_block(
         checks.check_device(op, name, table, x.device)
     checks.check_last_contiguous(op, cos=cos, sin=sin)
     check_cu_seqlens(op, cu_seqlens, tokens, x.device)
-    if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
+    if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in w)):
         raise RuntimeError(f"{op} has no backward; call it under torch.no_grad(), or compose the single ops to train")
     unsupported = checks.unsupported_dtype(x)
     if head_dim > MAX_HEAD_DIM:
         unsupported = f"head_dim {head_dim} (at most {MAX_HEAD_DIM})"
+    quantized = any(isinstance(weight, QuantizedWeight) for weight in weights)
     w = weights
     if dispatch.choose(op, x.device, unsupported) == "reference":
+        if quantized:
+            w = VisionWeights(*(dequantize(weight, x.dtype) if isinstance(weight, QuantizedWeight) else weight for weight in w))
         return vision_block_reference(x, w, cos, sin, cu_seqlens, num_heads, eps)
-    return vision_block_op(
+    function = quantized_vision_block if quantized else vision_block_op
+    return function(
         x, [w.norm1_w, w.norm1_b, w.norm2_w, w.norm2_b], [w.qkv_w, w.proj_w, w.fc1_w, w.fc2_w],
         [w.qkv_b, w.proj_b, w.fc1_b, w.fc2_b], cos, sin, cu_seqlens, num_heads, eps,
     )  # fmt: skip

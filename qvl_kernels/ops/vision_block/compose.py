@@ -1,8 +1,8 @@
-"""The block from single ops, its linear layers through PyTorch: on GPUs, and on processors whose matrix units make those faster."""
-
-import torch
+"""The block from single ops: on GPUs, under tracing with quantised weights, and on processors whose matrix units (through oneDNN)
+make that faster."""
 
 from qvl_kernels.ops.attention.op import attention_op
+from qvl_kernels.ops.decoder_layer.parts import product
 from qvl_kernels.ops.gelu_tanh.op import gelu_tanh_op
 from qvl_kernels.ops.layer_norm.op import add_layer_norm_op, layer_norm_op
 from qvl_kernels.ops.rope.op import vision_rope_op
@@ -11,12 +11,12 @@ __all__ = ["compose_vision_block"]
 
 
 def compose_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps):
-    linear = torch.nn.functional.linear
+    """As ``vision_block``; each of the weights may be a QuantizedWeight."""
     tokens = x.shape[0]
     (qkv_w, proj_w, fc1_w, fc2_w), (qkv_b, proj_b, fc1_b, fc2_b) = weights, biases
     norm1_w, norm1_b, norm2_w, norm2_b = norms
-    q, k, v = linear(layer_norm_op(x, norm1_w, norm1_b, eps), qkv_w, qkv_b).view(tokens, 3, num_heads, -1).unbind(1)
+    q, k, v = product(layer_norm_op(x, norm1_w, norm1_b, eps), qkv_w, qkv_b).view(tokens, 3, num_heads, -1).unbind(1)
     q, k = vision_rope_op(q, k, cos, sin)
     attended, _ = attention_op(q, k, v, cu_seqlens, None, None, False, q.shape[-1] ** -0.5)
-    normed, total = add_layer_norm_op(linear(attended.view(tokens, -1), proj_w, proj_b), x, norm2_w, norm2_b, eps)
-    return total + linear(gelu_tanh_op(linear(normed, fc1_w, fc1_b), None), fc2_w, fc2_b)
+    normed, total = add_layer_norm_op(product(attended.view(tokens, -1), proj_w, proj_b), x, norm2_w, norm2_b, eps)
+    return total + product(gelu_tanh_op(product(normed, fc1_w, fc1_b), None), fc2_w, fc2_b)

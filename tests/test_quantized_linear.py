@@ -1,0 +1,82 @@
+"""quantized_linear on the CPU against fake-quantised weights and activations, and what is special about its inputs."""
+
+import pytest
+import torch
+
+import qvl_kernels
+from qvl_kernels import quant
+from qvl_kernels.testing import random_tensor, relative_error, surrounded
+
+FORMATS = [(8, 64), (4, 32), (4, 64), (4, 128)]
+SIZES = [(1, 1, 1), (1, 9, 127), (2, 5, 128), (3, 4, 129), (4, 37, 300), (5, 6, 64), (7, 3, 31), (8, 8, 256), (13, 11, 161), (16, 10, 384), (17, 5, 200), (40, 33, 96)]
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _truth(x: torch.Tensor, weight: quant.QuantizedWeight) -> torch.Tensor:
+    return quant.rounded_activations(x, weight).double() @ quant.dequantize(weight).double().T
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_equals_the_product_of_rounded_numbers(bits, group, size):
+    (m, n, k), generator = size, _generator()
+    weight = quant.quantize(random_tensor((n, k), torch.float32, generator), bits, group)
+    x = random_tensor((m, k + 3), torch.float32, generator)[:, 3:]
+    x[0, k // 2] = 100.0  # an outlier coarsens its group only
+    weight = weight._replace(values=surrounded(weight.values), scales=surrounded(weight.scales))
+    for dtype, limit in ((torch.float32, 5e-7), (torch.bfloat16, 6e-3), (torch.float16, 1e-3)):
+        x_typed = surrounded(x.to(dtype))
+        assert relative_error(qvl_kernels.quantized_linear(x_typed, weight), _truth(x_typed, weight)) < limit
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+def test_an_outlier_coarsens_its_own_group_only(bits, group):
+    generator, k = _generator(), 512
+    weight = quant.quantize(random_tensor((32, k), torch.float32, generator), bits, group)
+    x = random_tensor((4, k), torch.float32, generator)
+    x[:, 7] = 1e4
+    without = x.clone()
+    without[:, :128] = 0.0  # the widest group
+    difference = qvl_kernels.quantized_linear(x, weight) - qvl_kernels.quantized_linear(x - without, weight)
+    assert relative_error(difference, without @ quant.dequantize(weight).T) < 0.02
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 16, 20])
+def test_rows_that_are_not_finite_are_nan_and_alone(bits, group, bad, rows):
+    generator = _generator()
+    weight = quant.quantize(random_tensor((9, 150), torch.float32, generator), bits, group)
+    x = random_tensor((rows, 150), torch.float32, generator)
+    clean = qvl_kernels.quantized_linear(x, weight)
+    x[rows - 1, 140] = bad
+    out = qvl_kernels.quantized_linear(x, weight)
+    assert out[-1].isnan().all() and torch.equal(out[:-1], clean[:-1])
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+def test_weights_at_the_ends_of_the_range(bits, group):
+    generator = _generator()
+    wide = random_tensor((6, 200), torch.float32, generator)
+    wide[0] = 0.0
+    wide[1] = 1e-40  # denormal
+    wide[2, 3] = 1e30
+    wide[3] = wide[3].sign()  # every number at the end of the range
+    weight = quant.quantize(wide, bits, group)
+    x = random_tensor((5, 200), torch.float32, generator)
+    x[1], x[2], x[3] = x[1] * 1e-20, 0.0, x[3].sign()
+    out, truth = qvl_kernels.quantized_linear(x, weight), _truth(x, weight)
+    assert not out[:, 0].any() and not out[2].any()
+    for row in (0, 1, 3, 4):
+        for column in (2, 3, 4, 5):
+            assert relative_error(out[row, column], truth[row, column]) < 1e-4
+
+
+def test_int8_minus_128_is_multiplied_too():
+    values = torch.full((3, 256), -128, dtype=torch.int8)
+    weight = quant.QuantizedWeight(values, torch.ones(3, 1), 256)
+    x = torch.full((2, 256), 127.0)
+    assert torch.equal(qvl_kernels.quantized_linear(x, weight), torch.full((2, 3), -128.0 * 127 * 256))
