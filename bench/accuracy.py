@@ -2,7 +2,7 @@
 
 Stock against accelerated on a trained checkpoint, for every weight precision that exists: exact answers (generated,
 greedy), mean log-likelihood and perplexity of the reference answers, and agreement of the generated answers. Default: the
-shipped digits model on its held-out questions. FILE.jsonl has one ``{"image": path or list of paths, "question": text,
+models that ship, one of each family, on the held-out questions of the digits scenes. FILE.jsonl has one ``{"image": path or list of paths, "question": text,
 "answer": text}`` per line, paths relative to the file.
 """
 
@@ -100,32 +100,32 @@ def _evaluate(model, processor, items: list[Item]) -> dict:
     return {"answers": answers, "log_likelihood": total, "tokens": tokens}
 
 
-def run(model: str | None = None, questions: str | None = None, limit: int | None = None) -> dict:
-    """Runs the suite.
+def run(model: str = "digits", questions: str | None = None, limit: int | None = None) -> dict:
+    """Runs the suite on one model.
 
     Args:
-        model: checkpoint directory; default the shipped digits model.
-        questions: JSONL file; needed with another model.
+        model: one that ships ("digits", "qvl-tiny"), or a checkpoint directory.
+        questions: JSONL file; needed with a model that does not ship.
         limit: use that many questions only.
     Returns:
-        {"passed": bool, "questions": int, "precisions": {name: metrics}, "rows": rows of the benchmark's table}.
+        {"model": str, "passed": bool, "questions": int, "precisions": {name: metrics}, "rows": rows of the benchmark's table}.
     """
-    from transformers import Qwen3VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
     import qvl_model
     from qvl_model import digits
     from qvl_model.processing import load_processor
 
-    if model is not None and questions is None:
+    path = digits.checkpoint(model)
+    if path not in digits.SHIPPED.values() and questions is None:
         raise ValueError("accuracy of another model needs its own questions: give --questions FILE.jsonl")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     items = load_questions(Path(questions))[:limit] if questions else _digits_items(limit)
-    path = model or str(digits.CHECKPOINT)
     processor = load_processor(path)
     precisions, rows, passed = {}, [], True
     for name, (dtype, weights, agreement_least, ratio_most) in PRECISIONS.items():
-        loaded = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").eval()
+        loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").eval()
         stock = _evaluate(loaded, processor, items)
         ours = _evaluate(qvl_model.accelerate(loaded, weights=weights), processor, items)
         metrics = _compare(stock, ours, items)
@@ -133,7 +133,7 @@ def run(model: str | None = None, questions: str | None = None, limit: int | Non
         passed &= metrics["passed"]
         precisions[name] = metrics
         rows += _rows(name, metrics, agreement_least, ratio_most)
-    return {"passed": passed, "questions": len(items), "precisions": precisions, "rows": rows}
+    return {"model": str(model), "passed": passed, "questions": len(items), "precisions": precisions, "rows": rows}
 
 
 def _compare(stock: dict, ours: dict, items: list[Item]) -> dict:
@@ -164,23 +164,27 @@ def _rows(name: str, m: dict, agreement_least: float, ratio_most: float) -> list
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="checkpoint directory (default: the shipped digits model)")
+    parser.add_argument("--model", help="checkpoint directory, or a model that ships (default: all that ship)")
     parser.add_argument("--questions", help="JSONL file of questions")
     parser.add_argument("--limit", type=int, help="use the first N questions only")
     arguments = parser.parse_args(argv)
+    from qvl_model import digits
+
     try:
-        result = run(arguments.model, arguments.questions, arguments.limit)
+        results = [run(model, arguments.questions, arguments.limit) for model in ([arguments.model] if arguments.model else digits.SHIPPED)]
     except (ValueError, OSError) as error:
         print(f"bench.accuracy: {error}", file=sys.stderr)
         return 2
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "stock", "accelerated", "ratio", "", "target", "", title=f"accuracy on {result['questions']} questions")
-    for row in result["rows"]:
-        table.add_row(*row)
-    Console().print(table)
-    return 0 if result["passed"] else 1
+    for result in results:
+        title = f"{result['model']}: accuracy on {result['questions']} questions"
+        table = Table("", "stock", "accelerated", "ratio", "", "target", "", title=title)
+        for row in result["rows"]:
+            table.add_row(*row)
+        Console().print(table)
+    return 0 if all(result["passed"] for result in results) else 1
 
 
 if __name__ == "__main__":

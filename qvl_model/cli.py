@@ -25,17 +25,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="qvl", description="Qwen3-VL, accelerated.")
     commands = parser.add_subparsers(required=True)
     generate = commands.add_parser("generate", help="answer a prompt about pictures, streaming the text")
-    generate.add_argument("--model", help="checkpoint directory (default: the digits model that ships with qvl)")
+    generate.add_argument("--model", help="checkpoint directory, or a model that ships: digits (default), qvl-tiny")
     generate.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="pictures, in order")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--stock", action="store_true", help="run transformers' own code, for comparison")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     generate.set_defaults(run=_generate)
     inspect = commands.add_parser("inspect", help="list what accelerate replaces in a checkpoint")
-    inspect.add_argument("model", metavar="MODEL", help="checkpoint directory")
+    inspect.add_argument("model", metavar="MODEL", help="checkpoint directory, or a model that ships: digits, qvl-tiny")
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser("verify", help="check that no layer, head, channel or parameter of a checkpoint is missing or pruned")
-    verify.add_argument("model", metavar="MODEL", help="checkpoint directory")
+    verify.add_argument("model", metavar="MODEL", help="checkpoint directory, or a model that ships: digits, qvl-tiny")
     verify.add_argument(
         "--spec", metavar="SPEC", help="what it must be: a name (qwen3-vl-2b, qvl-2b) or the directory of another config.json (default: its own)"
     )
@@ -56,9 +56,10 @@ def main(argv: list[str] | None = None) -> int:
 def _checkpoint(path: str | None) -> Path:
     from qvl_model import digits
 
-    checkpoint = Path(path) if path is not None else digits.CHECKPOINT
+    checkpoint = digits.checkpoint(path)
     if not checkpoint.is_dir():
-        raise CommandError(f"{checkpoint} is not a directory; give a checkpoint as save_pretrained writes it")
+        shipped = ", ".join(digits.SHIPPED)
+        raise CommandError(f"{checkpoint} is not a directory; give a checkpoint as save_pretrained writes it, or one that ships: {shipped}")
     if not (checkpoint / "config.json").is_file():
         raise CommandError(f"{checkpoint} has no config.json; give a checkpoint as save_pretrained writes it")
     return checkpoint

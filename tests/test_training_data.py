@@ -10,8 +10,11 @@ from PIL import Image
 
 from qvl_model import digits, training
 from qvl_model.digits import scenes, train
+from qvl_model.digits.families import FAMILIES
 from qvl_model.processing import load_processor
 from training_data import write_rows
+
+DIGITS = FAMILIES["qwen3-vl"]
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +60,10 @@ def test_rows_are_what_the_digits_model_was_trained_on(processor):
     question = scenes.held_out_questions(1)[0]
     conversation = training.parse({"image": question.image, "question": question.question, "answer": question.answer})
     row = training.Encoder(processor)(conversation, [question.image])
-    prompt, answer = train.chat_ids(processor.tokenizer, question.question, question.answer)
+    prompt, answer = train.chat_ids(processor.tokenizer, question.question, question.answer, DIGITS.places)
     assert row["input_ids"].tolist() == prompt + answer
     assert row["labels"].tolist() == [-100] * len(prompt) + answer
-    assert torch.equal(row["pixel_values"], train.patchify(np.asarray(question.image)[None]))
+    assert torch.equal(row["pixel_values"], DIGITS.picture(np.asarray(question.image), row["input_ids"] == processor.image_token_id)["pixel_values"])
     assert row["image_grid_thw"].tolist() == [[1, 2, 6]] and int(row["mm_token_type_ids"].sum()) == 3
 
 
@@ -218,12 +221,29 @@ def test_hugging_face_datasets(tmp_path, processor):
     rows = training.Rows(training.open_rows(str(tmp_path / "plain")), encoder, columns=COLUMNS)
     assert len(rows) == 4 and not rows.skipped.rows
     question = scenes.held_out_questions(4)[2]
-    assert rows[2]["input_ids"].tolist() == sum(train.chat_ids(processor.tokenizer, question.question, question.answer), [])
+    assert rows[2]["input_ids"].tolist() == sum(train.chat_ids(processor.tokenizer, question.question, question.answer, DIGITS.places), [])
     assert len(training.Rows(training.open_rows(str(tmp_path / "split"), split="test"), encoder, columns=COLUMNS)) == 1
     with pytest.raises(training.DataError, match="has the splits train, test"):
         training.open_rows(str(tmp_path / "split"))
     with pytest.raises(training.DataError, match="has no splits"):
         training.open_rows(str(tmp_path / "plain"), split="train")
+
+
+def test_repositories_of_hugging_face_datasets(tmp_path, processor, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split in ("train", "test"):
+        (tmp_path / "repository" / "data").mkdir(parents=True, exist_ok=True)
+        _hugging_face().to_parquet(tmp_path / "repository" / "data" / f"{split}-00000-of-00001.parquet")
+    sources = [training.open_rows(str(tmp_path / "repository"), split="train") for _ in range(2)]
+    assert sources[0].fingerprint == sources[1].fingerprint  # or no run could go on
+    rows = training.Rows(sources[0], training.Encoder(processor), columns=COLUMNS)
+    expected = training.Rows(training.DatasetRows(_hugging_face()), training.Encoder(processor), columns=COLUMNS)
+    assert len(rows) == 4 and all(torch.equal(rows[3][name], expected[3][name]) for name in expected[3])
+    (tmp_path / "repository" / "data" / "test-00000-of-00001.parquet").write_text("rubbish")
+    with pytest.raises(training.DataError, match="cannot be read as a dataset"):
+        training.open_rows(str(tmp_path / "repository"), split="test")
 
 
 def test_bad_rows_of_hugging_face_datasets(processor):

@@ -1,8 +1,20 @@
-"""A small Qwen3-VL that reads scanned digits: scenes and questions, training, and the checkpoint that ships."""
+"""Small models that read scanned digits, one of each family: scenes and questions, training, and the checkpoints that ship."""
 
+from os import PathLike
 from pathlib import Path
 
-__all__ = ["CHECKPOINT", "SAMPLE"]
+__all__ = ["CHECKPOINT", "SAMPLE", "SHIPPED", "checkpoint"]
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 SAMPLE = Path(__file__).parent / "sample.png"
+SHIPPED = {"digits": CHECKPOINT, "qvl-tiny": Path(__file__).parent / "qvl-tiny"}  # a Qwen3-VL and a QVL
+
+
+def checkpoint(model: str | PathLike | None = None) -> Path:
+    """Directory of a model: a directory, or the name of one that ships ("digits", "qvl-tiny"; a checkpoint of that name goes first).
+
+    Example:
+        >>> QVLForConditionalGeneration.from_pretrained(checkpoint("qvl-tiny"))
+    """
+    path = Path(model if model is not None else "digits")
+    return path if (path / "config.json").is_file() else SHIPPED.get(str(path), path)

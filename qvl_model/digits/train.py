@@ -1,6 +1,6 @@
-"""Trains the digits model and writes a complete checkpoint: ``python -m qvl_model.digits.train --out DIR``.
+"""Trains a digits model and writes a complete checkpoint: ``python -m qvl_model.digits.train --out DIR [--family qvl]``.
 
-Qwen3-VL architecture at small width, transformers.Trainer, about ten minutes on two cores.
+Either family at small width, on the same scenes in the same order, by transformers.Trainer in about ten minutes on two cores.
 """
 
 import argparse
@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Trainer, TrainingArguments
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from qvl_model.digits import scenes
+from qvl_model.digits.families import FAMILIES, Family
 from qvl_model.training.encode import IGNORED, pad
 
-__all__ = ["build_config", "build_image_processor", "build_tokenizer", "main", "patchify"]
+__all__ = ["build_tokenizer", "chat_ids", "main"]
 
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
@@ -30,8 +30,6 @@ CHAT_TEMPLATE = (
     "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-PATCH, MERGE, TEMPORAL = 16, 2, 2
-VISUAL_TOKENS = (scenes.HEIGHT // (PATCH * MERGE)) * (scenes.WIDTH // (PATCH * MERGE))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -61,50 +59,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_image_processor() -> Qwen2VLImageProcessorPil:
-    return Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 32 * 32, "longest_edge": 512 * 512}, patch_size=PATCH, merge_size=MERGE,
-        temporal_patch_size=TEMPORAL, image_mean=[0.5] * 3, image_std=[0.5] * 3,
-    )  # fmt: skip
-
-
-def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    return Qwen3VLConfig(
-        text_config={
-            "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
-            "num_key_value_heads": 3, "head_dim": 32, "vocab_size": 384, "max_position_embeddings": 2048,
-            "rope_parameters": {
-                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True
-            },
-            "tie_word_embeddings": True, "pad_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
-        },
-        vision_config={
-            "depth": 4, "hidden_size": 128, "num_heads": 4, "intermediate_size": 512, "patch_size": PATCH,
-            "temporal_patch_size": TEMPORAL, "spatial_merge_size": MERGE, "out_hidden_size": 192,
-            "deepstack_visual_indexes": [1], "num_position_embeddings": 64,
-        },
-        tie_word_embeddings=True, image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-    )  # fmt: skip
-
-
-def patchify(images: np.ndarray) -> torch.Tensor:
-    """uint8 [B, 32, 96, 3] -> pixel_values [B * patches, C * T * P * P], as the image processor makes them (tested)."""
-    batch = images.shape[0]
-    x = images.astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1.0
-    rows, columns = scenes.HEIGHT // PATCH, scenes.WIDTH // PATCH
-    x = x.reshape(batch, 3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
-    x = x.transpose(0, 2, 5, 3, 6, 1, 4, 7)  # B, block row, block column, row, column, C, P, P
-    x = np.repeat(x[:, :, :, :, :, :, None], TEMPORAL, 6)
-    return torch.from_numpy(np.ascontiguousarray(x.reshape(batch * rows * columns, -1)))
-
-
-def chat_ids(tokenizer: PreTrainedTokenizerFast, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids) of one exchange, image tokens expanded."""
+def chat_ids(tokenizer: PreTrainedTokenizerFast, question: str, answer: str, places: int) -> tuple[list[int], list[int]]:
+    """(prompt ids, answer ids) of one exchange; ``places`` tokens stand for the picture."""
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * VISUAL_TOKENS)
+    prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * places)
     return tokenizer(prompt).input_ids, tokenizer(answer + "<|im_end|>").input_ids
 
 
@@ -123,33 +82,32 @@ class _Scenes(Dataset):
 
 
 class _Collator:
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_token_id: int):
-        self.tokenizer, self.image_token_id = tokenizer, image_token_id
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, family: Family):
+        self.tokenizer, self.family = tokenizer, family
+        self.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         parts = []
         for row in rows:
-            prompt, answer = chat_ids(self.tokenizer, row["question"], row["answer"])
+            prompt, answer = chat_ids(self.tokenizer, row["question"], row["answer"], self.family.places)
             ids = torch.tensor(prompt + answer)
-            parts.append({
-                "input_ids": ids, "labels": torch.tensor([IGNORED] * len(prompt) + answer),
-                "mm_token_type_ids": (ids == self.image_token_id).int(), "pixel_values": patchify(row["image"][None]),
-                "image_grid_thw": torch.tensor([[1, scenes.HEIGHT // PATCH, scenes.WIDTH // PATCH]]),
-            })  # fmt: skip
+            seen = self.family.picture(row["image"], ids == self.image_token_id)
+            parts.append({"input_ids": ids, "labels": torch.tensor([IGNORED] * len(prompt) + answer), **seen})
         return pad(parts, self.tokenizer.pad_token_id)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen3-vl")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
-    config = build_config(tokenizer)
-    model = Qwen3VLForConditionalGeneration(config)
+    family = FAMILIES[args.family]
+    model = family.model(family.config({token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     log = args.out.with_name(args.out.name + ".trainer")
     trainer = Trainer(
@@ -161,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.seed, dataloader_num_workers=0,
         ),
         train_dataset=_Scenes(args.steps * args.batch, args.seed),
-        data_collator=_Collator(tokenizer, config.image_token_id),
+        data_collator=_Collator(tokenizer, family),
     )  # fmt: skip
     trainer.train()
     model.generation_config.update(
@@ -169,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    build_image_processor().save_pretrained(args.out)
+    family.image_processor().save_pretrained(args.out)
     shutil.rmtree(log, ignore_errors=True)
 
 

@@ -46,7 +46,7 @@ class QVLVisionPositions(nn.Module):
         place = torch.linspace(0, self.side - 1, count, device=table.device)
         low = place.long()
         high = (low + 1).clamp(max=self.side - 1)
-        weight = (place - low).view([-1 if i == dim else 1 for i in range(3)])
+        weight = (place - low).to(table.dtype).view([-1 if i == dim else 1 for i in range(3)])
         return torch.lerp(table.index_select(dim, low), table.index_select(dim, high), weight)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from qvl_model import digits
+
 __all__ = ["ConfigError", "DataConfig", "ModelConfig", "OptimizerConfig", "OutputConfig", "RunConfig", "TrainConfig", "describe_keys"]
 
 
@@ -17,13 +19,15 @@ class ConfigError(ValueError):
     """A configuration (or a directory that it names) that cannot be trained; the message says what to change."""
 
 
-def _key(default, doc: str, *, low=None, above=None, high=None, one_of=None, path: bool = False):
-    return dataclasses.field(default=default, metadata=dict(doc=doc, low=low, above=above, high=high, one_of=one_of, path=path))
+def _key(default, doc: str, *, low=None, above=None, high=None, one_of=None, path: bool = False, names: dict[str, Path] | None = None):
+    meta = dict(doc=doc, low=low, above=above, high=high, one_of=one_of, path=path, names=names or {})
+    return dataclasses.field(default=default, metadata=meta)
 
 
 @dataclass
 class ModelConfig:
-    path: str | None = _key(None, "checkpoint directory, as save_pretrained writes it (default: the digits model that ships)", path=True)
+    path: str | None = _key(None, "checkpoint directory, as save_pretrained writes it, or a model that ships: digits (default), qvl-tiny",
+                            path=True, names=digits.SHIPPED)  # fmt: skip
     random_weights: bool = _key(False, "start from random weights; config and processor are still those of `path`")
     accelerate: bool = _key(True, "run on qvl's kernels; false trains the stock model")
     attention_dropout: float | None = _key(None, "dropout of attention probabilities (default: as the checkpoint's config says)", low=0, high=0.9)
@@ -32,7 +36,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    train: str = _key(None, "JSONL file, or a directory that datasets' save_to_disk wrote", path=True)
+    train: str = _key(None, "JSONL file, or the directory of a Hugging Face dataset (save_to_disk, Parquet, ...)", path=True)
     validation: str | None = _key(None, "the same for validation", path=True)
     images: str | None = _key(None, "folder that relative picture paths start from (default: the folder of the JSONL file)", path=True)
     split: str | None = _key(None, "split to train on, when the directory holds several")
@@ -207,7 +211,10 @@ def _checked(name: str, value: object, field: dataclasses.Field, folder: Path):
     ):
         if wrong:
             raise ConfigError(f"{name} must be {rule}, got {value!r}")
-    return str(folder / Path(value).expanduser()) if meta["path"] else value
+    if not meta["path"]:
+        return value
+    path = folder / Path(value).expanduser()
+    return str(path if (path / "config.json").is_file() else meta["names"].get(value, path))
 
 
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

@@ -170,21 +170,23 @@ class Rows(Dataset):
 
 
 def open_rows(path: str, *, images: str | None = None, split: str | None = None) -> JsonlRows | DatasetRows:
-    """The source at ``path``: a JSONL file, or a directory that ``datasets`` wrote with save_to_disk.
+    """The source at ``path``: a JSONL file, or a directory that ``datasets`` wrote with save_to_disk or can load, such as a
+    Hugging Face dataset's repository with its Parquet files.
 
     Raises: DataError if there is nothing there, the datasets library is missing, or the split is.
     """
     if os.path.isfile(path):
         return JsonlRows(path, images)
     if not os.path.isdir(path):
-        raise DataError(f"{path} does not exist; give a JSONL file or a directory that save_to_disk wrote")
+        raise DataError(f"{path} does not exist; give a JSONL file or the directory of a dataset")
     try:
         import datasets
     except ImportError as error:
         raise DataError(f"{path} is a directory; reading it needs the datasets library: pip install datasets") from error
+    saved = any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
     try:
-        dataset = datasets.load_from_disk(path)
-    except (OSError, ValueError) as error:
+        dataset = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path} cannot be read as a dataset: {' '.join(str(error).split())}") from error
     if isinstance(dataset, datasets.DatasetDict):
         if split is None and len(dataset) == 1:
