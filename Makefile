@@ -1,4 +1,4 @@
-# make bench     speed, memory and accuracy of stock against accelerated Qwen3-VL (MODEL=PATH for a real checkpoint, ARGS=... for options)
+# make bench     speed, memory and accuracy of stock against accelerated Qwen3-VL (FAMILY=qvl: of QVL; MODEL=PATH: of a real checkpoint; ARGS=... for options)
 # make test      the tests that fit into 15 minutes on 2 cores
 # make setup     only the environment (.venv) and the C++ extension; the two above do it themselves
 # make test-all  every test, also on the oldest supported transformers and, under emulation, on aarch64
@@ -17,10 +17,10 @@ CSRC := $(shell find csrc -type f)
 .PHONY: audit audit-oldest bench bench-all bench-gpu bench-kernels test test-all test-oldest aarch64 setup clean
 
 bench: setup
-	$(VENV)/bin/python -m bench $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+	$(VENV)/bin/python -m bench $(if $(FAMILY),--family $(FAMILY)) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 bench-all: setup
-	$(VENV)/bin/python -m bench --all $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+	$(VENV)/bin/python -m bench --all $(if $(FAMILY),--family $(FAMILY)) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 bench-kernels: setup
 	$(VENV)/bin/python -m bench.kernels $(ARGS)

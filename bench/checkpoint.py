@@ -1,16 +1,20 @@
-"""The default model of the benchmark: the Qwen3-VL-2B architecture with seeded random bf16 weights, written once.
+"""The default model of the benchmark: a family's architecture at full size with seeded random bf16 weights, written once.
 
-    python -m bench.checkpoint [DIRECTORY]    writes it (4.3 GB) where it is missing and prints where it is
+    python -m bench.checkpoint [--family qvl] [DIRECTORY]    writes it (4.3 GB) where it is missing and prints where it is
 """
 
+import argparse
 import hashlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["FULL_CONFIG", "RANDOM_KEY", "cached_checkpoint", "special_token_ids", "write_random"]
+if TYPE_CHECKING:
+    from bench.families import Family
+
+__all__ = ["FULL_CONFIG", "IMAGE_PROCESSOR", "RANDOM_KEY", "cache_directory", "cached_checkpoint", "special_token_ids", "write_json", "write_random"]
 
 RANDOM_KEY = "qvl_random_weights"  # in config.json: says that answers are noise
 SEED = 0
@@ -76,44 +80,59 @@ def special_token_ids() -> dict[str, int]:
     return {key: added[token] for key, token in SPECIAL_TOKENS.items()}
 
 
-def write_random(directory: Path, config: dict = FULL_CONFIG) -> Path:
-    """Writes a random bf16 checkpoint with the tokenizer of the shipped digits model. Complete, or not there at all."""
-    import torch
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+def write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
 
+
+def write_random(directory: Path, family: "Family", sizes: dict | None = None) -> Path:
+    """Writes a random bf16 checkpoint with the tokenizer of the shipped digits model. Complete, or not there at all.
+
+    Args:
+        sizes: keyword arguments of the family's config; its full size if left out.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    config = family.config(**(sizes if sizes is not None else family.full_config()))
     source = _digits_directory()
     temporary = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        torch.manual_seed(SEED)
-        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config, **special_token_ids()))
-    finally:
-        torch.set_default_dtype(previous)
+    torch.manual_seed(SEED)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(temporary)
     for file in source.iterdir():
         if file.name not in WEIGHT_FILES and file.suffix != ".safetensors":
             shutil.copy(file, temporary)
-    (temporary / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR, indent=2) + "\n")
+    family.write_image_processor(temporary)
     saved = json.loads((temporary / "config.json").read_text())
-    (temporary / "config.json").write_text(json.dumps({**saved, RANDOM_KEY: True}, indent=2) + "\n")
+    write_json(temporary / "config.json", {**saved, RANDOM_KEY: True})
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
     return directory
 
 
-def cached_checkpoint() -> Path:
-    """Where the random full-size checkpoint is or will be: $QVL_CACHE, or ~/.cache/qvl. The name changes with what is in it."""
-    root = Path(os.environ.get("QVL_CACHE") or Path.home() / ".cache" / "qvl")
+def cache_directory() -> Path:
+    """$QVL_CACHE, or ~/.cache/qvl."""
+    return Path(os.environ.get("QVL_CACHE") or Path.home() / ".cache" / "qvl")
+
+
+def cached_checkpoint(family: "Family") -> Path:
+    """Where the random full-size checkpoint is or will be. The name changes with what is in it."""
     tokenizer = (_digits_directory() / "tokenizer.json").read_bytes()
-    key = hashlib.sha256(json.dumps([FULL_CONFIG, IMAGE_PROCESSOR, SEED]).encode() + tokenizer).hexdigest()[:8]
-    return root / f"qwen3-vl-2b-random-{key}"
+    key = hashlib.sha256(json.dumps([family.full_config(), IMAGE_PROCESSOR, SEED]).encode() + tokenizer).hexdigest()[:8]
+    return cache_directory() / f"{family.name}-2b-random-{key}"
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else cached_checkpoint()
+    from bench.families import FAMILIES
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=FAMILIES, default="qwen3-vl")
+    parser.add_argument("directory", type=Path, nargs="?", help="default: in the cache")
+    arguments = parser.parse_args()
+    chosen = FAMILIES[arguments.family]
+    target = arguments.directory or cached_checkpoint(chosen)
     if not target.exists():
-        write_random(target)
+        write_random(target, chosen)
     print(target)

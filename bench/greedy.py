@@ -1,10 +1,12 @@
 """Greedy tokens of stock and accelerated fp32 models on small configs of awkward shapes."""
 
 import copy
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor, nn
 
-__all__ = ["CONFIGS", "compare", "run", "tiny_config"]
+__all__ = ["CONFIGS", "QVL_CONFIGS", "compare", "qvl_models", "qwen3_vl_models", "run", "tiny_config"]
 
 TOKENS = 64
 MARGIN = 10.0  # tokens may differ only where the two best logits are closer than this many times the error
@@ -19,6 +21,15 @@ CONFIGS = [
     ((1, 72, 144, 9, 3, 8, (2, 1, 1)), (3, 16, 33, 4), (2, 4, 4)),
     ((3, 130, 257, 2, 2, 72, (12, 12, 12)), (5, 60, 120, 3), (1, 8, 8)),
     ((2, 256, 384, 4, 2, 128, (24, 20, 20)), (4, 64, 128, 1), (1, 16, 14)),
+]
+# text: layers, hidden, MLP, heads, key/value heads, cross-attention layers, width of their queries; vision: layers, hidden, MLP, heads,
+# width of visual tokens; query tokens (0: MLP connector); pixels of the image, patches of 4
+QVL_CONFIGS = [
+    ((4, 72, 50, 6, 3, [1, 3], 96), (3, 36, 44, 3, 28), 0, (14, 19)),
+    ((3, 40, 66, 4, 4, [0, 2], 36), (2, 24, 30, 2, 20), 5, (8, 33)),
+    ((5, 96, 200, 6, 1, [0, 1, 2, 3, 4], 96), (4, 48, 100, 3, 33), 17, (40, 4)),
+    ((2, 130, 257, 5, 5, [1], 35), (3, 64, 81, 4, 64), 1, (64, 64)),
+    ((3, 256, 384, 2, 1, [0], 256), (2, 128, 250, 1, 96), 0, (28, 60)),
 ]
 VOCABULARY = 331
 IMAGE, VIDEO, VISION_START, VISION_END = 1, 2, 3, 4
@@ -78,17 +89,41 @@ def compare(stock, ours, prompt: dict[str, torch.Tensor], tokens: int = TOKENS) 
     return tokens, tokens
 
 
-def run() -> dict[str, object]:
-    """Share of equal tokens over CONFIGS, and the counts of each."""
+def qwen3_vl_models() -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
+    """A stock fp32 model with seeded random weights for each of CONFIGS, and a prompt."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    import qvl_model
-
-    counts = []
     for index, (text, vision, grid) in enumerate(CONFIGS):
         torch.manual_seed(index)
-        stock = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**tiny_config(text, vision))).eval()
-        ours = qvl_model.accelerate(copy.deepcopy(stock))
-        counts.append(compare(stock, ours, _prompt(grid, torch.Generator().manual_seed(index))))
+        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**tiny_config(text, vision))).eval()
+        yield model, _prompt(grid, torch.Generator().manual_seed(index))
+
+
+def qvl_models() -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
+    """The same for QVL_CONFIGS."""
+    from qvl_model.qvl import QVLConfig, QVLForConditionalGeneration
+
+    for index, (text, vision, queries, image) in enumerate(QVL_CONFIGS):
+        layers, hidden, mlp, heads, kv_heads, fused, fused_width = text
+        depth, vision_hidden, vision_mlp, vision_heads, visual_width = vision
+        torch.manual_seed(index)
+        model = QVLForConditionalGeneration(QVLConfig(
+            num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=kv_heads,
+            cross_attention_layers=fused, language_projection_dim=fused_width, vision_num_hidden_layers=depth, vision_hidden_size=vision_hidden,
+            vision_intermediate_size=vision_mlp, vision_num_attention_heads=vision_heads, vision_projection_dim=visual_width,
+            connector_type="attention" if queries else "mlp", num_query_tokens=queries, vision_patch_size=4, vision_image_size=16,
+            vocab_size=VOCABULARY, image_token_id=IMAGE, pad_token_id=0, eos_token_id=None, initializer_range=0.1, rope_theta=10000.0,
+        )).eval()  # fmt: skip
+        generator = torch.Generator().manual_seed(index)
+        ids = torch.randint(5, VOCABULARY, (1, 13), generator=generator)
+        ids[0, 4] = IMAGE
+        yield model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, *image, generator=generator)}
+
+
+def run(models: Iterable[tuple[nn.Module, dict[str, Tensor]]]) -> dict[str, object]:
+    """Share of equal tokens over stock models and their prompts, and the counts of each."""
+    import qvl_model
+
+    counts = [compare(stock, qvl_model.accelerate(copy.deepcopy(stock)), prompt) for stock, prompt in models]
     compared = sum(count for count, _ in counts)
     return {"share": sum(equal for _, equal in counts) / compared, "compared": compared, "configs": counts}

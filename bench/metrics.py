@@ -9,9 +9,9 @@ def _metric(value: float, stock: str, ours: str, low: float | None = None, high:
     return {"value": value, "low": low, "high": high, "stock": stock, "ours": ours, **more}
 
 
-def _speed(pair: dict[str, list[float]], show) -> dict:
-    ratio = paired_ratio(pair["stock"], pair["ours"])
-    return _metric(ratio["median"], show(median(pair["stock"])), show(median(pair["ours"])), ratio["low"], ratio["high"])
+def _speed(times: dict[str, list[float]], show, variant: str = "ours") -> dict:
+    ratio = paired_ratio(times["stock"], times[variant])
+    return _metric(ratio["median"], show(median(times["stock"])), show(median(times[variant])), ratio["low"], ratio["high"])
 
 
 def _seconds(value: float) -> str:
@@ -22,8 +22,8 @@ def _rate(value: float) -> str:
     return f"{1 / value:.2f} tok/s"
 
 
-def _lower_is_better(pair: dict[str, float], show) -> dict:
-    return _metric(pair["ours"] / pair["stock"], show(pair["stock"]), show(pair["ours"]))
+def _lower_is_better(values: dict[str, float], show, variant: str = "ours") -> dict:
+    return _metric(values[variant] / values["stock"], show(values["stock"]), show(values[variant]))
 
 
 def _gigabytes(value: float) -> str:
@@ -38,30 +38,45 @@ def _best_dtype(raw: dict, operation: str) -> dict:
     return {**best, "stock": f"{best['stock']} ({dtype})", "dtype": dtype}
 
 
-def _decode_share(raw: dict, sizes: dict) -> dict:
+def _decode_share(raw: dict, variant: str) -> dict:
     bandwidth = median(raw["bandwidth"]) * 1e9
-    rates = {who: sizes["bytes_per_token"] / median(values) for who, values in raw["times"]["decode"].items()}
-    shares = {who: rate / bandwidth for who, rate in rates.items()}
-    return _metric(shares["ours"], f"{100 * shares['stock']:.1f} %", f"{100 * shares['ours']:.1f} %", bandwidth_gb_s=bandwidth / 1e9)
+    shares = {who: raw["bytes_per_token"][who] / median(raw["times"]["decode"][who]) / bandwidth for who in ("stock", variant)}
+    return _metric(shares[variant], f"{100 * shares['stock']:.1f} %", f"{100 * shares[variant]:.1f} %", bandwidth_gb_s=bandwidth / 1e9)
+
+
+def _main_phase(raw: dict, sizes: dict, variant: str) -> dict[str, dict]:
+    """One variant against stock."""
+    times = raw["times"]
+    result = {
+        "decode": _speed(times["decode"], _rate, variant),
+        "decode_share": _decode_share(raw, variant),
+        "vision": _speed(times["vision"], _seconds, variant),
+        "ttft": _speed(times["ttft"], _seconds, variant),
+        "prefill": _speed(times["prefill"], lambda value: f"{sizes['text_only_tokens'] / value:.1f} tok/s", variant),
+        "peak_rss": _lower_is_better(raw["peak_rss"], _gigabytes, variant),
+        "error_bf16_full": _lower_is_better(raw["errors"]["bf16_full"], _scientific, variant),
+    }
+    if "ttft_long" in times:
+        result["ttft_long"] = _speed(times["ttft_long"], _seconds, variant)
+        result["peak_rss_long"] = _lower_is_better(raw["peak_rss_long"], _gigabytes, variant)
+    return result
+
+
+def _scientific(value: float) -> str:
+    return f"{value:.2e}"
 
 
 def from_raw(raw: dict, sizes: dict) -> dict[str, dict]:
-    """Metrics by key: {"value", "low", "high", "stock", "ours"}; the last two are for people, ``value`` meets the target."""
-    times = raw["times"]
-    result = {
-        "decode": _speed(times["decode"], _rate),
-        "decode_share": _decode_share(raw, sizes),
-        "vision": _speed(times["vision"], _seconds),
-        "ttft": _speed(times["ttft"], _seconds),
-        "prefill": _speed(times["prefill"], lambda value: f"{sizes['text_only_tokens'] / value:.1f} tok/s"),
-        "peak_rss": _lower_is_better(raw["peak_rss"], _gigabytes),
-        "greedy_fp32": _metric(raw["greedy"]["share"], "–", f"{raw['greedy']['compared']} tokens compared"),
-    }
-    if "ttft_long" in times:
-        result["ttft_long"] = _speed(times["ttft_long"], _seconds)
-        result["peak_rss_long"] = _lower_is_better(raw["peak_rss_long"], _gigabytes)
-    for name, pair in raw["errors"].items():
-        result[f"error_{name}"] = _lower_is_better(pair, lambda value: f"{value:.2e}")
+    """Metrics by key: {"value", "low", "high", "stock", "ours"}; the last two are for people, ``value`` meets the target.
+
+    Keys of other variants than "ours" end in their name, as in "decode_int8".
+    """
+    result = _main_phase(raw, sizes, "ours")
+    for variant in raw["peak_rss"].keys() - {"stock", "ours"}:
+        result |= {f"{key}_{variant}": metric for key, metric in _main_phase(raw, sizes, variant).items()}
+    result["greedy_fp32"] = _metric(raw["greedy"]["share"], "–", f"{raw['greedy']['compared']} tokens compared")
+    for name in ("bf16_float64", "fp32_float64"):
+        result[f"error_{name}"] = _lower_is_better(raw["errors"][name], _scientific)
     if "other_dtypes" in raw:
         result |= {f"{operation}_best": _best_dtype(raw, operation) for operation in ("vision", "ttft")}
         for dtype, limited in raw["avx2"].items():

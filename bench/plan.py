@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from bench import metrics
 from bench.client import Worker
+from bench.families import FAMILIES, Family
 
 __all__ = ["AVX2", "Options", "run", "steps"]
 
@@ -19,9 +21,14 @@ PROBE_BYTES = 1 << 30  # far larger than any cache
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure. The sizes are those of the targets; tests take smaller ones."""
+    """What to measure. The sizes are those of the targets; tests take smaller ones.
+
+    ``variants`` take turns in the main phase: "stock" and keys of ``session.ACCELERATED``, "ours" (accelerated, weights as stored) among them.
+    """
 
     model: str
+    family: str = "qwen3-vl"
+    variants: tuple[str, ...] = ("stock", "ours")
     rounds: int = 4
     tokens: int = 33
     image_size: int = 448
@@ -32,77 +39,80 @@ class Options:
     probe_bytes: int = PROBE_BYTES
     accuracy: bool = True
     accuracy_limit: int | None = None
-    accuracy_model: str | None = None
     all: bool = False
 
 
-def _ask_in_turn(stock: Worker, ours: Worker, index: int, operation: str, **arguments) -> dict:
-    """The same request to both, one right after the other; who comes first changes with ``index``."""
-    order = [("stock", stock), ("ours", ours)]
-    return {who: worker.ask(operation, **arguments) for who, worker in (order if index % 2 == 0 else order[::-1])}
+Workers = dict[str, Worker]  # by variant
 
 
-def _append(times: dict, name: str, pair: dict) -> None:
-    for who, value in pair.items():
-        times.setdefault(name, {"stock": [], "ours": []})[who].append(value)
+def _ask_in_turn(workers: Workers, index: int, operation: str, **arguments) -> dict:
+    """The same request to all, one right after the other; who comes first changes with ``index``."""
+    order = list(workers)[:: 1 if index % 2 == 0 else -1]
+    return {variant: workers[variant].ask(operation, **arguments) for variant in order}
 
 
-def _rounds(stock: Worker, ours: Worker, options: Options, step: Callable[[str], None], label: str,
+def _append(times: dict, name: str, answers: dict) -> None:
+    for variant, value in answers.items():
+        times.setdefault(name, {}).setdefault(variant, []).append(value)
+
+
+def _rounds(workers: Workers, options: Options, step: Callable[[str], None], label: str,
             between: Callable[[], None] = lambda: None) -> dict:
     """Times of the single-image row and of text prefill: {"vision": {"stock": [...], "ours": [...]}, ...}."""
     times: dict = {}
     for index in range(options.rounds):
         step(f"{label}: round {index + 1} of {options.rounds}")
         between()
-        _append(times, "vision", _ask_in_turn(stock, ours, index, "vision"))
-        pair = _ask_in_turn(stock, ours, index, "generate", prompt="image", tokens=options.tokens)
-        _append(times, "ttft", {who: value["first"] for who, value in pair.items()})
-        _append(times, "decode", {who: value["per_token"] for who, value in pair.items()})
-        pair = _ask_in_turn(stock, ours, index, "generate", prompt="text", tokens=1)
-        _append(times, "prefill", {who: value["first"] for who, value in pair.items()})
+        _append(times, "vision", _ask_in_turn(workers, index, "vision"))
+        answers = _ask_in_turn(workers, index, "generate", prompt="image", tokens=options.tokens)
+        _append(times, "ttft", {variant: answer["first"] for variant, answer in answers.items()})
+        _append(times, "decode", {variant: answer["per_token"] for variant, answer in answers.items()})
+        answers = _ask_in_turn(workers, index, "generate", prompt="text", tokens=1)
+        _append(times, "prefill", {variant: answer["first"] for variant, answer in answers.items()})
     return times
 
 
-def _load(worker: Worker, options: Options, accelerated: bool, dtype: str) -> dict:
-    return worker.ask("load", path=options.model, accelerated=accelerated, dtype=dtype, image_size=options.image_size,
+def _load(worker: Worker, options: Options, variant: str, dtype: str) -> dict:
+    return worker.ask("load", path=options.model, variant=variant, dtype=dtype, image_size=options.image_size,
                       long_size=options.long_size, text_tokens=options.text_tokens)
 
 
 def _main_phase(options: Options, probe: Worker, folder: Path, step: Callable[[str], None]) -> dict:
-    """Stock bf16 against accelerated bf16: times, memory, logits."""
+    """All variants in bf16: times, memory, logits."""
     raw: dict = {"bandwidth": []}
 
     def measure_bandwidth() -> None:
         raw["bandwidth"].append(probe.ask("bandwidth", bytes=options.probe_bytes, repeats=3))
 
-    with Worker("stock bf16") as stock, Worker("accelerated bf16") as ours:
-        step("loading stock and accelerated")
-        raw["sizes"] = _load(stock, options, accelerated=False, dtype="bf16")
-        _load(ours, options, accelerated=True, dtype="bf16")
+    with ExitStack() as stack:
+        workers = {variant: stack.enter_context(Worker(f"{variant} bf16")) for variant in options.variants}
+        step(f"loading {', '.join(workers)}")
+        loaded = {variant: _load(worker, options, variant, "bf16") for variant, worker in workers.items()}
+        raw["bytes_per_token"] = {variant: sizes.pop("bytes_per_token") for variant, sizes in loaded.items()}
+        raw["sizes"] = loaded["stock"]
         step("warming up")
-        _ask_in_turn(stock, ours, 0, "warm_up")
-        raw["times"] = _rounds(stock, ours, options, step, "bf16", measure_bandwidth)
-        raw["peak_rss"] = _ask_in_turn(stock, ours, 0, "peak_rss")
-        for who, worker in (("stock", stock), ("ours", ours)):
-            worker.ask("logits", file=str(folder / f"{who}.npy"))
+        _ask_in_turn(workers, 0, "warm_up")
+        raw["times"] = _rounds(workers, options, step, "bf16", measure_bandwidth)
+        raw["peak_rss"] = _ask_in_turn(workers, 0, "peak_rss")
+        for variant, worker in workers.items():
+            worker.ask("logits", file=str(folder / f"{variant}.npy"))
         for index in range(options.long_pairs):
             step(f"two large images: pair {index + 1} of {options.long_pairs}")
-            pair = _ask_in_turn(stock, ours, index, "generate", prompt="long", tokens=1)
-            _append(raw["times"], "ttft_long", {who: value["first"] for who, value in pair.items()})
-        raw["peak_rss_long"] = _ask_in_turn(stock, ours, 0, "peak_rss")
-        raw["fallbacks"] = ours.ask("fallbacks")
+            answers = _ask_in_turn(workers, index, "generate", prompt="long", tokens=1)
+            _append(raw["times"], "ttft_long", {variant: answer["first"] for variant, answer in answers.items()})
+        raw["peak_rss_long"] = _ask_in_turn(workers, 0, "peak_rss")
+        raw["fallbacks"] = workers["ours"].ask("fallbacks")
     measure_bandwidth()
     return raw
 
 
 def _full_model_errors(options: Options, folder: Path) -> dict[str, float]:
-    """Errors of the bf16 logits against stock's in fp32, the same weights."""
+    """Errors of the logits of each variant against stock's in fp32, the same weights."""
     with Worker("fp32 truth") as worker:
-        _load(worker, options, accelerated=False, dtype="fp32")
+        _load(worker, options, "stock", "fp32")
         worker.ask("logits", file=str(folder / "truth.npy"))
-    truth = np.load(folder / "truth.npy")
-    norm = np.linalg.norm(truth.astype(np.float64))
-    return {who: float(np.linalg.norm(np.load(folder / f"{who}.npy").astype(np.float64) - truth) / norm) for who in ("stock", "ours")}
+    truth = np.load(folder / "truth.npy").astype(np.float64)
+    return {variant: float(np.linalg.norm(np.load(folder / f"{variant}.npy") - truth) / np.linalg.norm(truth)) for variant in options.variants}
 
 
 def _other_dtypes(options: Options, step: Callable[[str], None], dtypes: tuple[str, ...], label: str,
@@ -110,14 +120,14 @@ def _other_dtypes(options: Options, step: Callable[[str], None], dtypes: tuple[s
     """Times of accelerated bf16 against stock in each of ``dtypes``."""
     times = {}
     with Worker(f"accelerated bf16 {label}", environment) as ours:
-        _load(ours, options, accelerated=True, dtype="bf16")
+        _load(ours, options, "ours", "bf16")
         ours.ask("warm_up")
         for dtype in dtypes:
             with Worker(f"stock {dtype} {label}", environment) as stock:
                 step(f"loading stock {dtype} {label}")
-                _load(stock, options, accelerated=False, dtype=dtype)
+                _load(stock, options, "stock", dtype)
                 stock.ask("warm_up")
-                times[dtype] = _rounds(stock, ours, options, step, f"stock {dtype} {label}")
+                times[dtype] = _rounds({"stock": stock, "ours": ours}, options, step, f"stock {dtype} {label}")
     return times
 
 
@@ -129,6 +139,7 @@ def steps(options: Options) -> int:
 
 def run(options: Options, step: Callable[[str], None]) -> dict[str, object]:
     """Measures everything and returns the result: machine, raw numbers, metrics (see metrics.py), accuracy."""
+    family: Family = FAMILIES[options.family]
     with Worker("probe") as probe, tempfile.TemporaryDirectory(prefix="qvl-bench-") as name:
         step("reading the machine")
         machine, cpu = probe.ask("machine"), probe.ask("cpu_info")
@@ -142,14 +153,14 @@ def run(options: Options, step: Callable[[str], None]) -> dict[str, object]:
                             text_tokens=options.text_tokens)
         raw["errors"] |= {f"{dtype}_float64": pair for dtype, pair in errors.items()}
         step("greedy tokens of odd configs")
-        raw["greedy"] = worker.ask("greedy")
+        raw["greedy"] = worker.ask("greedy", family=family.name)
     if options.all:
         raw["other_dtypes"] = _other_dtypes(options, step, ("fp16", "fp32"), "", {})
         raw["avx2"] = _other_dtypes(options, step, ("bf16", "fp32"), "limited to AVX2", AVX2)
     accuracy = None
     if options.accuracy:
-        step("accuracy of the trained digits model")
+        step(f"accuracy of the trained model {family.shipped}")
         with Worker("accuracy") as worker:
-            accuracy = worker.ask("accuracy", model=options.accuracy_model, limit=options.accuracy_limit)
+            accuracy = worker.ask("accuracy", model=family.shipped, limit=options.accuracy_limit)
     sizes = raw.pop("sizes")
     return {"machine": machine, "cpu_info": cpu, "sizes": sizes, "metrics": metrics.from_raw(raw, sizes), "accuracy": accuracy, "raw": raw}

@@ -1,7 +1,7 @@
 """Shows a result: table on the terminal, JSON file, PNG chart, and the table of the README.
 
     python -m bench.report RESULT.json             prints the table of a committed result
-    python -m bench.report --readme RESULT.json    writes it into README.md between its markers
+    python -m bench.report --readme RESULT.json    writes it into README.md between the markers of its family
 """
 
 import argparse
@@ -10,15 +10,22 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.targets import TARGETS, Target, verdict
+from bench.families import FAMILIES, Family
+from bench.targets import Target, verdict
 
-__all__ = ["accuracy_passed", "machine_line", "print_table", "readme_table", "rows", "save", "write_readme"]
+__all__ = ["accuracy_passed", "family_of_result", "machine_line", "markers", "print_table", "readme_table", "rows", "save", "write_readme"]
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKERS = ("<!-- results: begin -->", "<!-- results: end -->")
-# Measured and shown, but without a target.
-NOTES = [Target("prefill", "text prefill"), Target("peak_rss_long", "peak RSS after the large images")]
 HEADER = ("", "stock", "accelerated", "ratio", "range", "target", "")
+
+
+def family_of_result(result: dict) -> Family:
+    return FAMILIES[result["options"].get("family", "qwen3-vl")]
+
+
+def markers(family: Family) -> tuple[str, str]:
+    """The lines of README.md around the family's table."""
+    return f"<!-- results {family.name}: begin -->", f"<!-- results {family.name}: end -->"
 
 
 def _number(target: Target, value: float) -> str:
@@ -29,14 +36,13 @@ def _number(target: Target, value: float) -> str:
 
 def rows(result: dict) -> Iterator[tuple[str, ...]]:
     """One row per measured metric: what, stock, accelerated, ratio, its range, target, verdict."""
-    for target in TARGETS + NOTES:
+    family = family_of_result(result)
+    for target in family.targets + family.notes:
         metric = result["metrics"].get(target.key)
         if metric is None:
             continue
         spread = f"{metric['low']:.2f} to {metric['high']:.2f}" if metric["low"] is not None else ""
-        noted = target in NOTES
-        yield (target.label, metric["stock"], metric["ours"], _number(target, metric["value"]), spread,
-               "" if noted else target.text, "" if noted else verdict(target, metric["value"]))
+        yield (target.label, metric["stock"], metric["ours"], _number(target, metric["value"]), spread, target.text, verdict(target, metric["value"]))
 
 
 def accuracy_rows(result: dict) -> list[tuple[str, ...]]:
@@ -65,7 +71,7 @@ def print_table(result: dict, console) -> None:
     """The table with targets and verdicts, then the machine and anything that a reader must know."""
     from rich.table import Table
 
-    table = Table(*HEADER, title="Qwen3-VL: stock transformers (sdpa, bf16) and accelerated")
+    table = Table(*HEADER, title=family_of_result(result).title)
     colours = {"pass": "[green]pass[/]", "miss": "[yellow]miss[/]"}
     for row in [*rows(result), *accuracy_rows(result)]:
         table.add_row(*row[:-1], colours.get(row[-1], row[-1]))
@@ -75,7 +81,7 @@ def print_table(result: dict, console) -> None:
         console.print("The weights are random: speed and memory are those of the real model, its answers would be noise.", style="dim")
     for case in result["raw"]["fallbacks"]:
         console.print(f"slow path taken: {case}", style="yellow")
-    unmeasured = [target.label for target in TARGETS if target.needs_all and target.key not in result["metrics"]]
+    unmeasured = [target.label for target in family_of_result(result).targets if target.needs_all and target.key not in result["metrics"]]
     if unmeasured:
         console.print(f"Not measured without --all: {'; '.join(unmeasured)}.", style="dim")
 
@@ -96,7 +102,8 @@ def _chart(result: dict, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    measured = [target for target in TARGETS if target.key in result["metrics"] and target.unit == "x"]
+    family = family_of_result(result)
+    measured = [target for target in family.targets if target.key in result["metrics"] and target.unit == "x"]
     panels = [("times as fast as stock", [t for t in measured if t.at_least is not None]),
               ("of stock's (less is better)", [t for t in measured if t.at_most is not None])]
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 1.6 + 0.42 * max(len(targets) for _, targets in panels)))
@@ -112,7 +119,7 @@ def _chart(result: dict, file: Path) -> None:
         axis.set_yticks(range(len(targets)), [target.label for target in reversed(targets)])
         axis.set_xlabel(f"{title}; black: target")
         axis.margins(x=0.15)
-    figure.suptitle("Qwen3-VL on CPU: accelerated against stock transformers (bf16, sdpa)")
+    figure.suptitle(f"{family.title}, on CPU")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
@@ -124,18 +131,19 @@ def readme_table(result: dict) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(row) + " |" for row in [*rows(result), *accuracy_rows(result)]]
     command = "make bench-all" if "vision_best" in result["metrics"] else "make bench"
+    command += "" if family_of_result(result).name == "qwen3-vl" else f" FAMILY={family_of_result(result).name}"
     lines += ["", f"`{command}` on {machine_line(result)}. Commit {result['machine']['commit']}, {result['date']}. "
               "Medians of alternating pairs; the range is over pairs."]
     return "\n".join(lines)
 
 
 def write_readme(result: dict, file: Path = ROOT / "README.md") -> None:
-    """Replaces what stands between the markers of ``file``."""
-    text = file.read_text()
-    if any(text.count(marker) != 1 for marker in MARKERS):
-        raise ValueError(f"{file} must hold the lines {MARKERS[0]!r} and {MARKERS[1]!r} once each")
-    before, after = text.split(MARKERS[0])[0], text.split(MARKERS[1])[1]
-    file.write_text(f"{before}{MARKERS[0]}\n{readme_table(result)}\n{MARKERS[1]}{after}")
+    """Replaces what stands between the family's markers in ``file``."""
+    text, (begin, end) = file.read_text(), markers(family_of_result(result))
+    if any(text.count(marker) != 1 for marker in (begin, end)):
+        raise ValueError(f"{file} must hold the lines {begin!r} and {end!r} once each")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    file.write_text(f"{before}{begin}\n{readme_table(result)}\n{end}{after}")
 
 
 def main() -> None:

@@ -7,9 +7,12 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from bench import inputs, machine, timing
+from bench.families import family_of
 
-__all__ = ["Session"]
+__all__ = ["ACCELERATED", "Session"]
 
+# Variants of a model besides "stock": the format that accelerate packs their weights in, None for weights as they are.
+ACCELERATED: dict[str, str | None] = {"ours": None, "int8": "int8", "int4": "int4"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -30,51 +33,40 @@ class _Clock(BaseStreamer):
 
 
 class Session:
-    """A stock or accelerated model in one dtype, loaded from disk, with the benchmark's inputs."""
+    """One variant of a model in one dtype, loaded from disk, with the benchmark's inputs."""
 
-    def load(self, path: str, accelerated: bool, dtype: str, image_size: int, long_size: int, text_tokens: int) -> dict:
+    def load(self, path: str, variant: str, dtype: str, image_size: int, long_size: int, text_tokens: int) -> dict:
         """Loads the model and makes the inputs. Returns their sizes and the bytes that one decoded token must read."""
-        from transformers import Qwen3VLForConditionalGeneration
+        from transformers import AutoModelForImageTextToText
 
         from qvl_model.processing import load_processor
 
-        self.dtype = DTYPES[dtype]
-        self.model = Qwen3VLForConditionalGeneration.from_pretrained(
-            path, dtype=self.dtype, attn_implementation="sdpa").eval()
-        if accelerated:
+        self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa").eval()
+        if variant != "stock":
             import qvl_model
 
-            self.model = qvl_model.accelerate(self.model)
+            self.model = qvl_model.accelerate(self.model, weights=ACCELERATED[variant])
+        self.family = family_of(self.model.config)
         processor = load_processor(path)
         self.image = inputs.image_prompt(processor, inputs.photographs(image_size)[:1], text_tokens)
         length = self.image["input_ids"].shape[1]
         self.text = inputs.text_prompt(processor, length)
         self.long = inputs.image_prompt(processor, inputs.photographs(long_size), text_tokens)
-        visual = int((self.image["input_ids"] == self.model.config.image_token_id).sum())
+        patches, visual = self.family.image_size(self.model, self.image)
         return {
-            "patches": self.image["pixel_values"].shape[0],
+            "patches": patches,
             "visual_tokens": visual,
-            "text_tokens": length - visual,
+            "text_tokens": length - int((self.image["input_ids"] == self.model.config.image_token_id).sum()),
             "text_only_tokens": self.text["input_ids"].shape[1],
             "long_tokens": self.long["input_ids"].shape[1],
-            "long_patches": self.long["pixel_values"].shape[0],
-            "bytes_per_token": self._bytes_per_token(length),
+            "long_patches": self.family.image_size(self.model, self.long)[0],
+            "bytes_per_token": self.family.bytes_per_token(self.model, self.image),
             "threads": torch.get_num_threads(),
         }
 
-    def _bytes_per_token(self, length: int) -> int:
-        """Weights of the decoder and of the output projection, once, and the key/value cache of ``length`` tokens."""
-        text = self.model.model.language_model
-        modules = [text.layers, text.norm, self.model.lm_head]
-        weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-        config = self.model.config.text_config
-        cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length * self.dtype.itemsize
-        return weights + cache
-
     @torch.inference_mode()
     def vision(self) -> float:
-        pixels = self.image["pixel_values"].to(self.dtype)
-        return timing.seconds(lambda: self.model.model.visual(pixels, grid_thw=self.image["image_grid_thw"]))
+        return timing.seconds(lambda: self.family.encode(self.model, self.image))
 
     def generate(self, prompt: str, tokens: int) -> dict[str, float | None]:
         """Greedy generation after a prompt ("image", "text" or "long"): seconds to the first token and per token after it."""

@@ -7,6 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bench import inputs
+from bench.families import family_of
 
 __all__ = ["KeepDouble", "errors_against_float64", "relative_error"]
 
@@ -32,16 +33,11 @@ def relative_error(values: torch.Tensor, truth: torch.Tensor) -> float:
 @contextlib.contextmanager
 def _shallow(path: str, layers: int, dtype: torch.dtype, accelerated: bool) -> Iterator[torch.nn.Module]:
     """The first ``layers`` layers of the text model and of the vision model."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
-    config = Qwen3VLConfig.from_pretrained(path)
-    text, vision = config.text_config, config.vision_config
-    text.num_hidden_layers = min(layers, text.num_hidden_layers)
-    vision.depth = min(layers, vision.depth)
-    taps = len(vision.deepstack_visual_indexes)
-    vision.deepstack_visual_indexes = list(range(vision.depth - taps, vision.depth))
-    model = Qwen3VLForConditionalGeneration.from_pretrained(
-        path, config=config, dtype=dtype, attn_implementation="sdpa").eval()
+    config = AutoConfig.from_pretrained(path)
+    family_of(config).shallow(config, layers)
+    model = AutoModelForImageTextToText.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa").eval()
     if accelerated:
         import qvl_model
 

@@ -38,12 +38,13 @@ class Handlers(Session):
 
         return truth.errors_against_float64(path, layers, image_size, text_tokens)
 
-    def greedy(self) -> dict:
+    def greedy(self, family: str) -> dict:
         from bench import greedy
+        from bench.families import FAMILIES
 
-        return greedy.run()
+        return greedy.run(FAMILIES[family].greedy())
 
-    def accuracy(self, model: str | None, limit: int | None) -> dict:
+    def accuracy(self, model: str, limit: int | None) -> dict:
         from bench import accuracy
 
         return accuracy.run(model=model, limit=limit)

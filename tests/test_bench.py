@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import report, timing, truth
-from bench.checkpoint import RANDOM_KEY, write_random
+from bench import plan, report, timing, truth
+from bench.__main__ import RESULTS
+from bench.checkpoint import RANDOM_KEY, cached_checkpoint, write_random
 from bench.client import Worker, WorkerError
+from bench.families import FAMILIES
 from bench.greedy import CONFIGS, tiny_config
-from bench.targets import TARGETS, Target, verdict
+from bench.targets import Target, verdict
+from qvl_model.qvl import QVLConfig
+from qvl_model.qvl.presets import PRESETS
 
 
 def test_paired_ratio_cancels_common_noise():
@@ -34,9 +38,11 @@ def test_verdict(target, value, expected):
     assert verdict(target, value) == expected
 
 
-def test_targets_are_unique_and_bounded_on_one_side():
-    assert len({target.key for target in TARGETS}) == len(TARGETS)
-    assert all((target.at_least is None) != (target.at_most is None) for target in TARGETS)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_targets_are_unique_and_bounded_on_one_side(family):
+    assert len({target.key for target in family.targets + family.notes}) == len(family.targets + family.notes)
+    assert all((target.at_least is None) != (target.at_most is None) for target in family.targets)
+    assert all(target.text == verdict(target, 1.0) == "" for target in family.notes)
     assert Target("a", "a", at_least=0.8, unit="%").text == "≥ 80 %"
 
 
@@ -51,27 +57,42 @@ def test_keep_double_leaves_out_casts_to_float32():
 def test_worker_reports_errors_and_survives_them():
     with Worker("probe") as worker:
         with pytest.raises(WorkerError, match="FileNotFoundError|OSError|not"):
-            worker.ask("load", path="/nowhere", accelerated=False, dtype="bf16", image_size=64, long_size=64, text_tokens=66)
+            worker.ask("load", path="/nowhere", variant="stock", dtype="bf16", image_size=64, long_size=64, text_tokens=66)
         assert worker.ask("bandwidth", bytes=1 << 22, repeats=1) > 0
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A tiny random checkpoint with the tokenizer that the default one has."""
+def _sizes(family: str) -> dict:
+    """A tiny config with room for the tokenizer that the default one has."""
+    if family == "qvl":
+        return {key: value for key, value in PRESETS["qvl-tiny"].items() if key != "image_token_id"}
     text, vision, _ = CONFIGS[-1]
     config = {key: value for key, value in tiny_config(text, vision).items() if not key.endswith("token_id")}
     config["text_config"]["vocab_size"] = 2048
-    return write_random(tmp_path_factory.mktemp("bench") / "tiny", config)
+    return config
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request, tmp_path_factory):
+    """A tiny random checkpoint."""
+    return write_random(tmp_path_factory.mktemp("bench") / "tiny", FAMILIES[request.param], _sizes(request.param))
 
 
 def test_random_checkpoint_says_so_and_is_repeatable(checkpoint, tmp_path):
     config = json.loads((checkpoint / "config.json").read_text())
-    assert config[RANDOM_KEY] is True
+    assert config[RANDOM_KEY] is True and config["dtype"] == "bfloat16"
     vocabulary = {token["content"]: token["id"] for token in json.loads((checkpoint / "tokenizer.json").read_text())["added_tokens"]}
     assert config["image_token_id"] == vocabulary["<|image_pad|>"]
-    keys = ("tie_word_embeddings", "text_config", "vision_config")
-    again = write_random(tmp_path / "again", {key: config[key] for key in keys})
+    family = config["model_type"].replace("_", "-")
+    again = write_random(tmp_path / "again", FAMILIES[family], _sizes(family))
     assert (again / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+
+
+def test_qvl_at_full_size_is_the_preset():
+    config = FAMILIES["qvl"].config(**FAMILIES["qvl"].full_config())
+    assert config.image_token_id == 6
+    config.image_token_id = 151655
+    assert config.to_dict() == QVLConfig.from_preset("qvl-2b").to_dict()
+    assert cached_checkpoint(FAMILIES["qvl"]) != cached_checkpoint(FAMILIES["qwen3-vl"])
 
 
 def test_end_to_end_on_a_tiny_model(checkpoint, tmp_path, capsys):
@@ -79,24 +100,58 @@ def test_end_to_end_on_a_tiny_model(checkpoint, tmp_path, capsys):
                  "--no-accuracy", "--output", str(tmp_path), "--name", "tiny"]
     assert command.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "decode" in printed and "random" in printed
-    assert (tmp_path / "tiny.png").stat().st_size > 10_000
     result = json.loads((tmp_path / "tiny.json").read_text())
-    expected = {target.key for target in TARGETS if not target.needs_all}
+    family = report.family_of_result(result)
+    assert family.title in printed and "decode" in printed and "random" in printed
+    assert (tmp_path / "tiny.png").stat().st_size > 10_000
+    expected = {target.key for target in family.targets + family.notes if not target.needs_all}
     assert expected <= result["metrics"].keys()
     assert result["sizes"]["text_tokens"] == 66
-    assert result["sizes"]["visual_tokens"] * 4 == result["sizes"]["patches"]
+    assert result["sizes"]["visual_tokens"] * (4 if family.name == "qwen3-vl" else 1) == result["sizes"]["patches"]
     assert result["metrics"]["greedy_fp32"]["value"] == 1.0
     assert not result["raw"]["fallbacks"]
 
+    begin, end = report.markers(family)
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.MARKERS[0]}\nold\n{report.MARKERS[1]}\nafter\n")
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     report.write_readme(result, readme)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert text.count("| ") > len(expected)
 
 
-def test_missing_checkpoint_is_a_clear_message(tmp_path):
+@pytest.mark.slow
+def test_packed_weights_are_further_variants_of_a_run(tmp_path):
+    sizes = {**_sizes("qvl"), "vocab_size": 16384}  # so that most of the weights are in the decoder and the head, as at full size
+    model = write_random(tmp_path / "tiny", FAMILIES["qvl"], sizes)
+    options = plan.Options(str(model), "qvl", ("stock", "ours", "int8", "int4"), rounds=2, tokens=4, image_size=64, long_size=64,
+                           probe_bytes=1 << 22, accuracy=False)  # fmt: skip
+    steps = []
+    result = plan.run(options, steps.append)
+    assert len(steps) == plan.steps(options)
+    size = result["raw"]["bytes_per_token"]
+    assert size["stock"] == size["ours"] and size["int8"] < 0.6 * size["ours"] and size["int4"] < 0.7 * size["int8"]
+    values = {key: metric["value"] for key, metric in result["metrics"].items()}
+    assert {"decode_int8", "ttft_int4", "peak_rss_int4", "decode_share_int8"} <= values.keys()
+    assert values["error_bf16_full"] < values["error_bf16_full_int8"] < values["error_bf16_full_int4"] < 100
+    assert result["raw"]["times"]["decode"].keys() == set(options.variants)
+
+
+def test_missing_and_foreign_checkpoints_are_a_clear_message(checkpoint, tmp_path):
     with pytest.raises(SystemExit, match="config.json"):
         command.main(["--model", str(tmp_path)])
+    name = json.loads((checkpoint / "config.json").read_text())["model_type"].replace("_", "-")
+    other = next(family for family in FAMILIES if family != name)
+    with pytest.raises(SystemExit, match=f"is a {name} model, not one of {other}"):
+        command.main(["--model", str(checkpoint), "--family", other])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="is a None model, not one of qwen3-vl or qvl"):
+        command.main(["--model", str(tmp_path)])
+
+
+def test_the_committed_results_can_be_shown(capsys):
+    for file in RESULTS.glob("*.json"):
+        result = json.loads(file.read_text())
+        if "metrics" in result:
+            assert report.markers(report.family_of_result(result))[0] in (RESULTS.parent.parent / "README.md").read_text()
+            assert report.readme_table(result).count("pass") > 5
