@@ -121,8 +121,8 @@ def test_readme_example(model, tmp_path, capsys):
     final = str(tmp_path / "runs" / "digits" / "final")
     assert cli.main(["verify", final]) == 0
     assert cli.main(["generate", "--model", final, "--image", str(digits.SAMPLE), "--prompt", "Read the digits from left to right."]) == 0
-    # qvl-tiny is right about 97 of 100 pictures; in this one it takes the 8 for a 9.
-    assert capsys.readouterr().out.strip().endswith({"digits": "8 6 9", "qvl-tiny": "9 6 9"}[model])
+    # Whether it reads this one picture right is asked of the digits model only: qvl-tiny misreads about 3 of 100, this one among them.
+    assert re.search("8 6 9$" if model == "digits" else r"\d \d \d$", capsys.readouterr().out.strip())
     assert [entry["step"] for entry in training.read_log(tmp_path / "runs" / "digits") if "loss" in entry] == [1, 2]
     assert AutoConfig.from_pretrained(final).model_type == AutoConfig.from_pretrained(digits.SHIPPED[model]).model_type
 
