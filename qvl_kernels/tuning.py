@@ -136,7 +136,7 @@ def attention_backward_keys(keys: int, head_dim: int, size: int, arch: str) -> d
     block_d = max(16, next_power_of_2(head_dim))
     wide = arch in ("sm_90", "sm_100")
     if size == 4:
-        block_m, block_n, warps = (16, 16, 4) if block_d > 128 else (16, 32, 4) if block_d > 64 else (32, 32, 4)
+        block_m, block_n, warps = (16, 16, 4) if block_d > 64 else (32, 32, 4)
     elif block_d > 128:
         block_m, block_n, warps = 32, 64, 8
     elif block_d > 64:  # two accumulators of 128 columns

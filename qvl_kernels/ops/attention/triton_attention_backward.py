@@ -47,12 +47,12 @@ def _statistics(
 
 @triton.jit
 def _dq_of_keys(
-    q, do, dq, top, log_total, delta, begin, end, offs_m, k_ptr, v_ptr, mask_ptr, dscores_ptr, stride_ks, stride_vs, stride_mt, stride_ms,
+    q, do, dq, found, top, log_total, delta, begin, end, offs_m, k_ptr, v_ptr, mask_ptr, dscores_ptr, stride_ks, stride_vs, stride_mt, stride_ms,
     queries, keys, S, scale, seed, threshold, keep_scale, first_row, head,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr, DROPOUT: tl.constexpr, MASK_GRAD: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """dq + sum over keys [begin, end) of ds k, with ds = p (do v^T - delta). PARTIAL as in the forward."""
+    """dq + sum over keys [begin, end) of ds k, with ds = p (do v^T - delta); found + the sum of p do v^T, in fp32 of p. PARTIAL as in the forward."""
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     k_offsets = offs_n[:, None] * stride_ks + offs_d[None, :]
     v_offsets = offs_n[:, None] * stride_vs + offs_d[None, :]
@@ -76,16 +76,23 @@ def _dq_of_keys(
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         if DROPOUT:
             dp = tl.where(kept(seed, threshold, (first_row + offs_m)[:, None], cols[None, :], head), dp * keep_scale, 0.0)
-        ds = p * (dp - delta[:, None])
         if PARTIAL:
-            ds = tl.where(visible, ds, 0.0)
+            dp = tl.where(visible, dp, 0.0)
+        if q.dtype == tl.float32:
+            found += tl.sum(p, 1)
+            ds = p * (dp - delta[:, None])
+        else:
+            product = p * dp
+            found += tl.sum(product, 1)
+            ds = product - p * delta[:, None]
+        if PARTIAL:
             if MASK_ROWS:
                 k = without_unseen(k, visible)
             if MASK_GRAD:
                 in_tile = (offs_m < queries)[:, None] & (cols < S)[None, :]
                 tl.store(dscores_ptr + offs_m.to(tl.int64)[:, None] * S + cols[None, :], ds, mask=in_tile)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    return dq
+    return dq, found
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -100,8 +107,9 @@ def _attention_backward_queries_kernel(
 ):  # fmt: skip
     """dq of BLOCK_M queries, and what the other kernel needs to know of them: delta = rowsum(do out) - dlse, and p = 2^(score - top - log_total).
 
-    top is the log-sum-exp and log_total is not used, except under additive masks: those may be as large as the dtype, where a log-sum-exp
-    cannot hold the logarithm of a sum.
+    The out of 16-bit inputs is rounded, and a log-sum-exp of fp32 too: large scores show it. So the other kernel gets delta as it is found here,
+    and of fp32 inputs the logarithm of the sum of p beside top, the log-sum-exp; dq is divided by that sum. Additive masks may be as large
+    as the dtype, where a log-sum-exp cannot hold the logarithm of a sum: top and log_total are found anew.
     """
     batch, head, start_m, first, queries, keys = place(
         cu_seqlens_ptr, key_counts_ptr, sequences, T, S, H, BLOCK_M, False, CAUSAL, PACKED, HAS_COUNTS
@@ -129,7 +137,8 @@ def _attention_backward_queries_kernel(
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     stat_rows = (batch * H + head) * T + wide_start + tile_rows
     if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + stat_rows, mask=in_rows, other=0.0)
+        dlse = tl.load(dlse_ptr + stat_rows, mask=in_rows, other=0.0)
+        delta -= dlse
 
     full, end = keys, keys
     if CAUSAL:
@@ -141,28 +150,37 @@ def _attention_backward_queries_kernel(
             q, end, offs_m, k_ptr, mask_ptr, stride_ks, stride_mt, stride_ms, queries, keys, scale,
             HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, MASK_ROWS,
         )  # fmt: skip
-        tl.store(log_total_ptr + stat_rows, log_total, mask=in_rows)
     else:
         lse = tl.load(lse_ptr + stat_rows, mask=in_rows, other=0.0) * LOG2E
         top, log_total = tl.where(lse == float("-inf"), float("inf"), lse), delta
     tl.store(top_ptr + stat_rows, top, mask=in_rows)
-    tl.store(delta_ptr + stat_rows, delta, mask=in_rows)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    found = tl.zeros([BLOCK_M], tl.float32)
     if MASK == 0:
-        dq = _dq_of_keys(
-            q, do, dq, top, log_total, delta, 0, full, offs_m, k_ptr, v_ptr, mask_ptr, dscores_ptr, stride_ks, stride_vs, stride_mt, stride_ms,
+        dq, found = _dq_of_keys(
+            q, do, dq, found, top, log_total, delta, 0, full, offs_m, k_ptr, v_ptr, mask_ptr, dscores_ptr, stride_ks, stride_vs, stride_mt, stride_ms,
             queries, keys, S, scale, seed, threshold, keep_scale, first_row, head,
             HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, MASK_ROWS, DROPOUT, MASK_GRAD, False,
         )  # fmt: skip
     else:
         full = 0
-    dq = _dq_of_keys(
-        q, do, dq, top, log_total, delta, full, end, offs_m, k_ptr, v_ptr, mask_ptr, dscores_ptr, stride_ks, stride_vs, stride_mt, stride_ms,
+    dq, found = _dq_of_keys(
+        q, do, dq, found, top, log_total, delta, full, end, offs_m, k_ptr, v_ptr, mask_ptr, dscores_ptr, stride_ks, stride_vs, stride_mt, stride_ms,
         queries, keys, S, scale, seed, threshold, keep_scale, first_row, head,
         HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, MASK_ROWS, DROPOUT, MASK_GRAD, True,
     )  # fmt: skip
     dq *= scale / LOG2E
+    if q.dtype != tl.float32:
+        delta = found
+        if HAS_DLSE:
+            delta -= dlse
+    elif MASK != 2:
+        total = tl.where(found == 0.0, 1.0, found)
+        dq, log_total = dq / total[:, None], tl.log2(total)
+    if MASK == 2 or q.dtype == tl.float32:
+        tl.store(log_total_ptr + stat_rows, log_total, mask=in_rows)
+    tl.store(delta_ptr + stat_rows, delta, mask=in_rows)
     tl.store(dq_ptr + out_start + out_offsets, dq.to(dq_ptr.dtype.element_ty), mask=in_rows[:, None] & (offs_d < HEAD_DIM)[None, :])
 
 
@@ -199,7 +217,7 @@ def _dk_dv_of_queries(
         elif MASK == 2:
             scores += bias[:, None]
         scores -= top[None, :]
-        if MASK == 2:
+        if MASK == 2 or q.dtype == tl.float32:
             scores -= tl.load(log_total_ptr + stats + offs_m, mask=in_rows, other=0.0)[None, :]
         p = tl.exp2(scores)
         dp = tl.zeros([offs_n.shape[0], BLOCK_M], tl.float32)
@@ -294,7 +312,7 @@ def launch_attention_backward(
     dlse = lse if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     top, delta = (torch.empty(lse.shape, dtype=torch.float32, device=q.device) for _ in range(2))
-    log_total = torch.empty(lse.shape, dtype=torch.float32, device=q.device) if layout.flags["MASK"] == 2 else delta
+    log_total = torch.empty(lse.shape, dtype=torch.float32, device=q.device) if layout.flags["MASK"] == 2 or q.dtype == torch.float32 else delta
     dscores = delta
     if mask_grad:  # what no block of keys reaches stays 0
         shape = (layout.batch, layout.heads, layout.queries, layout.keys)
