@@ -5,6 +5,8 @@ import torch
 
 import qvl_kernels
 from qvl_kernels import quant
+from qvl_kernels.ops.vision_block.cases import CASES as VISION_CASES
+from qvl_kernels.ops.vision_block.compose import compose_vision_block
 from qvl_kernels.testing import random_tensor, relative_error, surrounded
 
 FORMATS = [(8, 64), (4, 32), (4, 64), (4, 128)]
@@ -80,3 +82,23 @@ def test_int8_minus_128_is_multiplied_too():
     weight = quant.QuantizedWeight(values, torch.ones(3, 1), 256)
     x = torch.full((2, 256), 127.0)
     assert torch.equal(qvl_kernels.quantized_linear(x, weight), torch.full((2, 3), -128.0 * 127 * 256))
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+def test_a_vision_block_in_one_call_equals_its_single_ops(bits, group):
+    arguments = next(case for case in VISION_CASES if case.name == "odd").make(torch.float32, _generator())
+    weights = arguments["weights"]
+    arguments["weights"] = weights._replace(
+        **{name: quant.quantize(getattr(weights, name), bits, group) for name in ("qkv_w", "fc1_w", "fc2_w")}
+    )
+    with torch.no_grad():
+        out = qvl_kernels.vision_block(**arguments)
+        w = arguments["weights"]
+        composed = compose_vision_block(
+            arguments["x"], [w.norm1_w, w.norm1_b, w.norm2_w, w.norm2_b], [w.qkv_w, w.proj_w, w.fc1_w, w.fc2_w],
+            [w.qkv_b, w.proj_b, w.fc1_b, w.fc2_b], arguments["cos"], arguments["sin"], arguments["cu_seqlens"], arguments["num_heads"], 1e-6,
+        )  # fmt: skip
+        with qvl_kernels.use_backend("reference"):
+            reference = qvl_kernels.vision_block(**arguments)
+    assert relative_error(out, composed) < 1e-3  # a rounding to int8 may fall to the other side
+    assert relative_error(out, reference) < 0.02
