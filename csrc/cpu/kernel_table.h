@@ -95,6 +95,8 @@ constexpr float kTinyActivation = 1e-30f;
 constexpr int64_t kQuantChunk = 128;  // inputs; k_padded is a whole number of chunks
 inline int64_t quant_record_bytes(int64_t k_padded) { return 3 * k_padded; }
 
+constexpr int64_t kMaxQuantRows = 16;  // activation rows of one call
+
 struct QuantPrepareArgs {
   const void* x;          // [m, k] rows
   int64_t x_stride, k, k_padded, group;

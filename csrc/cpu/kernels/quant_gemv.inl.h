@@ -2,10 +2,12 @@
 // and summed in int32 over chunks of 128 inputs (int4: over the group), and the chunks in fp32.
 //
 // Weights are read front to back, a few rows at a time, each block prefetched in the order of its addresses while the one
-// before it is multiplied: on Zen 4 31 GB/s a core, against 12 where each row prefetches its own place of the next block.
+// before it is multiplied, a line beside each load: on Zen 4 31 GB/s a core, against 12 where each row prefetches its own
+// place of the next block, or where the lines come in bursts of eight.
 
 constexpr int kQuantTileRows = Vec::kPanelVectors == 4 ? 4 : 2;  // weight rows and activation rows held in registers:
 constexpr int kQuantTileM = Vec::kPanelVectors == 4 ? 4 : 2;     // 32 or 16 vector registers
+constexpr int64_t kQuantSpan = 32;  // weight rows whose sums are kept until bias, activation and residual follow in vectors
 constexpr int64_t kInt4Steps = kQuantChunk / Bytes::kInt4Step;
 
 // Where an activation row's prepared numbers lie: see QuantPrepareArgs.
@@ -31,10 +33,13 @@ inline void arrange_int4(const int8_t* values, const float* scales, int64_t grou
   for (int64_t step = 0; step < kInt4Steps; ++step, values += Bytes::kInt4Step) {
     const int64_t at = chunk * kInt4Steps + step;
     auto* out = quant_values<Bytes::Int4Value>(record) + at * Bytes::kInt4Step;
-    for (int64_t i = 0; i < Bytes::kInt4Step; ++i)
-      out[i % 32 / 16 * (Bytes::kInt4Step / 2) + i / 32 * 16 + i % 16] = values[i];
     float* lanes = quant_scales(record, k_padded) + at * Vec::kWidth;
-    for (int64_t lane = 0; lane < Vec::kWidth; ++lane) lanes[lane] = scales[(step * Bytes::kInt4Step + lane / 4 * 32) / group];
+    for (int64_t block = 0; block < Bytes::kInt4Step / 32; ++block) {
+      for (int64_t i = 0; i < 16; ++i) out[block * 16 + i] = values[block * 32 + i];
+      for (int64_t i = 0; i < 16; ++i) out[Bytes::kInt4Step / 2 + block * 16 + i] = values[block * 32 + 16 + i];
+      const float scale = scales[(step * Bytes::kInt4Step + block * 32) / group];
+      for (int64_t lane = 0; lane < 4; ++lane) lanes[block * 4 + lane] = scale;
+    }
     const Bytes sum = Bytes::dot(Bytes::zero(), Bytes::load_int4(eights), out);
     (Bytes::zero() - sum).store(quant_starts(record, k_padded) + at * Vec::kWidth);
   }
@@ -75,27 +80,31 @@ struct QuantMatrix {
   int64_t scale_stride_bytes;
 };
 
-// Prefetches run through memory once: each of a block's passes fetches its share of the next block, some lines a chunk.
+// Prefetches run through memory once: each of a block's passes fetches its share of the next block, `lines` for each 64
+// bytes of ROWS rows.
 struct QuantFetch {
   const char* next;
-  int64_t lines_per_chunk;
+  int64_t lines;
 
-  void chunk() {
-    for (int64_t i = 0; i < lines_per_chunk; ++i, next += 64) __builtin_prefetch(next, 0, 3);
+  void at_row(int64_t row) {
+    if (row >= lines) return;
+    __builtin_prefetch(next, 0, 3);
+    next += 64;
   }
 };
 
 struct Int8Format {
-  static constexpr int64_t kChunkLines = 2;  // cache lines of one row's chunk
+  static constexpr int64_t kChunkBytes = kQuantChunk;
+  static constexpr bool kRowScale = true;
 
   static int64_t row_bytes(const QuantGemvArgs& a) { return a.k; }
   static float row_scale(const QuantMatrix& matrix, int64_t row) {
     float scale;
-    std::memcpy(&scale, matrix.scales + row * matrix.scale_stride_bytes, 4);
+    std::memcpy(&scale, matrix.scales + row * matrix.scale_stride_bytes, sizeof(scale));
     return scale;
   }
 
-  // sums[r][m] += w[r, chunks] . x[m, chunks]; w begins with the first chunk.
+  // sums[m][r] += w[r, chunks] . x[m, chunks]; w begins with the first chunk.
   template <int ROWS, int M>
   static void add(const QuantMatrix& matrix, char* records, int64_t k_padded, int64_t begin, int64_t end, QuantFetch fetch,
                   float* sums) {
@@ -107,7 +116,6 @@ struct Int8Format {
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) total[r][m] = Vec::zero();
     for (int64_t chunk = begin; chunk < end; ++chunk, w += kQuantChunk) {
-      fetch.chunk();
       Bytes acc[ROWS][M];
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
@@ -119,6 +127,7 @@ struct Int8Format {
       for (int64_t i = 0; i < kQuantChunk; i += Bytes::kInt8Step)
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
+          if (i % 64 == 0) fetch.at_row(r);
           const auto weights = Bytes::load_int8(w + r * stride + i);
 #pragma GCC unroll 4
           for (int m = 0; m < M; ++m)
@@ -133,7 +142,7 @@ struct Int8Format {
       }
     }
     for (int r = 0; r < ROWS; ++r)
-      for (int m = 0; m < M; ++m) sums[r * M + m] += total[r][m].sum();
+      for (int m = 0; m < M; ++m) sums[m * kQuantSpan + r] += total[r][m].sum();
   }
 
   template <int ROWS>
@@ -147,15 +156,15 @@ struct Int8Format {
       return {reinterpret_cast<const char*>(values), kQuantChunk, nullptr, 0};
     }
   };
-  static int64_t chunk_bytes() { return kQuantChunk; }
 };
 
 template <int GROUP>
 struct Int4Format {
-  static constexpr int64_t kChunkLines = 1;
+  static constexpr int64_t kChunkBytes = kQuantChunk / 2;
+  static constexpr bool kRowScale = false;
 
   static int64_t row_bytes(const QuantGemvArgs& a) { return (a.k + GROUP - 1) / GROUP * (GROUP / 2); }
-  static float row_scale(const QuantMatrix&, int64_t) { return 1.0f; }
+  static float row_scale(const QuantMatrix&, int64_t) { return 1.0f; }  // scales are those of groups
 
   template <int ROWS, int M>
   static void add(const QuantMatrix& matrix, char* records, int64_t k_padded, int64_t begin, int64_t end, QuantFetch fetch,
@@ -169,12 +178,12 @@ struct Int4Format {
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) total[r][m] = Vec::zero();
     for (int64_t chunk = begin; chunk < end; ++chunk, w += kQuantChunk / 2, scales += kQuantChunk / GROUP * 2) {
-      fetch.chunk();
 #pragma GCC unroll 4
       for (int64_t step = 0; step < kInt4Steps; ++step) {
         const int64_t at = chunk * kInt4Steps + step;
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
+          if (step * (Bytes::kInt4Step / 2) % 64 == 0) fetch.at_row(r);
           const auto weights = Bytes::load_int4(w + r * stride + step * (Bytes::kInt4Step / 2));
           const char* row_scales = scales + r * matrix.scale_stride_bytes + step * Bytes::kInt4Step / GROUP * 2;
           const Vec w_scale = Bytes::load_scales<GROUP>(reinterpret_cast<const bf16*>(row_scales));
@@ -190,7 +199,7 @@ struct Int4Format {
       }
     }
     for (int r = 0; r < ROWS; ++r)
-      for (int m = 0; m < M; ++m) sums[r * M + m] += total[r][m].sum();
+      for (int m = 0; m < M; ++m) sums[m * kQuantSpan + r] += total[r][m].sum();
   }
 
   template <int ROWS>
@@ -209,80 +218,91 @@ struct Int4Format {
       return {reinterpret_cast<const char*>(values), kQuantChunk / 2, reinterpret_cast<const char*>(scales), kQuantChunk / GROUP * 2};
     }
   };
-  static int64_t chunk_bytes() { return kQuantChunk / 2; }
 };
 
-// sums[r][m] of ROWS weight rows and the M activation rows of `records`; pass of `passes` over this block.
+inline QuantMatrix quant_matrix(const QuantGemvArgs& a, int64_t n, bool second) {
+  const int64_t scale_bytes = a.format == WeightFormat::int8 ? 4 : 2;
+  const int64_t stride = second ? a.w2_stride : a.w_stride, scale_stride = (second ? a.scale2_stride : a.scale_stride) * scale_bytes;
+  return {static_cast<const char*>(second ? a.w2 : a.w) + n * stride, stride,
+          static_cast<const char*>(second ? a.scales2 : a.scales) + n * scale_stride, scale_stride};
+}
+
+// sums[m][r] of ROWS weight rows and the M activation rows of `records`; pass of `passes` over this block.
 template <class Format, int ROWS, int M>
-inline void quant_sums(const QuantGemvArgs& a, const QuantMatrix& matrix, char* records, int64_t pass, int64_t passes, float* sums) {
-  for (int i = 0; i < ROWS * M; ++i) sums[i] = 0.0f;
-  const int64_t bytes = Format::row_bytes(a), chunks = bytes / Format::chunk_bytes(), rest = bytes % Format::chunk_bytes();
-  const int64_t lines = (ROWS * Format::kChunkLines + passes - 1) / passes;
-  const QuantFetch fetch{matrix.w + ROWS * matrix.stride_bytes + pass * lines * chunks * 64, lines};
+void quant_sums(const QuantGemvArgs& a, const QuantMatrix& matrix, char* records, int64_t pass, int64_t passes, float* sums) {
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < ROWS; ++r) sums[m * kQuantSpan + r] = 0.0f;
+  const int64_t bytes = Format::row_bytes(a), chunks = bytes / Format::kChunkBytes, rest = bytes % Format::kChunkBytes;
+  const int64_t lines = (ROWS + passes - 1) / passes;
+  const QuantFetch fetch{matrix.w + ROWS * matrix.stride_bytes + pass * lines * chunks * Format::kChunkBytes, lines};
   Format::template add<ROWS, M>(matrix, records, a.k_padded, 0, chunks, fetch, sums);
   if (rest) {
     typename Format::template Tail<ROWS> tail;
     const QuantMatrix copied = tail.copy(matrix, chunks, rest);
     Format::template add<ROWS, M>(copied, records, a.k_padded, chunks, chunks + 1, QuantFetch{nullptr, 0}, sums);
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int m = 0; m < M; ++m) sums[r * M + m] *= Format::row_scale(matrix, r);
-}
-
-template <class T>
-void quant_finish(const QuantGemvArgs& a, int64_t n, int64_t rows, int64_t m_begin, int64_t m_count, const float* sums, const float* sums2) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float bias = a.bias ? to_float(static_cast<const T*>(a.bias)[n + r]) : 0.0f;
-    for (int64_t i = 0; i < m_count; ++i) {
-      const int64_t m = m_begin + i;
-      float y = sums[r * m_count + i] + bias;
-      if (a.activation == Activation::gelu_tanh) y = scalar_gelu_tanh(y);
-      if (a.activation == Activation::swiglu) y = scalar_silu(y) * sums2[r * m_count + i];
-      if (a.residual) y += to_float(static_cast<const T*>(a.residual)[m * a.residual_stride + n + r]);
-      from_float(y, static_cast<T*>(a.out)[m * a.out_stride + n + r]);
-    }
-  }
-}
-
-template <class Format, int ROWS, int M>
-void quant_pass(const QuantGemvArgs& a, int64_t n, int64_t m_begin, int64_t pass, int64_t passes) {
-  const int64_t scale_bytes = a.format == WeightFormat::int8 ? 4 : 2;
-  const auto matrix = [&](const void* w, int64_t stride, const void* scales, int64_t scale_stride) {
-    return QuantMatrix{static_cast<const char*>(w) + n * stride, stride,
-                       static_cast<const char*>(scales) + n * scale_stride * scale_bytes, scale_stride * scale_bytes};
-  };
-  char* records = a.records + m_begin * quant_record_bytes(a.k_padded);
-  float sums[ROWS * M], sums2[ROWS * M];
-  quant_sums<Format, ROWS, M>(a, matrix(a.w, a.w_stride, a.scales, a.scale_stride), records, pass, passes, sums);
-  if (a.activation == Activation::swiglu)
-    quant_sums<Format, ROWS, M>(a, matrix(a.w2, a.w2_stride, a.scales2, a.scale2_stride), records, pass, passes, sums2);
-  switch (a.dtype) {
-    case DType::f32: return quant_finish<float>(a, n, ROWS, m_begin, M, sums, sums2);
-    case DType::bf16: return quant_finish<bf16>(a, n, ROWS, m_begin, M, sums, sums2);
-    case DType::f16: return quant_finish<f16>(a, n, ROWS, m_begin, M, sums, sums2);
-  }
 }
 
 // The passes over one block of weight rows, which stay in the L1 cache: at most kQuantTileM activation rows each.
 template <class Format, int ROWS>
-inline void quant_block(const QuantGemvArgs& a, int64_t n) {
+inline void quant_block(const QuantGemvArgs& a, const QuantMatrix& matrix, float* sums) {
   const int64_t passes = (a.m + kQuantTileM - 1) / kQuantTileM;
   for (int64_t pass = 0; pass < passes; ++pass) {
     const int64_t m = a.m * pass / passes;
+    char* records = a.records + m * quant_record_bytes(a.k_padded);
+    float* out = sums + m * kQuantSpan;
     switch (a.m * (pass + 1) / passes - m) {
-      case 1: quant_pass<Format, ROWS, 1>(a, n, m, pass, passes); break;
-      case 2: quant_pass<Format, ROWS, 2>(a, n, m, pass, passes); break;
-      case 3: quant_pass<Format, ROWS, kQuantTileM == 4 ? 3 : 1>(a, n, m, pass, passes); break;
-      default: quant_pass<Format, ROWS, kQuantTileM>(a, n, m, pass, passes);
+      case 1: quant_sums<Format, ROWS, 1>(a, matrix, records, pass, passes, out); break;
+      case 2: quant_sums<Format, ROWS, 2>(a, matrix, records, pass, passes, out); break;
+      case 3: quant_sums<Format, ROWS, kQuantTileM == 4 ? 3 : 1>(a, matrix, records, pass, passes, out); break;
+      default: quant_sums<Format, ROWS, kQuantTileM>(a, matrix, records, pass, passes, out);
     }
   }
 }
 
+// sums[m][r] of up to kQuantSpan weight rows.
+template <class Format>
+inline void quant_span(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_t rows, float* sums) {
+  const auto from = [&](int64_t r) {
+    return QuantMatrix{matrix.w + r * matrix.stride_bytes, matrix.stride_bytes, matrix.scales + r * matrix.scale_stride_bytes,
+                       matrix.scale_stride_bytes};
+  };
+  int64_t r = 0;
+  for (; r + kQuantTileRows <= rows; r += kQuantTileRows) quant_block<Format, kQuantTileRows>(a, from(r), sums + r);
+  for (; r < rows; ++r) quant_block<Format, 1>(a, from(r), sums + r);
+  if (!Format::kRowScale) return;
+  alignas(64) float scales[kQuantSpan];
+  for (r = 0; r < kQuantSpan; ++r) scales[r] = r < rows ? Format::row_scale(matrix, r) : 0.0f;
+  for (int64_t m = 0; m < a.m; ++m)
+    for (r = 0; r < rows; r += Vec::kWidth) (Vec::load(sums + m * kQuantSpan + r) * Vec::load(scales + r)).store(sums + m * kQuantSpan + r);
+}
+
+template <class T>
+void quant_finish(const QuantGemvArgs& a, int64_t n, int64_t rows, const float* sums, const float* sums2) {
+  for (int64_t m = 0; m < a.m; ++m)
+    QVL_FOR_LANES(r, lanes, rows) {
+      Vec y = Vec::load(sums + m * kQuantSpan + r);
+      if (a.bias) y = y + load_lanes(static_cast<const T*>(a.bias) + n + r, lanes);
+      if (a.activation == Activation::gelu_tanh) y = vec_gelu_tanh(y);
+      if (a.activation == Activation::swiglu) y = vec_silu(y) * Vec::load(sums2 + m * kQuantSpan + r);
+      if (a.residual) y = y + load_lanes(static_cast<const T*>(a.residual) + m * a.residual_stride + n + r, lanes);
+      store_lanes(y, static_cast<T*>(a.out) + m * a.out_stride + n + r, lanes);
+    }
+}
+
 template <class Format>
 void quant_gemv_format(const QuantGemvArgs& a, int64_t n_begin, int64_t n_end) {
-  int64_t n = n_begin;
-  for (; n + kQuantTileRows <= n_end; n += kQuantTileRows) quant_block<Format, kQuantTileRows>(a, n);
-  for (; n < n_end; ++n) quant_block<Format, 1>(a, n);
+  alignas(64) float sums[kMaxQuantRows * kQuantSpan], sums2[kMaxQuantRows * kQuantSpan];
+  for (int64_t n = n_begin; n < n_end; n += kQuantSpan) {
+    const int64_t rows = min_i(kQuantSpan, n_end - n);
+    quant_span<Format>(a, quant_matrix(a, n, false), rows, sums);
+    if (a.activation == Activation::swiglu) quant_span<Format>(a, quant_matrix(a, n, true), rows, sums2);
+    switch (a.dtype) {
+      case DType::f32: quant_finish<float>(a, n, rows, sums, sums2); break;
+      case DType::bf16: quant_finish<bf16>(a, n, rows, sums, sums2); break;
+      case DType::f16: quant_finish<f16>(a, n, rows, sums, sums2); break;
+    }
+  }
 }
 
 void quant_gemv_rows(const QuantGemvArgs& a, int64_t n_begin, int64_t n_end) {
