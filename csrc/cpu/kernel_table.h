@@ -53,10 +53,15 @@ struct GemmArgs {
   bool out_panels;
 };
 
+// Up to this many rows go through gemv: one pass over the weights.
+constexpr int64_t kGemvMaxRows = 16;
+
 // y[m, n] = x[m, :] . w[n, :] for few rows, at memory bandwidth. x is prepared by gemv_prepare.
 struct GemvArgs {
-  const float* x;         // [m][k_padded] prepared
-  int64_t m, n, k, k_padded;
+  const float* x;         // m prepared rows
+  int64_t x_stride;       // in floats
+  int64_t m, n, k;
+  Route route;
   const void* w;
   const void* w2;         // swiglu only
   int64_t w_stride, w2_stride;
@@ -108,6 +113,7 @@ struct QuantPrepareArgs {
 // As GemvArgs over quantised weights, whose row strides are in bytes, and prepared activations.
 struct QuantGemvArgs : GemvArgs {
   WeightFormat format;
+  int64_t k_padded;
   int64_t group;          // inputs per activation scale, and of int4 per weight scale
   char* records;
   const void* scales;     // of the weights: fp32 [n], or bf16 [n][k padded / group], rows at scale_stride
@@ -209,7 +215,7 @@ struct KernelTable {
   void (*norm_rows)(const NormArgs&, int64_t begin, int64_t end);
   void (*gemm_pack)(const PackArgs&, int64_t panel);
   void (*gemm_task)(const GemmArgs&, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end, float* scratch);
-  void (*gemv_prepare)(const void* x, DType dtype, int64_t k, float* out);
+  void (*gemv_prepare)(const void* x, DType dtype, int64_t k, Route route, float* out);
   void (*gemv_rows)(const GemvArgs&, int64_t n_begin, int64_t n_end);
   void (*quantize_rows)(const QuantizeArgs&, int64_t begin, int64_t end);
   void (*quant_prepare)(const QuantPrepareArgs&, int64_t begin, int64_t end);  // chunks of all rows

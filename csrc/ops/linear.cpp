@@ -95,11 +95,14 @@ void run_gemvs(const Rows& rows, const LinearCall* calls, int count) {
   const KernelTable& table = kernels();
   const int64_t block = 2 * table.vector_width;
   const int64_t k_padded = (rows.k + block - 1) / block * block;
+  const Route route = gemm_route(rows.dtype, 2, 2);
+  // One block of room between rows: rows of 4 KB on the other side would all want the same lines of L1.
+  const int64_t x_stride = (route == Route::dot ? k_padded / 2 : k_padded) + block;
   thread_local Workspace prepared_ws;
-  float* prepared = prepared_ws.get<float>(rows.m * k_padded);
+  float* prepared = prepared_ws.get<float>(rows.m * x_stride);
   const int64_t row_bytes = rows.stride * dtype_bytes(rows.dtype);
   for (int64_t m = 0; m < rows.m; ++m)
-    table.gemv_prepare(static_cast<const char*>(rows.x) + m * row_bytes, rows.dtype, rows.k, prepared + m * k_padded);
+    table.gemv_prepare(static_cast<const char*>(rows.x) + m * row_bytes, rows.dtype, rows.k, route, prepared + m * x_stride);
   int64_t total = 0;
   for (int i = 0; i < count; ++i) total += calls[i].n;
   // 64 KB of weights a thread at least, or waking it costs more than it saves.
@@ -113,8 +116,9 @@ void run_gemvs(const Rows& rows, const LinearCall* calls, int count) {
       offset += call.n;
       if (n_begin >= n_end) continue;
       GemvArgs args{};
-      args.x = prepared;
-      args.m = rows.m, args.n = call.n, args.k = rows.k, args.k_padded = k_padded;
+      args.x = prepared, args.x_stride = x_stride;
+      args.m = rows.m, args.n = call.n, args.k = rows.k;
+      args.route = route;
       args.w = call.weight.w, args.w_stride = call.weight.stride;
       if (call.up) args.w2 = call.up->w, args.w2_stride = call.up->stride;
       args.bias = call.weight.bias;

@@ -50,9 +50,7 @@ inline Rows from_row(Rows rows, int64_t row, int64_t count) {
 constexpr int kMaxCalls = 4;            // over the same rows in one call
 constexpr int64_t kChunkRows = 2048;  // rows whose panels are held at once
 
-// Up to this many rows go through gemv: memory bound, one pass over the weights.
-constexpr int64_t kGemvMaxRows = 4;
-constexpr int64_t kQuantGemvMaxRows = kMaxQuantRows;  // the same over quantised weights
+constexpr int64_t kQuantGemvMaxRows = kMaxQuantRows;  // kGemvMaxRows over quantised weights
 
 // The faster GEMM route of this machine for the dtype. dot needs k, and where panels are chained n, to be even.
 Route gemm_route(DType dtype, int64_t k, int64_t n);

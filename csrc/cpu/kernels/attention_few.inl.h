@@ -28,19 +28,61 @@ inline int64_t few_place(int64_t d, DType dtype) {
   return d - in_block + in_block % 2 * Vec::kWidth + in_block / 2;
 }
 
+// sums[r][m] = w[row + r, :] . x[m, :]; rows are short, and the next ones prefetched.
+template <class T, int ROWS, int M>
+inline void few_dot(const T* w, int64_t w_stride, const T* next, const float* x, int64_t k_padded, int64_t k,
+                    float* sums) {
+  Vec acc[ROWS][M][2];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) acc[r][m][0] = acc[r][m][1] = Vec::zero();
+  constexpr int64_t kAhead = 1024 / int64_t(sizeof(T));
+  int64_t i = 0;
+  for (; i + kGemvBlock <= k; i += kGemvBlock) {
+    const T* ahead = i + kAhead < k ? w + i + kAhead : next + (i + kAhead - k);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      Vec first, second;
+      __builtin_prefetch(reinterpret_cast<const char*>(ahead + r * w_stride), 0, 3);
+      gemv_load(w + r * w_stride + i, first, second);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        acc[r][m][0] = Vec::fma(first, Vec::load(x + m * k_padded + i), acc[r][m][0]);
+        acc[r][m][1] = Vec::fma(second, Vec::load(x + m * k_padded + i + Vec::kWidth), acc[r][m][1]);
+      }
+    }
+  }
+  if (i < k) {
+    for (int r = 0; r < ROWS; ++r) {
+      T tail[kGemvBlock];
+      std::memset(tail, 0, sizeof(tail));
+      std::memcpy(tail, w + r * w_stride + i, size_t(k - i) * sizeof(T));
+      Vec first, second;
+      gemv_load(static_cast<const T*>(tail), first, second);
+      for (int m = 0; m < M; ++m) {
+        acc[r][m][0] = Vec::fma(first, Vec::load(x + m * k_padded + i), acc[r][m][0]);
+        acc[r][m][1] = Vec::fma(second, Vec::load(x + m * k_padded + i + Vec::kWidth), acc[r][m][1]);
+      }
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int m = 0; m < M; ++m) sums[r * M + m] = (acc[r][m][0] + acc[r][m][1]).sum();
+}
+
 template <class T, int M>
 inline void few_scores(const AttentionArgs& a, const T* k, int64_t keys, int64_t ahead, const FewScratch& s) {
   float sums[4 * M];
   int64_t i = 0;
   for (; i + 4 <= keys; i += 4) {
     const T* row = k + i * a.k_s;
-    gemv_dot<T, 4, M>(row, a.k_s, row + ahead * a.k_s, s.q, s.padded, a.head_dim, sums);
+    few_dot<T, 4, M>(row, a.k_s, row + ahead * a.k_s, s.q, s.padded, a.head_dim, sums);
     for (int r = 0; r < 4; ++r)
       for (int m = 0; m < M; ++m) s.scores[m * kFewKeys + i + r] = sums[r * M + m];
   }
   for (; i < keys; ++i) {
     const T* row = k + i * a.k_s;
-    gemv_dot<T, 1, M>(row, a.k_s, row, s.q, s.padded, a.head_dim, sums);
+    few_dot<T, 1, M>(row, a.k_s, row, s.q, s.padded, a.head_dim, sums);
     for (int m = 0; m < M; ++m) s.scores[m * kFewKeys + i] = sums[m];
   }
 }
