@@ -1,6 +1,7 @@
 """Kernels for Qwen3-VL on CPU and GPU: public functions, each with a reference and fast backends. Knows tensors, not models."""
 
 from qvl_kernels.dispatch import backends, cpu_info, fallbacks, use_backend
+from qvl_kernels.huge_pages import use_huge_pages
 from qvl_kernels.ops.attention import attention
 from qvl_kernels.ops.cross_attention import cross_attention
 from qvl_kernels.ops.decode_attention import decode_attention
@@ -42,6 +43,7 @@ __all__ = [
     "rms_norm",
     "swiglu",
     "use_backend",
+    "use_huge_pages",
     "vision_block",
     "vision_rope",
 ]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from qvl_kernels import quant
 from qvl_model.modules.packed import FORMATS, PackedEmbedding, PackedLinear
 
-__all__ = ["PARTS", "formats_of", "is_packed", "pack_model", "unpack_model"]
+__all__ = ["PARTS", "formats_of", "is_packed", "pack_model", "part_of", "unpack_model"]
 
 PARTS = ("text", "vision", "lm_head")
 GROUP = 64  # inputs per int4 scale
@@ -47,7 +47,8 @@ def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
-def _part(model: nn.Module, name: str) -> str:
+def part_of(model: nn.Module, name: str) -> str:
+    """The part of the model, one of PARTS, to which the module ``name`` belongs."""
     if name == "lm_head":
         return "lm_head"
     whole = f"{type(model).__name__}.{name}".lower()  # a vision tower alone has no "visual" in its names
@@ -61,9 +62,9 @@ def pack_model(model: PreTrainedModel, formats: dict[str, str]) -> None:
     Raises: ValueError for weights that are not finite; the model is then as it was.
     """
     chosen = [
-        (name, module, formats[_part(model, name)])
+        (name, module, formats[part_of(model, name)])
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, PackedLinear) and _part(model, name) in formats
+        if isinstance(module, nn.Linear) and not isinstance(module, PackedLinear) and part_of(model, name) in formats
     ]
     for name, module, _ in chosen:
         _check_finite(name, module.weight)

@@ -1,6 +1,7 @@
 // The pybind11 module. Each op binds itself in a file of this folder.
 #include "../cpu/dispatch.h"
 #include "../ops/bandwidth.h"
+#include "../ops/huge_pages.h"
 #include "../ops/linear.h"
 #include "../threads.h"
 #include "common.h"
@@ -15,6 +16,8 @@ PYBIND11_MODULE(_C, m) {
         "dtype"_a, "How GEMMs of this dtype multiply: widening FMA or the bf16 pair dot product");
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "repeats"_a, py::call_guard<py::gil_scoped_release>(),
         "Measured read bandwidth in GB/s");
+  m.def("use_huge_pages", &use_huge_pages, "address"_a, "bytes"_a, "mapped"_a, "writable"_a,
+        py::call_guard<py::gil_scoped_release>(), "Moves memory to huge pages under its addresses; bytes that lie on them now");
   bind_linear(m);
   bind_norm(m);
   bind_rope(m);

@@ -1,0 +1,84 @@
+"""Huge pages under weights: a mapped checkpoint lies on 4 KB pages, from which a processor reads more slowly."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from qvl_kernels import config, dispatch
+
+__all__ = ["use_huge_pages"]
+
+_MAP = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r(.).(.) \S+ \S+ (\d+) *(.*)")
+_SPARE = 1 << 30  # bytes of memory that stay available
+
+
+def use_huge_pages(tensors: Iterable[torch.Tensor]) -> int:
+    """Puts CPU tensors of private memory, such as those of a mapped checkpoint, on 2 MB pages. Linux; elsewhere nothing happens.
+
+    Pages are exchanged under the tensors: addresses, contents, views and sharing stay what they are, the file is not touched.
+    Nothing may write to the tensors meanwhile. What has no whole 2 MB block, or finds no huge page, stays as it is; so does
+    everything if memory is short, for pages of a file can be dropped by the system, and these cannot.
+
+    Args:
+        tensors: any; those that are not plain CPU tensors are left alone.
+    Returns:
+        Bytes that lie on huge pages now.
+    Example:
+        >>> qvl_kernels.use_huge_pages(model.parameters())
+        3439329280
+    """
+    spans = _spans(tensors)
+    if not spans or not config.huge_pages_wanted() or not _enabled():
+        return 0
+    pieces = [
+        (begin, end, is_file, writable)
+        for first, last, is_file, writable in _private_maps()
+        for begin, end in ((max(first, span[0]), min(last, span[1])) for span in spans)
+        if begin < end
+    ]
+    needed = sum(end - begin for begin, end, is_file, _ in pieces if is_file)
+    if needed + _SPARE > _available():
+        return 0
+    extension = dispatch.extension()
+    return sum(extension.use_huge_pages(begin, end - begin, is_file, writable) for begin, end, is_file, writable in pieces)
+
+
+def _spans(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
+    """Address ranges of the tensors, touching ones joined: a huge page may lie under several."""
+    ranges = sorted(
+        (x.data_ptr(), x.data_ptr() + x.nbytes)
+        for x in tensors
+        if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.layout is torch.strided and x.is_contiguous() and x.nbytes
+    )
+    spans: list[tuple[int, int]] = []
+    for begin, end in ranges:
+        if spans and begin <= spans[-1][1]:
+            spans[-1] = spans[-1][0], max(end, spans[-1][1])
+        else:
+            spans.append((begin, end))
+    return spans
+
+
+def _enabled() -> bool:
+    try:
+        return "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return False
+
+
+def _private_maps() -> list[tuple[int, int, bool, bool]]:
+    """(first address, last, whether it is a file's, whether it is writable) of the process's readable private memory."""
+    maps = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        match = _MAP.match(line)
+        if match and match[4] == "p" and (match[5] != "0" or match[6] in ("", "[heap]") or match[6].startswith("[anon")):
+            maps.append((int(match[1], 16), int(match[2], 16), match[5] != "0", match[3] == "w"))
+    return maps
+
+
+def _available() -> int:
+    """Bytes that can be had without swapping."""
+    match = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(match[1]) * 1024 if match else 0

@@ -1,0 +1,124 @@
+"""Huge pages under tensors: what lies where changes, and nothing else."""
+
+import mmap
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import qvl_kernels
+from qvl_kernels import huge_pages
+
+HUGE = 1 << 21
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
+
+
+def smaps(address: int, field: str) -> int:
+    """Kilobytes that /proc/self/smaps gives for the mapping of ``address``."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == f"{field}:":
+            return int(line.split()[1])
+    raise AssertionError(f"{address:#x} is not mapped")
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "weights"
+    generator = torch.Generator().manual_seed(0)
+    path.write_bytes(torch.randint(0, 256, (9 * HUGE + 4096,), dtype=torch.uint8, generator=generator).numpy().tobytes())
+    return path
+
+
+def mapped(file: Path, shared: bool = False) -> torch.Tensor:
+    size = file.stat().st_size
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage.from_file(str(file), shared, size))
+
+
+def huge_pages_work() -> bool:
+    probe = torch.ones(4 * HUGE, dtype=torch.uint8)
+    return qvl_kernels.use_huge_pages([probe]) > 0
+
+
+def test_mapped_file_moves_and_nothing_else_changes(file):
+    if not huge_pages_work():
+        pytest.skip("the system gives no huge pages")
+    contents = file.read_bytes()
+    whole = mapped(file)
+    tensor, view = whole[24 : 8 * HUGE + 24], whole[100:3000]
+    whole[5 * HUGE] ^= 255  # a page of its own, which must move as it is
+    edited = whole.clone()
+    address = tensor.data_ptr()
+    moved = qvl_kernels.use_huge_pages([tensor])
+    assert 7 * HUGE <= moved <= 8 * HUGE and moved % HUGE == 0
+    assert tensor.data_ptr() == address and torch.equal(whole, edited) and torch.equal(view, edited[100:3000])
+    middle = address + 4 * HUGE
+    assert smaps(middle, "AnonHugePages") * 1024 >= 7 * HUGE and smaps(middle, "Shared_Clean") == 0
+    whole.fill_(7)  # still writable, still private
+    assert bool((view == 7).all()) and file.read_bytes() == contents
+    assert qvl_kernels.use_huge_pages([tensor]) == moved  # a second time finds it there
+    del tensor, view, whole
+    with pytest.raises(AssertionError):
+        smaps(middle, "Rss")  # freed with the map
+
+
+def test_read_only_map_stays_read_only(file):
+    if not huge_pages_work():
+        pytest.skip("the system gives no huge pages")
+    with file.open("rb") as handle:
+        view = memoryview(mmap.mmap(handle.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
+    with pytest.warns(UserWarning, match="not writable"):
+        tensor = torch.frombuffer(view, dtype=torch.uint8)
+    before = tensor.clone()
+    assert qvl_kernels.use_huge_pages([tensor]) >= 8 * HUGE
+    middle = tensor.data_ptr() + 4 * HUGE
+    assert torch.equal(tensor, before)
+    assert not next(writable for begin, end, _, writable in huge_pages._private_maps() if begin <= middle < end)
+
+
+def test_adjacent_tensors_share_huge_pages(file):
+    if not huge_pages_work():
+        pytest.skip("the system gives no huge pages")
+    whole = mapped(file)
+    parts = whole[: 8 * HUGE].split(HUGE // 2 + 96)
+    before = whole.clone()
+    assert qvl_kernels.use_huge_pages(parts) >= 7 * HUGE
+    assert torch.equal(whole, before)
+
+
+def test_shared_map_is_left_alone(file):
+    whole = mapped(file, shared=True)
+    assert qvl_kernels.use_huge_pages([whole]) == 0
+    whole[0] ^= 255  # still the file itself
+    assert file.read_bytes()[0] == whole[0].item()
+
+
+@pytest.mark.parametrize("reason", ["variable", "memory", "never", "small", "none"])
+def test_left_alone(file, monkeypatch, reason):
+    tensors = [mapped(file)]
+    if reason == "variable":
+        monkeypatch.setenv("QVL_HUGE_PAGES", "0")
+    elif reason == "memory":
+        monkeypatch.setattr(huge_pages, "_available", lambda: 1 << 30)
+    elif reason == "never":
+        monkeypatch.setattr(huge_pages, "_enabled", lambda: False)
+    elif reason == "small":
+        tensors = [tensors[0][:HUGE], torch.empty(0), torch.ones(3)]
+        tensors[0] = tensors[0][: HUGE - 1]
+    else:
+        tensors = []
+    before = [tensor.clone() for tensor in tensors]
+    assert qvl_kernels.use_huge_pages(tensors) == 0
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before))
+
+
+def test_strided_meta_and_sparse_tensors_are_left_alone(file):
+    whole = mapped(file)
+    columns = whole[: 8 * HUGE].view(-1, 4096)[:, 1:]
+    tensors = [columns, torch.empty(HUGE, device="meta"), torch.eye(3).to_sparse()]
+    assert qvl_kernels.use_huge_pages(tensors) == 0
