@@ -113,11 +113,11 @@ def _warn_untested() -> None:
 
 
 def accelerate(
-    model: nn.Module, *, weights: str | Mapping[str, str | None] | None = None, mlp_rows: int | None = None
+    model: nn.Module, *, weights: str | Mapping[str, str | None] | None = None, group: int = 64, mlp_rows: int | None = None
 ) -> nn.Module:
     """Makes a stock Qwen3-VL model, or a QVL model, fast, in place; returns the same object.
 
-    Parameters are not replaced or re-laid: ``state_dict``, ``save_pretrained``, ``.to()`` and PEFT stay what they
+    Parameters are not replaced or re-laid, unless ``weights`` says so: ``state_dict``, ``save_pretrained``, ``.to()`` and PEFT stay what they
     were. ``restore`` undoes it. On Linux CPUs the weights that every token reads come to lie on 2 MB pages, at the same
     addresses (``qvl_kernels.use_huge_pages``; a second or two for 2 B parameters; QVL_HUGE_PAGES=0 leaves them where they are).
 
@@ -126,13 +126,15 @@ def accelerate(
             fp16; a PEFT model around one is taken too.
         weights: None, to use weights as stored; "int8" or "int4" packs every linear layer, and an embedding tied to the head;
             {"text": "int4", "vision": "int8", "lm_head": None} chooses by part. Packed weights are constants: adapters train
-            on top of them, they themselves do not.
+            on top of them, they themselves do not. ``save_pretrained`` writes them, ``from_pretrained`` of the drop-in classes
+            reads them. In ``state_dict`` a packed layer has ``weight_values`` and ``weight_scales`` in place of ``weight``.
+        group: inputs that share an int4 scale: 32, 64 or 128.
         mlp_rows: None, or how many tokens an MLP takes at a time, for memory: what it computes in between, several times as wide as
             its input, exists for so many tokens only, and while training is computed again in the backward instead of kept.
     Returns:
         model.
-    Raises: TypeError for another class or type; ValueError for meta weights, foreign quantisation, unsupported dtypes, unknown formats
-        or parts, and for packing weights that are not finite. The model is then as it was.
+    Raises: TypeError for another class or type; ValueError for meta weights, foreign quantisation, unsupported dtypes, unknown formats,
+        parts or groups, and for packing weights that are not finite. The model is then as it was.
     Example:
         >>> model = Qwen3VLForConditionalGeneration.from_pretrained(path)
         >>> model = qvl_model.accelerate(model)
@@ -143,7 +145,7 @@ def accelerate(
     inner = _base_model(model)
     _check(inner)
     _warn_untested()
-    pack_model(inner, formats)
+    pack_model(inner, formats, group)
     for name, module in inner.named_modules():
         ours = replacement(name, module)
         if ours is not None:

@@ -1,5 +1,5 @@
-"""The command line: ``qvl generate`` answers a question about pictures, ``qvl inspect`` says what would be replaced, ``qvl verify``
-checks that nothing of a model is missing, ``qvl train`` trains one."""
+"""The command line: ``qvl generate`` answers a question about pictures, ``qvl quantize`` packs the weights of a checkpoint,
+``qvl inspect`` says what would be replaced, ``qvl verify`` checks that nothing of a model is missing, ``qvl train`` trains one."""
 
 import argparse
 import os
@@ -31,6 +31,15 @@ def main(argv: list[str] | None = None) -> int:
     generate.add_argument("--stock", action="store_true", help="run transformers' own code, for comparison")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     generate.set_defaults(run=_generate)
+    quantize = commands.add_parser("quantize", help="pack the weights of a checkpoint into int8 or int4")
+    quantize.add_argument("--model", required=True, metavar="MODEL", help="checkpoint directory")
+    quantize.add_argument(
+        "--weights", nargs="+", default=["int8"], metavar="FORMAT",
+        help="int8 or int4, or by part, as in: text=int4 vision=int8 lm_head=int8; parts not named keep their weights (default: int8)",
+    )  # fmt: skip
+    quantize.add_argument("--group", type=int, default=64, choices=(32, 64, 128), help="inputs that share an int4 scale (default: 64)")
+    quantize.add_argument("--out", required=True, metavar="DIR", help="directory to write; it must not exist yet")
+    quantize.set_defaults(run=_quantize)
     inspect = commands.add_parser("inspect", help="list what accelerate replaces in a checkpoint")
     inspect.add_argument("model", metavar="MODEL", help="checkpoint directory, or a model that ships: digits, qvl-tiny")
     inspect.set_defaults(run=_inspect)
@@ -107,7 +116,12 @@ def _weights(checkpoint: Path):
     """(model, what was missing, of another size or too much) of a checkpoint directory."""
     from transformers import AutoModelForImageTextToText
 
+    from qvl_model import packed_checkpoint
+    from qvl_model.quantization import is_packed_checkpoint
+
     try:
+        if is_packed_checkpoint(checkpoint):
+            return packed_checkpoint.load(checkpoint, output_loading_info=True)
         return AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -164,9 +178,12 @@ def _generate(arguments: argparse.Namespace) -> None:
     import transformers
 
     import qvl_model
+    from qvl_model.quantization import is_packed_checkpoint
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if arguments.stock and is_packed_checkpoint(checkpoint):
+        raise CommandError(f"{checkpoint} holds packed weights, which stock transformers cannot run; leave --stock out")
     model, processor = _load(checkpoint)
     try:
         if not arguments.stock:
@@ -192,13 +209,47 @@ def _print_speed(start: float, times: list[float], variant: str) -> None:
     print(line, file=sys.stderr)
 
 
+def _quantize(arguments: argparse.Namespace) -> None:
+    checkpoint = _checkpoint(arguments.model)
+    _config(checkpoint)
+    import transformers
+
+    from qvl_model import packed_checkpoint, quantization
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    start = time.perf_counter()
+    try:
+        formats = quantization.formats_of(_weight_formats(arguments.weights))
+        packed_checkpoint.quantize(checkpoint, arguments.out, formats, arguments.group)
+    except _reading_errors() as error:
+        raise CommandError(_one_line(error)) from error
+    before, after = (sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) for path in (checkpoint, arguments.out))
+    print(f"{arguments.out}: {after / 1e9:.2f} GB of weights, from {before / 1e9:.2f} GB, in {time.perf_counter() - start:.0f} s")
+
+
+def _weight_formats(words: list[str]) -> str | dict[str, str]:
+    """What ``accelerate`` takes, of one format or of words part=format."""
+    if len(words) == 1 and "=" not in words[0]:
+        return words[0]
+    parts = dict(word.partition("=")[::2] for word in words)
+    if len(parts) != len(words) or not all(parts.values()):
+        raise CommandError(f"--weights takes one format, or part=format for each part once; got {' '.join(words)}")
+    return parts
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModelForImageTextToText
 
     import qvl_model
+    from qvl_model.quantization import is_packed_checkpoint
 
-    config = _config(_checkpoint(arguments.model))
+    checkpoint = _checkpoint(arguments.model)
+    config = _config(checkpoint)
+    if is_packed_checkpoint(checkpoint):
+        print(qvl_model.report(_weights(checkpoint)[0]))
+        return
     with torch.device("meta"):  # the structure is enough: no weight is read
         model = AutoModelForImageTextToText.from_config(config)
     print(qvl_model.report(model))

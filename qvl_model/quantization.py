@@ -1,8 +1,7 @@
 """Packing a model's linear layers into int8 or int4, in place and one by one, and back from the checkpoint they came from."""
 
-import ctypes
-import mmap
-import sys
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qvl_kernels import quant
+from qvl_kernels import pages, quant
 from qvl_model.modules.packed import FORMATS, PackedEmbedding, PackedLinear
 
-__all__ = ["PARTS", "formats_of", "is_packed", "pack_model", "part_of", "unpack_model"]
+__all__ = [
+    "METHOD", "PARTS", "formats_of", "is_packed", "is_packed_checkpoint", "pack_model", "part_of", "section_of", "unpack_model",
+]  # fmt: skip
 
 PARTS = ("text", "vision", "lm_head")
-GROUP = 64  # inputs per int4 scale
+METHOD = "qvl"  # the quant_method in configs of packed checkpoints
 Weights = str | Mapping[str, str | None] | None
 
 
@@ -47,20 +48,42 @@ def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
+def section_of(path: str | os.PathLike | None) -> dict | None:
+    """The ``quantization_config`` in the config.json of a directory, or None."""
+    try:
+        section = json.loads((Path(path) / "config.json").read_text())["quantization_config"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return section if isinstance(section, dict) else None
+
+
+def is_packed_checkpoint(path: str | os.PathLike | None) -> bool:
+    """Whether ``path`` is a directory whose weights were packed by qvl, in whatever version.
+
+    Example:
+        >>> is_packed_checkpoint("qwen3-vl-2b-int8")
+        True
+    """
+    return (section_of(path) or {}).get("quant_method") == METHOD
+
+
 def part_of(model: nn.Module, name: str) -> str:
-    """The part of the model, one of PARTS, to which the module ``name`` belongs."""
+    """Which of ``PARTS`` the module of this name in a model belongs to."""
     if name == "lm_head":
         return "lm_head"
     whole = f"{type(model).__name__}.{name}".lower()  # a vision tower alone has no "visual" in its names
     return "vision" if "visual" in name or "vision" in whole.split("model")[0] or "connector" in name else "text"
 
 
-def pack_model(model: PreTrainedModel, formats: dict[str, str]) -> None:
-    """Packs every linear layer of the named parts, and an embedding tied to a packed head.
+def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64) -> None:
+    """Packs every linear layer of the named parts, int4 in groups of ``group`` inputs, and an embedding tied to a packed head.
 
-    One layer after the other, each freed before the next: memory peaks at what is packed plus what is not yet.
-    Raises: ValueError for weights that are not finite; the model is then as it was.
+    One layer after the other, each freed before the next: memory peaks at what is packed plus what is not yet. Weights that are
+    mapped from a file leave memory as well.
+    Raises: ValueError for other groups and weights that are not finite; the model is then as it was.
     """
+    if group not in quant.GROUPS:
+        raise ValueError(f"accelerate: group must be {', '.join(map(str, quant.GROUPS))}, got {group}")
     chosen = [
         (name, module, formats[part_of(model, name)])
         for name, module in model.named_modules()
@@ -72,11 +95,11 @@ def pack_model(model: PreTrainedModel, formats: dict[str, str]) -> None:
     embedding = _tied_embedding(model, head)
     for _, module, weights in chosen:
         weight = module.weight.detach()
-        packed = quant.quantize(weight, FORMATS[weights], GROUP)
+        packed = quant.quantize(weight, FORMATS[weights], group)
         PackedLinear.pack(module, packed)
         if module is head and embedding is not None:
             PackedEmbedding.pack(embedding, packed, weight.dtype)
-        _release(weight)
+        pages.release(weight)
         del weight
 
 
@@ -84,6 +107,7 @@ def _check_finite(name: str, weight: Tensor) -> None:
     for piece in weight.detach().split(max(1, (1 << 22) // max(1, weight.shape[1]))):
         if not bool(torch.isfinite(piece).all()):
             raise ValueError(f"accelerate: {name}.weight has NaN or infinite elements, which no packed format can hold; nothing was packed")
+    pages.release(weight)
 
 
 def _tied_embedding(model: nn.Module, head: nn.Module | None) -> nn.Embedding | None:
@@ -91,17 +115,6 @@ def _tied_embedding(model: nn.Module, head: nn.Module | None) -> nn.Embedding | 
     if head is None or getattr(head, "weight", None) is None:
         return None
     return next((m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is head.weight), None)
-
-
-def _release(weight: Tensor) -> None:
-    """Lets the pages of a weight that was read from a mapped checkpoint leave memory, though the map itself lives on."""
-    if weight.device.type != "cpu" or not sys.platform.startswith("linux"):
-        return
-    first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if last > first:
-        # MADV_PAGEOUT: pages of a file are dropped, changed or anonymous ones kept (swap aside). An error changes nothing.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), 21)
 
 
 def unpack_model(model: PreTrainedModel) -> None:
@@ -113,9 +126,10 @@ def unpack_model(model: PreTrainedModel) -> None:
     if not packed:
         return
     path = Path(model.name_or_path or "")
-    if not model.name_or_path or not path.is_dir():
+    if not model.name_or_path or not path.is_dir() or is_packed_checkpoint(path):
+        where = f" ({path} has them packed)" if model.name_or_path and path.is_dir() else ""
         raise ValueError(
-            "restore: the weights were packed, and the checkpoint that they came from is not known; load the model again with from_pretrained"
+            f"restore: the weights were packed, and the checkpoint that they came from is not known{where}; load the model again with from_pretrained"
         )
     base = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("qvl_model.modules") and issubclass(cls, PreTrainedModel))
     dtype = next(parameter.dtype for parameter in model.parameters())
@@ -137,5 +151,5 @@ def unpack_model(model: PreTrainedModel) -> None:
 
 def _same(weight: Tensor, module: PackedLinear | PackedEmbedding) -> bool:
     quantized = module.quantized
-    again = quant.quantize(weight.detach(), quantized.bits, quantized.group if quantized.bits == 4 else GROUP)
+    again = quant.quantize(weight.detach(), quantized.bits, *([quantized.group] if quantized.bits == 4 else []))
     return torch.equal(again.values, quantized.values.cpu()) and torch.equal(again.scales, quantized.scales.cpu())

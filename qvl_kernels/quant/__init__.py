@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from qvl_kernels import checks
+from qvl_kernels import checks, pages
 
 __all__ = [
     "GROUPS", "INT8_ACTIVATION_GROUP", "QuantizedWeight", "check_weight", "dequantize", "quantize", "quantize_activations", "rounded_activations",
@@ -22,7 +22,8 @@ GROUPS = (32, 64, 128)
 INT8_ACTIVATION_GROUP = 128  # activations per scale with int8 weights; as csrc/cpu/kernel_table.h
 TINY_ACTIVATION = 1e-30  # groups that stay below are zeros
 BLOCK = 32
-CHUNK = 1 << 22  # elements widened at once
+CHUNK = 1 << 18  # elements widened at once: no wide copy of a large weight is made, and these stay in the caches
+SHRINKS = (0.8, 0.87, 0.94, 1.0)  # int4 ranges tried: 16 of them, from 0.6 to 1.15, would lower the error by another 1 %
 
 
 class QuantizedWeight(NamedTuple):
@@ -55,39 +56,53 @@ def quantize(weight: torch.Tensor, bits: int, group: int = 64) -> QuantizedWeigh
         raise ValueError(f"quantize: bits must be 8 or 4, got {bits}")
     if bits == 4 and group not in GROUPS:
         raise ValueError(f"quantize: int4 groups have {', '.join(map(str, GROUPS))} inputs, got {group}")
-    # In pieces, so that no wide copy of a large weight is made.
-    pieces = weight.split(max(1, CHUNK // max(1, weight.shape[1]))) if weight.shape[0] else (weight,)
-    parts = [_quantize_int8(piece) if bits == 8 else _quantize_int4(piece, group) for piece in pieces]
-    if len(parts) == 1:
-        return parts[0]
-    return QuantizedWeight(torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]), weight.shape[1])
-
-
-def _wide(weight: torch.Tensor) -> torch.Tensor:
-    wide = weight.float()
-    if not bool(torch.isfinite(wide).all()):
-        raise ValueError("quantize: weight has NaN or infinite elements")
-    return wide
-
-
-def _quantize_int8(weight: torch.Tensor) -> QuantizedWeight:
-    wide = _wide(weight)
-    scales = _safe(wide.abs().amax(1, keepdim=True) / 127.0 if weight.shape[1] else wide.new_ones(weight.shape[0], 1))
-    values = torch.round(wide / scales).clamp_(-127, 127).to(torch.int8)
-    return QuantizedWeight(values, scales, weight.shape[1])
-
-
-def _quantize_int4(weight: torch.Tensor, group: int) -> QuantizedWeight:
     rows, size = weight.shape
     padded = -(-size // group) * group
-    wide = torch.nn.functional.pad(_wide(weight), (0, padded - size)).view(rows, padded // group, group)
+    values = pages.huge(weight.new_empty((rows, size) if bits == 8 else (rows, padded // 2), dtype=torch.int8 if bits == 8 else torch.uint8))
+    scales = weight.new_empty((rows, 1) if bits == 8 else (rows, padded // group), dtype=torch.float32 if bits == 8 else torch.bfloat16)
+    step = max(1, CHUNK // max(1, size))
+    for begin in range(0, rows, step):
+        piece = slice(begin, begin + step)
+        wide = weight[piece].float()
+        if not bool(torch.isfinite(wide).all()):
+            raise ValueError("quantize: weight has NaN or infinite elements")
+        values[piece], scales[piece] = _int8(wide) if bits == 8 else _int4(wide, group)
+    return QuantizedWeight(values, scales, size)
+
+
+def _int8(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = _safe(wide.abs().amax(1, keepdim=True) / 127.0 if wide.shape[1] else wide.new_ones(wide.shape[0], 1))
+    return torch.round(wide / scales).clamp_(-127, 127).to(torch.int8), scales
+
+
+def _int4(wide: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, size = wide.shape
+    padded = -(-size // group) * group
+    wide = torch.nn.functional.pad(wide, (0, padded - size)).view(rows, padded // group, group)
     # The end of the range that is larger in magnitude becomes -8, which the other sign does not reach.
     low, high = (wide.amin(2), wide.amax(2)) if padded else (wide.new_zeros(rows, 0), wide.new_zeros(rows, 0))
     extreme = torch.where(-low > high, low, high)
-    scales = _safe(extreme / -8.0).to(torch.bfloat16)
+    scales = _safe(extreme / -8.0)
+    scales = _safe(scales * _least_squares(wide / scales[..., None])).to(torch.bfloat16)
     values = (torch.round(wide / scales.float()[..., None]) + 8).clamp_(0, 15).to(torch.uint8)
     halves = values.view(rows, padded // BLOCK, 2, BLOCK // 2)
-    return QuantizedWeight((halves[:, :, 0] | halves[:, :, 1] << 4).view(rows, padded // 2), scales, size)
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).view(rows, padded // 2), scales
+
+
+def _least_squares(unit: torch.Tensor) -> torch.Tensor:
+    """The factor of each group's scale that leaves the least squared error; ``unit`` [..., group] is in units of the scale.
+
+    Rounded with each scale of SHRINKS, which clips the few largest, a group's best scale for the resulting integers q is
+    <w, q> / <q, q>, and its error |w|^2 - <w, q>^2 / <q, q>        [range by squared error: arXiv:2106.08295, section 3.1]
+    """
+    best, factors = torch.zeros_like(unit[..., 0]), torch.ones_like(unit[..., 0])
+    for shrink in SHRINKS:
+        q = torch.round(unit / shrink).clamp_(-8, 7)
+        product, square = (unit * q).sum(-1), (q * q).sum(-1)
+        gain = product * product / square  # NaN for a group of zeros, which is no gain
+        better = gain > best
+        best, factors = torch.where(better, gain, best), torch.where(better, product / square, factors)
+    return factors
 
 
 def _safe(scales: torch.Tensor) -> torch.Tensor:

@@ -120,8 +120,8 @@ def _count(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> None
     for kind, counts in heads.items():
         report.facts[f"{kind} (heads)"] = f"{', '.join(map(str, sorted(set(counts))))} in each of {len(counts)}"
     count = sum(parameter.numel() for parameter in model.parameters())
-    for module in model.modules():
-        if is_packed(module):
+    for name, module in model.named_modules():
+        if is_packed(module) and f"{name}.weight" not in spec.shared:
             rows, columns = shape_of(module)
             count += rows * columns
     report.facts["parameters"] = count

@@ -19,12 +19,14 @@ _LISTED = 8
 
 
 def is_packed(module: nn.Module) -> bool:
-    """A linear layer whose weight is not a parameter but stored in a quantised format."""
-    return isinstance(module, nn.Linear) and module._parameters.get("weight") is None and hasattr(module, "dequantize")
+    """A linear layer or embedding whose weight is not a parameter but stored in a quantised format."""
+    return isinstance(module, nn.Linear | nn.Embedding) and module._parameters.get("weight") is None and hasattr(module, "dequantize")
 
 
-def shape_of(module: nn.Linear) -> tuple[int, int]:
-    """(outputs, inputs) of a packed linear layer."""
+def shape_of(module: nn.Linear | nn.Embedding) -> tuple[int, int]:
+    """Shape of the weight of a packed layer."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
     return module.out_features, module.in_features
 
 

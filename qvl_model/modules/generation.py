@@ -3,14 +3,16 @@
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
-from qvl_model import decoding
+from qvl_model import decoding, packed_checkpoint
 from qvl_model.modules.head import causal_loss
+from qvl_model.quantization import is_packed_checkpoint
 
 __all__ = ["Qwen3VLForConditionalGeneration"]
 
 
-class Qwen3VLForConditionalGeneration(stock.Qwen3VLForConditionalGeneration):
-    """The stock class whose ``from_pretrained`` returns an accelerated model. Saved configs name the stock class.
+class Qwen3VLForConditionalGeneration(packed_checkpoint.PackedSaving, stock.Qwen3VLForConditionalGeneration):
+    """The stock class whose ``from_pretrained`` returns an accelerated model, also from a directory of packed weights. Saved configs
+    name the stock class.
 
     Example:
         >>> from qvl_model import Qwen3VLForConditionalGeneration
@@ -18,10 +20,12 @@ class Qwen3VLForConditionalGeneration(stock.Qwen3VLForConditionalGeneration):
     """
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         from qvl_model.accelerate import accelerate  # which imports this module, to change a model's class to this one
 
-        loaded = super().from_pretrained(*args, **kwargs)
+        if is_packed_checkpoint(pretrained_model_name_or_path):
+            return packed_checkpoint.load(pretrained_model_name_or_path, cls, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if isinstance(loaded, tuple):  # output_loading_info=True
             return accelerate(loaded[0]), *loaded[1:]
         return accelerate(loaded)

@@ -6,6 +6,7 @@ from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import qvl_kernels
+from qvl_model import packed_checkpoint
 from qvl_model.modules.head import causal_loss
 from qvl_model.modules.plain import is_plain, kernels_take, no_global_hooks
 from qvl_model.modules.text import Qwen3VLTextDecoderLayer
@@ -99,8 +100,8 @@ class QVLPatchEmbed(vision.QVLPatchEmbed):
         return qvl_kernels.patch_embed(patches, weight.unsqueeze(2), bias).view(images, rows, columns, -1)
 
 
-class QVLForConditionalGeneration(modeling.QVLForConditionalGeneration):
-    """The loss without logits where nobody reads them; all else is the plain class."""
+class QVLForConditionalGeneration(packed_checkpoint.PackedSaving, modeling.QVLForConditionalGeneration):
+    """The loss without logits where nobody reads them, and packed weights saved; all else is the plain class."""
 
     @property
     def loss_function(self):

@@ -190,6 +190,16 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As every model's; of a directory of packed weights an accelerated model."""
+        from qvl_model import packed_checkpoint  # which knows this class
+        from qvl_model.quantization import is_packed_checkpoint
+
+        if is_packed_checkpoint(pretrained_model_name_or_path):
+            return packed_checkpoint.load(pretrained_model_name_or_path, cls, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 

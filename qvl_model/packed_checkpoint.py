@@ -1,0 +1,299 @@
+"""Packed models on disk: what ``save_pretrained`` writes for them, ``qvl quantize`` makes of a checkpoint, and ``from_pretrained`` maps.
+
+A directory holds ``packed.safetensors`` with the packed and the other tensors under their names in ``state_dict``, one tensor
+under the first of its names, and ``config.json``, whose ``quantization_config`` says how to read them:
+
+    {"quant_method": "qvl", "version": 1, "weights": {"text": "int4", "vision": "int8"}, "group": 64, "id": "5f0c..."}
+
+The same id is in the metadata of the tensors. Loaders other than this one find no weights there and say so.
+"""
+
+import copy
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from qvl_kernels import checks, quant
+from qvl_model.modules.packed import PackedEmbedding, PackedLinear
+from qvl_model.quantization import METHOD, is_packed, is_packed_checkpoint, part_of, section_of
+
+__all__ = ["PackedSaving", "load", "quantize", "save"]
+
+VERSION, FILE = 1, "packed.safetensors"
+_ABOUT_LAYOUT = ("max_shard_size", "save_original_format", "save_peft_format", "safe_serialization")  # of other checkpoints
+# What from_pretrained may be told about finding files, which are at hand here.
+_ABOUT_DOWNLOADS = {
+    "adapter_kwargs", "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+    "trust_remote_code", "use_safetensors", "weights_only",
+}  # fmt: skip
+# Beside the weights: tokenizer, processor, chat template, licence.
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "additional_chat_templates")
+_NOT_COPIED = ("config.json", "generation_config.json")
+
+
+class PackedSaving:
+    """``save_pretrained`` of model classes whose linear layers may be packed."""
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
+        """As transformers' own; a packed model is written as this module says, all at once."""
+        if getattr(self, "_hf_peft_config_loaded", False) or not is_packed(self):
+            return super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        refused = sorted(name for name, value in kwargs.items() if value and name not in _ABOUT_LAYOUT)
+        if refused:
+            raise TypeError(f"save_pretrained: packed weights are written as one file in a local directory; it takes no {', '.join(refused)}")
+        if is_main_process:
+            save(self, save_directory, state_dict=state_dict)
+
+
+def save(model: PreTrainedModel, directory: str | os.PathLike, *, state_dict: Mapping[str, Tensor] | None = None, files_of: Path | None = None) -> None:
+    """Writes a packed model; a directory that did not exist appears complete or not at all.
+
+    In one that did, files are replaced one by one, config.json last: cut short, the old config does not fit the new tensors, and
+    is refused by ``load``.
+
+    Args:
+        state_dict: its tensors, if not ``model.state_dict()``.
+        files_of: a checkpoint whose tokenizer and processor files are copied too.
+    Raises: ValueError for a model without packed layers.
+    """
+    tensors, shared = _distinct(model.state_dict() if state_dict is None else state_dict)
+    section = {"quant_method": METHOD, "version": VERSION, **_formats(model), "id": secrets.token_hex(8)}
+    config = copy.deepcopy(model.config)
+    config.dtype, config.architectures = str(model.dtype).removeprefix("torch."), [type(model).__name__]
+    config.quantization_config = section
+    with _published(Path(directory)) as temporary:
+        save_file(tensors, temporary / FILE, {"format": "pt", "qvl": str(VERSION), "id": section["id"], "shared": json.dumps(shared)})
+        config.save_pretrained(temporary)
+        if model.can_generate():
+            model.generation_config.save_pretrained(temporary)
+        if files_of is not None:
+            _copy_files(files_of, temporary)
+
+
+def _formats(model: nn.Module) -> dict:
+    """The entries "weights", a format per part that has packed layers, and "group", inputs per int4 scale."""
+    formats, groups = {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            quantized = module.quantized
+            formats.setdefault(part_of(model, name), set()).add(f"int{quantized.bits}")
+            groups |= {quantized.group} if quantized.bits == 4 else set()
+    if not formats:
+        raise ValueError("save: the model has no packed layers; save_pretrained writes it")
+    return {"weights": {part: "/".join(sorted(found)) for part, found in formats.items()}, "group": min(groups, default=None)}
+
+
+def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors on the CPU, each once; the other names of those that have several -> the first)."""
+    tensors, shared, first = {}, {}, {}
+    for name, tensor in state.items():
+        known = first.setdefault((tensor.device, tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else name, name)
+        if known == name:
+            tensors[name] = tensor.detach().cpu().contiguous()
+        else:
+            shared[name] = known
+    return tensors, shared
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    for pattern in _COPIED:
+        for path in source.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, target / path.name)
+            elif path.name not in _NOT_COPIED and not path.name.endswith(".index.json"):
+                shutil.copy(path, target)
+
+
+@contextmanager
+def _published(directory: Path) -> Iterator[Path]:
+    """A temporary directory whose files appear in ``directory`` when the block ends, and vanish if it fails."""
+    directory = directory.absolute()
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; give a directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            _to_disk(path)
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's are the owner's alone
+        if directory.exists() and any(directory.iterdir()):
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+                if path.is_dir():
+                    shutil.rmtree(directory / path.name, ignore_errors=True)
+                path.replace(directory / path.name)
+        else:
+            temporary.replace(directory)
+        _to_disk(directory.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[str, str], group: int = 64) -> None:
+    """Packs a checkpoint directory into another one, layer by layer: in memory is what is packed, never the whole source.
+
+    Args:
+        source: directory of a Qwen3-VL or QVL checkpoint in fp32, bf16 or fp16.
+        out: directory that does not exist yet, or is empty.
+        formats: by part, as ``qvl_model.quantization.formats_of`` gives them.
+        group: inputs per int4 scale.
+    Raises: ValueError for weights that are missing or cannot be packed, a source that is packed already, and an ``out`` in use.
+    Example:
+        >>> quantize("qwen3-vl-2b", "qwen3-vl-2b-int8", formats_of("int8"))
+    """
+    from qvl_model.accelerate import accelerate
+
+    source, out = Path(source), Path(out)
+    if is_packed_checkpoint(source):
+        raise ValueError(f"{source} is packed already; pack the checkpoint that it was made from")
+    if not formats:
+        raise ValueError("quantize: no part is to be packed")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists; give a directory that does not")
+    model_class = _class_of(AutoConfig.from_pretrained(source))
+    model, info = model_class.from_pretrained(source, dtype="auto", output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"{source} lacks {len(info['missing_keys'])} of the model's weights, such as {min(info['missing_keys'])}")
+    save(accelerate(model, weights=formats, group=group), out, files_of=source)
+
+
+def _class_of(config) -> type[PreTrainedModel]:
+    from qvl_model.modules.generation import Qwen3VLForConditionalGeneration
+    from qvl_model.qvl import QVLForConditionalGeneration
+
+    for model_class in (Qwen3VLForConditionalGeneration, QVLForConditionalGeneration):
+        if isinstance(config, model_class.config_class):
+            return model_class
+    raise ValueError(f"a {config.model_type} model; qvl runs qwen3_vl and qvl")
+
+
+def load(
+    path: str | os.PathLike, model_class: type[PreTrainedModel] | None = None, *, dtype: torch.dtype | str | None = None, device_map=None,
+    attn_implementation: str | None = None, output_loading_info: bool = False, config=None, **kwargs,
+) -> PreTrainedModel | tuple[PreTrainedModel, dict]:  # fmt: skip
+    """The accelerated model of a packed directory, its tensors mapped from the file.
+
+    Args:
+        model_class: Qwen3VLForConditionalGeneration or QVLForConditionalGeneration; None takes the one that config.json names.
+        dtype: of what is not packed; None or "auto" for the one it was saved in.
+        device_map: one device for all of it; None leaves it mapped, on the CPU.
+        attn_implementation, output_loading_info, config: as from_pretrained takes them.
+    Raises: ValueError for files that are damaged, incomplete, of another version, or do not belong together; TypeError for
+        arguments that it does not know.
+    Example:
+        >>> model = load("qwen3-vl-2b-int8")
+    """
+    from qvl_model.accelerate import accelerate
+
+    path = Path(path)
+    dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
+    unknown = sorted(set(kwargs) - _ABOUT_DOWNLOADS)
+    if unknown:
+        raise TypeError(f"from_pretrained: a packed checkpoint takes dtype, device_map and attn_implementation, not {', '.join(unknown)}")
+    config = AutoConfig.from_pretrained(path) if config is None else copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)  # it is about the files, and these are read here
+    tensors, shared = _read(path, section_of(path))
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    dtype = config.dtype if dtype in (None, "auto") else dtype
+    chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with torch.device("meta"):
+        model = (model_class or _class_of(config))._from_config(config, dtype=dtype, **chosen)
+    _fill(model, tensors, shared, dtype, path)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    model = accelerate(model.eval())
+    if device_map is not None:
+        model = model.to(_one_device(device_map))
+    nothing = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    return (model, nothing) if output_loading_info else model
+
+
+def _one_device(device_map) -> torch.device:
+    if isinstance(device_map, Mapping) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if isinstance(device_map, Mapping) or device_map in ("balanced", "balanced_low_0", "sequential"):
+        raise ValueError(f"from_pretrained: a packed checkpoint goes to one device, got device_map={device_map!r}")
+    if device_map == "auto":
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device_map)
+
+
+def _read(path: Path, section: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, mapped; other names -> the name of their tensor) of a directory whose config has ``section``."""
+    file = path / FILE
+    if section.get("version") != VERSION:
+        raise ValueError(f"{path} was packed in version {section.get('version')} of the format, this qvl reads version {VERSION}; pack it again, or update qvl")
+    if not file.is_file():
+        raise ValueError(f"{path} has no {FILE}; pack it again")
+    try:
+        with safe_open(file, "pt") as stream:
+            metadata = stream.metadata() or {}
+            if metadata.get("qvl") != str(VERSION) or metadata.get("id") != section.get("id"):
+                raise ValueError(f"{file} is not the one that {path}/config.json was written with (a save that was cut short?); pack it again")
+            return {name: stream.get_tensor(name) for name in stream.keys()}, json.loads(metadata["shared"])
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); pack it again") from error
+
+
+def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], shared: dict[str, str], dtype: torch.dtype, path: Path) -> None:
+    """Puts tensors into a model on the meta device, whose layers become packed where their tensors are."""
+    tensors |= {name: tensors[first] for name, first in shared.items() if first in tensors}
+    modules = dict(model.named_modules())
+    for name in [name.removesuffix(".weight_values") for name in tensors if name.endswith(".weight_values")]:
+        module, scales = modules.get(name), tensors.get(f"{name}.weight_scales")
+        kind = PackedLinear if isinstance(module, nn.Linear) else PackedEmbedding
+        if scales is None or not isinstance(module, nn.Linear | nn.Embedding):
+            raise ValueError(f"{path}: {name} is packed, and {'its scales are missing' if scales is None else 'config.json has no such layer'}")
+        quantized = quant.QuantizedWeight(tensors[f"{name}.weight_values"], scales, module.weight.shape[1])
+        try:
+            quant.check_weight(name, quantized, torch.device("cpu"))
+            checks.check_shape(name, "weight", quantized.values, (module.weight.shape[0], quantized.values.shape[1]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not fit its config.json: {error}; pack it again") from error
+        kind.pack(module, quantized, *([dtype] if kind is PackedEmbedding else []))
+    wanted = model.state_dict()
+    for what, names in (
+        ("lacks", wanted.keys() - tensors.keys()), ("has, without a place for it in the model,", tensors.keys() - wanted.keys()),
+        ("has in another size than config.json says", {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape}),
+    ):  # fmt: skip
+        if names:
+            raise ValueError(f"{path} {what} {len(names)} tensors, such as {min(names)}; pack it again")
+    placed = {}
+    for name in wanted:
+        owner, _, own = name.rpartition(".")
+        module, tensor = model.get_submodule(owner), tensors[name]
+        if own in module._parameters:  # one Parameter for all names of a tensor
+            first = shared.get(name, name)
+            if first not in placed:
+                placed[first] = nn.Parameter(tensor.to(dtype))
+            module._parameters[own] = placed[first]
+    for module in model.modules():  # small tables that no checkpoint holds
+        if any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):
+            for own, buffer in module._buffers.items():
+                module._buffers[own] = torch.empty_like(buffer, device="cpu")
+            model._init_weights(module)
