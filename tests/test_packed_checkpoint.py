@@ -358,7 +358,9 @@ def medium(tmp_path_factory):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(("how", "weights"), [("disk", "int8"), ("loaded", "int4"), ("memory", "int8")])
+@pytest.mark.parametrize(
+    ("how", "weights"), [("disk", "int8"), *(pytest.param(how, weights, marks=pytest.mark.slow) for how, weights in (("loaded", "int4"), ("memory", "int8")))]
+)
 def test_memory_while_packing(medium, how, weights):
     directory, final, largest = medium
     _check_memory(directory, how, weights, final[weights] if how == "memory" else final, largest, slack=50_000_000)
