@@ -176,7 +176,8 @@ def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[st
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists; give a directory that does not")
     model_class = _class_of(AutoConfig.from_pretrained(source))
-    model, info = model_class.from_pretrained(source, dtype="auto", output_loading_info=True)
+    # As stock loads it: accelerating it first would move weights that are about to be packed to huge pages, which packing cannot give back.
+    model, info = super(model_class, model_class).from_pretrained(source, dtype="auto", output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(f"{source} lacks {len(info['missing_keys'])} of the model's weights, such as {min(info['missing_keys'])}")
     save(accelerate(model, weights=formats, group=group), out, files_of=source)
