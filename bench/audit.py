@@ -123,10 +123,11 @@ def _collect(result: Audit, names: list[str] | None, plan: list[tuple[str, str]]
                 collector.add(op, function, case, arch, dtype)
     unreached: dict[str, list[str]] = {}
     for arch, dtype in dict(plan).items():
-        for op, function, case in cases:
-            missing = {name for name in known if (arch, name) not in collector.reached}
-            if missing and not case.model:
-                collector.add(op, function, case, arch, dtype, missing)
+        for other in (dtype, "fp16"):  # some kernels are there for fp16's short range only
+            for op, function, case in cases:
+                missing = {name for name in known if (arch, name) not in collector.reached}
+                if missing and (not case.model or other != dtype):
+                    collector.add(op, function, case, arch, other, missing)
         for name in known:
             if (arch, name) not in collector.reached:
                 unreached.setdefault(name, []).append(arch)

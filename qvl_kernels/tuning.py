@@ -86,7 +86,8 @@ def gemv_fma(rows: int, n: int, k: int, size: int, bits: int, pair: bool, arch: 
 def gemv_dot(size: int, bits: int, group: int, pair: bool, arch: str) -> dict:
     """Up to 16 rows times a weight in tiles of 16 rows: 16 outputs a program, so that a layer's 1,024 still fill half the chip."""
     block_n, parts = 16, 4
-    block = group // 2 if bits == 4 else 64  # columns of w, 64 to 128 bytes of a row; or those of one int4 group
+    # Columns of w, 64 to 128 bytes of a row; or those of one int4 group. Two 16-bit weights at once spill 16 bytes on sm_120 with 64.
+    block = group // 2 if bits == 4 else 32 if bits == 0 and size == 2 and pair and arch == "sm_120" else 64
     stage = parts * block * (block_n * (2 if pair else 1) * (1 if bits else size) + 16 * size * (2 if bits == 4 else 1))
     # A third of shared memory, so that two programs and more run on a processor.
     stages = 2 if arch.startswith("gfx") else max(2, min(5, SHARED_MEMORY[arch] // 3 // stage))
@@ -149,8 +150,8 @@ def attention_backward_keys(keys: int, head_dim: int, size: int, arch: str) -> d
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
 
-def decode_attention(heads: int, rows: int, head_dim: int, size: int, capacity: int, arch: str) -> dict:
-    """``heads``: kv heads of all sequences; ``rows``: queries times query heads of each; ``size``: bytes per element of q.
+def decode_attention(heads: int, rows: int, head_dim: int, size: int, capacity: int, arch: str, int8: bool = False) -> dict:
+    """``heads``: kv heads of all sequences; ``rows``: queries times query heads of each; ``size``: bytes per element of q; ``int8``: the cache.
 
     Four programs a processor hide the latency of memory and even out sequences of different lengths, up to 64 splits; none
     is smaller than a block of keys. A function of the capacity, not of the lengths: the launch is the same at every step of a graph.
@@ -163,9 +164,12 @@ def decode_attention(heads: int, rows: int, head_dim: int, size: int, capacity: 
     splits = next_power_of_2(-(-4 * PROCESSORS[arch] // max(1, programs)))
     splits = max(1, min(64, splits, next_power_of_2(-(-capacity // block_n))))
     stage = 2 * block_n * block_d * size
-    # fp32 products need their registers for operands; with prefetched addresses on top they spill.
-    stages = 1 if arch.startswith("gfx") or size == 4 else max(1, min(3, SHARED_MEMORY[arch] // 2 // stage))
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "SPLITS": splits, "JOIN_STEP": min(splits, max(1, 2048 // block_d)),
+    # fp32 products need their registers for operands; with prefetched addresses on top they spill. So does the third stage of an
+    # int8 cache, whose scales are fetched too, on sm_100.
+    most = 2 if int8 else 3
+    stages = 1 if arch.startswith("gfx") or size == 4 else max(1, min(most, SHARED_MEMORY[arch] // 2 // stage))
+    joined = 512 if arch == "sm_89" else 2048  # elements of partial results at once; sm_89 spills with more
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "SPLITS": splits, "JOIN_STEP": min(splits, max(1, joined // block_d)),
             "num_warps": 4, "num_stages": stages}  # fmt: skip
 
 

@@ -144,7 +144,8 @@ def launch_decode_attention(
     kv_heads, capacity = k_cache.shape[1], k_cache.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = heads // kv_heads
-    tile = tuning.decode_attention(batch * kv_heads, group * queries, head_dim, q.element_size(), capacity, gpu.architecture(q.device))
+    arch = gpu.architecture(q.device)
+    tile = tuning.decode_attention(batch * kv_heads, group * queries, head_dim, q.element_size(), capacity, arch, k_scale is not None)
     join_step = tile.pop("JOIN_STEP")
     splits, row_blocks = tile["SPLITS"], triton.cdiv(group * queries, tile["BLOCK_M"])
     partial = lse = out
