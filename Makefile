@@ -4,6 +4,7 @@
 # make test-all  every test, also on the oldest supported transformers and, under emulation, on aarch64
 # make audit     every Triton kernel compiled for every GPU architecture and read back; needs no GPU
 # make bench-gpu GPU tests and benchmarks (a plain PyTorch image is enough); without a GPU it builds every case
+# make peers     OpenVINO, llama.cpp and ik_llama.cpp, each in an environment of its own under the cache, for the benchmark to compare with
 # make bench-kernels / make bench-all / make aarch64 / make clean
 
 SHELL := /bin/bash
@@ -14,13 +15,16 @@ CXX ?= g++
 TORCH := torch==2.13.0
 CSRC := $(shell find csrc -type f)
 
-.PHONY: audit audit-oldest bench bench-all bench-gpu bench-kernels test test-all test-oldest aarch64 setup clean
+.PHONY: audit audit-oldest bench bench-all bench-gpu bench-kernels peers test test-all test-oldest aarch64 setup clean
 
 bench: setup
 	$(VENV)/bin/python -m bench $(if $(FAMILY),--family $(FAMILY)) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 bench-all: setup
 	$(VENV)/bin/python -m bench --all $(if $(FAMILY),--family $(FAMILY)) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+peers: setup
+	$(VENV)/bin/python -m bench.peers $(ARGS)
 
 bench-kernels: setup
 	$(VENV)/bin/python -m bench.kernels $(ARGS)

@@ -17,18 +17,20 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A fresh ``python -m bench.worker``. ``environment`` adds variables, for example to force an instruction set.
+    """A fresh process that measures. ``environment`` adds variables, for example to force an instruction set.
+
+    ``command`` starts it, from the root of the checkout: ``python -m bench.worker`` if left out, or a peer's worker.
 
     Example:
         >>> with Worker("probe") as probe:
         ...     probe.ask("bandwidth", bytes=1 << 30, repeats=3)
     """
 
-    def __init__(self, name: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, name: str, environment: dict[str, str] | None = None, command: list[str] | None = None) -> None:
         self.name = name
         self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker"], cwd=ROOT, env={**os.environ, **(environment or {})}, text=True,
+            command or [sys.executable, "-m", "bench.worker"], cwd=ROOT, env={**os.environ, **(environment or {})}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
 
     def ask(self, operation: str, **arguments):

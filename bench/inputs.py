@@ -1,10 +1,11 @@
 """The inputs of the benchmark: real photographs and chat prompts, through the checkpoint's own processor."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-__all__ = ["image_prompt", "photographs", "text_prompt"]
+__all__ = ["image_prompt", "load", "photographs", "save", "text_prompt"]
 
 TEXT = (
     "Look at this photograph carefully and describe what you can see in it: the main subject, the background, the colours, "
@@ -61,3 +62,25 @@ def text_prompt(processor, tokens: int) -> dict[str, torch.Tensor]:
 
     encoded = processor.tokenizer(chat(_text_of_length(count, tokens)), return_tensors="pt")
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+
+# What every implementation of Qwen3-VL takes; our transformers adds mm_token_type_ids, which older ones refuse.
+SAVED = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+
+
+def save(prompts: dict[str, dict[str, torch.Tensor]], file: Path) -> None:
+    """Writes prompts, each under its name, to a safetensors file."""
+    from safetensors.torch import save_file
+
+    save_file({f"{name}.{key}": prompt[key].contiguous() for name, prompt in prompts.items() for key in SAVED if key in prompt}, file)
+
+
+def load(file: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """What ``save`` wrote."""
+    from safetensors.torch import load_file
+
+    prompts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(file).items():
+        name, _, key = key.partition(".")
+        prompts.setdefault(name, {})[key] = tensor
+    return prompts

@@ -1,35 +1,19 @@
 """One loaded model and what is measured on it. Lives in a worker process; see worker.py for how it is driven."""
 
-import time
+from pathlib import Path
 
 import numpy as np
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 from bench import inputs, machine, timing
 from bench.families import family_of
+from bench.generation import timed_generate
 
 __all__ = ["ACCELERATED", "Session"]
 
 # Variants of a model besides "stock": the format that accelerate packs their weights in, None for weights as they are.
 ACCELERATED: dict[str, str | None] = {"ours": None, "int8": "int8", "int4": "int4"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-class _Clock(BaseStreamer):
-    """When each token came out. ``generate`` puts the prompt first, which is left out."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self._prompt_seen = False
-
-    def put(self, value) -> None:
-        if self._prompt_seen:
-            self.times.append(time.perf_counter())
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        pass
 
 
 class Session:
@@ -70,17 +54,16 @@ class Session:
 
     def generate(self, prompt: str, tokens: int) -> dict[str, float | None]:
         """Greedy generation after a prompt ("image", "text" or "long"): seconds to the first token and per token after it."""
-        clock = _Clock()
-        start = time.perf_counter()
-        self.model.generate(
-            **getattr(self, prompt), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
-        first, last = clock.times[0], clock.times[-1]
-        return {"first": first - start, "per_token": (last - first) / (tokens - 1) if tokens > 1 else None}
+        return timed_generate(self.model, getattr(self, prompt), tokens)
 
     def warm_up(self) -> None:
         """Touches every weight and every code path that is timed later."""
         self.generate("image", 3)
         self.generate("text", 1)
+
+    def save_prompts(self, file: str) -> None:
+        """Writes the inputs for peers, which have no processor."""
+        inputs.save({"image": self.image, "text": self.text, "long": self.long}, Path(file))
 
     @torch.inference_mode()
     def logits(self, file: str) -> None:

@@ -1,15 +1,10 @@
-"""A process that measures: one JSON request per line on standard input, one JSON answer per line on standard output.
+"""A process that measures what it is asked to (see protocol.py for how it is asked).
 
 The driver (bench/client.py) keeps several workers alive and asks them in turn, so that stock and accelerated are timed
 alternately while each has a process, and a peak memory, of its own.
 """
 
-import json
-import os
-import sys
-import traceback
-import warnings
-
+from bench.protocol import serve
 from bench.session import Session
 
 __all__ = ["main"]
@@ -51,20 +46,7 @@ class Handlers(Session):
 
 
 def main() -> None:
-    # Whatever libraries print must not end up between the answers: they get standard error.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.simplefilter("ignore")
-    handlers = Handlers()
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = {"value": getattr(handlers, request["operation"])(**request["arguments"])}
-        except Exception:  # reported to the driver, which stops the run
-            answer = {"error": traceback.format_exc()}
-        print(json.dumps(answer), file=answers, flush=True)
+    serve(Handlers())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ BUDGETS = {"kernels": 420, "model": 240, "training": 60, "digits": 60, "bench": 
 
 def part_of(file: str) -> str:
     name = Path(file).stem
-    for part, prefixes in {"model": ("test_model", "test_qvl", "test_packed"), "training": ("test_training", "test_capacity"), "digits": ("test_digits", "test_cli", "test_processing"), "bench": ("test_bench", "test_structure")}.items():
+    for part, prefixes in {"model": ("test_model", "test_qvl", "test_packed"), "training": ("test_training", "test_capacity"), "digits": ("test_digits", "test_cli", "test_processing"), "bench": ("test_bench", "test_peers", "test_structure")}.items():
         if name.startswith(prefixes):
             return part
     return "kernels"

@@ -1,0 +1,35 @@
+"""The timing of ``generate``: the same code for our models and for peers that keep its interface.
+
+Imports nothing of this project, for peers run it in environments of their own.
+"""
+
+import time
+
+from transformers.generation.streamers import BaseStreamer
+
+__all__ = ["timed_generate"]
+
+
+class _Clock(BaseStreamer):
+    """When each token came out. ``generate`` puts the prompt first, which is left out."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._prompt_seen = False
+
+    def put(self, value) -> None:
+        if self._prompt_seen:
+            self.times.append(time.perf_counter())
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+def timed_generate(model, prompt: dict, tokens: int) -> dict[str, float | None]:
+    """Greedy generation: seconds to the first token and per token after it (None for a single token)."""
+    clock = _Clock()
+    start = time.perf_counter()
+    model.generate(**prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
+    first, last = clock.times[0], clock.times[-1]
+    return {"first": first - start, "per_token": (last - first) / (tokens - 1) if tokens > 1 else None}

@@ -1,0 +1,74 @@
+"""python -m bench.peers: prepares the engines that the benchmark compares with, under its cache; what is there is used again."""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from bench import inputs
+from bench.client import ROOT
+from bench.peers import Peer, peers_of, prepared
+
+__all__ = ["main"]
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
+    parser.add_argument("names", nargs="*", help="those peers whose names begin so, as in 'llama.cpp' or 'openvino int8' (default: all)")
+    parser.add_argument("--model", type=Path, help="a Qwen3-VL checkpoint; default: the 2B architecture with random weights, cached")
+    parser.add_argument("--try", dest="attempt", action="store_true", help="afterwards let each generate once and print its times")
+    return parser.parse_args(argv)
+
+
+def _checkpoint() -> Path:
+    """The cached one; written first if it is missing."""
+    command = [sys.executable, "-m", "bench.checkpoint"]
+    return Path(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+
+
+def _save_prompts(checkpoint: Path, file: Path) -> None:
+    """The benchmark's inputs at their default sizes."""
+    from qvl_model.processing import load_processor
+
+    processor = load_processor(str(checkpoint))
+    image = inputs.image_prompt(processor, inputs.photographs(448)[:1], 66)
+    inputs.save({"image": image, "text": inputs.text_prompt(processor, image["input_ids"].shape[1])}, file)
+
+
+def _try(peer: Peer, prompts: Path) -> None:
+    import torch
+
+    with peer.start(prompts, torch.get_num_threads()) as worker:
+        worker.ask("warm_up")
+        for prompt in peer.prompts[:2]:
+            times = worker.ask("generate", prompt=prompt, tokens=33)
+            print(f"{peer.name}: {prompt} prompt {times['first']:.2f} s, then {1 / times['per_token']:.2f} tok/s", flush=True)
+        print(f"{peer.name}: peak RSS {worker.ask('peak_rss') / 1e9:.2f} GB", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 1 if a peer was skipped."""
+    arguments = _arguments(argv)
+    checkpoint = arguments.model.resolve() if arguments.model else _checkpoint()
+    if not (checkpoint / "config.json").is_file():
+        sys.exit(f"bench.peers: {checkpoint} has no config.json; --model takes the folder of a Qwen3-VL checkpoint")
+    peers = [peer for peer in peers_of(checkpoint) if peer.name.startswith(tuple(arguments.names) or "")]
+    if not peers:
+        sys.exit(f"bench.peers: no peer is called {' or '.join(arguments.names)}; there are {', '.join(peer.name for peer in peers_of(checkpoint))}")
+    ready, skipped = prepared(peers, lambda text: print(text, flush=True))
+    for peer in ready:
+        print(f"{peer.name}: ready ({peer.version})", flush=True)
+    for name, reason in skipped.items():
+        print(f"{name}: skipped, {reason}", flush=True)
+    if arguments.attempt:
+        with tempfile.TemporaryDirectory(prefix="qvl-peers-") as folder:
+            prompts = Path(folder) / "prompts.safetensors"
+            _save_prompts(checkpoint, prompts)
+            for peer in ready:
+                _try(peer, prompts)
+    return 1 if skipped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
