@@ -25,12 +25,14 @@ class Toolchain:
 
     Attributes:
         package, version: the source distribution that carries it.
+        cmake: options of its build besides CMAKE.
         bench: options of its llama-bench.
     """
 
     name: str
     package: str
     version: str
+    cmake: tuple[str, ...] = ()
     bench: tuple[str, ...] = ()
 
     @property
@@ -61,7 +63,7 @@ class Toolchain:
 
     @property
     def _recipe(self) -> list:
-        return [self.package, self.version, CMAKE]
+        return [self.package, self.version, CMAKE, self.cmake]
 
     @property
     def ready(self) -> bool:
@@ -77,15 +79,17 @@ class Toolchain:
             raise PeerUnavailable("no C++ compiler: apt-get install g++ (or set CXX)")
         shutil.rmtree(build, ignore_errors=True)
         show(f"fetching and building {self.name}, for many minutes; {log} grows")
-        run_step(f"configuring {self.name}", [bin_folder / "cmake", "-S", self._source(), "-B", build, *CMAKE], log, path=bin_folder)
+        run_step(f"configuring {self.name}", [bin_folder / "cmake", "-S", self._source(), "-B", build, *CMAKE, *self.cmake], log,
+                 path=bin_folder)  # fmt: skip
         jobs = str(len(os.sched_getaffinity(0)))
         run_step(f"building {self.name}", [bin_folder / "cmake", "--build", build, "-j", jobs, "--target", *TOOLS], log, path=bin_folder)
         mark_complete(build, self._recipe)
 
 
 LLAMA_CPP = Toolchain("llama.cpp", "llama-cpp-python", "0.3.36")
-# Run-time repacking is what makes the fork fast; it interleaves the rows of a weight while loading.
-IK_LLAMA_CPP = Toolchain("ik_llama.cpp", "ik-llama-cpp-python", "0.1.5", bench=("-rtr", "1"))
+# Run-time repacking is what makes the fork fast; it interleaves the rows of a weight while loading. Its attention over quantised caches would take
+# most of the compile time, and is not measured: caches are fp16, the default.
+IK_LLAMA_CPP = Toolchain("ik_llama.cpp", "ik-llama-cpp-python", "0.1.5", cmake=("-DGGML_IQK_FA_ALL_QUANTS=OFF",), bench=("-rtr", "1"))
 
 
 @dataclass(frozen=True)
