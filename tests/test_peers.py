@@ -222,6 +222,21 @@ def test_without_a_compiler_nothing_is_built(tmp_path, monkeypatch):
         Toolchain("some.cpp", "some-package", "1.0").prepare(print)
 
 
+def test_the_project_is_found_in_a_source_distribution(tmp_path, monkeypatch):
+    monkeypatch.setenv("QVL_CACHE", str(tmp_path))
+    toolchain = Toolchain("some.cpp", "some-package", "1.0")
+    project = toolchain.folder / "source-1.0" / "some_package-1.0" / "vendor" / "my_llama.cpp"
+    (project / "common").mkdir(parents=True)
+    with pytest.raises(PeerUnavailable, match="some-package 1.0 carries no vendor"):
+        toolchain._source()
+    (project / "CMakeLists.txt").touch()
+    assert toolchain._source() == project
+    script = project / llama_cpp.BUILD_INFO
+    assert "build-info.cpp.in" in script.read_text(), "what the distribution leaves out is added"
+    script.write_text("its own")
+    assert toolchain._source() == project and script.read_text() == "its own"
+
+
 class _Peer:
     def __init__(self, name: str, reason: str | None) -> None:
         self.name, self._reason = name, reason

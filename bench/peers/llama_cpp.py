@@ -17,6 +17,12 @@ __all__ = ["IK_LLAMA_CPP", "LLAMA_CPP", "LlamaPeer", "Toolchain"]
 
 CMAKE = ("-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_BUILD_TESTS=OFF")
 TOOLS = ("llama-bench", "llama-quantize")
+# ik_llama.cpp's distribution leaves out the script that its build runs to note number and commit.
+BUILD_INFO = Path("common/cmake/build-info-gen-cpp.cmake")
+BUILD_INFO_SCRIPT = """set(BUILD_NUMBER 0)
+set(BUILD_COMMIT unknown)
+configure_file("${CMAKE_CURRENT_LIST_DIR}/../build-info.cpp.in" "${CMAKE_CURRENT_LIST_DIR}/../build-info.cpp")
+"""
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,13 @@ class Toolchain:
                 for archive in temporary.glob("*.tar.gz"):
                     with tarfile.open(archive) as tar:
                         tar.extractall(temporary, filter="data")
-        project = next(source.glob("*/vendor/*llama.cpp/CMakeLists.txt"), None)
+        project = next((file.parent for file in source.glob("*/vendor/*llama.cpp/CMakeLists.txt")), None)
         if project is None:
             raise PeerUnavailable(f"{self.package} {self.version} carries no vendor/*llama.cpp/CMakeLists.txt")
-        return project.parent
+        if not (project / BUILD_INFO).exists():
+            (project / BUILD_INFO).parent.mkdir(exist_ok=True)
+            (project / BUILD_INFO).write_text(BUILD_INFO_SCRIPT)
+        return project
 
     @property
     def _recipe(self) -> list:
