@@ -26,6 +26,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="a checkpoint folder; default: the family's 2B architecture with random weights, cached")
     parser.add_argument("--all", action="store_true",
                         help="more pairs, and stock in fp16 and fp32, and an AVX2 machine simulated (about an hour)")
+    parser.add_argument("--packed", action="store_true", help="int8 and int4 weights too, and a batch of eight (about ten minutes more)")
+    parser.add_argument("--peers", action="store_true",
+                        help="OpenVINO, llama.cpp and ik_llama.cpp too, against all our weights (python -m bench.peers prepares them)")
     parser.add_argument("--rounds", type=int, help="alternating rounds of the single-image row (default 4, with --all 7)")
     parser.add_argument("--long-pairs", type=int, help="pairs of the row of two large images (default 1, with --all 3; 0 leaves it out)")
     parser.add_argument("--image-size", type=int, default=448, help="pixels of the square photograph (default 448)")
@@ -43,7 +46,8 @@ def _options(arguments: argparse.Namespace, model: Path, family: Family) -> plan
     pairs = arguments.long_pairs if arguments.long_pairs is not None else (3 if arguments.all else 1)
     return plan.Options(
         model=str(model), family=family.name, rounds=rounds, tokens=arguments.tokens, image_size=arguments.image_size, long_size=arguments.long_size,
-        long_pairs=pairs, accuracy=not arguments.no_accuracy, accuracy_limit=arguments.questions, all=arguments.all)
+        long_pairs=pairs, accuracy=not arguments.no_accuracy, accuracy_limit=arguments.questions, all=arguments.all,
+        packed=arguments.packed or arguments.peers, peers=arguments.peers)
 
 
 def _checkpoint(arguments: argparse.Namespace, console: Console) -> tuple[Path, Family]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["image_prompt", "load", "photographs", "save", "text_prompt"]
+__all__ = ["batch_prompt", "image_prompt", "load", "photographs", "save", "text_prompt"]
 
 TEXT = (
     "Look at this photograph carefully and describe what you can see in it: the main subject, the background, the colours, "
@@ -62,6 +62,14 @@ def text_prompt(processor, tokens: int) -> dict[str, torch.Tensor]:
 
     encoded = processor.tokenizer(chat(_text_of_length(count, tokens)), return_tensors="pt")
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+
+def batch_prompt(processor, rows: int, tokens: int) -> dict[str, torch.Tensor]:
+    """``rows`` chat turns without images, of ``tokens`` tokens down to about half of that, padded on the left."""
+    prompts = [text_prompt(processor, tokens - row * tokens // (2 * rows)) for row in range(rows)]
+    width = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    return {key: torch.cat([torch.nn.functional.pad(prompt[key], (width - prompt[key].shape[1], 0)) for prompt in prompts])
+            for key in ("input_ids", "attention_mask")}
 
 
 # What every implementation of Qwen3-VL takes; our transformers adds mm_token_type_ids, which older ones refuse.

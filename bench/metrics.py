@@ -9,9 +9,9 @@ def _metric(value: float, stock: str, ours: str, low: float | None = None, high:
     return {"value": value, "low": low, "high": high, "stock": stock, "ours": ours, **more}
 
 
-def _speed(times: dict[str, list[float]], show, variant: str = "ours") -> dict:
-    ratio = paired_ratio(times["stock"], times[variant])
-    return _metric(ratio["median"], show(median(times["stock"])), show(median(times[variant])), ratio["low"], ratio["high"])
+def _speed(times: dict[str, list[float]], show, variant: str = "ours", baseline: str = "stock") -> dict:
+    ratio = paired_ratio(times[baseline], times[variant])
+    return _metric(ratio["median"], show(median(times[baseline])), show(median(times[variant])), ratio["low"], ratio["high"])
 
 
 def _seconds(value: float) -> str:
@@ -59,6 +59,26 @@ def _main_phase(raw: dict, sizes: dict, variant: str) -> dict[str, dict]:
     if "ttft_long" in times:
         result["ttft_long"] = _speed(times["ttft_long"], _seconds, variant)
         result["peak_rss_long"] = _lower_is_better(raw["peak_rss_long"], _gigabytes, variant)
+    if "batch" in times:
+        rows = raw["batch"]
+        result["batch"] = _speed(times["batch"], lambda value: _rate(value / rows), variant)
+    return result
+
+
+def _peers(times: dict[str, dict], sizes: dict) -> dict[str, dict]:
+    """Ours against each peer, "decode_int8_openvino_int8" for example, and against the peer of an engine with the fastest prefill."""
+    shows = {"decode": _rate, "ttft": _seconds, "prefill": lambda value: f"{sizes['text_only_tokens'] / value:.1f} tok/s"}
+    result, best = {}, {}
+    for name, measured in times.items():
+        for operation, values in measured.items():
+            for variant in values.keys() - {"peer"}:
+                result[f"{operation}_{variant}_{name.replace(' ', '_')}"] = _speed(values, shows[operation], variant, "peer")
+        engine = name.split()[0]
+        fastest = best.get(engine)
+        if fastest is None or median(measured["prefill"]["peer"]) < median(times[fastest]["prefill"]["peer"]):
+            best[engine] = name
+    for engine, name in best.items():
+        result[f"prefill_int8_{engine}_best"] = _speed(times[name]["prefill"], shows["prefill"], "int8", "peer")
     return result
 
 
@@ -69,7 +89,7 @@ def _scientific(value: float) -> str:
 def from_raw(raw: dict, sizes: dict) -> dict[str, dict]:
     """Metrics by key: {"value", "low", "high", "stock", "ours"}; the last two are for people, ``value`` meets the target.
 
-    Keys of other variants than "ours" end in their name, as in "decode_int8".
+    Keys of other variants than "ours" end in their name, as in "decode_int8", and those against peers in the peer's after it.
     """
     result = _main_phase(raw, sizes, "ours")
     for variant in raw["peak_rss"].keys() - {"stock", "ours"}:
@@ -77,6 +97,9 @@ def from_raw(raw: dict, sizes: dict) -> dict[str, dict]:
     result["greedy_fp32"] = _metric(raw["greedy"]["share"], "–", f"{raw['greedy']['compared']} tokens compared")
     for name in ("bf16_float64", "fp32_float64"):
         result[f"error_{name}"] = _lower_is_better(raw["errors"][name], _scientific)
+    result |= {f"cosine_{name}": _metric(value, "–", "–") for name, value in raw.get("cosines", {}).items()}
+    if "peers" in raw:
+        result |= _peers(raw["peers"]["times"], sizes)
     if "other_dtypes" in raw:
         result |= {f"{operation}_best": _best_dtype(raw, operation) for operation in ("vision", "ttft")}
         for dtype, limited in raw["avx2"].items():

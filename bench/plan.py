@@ -11,11 +11,14 @@ import numpy as np
 from bench import metrics
 from bench.client import Worker
 from bench.families import FAMILIES, Family
+from bench.peers import peers_of, prepared
 
 __all__ = ["AVX2", "Options", "run", "steps"]
 
 # An AVX2 machine, simulated: our kernels, PyTorch's own and oneDNN's.
 AVX2 = {"QVL_CPU_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+PACKED = ("int8", "int4")
+MATCHING = {"bf16": "ours", "Q8_0": "int8", "Q4_0": "int4", "int8": "int8", "int4": "int4"}  # formats of peers, and our weights of the same size
 PROBE_BYTES = 1 << 30  # far larger than any cache
 
 
@@ -23,12 +26,12 @@ PROBE_BYTES = 1 << 30  # far larger than any cache
 class Options:
     """What to measure. The sizes are those of the targets; tests take smaller ones.
 
-    ``variants`` take turns in the main phase: "stock" and keys of ``session.ACCELERATED``, "ours" (accelerated, weights as stored) among them.
+    ``packed``: int8 and int4 weights too, and a batch of ``batch`` prompts. ``peers``: other engines too (see bench/peers). ``all``: stock in
+    other dtypes and on an AVX2 machine too.
     """
 
     model: str
     family: str = "qwen3-vl"
-    variants: tuple[str, ...] = ("stock", "ours")
     rounds: int = 4
     tokens: int = 33
     image_size: int = 448
@@ -36,10 +39,18 @@ class Options:
     text_tokens: int = 66
     long_pairs: int = 1
     layers: int = 4
+    batch: int = 8
     probe_bytes: int = PROBE_BYTES
     accuracy: bool = True
     accuracy_limit: int | None = None
     all: bool = False
+    packed: bool = False
+    peers: bool = False
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Those that take turns: "stock" and keys of ``session.ACCELERATED``, "ours" (accelerated, weights as stored) among them."""
+        return ("stock", "ours", *(PACKED if self.packed else ()))
 
 
 Workers = dict[str, Worker]  # by variant
@@ -74,7 +85,7 @@ def _rounds(workers: Workers, options: Options, step: Callable[[str], None], lab
 
 def _load(worker: Worker, options: Options, variant: str, dtype: str) -> dict:
     return worker.ask("load", path=options.model, variant=variant, dtype=dtype, image_size=options.image_size,
-                      long_size=options.long_size, text_tokens=options.text_tokens)
+                      long_size=options.long_size, text_tokens=options.text_tokens, batch=options.batch)
 
 
 def _main_phase(options: Options, probe: Worker, folder: Path, step: Callable[[str], None]) -> dict:
@@ -89,13 +100,17 @@ def _main_phase(options: Options, probe: Worker, folder: Path, step: Callable[[s
         step(f"loading {', '.join(workers)}")
         loaded = {variant: _load(worker, options, variant, "bf16") for variant, worker in workers.items()}
         raw["bytes_per_token"] = {variant: sizes.pop("bytes_per_token") for variant, sizes in loaded.items()}
-        raw["sizes"] = loaded["stock"]
+        raw["sizes"], raw["batch"] = loaded["stock"], options.batch
         step("warming up")
         _ask_in_turn(workers, 0, "warm_up")
         raw["times"] = _rounds(workers, options, step, "bf16", measure_bandwidth)
         raw["peak_rss"] = _ask_in_turn(workers, 0, "peak_rss")
         for variant, worker in workers.items():
             worker.ask("logits", file=str(folder / f"{variant}.npy"))
+        for index in range(options.rounds if options.packed else 0):
+            step(f"batch of {options.batch}: round {index + 1} of {options.rounds}")
+            answers = _ask_in_turn(workers, index, "generate", prompt="batch", tokens=options.tokens)
+            _append(raw["times"], "batch", {variant: answer["per_token"] for variant, answer in answers.items()})
         for index in range(options.long_pairs):
             step(f"two large images: pair {index + 1} of {options.long_pairs}")
             answers = _ask_in_turn(workers, index, "generate", prompt="long", tokens=1)
@@ -131,9 +146,44 @@ def _other_dtypes(options: Options, step: Callable[[str], None], dtypes: tuple[s
     return times
 
 
+def _peers(options: Options, folder: Path, step: Callable[[str], None]) -> dict:
+    """Times of each peer beside those of ours with the same weights, and with int8: {"times": by peer, "skipped": reasons, "versions"}."""
+    ready, skipped = prepared(peers_of(Path(options.model)), lambda text: None)
+    times: dict = {}
+    with ExitStack() as stack:
+        ours = {variant: stack.enter_context(Worker(f"{variant} bf16")) for variant in ("ours", *PACKED)}
+        step(f"loading {', '.join(ours)}")
+        for variant, worker in ours.items():
+            threads = _load(worker, options, variant, "bf16")["threads"]
+            worker.ask("warm_up")
+        prompts = folder / "prompts.safetensors"
+        ours["ours"].ask("save_prompts", file=str(prompts))
+        for peer in ready:
+            step(f"peer {peer.name}")
+            with peer.start(prompts, threads) as worker:
+                worker.ask("warm_up")
+                variant = MATCHING[peer.name.split()[-1]]
+                workers = {"peer": worker, "int8": ours["int8"], variant: ours[variant]}
+                times[peer.name] = _peer_rounds(workers, options, "image" in peer.prompts)
+    return {"times": times, "skipped": skipped, "versions": {peer.name: peer.version for peer in ready}}
+
+
+def _peer_rounds(workers: Workers, options: Options, images: bool) -> dict:
+    times: dict = {}
+    for index in range(options.rounds):
+        answers = _ask_in_turn(workers, index, "generate", prompt="text", tokens=options.tokens)
+        _append(times, "prefill", {who: answer["first"] for who, answer in answers.items()})
+        _append(times, "decode", {who: answer["per_token"] for who, answer in answers.items()})
+        if images:
+            answers = _ask_in_turn(workers, index, "generate", prompt="image", tokens=1)
+            _append(times, "ttft", {who: answer["first"] for who, answer in answers.items()})
+    return times
+
+
 def steps(options: Options) -> int:
-    """How many times ``run`` calls ``step``."""
-    count = 1 + 2 + options.rounds + options.long_pairs + 3 + options.accuracy
+    """How many times ``run`` calls ``step`` at most: peers that cannot be prepared are left out."""
+    count = 1 + 2 + options.rounds * (1 + options.packed) + options.long_pairs + 3 + options.packed + options.accuracy
+    count += 1 + len(peers_of(Path(options.model))) if options.peers else 0
     return count + (4 * (options.rounds + 1) if options.all else 0)
 
 
@@ -147,11 +197,17 @@ def run(options: Options, step: Callable[[str], None]) -> dict[str, object]:
         raw = _main_phase(options, probe, folder, step)
         step("error of the full model against fp32")
         raw["errors"] = {"bf16_full": _full_model_errors(options, folder)}
+        if options.peers:
+            raw["peers"] = _peers(options, folder, step)
     with Worker("truth") as worker:
         step(f"error of {options.layers} layers against float64")
         errors = worker.ask("errors", path=options.model, layers=options.layers, image_size=options.image_size,
                             text_tokens=options.text_tokens)
         raw["errors"] |= {f"{dtype}_float64": pair for dtype, pair in errors.items()}
+        if options.packed:
+            step(f"{options.layers} layers of packed weights against the same rounded numbers")
+            raw["cosines"] = worker.ask("cosines", path=options.model, weights=PACKED, layers=options.layers, image_size=options.image_size,
+                                        text_tokens=options.text_tokens)
         step("greedy tokens of odd configs")
         raw["greedy"] = worker.ask("greedy", family=family.name)
     if options.all:

@@ -31,7 +31,14 @@ def markers(family: Family) -> tuple[str, str]:
 def _number(target: Target, value: float) -> str:
     if target.unit == "%":
         return f"{100 * value:.1f} %"
+    if target.unit == "cosine":
+        return f"{value:.6f}"
     return f"{value:.3f}×" if target.at_most is not None else f"{value:.2f}×"
+
+
+def _asked(result: dict, target: Target) -> bool:
+    """Whether the run had the option that the target needs."""
+    return not target.needs or bool(result["options"].get(target.needs))
 
 
 def rows(result: dict) -> Iterator[tuple[str, ...]]:
@@ -39,7 +46,7 @@ def rows(result: dict) -> Iterator[tuple[str, ...]]:
     family = family_of_result(result)
     for target in family.targets + family.notes:
         metric = result["metrics"].get(target.key)
-        if metric is None:
+        if metric is None or not _asked(result, target):
             continue
         spread = f"{metric['low']:.2f} to {metric['high']:.2f}" if metric["low"] is not None else ""
         yield (target.label, metric["stock"], metric["ours"], _number(target, metric["value"]), spread, target.text, verdict(target, metric["value"]))
@@ -81,9 +88,12 @@ def print_table(result: dict, console) -> None:
         console.print("The weights are random: speed and memory are those of the real model, its answers would be noise.", style="dim")
     for case in result["raw"]["fallbacks"]:
         console.print(f"slow path taken: {case}", style="yellow")
-    unmeasured = [target.label for target in family_of_result(result).targets if target.needs_all and target.key not in result["metrics"]]
-    if unmeasured:
-        console.print(f"Not measured without --all: {'; '.join(unmeasured)}.", style="dim")
+    for name, reason in result["raw"].get("peers", {}).get("skipped", {}).items():
+        console.print(f"peer {name} left out: {reason}", style="yellow")
+    for option in ("packed", "peers", "all"):
+        unmeasured = [target.label for target in family_of_result(result).targets if target.needs == option and not _asked(result, target)]
+        if unmeasured:
+            console.print(f"Not measured without --{option}: {'; '.join(unmeasured)}.", style="dim")
 
 
 def save(result: dict, folder: Path, name: str) -> tuple[Path, Path]:
@@ -103,7 +113,7 @@ def _chart(result: dict, file: Path) -> None:
     from matplotlib import pyplot
 
     family = family_of_result(result)
-    measured = [target for target in family.targets if target.key in result["metrics"] and target.unit == "x"]
+    measured = [target for target in family.targets if target.key in result["metrics"] and target.unit == "x" and _asked(result, target)]
     panels = [("times as fast as stock", [t for t in measured if t.at_least is not None]),
               ("of stock's (less is better)", [t for t in measured if t.at_most is not None])]
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 1.6 + 0.42 * max(len(targets) for _, targets in panels)))
@@ -130,8 +140,10 @@ def readme_table(result: dict) -> str:
     header = ("", "stock", "accelerated", "ratio", "range", "target", "result")
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(row) + " |" for row in [*rows(result), *accuracy_rows(result)]]
-    command = "make bench-all" if "vision_best" in result["metrics"] else "make bench"
+    command = "make bench-all" if result["options"]["all"] else "make bench"
     command += "" if family_of_result(result).name == "qwen3-vl" else f" FAMILY={family_of_result(result).name}"
+    extra = [f"--{option}" for option in ("packed", "peers") if result["options"].get(option)]
+    command += f' ARGS="{" ".join(extra)}"' if extra and not result["options"]["all"] else ""
     lines += ["", f"`{command}` on {machine_line(result)}. Commit {result['machine']['commit']}, {result['date']}. "
               "Medians of alternating pairs; the range is over pairs."]
     return "\n".join(lines)

@@ -19,7 +19,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Session:
     """One variant of a model in one dtype, loaded from disk, with the benchmark's inputs."""
 
-    def load(self, path: str, variant: str, dtype: str, image_size: int, long_size: int, text_tokens: int) -> dict:
+    def load(self, path: str, variant: str, dtype: str, image_size: int, long_size: int, text_tokens: int, batch: int) -> dict:
         """Loads the model and makes the inputs. Returns their sizes and the bytes that one decoded token must read."""
         from transformers import AutoModelForImageTextToText
 
@@ -35,6 +35,7 @@ class Session:
         self.image = inputs.image_prompt(processor, inputs.photographs(image_size)[:1], text_tokens)
         length = self.image["input_ids"].shape[1]
         self.text = inputs.text_prompt(processor, length)
+        self.batch = inputs.batch_prompt(processor, batch, length)
         self.long = inputs.image_prompt(processor, inputs.photographs(long_size), text_tokens)
         patches, visual = self.family.image_size(self.model, self.image)
         return {
@@ -53,7 +54,7 @@ class Session:
         return timing.seconds(lambda: self.family.encode(self.model, self.image))
 
     def generate(self, prompt: str, tokens: int) -> dict[str, float | None]:
-        """Greedy generation after a prompt ("image", "text" or "long"): seconds to the first token and per token after it."""
+        """Greedy generation after a prompt ("image", "text", "long" or "batch"): seconds to the first token and per step after it."""
         return timed_generate(self.model, getattr(self, prompt), tokens)
 
     def warm_up(self) -> None:

@@ -7,19 +7,24 @@ __all__ = ["NOTES", "QVL_NOTES", "QVL_TARGETS", "TARGETS", "Target", "verdict"]
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on one metric, or none: then it is only shown. ``needs_all``: measured by ``python -m bench --all`` only."""
+    """A bound on one metric, or none: then it is only shown.
+
+    ``needs``: the option of ``python -m bench`` without which it is neither measured nor shown.
+    """
 
     key: str
     label: str
     at_least: float | None = None
     at_most: float | None = None
     unit: str = "x"
-    needs_all: bool = False
+    needs: str = ""
 
     @property
     def text(self) -> str:
         if self.at_least is None and self.at_most is None:
             return ""
+        if self.unit == "cosine":
+            return f"≥ {self.at_least:g}"
         sign, bound = ("≥", self.at_least) if self.at_least is not None else ("≤", self.at_most)
         return f"{sign} {100 * bound:g} %" if self.unit == "%" else f"{sign} {bound:g}×"
 
@@ -35,17 +40,58 @@ TARGETS = [
     Target("error_bf16_float64", "error, bf16, 4 layers against float64", at_most=1.1),
     Target("error_fp32_float64", "error, fp32, 4 layers against float64", at_most=1.1),
     Target("greedy_fp32", "greedy tokens equal, fp32, odd configs", at_least=1.0, unit="%"),
-    Target("vision_best", "vision encode, against stock's best dtype", at_least=1.0, needs_all=True),
-    Target("ttft_best", "time to first token, against stock's best dtype", at_least=1.05, needs_all=True),
-    Target("avx2_vision_bf16", "AVX2: vision encode, against stock bf16", at_least=1.0, needs_all=True),
-    Target("avx2_vision_fp32", "AVX2: vision encode, against stock fp32", at_least=1.0, needs_all=True),
-    Target("avx2_ttft_bf16", "AVX2: time to first token, against stock bf16", at_least=1.0, needs_all=True),
-    Target("avx2_ttft_fp32", "AVX2: time to first token, against stock fp32", at_least=1.0, needs_all=True),
-    Target("avx2_decode_bf16", "AVX2: decode, against stock bf16", at_least=1.0, needs_all=True),
-    Target("avx2_decode_fp32", "AVX2: decode, against stock fp32", at_least=1.0, needs_all=True),
+    Target("vision_best", "vision encode, against stock's best dtype", at_least=1.0, needs="all"),
+    Target("ttft_best", "time to first token, against stock's best dtype", at_least=1.05, needs="all"),
+    Target("avx2_vision_bf16", "AVX2: vision encode, against stock bf16", at_least=1.0, needs="all"),
+    Target("avx2_vision_fp32", "AVX2: vision encode, against stock fp32", at_least=1.0, needs="all"),
+    Target("avx2_ttft_bf16", "AVX2: time to first token, against stock bf16", at_least=1.0, needs="all"),
+    Target("avx2_ttft_fp32", "AVX2: time to first token, against stock fp32", at_least=1.0, needs="all"),
+    Target("avx2_decode_bf16", "AVX2: decode, against stock bf16", at_least=1.0, needs="all"),
+    Target("avx2_decode_fp32", "AVX2: decode, against stock fp32", at_least=1.0, needs="all"),
+]
+# The engine at the hardware's limit: bf16 held to more than above, packed weights, and the peers at the same precision.
+PACKED_TARGETS = [
+    Target("decode_share", "decode, bf16, share of read bandwidth", at_least=0.90, unit="%", needs="packed"),
+    Target("ttft", "time to first token, image + text, bf16", at_least=1.9, needs="packed"),
+    Target("decode_int8", "decode, int8", at_least=3.0, needs="packed"),
+    Target("decode_int4", "decode, int4", at_least=4.8, needs="packed"),
+    Target("prefill_int8", "text prefill, int8", at_least=4.5, needs="packed"),
+    Target("ttft_int8", "time to first token, image + text, int8", at_least=4.5, needs="packed"),
+    Target("ttft_long_int8", "time to first token, two large images, int8", at_least=4.5, needs="packed"),
+    Target("batch_int8", "decode, batch of 8, int8", at_least=4.0, needs="packed"),
+    Target("peak_rss_long_int8", "peak RSS of the whole run, int8", at_most=0.6, needs="packed"),
+    Target("peak_rss_long_int4", "peak RSS of the whole run, int4", at_most=0.5, needs="packed"),
+    Target("cosine_int8", "int8, 4 layers: cosine with the same rounded numbers in fp32", at_least=0.9999, unit="cosine", needs="packed"),
+    Target("cosine_int4", "int4, 4 layers: cosine with the same rounded numbers in fp32", at_least=0.9999, unit="cosine", needs="packed"),
+]
+PEER_TARGETS = [
+    Target("decode_int8_openvino_int8", "decode, int8, against OpenVINO int8", at_least=1.1, needs="peers"),
+    Target("decode_int8_llama.cpp_Q8_0", "decode, int8, against llama.cpp Q8_0", at_least=1.5, needs="peers"),
+    Target("decode_int4_openvino_int4", "decode, int4, against OpenVINO int4", at_least=1.2, needs="peers"),
+    Target("decode_int4_llama.cpp_Q4_0", "decode, int4, against llama.cpp Q4_0", at_least=1.6, needs="peers"),
+    Target("prefill_int8_openvino_int8", "text prefill, int8, against OpenVINO int8", at_least=1.8, needs="peers"),
+    Target("prefill_int8_llama.cpp_best", "text prefill, int8, against llama.cpp's best", at_least=2.0, needs="peers"),
+    Target("ttft_int8_openvino_int8", "time to first token, int8, against OpenVINO int8", at_least=1.7, needs="peers"),
 ]
 # Measured and shown, but without a target.
-NOTES = [Target("prefill", "text prefill"), Target("peak_rss_long", "peak RSS after the large images")]
+PEER_NOTES = [
+    Target("decode_int8_ik_llama.cpp_Q8_0", "decode, int8, against ik_llama.cpp Q8_0", needs="peers"),
+    Target("decode_int4_ik_llama.cpp_Q4_0", "decode, int4, against ik_llama.cpp Q4_0", needs="peers"),
+    Target("prefill_int8_ik_llama.cpp_best", "text prefill, int8, against ik_llama.cpp's best", needs="peers"),
+    Target("ttft_int4_openvino_int4", "time to first token, int4, against OpenVINO int4", needs="peers"),
+    Target("decode_ours_llama.cpp_bf16", "decode, bf16, against llama.cpp bf16", needs="peers"),
+    Target("decode_ours_ik_llama.cpp_bf16", "decode, bf16, against ik_llama.cpp bf16", needs="peers"),
+]
+PACKED_NOTES = [
+    Target("decode_share_int8", "decode, int8, share of read bandwidth", unit="%", needs="packed"),
+    Target("decode_share_int4", "decode, int4, share of read bandwidth", unit="%", needs="packed"),
+    Target("vision_int8", "vision encode, one image, int8", needs="packed"),
+    Target("prefill_int4", "text prefill, int4", needs="packed"),
+    Target("ttft_int4", "time to first token, image + text, int4", needs="packed"),
+    Target("batch", "decode, batch of 8, bf16", needs="packed"),
+    Target("batch_int4", "decode, batch of 8, int4", needs="packed"),
+]
+NOTES = [Target("prefill", "text prefill"), Target("peak_rss_long", "peak RSS after the large images"), *PACKED_NOTES]
 
 QVL_TARGETS = [
     Target("decode", "decode, bf16 weights", at_least=1.6),
@@ -55,6 +101,8 @@ QVL_TARGETS = [
     Target("error_bf16_float64", "error, bf16, 4 layers against float64", at_most=1.1),
     Target("error_fp32_float64", "error, fp32, 4 layers against float64", at_most=1.1),
     Target("greedy_fp32", "greedy tokens equal, fp32, odd configs", at_least=1.0, unit="%"),
+    Target("decode_int8", "decode, int8", at_least=3.0, needs="packed"),
+    Target("ttft_int8", "time to first token, image + text, int8", at_least=3.5, needs="packed"),
 ]
 QVL_NOTES = [
     Target("decode_share", "decode, share of read bandwidth", unit="%"), Target("vision", "vision encode, one image"),

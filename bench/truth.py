@@ -1,15 +1,17 @@
-"""Error of stock and accelerated logits against a float64 truth, on a shallow model of full width."""
+"""Error of stock and accelerated logits against a truth, on a shallow model of full width: float64, or for packed weights the same rounded numbers."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from bench import inputs
 from bench.families import family_of
 
-__all__ = ["KeepDouble", "errors_against_float64", "relative_error"]
+__all__ = ["KeepDouble", "cosines_of_packed", "errors_against_float64", "fake_quantised", "relative_error"]
 
 
 class KeepDouble(TorchFunctionMode):
@@ -31,7 +33,7 @@ def relative_error(values: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _shallow(path: str, layers: int, dtype: torch.dtype, accelerated: bool) -> Iterator[torch.nn.Module]:
+def _shallow(path: str, layers: int, dtype: torch.dtype, accelerated: bool) -> Iterator[nn.Module]:
     """The first ``layers`` layers of the text model and of the vision model."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -61,3 +63,35 @@ def errors_against_float64(path: str, layers: int, image_size: int, text_tokens:
         name: {who: relative_error(logits(dtype, who == "ours"), truth) for who in ("stock", "ours")}
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
     }
+
+
+def fake_quantised(stock: nn.Module, packed: nn.Module) -> nn.Module:
+    """A copy of the stock model with the weights and the activations that the packed one multiplies, in the stock model's dtype."""
+    from qvl_kernels import quant
+    from qvl_model.modules.packed import PackedEmbedding, PackedLinear
+
+    exact = copy.deepcopy(stock)
+    modules = dict(exact.named_modules())
+    for name, module in packed.named_modules():
+        if isinstance(module, PackedLinear | PackedEmbedding):
+            modules[name].weight = nn.Parameter(module.dequantize().to(stock.dtype))
+        if isinstance(module, PackedLinear):
+            modules[name].register_forward_pre_hook(
+                lambda _, args, weight=module.quantized: quant.rounded_activations(args[0], weight).to(args[0].dtype)
+            )
+    return exact
+
+
+def cosines_of_packed(path: str, weights: list[str], layers: int, image_size: int, text_tokens: int) -> dict[str, float]:
+    """{format: cosine between all logits of the packed model and of stock with the same rounded weights and activations}, both in fp32."""
+    import qvl_model
+    from qvl_model.processing import load_processor
+
+    prompt = inputs.image_prompt(load_processor(path), inputs.photographs(image_size)[:1], text_tokens)
+    cosines = {}
+    for name in weights:
+        with _shallow(path, layers, torch.float32, accelerated=False) as stock, torch.inference_mode():
+            packed = qvl_model.accelerate(copy.deepcopy(stock), weights=name)
+            out, expected = (model(**prompt).logits.double().flatten() for model in (packed, fake_quantised(stock, packed)))
+            cosines[name] = torch.cosine_similarity(out, expected, dim=0).item()
+    return cosines

@@ -33,6 +33,11 @@ class Handlers(Session):
 
         return truth.errors_against_float64(path, layers, image_size, text_tokens)
 
+    def cosines(self, path: str, weights: list[str], layers: int, image_size: int, text_tokens: int) -> dict:
+        from bench import truth
+
+        return truth.cosines_of_packed(path, weights, layers, image_size, text_tokens)
+
     def greedy(self, family: str) -> dict:
         from bench import greedy
         from bench.families import FAMILIES

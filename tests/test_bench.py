@@ -40,10 +40,11 @@ def test_verdict(target, value, expected):
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_targets_are_unique_and_bounded_on_one_side(family):
-    assert len({target.key for target in family.targets + family.notes}) == len(family.targets + family.notes)
+    assert len({(target.key, target.needs) for target in family.targets + family.notes}) == len(family.targets + family.notes)
     assert all((target.at_least is None) != (target.at_most is None) for target in family.targets)
     assert all(target.text == verdict(target, 1.0) == "" for target in family.notes)
     assert Target("a", "a", at_least=0.8, unit="%").text == "≥ 80 %"
+    assert Target("a", "a", at_least=0.9999, unit="cosine").text == "≥ 0.9999"
 
 
 def test_keep_double_leaves_out_casts_to_float32():
@@ -57,7 +58,7 @@ def test_keep_double_leaves_out_casts_to_float32():
 def test_worker_reports_errors_and_survives_them():
     with Worker("probe") as worker:
         with pytest.raises(WorkerError, match="FileNotFoundError|OSError|not"):
-            worker.ask("load", path="/nowhere", variant="stock", dtype="bf16", image_size=64, long_size=64, text_tokens=66)
+            worker.ask("load", path="/nowhere", variant="stock", dtype="bf16", image_size=64, long_size=64, text_tokens=66, batch=2)
         assert worker.ask("bandwidth", bytes=1 << 22, repeats=1) > 0
 
 
@@ -104,7 +105,7 @@ def test_end_to_end_on_a_tiny_model(checkpoint, tmp_path, capsys):
     family = report.family_of_result(result)
     assert family.title in printed and "decode" in printed and "random" in printed
     assert (tmp_path / "tiny.png").stat().st_size > 10_000
-    expected = {target.key for target in family.targets + family.notes if not target.needs_all}
+    expected = {target.key for target in family.targets + family.notes if not target.needs}
     assert expected <= result["metrics"].keys()
     assert result["sizes"]["text_tokens"] == 66
     assert result["sizes"]["visual_tokens"] * (4 if family.name == "qwen3-vl" else 1) == result["sizes"]["patches"]
@@ -124,15 +125,15 @@ def test_end_to_end_on_a_tiny_model(checkpoint, tmp_path, capsys):
 def test_packed_weights_are_further_variants_of_a_run(tmp_path):
     sizes = {**_sizes("qvl"), "vocab_size": 16384}  # so that most of the weights are in the decoder and the head, as at full size
     model = write_random(tmp_path / "tiny", FAMILIES["qvl"], sizes)
-    options = plan.Options(str(model), "qvl", ("stock", "ours", "int8", "int4"), rounds=2, tokens=4, image_size=64, long_size=64,
-                           probe_bytes=1 << 22, accuracy=False)  # fmt: skip
+    options = plan.Options(str(model), "qvl", rounds=2, tokens=4, image_size=64, long_size=64, probe_bytes=1 << 22, accuracy=False, packed=True)
     steps = []
     result = plan.run(options, steps.append)
     assert len(steps) == plan.steps(options)
     size = result["raw"]["bytes_per_token"]
     assert size["stock"] == size["ours"] and size["int8"] < 0.6 * size["ours"] and size["int4"] < 0.7 * size["int8"]
     values = {key: metric["value"] for key, metric in result["metrics"].items()}
-    assert {"decode_int8", "ttft_int4", "peak_rss_int4", "decode_share_int8"} <= values.keys()
+    assert {"decode_int8", "ttft_int4", "peak_rss_int4", "decode_share_int8", "batch", "batch_int4"} <= values.keys()
+    assert values["cosine_int8"] > 0.9999 and values["cosine_int4"] > 0.9999
     assert values["error_bf16_full"] < values["error_bf16_full_int8"] < values["error_bf16_full_int4"] < 100
     assert result["raw"]["times"]["decode"].keys() == set(options.variants)
 

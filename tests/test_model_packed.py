@@ -11,6 +11,7 @@ from models import assert_close, inputs, pair, relative
 from torch import nn
 
 import qvl_model
+from bench.truth import fake_quantised
 from qvl_kernels import quant
 from qvl_model import decoding
 from qvl_model.modules.packed import PackedEmbedding, PackedLinear
@@ -18,20 +19,6 @@ from qvl_model.quantization import formats_of
 
 FEW, MANY = ([5], [3]), ([9, (1, 4, 6), 3], [14])  # up to 16 rows of text, and more with images
 FORMATS = ["int8", "int4", {"text": "int4", "vision": "int8", "lm_head": None}, {"lm_head": "int8"}]
-
-
-def _fake_quantised(stock, packed):
-    """The stock model with the weights and the activations that the packed one multiplies."""
-    exact = copy.deepcopy(stock)
-    modules = dict(exact.named_modules())
-    for name, module in packed.named_modules():
-        if isinstance(module, PackedLinear | PackedEmbedding):
-            modules[name].weight = nn.Parameter(module.dequantize())
-        if isinstance(module, PackedLinear):
-            modules[name].register_forward_pre_hook(
-                lambda _, args, weight=module.quantized: quant.rounded_activations(args[0], weight).to(args[0].dtype)
-            )
-    return exact
 
 
 def _cosine(out, expected):
@@ -42,7 +29,7 @@ def _cosine(out, expected):
 def test_computes_with_rounded_weights_and_activations(weights):
     stock, fast = pair()
     qvl_model.accelerate(fast, weights=weights)
-    exact = _fake_quantised(stock, fast)
+    exact = fake_quantised(stock, fast)
     with torch.no_grad():
         for batch in (inputs(*FEW), inputs(*MANY)):
             out, expected = fast(**batch).logits, exact(**batch).logits
