@@ -195,6 +195,8 @@ struct AttentionArgs {
 // head r / queries of the group, query r % queries.
 struct AttentionTask {
   const void *q, *k, *v;          // at the sequence's first query/key of this kv head's first query head / kv head
+  void* k_rows;                   // keys of this sequence and head side by side, and pairs of its values, [keys / 2][head_dim]
+  float* v_pairs;                 // words: what attention_gather makes of k and v. Both, or nullptr
   void* out;
   float* lse;                     // [heads of the group][queries] with stride lse_h, or nullptr
   int64_t lse_h;
@@ -225,6 +227,8 @@ struct KernelTable {
                           float* scratch);
   void (*rope_rows)(const RopeArgs&, int64_t begin, int64_t end);
   void (*activation_rows)(const ActivationArgs&, int64_t begin, int64_t end);
+  // Writes the task's k_rows and v_pairs of keys [begin, end), begin even. For Route::dot without a mask.
+  void (*attention_gather)(const AttentionArgs&, const AttentionTask&, int64_t begin, int64_t end);
   void (*attention_task)(const AttentionArgs&, const AttentionTask&, float* scratch);
   float (*read_bytes)(const char* data, int64_t bytes);
   int quant_per_word;     // elements of k in a word of a quantised panel

@@ -15,10 +15,12 @@ namespace qvl {
 namespace {
 
 constexpr int64_t kMinSplitKeys = 1024;  // fewer keys a split cost more in combining than they gain
+constexpr int64_t kMinGatherBlocks = 4;  // query blocks of a head that share what is gathered
 
 struct Sequence {
   int64_t query_begin, queries, key_begin, keys;  // begins are row offsets of packed tensors, else 0
   int64_t first_task;
+  int64_t first_row;  // of gathered keys
 };
 
 int64_t blocks_of(const AttentionArgs& a, int64_t queries) {
@@ -30,7 +32,7 @@ int64_t blocks_of(const AttentionArgs& a, int64_t queries) {
 // torch.compile the callers cannot see them, and a wrong one reads foreign memory.
 int64_t list_sequences(const AttentionArgs& a, std::vector<Sequence>& sequences) {
   sequences.resize(size_t(a.batch));
-  int64_t tasks = 0;
+  int64_t tasks = 0, rows = 0;
   for (int64_t b = 0; b < a.batch; ++b) {
     Sequence& s = sequences[size_t(b)];
     if (a.cu_seqlens) {
@@ -47,6 +49,8 @@ int64_t list_sequences(const AttentionArgs& a, std::vector<Sequence>& sequences)
         throw std::invalid_argument("attention: key lengths must lie in [0, " + std::to_string(a.keys) + "], got " +
                                     std::to_string(s.keys));
     }
+    s.first_row = rows;
+    rows += (s.keys + 1) / 2 * 2;
     s.first_task = tasks;
     tasks += s.queries ? blocks_of(a, s.queries) * a.kv_heads : 0;
   }
@@ -134,8 +138,28 @@ void run_attention(const AttentionArgs& a) {
   if (tasks > 0 && tasks < 2 * max_threads() && !a.cu_seqlens)
     splits = std::min((2 * int64_t(max_threads()) + tasks - 1) / tasks, a.keys / kMinSplitKeys);
   if (splits <= 1) {
-    parallel_tasks(tasks, [&](int64_t task) { table.attention_task(a, task_at(task), scratch()); });
-    return;
+    const bool gather = route == Route::dot && a.mask_kind == MaskKind::none && a.k_s > a.head_dim && tasks >= kMinGatherBlocks * a.batch * a.kv_heads;
+    if (!gather) return parallel_tasks(tasks, [&](int64_t task) { table.attention_task(a, task_at(task), scratch()); });
+    thread_local Workspace k_rows_ws, v_pairs_ws;
+    const int64_t rows = sequences.back().first_row + (sequences.back().keys + 1) / 2 * 2;
+    bf16* k_rows = k_rows_ws.get<bf16>(a.kv_heads * rows * a.head_dim);
+    float* v_pairs = v_pairs_ws.get<float>(a.kv_heads * rows / 2 * a.head_dim);
+    const auto gathered_task_at = [&](int64_t task) {
+      const int64_t b = find(task);
+      const Sequence& s = sequences[size_t(b)];
+      AttentionTask t = make_task(a, s, b, task - s.first_task, route);
+      const int64_t row = (task - s.first_task) / blocks_of(a, s.queries) * rows + s.first_row;
+      t.k_rows = k_rows + row * a.head_dim;
+      t.v_pairs = v_pairs + row / 2 * a.head_dim;
+      return t;
+    };
+    // Each task gathers its share of the keys that all tasks of its head then read.
+    parallel_tasks(tasks, [&](int64_t task) {
+      const AttentionTask t = gathered_task_at(task);
+      const int64_t blocks = blocks_of(a, t.queries), block = t.row_begin / table.panel_width, pairs = (t.keys + 1) / 2;
+      table.attention_gather(a, t, pairs * block / blocks * 2, std::min(pairs * (block + 1) / blocks * 2, t.keys));
+    });
+    return parallel_tasks(tasks, [&](int64_t task) { table.attention_task(a, gathered_task_at(task), scratch()); });
   }
   const int64_t stride = table.panel_width * (a.head_dim + 2);
   thread_local Workspace partials_ws;

@@ -82,19 +82,39 @@ inline void attention_mask_scores(const AttentionArgs& a, int64_t key, int64_t k
   }
 }
 
-// Scores times a positive scale -> probabilities; updates the row state and rescales out where a maximum rose.
+// The maxima of a block of scores times a positive scale join row_max, which is left as it was; base gets what exponents are
+// taken from: the new maximum, or 0 for a row that has seen nothing, for exp(-inf) is 0 and no NaN.
+inline void attention_row_max(int64_t keys, int64_t width, float scale_by, const AttentionScratch& s, Vec* new_max, Vec* base) {
+  const int vectors = int(width / Vec::kWidth);
+  const Vec scale = Vec::set1(scale_by), lowest = Vec::set1(-3.4028234663852886e38f);
+  for (int m = 0; m < vectors; ++m) new_max[m] = Vec::load(s.scores + m * Vec::kWidth);
+  for (int64_t i = 1; i < keys; ++i)
+    for (int m = 0; m < vectors; ++m) new_max[m] = Vec::max(new_max[m], Vec::load(s.scores + i * width + m * Vec::kWidth));
+  for (int m = 0; m < vectors; ++m) {
+    new_max[m] = Vec::max(Vec::load(s.row_max + m * Vec::kWidth), new_max[m] * scale);
+    base[m] = Vec::select_lt(new_max[m], lowest, Vec::zero(), new_max[m]);
+  }
+}
+
+// After a block's probabilities: the row state, and out rescaled where a maximum rose.
+inline void attention_next_state(int64_t lane, int64_t width, int64_t head_dim, Vec new_max, Vec base, Vec sum, bool first,
+                                 const AttentionScratch& s) {
+  const Vec old_max = Vec::load(s.row_max + lane), alpha = vec_exp(old_max - base);
+  Vec::fma(Vec::load(s.row_sum + lane), alpha, sum).store(s.row_sum + lane);
+  new_max.store(s.row_max + lane);
+  if (!first && Vec::any_lt(old_max, new_max))
+    for (int64_t d = 0; d < head_dim; ++d) (Vec::load(s.out + d * width + lane) * alpha).store(s.out + d * width + lane);
+}
+
+// Scores times a positive scale -> probabilities.
 inline void attention_softmax(int64_t keys, int64_t width, int64_t head_dim, float scale_by, bool first,
                               const AttentionScratch& s) {
   const Vec scale = Vec::set1(scale_by);
+  Vec new_max[Vec::kPanelVectors], base[Vec::kPanelVectors];
+  attention_row_max(keys, width, scale_by, s, new_max, base);
   for (int64_t lane = 0; lane < width; lane += Vec::kWidth) {
-    const Vec old_max = Vec::load(s.row_max + lane);
-    Vec highest = Vec::load(s.scores + lane);
-    for (int64_t i = 1; i < keys; ++i) highest = Vec::max(highest, Vec::load(s.scores + i * width + lane));
-    const Vec new_max = Vec::max(old_max, highest * scale);
-    // A row that has seen nothing keeps -inf; its exponent is taken from 0, which gives exp(-inf) = 0 and no NaN.
-    const Vec lowest = Vec::set1(-3.4028234663852886e38f);
-    const Vec base = Vec::select_lt(new_max, lowest, Vec::zero(), new_max);
-    const Vec minus_base = Vec::zero() - base;
+    const int m = int(lane / Vec::kWidth);
+    const Vec minus_base = Vec::zero() - base[m];
     Vec sum = Vec::zero();
     for (int64_t i = 0; i < keys; ++i) {
       float* at = s.scores + i * width + lane;
@@ -102,11 +122,37 @@ inline void attention_softmax(int64_t keys, int64_t width, int64_t head_dim, flo
       sum = sum + p;
       p.store(at);
     }
-    const Vec alpha = vec_exp(old_max - base);
-    Vec::fma(Vec::load(s.row_sum + lane), alpha, sum).store(s.row_sum + lane);
-    new_max.store(s.row_max + lane);
-    if (!first && Vec::any_lt(old_max, new_max))
-      for (int64_t d = 0; d < head_dim; ++d) (Vec::load(s.out + d * width + lane) * alpha).store(s.out + d * width + lane);
+    attention_next_state(lane, width, head_dim, new_max[m], base[m], sum, first, s);
+  }
+}
+
+// The same for the dot route: probabilities leave as pairs of keys in bf16; an odd last key is paired with 0.
+template <class V>
+inline void attention_softmax_pairs(int64_t keys, int64_t width, int64_t head_dim, float scale_by, bool first,
+                                    const AttentionScratch& s) {
+  const V log2_e = V::set1(1.44269504088896341f), scale = V::set1(scale_by);
+  V new_max[V::kPanelVectors], base[V::kPanelVectors];
+  attention_row_max(keys, width, scale_by, s, new_max, base);
+  for (int64_t lane = 0; lane < width; lane += V::kWidth) {
+    const int m = int(lane / V::kWidth);
+    const V minus_base = V::zero() - base[m];
+    // log2_e comes last: it would overflow a base of the least float, which masks are made of.
+    const auto probability = [&](const float* at) { return vec_exp2_short(V::fma(V::load(at), scale, minus_base) * log2_e); };
+    const float* scores = s.scores + lane;
+    float* pairs = s.pairs + lane;
+    V even = V::zero(), odd = V::zero();
+    int64_t i = 0;
+    for (; i + 2 <= keys; i += 2, scores += 2 * width, pairs += width) {
+      const V low = probability(scores), high = probability(scores + width);
+      even = even + low, odd = odd + high;
+      V::pack_pair_flush(low, high).store(pairs);
+    }
+    if (i < keys) {
+      const V low = probability(scores);
+      even = even + low;
+      V::pack_pair_flush(low, V::zero()).store(pairs);
+    }
+    attention_next_state(lane, width, head_dim, new_max[m], base[m], even + odd, first, s);
   }
 }
 
@@ -129,24 +175,20 @@ inline void attention_widen_values(const AttentionArgs& a, const T* v, int64_t k
   }
 }
 
-// Probabilities and values in pairs of keys for the dot route; an odd last key is paired with zeros.
+// Values in pairs of keys for the dot route, [keys / 2][head_dim] words; an odd last key is paired with zeros. mask: of the
+// keys, or nullptr.
 template <class V>
-inline void attention_pair_block(const AttentionArgs& a, const bf16* v, int64_t keys, int64_t width, bool masked,
-                                 const AttentionScratch& s) {
+inline void attention_pair_values(const AttentionArgs& a, const bf16* v, int64_t keys, int64_t width, const float* mask,
+                                  float* pairs) {
   bf16 zeros[kMaxHeadDim];
   std::memset(zeros, 0, sizeof(bf16) * size_t(a.head_dim));
   for (int64_t i = 0; i < keys; i += 2) {
-    const bool pair = i + 1 < keys;
-    for (int64_t lane = 0; lane < width; lane += V::kWidth) {
-      const V high = pair ? V::load(s.scores + (i + 1) * width + lane) : V::zero();
-      V::pack_pair_flush(V::load(s.scores + i * width + lane), high).store(s.pairs + i / 2 * width + lane);
-    }
-    const bool hide_low = masked && attention_key_hidden(s.mask + i * width, width);
-    const bool hide_high = !pair || (masked && attention_key_hidden(s.mask + (i + 1) * width, width));
+    const bool hide_low = mask && attention_key_hidden(mask + i * width, width);
+    const bool hide_high = i + 1 == keys || (mask && attention_key_hidden(mask + (i + 1) * width, width));
     const bf16* low = hide_low ? zeros : v + i * a.v_s;
     const bf16* high = hide_high ? zeros : v + (i + 1) * a.v_s;
     QVL_FOR_LANES(d, lanes, a.head_dim) {
-      V::load_pair_n(low + d, high + d, lanes).store_n(s.kv + i / 2 * a.head_dim + d, lanes);
+      V::load_pair_n(low + d, high + d, lanes).store_n(pairs + i / 2 * a.head_dim + d, lanes);
     }
   }
 }
@@ -191,7 +233,9 @@ template <class T, bool DOT>
 inline void attention_block(const AttentionArgs& a, const AttentionTask& t, int64_t key, int64_t keys, int64_t min_limit,
                             int64_t width, bool first, const AttentionScratch& s) {
   const int vectors = int(width / Vec::kWidth);
-  const T* k = static_cast<const T*>(t.k) + key * a.k_s;
+  const bool gathered = DOT && t.k_rows;
+  const int64_t k_s = gathered ? a.head_dim : a.k_s;
+  const T* k = static_cast<const T*>(gathered ? t.k_rows : t.k) + key * k_s;
   const T* v = static_cast<const T*>(t.v) + key * a.v_s;
   const int64_t words = DOT ? a.head_dim / 2 : a.head_dim;
   const bool masked = a.mask_kind != MaskKind::none, limited = key + keys > min_limit;
@@ -199,22 +243,27 @@ inline void attention_block(const AttentionArgs& a, const AttentionTask& t, int6
     const int64_t max_depth = DOT ? words : kGemmDepthFp32;  // short partial sums keep fp32 accuracy
     for (int64_t word = 0; word < words; word += max_depth)
       gemm_block<DOT>(vectors, s.q + word * width, reinterpret_cast<const char*>(k) + word * 4,
-                      a.k_s * int64_t(sizeof(T)), 4, min_i(max_depth, words - word), keys, s.scores, width, word > 0);
+                      k_s * int64_t(sizeof(T)), 4, min_i(max_depth, words - word), keys, s.scores, width, word > 0);
   } else {
     for (int64_t i = 0; i < keys; ++i)
-      QVL_FOR_LANES(d, lanes, a.head_dim) { store_lanes(load_lanes(k + i * a.k_s + d, lanes), s.kv + i * a.head_dim + d, lanes); }
+      QVL_FOR_LANES(d, lanes, a.head_dim) { store_lanes(load_lanes(k + i * k_s + d, lanes), s.kv + i * a.head_dim + d, lanes); }
     gemm_block<false>(vectors, s.q, reinterpret_cast<const char*>(s.kv), a.head_dim * 4, 4, words, keys, s.scores, width,
                       false);
   }
   if (masked) attention_load_mask<T>(a, t, key, keys, width, s.mask);
   const bool plain = !masked && !limited && a.scale > 0.0f;
+  const float scale = plain ? a.scale : 1.0f;
   if (!plain) attention_mask_scores(a, key, keys, width, limited, masked, s);
-  attention_softmax(keys, width, a.head_dim, plain ? a.scale : 1.0f, first, s);
   if constexpr (DOT) {
-    attention_pair_block<Vec>(a, v, keys, width, masked, s);
-    gemm_block<true>(vectors, s.pairs, reinterpret_cast<const char*>(s.kv), 4, a.head_dim * 4, (keys + 1) / 2, a.head_dim,
+    attention_softmax_pairs<Vec>(keys, width, a.head_dim, scale, first, s);
+    const float* pairs = gathered ? t.v_pairs + key / 2 * a.head_dim : s.kv;
+    if (!gathered) attention_pair_values<Vec>(a, v, keys, width, masked ? s.mask : nullptr, s.kv);
+    gemm_block<true>(vectors, s.pairs, reinterpret_cast<const char*>(pairs), 4, a.head_dim * 4, (keys + 1) / 2, a.head_dim,
                      s.out, width, !first);
-  } else if (sizeof(T) == 4 && !masked) {
+    return;
+  }
+  attention_softmax(keys, width, a.head_dim, scale, first, s);
+  if (sizeof(T) == 4 && !masked) {
     gemm_block<false>(vectors, s.scores, reinterpret_cast<const char*>(v), 4, a.v_s * 4, keys, a.head_dim, s.out, width,
                       !first);
   } else {
@@ -244,6 +293,18 @@ inline void attention_task_typed(const AttentionArgs& a, const AttentionTask& t,
   for (int64_t key = t.key_begin; key < key_end; key += kAttentionKeys)
     attention_block<T, DOT>(a, t, key, min_i(kAttentionKeys, key_end - key), min_limit, width, key == t.key_begin, s);
   attention_finish<T>(a, t, width, s);
+}
+
+// What every task of a sequence and head would otherwise do again, and with keys and values that lie 6 KB apart, as in a
+// vision tower's qkv, mostly from beyond L2.
+void attention_gather(const AttentionArgs& a, const AttentionTask& t, int64_t begin, int64_t end) {
+  if constexpr (Vec::kHasDot) {
+    const size_t row_bytes = sizeof(bf16) * size_t(a.head_dim);
+    for (int64_t i = begin; i < end; ++i)
+      std::memcpy(static_cast<bf16*>(t.k_rows) + i * a.head_dim, static_cast<const bf16*>(t.k) + i * a.k_s, row_bytes);
+    attention_pair_values<Vec>(a, static_cast<const bf16*>(t.v) + begin * a.v_s, end - begin, 0, nullptr,
+                               t.v_pairs + begin / 2 * a.head_dim);
+  }
 }
 
 void attention_task(const AttentionArgs& a, const AttentionTask& t, float* scratch) {
