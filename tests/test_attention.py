@@ -78,6 +78,27 @@ def test_packed_sequences_of_every_length(causal, dtype):
     _check(q, k, v, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(), causal=causal)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [[301, 2, 0, 259, 1, 64], [577]], ids=str)
+def test_heads_of_many_query_blocks(lengths, causal, dtype):
+    """bf16: keys and values that lie apart are gathered once for all blocks. Odd lengths, and blocks of so few rows that they read them in place."""
+    n = sum(lengths)
+    q, k, v = _randn(n, 3, 4, 24, dtype=dtype).unbind(1)
+    _check(q, k, v, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(), causal=causal)
+
+
+@pytest.mark.parametrize("counts", [[515, 0], [514, 77]], ids=str)
+def test_key_lengths_under_many_query_blocks(counts):
+    q, k, v = (x.clone() for x in _qkv(300, 515, b=2, dtype=torch.bfloat16))
+    for row, count in enumerate(counts):
+        k[row, count:], v[row, count:] = NAN, NAN
+    out = qvl_kernels.cross_attention(q, k, v, kv_lens=torch.tensor(counts))
+    for row, count in enumerate(counts):
+        alone = qvl_kernels.cross_attention(q[row : row + 1], k[row : row + 1, :count], v[row : row + 1, :count])
+        assert torch.equal(out[row : row + 1], alone) and alone.isfinite().all()
+
+
 def test_thousands_of_packed_sequences():
     lengths = torch.arange(5000) % 4
     n = int(lengths.sum())
