@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import metrics
-from bench.client import Worker
+from bench.client import Worker, WorkerError
 from bench.families import FAMILIES, Family
 from bench.peers import peers_of, prepared
 
@@ -160,11 +160,14 @@ def _peers(options: Options, folder: Path, step: Callable[[str], None]) -> dict:
         ours["ours"].ask("save_prompts", file=str(prompts))
         for peer in ready:
             step(f"peer {peer.name}")
-            with peer.start(prompts, threads) as worker:
-                worker.ask("warm_up")
-                variant = MATCHING[peer.name.split()[-1]]
-                workers = {"peer": worker, "int8": ours["int8"], variant: ours[variant]}
-                times[peer.name] = _peer_rounds(workers, options, "image" in peer.prompts)
+            variant = MATCHING[peer.name.split()[-1]]
+            try:
+                with peer.start(prompts, threads) as worker:
+                    worker.ask("warm_up")
+                    workers = {"peer": worker, "int8": ours["int8"], variant: ours[variant]}
+                    times[peer.name] = _peer_rounds(workers, options, "image" in peer.prompts)
+            except WorkerError as error:  # theirs, as a rule: ours has just run without them
+                skipped[peer.name] = str(error).strip().splitlines()[-1]
     return {"times": times, "skipped": skipped, "versions": {peer.name: peer.version for peer in ready}}
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-__all__ = ["NOTES", "QVL_NOTES", "QVL_TARGETS", "TARGETS", "Target", "verdict"]
+__all__ = ["NOTES", "PACKED_TARGETS", "PEER_NOTES", "PEER_TARGETS", "QVL_NOTES", "QVL_TARGETS", "TARGETS", "Target", "verdict"]
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,45 @@ def test_packed_weights_are_further_variants_of_a_run(tmp_path):
     assert result["raw"]["times"]["decode"].keys() == set(options.variants)
 
 
+class _Peer:
+    """Stands for another engine: stock in a worker of ours, or one that does not start."""
+
+    version = "1.0"
+
+    def __init__(self, name: str, prompts: tuple[str, ...], model: str, works: bool = True) -> None:
+        self.name, self.prompts, self.model, self.works = name, prompts, model, works
+
+    def start(self, prompts, threads: int) -> Worker:
+        assert prompts.is_file() and threads == torch.get_num_threads()
+        if not self.works:
+            raise WorkerError("the worker ended\nout of memory")
+        worker = Worker(self.name)
+        worker.ask("load", path=self.model, variant="stock", dtype="bf16", image_size=64, long_size=64, text_tokens=66, batch=2)
+        return worker
+
+
+@pytest.mark.slow
+def test_peers_take_turns_with_the_same_weights(tmp_path, monkeypatch):
+    model = str(write_random(tmp_path / "tiny", FAMILIES["qwen3-vl"], _sizes("qwen3-vl")))
+    peers = [_Peer("openvino int8", ("image", "text"), model), _Peer("llama.cpp Q4_0", ("text",), model), _Peer("openvino int4", (), model, works=False)]
+    monkeypatch.setattr(plan, "peers_of", lambda path: [*peers, _Peer("llama.cpp bf16", (), model)])
+    monkeypatch.setattr(plan, "prepared", lambda found, show: (found[:3], {"llama.cpp bf16": "no compiler"}))
+    options = plan.Options(model, rounds=2, tokens=4, image_size=64, long_size=64, long_pairs=0, batch=2, probe_bytes=1 << 22, accuracy=False,
+                           packed=True, peers=True)  # fmt: skip
+    steps = []
+    result = plan.run(options, steps.append)
+    assert len(steps) == plan.steps(options) - 1  # one peer could not be prepared
+    assert result["raw"]["peers"]["skipped"] == {"llama.cpp bf16": "no compiler", "openvino int4": "out of memory"}
+    metrics = {key: metric for key, metric in result["metrics"].items() if "openvino" in key or "llama" in key}
+    assert metrics.keys() == {
+        "decode_int8_openvino_int8", "prefill_int8_openvino_int8", "ttft_int8_openvino_int8", "decode_int8_llama.cpp_Q4_0", "decode_int4_llama.cpp_Q4_0",
+        "prefill_int8_llama.cpp_Q4_0", "prefill_int4_llama.cpp_Q4_0", "prefill_int8_openvino_best", "prefill_int8_llama.cpp_best",
+    }  # fmt: skip
+    assert all(metric["low"] <= metric["value"] <= metric["high"] for metric in metrics.values())
+    shown = {row[0] for row in report.rows({"options": vars(options), **result})}
+    assert {"decode, int4, against llama.cpp Q4_0", "text prefill, int8, against llama.cpp's best", "decode, int8", "decode, batch of 8, bf16"} <= shown
+
+
 def test_missing_and_foreign_checkpoints_are_a_clear_message(checkpoint, tmp_path):
     with pytest.raises(SystemExit, match="config.json"):
         command.main(["--model", str(tmp_path)])
