@@ -34,8 +34,10 @@ def test_against_float64(case, dtype, device, monkeypatch):
     arguments = case.make(dtype, generator())
     formula = REFERENCES[cases.op_of(arguments)._schema.name.removeprefix("qvl::")]
     out = _run(arguments, device, monkeypatch)
+    # SwiGLU rounds twice as often: exp, sum, quotient and product follow the two sums. Its handful of outputs need not be as lucky as PyTorch's.
+    floor = (4 if any(name.startswith("up") for name in arguments) else 2) * torch.finfo(dtype).eps
     # PyTorch's composition overflows where x times the norm's weight does; ours must not.
-    assert_close_to_truth(out, formula(*arguments.values()), formula(*double(arguments).values()))
+    assert_close_to_truth(out, formula(*arguments.values()), formula(*double(arguments).values()), floor=floor)
 
 
 @pytest.mark.parametrize("bits", [0, 8, 4])
