@@ -97,7 +97,7 @@ def from_raw(raw: dict, sizes: dict) -> dict[str, dict]:
     result["greedy_fp32"] = _metric(raw["greedy"]["share"], "–", f"{raw['greedy']['compared']} tokens compared")
     for name in ("bf16_float64", "fp32_float64"):
         result[f"error_{name}"] = _lower_is_better(raw["errors"][name], _scientific)
-    result |= {f"cosine_{name}": _metric(value, "–", "–") for name, value in raw.get("cosines", {}).items()}
+    result |= {f"layer_cosine_{name}": _metric(value, "–", "–") for name, value in raw.get("layer_cosines", {}).items()}
     if "peers" in raw:
         result |= _peers(raw["peers"]["times"], sizes)
     if "other_dtypes" in raw:

@@ -61,8 +61,8 @@ PACKED_TARGETS = [
     Target("batch_int8", "decode, batch of 8, int8", at_least=4.0, needs="packed"),
     Target("peak_rss_long_int8", "peak RSS of the whole run, int8", at_most=0.6, needs="packed"),
     Target("peak_rss_long_int4", "peak RSS of the whole run, int4", at_most=0.5, needs="packed"),
-    Target("cosine_int8", "int8, 4 layers: cosine with the same rounded numbers in fp32", at_least=0.9999, unit="cosine", needs="packed"),
-    Target("cosine_int4", "int4, 4 layers: cosine with the same rounded numbers in fp32", at_least=0.9999, unit="cosine", needs="packed"),
+    Target("layer_cosine_int8", "int8 layers, least cosine with the same rounded numbers", at_least=0.9999, unit="cosine", needs="packed"),
+    Target("layer_cosine_int4", "int4 layers, least cosine with the same rounded numbers", at_least=0.9999, unit="cosine", needs="packed"),
 ]
 PEER_TARGETS = [
     Target("decode_int8_openvino_int8", "decode, int8, against OpenVINO int8", at_least=1.1, needs="peers"),
