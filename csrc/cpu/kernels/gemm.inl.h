@@ -153,7 +153,7 @@ inline void gemm_accumulate(const GemmArgs& a, const T* w, int64_t w_stride, int
   w += n_begin * w_stride;
   // fp32 weights ask for fp32 accuracy: short partial sums, added up, lose less than one long running sum.
   const int64_t max_depth = sizeof(T) == 4 ? kGemmDepthFp32 : kGemmDepth;
-  for (int64_t word = 0; word < words; word += max_depth) {
+  for (int64_t word = 0; word == 0 || word < words; word += max_depth) {  // once without inputs, too: the sums are 0 then
     const int64_t depth = min_i(max_depth, words - word);
     const char* rows_ptr;
     int64_t row_bytes;

@@ -22,5 +22,5 @@ def compose_decoder_layer(x, norms, weights, biases, cos, sin, k_cache, v_cache,
     keys, values = k_cache[:, :, :end].transpose(1, 2), v_cache[:, :, :end].transpose(1, 2)
     mask = None if mask is None else mask[..., :end]
     attended, _ = attention_op(q, keys, values, None, None, mask, mask is None, scale)
-    x = add_product(x, attended.view(batch, time, -1), o_w, o_b)
+    x = add_product(x, attended.flatten(2), o_w, o_b)
     return add_product(x, gated(x, post_norm, eps, gate_w, up_w), down_w, None)

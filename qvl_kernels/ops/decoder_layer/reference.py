@@ -28,6 +28,6 @@ def decoder_layer_reference(x, w, cos, sin, k_cache, v_cache, past: int, mask, n
         scale=scale,
         mask=mask,
     )
-    x = x + linear_reference(attended.reshape(batch, time, -1), w.o, w.o_bias)
+    x = x + linear_reference(attended.flatten(2), w.o, w.o_bias)
     normed = rms_norm_reference(x, w.post_norm, eps)
     return x + linear_reference(swiglu_reference(linear_reference(normed, w.gate, None), linear_reference(normed, w.up, None)), w.down, None)

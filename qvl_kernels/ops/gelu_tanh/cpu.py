@@ -8,7 +8,7 @@ __all__ = ["gelu_tanh_backward_cpu", "gelu_tanh_cpu"]
 
 def gelu_tanh_cpu(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     size = x.shape[-1]
-    rows = x.reshape(-1, size)
+    rows = x.reshape(x.shape[:-1].numel(), size)
     y = torch.empty(x.shape, dtype=x.dtype)
     dispatch.extension().gelu_tanh(
         x=rows.data_ptr(), bias=0 if bias is None else bias.data_ptr(), y=y.data_ptr(), rows=rows.shape[0], size=size,

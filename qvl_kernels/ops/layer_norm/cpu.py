@@ -11,8 +11,8 @@ def layer_norm_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, ep
 
 
 def add_layer_norm_cpu(x, residual, weight, bias, eps):
-    rows = x.reshape(-1, x.shape[-1])
-    residual_rows = None if residual is None else residual.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    residual_rows = None if residual is None else residual.reshape(x.shape[:-1].numel(), x.shape[-1])
     y = torch.empty(x.shape, dtype=x.dtype)
     total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
     dispatch.extension().norm(

@@ -16,7 +16,7 @@ def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 
 
 def extension_linear(x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     n = out_features(weight)
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
     dispatch.extension().linear(

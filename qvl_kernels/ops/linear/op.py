@@ -17,11 +17,12 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     dx = dw = db = None
-    rows = grad.reshape(-1, grad.shape[-1])
+    count = x.shape[:-1].numel()
+    rows = grad.reshape(count, grad.shape[-1])
     if ctx.needs_input_grad[0]:
         dx = grad @ weight
     if ctx.needs_input_grad[1]:
-        dw = rows.t() @ x.reshape(-1, x.shape[-1])
+        dw = rows.t() @ x.reshape(count, x.shape[-1])
     if ctx.has_bias and ctx.needs_input_grad[2]:
         db = rows.sum(0)
     return dx, dw, db

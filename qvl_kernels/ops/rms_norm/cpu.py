@@ -7,7 +7,7 @@ __all__ = ["add_rms_norm_cpu", "rms_norm_backward_cpu", "rms_norm_cpu"]
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ __all__ = ["swiglu_backward_cpu", "swiglu_cpu"]
 
 def swiglu_cpu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     size = gate.shape[-1]
-    gate_rows, up_rows = gate.reshape(-1, size), up.reshape(-1, size)
+    gate_rows, up_rows = (x.reshape(x.shape[:-1].numel(), size) for x in (gate, up))
     y = torch.empty(gate.shape, dtype=gate.dtype)
     dispatch.extension().swiglu(
         gate=gate_rows.data_ptr(), up=up_rows.data_ptr(), y=y.data_ptr(), rows=gate_rows.shape[0], size=size,
