@@ -137,7 +137,7 @@ def quantize_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, tor
     """
     wide = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
     top = wide.abs().amax(-1)
-    inverse = torch.where(top > TINY_ACTIVATION, 127.0 / top, torch.zeros_like(top))
+    inverse = torch.where(top > TINY_ACTIVATION, top.new_tensor(127.0) / top, torch.zeros_like(top))
     values = torch.round(wide * inverse[..., None]).nan_to_num(0.0, 0.0, 0.0).to(torch.int8).flatten(-2)
     return values, torch.where(torch.isfinite(top), top / 127.0, torch.full_like(top, torch.nan))
 
