@@ -1,11 +1,16 @@
 """Helpers for tests and benchmarks: relative error against a float64 truth, seeded random inputs, poisoned memory."""
 
+import contextlib
 from dataclasses import dataclass
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
-__all__ = ["Case", "GuardedEmpty", "assert_close_to_truth", "poisoned_empty", "random_tensor", "relative_error", "surrounded"]
+from qvl_kernels import dispatch
+
+__all__ = [
+    "Case", "GuardedEmpty", "assert_close_to_truth", "instruction_set", "poisoned_empty", "random_tensor", "relative_error", "surrounded",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,23 @@ def random_tensor(
     shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, *, scale: float = 1.0
 ) -> torch.Tensor:
     return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+
+@contextlib.contextmanager
+def instruction_set(isa: str) -> Iterator[None]:
+    """Runs the C++ kernels of this instruction set inside the block, whatever the processor's best is.
+
+    Example:
+        >>> with instruction_set("portable"):
+        ...     y = qvl_kernels.rms_norm(x, weight)
+    """
+    extension = dispatch.extension()
+    before = extension.isa()
+    extension.use_isa(isa)
+    try:
+        yield
+    finally:
+        extension.use_isa(before)
 
 
 def relative_error(out: torch.Tensor, truth: torch.Tensor) -> float:

@@ -12,6 +12,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("max_threads", &max_threads, "Threads that the next call from this thread will use");
   m.def("isa", [] { return std::string(kernels().name); }, "Instruction set in use");
   m.def("supported_isas", &supported_isas, "Instruction sets that this machine can run, lowest first");
+  m.def("use_isa", &use_isa, "isa"_a, "Changes the instruction set; no kernel may be running");
   m.def("gemm_route", [](int dtype) { return gemm_route(to_dtype(dtype), 2, 2) == Route::dot ? "dot" : "fma"; },
         "dtype"_a, "How GEMMs of this dtype multiply: widening FMA or the bf16 pair dot product");
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "repeats"_a, py::call_guard<py::gil_scoped_release>(),

@@ -1,8 +1,8 @@
-// Chooses the instruction set once, at the first call: the best one that the machine supports, or QVL_CPU_ISA.
+// Chooses the instruction set at the first call: the best one that the machine supports, or QVL_CPU_ISA.
 #include "dispatch.h"
 
+#include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 
 namespace qvl {
@@ -25,23 +25,29 @@ const Target* const kTargets[] = {
 #endif
 };
 
+// `request` opens the message if there is no such target here.
+const KernelTable& table_of(const std::string& isa, const std::string& request) {
+  for (const Target* target : kTargets) {
+    if (isa != target->name) continue;
+    if (!target->supported())
+      throw std::runtime_error(request + ": this processor does not support it; supported: " + supported_isas());
+    return *target->table;
+  }
+  throw std::runtime_error(request + " is not an instruction set; supported here: " + supported_isas());
+}
+
 const KernelTable& choose() {
   const char* forced = std::getenv("QVL_CPU_ISA");
-  if (forced && *forced) {
-    for (const Target* target : kTargets) {
-      if (std::strcmp(target->name, forced) != 0) continue;
-      if (!target->supported())
-        throw std::runtime_error("QVL_CPU_ISA=" + std::string(forced) + ": this processor does not support it; supported: " +
-                                 supported_isas());
-      return *target->table;
-    }
-    throw std::runtime_error("QVL_CPU_ISA=" + std::string(forced) + " is not an instruction set; supported here: " +
-                             supported_isas());
-  }
+  if (forced && *forced) return table_of(forced, "QVL_CPU_ISA=" + std::string(forced));
   const Target* best = &kPortableTarget;
   for (const Target* target : kTargets)
     if (target->supported()) best = target;
   return *best->table;
+}
+
+std::atomic<const KernelTable*>& chosen() {
+  static std::atomic<const KernelTable*> table{&choose()};
+  return table;
 }
 
 }  // namespace
@@ -56,9 +62,8 @@ std::string supported_isas() {
   return names;
 }
 
-const KernelTable& kernels() {
-  static const KernelTable& table = choose();
-  return table;
-}
+const KernelTable& kernels() { return *chosen().load(std::memory_order_relaxed); }
+
+void use_isa(const std::string& isa) { chosen() = &table_of(isa, isa); }
 
 }  // namespace qvl

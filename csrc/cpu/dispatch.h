@@ -8,4 +8,7 @@ namespace qvl {
 // Names of the targets that this machine supports, lowest first, comma separated.
 std::string supported_isas();
 
+// Calls from now on run on the named target: for tests, which go through all of them. No kernel may be running.
+void use_isa(const std::string& isa);
+
 }  // namespace qvl

@@ -275,7 +275,7 @@ struct Target {
   const KernelTable* table;
 };
 
-// The chosen target's table: the best supported one, or the one that QVL_CPU_ISA names.
+// The chosen target's table: the best supported one, or the one that QVL_CPU_ISA or use_isa names.
 const KernelTable& kernels();
 
 }  // namespace qvl

@@ -45,7 +45,8 @@ double time_route(Route route) {
 
 // The dot instruction is twice as fast as FMA on Zen 5 and half as fast on some Intel parts: measure, do not guess.
 bool dot_is_faster() {
-  static const bool faster = kernels().has_dot && time_route(Route::dot) < time_route(Route::fma);
+  if (!kernels().has_dot) return false;
+  static const bool faster = time_route(Route::dot) < time_route(Route::fma);
   return faster;
 }
 
