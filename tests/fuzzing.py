@@ -1,0 +1,169 @@
+"""Tensors whose neighbours are pages without access: reading or writing one byte beside them ends the process with SIGSEGV.
+
+Inputs cannot be written either, and gaps between their rows are NaN. Fresh outputs are NaN, and what lies between them and the far
+page must not change. Before it runs, each case is written to build/fuzz_case.txt, where it stays after a crash; to run it again:
+
+    cd tests && python -c "import test_fuzz; test_fuzz.check(*eval(open('../build/fuzz_case.txt').read()))"
+"""
+
+import ctypes
+import math
+import mmap
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import qvl_kernels
+from op_cases import outputs
+from qvl_kernels.testing import instruction_set
+
+ISAS = qvl_kernels.cpu_info()["supported"]
+CASE_FILE = Path(__file__).resolve().parent.parent / "build" / "fuzz_case.txt"
+PAGE = mmap.PAGESIZE
+NO_ACCESS, READ_ONLY = 0, mmap.PROT_READ
+_protect = ctypes.CDLL(None, use_errno=True).mprotect
+_protect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def _set_access(address: int, size: int, access: int) -> None:
+    if _protect(address, size, access):
+        raise OSError(ctypes.get_errno(), "mprotect failed")
+
+
+class Placed(NamedTuple):
+    """Elements that begin right after a page without access, or end right before one; every byte 0xFF: NaN, or -1 in integers."""
+
+    memory: torch.Tensor  # uint8: all bytes between the two pages
+    begin: int  # bytes of the elements in memory
+    end: int
+    elements: torch.Tensor
+
+    def neighbours_unchanged(self) -> bool:
+        return bool((self.memory[: self.begin] == 0xFF).all() and (self.memory[self.end :] == 0xFF).all())
+
+    def make_read_only(self) -> None:
+        _set_access(self.memory.data_ptr(), self.memory.numel(), READ_ONLY)
+
+
+def place(count: int, dtype: torch.dtype, *, at_end: bool) -> Placed:
+    size = count * dtype.itemsize
+    inner = max(1, -(-size // PAGE)) * PAGE
+    whole = torch.frombuffer(mmap.mmap(-1, inner + 2 * PAGE), dtype=torch.uint8)
+    memory = whole[PAGE : PAGE + inner].fill_(0xFF)
+    for page in (0, PAGE + inner):
+        _set_access(whole.data_ptr() + page, PAGE, NO_ACCESS)
+    begin = inner - size if at_end else 0
+    return Placed(memory, begin, begin + size, memory[begin : begin + size].view(dtype))
+
+
+class Layouts:
+    """Copies of tensors between guard pages, with strides as a layout number draws them; 0: contiguous, before the last page."""
+
+    def __init__(self, number: int) -> None:
+        self._plain, self._random = number == 0, random.Random(number)
+
+    def __call__(self, x: torch.Tensor, *, dense: int = 1, repeat: bool = False, writable: bool = False) -> torch.Tensor:
+        """``x`` with its last ``dense`` dimensions contiguous and the others in any order, with gaps. ``repeat``: one of those may be
+        cut to its first element and expanded, with stride 0."""
+        if x.numel() == 0:
+            return x
+        shape, free, repeated = list(x.shape), list(range(x.dim() - dense)), None
+        if repeat and free and not self._plain and self._random.random() < 0.2:
+            repeated = self._random.choice(free)
+            shape[repeated] = 1
+        strides = self._strides(shape, free)
+        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+        placed = place(span, x.dtype, at_end=self._plain or self._random.random() < 0.6)
+        view = placed.elements.as_strided(shape, strides)
+        view.copy_(x if repeated is None else x.narrow(repeated, 0, 1))
+        if not writable:
+            placed.make_read_only()
+        return view.expand(x.shape)
+
+    def _strides(self, shape: list[int], free: list[int]) -> list[int]:
+        strides, step = [0] * len(shape), 1
+        order = list(free)
+        if not self._plain:
+            self._random.shuffle(order)
+        for dim in reversed(range(len(free), len(shape))):
+            strides[dim] = step
+            step *= shape[dim]
+        for dim in order if not self._plain else reversed(order):
+            gap = 0 if self._plain else self._random.choice((0, 0, 1, 3, 8))
+            strides[dim] = step + gap
+            step = strides[dim] * shape[dim]
+        if not self._plain:  # strides of single elements are never used, and may be anything
+            for dim, size in enumerate(shape):
+                if size == 1 and self._random.random() < 0.3:
+                    strides[dim] = self._random.choice((0, 1, 17, 100_003))
+        return strides
+
+    def all(self, tensors: NamedTuple, **options) -> NamedTuple:
+        """Every tensor of a NamedTuple of weights, quantised ones among them."""
+        return type(tensors)(*(self.all(x) if isinstance(x, tuple) else self(x, **options) if isinstance(x, torch.Tensor) else x for x in tensors))
+
+
+class FreshOutputs:
+    """Stands in for ``torch.empty`` and ``torch.empty_like`` inside the block; ``check`` finds writes beside the outputs."""
+
+    def __init__(self, number: int) -> None:
+        self._random, self._placed = random.Random(number), []
+
+    def _empty(self, *size, dtype: torch.dtype | None = None, device=None) -> torch.Tensor:
+        shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+        placed = place(math.prod(shape), dtype or torch.float32, at_end=self._random.random() < 0.6)
+        self._placed.append(placed)
+        return placed.elements.view(shape)
+
+    def __enter__(self) -> "FreshOutputs":
+        self._before = torch.empty, torch.empty_like
+        torch.empty, torch.empty_like = self._empty, lambda x: self._empty(x.shape, dtype=x.dtype)
+        return self
+
+    def __exit__(self, *_) -> None:
+        torch.empty, torch.empty_like = self._before
+
+    def check(self) -> None:
+        assert self._placed, "nothing was allocated: the outputs are not guarded"
+        assert all(placed.neighbours_unchanged() for placed in self._placed), "a kernel wrote beside its output"
+
+
+class Trial(NamedTuple):
+    """One call, what must come out, and how far from it a correct kernel may be, element by element."""
+
+    call: Callable  # () -> outputs
+    truth: tuple[torch.Tensor, ...]  # float64
+    slack: tuple[torch.Tensor | float, ...]
+    caches: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...] = ()  # written in place: (cache, truth, slack)
+
+
+def run(name: str, case: dict, trial: Trial) -> None:
+    """``trial`` on every instruction set."""
+    fresh = [cache.clone() for cache, _, _ in trial.caches]
+    for isa in ISAS:
+        for (cache, _, _), values in zip(trial.caches, fresh):
+            cache.copy_(values)
+        with torch.no_grad(), qvl_kernels.use_backend("cpp"), instruction_set(isa), FreshOutputs(case["layout"]) as memory:
+            results = outputs(trial.call())
+        memory.check()
+        assert len(results) == len(trial.truth)
+        for index, (out, truth, slack) in enumerate(zip(results, trial.truth, trial.slack)):
+            _compare(f"{name} on {isa}, output {index}", out, truth, slack)
+        for index, (cache, truth, slack) in enumerate(trial.caches):
+            _compare(f"{name} on {isa}, cache {index}", cache, truth, slack)
+
+
+def _compare(what: str, out: torch.Tensor, truth: torch.Tensor, slack: torch.Tensor | float) -> None:
+    assert out.shape == truth.shape, f"{what}: shape {tuple(out.shape)}, expected {tuple(truth.shape)}"
+    wide = out.double()
+    good = (wide == truth) | ((wide - truth).abs() <= slack) | (wide.isnan() & truth.isnan())
+    if not bool(good.all()):
+        first = tuple((~good).nonzero()[0].tolist())
+        allowed = slack if isinstance(slack, float) else slack.expand(truth.shape)[first].item()
+        raise AssertionError(
+            f"{what}: {int((~good).sum())} of {good.numel()} elements are wrong, the first at {first}: got {wide[first].item()}, "
+            f"truth {truth[first].item()}, allowed {allowed:.3e}"
+        )

@@ -1,0 +1,479 @@
+"""Every op with a C++ kernel on every instruction set, over drawn shapes, strides, lengths, masks and threads, between guard pages.
+
+A case is a dictionary of plain values; see ``fuzzing`` for what to do when one ends the process. Outputs are compared with the
+reference in float64, within bounds that follow from the number of roundings.
+"""
+
+import ctypes
+import faulthandler
+import os
+import signal
+from collections.abc import Callable
+from unittest import mock
+
+import fuzzing
+import pytest
+import torch
+from fuzzing import Layouts, Trial
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from op_cases import OPS, double, reference
+
+import qvl_kernels
+from qvl_kernels.ops.decoder_layer import DecoderWeights
+from qvl_kernels.ops.decoder_layer.reference import decoder_layer_reference
+from qvl_kernels.ops.decode_attention.reference import dequantize_cache
+from qvl_kernels.ops.rms_norm.reference import rms_norm_reference
+from qvl_kernels.ops.rope.reference import rotate_half
+from qvl_kernels.ops.vision_block import VisionWeights
+from qvl_kernels.ops.vision_block.reference import vision_block_reference
+from qvl_kernels.quant import QuantizedWeight, dequantize, quantize, rounded_activations
+from qvl_kernels.testing import random_tensor
+
+SHORT, LONG = 50, 2000  # cases of an op in `make test` and, on top, in `make test-all`
+SINGLE = torch.finfo(torch.float32).eps
+
+
+def sizes(low: int, high: int, *edges: int) -> st.SearchStrategy[int]:
+    return st.integers(low, high) | st.sampled_from(edges) if edges else st.integers(low, high)
+
+
+def cases(**fields: st.SearchStrategy) -> st.SearchStrategy[dict]:
+    return st.fixed_dictionaries({
+        **fields, "dtype": st.sampled_from(["float32", "bfloat16", "float16"]), "seed": st.integers(0, 1 << 20),
+        "layout": st.integers(0, 1 << 20), "threads": st.sampled_from([1, 2, 5]),
+    })  # fmt: skip
+
+
+class Inputs:
+    """Random tensors of one case, and where they lie."""
+
+    def __init__(self, case: dict) -> None:
+        self.dtype = getattr(torch, case["dtype"])
+        self.eps, self.tiny = torch.finfo(self.dtype).eps, torch.finfo(self.dtype).tiny
+        self.generator = torch.Generator().manual_seed(case["seed"])
+        self.laid = Layouts(case["layout"])
+
+    def random(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return random_tensor(shape, dtype or self.dtype, self.generator, scale=scale)
+
+    def place(self, *shape: int, scale: float = 1.0, **options) -> torch.Tensor:
+        return self.laid(self.random(*shape, scale=scale), **options)
+
+    def chance(self, *shape: int, probability: float) -> torch.Tensor:
+        return torch.rand(shape, generator=self.generator) < probability
+
+    def matrix(self, n: int, k: int) -> torch.Tensor:
+        return self.random(n, k, scale=max(1, k) ** -0.5)
+
+
+# Elementwise ops and norms
+
+ROWS = st.lists(st.integers(0, 4), max_size=2) | st.lists(st.integers(1, 20), min_size=1, max_size=1)
+WIDTHS = sizes(0, 70, 127, 128, 129, 257, 300)
+
+
+def swiglu(case: dict, inputs: Inputs) -> Trial:
+    shape = (*case["rows"], case["size"])
+    arguments = {name: inputs.place(*shape, scale=case["scale"], repeat=True) for name in ("gate", "up")}
+    truth = reference(qvl_kernels.swiglu, double(arguments))
+    slack = (inputs.eps + 16 * SINGLE * (1 + arguments["gate"].double().abs())) * truth[0].abs() + inputs.tiny
+    return Trial(lambda: qvl_kernels.swiglu(**arguments), truth, (slack,))
+
+
+def gelu_tanh(case: dict, inputs: Inputs) -> Trial:
+    x = inputs.place(*case["rows"], case["size"], scale=case["scale"], repeat=True)
+    bias = inputs.place(case["size"]) if case["bias"] else None
+    truth = reference(qvl_kernels.gelu_tanh, double({"x": x, "bias": bias}))
+    total = x.double() + (0 if bias is None else bias.double())
+    slack = inputs.eps * truth[0].abs() + 16 * SINGLE * (total.abs() + x.double().abs()) + inputs.tiny
+    return Trial(lambda: qvl_kernels.gelu_tanh(x, bias), truth, (slack,))
+
+
+def _norm(name: str, case: dict, inputs: Inputs) -> Trial:
+    layer, size = name.endswith("layer_norm"), case["size"]
+    arguments = {"x": inputs.place(*case["rows"], size, scale=case["scale"], repeat=True), "weight": inputs.place(size)}
+    if name.startswith("add"):
+        arguments["residual"] = inputs.place(*case["rows"], size, scale=case["scale"], repeat=True)
+    if layer:
+        arguments["bias"] = inputs.place(size)
+    sums = () if "residual" not in arguments else ((arguments["x"] + arguments["residual"]).double(),)
+    exact = double(arguments)
+    x, w = (sums or (exact["x"],))[0], exact["weight"]
+    single = (8 + size / 4) * SINGLE  # of sums over the row
+    if layer:
+        y = torch.nn.functional.layer_norm(x, (size,), w, exact["bias"], 1e-6)
+        centred = x - x.mean(-1, keepdim=True)
+        r = (centred.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        moved = single * x.norm(dim=-1, keepdim=True) * r  # of the mean, in units of the result
+        slack = inputs.eps * y.abs() + (w * (moved + centred.abs() * r * (2 * moved + single))).abs() + 4 * SINGLE * exact["bias"].abs()
+    else:
+        y = rms_norm_reference(x, w, 1e-6)
+        slack = (1.5 * inputs.eps + single) * y.abs()
+    function = getattr(qvl_kernels, name)
+    return Trial(lambda: function(**arguments), (y, *sums), (slack + inputs.tiny, 0.0))
+
+
+# Products
+
+
+def linear(case: dict, inputs: Inputs) -> Trial:
+    m, n, k = (case[name] for name in "mnk")
+    x, weight = inputs.place(m, k, repeat=True), inputs.laid(inputs.matrix(n, k), repeat=True)
+    bias = inputs.place(n) if case["bias"] else None
+    if case["quantised"]:
+        bits, group = case["quantised"]
+        weight = inputs.laid.all(quantize(inputs.matrix(n, k).float(), bits, group))
+        y, slack = _product(rounded_activations(x, weight), dequantize(weight), bias, inputs)
+        return Trial(lambda: qvl_kernels.quantized_linear(x, weight, bias), (y,), (slack,))
+    y, slack = _product(x, weight, bias, inputs)
+    return Trial(lambda: qvl_kernels.linear(x, weight, bias), (y,), (slack,))
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """x weight^T + bias in float64, and how far fp32 sums of k products in any order may be off."""
+    x, weight, bias = x.double(), weight.double(), torch.zeros(()) if bias is None else bias.double()
+    y = x @ weight.t() + bias
+    terms = x.abs() @ weight.abs().t() + bias.abs()
+    return y, inputs.eps * y.abs() + (8 + x.shape[-1] / 8) * SINGLE * terms + inputs.tiny
+
+
+def patch_embed(case: dict, inputs: Inputs) -> Trial:
+    pixels, weight = inputs.place(case["m"], 3 * case["k"]), inputs.place(case["n"], 3, 1, case["k"], 1, dense=5)
+    bias = inputs.place(case["n"]) if case["bias"] else None
+    y, slack = _product(pixels, weight.flatten(1), bias, inputs)
+    return Trial(lambda: qvl_kernels.patch_embed(pixels, weight, bias), (y,), (slack,))
+
+
+def linear_cross_entropy(case: dict, inputs: Inputs) -> Trial:
+    tokens, vocabulary, size = (case[name] for name in "mnk")
+    labels = torch.randint(0, vocabulary, (tokens,), generator=inputs.generator)
+    labels[inputs.chance(tokens, probability=0.2)] = -100
+    arguments = {
+        "hidden": inputs.place(tokens, size, repeat=True), "weight": inputs.laid(inputs.matrix(vocabulary, size)),
+        "labels": inputs.laid(labels), "label_smoothing": case["smoothing"], "reduction": case["reduction"],
+    }  # fmt: skip
+    truth = reference(qvl_kernels.linear_cross_entropy, double(arguments))
+    logits, moved = _product(arguments["hidden"], arguments["weight"], None, inputs)
+    rows = (2 * moved.amax(-1) + (32 + vocabulary) * SINGLE * (1 + logits.abs().amax(-1))) * (labels != -100)
+    slack = rows if case["reduction"] == "none" else rows.sum() + 8 * SINGLE * truth[0].abs()
+    if case["reduction"] == "mean":
+        slack = slack / max(1, int((labels != -100).sum())) + 8 * SINGLE * truth[0].abs().nan_to_num(0.0)
+    return Trial(lambda: qvl_kernels.linear_cross_entropy(**arguments), truth, (slack,))
+
+
+# Rotary embedding
+
+
+def _tables(inputs: Inputs, *shape: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    angles = torch.rand(*shape[:-1], shape[-1] // 2, generator=inputs.generator).repeat_interleave(2, -1) * 100
+    return {"cos": inputs.laid(angles.cos().to(dtype)), "sin": inputs.laid(angles.sin().to(dtype))}
+
+
+def qk_norm_rope(case: dict, inputs: Inputs) -> Trial:
+    b, t, kv, d = (case[name] for name in ("b", "t", "kv_heads", "half"))
+    d *= 2
+    arguments = {
+        "q": inputs.place(b, t, kv * case["group"], d, repeat=True), "k": inputs.place(b, t, kv, d, repeat=True),
+        "q_weight": inputs.place(d), "k_weight": inputs.place(d),
+        **_tables(inputs, b if case["flag"] else 1, t, d, dtype=inputs.dtype),
+    }  # fmt: skip
+    exact = double(arguments)
+    truth = reference(qvl_kernels.qk_norm_rope, exact)
+    normed = (rms_norm_reference(exact[name], exact[f"{name}_weight"], 1e-6) for name in ("q", "k"))
+    slack = tuple((2.5 * inputs.eps + (8 + d / 4) * SINGLE) * terms for terms in _rope_terms(normed, exact))
+    return Trial(lambda: qvl_kernels.qk_norm_rope(**arguments), truth, slack)
+
+
+def vision_rope(case: dict, inputs: Inputs) -> Trial:
+    t, kv, d = case["t"], case["kv_heads"], 2 * case["half"]
+    table_dtype = inputs.dtype if case["flag"] else torch.float32
+    arguments = {
+        "q": inputs.place(t, kv * case["group"], d, repeat=True), "k": inputs.place(t, kv, d, repeat=True),
+        **_tables(inputs, t, d, dtype=table_dtype),
+    }  # fmt: skip
+    exact = double(arguments)
+    slack = tuple((inputs.eps + 4 * SINGLE) * terms for terms in _rope_terms((exact["q"], exact["k"]), exact))
+    return Trial(lambda: qvl_kernels.vision_rope(**arguments), reference(qvl_kernels.vision_rope, exact), slack)
+
+
+def _rope_terms(heads, exact: dict) -> list[torch.Tensor]:
+    """|x cos| + |rotate_half(x) sin|."""
+    cos, sin = (exact[name].abs().unsqueeze(-2) for name in ("cos", "sin"))
+    return [x.abs() * cos + rotate_half(x).abs() * sin for x in heads]
+
+
+# Attention
+
+HEADS = {"kv_heads": st.integers(1, 3), "group": st.integers(1, 3)}
+HEAD_DIMS = sizes(1, 40, 64, 72, 128, 257, 512)
+MASKS = st.sampled_from([None, "bool", "additive"])
+SCALES = st.sampled_from([None, 1.0, 0.25, 0.0, -0.5])
+
+
+def _mask(kind: str | None, full: tuple[int, ...], inputs: Inputs) -> torch.Tensor | None:
+    if kind is None:
+        return None
+    shape = [1 if bool(inputs.chance(1, probability=0.4)) else size for size in full]
+    if kind == "bool":
+        return inputs.laid(inputs.chance(*shape, probability=0.7), dense=0)
+    mask = inputs.random(*shape)
+    mask[inputs.chance(*shape, probability=0.2)] = -1e4
+    mask[inputs.chance(*shape, probability=0.2)] = float("-inf")
+    return inputs.laid(mask, dense=0)
+
+
+def _attention_slack(
+    q: torch.Tensor, k: torch.Tensor, truth: torch.Tensor, magnitude: torch.Tensor, scale: float | None, mask: torch.Tensor | None, inputs: Inputs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of out [.., T, H, D] and of scores [.., T, H, 1]; ``magnitude``: the same attention over |v|."""
+    head_dim, keys = q.shape[-1], k.shape[-3]
+    longest = k.double().nan_to_num(0.0).norm(dim=-1).max() if k.numel() else 0.0
+    largest = abs(head_dim**-0.5 if scale is None else scale) * q.double().norm(dim=-1, keepdim=True) * longest
+    added = 1e4 if mask is not None and mask.is_floating_point() else 0.0
+    scores = (8 + head_dim / 8) * SINGLE * largest + 2 * SINGLE * added
+    probabilities = 2 * scores + 16 * SINGLE * (1 + 2 * largest + added) + (8 + keys / 8) * SINGLE
+    if inputs.dtype == torch.bfloat16:  # the pair dot product takes them in bf16
+        probabilities = probabilities + inputs.eps
+    return inputs.eps * truth.abs() + probabilities * magnitude + inputs.tiny, scores + (16 + keys / 8) * SINGLE
+
+
+def attention(case: dict, inputs: Inputs) -> Trial:
+    b, t, s, kv, d = (case[name] for name in ("b", "t", "s", "kv_heads", "d"))
+    heads = kv * case["group"]
+    if case["packed"] is not None:
+        bounds = torch.tensor([0, *case["packed"]]).cumsum(0).int()
+        n = int(bounds[-1])
+        tensors = inputs.place(n, heads, d, repeat=True), inputs.place(n, kv, d, repeat=True), inputs.place(n, kv, d)
+        extra = {"cu_seqlens": inputs.laid(bounds)}
+    else:
+        padding = None
+        k, v = inputs.random(b, s, kv, d), inputs.random(b, s, kv, d)
+        if case["padding"]:
+            padding = inputs.chance(b, s, probability=0.7)
+            k[~padding], v[~padding] = float("nan"), float("nan")  # hidden keys may hold anything
+        tensors = inputs.place(b, t, heads, d, repeat=True), inputs.laid(k), inputs.laid(v)
+        hidden = None if padding is None else inputs.laid(padding, dense=0)
+        extra = {"mask": _mask(case["mask"], (b, heads, t, s), inputs), "key_padding_mask": hidden}
+    arguments = {**dict(zip("qkv", tensors)), **extra, "causal": case["causal"], "scale": case["scale"], "return_lse": True}
+    return _attention_trial(qvl_kernels.attention, arguments, extra.get("mask"), inputs)
+
+
+def cross_attention(case: dict, inputs: Inputs) -> Trial:
+    b, t, s, kv, d = (case[name] for name in ("b", "t", "s", "kv_heads", "d"))
+    lengths = torch.randint(0, s + 1, (b,), generator=inputs.generator)
+    k, v = inputs.random(b, s, kv, d), inputs.random(b, s, kv, d)
+    behind = torch.arange(s)[None] >= lengths[:, None]
+    k[behind], v[behind] = float("nan"), float("nan")
+    arguments = {
+        "q": inputs.place(b, t, kv * case["group"], d, repeat=True), "k": inputs.laid(k), "v": inputs.laid(v), "kv_lens": inputs.laid(lengths),
+        "key_padding_mask": inputs.laid(inputs.chance(b, s, probability=0.7), dense=0) if case["padding"] else None, "scale": case["scale"],
+    }  # fmt: skip
+    return _attention_trial(qvl_kernels.cross_attention, arguments, None, inputs)
+
+
+def decode_attention(case: dict, inputs: Inputs) -> Trial:
+    b, t, kv, d = (case[name] for name in ("b", "t", "kv_heads", "d"))
+    capacity = t + case["s"]
+    lengths = torch.randint(t, capacity + 1, (b,), generator=inputs.generator)
+    arguments = {
+        "q": inputs.place(b, t, kv * case["group"], d, repeat=True), "lengths": inputs.laid(lengths.int() if case["packed"] else lengths),
+        "mask": _mask(case["mask"], (b, kv * case["group"], t, capacity), inputs), "scale": case["scale"],
+    }  # fmt: skip
+    behind = (torch.arange(capacity)[None] >= lengths[:, None])[:, None].expand(b, kv, capacity)
+    exact = double(arguments)
+    for name in "kv":
+        if case["packed"]:
+            cache = torch.randint(-127, 128, (b, kv, capacity, d), generator=inputs.generator, dtype=torch.int8)
+            scales = torch.rand(b, kv, capacity, generator=inputs.generator) / 64
+            arguments |= {f"{name}_cache": inputs.laid(cache), f"{name}_scale": inputs.laid(scales, dense=0)}
+            exact[f"{name}_cache"] = dequantize_cache(cache, scales, inputs.dtype).double()
+        else:
+            cache = inputs.random(b, kv, capacity, d)
+            cache[behind] = float("nan")  # what lies behind a sequence is not read
+            arguments[f"{name}_cache"] = inputs.laid(cache)
+            exact[f"{name}_cache"] = cache.double()
+    return _attention_trial(qvl_kernels.decode_attention, arguments, arguments["mask"], inputs, exact)
+
+
+def _attention_trial(function, arguments: dict, mask: torch.Tensor | None, inputs: Inputs, exact: dict | None = None) -> Trial:
+    exact = double(arguments) if exact is None else exact
+    value, key = ("v_cache", "k_cache") if "k_cache" in exact else ("v", "k")
+    truth = reference(function, exact)
+    magnitude = reference(function, {**exact, value: exact[value].abs()})[0]
+    keys = exact[key].transpose(1, 2) if key == "k_cache" else exact[key]
+    slack, scores = _attention_slack(exact["q"], keys, truth[0], magnitude, arguments["scale"], mask, inputs)
+    if len(truth) > 1:
+        scores = scores.movedim(-2, -3)[..., 0] + 2 * SINGLE * truth[1].abs().nan_to_num(posinf=0.0)
+    return Trial(lambda: function(**arguments), truth, (slack, scores))
+
+
+# Whole layers
+
+FORMATS = st.sampled_from([None, (8, 128), (4, 32), (4, 64), (4, 128)])
+
+
+def _rounded_product(x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    if isinstance(weight, QuantizedWeight):
+        x, weight = rounded_activations(x.float(), weight).double(), dequantize(weight).double()
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _layer_slack(change: torch.Tensor, x: torch.Tensor, quantised: bool, inputs: Inputs) -> float:
+    """Of every element; rounding that falls to the other side moves an activation of a quantised product by 1/127 of the largest."""
+    if not x.numel():
+        return 0.0
+    unit = 60 * SINGLE if inputs.dtype == torch.float32 else 8 * inputs.eps
+    return max(unit, 0.05 if quantised else 0.0) * float(change.abs().max() + x.abs().max())
+
+
+def decoder_layer(case: dict, inputs: Inputs) -> Trial:
+    b, t, past, kv, c, f = (case[name] for name in ("b", "t", "past", "kv_heads", "c", "f"))
+    heads, d = kv * case["group"], 2 * case["half"]
+    shapes = {"q": (heads * d, c), "k": (kv * d, c), "v": (kv * d, c), "o": (c, heads * d), "gate": (f, c), "up": (f, c), "down": (c, f)}
+    formats = dict(zip(shapes, case["formats"] or [None] * 7))
+    weights = DecoderWeights(
+        **{name: inputs.matrix(*shape) if formats[name] is None else quantize(inputs.matrix(*shape).float(), *formats[name])
+           for name, shape in shapes.items()},
+        **{name: 1 + 0.1 * inputs.random(size) for name, size in (("input_norm", c), ("post_norm", c), ("q_norm", d), ("k_norm", d))},
+        **{f"{name}_bias": inputs.random(shapes[name][0]) for name in "qkvo" if case["bias"]},
+    )  # fmt: skip
+    weights = inputs.laid.all(weights)
+    x, tables = inputs.place(b, t, c, dense=3), _tables(inputs, b if case["flag"] else 1, t, d, dtype=inputs.dtype)
+    values = [inputs.random(b, kv, past + t + case["room"], d) for _ in range(2)]
+    for value in values:
+        value[:, :, past:] = float("nan")  # what is not written yet is not read
+    caches = [inputs.laid(value, writable=True) for value in values]
+    mask = _mask(case["mask"], (b, heads, t, past + t), inputs)
+    exact_caches = [value.double() for value in values]
+    exact_weights = DecoderWeights(*(w.double() if isinstance(w, torch.Tensor) else w for w in weights))
+    with mock.patch("qvl_kernels.ops.decoder_layer.reference.linear_reference", _rounded_product):
+        y = decoder_layer_reference(
+            x.double(), exact_weights, tables["cos"].double(), tables["sin"].double(), *exact_caches, past,
+            mask.double() if mask is not None and mask.is_floating_point() else mask, heads, 1e-6, d**-0.5,
+        )  # fmt: skip
+    quantised = any(formats.values())
+    slack = _layer_slack(y - x.double(), x, quantised, inputs)
+    written = []
+    for cache, truth in zip(caches, exact_caches):
+        allowed = torch.zeros(truth.shape, dtype=torch.float64)
+        allowed[:, :, past : past + t] = _layer_slack(truth[:, :, past : past + t], x, quantised, inputs)
+        written.append((cache, truth, allowed))
+
+    def call():
+        if case["formats"] or case["prepared"]:
+            kind = qvl_kernels.QuantizedDecoderLayer if case["formats"] else qvl_kernels.PreparedDecoderLayer
+            layer = kind(weights, num_heads=heads, kv_heads=kv, eps=1e-6, scale=d**-0.5)
+            return layer(x, **tables, k_cache=caches[0], v_cache=caches[1], past=past, mask=mask)
+        return qvl_kernels.decoder_layer(x, weights, **tables, k_cache=caches[0], v_cache=caches[1], past=past, mask=mask, num_heads=heads)
+
+    return Trial(call, (y,), (slack,), tuple(written))
+
+
+def vision_block(case: dict, inputs: Inputs) -> Trial:
+    heads, d, f = case["heads"], 2 * case["half"], case["f"]
+    c, bounds = heads * d, torch.tensor([0, *case["lengths"]]).cumsum(0).int()
+    tokens = int(bounds[-1])
+    shapes = {"qkv": (3 * c, c), "proj": (c, c), "fc1": (f, c), "fc2": (c, f)}
+    formats = dict(zip(shapes, case["formats"] or [None] * 4))
+    weights = inputs.laid.all(VisionWeights(
+        **{f"{name}_w": inputs.matrix(*shape) if formats[name] is None else quantize(inputs.matrix(*shape).float(), *formats[name])
+           for name, shape in shapes.items()},
+        **{f"{name}_b": 0.1 * inputs.random(shape[0]) for name, shape in shapes.items()},
+        **{f"norm{i}_{part}": float(part == "w") + 0.1 * inputs.random(c) for i in (1, 2) for part in "wb"},
+    ))  # fmt: skip
+    x, tables, cu_seqlens = inputs.place(tokens, c, dense=2), _tables(inputs, tokens, d, dtype=torch.float32), inputs.laid(bounds)
+    exact_weights = VisionWeights(*(w.double() if isinstance(w, torch.Tensor) else w for w in weights))
+    with mock.patch("qvl_kernels.ops.vision_block.reference.linear_reference", _rounded_product):
+        y = vision_block_reference(x.double(), exact_weights, tables["cos"].double(), tables["sin"].double(), bounds, heads, 1e-6)
+    slack = _layer_slack(y - x.double(), x, any(formats.values()), inputs)
+    return Trial(lambda: qvl_kernels.vision_block(x, weights, **tables, cu_seqlens=cu_seqlens, num_heads=heads), (y,), (slack,))
+
+
+NORMS = cases(rows=ROWS, size=WIDTHS, scale=st.sampled_from([1.0, 1e-3, 100.0]))
+PRODUCT = {"m": sizes(0, 20, 33, 64, 65, 130), "n": sizes(0, 40, 95, 97, 129), "k": sizes(0, 70, 127, 128, 129, 1023, 1025), "bias": st.booleans()}
+ATTENTION = {
+    "b": st.integers(0, 3), "t": sizes(0, 9, 17, 33, 70), "s": sizes(0, 40, 127, 129, 300, 513), **HEADS, "d": HEAD_DIMS, "scale": SCALES,
+    "mask": MASKS, "padding": st.booleans(),
+}  # fmt: skip
+ROPE = {"b": st.integers(1, 3), "t": sizes(0, 9), **HEADS, "half": sizes(1, 20, 32, 64, 65, 256), "flag": st.booleans()}
+# Layers norm their sums: with very few channels these may all but vanish, which no bound covers.
+DECODER = {
+    "b": st.integers(0, 3), "t": sizes(0, 6, 17, 40), "past": sizes(0, 20, 130), "room": st.integers(0, 3), **HEADS, "half": sizes(2, 12),
+    "c": sizes(8, 40, 64, 129), "f": sizes(1, 40, 97, 130), "bias": st.booleans(), "flag": st.booleans(), "mask": MASKS,
+    "prepared": st.booleans(),
+}  # fmt: skip
+VISION = {"lengths": st.lists(sizes(0, 12, 33, 70), max_size=3), "heads": st.integers(2, 4), "half": sizes(2, 12), "f": sizes(1, 40, 97, 130)}
+
+FUZZED = {
+    "attention": (attention, cases(**ATTENTION, causal=st.booleans(), packed=st.none() | st.lists(sizes(0, 9, 33, 140), max_size=4))),
+    "cross_attention": (cross_attention, cases(**ATTENTION)),
+    "decode_attention": (decode_attention, cases(**{**ATTENTION, "t": sizes(1, 4, 9)}, packed=st.booleans())),
+    "rms_norm": (lambda *arguments: _norm("rms_norm", *arguments), NORMS),
+    "add_rms_norm": (lambda *arguments: _norm("add_rms_norm", *arguments), NORMS),
+    "layer_norm": (lambda *arguments: _norm("layer_norm", *arguments), NORMS),
+    "add_layer_norm": (lambda *arguments: _norm("add_layer_norm", *arguments), NORMS),
+    "qk_norm_rope": (qk_norm_rope, cases(**ROPE)),
+    "vision_rope": (vision_rope, cases(**ROPE)),
+    "swiglu": (swiglu, cases(rows=ROWS, size=WIDTHS, scale=st.sampled_from([1.0, 10.0]))),
+    "gelu_tanh": (gelu_tanh, cases(rows=ROWS, size=WIDTHS, scale=st.sampled_from([1.0, 10.0]), bias=st.booleans())),
+    "patch_embed": (patch_embed, cases(**{**PRODUCT, "n": sizes(1, 40, 97), "k": sizes(1, 40)})),
+    "linear": (linear, cases(**PRODUCT, quantised=st.none())),
+    "quantized_linear": (linear, cases(**{**PRODUCT, "k": sizes(1, 70, 127, 128, 129, 1023, 1025)}, quantised=FORMATS.filter(bool))),
+    "linear_cross_entropy": (
+        linear_cross_entropy,
+        cases(**{**PRODUCT, "n": sizes(1, 60, 131)}, smoothing=st.sampled_from([0.0, 0.1]), reduction=st.sampled_from(["mean", "sum", "none"])),
+    ),
+    "decoder_layer": (decoder_layer, cases(**DECODER, formats=st.none())),
+    "decoder_layer_quantised": (decoder_layer, cases(**DECODER, formats=st.lists(FORMATS, min_size=7, max_size=7))),
+    "vision_block": (vision_block, cases(**VISION, formats=st.none())),
+    "vision_block_quantised": (vision_block, cases(**VISION, formats=st.lists(FORMATS, min_size=4, max_size=4))),
+}
+
+
+def check(name: str, case: dict) -> None:
+    fuzzing.CASE_FILE.write_text(repr((name, case)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(case["threads"])
+    try:
+        fuzzing.run(name, case, FUZZED[name][0](case, Inputs(case)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_every_op_is_here():
+    assert {name.removesuffix("_quantised") for name in FUZZED} == set(OPS)
+
+
+def _dies(action: Callable) -> bool:
+    """Whether ``action`` is ended by SIGSEGV, in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        action()
+        os._exit(0)
+    return os.waitpid(child, 0)[1] & 127 == signal.SIGSEGV
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_what_is_beside_and_what_is_read_only_is_felt(at_end):
+    placed = fuzzing.place(5, torch.float32, at_end=at_end)
+    first = placed.elements.data_ptr()
+    assert not _dies(lambda: ctypes.memset(first, 0, 20))
+    assert _dies(lambda: ctypes.string_at(first + 20 if at_end else first - 1, 1))
+    placed.make_read_only()
+    assert _dies(lambda: ctypes.memset(first, 0, 1)) and not _dies(lambda: ctypes.string_at(first, 20))
+
+
+@pytest.mark.parametrize("count", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", FUZZED)
+def test_between_guard_pages(name, count):
+    fuzzing.CASE_FILE.parent.mkdir(exist_ok=True)
+
+    @settings(max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(FUZZED[name][1])
+    def run(case):
+        check(name, case)
+
+    run()
