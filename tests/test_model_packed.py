@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 
 import models
 import pytest
@@ -185,3 +186,43 @@ def test_packed_linear_of_any_model(weights):
     with pytest.raises(ValueError, match="one of int8, int4"):
         PackedLinear.from_linear(linear, "fp8")
     assert quant.dequantize(packed.quantized).shape == (33, 70)
+
+
+def _at_once(*works) -> None:
+    threads = [threading.Thread(target=work) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _generates(model, batch, times: int, results: list):
+    return lambda: results.extend(model.generate(**batch, max_new_tokens=12, do_sample=False) for _ in range(times))
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_two_threads_on_one_model(weights):
+    fast = qvl_model.accelerate(models.stock_model(), weights=weights)
+    # transformers keeps rope_deltas on the model: only prompts of the same deltas are safe in two threads of stock, too.
+    batches = [inputs([7, (1, 4, 6), 2], seed=1), inputs([3, (1, 4, 6), 9], seed=2)]
+    expected = [fast.generate(**batch, max_new_tokens=12, do_sample=False) for batch in batches]
+    results = [[], []]
+    _at_once(*(_generates(fast, batch, 4, outs) for batch, outs in zip(batches, results)))
+    for outs, alone in zip(results, expected):
+        assert len(outs) == 4 and all(torch.equal(out, alone) for out in outs)
+
+
+def test_two_models_in_one_process():
+    """Each gives what it gave before the other one was there, in turn and at once."""
+    settings = [("odd", torch.float32, "int8"), ("multi_query", torch.bfloat16, "int4")]
+    batch, loaded, expected = inputs([7, (1, 4, 6), 2], [4]), [], []
+    for name, dtype, weights in settings:
+        loaded.append(qvl_model.accelerate(models.stock_model(name, dtype), weights=weights))
+        expected.append(loaded[-1].generate(**batch, max_new_tokens=12, do_sample=False))
+    results = [[], []]
+    for _ in range(2):
+        for model, outs in zip(loaded, results):
+            _generates(model, batch, 1, outs)()
+    _at_once(*(_generates(model, batch, 3, outs) for model, outs in zip(loaded, results)))
+    for outs, alone in zip(results, expected):
+        assert len(outs) == 5 and all(torch.equal(out, alone) for out in outs)

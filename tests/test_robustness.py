@@ -1,0 +1,137 @@
+"""Sizes, numbers and thread counts at their ends, on every instruction set of this machine."""
+
+import pytest
+import torch
+from op_cases import OPS, double, outputs, reference
+
+import qvl_kernels
+from qvl_kernels import quant
+from qvl_kernels.testing import instruction_set, random_tensor, relative_error
+
+NAN, INF = float("nan"), float("inf")
+ISAS = qvl_kernels.cpu_info()["supported"]
+FORMATS = [None, (8, 128), (4, 32), (4, 64), (4, 128)]
+LIMITS = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor | quant.QuantizedWeight, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x weight^T + bias by the kernels, and in float64."""
+    if isinstance(weight, torch.Tensor):
+        return qvl_kernels.linear(x, weight, bias), torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    exact = quant.rounded_activations(x, weight).double() @ quant.dequantize(weight).double().T
+    return qvl_kernels.quantized_linear(x, weight, bias), exact + bias.double()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_products_of_any_size(form, isa):
+    generator = _generator()
+    with instruction_set(isa):
+        for n in (1, 2, 7, 97):
+            for k in (1, 3, 33, 129) if form else (0, 1, 3, 33, 129):
+                weight = random_tensor((n, k), torch.float32, generator)
+                packed = quant.quantize(weight, *form) if form else None
+                bias = random_tensor((n,), torch.float32, generator).abs() + 4 * k**0.5  # sums do not vanish
+                for m in (0, 1, 2, 16, 17, 67):
+                    x = random_tensor((m, k), torch.float32, generator)
+                    for dtype, limit in LIMITS.items():
+                        out, exact = _product(x.to(dtype), packed or weight.to(dtype), bias.to(dtype))
+                        assert out.shape == (m, n) and relative_error(out, exact) <= limit, (m, n, k, dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 16, 40])
+def test_weights_with_a_zero_row_an_outlier_and_denormals(rows, dtype, isa):
+    generator, k = _generator(), 130
+    x, weight = random_tensor((rows, k), dtype, generator), random_tensor((41, k), dtype, generator)
+    denormal = torch.finfo(dtype).tiny / 4
+    weight[0], weight[2] = 0.0, denormal
+    weight[1, 7] = 1e4 if dtype == torch.float16 else 1e30
+    with instruction_set(isa):
+        out, exact = _product(x, weight, torch.zeros(41, dtype=dtype))
+    assert not out[:, 0].any()
+    for column in (1, *range(3, 41)):
+        assert relative_error(out[:, column], exact[:, column]) <= LIMITS[dtype]
+    # Some instructions take denormals as zeros.
+    assert bool((out[:, 2].double() - exact[:, 2]).abs().le(k * 4 * denormal).all())
+
+
+# Cases without masks and without causality over several queries: what those hide is test_attention's.
+ACTIVATIONS = {
+    "rms_norm": (("x",), ("prime", "strided")), "add_rms_norm": (("x", "residual"), ("prime",)), "layer_norm": (("x",), ("prime", "strided")),
+    "add_layer_norm": (("x", "residual"), ("prime",)), "swiglu": (("gate", "up"), ("odd", "strided")),
+    "gelu_tanh": (("x",), ("odd", "odd_bias")),
+    "linear": (("x",), ("one", "odd_k_rows_2", "rows_5", "odd_k_rows_17", "many_panels")), "patch_embed": (("pixels",), ("odd", "no_bias")),
+    "linear_cross_entropy": (("hidden",), ("none", "sum_smoothed")), "qk_norm_rope": (("q", "k"), ("odd_half",)),
+    "vision_rope": (("q", "k"), ("odd",)),
+    "attention": (("q", "k", "v"), ("one_query", "odd_head_dim", "packed")),
+    "cross_attention": (("q", "k", "v"), ("lengths", "one_query")), "decode_attention": (("q", "k_cache", "v_cache"), ("lengths",)),
+    "decoder_layer": (("x",), ("odd_decode",)), "vision_block": (("x",), ("odd",)),
+}  # fmt: skip
+
+
+def test_every_op_but_the_quantised_is_here():
+    """quantized_linear makes the whole row NaN: see test_quantized_linear."""
+    assert set(ACTIVATIONS) == set(OPS) - {"quantized_linear"}
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, (names, _) in ACTIVATIONS.items() for name in names])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_not_finite_activations_propagate_as_in_the_reference(op, name, dtype, bad):
+    function, cases = OPS[op]
+    for case in cases:
+        if case.name not in ACTIVATIONS[op][1]:
+            continue
+        arguments = case.make(dtype, _generator())
+        spoiled = arguments[name] = arguments[name].clone()
+        spoiled[tuple(size // 2 for size in spoiled.shape)] = bad
+        for isa in ISAS:
+            exact = reference(function, double(arguments))
+            with torch.no_grad(), qvl_kernels.use_backend("cpp"), instruction_set(isa):
+                outs = outputs(function(**arguments))
+            for out, truth in zip(outs, exact):
+                for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+                    assert torch.equal(kind(out), kind(truth)), f"{case.name} on {isa}: {kind.__name__}"
+
+
+def _parallel_calls():
+    """Calls that are large enough to be split, by name."""
+    generator = _generator()
+
+    def tensor(*shape, dtype=torch.float32):
+        return random_tensor(shape, dtype, generator)
+
+    weight, rows = tensor(700, 515), {"few": tensor(3, 515), "many": tensor(200, 515)}
+    calls = {}
+    for name, x in rows.items():
+        for form in (None, (8, 128), (4, 64)):
+            packed = weight if form is None else quant.quantize(weight, *form)
+            function = qvl_kernels.linear if form is None else qvl_kernels.quantized_linear
+            calls[f"linear_{name}_{form}"] = lambda function=function, x=x, packed=packed: function(x, packed)
+    wide = tensor(300, 515)
+    calls["rms_norm"] = lambda: qvl_kernels.rms_norm(wide, wide[0])
+    calls["swiglu"] = lambda: qvl_kernels.swiglu(wide, wide)
+    q, kv = tensor(2, 150, 6, 40), tensor(2, 150, 3, 40)
+    calls["attention"] = lambda: qvl_kernels.attention(q, kv, kv, causal=True)
+    calls["rope"] = lambda: qvl_kernels.qk_norm_rope(q, q, q[0, 0, 0], q[0, 0, 0], q[:1, :, 0], q[:1, :, 1])[0]
+    return calls
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", _parallel_calls())
+def test_any_number_of_threads_gives_the_same(name, isa):
+    call, before, results = _parallel_calls()[name], torch.get_num_threads(), []
+    try:
+        with instruction_set(isa):
+            for threads in (1, 2, 3, 9):  # 9: more than cores, and than some calls have tasks
+                torch.set_num_threads(threads)
+                results.append(call())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
