@@ -3,7 +3,7 @@
 Inputs cannot be written either, and gaps between their rows are NaN. Fresh outputs are NaN, and what lies between them and the far
 page must not change. Before it runs, each case is written to build/fuzz_case.txt, where it stays after a crash; to run it again:
 
-    cd tests && python -c "import test_fuzz; test_fuzz.check(*eval(open('../build/fuzz_case.txt').read()))"
+    PYTHONPATH=tests python -c "import test_fuzz; test_fuzz.check(*eval(open('build/fuzz_case.txt').read()))"
 """
 
 import ctypes
