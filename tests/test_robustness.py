@@ -1,5 +1,8 @@
 """Sizes, numbers and thread counts at their ends, on every instruction set of this machine."""
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 from op_cases import OPS, double, outputs, reference
@@ -100,7 +103,8 @@ def test_not_finite_activations_propagate_as_in_the_reference(op, name, dtype, b
                     assert torch.equal(kind(out), kind(truth)), f"{case.name} on {isa}: {kind.__name__}"
 
 
-def _parallel_calls():
+@functools.cache
+def _parallel_calls() -> dict[str, Callable]:
     """Calls that are large enough to be split, by name."""
     generator = _generator()
 
@@ -109,10 +113,10 @@ def _parallel_calls():
 
     weight, rows = tensor(700, 515), {"few": tensor(3, 515), "many": tensor(200, 515)}
     calls = {}
-    for name, x in rows.items():
-        for form in (None, (8, 128), (4, 64)):
-            packed = weight if form is None else quant.quantize(weight, *form)
-            function = qvl_kernels.linear if form is None else qvl_kernels.quantized_linear
+    for form in (None, (8, 128), (4, 64)):
+        packed = weight if form is None else quant.quantize(weight, *form)
+        function = qvl_kernels.linear if form is None else qvl_kernels.quantized_linear
+        for name, x in rows.items():
             calls[f"linear_{name}_{form}"] = lambda function=function, x=x, packed=packed: function(x, packed)
     wide = tensor(300, 515)
     calls["rms_norm"] = lambda: qvl_kernels.rms_norm(wide, wide[0])
