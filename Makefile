@@ -2,6 +2,7 @@
 # make test      the tests that fit into 15 minutes on 2 cores
 # make setup     only the environment (.venv) and the C++ extension; the two above do it themselves
 # make test-all  every test, also on the oldest supported transformers and, under emulation, on aarch64
+# make sanitize  the kernel tests over an extension built with AddressSanitizer and UBSan
 # make audit     every Triton kernel compiled for every GPU architecture and read back; needs no GPU
 # make bench-gpu GPU tests and benchmarks (a plain PyTorch image is enough); without a GPU it builds every case
 # make peers     OpenVINO, llama.cpp and ik_llama.cpp, each in an environment of its own under the cache, for the benchmark to compare with
@@ -15,7 +16,7 @@ CXX ?= g++
 TORCH := torch==2.13.0
 CSRC := $(shell find csrc -type f)
 
-.PHONY: audit audit-oldest bench bench-all bench-gpu bench-kernels peers test test-all test-oldest aarch64 setup clean
+.PHONY: audit audit-oldest bench bench-all bench-gpu bench-kernels peers test test-all test-oldest aarch64 sanitize setup clean
 
 bench: setup
 	$(VENV)/bin/python -m bench $(if $(FAMILY),--family $(FAMILY)) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -58,6 +59,9 @@ test-oldest: setup $(OLDEST)/.installed
 
 aarch64:
 	bash tests/aarch64.sh
+
+sanitize: setup
+	CXX="$(CXX)" PYTHON=$(VENV)/bin/python bash tests/sanitize.sh
 
 setup: $(VENV)/.built
 

@@ -1,6 +1,10 @@
-"""Builds qvl_kernels._C, the C++17 CPU extension. It needs no torch headers: one build serves every torch version."""
+"""Builds qvl_kernels._C, the C++17 CPU extension. It needs no torch headers: one build serves every torch version.
+
+QVL_SANITIZE=1 builds it with AddressSanitizer and UBSan, for tests/sanitize.sh.
+"""
 
 import glob
+import os
 import platform
 import shutil
 import sys
@@ -13,6 +17,14 @@ except ImportError:
     sys.exit("qvl: building needs pybind11: pip install pybind11")
 
 X86_ONLY = tuple(f"csrc/cpu/targets/{isa}.cpp" for isa in ("avx2", "avx512", "avx512_vnni", "avx512_bf16"))
+COMPILE = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi", "-fvisibility=hidden",
+           # GCC 12 warns inside its own AVX-512 headers.
+           "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+LINK = ["-fopenmp"]
+if os.environ.get("QVL_SANITIZE") == "1":
+    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    COMPILE += [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer"]
+    LINK += SANITIZE
 
 
 def sources() -> list[str]:
@@ -41,10 +53,8 @@ setup(
             sources(),
             cxx_std=17,
             depends=glob.glob("csrc/**/*.h", recursive=True),
-            extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi",
-                # GCC 12 warns inside its own AVX-512 headers.
-                "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-fvisibility=hidden"],
-            extra_link_args=["-fopenmp"],
+            extra_compile_args=COMPILE,
+            extra_link_args=LINK,
         )
     ],
     cmdclass={"build_ext": BuildExtension},
