@@ -225,8 +225,9 @@ def test_splits_over_keys(threads, queries):
 
 
 @pytest.mark.parametrize(("b", "t", "s"), [(0, 3, 3), (2, 0, 3), (2, 3, 0), (2, 0, 0)])
-def test_empty(b, t, s):
-    q, k, v = _qkv(t, s, b=b)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_empty(b, t, s, dtype):
+    q, k, v = _qkv(t, s, b=b, dtype=dtype)
     out, lse = qvl_kernels.attention(q, k, v, return_lse=True)
     assert out.shape == q.shape and (out == 0).all()
     assert lse.shape == (b, 4, t) and (lse == -INF).all()

@@ -118,6 +118,7 @@ void run_attention(const AttentionArgs& a) {
   thread_local std::vector<Sequence> sequences_storage;
   std::vector<Sequence>& sequences = sequences_storage;
   const int64_t tasks = list_sequences(a, sequences);
+  if (tasks == 0) return;
   const Route route = gemm_route(a.dtype, a.head_dim, 2);
   const int64_t scratch_floats = attention_scratch_floats(table, a.head_dim);
   const auto find = [&](int64_t task) {
@@ -135,7 +136,7 @@ void run_attention(const AttentionArgs& a) {
   };
 
   int64_t splits = 1;
-  if (tasks > 0 && tasks < 2 * max_threads() && !a.cu_seqlens)
+  if (tasks < 2 * max_threads() && !a.cu_seqlens)
     splits = std::min((2 * int64_t(max_threads()) + tasks - 1) / tasks, a.keys / kMinSplitKeys);
   if (splits <= 1) {
     const bool gather = route == Route::dot && a.mask_kind == MaskKind::none && a.k_s > a.head_dim && tasks >= kMinGatherBlocks * a.batch * a.kv_heads;
