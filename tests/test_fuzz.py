@@ -394,7 +394,7 @@ def vision_block(case: dict, inputs: Inputs) -> Trial:
 NORMS = cases(rows=ROWS, size=WIDTHS, scale=st.sampled_from([1.0, 1e-3, 100.0]))
 PRODUCT = {"m": sizes(0, 20, 33, 64, 65, 130), "n": sizes(0, 40, 95, 97, 129), "k": sizes(0, 70, 127, 128, 129, 1023, 1025), "bias": st.booleans()}
 ATTENTION = {
-    "b": st.integers(0, 3), "t": sizes(0, 9, 17, 33, 70), "s": sizes(0, 40, 127, 129, 300, 513), **HEADS, "d": HEAD_DIMS, "scale": SCALES,
+    "b": st.integers(0, 3), "t": sizes(0, 9, 17, 33, 70, 150), "s": sizes(0, 40, 127, 129, 300, 513), **HEADS, "d": HEAD_DIMS, "scale": SCALES,
     "mask": MASKS, "padding": st.booleans(),
 }  # fmt: skip
 ROPE = {"b": st.integers(1, 3), "t": sizes(0, 9), **HEADS, "half": sizes(1, 20, 32, 64, 65, 256), "flag": st.booleans()}
