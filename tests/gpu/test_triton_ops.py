@@ -64,5 +64,8 @@ def test_gradients(op, case, dtype, device, monkeypatch):
         ours = gradients(function, ours_arguments, [cotangent.to(device) for cotangent in cotangents])
     monkeypatch.undo()
     guard.check()
+    # Scores of up to 300 are rounded by up to 150 units of fp32, and exponents with them; the backward finds them anew, where PyTorch keeps
+    # probabilities. How far apart the two lie differs with the order of sums, from processor to processor.
+    floor = max(2 * torch.finfo(dtype).eps, 64 * torch.finfo(torch.float32).eps) if case.name == "large_scores" else None
     for gradient, plain, exact in zip(ours, baseline, truth):
-        assert_close_to_truth(gradient.cpu(), plain, exact, factor=3.0)
+        assert_close_to_truth(gradient.cpu(), plain, exact, factor=3.0, floor=floor)
