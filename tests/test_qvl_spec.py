@@ -19,7 +19,7 @@ def test_no_row_is_empty():
 
 
 def test_files_and_tests_exist():
-    for name in re.findall(r"`((?:qvl_model|qvl_kernels|csrc|tests|bench)/[\w/.]+)", TEXT):
+    for name in re.findall(r"`((?:qvl_model|qvl_kernels|csrc|tests|bench)/[\w/.-]+)", TEXT):
         assert (ROOT / name).is_file(), f"SPEC.md names {name}"
     for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TEXT):
         assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), flags=re.MULTILINE), f"SPEC.md names {file}::{test}"
