@@ -33,7 +33,7 @@ inline void gemv_prepare_typed(const T* x, int64_t k, float* out) {
 // dot: x as it is, padded with zeros; fma: widened.
 void gemv_prepare(const void* x, DType dtype, int64_t k, Route route, float* out) {
   if (route == Route::dot) {
-    std::memcpy(out, x, size_t(k) * 2);
+    if (k > 0) std::memcpy(out, x, size_t(k) * 2);  // rows of no elements have no address
     std::memset(reinterpret_cast<char*>(out) + k * 2, 0, size_t((kGemvBlock - k % kGemvBlock) % kGemvBlock) * 2);
     return;
   }
