@@ -209,8 +209,8 @@ def run(options: Options, step: Callable[[str], None]) -> dict[str, object]:
         raw["errors"] |= {f"{dtype}_float64": pair for dtype, pair in errors.items()}
         if options.packed:
             step("layers of packed weights against the same rounded numbers")
-            raw["layer_cosines"] = worker.ask("cosines", path=options.model, weights=PACKED, layers=options.layers, image_size=options.image_size,
-                                        text_tokens=options.text_tokens)
+            raw["layer_cosines"] = worker.ask("cosines", path=options.model, weights=PACKED, layers=options.layers,
+                                              image_size=options.image_size, text_tokens=options.text_tokens)
         step("greedy tokens of odd configs")
         raw["greedy"] = worker.ask("greedy", family=family.name)
     if options.all:

@@ -10,7 +10,8 @@ folder=$PWD/build/sanitize
 rm -f "$folder"/report.*
 QVL_SANITIZE=1 "$PYTHON" setup.py -q build --build-base "$folder" --build-temp "$folder/temp" --build-lib "$folder/lib"
 
-# Reports go to files: pytest would swallow them. Python never frees all it has, so leaks are not looked for.
+# Reports go to files, where UBSan's do not always arrive: pytest leaves the standard streams alone below, or it would swallow them and
+# end without a word. Python never frees all it has, so leaks are not looked for.
 export ASAN_OPTIONS=detect_leaks=0:log_path=$folder/report
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=$folder/report
 
@@ -34,7 +35,7 @@ fi
 rm "$folder"/report.*
 
 status=0
-sanitized -m pytest -q -p no:cacheprovider -m "not slow" --durations=15 tests/test_fuzz.py tests/test_attention.py tests/test_quant.py \
+sanitized -m pytest -q --capture=sys -p no:cacheprovider -m "not slow" --durations=15 tests/test_fuzz.py tests/test_attention.py tests/test_quant.py \
   tests/test_quant_gemm.py tests/test_quantized_linear.py tests/test_robustness.py tests/test_bad_arguments.py tests/test_ops.py tests/test_isa.py \
   -k "not model_sizes and not compile" "$@" || status=$?
 if compgen -G "$folder/report.*" >/dev/null; then
