@@ -23,6 +23,9 @@ struct Sequence {
   int64_t first_row;  // of gathered keys
 };
 
+// Rows that the gathered keys of a sequence take: its pairs of values begin at even ones.
+int64_t gathered_rows(int64_t keys) { return (keys + 1) / 2 * 2; }
+
 int64_t blocks_of(const AttentionArgs& a, int64_t queries) {
   const int64_t rows = a.heads / a.kv_heads * queries, width = kernels().panel_width;
   return (rows + width - 1) / width;
@@ -50,7 +53,7 @@ int64_t list_sequences(const AttentionArgs& a, std::vector<Sequence>& sequences)
                                     std::to_string(s.keys));
     }
     s.first_row = rows;
-    rows += (s.keys + 1) / 2 * 2;
+    rows += gathered_rows(s.keys);
     s.first_task = tasks;
     tasks += s.queries ? blocks_of(a, s.queries) * a.kv_heads : 0;
   }
@@ -126,9 +129,19 @@ void run_attention(const AttentionArgs& a) {
                                         [](int64_t value, const Sequence& s) { return value < s.first_task; });
     return int64_t(after - sequences.begin()) - 1;
   };
+  bf16* k_rows = nullptr;  // of all heads and sequences, where they are gathered
+  float* v_pairs = nullptr;
+  const int64_t rows = sequences.back().first_row + gathered_rows(sequences.back().keys);
   const auto task_at = [&](int64_t task) {
     const int64_t b = find(task);
-    return make_task(a, sequences[size_t(b)], b, task - sequences[size_t(b)].first_task, route);
+    const Sequence& s = sequences[size_t(b)];
+    AttentionTask t = make_task(a, s, b, task - s.first_task, route);
+    if (k_rows) {
+      const int64_t row = (task - s.first_task) / blocks_of(a, s.queries) * rows + s.first_row;
+      t.k_rows = k_rows + row * a.head_dim;
+      t.v_pairs = v_pairs + row / 2 * a.head_dim;
+    }
+    return t;
   };
   const auto scratch = [&] {
     thread_local Workspace workspace;
@@ -139,28 +152,19 @@ void run_attention(const AttentionArgs& a) {
   if (tasks < 2 * max_threads() && !a.cu_seqlens)
     splits = std::min((2 * int64_t(max_threads()) + tasks - 1) / tasks, a.keys / kMinSplitKeys);
   if (splits <= 1) {
-    const bool gather = route == Route::dot && a.mask_kind == MaskKind::none && a.k_s > a.head_dim && tasks >= kMinGatherBlocks * a.batch * a.kv_heads;
-    if (!gather) return parallel_tasks(tasks, [&](int64_t task) { table.attention_task(a, task_at(task), scratch()); });
-    thread_local Workspace k_rows_ws, v_pairs_ws;
-    const int64_t rows = sequences.back().first_row + (sequences.back().keys + 1) / 2 * 2;
-    bf16* k_rows = k_rows_ws.get<bf16>(a.kv_heads * rows * a.head_dim);
-    float* v_pairs = v_pairs_ws.get<float>(a.kv_heads * rows / 2 * a.head_dim);
-    const auto gathered_task_at = [&](int64_t task) {
-      const int64_t b = find(task);
-      const Sequence& s = sequences[size_t(b)];
-      AttentionTask t = make_task(a, s, b, task - s.first_task, route);
-      const int64_t row = (task - s.first_task) / blocks_of(a, s.queries) * rows + s.first_row;
-      t.k_rows = k_rows + row * a.head_dim;
-      t.v_pairs = v_pairs + row / 2 * a.head_dim;
-      return t;
-    };
-    // Each task gathers its share of the keys that all tasks of its head then read.
-    parallel_tasks(tasks, [&](int64_t task) {
-      const AttentionTask t = gathered_task_at(task);
-      const int64_t blocks = blocks_of(a, t.queries), block = t.row_begin / table.panel_width, pairs = (t.keys + 1) / 2;
-      table.attention_gather(a, t, pairs * block / blocks * 2, std::min(pairs * (block + 1) / blocks * 2, t.keys));
-    });
-    return parallel_tasks(tasks, [&](int64_t task) { table.attention_task(a, gathered_task_at(task), scratch()); });
+    const bool apart = a.k_s > a.head_dim && tasks >= kMinGatherBlocks * a.batch * a.kv_heads;
+    if (route == Route::dot && a.mask_kind == MaskKind::none && apart) {
+      thread_local Workspace k_rows_ws, v_pairs_ws;
+      k_rows = k_rows_ws.get<bf16>(a.kv_heads * rows * a.head_dim);
+      v_pairs = v_pairs_ws.get<float>(a.kv_heads * rows / 2 * a.head_dim);
+      // Each task gathers its share of the keys that all tasks of its head then read.
+      parallel_tasks(tasks, [&](int64_t task) {
+        const AttentionTask t = task_at(task);
+        const int64_t blocks = blocks_of(a, t.queries), block = t.row_begin / table.panel_width, pairs = (t.keys + 1) / 2;
+        table.attention_gather(a, t, pairs * block / blocks * 2, std::min(pairs * (block + 1) / blocks * 2, t.keys));
+      });
+    }
+    return parallel_tasks(tasks, [&](int64_t task) { table.attention_task(a, task_at(task), scratch()); });
   }
   const int64_t stride = table.panel_width * (a.head_dim + 2);
   thread_local Workspace partials_ws;
