@@ -4,13 +4,17 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
 import models
 import qvl_model
 import qvl_models
 from qvl_model import capacity
+from qvl_model.capacity.weights import storage_of
 
 TEXT = "model.language_model.layers"
 VISION = "model.visual.blocks"
@@ -364,6 +368,18 @@ def test_published_specification():
 def test_models_in_wrappers(whole):
     assert capacity.verify(torch.compile(whole), models.config("odd")).ok
     assert capacity.verify(whole.model, models.config("odd")).ok
+
+
+def test_empty_shares_of_sharded_parameters_are_told_apart():
+    """A gate is one number, so the second of two ranks holds nothing of it: empty shares once passed for one tensor."""
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        mesh = dist.init_device_mesh("cpu", (2,))
+        gates = [nn.Parameter(distribute_tensor(torch.rand(1), mesh, [Shard(0)], src_data_rank=None)) for _ in range(8)]
+        assert all(gate.to_local().numel() == 0 for gate in gates)
+        assert len({storage_of(gate) for gate in gates}) == 8 and storage_of(gates[0]) == storage_of(gates[0])
+    finally:
+        dist.destroy_process_group()
 
 
 def test_what_is_refused(whole):

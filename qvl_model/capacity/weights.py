@@ -51,12 +51,11 @@ def _values(parameter: Tensor) -> Tensor | None:
 
 def storage_of(parameter: Tensor) -> tuple:
     """Equal for two parameters exactly if they are the same numbers in memory."""
-    if isinstance(parameter, DTensor):
-        parameter = parameter.to_local()
-        if parameter.numel() == 0:
-            return (id(parameter),)
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    if local.numel() == 0:  # a rank's share of a small parameter: it has no memory to tell it by
+        return (id(parameter),)
     try:
-        return (parameter.device, parameter.data_ptr(), tuple(parameter.shape))
+        return (local.device, local.data_ptr(), tuple(local.shape))
     except RuntimeError:  # a tensor subclass without storage of its own
         return (id(parameter),)
 
