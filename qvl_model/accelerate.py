@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import transformers
 from packaging.version import Version
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 import qvl_kernels
@@ -158,10 +158,11 @@ def accelerate(
     return model
 
 
-def _read_by_every_token(model: nn.Module) -> Iterator[nn.Parameter]:
+def _read_by_every_token(model: nn.Module) -> Iterator[Tensor]:
     for name, module in model.named_modules():
         if part_of(model, name) != "vision" and not isinstance(module, nn.Embedding):
             yield from module.parameters(recurse=False)
+            yield from module.buffers(recurse=False)  # packed weights
 
 
 def restore(model: nn.Module) -> nn.Module:

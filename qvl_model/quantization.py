@@ -101,6 +101,7 @@ def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64)
             PackedEmbedding.pack(embedding, packed, weight.dtype)
         pages.release(weight)
         del weight
+        pages.trim()
 
 
 def _check_finite(name: str, weight: Tensor) -> None:

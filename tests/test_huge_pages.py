@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qvl_kernels
-from qvl_kernels import huge_pages
+from qvl_kernels import huge_pages, pages, quant
 
 HUGE = 1 << 21
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
@@ -122,3 +122,41 @@ def test_strided_meta_and_sparse_tensors_are_left_alone(file):
     columns = whole[: 8 * HUGE].view(-1, 4096)[:, 1:]
     tensors = [columns, torch.empty(HUGE, device="meta"), torch.eye(3).to_sparse()]
     assert qvl_kernels.use_huge_pages(tensors) == 0
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((2, HUGE), torch.int8), ((3, HUGE // 2 + 40), torch.uint8), ((HUGE // 8, 5), torch.float32)], ids=str)
+def test_large_memory_begins_at_a_huge_page(shape, dtype):
+    like = torch.empty(2, dtype=torch.bfloat16)
+    first, second = (pages.empty(like, shape, dtype) for _ in range(2))
+    first.fill_(3)
+    second.fill_(5)
+    for x, value in ((first, 3), (second, 5)):
+        assert x.shape == shape and x.dtype is dtype and x.is_contiguous() and bool((x == value).all())
+        assert x.data_ptr() % HUGE == 0
+        if huge_pages_work():
+            assert smaps(x.data_ptr(), "AnonHugePages") * 1024 == x.nbytes // HUGE * HUGE
+    address, copy = first.data_ptr(), first[1:].clone()
+    row = first[1:]
+    del first, x
+    assert torch.equal(row, copy)  # a view keeps the memory
+    del row
+    with pytest.raises(AssertionError, match="is not mapped"):
+        smaps(address, "Rss")
+
+
+def test_small_and_fake_memory_is_as_ever():
+    like = torch.empty(0)
+    assert pages.empty(like, (3, 0), torch.int8).shape == (3, 0) and pages.empty(like, (100,), torch.int8).shape == (100,)
+    assert pages.empty(like.to("meta"), (2, HUGE), torch.int8).is_meta
+    with torch._subclasses.FakeTensorMode():
+        assert type(pages.empty(torch.empty(2), (2, HUGE), torch.int8)) is torch._subclasses.FakeTensor
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_weights_lie_on_huge_pages(bits):
+    if not huge_pages_work():
+        pytest.skip("the system gives no huge pages")
+    held = [torch.ones(HUGE // 4) for _ in range(8)]  # what is freed here would be handed out again, on its small pages
+    del held
+    values = quant.quantize(torch.randn(2048, 4096), bits).values
+    assert smaps(values.data_ptr(), "AnonHugePages") * 1024 == values.nbytes

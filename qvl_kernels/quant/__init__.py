@@ -58,7 +58,7 @@ def quantize(weight: torch.Tensor, bits: int, group: int = 64) -> QuantizedWeigh
         raise ValueError(f"quantize: int4 groups have {', '.join(map(str, GROUPS))} inputs, got {group}")
     rows, size = weight.shape
     padded = -(-size // group) * group
-    values = pages.huge(weight.new_empty((rows, size) if bits == 8 else (rows, padded // 2), dtype=torch.int8 if bits == 8 else torch.uint8))
+    values = pages.empty(weight, *(((rows, size), torch.int8) if bits == 8 else ((rows, padded // 2), torch.uint8)))
     scales = weight.new_empty((rows, 1) if bits == 8 else (rows, padded // group), dtype=torch.float32 if bits == 8 else torch.bfloat16)
     step = max(1, CHUNK // max(1, size))
     for begin in range(0, rows, step):
