@@ -1,13 +1,15 @@
 // Matrix-vector products over int8 and int4 weights for up to 16 rows of activations rounded to int8. Bytes are multiplied
 // and summed in int32 over chunks of 128 inputs (int4: over the group), and the chunks in fp32.
 //
-// Weights are read front to back, a few rows at a time, each block prefetched in the order of its addresses while the one
-// before it is multiplied, a line beside each load: on Zen 4 31 GB/s a core, against 12 where each row prefetches its own
-// place of the next block, or where the lines come in bursts of eight.
+// Weights are read front to back, a few rows at a time, and prefetched in the order of their addresses while what comes before
+// them is multiplied, a line beside each load: on Zen 4 31 GB/s a core, against 12 where each row prefetches its own place, or
+// where the lines come in bursts of eight. For one activation row that is the next four weight rows, in L1; for more, whose
+// passes and parts of k find weights in L2, the next 32.
 
-constexpr int kQuantTileRows = Vec::kPanelVectors == 4 ? 4 : 2;  // weight rows and activation rows held in registers:
-constexpr int kQuantTileM = Vec::kPanelVectors == 4 ? 4 : 2;     // 32 or 16 vector registers
+constexpr int kQuantTileRows = 4;                             // weight rows and activation rows held in registers:
+constexpr int kQuantTileM = Vec::kPanelVectors == 4 ? 4 : 2;  // 32 or 16 vector registers
 constexpr int64_t kQuantSpan = 32;  // weight rows whose sums are kept until bias, activation and residual follow in vectors
+constexpr int64_t kQuantDepthChunks = 16;  // chunks of an activation row in use at a time: 4 rows of them take 12 KB
 constexpr int64_t kInt4Steps = kQuantChunk / Bytes::kInt4Step;
 
 // Where an activation row's prepared numbers lie: see QuantPrepareArgs.
@@ -80,8 +82,7 @@ struct QuantMatrix {
   int64_t scale_stride_bytes;
 };
 
-// Prefetches run through memory once: each of a block's passes fetches its share of the next block, `lines` for each 64
-// bytes of ROWS rows.
+// Prefetches run through memory once: `lines` for each 64 bytes of ROWS rows.
 struct QuantFetch {
   const char* next;
   int64_t lines;
@@ -93,8 +94,22 @@ struct QuantFetch {
   }
 };
 
+// sums[i] += lanes i, i + 4, i + 8, ... of x: rows that Bytes::join laid side by side.
+inline void add_blocks(Vec x, float* sums) {
+  typedef float Float4 __attribute__((vector_size(16)));
+  alignas(64) float lanes[Vec::kWidth];
+  x.store(lanes);
+  Float4 sum, block;
+  std::memcpy(&sum, sums, sizeof(sum));
+  for (int i = 0; i < Vec::kWidth; i += 4) {
+    std::memcpy(&block, lanes + i, sizeof(block));
+    sum += block;
+  }
+  std::memcpy(sums, &sum, sizeof(sum));
+}
+
 struct Int8Format {
-  static constexpr int64_t kChunkBytes = kQuantChunk;
+  static constexpr int64_t kChunkBytes = kQuantChunk, kChunkScaleBytes = 0;
   static constexpr bool kRowScale = true;
 
   static int64_t row_bytes(const QuantGemvArgs& a) { return a.k; }
@@ -106,15 +121,13 @@ struct Int8Format {
 
   // sums[m][r] += w[r, chunks] . x[m, chunks]; w begins with the first chunk.
   template <int ROWS, int M>
-  static void add(const QuantMatrix& matrix, char* records, int64_t k_padded, int64_t begin, int64_t end, QuantFetch fetch,
+  static void add(const QuantMatrix& matrix, char* records, int64_t k_padded, int64_t begin, int64_t end, QuantFetch& fetch,
                   float* sums) {
     const auto* w = reinterpret_cast<const int8_t*>(matrix.w);
     const int64_t stride = matrix.stride_bytes, record_bytes = quant_record_bytes(k_padded);
-    Vec total[ROWS][M];
+    Vec total[M];
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) total[r][m] = Vec::zero();
+    for (int m = 0; m < M; ++m) total[m] = Vec::zero();
     for (int64_t chunk = begin; chunk < end; ++chunk, w += kQuantChunk) {
       Bytes acc[ROWS][M];
 #pragma GCC unroll 4
@@ -137,12 +150,18 @@ struct Int8Format {
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         const Vec scale = Vec::set1(quant_scales(records + m * record_bytes, k_padded)[chunk]);
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) total[r][m] = Vec::fma(acc[r][m].to_float(), scale, total[r][m]);
+        Bytes sum = acc[0][m];
+        if constexpr (ROWS == 4) sum = Bytes::join(acc[0][m], acc[1][m], acc[2][m], acc[3][m]);
+        total[m] = Vec::fma(sum.to_float(), scale, total[m]);
       }
     }
-    for (int r = 0; r < ROWS; ++r)
-      for (int m = 0; m < M; ++m) sums[m * kQuantSpan + r] += total[r][m].sum();
+    for (int m = 0; m < M; ++m) {
+      if constexpr (ROWS == 4) {
+        add_blocks(total[m], sums + m * kQuantSpan);
+      } else {
+        sums[m * kQuantSpan] += total[m].sum();
+      }
+    }
   }
 
   template <int ROWS>
@@ -160,14 +179,14 @@ struct Int8Format {
 
 template <int GROUP>
 struct Int4Format {
-  static constexpr int64_t kChunkBytes = kQuantChunk / 2;
+  static constexpr int64_t kChunkBytes = kQuantChunk / 2, kChunkScaleBytes = kQuantChunk / GROUP * 2;
   static constexpr bool kRowScale = false;
 
   static int64_t row_bytes(const QuantGemvArgs& a) { return (a.k + GROUP - 1) / GROUP * (GROUP / 2); }
   static float row_scale(const QuantMatrix&, int64_t) { return 1.0f; }  // scales are those of groups
 
   template <int ROWS, int M>
-  static void add(const QuantMatrix& matrix, char* records, int64_t k_padded, int64_t begin, int64_t end, QuantFetch fetch,
+  static void add(const QuantMatrix& matrix, char* records, int64_t k_padded, int64_t begin, int64_t end, QuantFetch& fetch,
                   float* sums) {
     const auto* w = reinterpret_cast<const uint8_t*>(matrix.w);
     const char* scales = matrix.scales;
@@ -227,54 +246,64 @@ inline QuantMatrix quant_matrix(const QuantGemvArgs& a, int64_t n, bool second) 
           static_cast<const char*>(second ? a.scales2 : a.scales) + n * scale_stride, scale_stride};
 }
 
-// sums[m][r] of ROWS weight rows and the M activation rows of `records`; pass of `passes` over this block.
+// sums[m][r] += chunks [begin, end) of ROWS weight rows times M activation rows; the last chunk may be a part of one.
 template <class Format, int ROWS, int M>
-void quant_sums(const QuantGemvArgs& a, const QuantMatrix& matrix, char* records, int64_t pass, int64_t passes, float* sums) {
-  for (int m = 0; m < M; ++m)
-    for (int r = 0; r < ROWS; ++r) sums[m * kQuantSpan + r] = 0.0f;
-  const int64_t bytes = Format::row_bytes(a), chunks = bytes / Format::kChunkBytes, rest = bytes % Format::kChunkBytes;
-  const int64_t lines = (ROWS + passes - 1) / passes;
-  const QuantFetch fetch{matrix.w + ROWS * matrix.stride_bytes + pass * lines * chunks * Format::kChunkBytes, lines};
-  Format::template add<ROWS, M>(matrix, records, a.k_padded, 0, chunks, fetch, sums);
-  if (rest) {
+void quant_sums(const QuantGemvArgs& a, QuantMatrix matrix, char* records, int64_t begin, int64_t end, QuantFetch& fetch, float* sums) {
+  const int64_t bytes = Format::row_bytes(a), whole = bytes / Format::kChunkBytes;
+  if (end > whole) {
     typename Format::template Tail<ROWS> tail;
-    const QuantMatrix copied = tail.copy(matrix, chunks, rest);
-    Format::template add<ROWS, M>(copied, records, a.k_padded, chunks, chunks + 1, QuantFetch{nullptr, 0}, sums);
+    const QuantMatrix copied = tail.copy(matrix, whole, bytes % Format::kChunkBytes);
+    QuantFetch nothing{nullptr, 0};
+    Format::template add<ROWS, M>(copied, records, a.k_padded, whole, end--, nothing, sums);
   }
+  matrix.w += begin * Format::kChunkBytes, matrix.scales += begin * Format::kChunkScaleBytes;
+  Format::template add<ROWS, M>(matrix, records, a.k_padded, begin, end, fetch, sums);
 }
 
-// The passes over one block of weight rows, which stay in the L1 cache: at most kQuantTileM activation rows each.
-template <class Format, int ROWS>
-inline void quant_block(const QuantGemvArgs& a, const QuantMatrix& matrix, float* sums) {
-  const int64_t passes = (a.m + kQuantTileM - 1) / kQuantTileM;
-  for (int64_t pass = 0; pass < passes; ++pass) {
-    const int64_t m = a.m * pass / passes;
-    char* records = a.records + m * quant_record_bytes(a.k_padded);
-    float* out = sums + m * kQuantSpan;
-    switch (a.m * (pass + 1) / passes - m) {
-      case 1: quant_sums<Format, ROWS, 1>(a, matrix, records, pass, passes, out); break;
-      case 2: quant_sums<Format, ROWS, 2>(a, matrix, records, pass, passes, out); break;
-      case 3: quant_sums<Format, ROWS, kQuantTileM == 4 ? 3 : 1>(a, matrix, records, pass, passes, out); break;
-      default: quant_sums<Format, ROWS, kQuantTileM>(a, matrix, records, pass, passes, out);
-    }
-  }
-}
-
-// sums[m][r] of up to kQuantSpan weight rows.
-template <class Format>
-inline void quant_span(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_t rows, float* sums) {
+// sums[m][r] of up to kQuantSpan weight rows and M activation rows, whose part of a few chunks stays in the L1 cache.
+template <class Format, int M>
+void quant_pass(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_t rows, char* records, QuantFetch fetch, float* sums) {
   const auto from = [&](int64_t r) {
     return QuantMatrix{matrix.w + r * matrix.stride_bytes, matrix.stride_bytes, matrix.scales + r * matrix.scale_stride_bytes,
                        matrix.scale_stride_bytes};
   };
-  int64_t r = 0;
-  for (; r + kQuantTileRows <= rows; r += kQuantTileRows) quant_block<Format, kQuantTileRows>(a, from(r), sums + r);
-  for (; r < rows; ++r) quant_block<Format, 1>(a, from(r), sums + r);
+  std::memset(sums, 0, M * kQuantSpan * sizeof(float));
+  const int64_t chunks = a.k_padded / kQuantChunk, depth = a.m == 1 ? chunks : kQuantDepthChunks;
+  for (int64_t begin = 0; begin < chunks; begin += depth) {
+    const int64_t end = min_i(begin + depth, chunks);
+    int64_t r = 0;
+    for (; r + kQuantTileRows <= rows; r += kQuantTileRows) {
+      if (a.m == 1) fetch = QuantFetch{from(r + kQuantTileRows).w, kQuantTileRows};
+      quant_sums<Format, kQuantTileRows, M>(a, from(r), records, begin, end, fetch, sums + r);
+    }
+    for (; r < rows; ++r) quant_sums<Format, 1, M>(a, from(r), records, begin, end, fetch, sums + r);
+  }
+}
+
+// sums[m][r] of up to kQuantSpan weight rows: passes over them, which stay in the L2 cache, with at most kQuantTileM activation
+// rows each. A pass fetches its share of the rows at `next`.
+template <class Format>
+inline void quant_span(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_t rows, const char* next, float* sums) {
+  const int64_t passes = (a.m + kQuantTileM - 1) / kQuantTileM, lines = (kQuantTileRows + passes - 1) / passes;
+  const int64_t share = Format::row_bytes(a) / Format::kChunkBytes * Format::kChunkBytes * lines * (rows / kQuantTileRows);
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t m = a.m * pass / passes;
+    char* records = a.records + m * quant_record_bytes(a.k_padded);
+    float* out = sums + m * kQuantSpan;
+    const QuantFetch fetch{next + pass * share, next ? lines : 0};
+    switch (a.m * (pass + 1) / passes - m) {
+      case 1: quant_pass<Format, 1>(a, matrix, rows, records, fetch, out); break;
+      case 2: quant_pass<Format, 2>(a, matrix, rows, records, fetch, out); break;
+      case 3: quant_pass<Format, kQuantTileM == 4 ? 3 : 1>(a, matrix, rows, records, fetch, out); break;
+      default: quant_pass<Format, kQuantTileM>(a, matrix, rows, records, fetch, out);
+    }
+  }
   if (!Format::kRowScale) return;
   alignas(64) float scales[kQuantSpan];
-  for (r = 0; r < kQuantSpan; ++r) scales[r] = r < rows ? Format::row_scale(matrix, r) : 0.0f;
+  for (int64_t r = 0; r < kQuantSpan; ++r) scales[r] = r < rows ? Format::row_scale(matrix, r) : 0.0f;
   for (int64_t m = 0; m < a.m; ++m)
-    for (r = 0; r < rows; r += Vec::kWidth) (Vec::load(sums + m * kQuantSpan + r) * Vec::load(scales + r)).store(sums + m * kQuantSpan + r);
+    for (int64_t r = 0; r < rows; r += Vec::kWidth)
+      (Vec::load(sums + m * kQuantSpan + r) * Vec::load(scales + r)).store(sums + m * kQuantSpan + r);
 }
 
 template <class T>
@@ -295,8 +324,14 @@ void quant_gemv_format(const QuantGemvArgs& a, int64_t n_begin, int64_t n_end) {
   alignas(64) float sums[kMaxQuantRows * kQuantSpan], sums2[kMaxQuantRows * kQuantSpan];
   for (int64_t n = n_begin; n < n_end; n += kQuantSpan) {
     const int64_t rows = min_i(kQuantSpan, n_end - n);
-    quant_span<Format>(a, quant_matrix(a, n, false), rows, sums);
-    if (a.activation == Activation::swiglu) quant_span<Format>(a, quant_matrix(a, n, true), rows, sums2);
+    const char* next = n + kQuantSpan < n_end ? quant_matrix(a, n + kQuantSpan, false).w : nullptr;
+    if (a.activation == Activation::swiglu) {
+      const QuantMatrix up = quant_matrix(a, n, true);
+      quant_span<Format>(a, quant_matrix(a, n, false), rows, up.w, sums);
+      quant_span<Format>(a, up, rows, next, sums2);
+    } else {
+      quant_span<Format>(a, quant_matrix(a, n, false), rows, next, sums);
+    }
     switch (a.dtype) {
       case DType::f32: quant_finish<float>(a, n, rows, sums, sums2); break;
       case DType::bf16: quant_finish<bf16>(a, n, rows, sums, sums2); break;

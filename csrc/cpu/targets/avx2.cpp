@@ -141,6 +141,10 @@ struct Bytes {
   void store(int32_t* p) const { _mm256_storeu_si256((__m256i*)p, v); }
   Bytes operator-(Bytes b) const { return {_mm256_sub_epi32(v, b.v)}; }
   Vec to_float() const { return {_mm256_cvtepi32_ps(v)}; }
+  // In each block of four lanes the block's sums of a, b, c and d.
+  static Bytes join(Bytes a, Bytes b, Bytes c, Bytes d) {
+    return {_mm256_hadd_epi32(_mm256_hadd_epi32(a.v, b.v), _mm256_hadd_epi32(c.v, d.v))};
+  }
 
   static Int8 load_int8(const int8_t* p) { return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p))}; }
   static Int4 load_int4(const uint8_t* p) {

@@ -109,6 +109,11 @@ struct Bytes {
   void store(int32_t* p) const { std::memcpy(p, &v, sizeof(v)); }
   Bytes operator-(Bytes b) const { return {v - b.v}; }
   Vec to_float() const { return {__builtin_convertvector(v, Vec::Float4)}; }
+  // The sums of a, b, c and d.
+  static Bytes join(Bytes a, Bytes b, Bytes c, Bytes d) {
+    const auto sum = [](const Bytes& x) { return x.v[0] + x.v[1] + x.v[2] + x.v[3]; };
+    return {Vec::Int4{sum(a), sum(b), sum(c), sum(d)}};
+  }
 
   static Short8 load_values(const int16_t* p) {
     Short8 values;
