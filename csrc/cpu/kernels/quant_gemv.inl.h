@@ -150,8 +150,12 @@ struct Int8Format {
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         const Vec scale = Vec::set1(quant_scales(records + m * record_bytes, k_padded)[chunk]);
-        Bytes sum = acc[0][m];
-        if constexpr (ROWS == 4) sum = Bytes::join(acc[0][m], acc[1][m], acc[2][m], acc[3][m]);
+        Bytes sum;
+        if constexpr (ROWS == 4) {
+          sum = Bytes::join(acc[0][m], acc[1][m], acc[2][m], acc[3][m]);
+        } else {  // added up in the same order, so that a row's sum does not depend on who its neighbours are
+          sum = Bytes::join(acc[0][m], Bytes::zero(), Bytes::zero(), Bytes::zero());
+        }
         total[m] = Vec::fma(sum.to_float(), scale, total[m]);
       }
     }
@@ -159,7 +163,9 @@ struct Int8Format {
       if constexpr (ROWS == 4) {
         add_blocks(total[m], sums + m * kQuantSpan);
       } else {
-        sums[m * kQuantSpan] += total[m].sum();
+        float alone[4] = {sums[m * kQuantSpan]};
+        add_blocks(total[m], alone);
+        sums[m * kQuantSpan] = alone[0];
       }
     }
   }
