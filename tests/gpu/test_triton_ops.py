@@ -50,6 +50,8 @@ def test_forward(op, case, dtype, device, monkeypatch):
 
 @pytest.mark.parametrize(("op", "case"), [p for p in ALL if p.values[0] not in INFERENCE_ONLY])
 def test_gradients(op, case, dtype, device, monkeypatch):
+    if config.interpreted() and (op, case.name, dtype) == ("linear_cross_entropy", "tokens_256", torch.float16):
+        pytest.skip("an hour of NumPy's fp16 products over 151,936 words; fp32 takes a minute and a half, and smaller cases are tested in fp16")
     function = OPS[op][0]
     arguments = differentiable(case.make(dtype, generator()))
     with torch.no_grad(), qvl_kernels.use_backend("reference"):
