@@ -11,6 +11,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 import qvl_kernels
 from qvl_model.decoding import MODES, why_never
+from qvl_model.modules.decoder_layer import forget_plan
 from qvl_model.modules.packed import PackedEmbedding, PackedLinear
 from qvl_model.modules.parts import check_rows, set_rows
 from qvl_model.modules.plain import FAST_DTYPES
@@ -145,6 +146,7 @@ def accelerate(
     inner = _base_model(model)
     _check(inner)
     _warn_untested()
+    _forget_plans(inner)
     pack_model(inner, formats, group)
     for name, module in inner.named_modules():
         ours = replacement(name, module)
@@ -156,6 +158,12 @@ def accelerate(
             module.register_forward_pre_hook(provide_tables, with_kwargs=True)
     qvl_kernels.use_huge_pages(_read_by_every_token(inner))
     return model
+
+
+def _forget_plans(model: nn.Module) -> None:
+    """Lets go of weights that are about to be replaced."""
+    for module in model.modules():
+        forget_plan(module)
 
 
 def _read_by_every_token(model: nn.Module) -> Iterator[Tensor]:
@@ -173,6 +181,7 @@ def restore(model: nn.Module) -> nn.Module:
     Example:
         >>> model = qvl_model.restore(model)
     """
+    _forget_plans(_base_model(model))
     unpack_model(_base_model(model))
     for module in _base_model(model).modules():
         set_rows(module, None)

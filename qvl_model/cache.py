@@ -17,7 +17,7 @@ _ROOM = 64  # tokens of room to grow at least; a sixteenth of the length when th
 _BUFFER = "_qvl_buffer"
 
 
-@dataclass
+@dataclass(slots=True)
 class _Buffer:
     keys: Tensor  # [B, Hkv, capacity, D]
     values: Tensor
@@ -25,7 +25,7 @@ class _Buffer:
     values_view: Tensor | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Store:
     """Where a layer's new keys and values go: positions [past, past + T) of ``keys`` and ``values``."""
 
@@ -34,18 +34,16 @@ class Store:
     past: int
     visible_capacity: int  # keys that the cache returns to stock attention after the update
     layer: DynamicLayer | StaticLayer | None = None
+    views: tuple[Tensor, Tensor] | None = None  # what a DynamicLayer will hold
 
     def commit(self, queries: int) -> None:
         """Tells the cache layer that ``queries`` positions were written."""
-        layer, end = self.layer, self.past + queries
-        if layer is None:
-            return
-        if type(layer) is StaticLayer:
+        layer = self.layer
+        if self.views is not None:
+            buffer = layer.__dict__[_BUFFER]
+            layer.keys, layer.values = buffer.keys_view, buffer.values_view = self.views
+        elif layer is not None:
             layer.cumulative_length.add_(queries)
-            return
-        buffer = layer.__dict__[_BUFFER]
-        layer.keys = buffer.keys_view = self.keys[:, :, :end]
-        layer.values = buffer.values_view = self.values[:, :, :end]
 
 
 def open_store(cache: Cache | None, index: int, x: Tensor, kv_heads: int, head_dim: int) -> Store | None:
@@ -102,7 +100,7 @@ def _dynamic_store(layer: DynamicLayer, x: Tensor, kv_heads: int, head_dim: int)
         elif not layer.is_initialized:
             layer.lazy_initialization(keys, keys)
         setattr(layer, _BUFFER, buffer)
-    return Store(buffer.keys, buffer.values, past, end, layer)
+    return Store(buffer.keys, buffer.values, past, end, layer, (buffer.keys.narrow(2, 0, end), buffer.values.narrow(2, 0, end)))
 
 
 def _static_store(layer: StaticLayer, x: Tensor, kv_heads: int, head_dim: int) -> Store | None:

@@ -21,6 +21,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from qvl_kernels import dispatch, gpu
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
 from qvl_model.modules import head, text
+from qvl_model.modules.decoder_layer import plan_of
 from qvl_model.modules.packed import PackedLinear
 from qvl_model.modules.plain import is_plain, no_global_hooks
 from qvl_model.sampling import Sampler, unsupported_criterion, unsupported_processor
@@ -39,7 +40,7 @@ class _Step:
     def __init__(self, model: nn.Module, rows: int, capacity: int) -> None:
         self.model, self.rows, self.capacity = weakref.ref(model), rows, capacity
         language_model, lm_head = model.model.language_model, model.lm_head
-        self.layers = [text.plan_of(layer).prepared for layer in language_model.layers]
+        self.layers = [plan_of(layer).prepared for layer in language_model.layers]
         device, dtype = language_model.norm.weight.device, language_model.norm.weight.dtype
         self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros(3, rows, 1, dtype=torch.long, device=device)
@@ -76,7 +77,7 @@ class _Step:
     def holds(self) -> bool:
         """Whether the model's layers are still those that were captured."""
         model = self.model()
-        plans = [text.plan_of(layer) for layer in model.model.language_model.layers]
+        plans = [plan_of(layer) for layer in model.model.language_model.layers]
         return (
             [None if plan is None else plan.prepared for plan in plans] == self.layers
             and model.lm_head.out_features == self.logits.shape[1]
@@ -204,7 +205,7 @@ def why_not(model: nn.Module, input_ids: Tensor, processors, criteria, config, o
         return "hooks, which a graph would not call"
     if type(model.lm_head) not in (head.Linear, PackedLinear) or type(language_model.norm) is not text.Qwen3VLTextRMSNorm:
         return "the head or the last norm is not plain"
-    if any(text.plan_of(layer) is None for layer in language_model.layers):
+    if any(plan_of(layer) is None for layer in language_model.layers):
         return "a decoder layer is not plain"
     return None
 

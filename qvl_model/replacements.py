@@ -3,14 +3,14 @@
 from torch import nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
-from qvl_model.modules import generation, head, linear, text, vision, vision_tables
+from qvl_model.modules import decoder_layer, generation, head, linear, text, vision, vision_tables
 from qvl_model.qvl import QVLForConditionalGeneration, QVLModel, QVLTextModel, QVLVisionModel, fast
 
 __all__ = ["MODEL_CLASSES", "REPLACEMENTS", "STOCK_CLASSES", "replacement"]
 
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     stock.Qwen3VLForConditionalGeneration: generation.Qwen3VLForConditionalGeneration,
-    stock.Qwen3VLTextDecoderLayer: text.Qwen3VLTextDecoderLayer,
+    stock.Qwen3VLTextDecoderLayer: decoder_layer.Qwen3VLTextDecoderLayer,
     stock.Qwen3VLTextAttention: text.Qwen3VLTextAttention,
     stock.Qwen3VLTextMLP: text.Qwen3VLTextMLP,
     stock.Qwen3VLTextRMSNorm: text.Qwen3VLTextRMSNorm,

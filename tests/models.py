@@ -134,12 +134,12 @@ class Calls:
 def fused_calls(model: nn.Module) -> Iterator[Calls]:
     """Counts the fused calls of ``model`` inside the block; the C++ backend is forced, so nothing falls back unseen."""
     calls = Calls()
-    fused = {"decoder_layer": (qvl_kernels.PreparedDecoderLayer, "__call__"), "vision_block": (qvl_kernels, "vision_block")}
+    fused = {"decoder_layer": (qvl_kernels.PreparedDecoderLayer, "run"), "vision_block": (qvl_kernels, "vision_block")}
     originals = {name: getattr(*place) for name, place in fused.items()}
 
     def spy(name):
         def called(*args, **kwargs):
-            calls.fused[name] += 1
+            calls.fused[name] += len(args[0]) if name == "decoder_layer" else 1
             return originals[name](*args, **kwargs)
 
         return called

@@ -1,41 +1,57 @@
 #include "../ops/layers.h"
 
 #include <array>
+#include <tuple>
+#include <vector>
 
 #include "common.h"
 
 namespace qvl {
 
+// Keys, values, and the strides of batch, head and position of both.
+using LayerCache = std::tuple<Ptr, Ptr, std::array<int64_t, 3>, std::array<int64_t, 3>>;
+
 void bind_layers(py::module_& m) {
+  py::class_<DecoderLayerArgs>(m, "DecoderLayer", "Weights and sizes of a Qwen3-VL text decoder layer, for many calls; what they point to must outlive it")
+      .def(py::init([](std::array<Ptr, 4> norms, std::array<Weight, 7> weights, int64_t hidden, int64_t heads,
+                       int64_t kv_heads, int64_t head_dim, int64_t mlp, float eps, float scale, int dtype) {
+             DecoderLayerArgs a{};
+             a.input_norm = in(norms[0]), a.q_norm = in(norms[1]), a.k_norm = in(norms[2]), a.post_norm = in(norms[3]);
+             a.q = weights[0], a.k = weights[1], a.v = weights[2], a.o = weights[3];
+             a.gate = weights[4], a.up = weights[5], a.down = weights[6];
+             a.hidden = hidden, a.heads = heads, a.kv_heads = kv_heads, a.head_dim = head_dim, a.mlp = mlp;
+             a.eps = eps, a.scale = scale, a.dtype = to_dtype(dtype);
+             return a;
+           }),
+           "norms"_a, "weights"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "mlp"_a, "eps"_a, "scale"_a, "dtype"_a,
+           "norms: input, q, k, post; weights: q, k, v, o, gate, up, down");
+
   m.def(
-      "decoder_layer",
-      [](Ptr x, Ptr out_, std::array<Ptr, 4> norms, std::array<Weight, 7> weights, Ptr cos, Ptr sin,
-         std::array<int64_t, 2> cos_s, std::array<int64_t, 2> sin_s, Ptr k_cache, Ptr v_cache, std::array<int64_t, 3> k_s,
-         std::array<int64_t, 3> v_s, int64_t batch, int64_t queries, int64_t past, int64_t hidden, int64_t heads,
-         int64_t kv_heads, int64_t head_dim, int64_t mlp, int mask_kind, Ptr mask, std::array<int64_t, 4> mask_s, float eps,
-         float scale, int dtype) {
-        DecoderLayerArgs a{};
-        a.x = in(x), a.out = out(out_);
-        a.input_norm = in(norms[0]), a.q_norm = in(norms[1]), a.k_norm = in(norms[2]), a.post_norm = in(norms[3]);
-        a.q = weights[0], a.k = weights[1], a.v = weights[2], a.o = weights[3];
-        a.gate = weights[4], a.up = weights[5], a.down = weights[6];
-        a.cos = in(cos), a.sin = in(sin);
-        a.cos_b = cos_s[0], a.cos_t = cos_s[1], a.sin_b = sin_s[0], a.sin_t = sin_s[1];
-        a.k_cache = out(k_cache), a.v_cache = out(v_cache);
-        a.k_b = k_s[0], a.k_h = k_s[1], a.k_s = k_s[2];
-        a.v_b = v_s[0], a.v_h = v_s[1], a.v_s = v_s[2];
-        a.batch = batch, a.queries = queries, a.past = past, a.hidden = hidden;
-        a.heads = heads, a.kv_heads = kv_heads, a.head_dim = head_dim, a.mlp = mlp;
-        a.mask_kind = static_cast<MaskKind>(mask_kind), a.mask = in(mask);
-        a.mask_b = mask_s[0], a.mask_h = mask_s[1], a.mask_t = mask_s[2], a.mask_s = mask_s[3];
-        a.eps = eps, a.scale = scale, a.dtype = to_dtype(dtype);
+      "decoder_layers",
+      [](const std::vector<const DecoderLayerArgs*>& layers, Ptr x, const std::vector<Ptr>& outs, Ptr cos, Ptr sin,
+         std::array<int64_t, 2> cos_s, std::array<int64_t, 2> sin_s, const std::vector<LayerCache>& caches, int64_t batch,
+         int64_t queries, int64_t past, int mask_kind, Ptr mask, std::array<int64_t, 4> mask_s) {
+        if (outs.size() != layers.size() || caches.size() != layers.size())
+          throw std::invalid_argument("decoder_layers: every layer needs an output and a cache");
         py::gil_scoped_release release;
-        run_decoder_layer(a);
+        for (size_t i = 0; i < layers.size(); ++i) {
+          DecoderLayerArgs a = *layers[i];
+          a.x = in(i ? outs[i - 1] : x), a.out = out(outs[i]);
+          a.cos = in(cos), a.sin = in(sin);
+          a.cos_b = cos_s[0], a.cos_t = cos_s[1], a.sin_b = sin_s[0], a.sin_t = sin_s[1];
+          const auto& [keys, values, k_s, v_s] = caches[i];
+          a.k_cache = out(keys), a.v_cache = out(values);
+          a.k_b = k_s[0], a.k_h = k_s[1], a.k_s = k_s[2];
+          a.v_b = v_s[0], a.v_h = v_s[1], a.v_s = v_s[2];
+          a.batch = batch, a.queries = queries, a.past = past;
+          a.mask_kind = static_cast<MaskKind>(mask_kind), a.mask = in(mask);
+          a.mask_b = mask_s[0], a.mask_h = mask_s[1], a.mask_t = mask_s[2], a.mask_s = mask_s[3];
+          run_decoder_layer(a);
+        }
       },
-      "x"_a, "out"_a, "norms"_a, "weights"_a, "cos"_a, "sin"_a, "cos_strides"_a, "sin_strides"_a, "k_cache"_a, "v_cache"_a,
-      "k_strides"_a, "v_strides"_a, "batch"_a, "queries"_a, "past"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
-      "mlp"_a, "mask_kind"_a, "mask"_a, "mask_strides"_a, "eps"_a, "scale"_a, "dtype"_a,
-      "One Qwen3-VL text decoder layer. norms: input, q, k, post; weights: q, k, v, o, gate, up, down");
+      "layers"_a, "x"_a, "outs"_a, "cos"_a, "sin"_a, "cos_strides"_a, "sin_strides"_a, "caches"_a, "batch"_a, "queries"_a,
+      "past"_a, "mask_kind"_a, "mask"_a, "mask_strides"_a,
+      "Layers one after the other, each from the output of the one before. caches: (keys, values, strides of both) of each");
 
   m.def(
       "vision_block",

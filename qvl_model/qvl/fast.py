@@ -7,9 +7,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import qvl_kernels
 from qvl_model import packed_checkpoint
+from qvl_model.modules.decoder_layer import Qwen3VLTextDecoderLayer
 from qvl_model.modules.head import causal_loss
 from qvl_model.modules.plain import is_plain, kernels_take, no_global_hooks
-from qvl_model.modules.text import Qwen3VLTextDecoderLayer
 from qvl_model.modules.vision import Qwen3VLVisionBlock, is_gelu_tanh
 from qvl_model.qvl import connector, modeling, text, vision
 
@@ -46,11 +46,9 @@ class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
             **kwargs,
         )
 
-    def _prepared(self, hidden_states: Tensor, *args) -> qvl_kernels.PreparedDecoderLayer | None:
+    def infers(self) -> bool:
         dropout = self._modules["dropout"]
-        if not is_plain(dropout, nn.Dropout) or (dropout.training and dropout.p > 0.0):
-            return None
-        return super()._prepared(hidden_states, *args)
+        return is_plain(dropout, nn.Dropout) and not (dropout.training and dropout.p > 0.0) and super().infers()
 
 
 class QVLCrossAttention(text.QVLCrossAttention):

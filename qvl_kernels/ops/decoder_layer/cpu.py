@@ -17,11 +17,14 @@ def decoder_layer_cpu(x, norms, weights, biases, cos, sin, k_cache, v_cache, pas
     _, kv_heads, _, head_dim = k_cache.shape
     out = torch.empty(x.shape, dtype=x.dtype)
     kind, pointer, mask_strides = mask_arguments(mask, (batch, num_heads, time, past + time))
-    dispatch.extension().decoder_layer(
-        x.data_ptr(), out.data_ptr(), [norm.data_ptr() for norm in norms],
-        [extension_weight(weight, bias) for weight, bias in zip(weights, (*biases, None, None, None))], cos.data_ptr(), sin.data_ptr(),
+    extension = dispatch.extension()
+    layer = extension.DecoderLayer(
+        [norm.data_ptr() for norm in norms], [extension_weight(weight, bias) for weight, bias in zip(weights, (*biases, None, None, None))],
+        hidden, num_heads, kv_heads, head_dim, weights[4].shape[0], eps, scale, DTYPE_CODES[x.dtype],
+    )  # fmt: skip
+    extension.decoder_layers(
+        [layer], x.data_ptr(), [out.data_ptr()], cos.data_ptr(), sin.data_ptr(),
         (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)), (sin.stride(0) if sin.shape[0] > 1 else 0, sin.stride(1)),
-        k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride()[:3], v_cache.stride()[:3], batch, time, past, hidden,
-        num_heads, kv_heads, head_dim, weights[4].shape[0], kind, pointer, mask_strides, eps, scale, DTYPE_CODES[x.dtype],
+        [(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride()[:3], v_cache.stride()[:3])], batch, time, past, kind, pointer, mask_strides,
     )  # fmt: skip
     return out

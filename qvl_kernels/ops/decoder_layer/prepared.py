@@ -1,4 +1,6 @@
-"""A decoder layer with its weights checked once: for decoding, where checks and dispatch would cost as much as small layers."""
+"""Decoder layers with their weights checked once: for decoding, where checks and dispatch would cost as much as small layers."""
+
+from collections.abc import Sequence
 
 import torch
 
@@ -33,8 +35,9 @@ class PreparedDecoderLayer:
         hidden, head_dim = weights.input_norm.shape[0], weights.q_norm.shape[0]
         self._check(weights.input_norm.new_empty(0, 0, hidden), weights, num_heads, kv_heads, head_dim)
         self.weights, self.num_heads, self.kv_heads, self.eps, self.scale = weights, num_heads, kv_heads, eps, scale
-        self.head_dim, self._dtype, self._hidden = head_dim, weights.input_norm.dtype, hidden
-        self._pointers = None  # of norms and linear layers, as the extension takes them
+        self.head_dim, self.dtype = head_dim, weights.input_norm.dtype
+        self.sizes = (self.dtype, hidden, num_heads, kv_heads, head_dim)  # layers that share them run on the same inputs
+        self._extension_layer = None
 
     def _check(self, x: torch.Tensor, weights: DecoderWeights, num_heads: int, kv_heads: int, head_dim: int) -> None:
         check_weights(x, weights, num_heads, kv_heads, head_dim)
@@ -44,63 +47,104 @@ class PreparedDecoderLayer:
         past: int, mask: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """As ``decoder_layer``."""
-        if not self._is_plain(x, cos, sin, k_cache, v_cache, past, mask):
-            return self._other(x, cos, sin, k_cache, v_cache, past, mask)
-        batch, time, hidden = x.shape
-        out = torch.empty_like(x)
+        return self.run([self], x, cos, sin, [(k_cache, v_cache)], past=past, mask=mask)[0]
+
+    @staticmethod
+    def run(
+        layers: Sequence["PreparedDecoderLayer"], x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+        caches: Sequence[tuple[torch.Tensor, torch.Tensor]], *, past: int, mask: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:  # fmt: skip
+        """Layers one after the other, each on the output of the one before, in one call of the extension where that is possible.
+
+        Between two calls of the extension the weights of a layer push what Python looks at out of the processor's caches.
+
+        Args:
+            layers: prepared layers. x, cos, sin, past, mask: as for ``decoder_layer``. caches: (k_cache, v_cache) of each layer.
+        Returns:
+            The output of every layer, each [B, T, C].
+        Raises: as ``decoder_layer``.
+        Example:
+            >>> *_, y = PreparedDecoderLayer.run([first, second], x, cos, sin, [(k1, v1), (k2, v2)], past=300)
+        """
+        if not _is_plain(layers, x, cos, sin, caches, past, mask):
+            outs = []
+            for layer, (k_cache, v_cache) in zip(layers, caches, strict=True):
+                x = layer.in_ops(x, cos, sin, k_cache, v_cache, past, mask)
+                outs.append(x)
+            return outs
+        batch, time, _ = x.shape
+        outs = [torch.empty_like(x) for _ in layers]
         kind, pointer, mask_strides = 0, 0, (0, 0, 0, 0)
         if mask is not None:
-            kind, pointer, mask_strides = mask_arguments(mask[..., : past + time], (batch, self.num_heads, time, past + time))
+            kind, pointer, mask_strides = mask_arguments(mask[..., : past + time], (batch, layers[0].num_heads, time, past + time))
         cos_stride, sin_stride = cos.stride(), sin.stride()
-        norms, linears, mlp = self._pointers or self._point()
-        dispatch.extension().decoder_layer(
-            x.data_ptr(), out.data_ptr(), norms, linears, cos.data_ptr(), sin.data_ptr(),
+        dispatch.extension().decoder_layers(
+            [layer.extension_layer() for layer in layers], x.data_ptr(), [out.data_ptr() for out in outs], cos.data_ptr(), sin.data_ptr(),
             (cos_stride[0] if cos.shape[0] > 1 else 0, cos_stride[1]), (sin_stride[0] if sin.shape[0] > 1 else 0, sin_stride[1]),
-            k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride()[:3], v_cache.stride()[:3], batch, time, past, hidden,
-            self.num_heads, self.kv_heads, self.head_dim, mlp, kind, pointer, mask_strides, self.eps, self.scale,
-            DTYPE_CODES[self._dtype],
+            [(k.data_ptr(), v.data_ptr(), k.stride()[:3], v.stride()[:3]) for k, v in caches], batch, time, past, kind, pointer, mask_strides,
         )  # fmt: skip
-        return out
+        return outs
 
-    def _point(self) -> tuple[list, list, int]:
-        w = self.weights
-        norms = [norm.data_ptr() for norm in (w.input_norm, w.q_norm, w.k_norm, w.post_norm)]
-        biases = (w.q_bias, w.k_bias, w.v_bias, w.o_bias, None, None, None)
-        linears = [extension_weight(weight, bias) for weight, bias in zip((w.q, w.k, w.v, w.o, w.gate, w.up, w.down), biases)]
-        self._pointers = norms, linears, out_features(w.gate)
-        return self._pointers
+    def extension_layer(self):
+        """The layer as the extension takes it."""
+        if self._extension_layer is None:
+            w = self.weights
+            norms = [norm.data_ptr() for norm in (w.input_norm, w.q_norm, w.k_norm, w.post_norm)]
+            biases = (w.q_bias, w.k_bias, w.v_bias, w.o_bias, None, None, None)
+            linears = [extension_weight(weight, bias) for weight, bias in zip((w.q, w.k, w.v, w.o, w.gate, w.up, w.down), biases)]
+            dtype, hidden, heads, kv_heads, head_dim = self.sizes
+            self._extension_layer = dispatch.extension().DecoderLayer(
+                norms, linears, hidden, heads, kv_heads, head_dim, out_features(w.gate), self.eps, self.scale, DTYPE_CODES[dtype]
+            )
+        return self._extension_layer
 
-    def _other(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
+    def one_call(self, rows: int) -> bool:
+        """Whether the extension computes the layer for so many rows in one call."""
+        return rows < self.ROWS
+
+    def in_ops(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
+        """The layer where the extension's own call is not what is wanted; refuses what does not fit together."""
         return decoder_layer(
             x, self.weights, cos, sin, k_cache, v_cache, past=past, mask=mask, num_heads=self.num_heads, eps=self.eps, scale=self.scale
         )
 
-    def _is_plain(self, x, cos, sin, k_cache, v_cache, past, mask) -> bool:
-        """Whether the extension may be called as things are; whatever is odd, errors included, is left to ``decoder_layer``."""
-        dtype, shape, cache_shape = self._dtype, x.shape, k_cache.shape
-        if len(shape) != 3 or shape[0] * shape[1] >= self.ROWS or len(cache_shape) != 4:
+
+def _is_plain(layers, x, cos, sin, caches, past, mask) -> bool:
+    """Whether the extension may be called as things are; whatever is odd, errors included, is left to ``decoder_layer``."""
+    shape, (dtype, hidden, heads, kv_heads, head_dim) = x.shape, layers[0].sizes
+    if len(shape) != 3 or len(layers) != len(caches):
+        return False
+    for tensor in (x, cos, sin):
+        if type(tensor) is not torch.Tensor or tensor.dtype is not dtype or not tensor.is_cpu or tensor.requires_grad:
             return False
-        for tensor in (x, cos, sin, k_cache, v_cache):
+    batch, time, _ = shape
+    tables = (1, time, head_dim), (batch, time, head_dim)
+    if not (
+        shape[2] == hidden
+        and x.is_contiguous()
+        and cos.shape in tables
+        and sin.shape in tables
+        and cos.stride()[2] == sin.stride()[2] == 1
+        and (mask is None or (mask.dim() == 4 and mask.is_cpu and mask.dtype in (torch.bool, dtype) and _broadcasts(
+            mask.shape, (batch, heads, time, past + time))))
+        and dispatch.forced() in (None, "cpp")
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.is_grad_enabled()
+    ):
+        return False
+    sizes, rows, fixed = layers[0].sizes, batch * time, (batch, kv_heads, head_dim)
+    for layer, cache in zip(layers, caches):  # once per layer and token
+        if layer.sizes != sizes or not layer.one_call(rows):
+            return False
+        for tensor in cache:
             if type(tensor) is not torch.Tensor or tensor.dtype is not dtype or not tensor.is_cpu or tensor.requires_grad:
                 return False
-        batch, time, hidden = shape
-        tables = (1, time, self.head_dim), (batch, time, self.head_dim)
-        return (
-            hidden == self._hidden
-            and x.is_contiguous()
-            and cos.shape in tables
-            and sin.shape in tables
-            and cos.stride()[2] == sin.stride()[2] == 1
-            and cache_shape == v_cache.shape
-            and (cache_shape[0], cache_shape[1], cache_shape[3]) == (batch, self.kv_heads, self.head_dim)
-            and k_cache.stride()[3] == v_cache.stride()[3] == 1
-            and 0 <= past <= cache_shape[2] - time
-            and (mask is None or (mask.dim() == 4 and mask.is_cpu and mask.dtype in (torch.bool, dtype) and _broadcasts(
-                mask.shape, (batch, self.num_heads, time, past + time))))
-            and dispatch.forced() in (None, "cpp")
-            and not torch._C._len_torch_dispatch_stack()
-            and not torch.is_grad_enabled()
-        )
+            shape = tensor.shape
+            if len(shape) != 4 or (shape[0], shape[1], shape[3]) != fixed or not 0 <= past <= shape[2] - time or tensor.stride(3) != 1:
+                return False
+        if cache[0].shape != cache[1].shape:
+            return False
+    return True
 
 
 def _broadcasts(mask: torch.Size, full: tuple[int, int, int, int]) -> bool:

@@ -1,7 +1,5 @@
 """A decoder layer some of whose weights are quantised; looks like a PreparedDecoderLayer from outside."""
 
-import sys
-
 import torch
 
 from qvl_kernels.ops.decoder_layer import DecoderWeights, check_weights
@@ -24,16 +22,18 @@ class QuantizedDecoderLayer(PreparedDecoderLayer):
     Raises: TypeError or ValueError for weights that do not fit together.
     """
 
-    ROWS = sys.maxsize
+    def __init__(self, weights: DecoderWeights, **sizes) -> None:
+        super().__init__(weights, **sizes)
+        self._one_format = _one_format(weights.gate, weights.up)
 
     def _check(self, x: torch.Tensor, weights: DecoderWeights, num_heads: int, kv_heads: int, head_dim: int) -> None:
         stand_ins = DecoderWeights(*(stand_in("decoder_layer", weight, x) for weight in weights))
         check_weights(x, stand_ins, num_heads, kv_heads, head_dim)
 
-    def _is_plain(self, x, cos, sin, k_cache, v_cache, past, mask) -> bool:
-        return _one_format(self.weights.gate, self.weights.up) and super()._is_plain(x, cos, sin, k_cache, v_cache, past, mask)
+    def one_call(self, rows: int) -> bool:
+        return self._one_format
 
-    def _other(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
+    def in_ops(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
         if past < 0 or past + x.shape[1] > k_cache.shape[2]:
             raise ValueError(f"decoder_layer: {x.shape[1]} new keys at position {past} do not fit a cache of {k_cache.shape[2]}")
         w = self.weights

@@ -1,0 +1,123 @@
+"""All decoder layers of a token in one call: the first computes what the next ones will be asked for.
+
+Each token's weights push what Python looks at out of the processor's caches, so that between two calls into the extension everything
+comes from memory. So a layer runs those that followed it in the last token too. They are called as ever, with their hooks, and
+give what is there if they are called with exactly what it was made from; else they compute, and overwrite what was
+written ahead into their part of the cache, which nobody has seen before ``commit``.
+"""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from qvl_kernels import PreparedDecoderLayer
+from qvl_model.cache import Store
+
+__all__ = ["LookAhead", "Step", "followers", "learned", "look_ahead"]
+
+_NAME = "_qvl_look_ahead"  # attribute of a cache: two threads that generate on one model have a cache each
+
+
+@dataclass(slots=True)
+class Step:
+    """A layer, its fused call, where its keys and values go, and, once it has run, its output."""
+
+    layer: nn.Module
+    prepared: PreparedDecoderLayer
+    store: Store
+    out: Tensor | None = None
+
+
+@dataclass(slots=True)
+class LookAhead:
+    """What the layers of one cache have computed ahead.
+
+    Attributes:
+        cache: whose it is; a shallow copy of a cache shows the same.
+        layer, out: the layer that was asked last, and its output.
+        waiting: layers that have run since but were not asked yet, the next one last.
+        tables, mask: what they have run with.
+    """
+
+    cache: "weakref.ref[Cache] | None" = None
+    layer: "weakref.ref[nn.Module] | None" = None
+    out: Tensor | None = None
+    waiting: list[Step] = field(default_factory=list)
+    tables: tuple[Tensor, Tensor] | None = None
+    mask: Tensor | None = None
+
+    def __reduce__(self) -> tuple:
+        return LookAhead, ()  # copies of a cache begin anew
+
+    def take(self, layer: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor | None:
+        """The output of ``layer`` on x [B, T, C] if it is there. Else nothing is ahead any more, and what follows what is learned."""
+        follows = x is self.out and (x.is_inference() or x._version == 0)  # as it was made; inference tensors count no versions
+        if follows and self.waiting and self.waiting[-1].layer is layer and mask is self.mask and _same(tables, self.tables):
+            return self._asked(self.waiting.pop())
+        last = None if self.layer is None else self.layer()
+        if last is not None:
+            _learn(last, layer if follows else None)
+        self.layer, self.out, self.waiting, self.tables, self.mask = None, None, [], None, None
+        return None
+
+    def ran(self, steps: list[Step], tables: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """Keeps what one call computed; returns the output of its first layer."""
+        first, *others = steps
+        self.waiting, self.tables, self.mask = others[::-1], tables, mask
+        return self._asked(first)
+
+    def _asked(self, step: Step) -> Tensor:
+        step.store.commit(step.out.shape[1])
+        self.layer, self.out = weakref.ref(step.layer), step.out
+        return step.out
+
+
+_followers: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]]" = weakref.WeakKeyDictionary()
+_lessons = 0
+
+
+def _learn(layer: nn.Module, following: nn.Module | None) -> None:
+    global _lessons
+    known = _followers.get(layer)
+    if following is not (known and known()):
+        _lessons += 1
+        if following is None:
+            del _followers[layer]
+        else:
+            _followers[layer] = weakref.ref(following)
+
+
+def learned() -> int:
+    """A number that changes whenever any layer's follower does."""
+    return _lessons
+
+
+def followers(layer: nn.Module) -> Iterator[nn.Module]:
+    """The layers that took the outputs of this one and of each other."""
+    while (reference := _followers.get(layer)) is not None and (layer := reference()) is not None:
+        yield layer
+
+
+def _same(tables: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor] | None) -> bool:
+    return others is not None and tables[0] is others[0] and tables[1] is others[1]
+
+
+def look_ahead(cache: Cache | None, x: Tensor) -> LookAhead | None:
+    """What the layers of this cache know, or None where none of them looks ahead: with x [B, T, C] of many rows, gradients or on GPUs."""
+    if (
+        torch.compiler.is_compiling()
+        or not isinstance(cache, Cache)
+        or torch.is_grad_enabled()
+        or not x.is_cpu
+        or x.dim() != 3
+        or x.shape[0] * x.shape[1] >= PreparedDecoderLayer.ROWS
+    ):
+        return None
+    state = cache.__dict__.get(_NAME)
+    if state is None or state.cache is None or state.cache() is not cache:
+        state = cache.__dict__[_NAME] = LookAhead(weakref.ref(cache))
+    return state
