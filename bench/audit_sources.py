@@ -64,9 +64,28 @@ def _benchmarked(op: str) -> list[Case]:
     return [shared(case) for case in gpu_kernels.CASES if case.op == op]
 
 
+def _with_dropout() -> tuple[Case, Case]:
+    """Attention and cross-attention of QVL in training. No shared cases: what is dropped differs between backends."""
+    b, t, s, h, hkv, d = 4, 2048, 256, 32, 8, 64
+
+    def made(keys: int, heads: int, **others) -> Callable[[torch.dtype, torch.Generator], dict]:
+        return lambda dtype, generator: {
+            "q": random_tensor((b, t, h, d), dtype, generator), "k": random_tensor((b, keys, heads, d), dtype, generator),
+            "v": random_tensor((b, keys, heads, d), dtype, generator), "dropout_p": 0.1, **others,
+        }  # fmt: skip
+
+    lens = torch.tensor([s, s, 100, 0], dtype=torch.int32)
+    return (
+        Case("dropout", made(t, hkv, causal=True), flops=2.0 * b * t * t * h * d, bytes=lambda size: 2.0 * b * t * (h + hkv) * d * size, model=True),
+        Case("dropout", made(s, h, kv_lens=lens), flops=4.0 * b * t * s * h * d, bytes=lambda size: 2.0 * b * (t + s) * h * d * size, model=True),
+    )
+
+
 def sources() -> dict[str, tuple[Callable, list[Case]]]:
     """Name -> (function of keyword arguments, its cases)."""
     public = {op: (getattr(qvl_kernels, op), [*cases_of(op), *_benchmarked(op)]) for op in ops()}
+    for op, case in zip(("attention", "cross_attention"), _with_dropout()):
+        public[op][1].append(case)
     return {
         **public,
         "gemv": (lambda **arguments: gemv.op_of(arguments)(**arguments), gemv.CASES),

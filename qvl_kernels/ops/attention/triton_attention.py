@@ -282,7 +282,7 @@ def launch_attention(
     rows = (layout.heads, layout.queries) if layout.packed else (layout.batch, layout.heads, layout.queries)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(rows, dtype=torch.float32, device=q.device)
-    tile = tuning.attention(layout.queries, layout.head_dim, q.element_size(), gpu.architecture(q.device))
+    tile = tuning.attention(layout.queries, layout.head_dim, q.element_size(), gpu.architecture(q.device), dropout_p > 0.0)
     launch(
         _attention_kernel, (layout.programs(tile["BLOCK_M"]),),
         q, k, v, out, lse, *layout.tensors, *layout.sizes, *row_strides(q), *row_strides(k), *row_strides(v), *layout.mask_strides,

@@ -319,13 +319,13 @@ def launch_attention_backward(
         dscores = torch.zeros(shape, dtype=torch.float32, device=q.device)
     strides = (*row_strides(q), *row_strides(k), *row_strides(v), *layout.mask_strides, *row_strides(grad))
     arch = gpu.architecture(q.device)
-    tile = tuning.attention_backward_queries(layout.queries, layout.head_dim, q.element_size(), arch)
+    tile = tuning.attention_backward_queries(layout.queries, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
     launch(
         _attention_backward_queries_kernel, (layout.programs(tile["BLOCK_M"]),),
         q, k, v, out, grad, lse, dlse, dq, top, log_total, delta, dscores, *layout.tensors, *layout.sizes, *strides,
         HAS_DLSE=grad_lse is not None, MASK_GRAD=mask_grad, **layout.flags, **tile,
     )  # fmt: skip
-    tile = tuning.attention_backward_keys(layout.keys, layout.head_dim, q.element_size(), arch)
+    tile = tuning.attention_backward_keys(layout.keys, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
     launch(
         _attention_backward_keys_kernel, (layout.programs(tile["BLOCK_N"], by_keys=True),),
         q, k, v, grad, dk, dv, top, log_total, delta, *layout.tensors, *layout.sizes, *strides, **layout.flags, **tile,
