@@ -1,4 +1,5 @@
-// Scratch memory: 64-byte aligned, grown on demand, kept per thread. No kernel allocates in a loop.
+// Scratch memory: 64-byte aligned, grown on demand, kept per thread. No kernel allocates in a loop. What large images needed is not
+// kept for the text that follows.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -20,7 +21,7 @@ class Workspace {
   template <class T>
   T* get(int64_t count) {
     const size_t bytes = (size_t(count > 0 ? count : 1) * sizeof(T) + 63) / 64 * 64;
-    if (kExact ? bytes != capacity_ : bytes > capacity_) {
+    if (kExact ? bytes != capacity_ : bytes > capacity_ || (capacity_ > kKept && bytes < capacity_ / 2)) {
       std::free(data_);
       data_ = nullptr;
       capacity_ = 0;
@@ -38,7 +39,7 @@ class Workspace {
   }
 
  private:
-  static constexpr size_t kHugePage = size_t(2) << 20;
+  static constexpr size_t kHugePage = size_t(2) << 20, kKept = size_t(16) << 20;
 #if defined(__SANITIZE_ADDRESS__)
   static constexpr bool kExact = true;  // room left over from a larger request would hide what runs past the end of this one
 #else

@@ -16,7 +16,7 @@ from qvl_model.modules.packed import PackedEmbedding, PackedLinear
 from qvl_model.modules.parts import check_rows, set_rows
 from qvl_model.modules.plain import FAST_DTYPES
 from qvl_model.modules.text import Qwen3VLTextMLP
-from qvl_model.modules.vision import Qwen3VLVisionMLP
+from qvl_model.modules.vision import Qwen3VLVisionMLP, give_memory_back
 from qvl_model.modules.vision_tables import provide_tables
 from qvl_model.quantization import formats_of, pack_model, part_of, unpack_model
 from qvl_model.replacements import MODEL_CLASSES, STOCK_CLASSES, replacement
@@ -156,6 +156,8 @@ def accelerate(
             set_rows(module, mlp_rows)
         if isinstance(module, Qwen3VLVisionModel) and provide_tables not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(provide_tables, with_kwargs=True)
+            module.register_forward_pre_hook(give_memory_back)
+            module.register_forward_hook(give_memory_back)
     qvl_kernels.use_huge_pages(_read_by_every_token(inner))
     return model
 
@@ -188,9 +190,10 @@ def restore(model: nn.Module) -> nn.Module:
         theirs = STOCK_CLASSES.get(type(module))
         if theirs is not None:
             module.__class__ = theirs
-        for handle, hook in list(module._forward_pre_hooks.items()):
-            if hook is provide_tables:
-                del module._forward_pre_hooks[handle], module._forward_pre_hooks_with_kwargs[handle]
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for handle in [handle for handle, hook in hooks.items() if hook in (provide_tables, give_memory_back)]:
+                del hooks[handle]
+                module._forward_pre_hooks_with_kwargs.pop(handle, None)
     return model
 
 

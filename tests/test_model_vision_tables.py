@@ -10,7 +10,7 @@ from models import assert_close
 from transformers.vision_utils import get_vision_position_ids
 
 import qvl_model
-from qvl_model.modules import vision_tables
+from qvl_model.modules import vision, vision_tables
 
 GRIDS = [[(1, 2, 2)], [(1, 4, 6), (3, 8, 2), (1, 34, 18)], [(5, 2, 4)] * 7]
 
@@ -68,12 +68,22 @@ def test_sizes_that_do_not_merge_are_refused_as_by_stock():
             model.model.visual(_pixels([(1, 3, 4)]), grid_thw=torch.tensor([(1, 3, 4)]))
 
 
-def test_hook_comes_once_travels_and_goes():
+def test_hooks_come_once_travel_and_go():
     model = qvl_model.accelerate(models.pair()[1])
     for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert list(copied.model.visual._forward_pre_hooks.values()) == [vision_tables.provide_tables]
+        assert list(copied.model.visual._forward_pre_hooks.values()) == [vision_tables.provide_tables, vision.give_memory_back]
+        assert list(copied.model.visual._forward_hooks.values()) == [vision.give_memory_back]
         visual = qvl_model.restore(copied).model.visual
-        assert not visual._forward_pre_hooks and not visual._forward_pre_hooks_with_kwargs
+        assert not visual._forward_pre_hooks and not visual._forward_pre_hooks_with_kwargs and not visual._forward_hooks
+
+
+def test_memory_goes_back_after_large_images_only(monkeypatch):
+    visual, trimmed = models.pair()[1].model.visual, []
+    monkeypatch.setattr(vision.pages, "trim", lambda: trimmed.append(1))
+    with torch.no_grad():
+        for size, expected in (((1, 62, 66), 0), ((1, 64, 64), 2)):
+            visual(_pixels([size]), grid_thw=torch.tensor([size]))
+            assert len(trimmed) == expected
 
 
 def test_a_changed_position_table_counts():

@@ -4,7 +4,6 @@
 
 #include "../threads.h"
 #include "../workspace.h"
-#include "norm.h"
 #include "rope.h"
 
 namespace qvl {
@@ -20,12 +19,12 @@ LayerScratch& layer_scratch() {
   return scratch;
 }
 
-void norm(const void* x, const void* weight, const void* bias, void* y, int64_t rows, int64_t size, float eps, DType dtype) {
+NormArgs norm(const void* x, const void* weight, const void* bias, void* y, int64_t size, float eps, DType dtype) {
   NormArgs args{};
   args.x = x, args.weight = weight, args.bias = bias, args.y = y;
   args.size = size, args.x_stride = size, args.y_stride = size;
   args.eps = eps, args.dtype = dtype;
-  run_norm(args, rows);
+  return args;
 }
 
 LinearCall call(const Weight& weight, int64_t n, void* out, int64_t out_stride) {
@@ -49,10 +48,10 @@ void run_decoder_layer(const DecoderLayerArgs& a) {
   char* v = k + kv_width * size;
   char* attended = normed;
 
-  norm(a.x, a.input_norm, nullptr, normed, rows, a.hidden, a.eps, a.dtype);
+  const NormArgs input_norm = norm(a.x, a.input_norm, nullptr, normed, a.hidden, a.eps, a.dtype);
   const LinearCall qkv[3] = {call(a.q, q_width, q, qkv_width), call(a.k, kv_width, k, qkv_width),
                              call(a.v, kv_width, v, qkv_width)};
-  run_linears(Rows{normed, a.hidden, rows, a.hidden, a.dtype}, qkv, 3);
+  run_linears(Rows{normed, a.hidden, rows, a.hidden, a.dtype, &input_norm}, qkv, 3);
 
   char* new_k = static_cast<char*>(a.k_cache) + a.past * a.k_s * size;
   char* new_v = static_cast<char*>(a.v_cache) + a.past * a.v_s * size;
@@ -96,13 +95,13 @@ void run_decoder_layer(const DecoderLayerArgs& a) {
   o.residual = a.x, o.residual_stride = a.hidden;
   run_linears(Rows{attended, q_width, rows, q_width, a.dtype}, &o, 1);
 
-  norm(a.out, a.post_norm, nullptr, normed, rows, a.hidden, a.eps, a.dtype);
+  const NormArgs post_norm = norm(a.out, a.post_norm, nullptr, normed, a.hidden, a.eps, a.dtype);
   LinearCall gate = call(a.gate, a.mlp, nullptr, 0);
   gate.up = &a.up;
   gate.activation = Activation::swiglu;
   LinearCall down = call(a.down, a.hidden, a.out, a.hidden);
   down.residual = a.out, down.residual_stride = a.hidden;
-  run_mlp(Rows{normed, a.hidden, rows, a.hidden, a.dtype}, gate, down);
+  run_mlp(Rows{normed, a.hidden, rows, a.hidden, a.dtype, &post_norm}, gate, down);
 }
 
 void run_vision_block(const VisionBlockArgs& a) {
@@ -113,9 +112,9 @@ void run_vision_block(const VisionBlockArgs& a) {
   char* q = scratch.qkv.get<char>(rows * 3 * width * size);
   char* attended = normed;
 
-  norm(a.x, a.norm1_w, a.norm1_b, normed, rows, a.hidden, a.eps, a.dtype);
+  const NormArgs norm1 = norm(a.x, a.norm1_w, a.norm1_b, normed, a.hidden, a.eps, a.dtype);
   const LinearCall qkv = call(a.qkv, 3 * width, q, 3 * width);
-  run_linears(Rows{normed, a.hidden, rows, a.hidden, a.dtype}, &qkv, 1);
+  run_linears(Rows{normed, a.hidden, rows, a.hidden, a.dtype, &norm1}, &qkv, 1);
 
   RopeArgs rope{};
   rope.q = q, rope.q_out = q;
@@ -145,12 +144,12 @@ void run_vision_block(const VisionBlockArgs& a) {
   proj.residual = a.x, proj.residual_stride = a.hidden;
   run_linears(Rows{attended, width, rows, width, a.dtype}, &proj, 1);
 
-  norm(a.out, a.norm2_w, a.norm2_b, normed, rows, a.hidden, a.eps, a.dtype);
+  const NormArgs norm2 = norm(a.out, a.norm2_w, a.norm2_b, normed, a.hidden, a.eps, a.dtype);
   LinearCall fc1 = call(a.fc1, a.mlp, nullptr, 0);
   fc1.activation = Activation::gelu_tanh;
   LinearCall fc2 = call(a.fc2, a.hidden, a.out, a.hidden);
   fc2.residual = a.out, fc2.residual_stride = a.hidden;
-  run_mlp(Rows{normed, a.hidden, rows, a.hidden, a.dtype}, fc1, fc2);
+  run_mlp(Rows{normed, a.hidden, rows, a.hidden, a.dtype, &norm2}, fc1, fc2);
 }
 
 }  // namespace qvl

@@ -59,7 +59,11 @@ void pack_panels(const Rows& rows, int64_t first_row, int64_t m, Route route, fl
   const KernelTable& table = kernels();
   const char* x = static_cast<const char*>(rows.x) + first_row * rows.stride * dtype_bytes(rows.dtype);
   const PackArgs args{x, rows.stride, m, rows.k, rows.dtype, route, panels};
-  parallel_tasks(panel_count(m), [&](int64_t panel) { table.gemm_pack(args, panel); });
+  parallel_tasks(panel_count(m), [&](int64_t panel) {
+    const int64_t begin = panel * table.panel_width, end = begin + table.panel_width;
+    fill(rows, first_row + begin, first_row + (end < m ? end : m));
+    table.gemm_pack(args, panel);
+  });
 }
 
 Workspace& panels_workspace() {
@@ -102,6 +106,7 @@ void run_gemvs(const Rows& rows, const LinearCall* calls, int count) {
   thread_local Workspace prepared_ws;
   float* prepared = prepared_ws.get<float>(rows.m * x_stride);
   const int64_t row_bytes = rows.stride * dtype_bytes(rows.dtype);
+  fill(rows, 0, rows.m);
   for (int64_t m = 0; m < rows.m; ++m)
     table.gemv_prepare(static_cast<const char*>(rows.x) + m * row_bytes, rows.dtype, rows.k, route, prepared + m * x_stride);
   int64_t total = 0;
@@ -156,7 +161,7 @@ Route gemm_route(DType dtype, int64_t k, int64_t n) {
   return Route::fma;
 }
 
-void run_linears(const Rows& rows, const LinearCall* calls, int count) {
+void run_linears(Rows rows, const LinearCall* calls, int count) {
   if (rows.m == 0) return;
   for (int begin = 0, end; begin < count; begin = end) {
     const Weight& first = calls[begin].weight;
@@ -166,6 +171,7 @@ void run_linears(const Rows& rows, const LinearCall* calls, int count) {
     } else {
       run_quant_linears(rows, calls + begin, end - begin);
     }
+    rows.norm = nullptr;  // filled
   }
 }
 

@@ -1,6 +1,6 @@
 // Linear layers on the CPU: matrix-vector products for few rows, panel GEMM for more.
 #pragma once
-#include "../cpu/kernel_table.h"
+#include "../cpu/dispatch.h"
 
 namespace qvl {
 
@@ -31,7 +31,13 @@ struct Rows {
   const void* x;
   int64_t stride, m, k;
   DType dtype;
+  const NormArgs* norm = nullptr;  // what fills x, if anything: a block of rows right before it is read, while it is in the caches
+  int64_t norm_row = 0;            // the first of its rows
 };
+
+inline void fill(const Rows& rows, int64_t begin, int64_t end) {
+  if (rows.norm) kernels().norm_rows(*rows.norm, rows.norm_row + begin, rows.norm_row + end);
+}
 
 // The call with its output and residual beginning at `row`.
 inline LinearCall from_row(LinearCall call, int64_t row, int64_t element) {
@@ -44,6 +50,7 @@ inline LinearCall from_row(LinearCall call, int64_t row, int64_t element) {
 inline Rows from_row(Rows rows, int64_t row, int64_t count) {
   rows.x = static_cast<const char*>(rows.x) + row * rows.stride * dtype_bytes(rows.dtype);
   rows.m = rows.m - row < count ? rows.m - row : count;
+  rows.norm_row += row;
   return rows;
 }
 
@@ -56,7 +63,7 @@ constexpr int64_t kQuantGemvMaxRows = kMaxQuantRows;  // kGemvMaxRows over quant
 Route gemm_route(DType dtype, int64_t k, int64_t n);
 
 // All calls over the same rows; calls of one format beside each other share a parallel region.
-void run_linears(const Rows& rows, const LinearCall* calls, int count);
+void run_linears(Rows rows, const LinearCall* calls, int count);
 
 // down(act(first(x))) [+ down.residual]: the activations between stay in panel layout (or in a small buffer for few rows).
 // hidden is first's n. Rows are processed in chunks, so scratch does not grow with m.

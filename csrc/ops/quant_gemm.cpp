@@ -31,6 +31,8 @@ void pack_panels(const Rows& rows, const Panels& panels) {
   args.words = panels.words, args.scales = panels.scales;
   parallel_tasks((rows.m + table.vector_width - 1) / table.vector_width, [&](int64_t block) {
     thread_local Workspace scratch;
+    const int64_t begin = block * table.vector_width, end = begin + table.vector_width;
+    fill(rows, begin, end < rows.m ? end : rows.m);
     table.quant_pack(args, block, scratch.get<char>(quant_pack_scratch_bytes(table, args.rows)));
   });
 }

@@ -5,15 +5,28 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 import qvl_kernels
+from qvl_kernels import pages
 from qvl_kernels.quant import QuantizedWeight
 from qvl_model.modules.linear import LayerNorm, Linear
 from qvl_model.modules.packed import PackedLinear
 from qvl_model.modules.parts import in_parts, splits
 from qvl_model.modules.plain import is_plain, kernels_take, no_global_hooks, only_capture_hooks
 
-__all__ = ["Qwen3VLVisionAttention", "Qwen3VLVisionBlock", "Qwen3VLVisionMLP", "Qwen3VLVisionPatchEmbed", "is_gelu_tanh"]
+__all__ = [
+    "Qwen3VLVisionAttention", "Qwen3VLVisionBlock", "Qwen3VLVisionMLP", "Qwen3VLVisionPatchEmbed", "give_memory_back", "is_gelu_tanh",
+]  # fmt: skip
 
 _GELU_TANH = "gelu_pytorch_tanh"
+_LARGE = 4096  # patches: a picture of 1,024 x 1,024 pixels
+
+
+def give_memory_back(visual: nn.Module, args: tuple, output=None) -> None:
+    """A hook before and after the tower: with large images, what was freed before goes back to the system, and then what they needed in
+    passing, so that both do not add up with the cache. The C library keeps freed tensors below 32 MB; those are some hundred MB, and giving
+    them back takes milliseconds beside the seconds of the tower."""
+    pixels = args[0] if args else None
+    if isinstance(pixels, Tensor) and pixels.is_cpu and pixels.shape[0] >= _LARGE and not torch.compiler.is_compiling():
+        pages.trim()
 
 
 class Qwen3VLVisionPatchEmbed(stock.Qwen3VLVisionPatchEmbed):
