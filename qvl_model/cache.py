@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 __all__ = ["Store", "open_store"]
 
-_ROOM = 64  # tokens of room to grow at least; a sixteenth of the length when that is more
+_ROOM = 64  # tokens of room to grow at least; a thirty-second of the length when that is more
 _BUFFER = "_qvl_buffer"
 
 
@@ -91,7 +91,7 @@ def _dynamic_store(layer: DynamicLayer, x: Tensor, kv_heads: int, head_dim: int)
         or buffer.values_view is not layer.values
         or buffer.keys.shape[2] < end
     ):
-        capacity = end + max(_ROOM, end // 16)
+        capacity = end + max(_ROOM, end // 32)
         keys = x.new_empty(batch, kv_heads, capacity, head_dim)
         buffer = _Buffer(keys, torch.empty_like(keys))
         if past:

@@ -14,6 +14,7 @@ __all__ = ["Embedding", "Qwen3VLVisionRotaryEmbedding", "provide_tables"]
 
 KEPT = 16  # sets of image sizes per model, those used last
 KEPT_PATCHES = 1 << 15  # and of all of them together, unless one alone has more
+KEPT_ROWS = 1 << 12  # patches of which the interpolated rows are kept too: those of more are megabytes, and made in a hundredth of the tower's time
 _NAMES = ("position_ids", "interp_indices", "interp_weights", "cu_seqlens", "max_seqlen")
 _kept: "weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple, dict]]" = weakref.WeakKeyDictionary()
 
@@ -97,7 +98,7 @@ class Embedding(nn.Embedding):
         weights = getattr(input, "interpolation_weights", None)
         if weights is None:
             return super().forward(input)
-        if self.weight.is_inference() or self.weight.requires_grad and torch.is_grad_enabled():
+        if len(input) > KEPT_ROWS or self.weight.is_inference() or self.weight.requires_grad and torch.is_grad_enabled():
             return self._interpolated(input, weights)
         kept, key = input.interpolated, _identity(self.weight)
         if key not in kept:
