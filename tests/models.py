@@ -158,12 +158,12 @@ def fused_calls(model: nn.Module) -> Iterator[Calls]:
     known = dispatch.fallbacks()
     try:
         for name, place in fused.items():
-            setattr(*place, spy(name))
+            setattr(*place, staticmethod(spy(name)) if isinstance(place[0], type) else spy(name))
         with qvl_kernels.use_backend("cpp"):
             yield calls
     finally:
-        for name, place in fused.items():
-            setattr(*place, originals[name])
+        for name, (owner, attribute) in fused.items():
+            setattr(owner, attribute, staticmethod(originals[name]) if isinstance(owner, type) else originals[name])
         for handle in handles:
             handle.remove()
     assert dispatch.fallbacks() == known

@@ -47,7 +47,7 @@ class PreparedDecoderLayer:
         past: int, mask: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """As ``decoder_layer``."""
-        return self.run([self], x, cos, sin, [(k_cache, v_cache)], past=past, mask=mask)[0]
+        return PreparedDecoderLayer.run([self], x, cos, sin, [(k_cache, v_cache)], past=past, mask=mask)[0]
 
     @staticmethod
     def run(

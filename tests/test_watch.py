@@ -1,0 +1,75 @@
+"""The extension's Watch: whether dictionaries, types and tensors are what they were when it was made."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from qvl_kernels import dispatch
+
+
+class _Other(nn.Linear):
+    pass
+
+
+@pytest.fixture
+def module():
+    return nn.Linear(3, 2)
+
+
+def _watch(module: nn.Linear):
+    return dispatch.extension().Watch(
+        entries=[(module._parameters, "weight", module.weight), (module._parameters, "bias", module.bias)],
+        absent=[(vars(module), "forward")], empty=[(vars(module), "_forward_hooks")], types=[module], tensors=[module.weight],
+    )  # fmt: skip
+
+
+def _holds(*watches) -> bool:
+    return dispatch.extension().Watch.all_hold(watches)
+
+
+CHANGES = {
+    "entry": lambda module: setattr(module, "weight", nn.Parameter(module.weight.detach())),
+    "entry gone": lambda module: module._parameters.pop("bias"),
+    "absent": lambda module: setattr(module, "forward", lambda x: x),
+    "empty": lambda module: module.register_forward_hook(lambda *_: None),
+    "another dictionary in its place": lambda module: vars(module).__setitem__("_forward_hooks", OrderedDict(a=1)),
+    "no dictionary in its place": lambda module: vars(module).__setitem__("_forward_hooks", None),
+    "type": lambda module: setattr(module, "__class__", _Other),
+    "memory": lambda module: setattr(module.weight, "data", module.weight.data.clone()),
+    "elements": lambda module: setattr(module.weight, "data", module.weight.data[:1]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_notices(module, change):
+    watch, other = _watch(module), _watch(nn.Linear(3, 2))
+    assert _holds() and _holds(watch) and _holds(watch, other, watch)
+    CHANGES[change](module)
+    assert not _holds(watch) and not _holds(other, watch) and _holds(other)
+
+
+def test_notices_another_dtype_in_the_same_memory():
+    x = torch.zeros(4)
+    watch = dispatch.extension().Watch(entries=[], absent=[], empty=[], types=[], tensors=[x])
+    assert _holds(watch)
+    x.data = x.data.view(torch.int32)
+    assert not _holds(watch)
+
+
+def test_values_may_change(module):
+    watch = _watch(module)
+    with torch.no_grad():
+        module.weight.mul_(2.0)
+    vars(module)["a"] = 1  # dictionaries may grow and move
+    for i in range(100):
+        vars(module)[f"a{i}"] = i
+    assert _holds(watch)
+
+
+def test_keeps_what_it_watches_alive():
+    module = nn.Linear(3, 2)
+    watch = _watch(module)
+    del module
+    assert _holds(watch)
