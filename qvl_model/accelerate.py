@@ -183,9 +183,10 @@ def restore(model: nn.Module) -> nn.Module:
     Example:
         >>> model = qvl_model.restore(model)
     """
-    _forget_plans(_base_model(model))
-    unpack_model(_base_model(model))
-    for module in _base_model(model).modules():
+    inner = _base_model(model)
+    _forget_plans(inner)
+    unpack_model(inner)
+    for module in inner.modules():
         set_rows(module, None)
         theirs = STOCK_CLASSES.get(type(module))
         if theirs is not None:

@@ -26,12 +26,12 @@ class Plan:
     """A decoder layer whose modules and weights were found plain, as one fused call; ``holds`` says whether they still are.
 
     Attributes:
-        dtype, prepared: of the call, and the call.
+        prepared: the call.
         watch: of all that was found, but for hooks of ``attention``, of which those of transformers are harmless mostly.
         chain: the layers that ran after this one, as far as they can be one call with it.
     """
 
-    __slots__ = ("attention", "chain", "dtype", "implementation", "prepared", "watch")
+    __slots__ = ("attention", "chain", "implementation", "prepared", "watch")
 
     @classmethod
     def of(cls, layer: nn.Module) -> "Plan | None":
@@ -60,7 +60,7 @@ class Plan:
         if not same_eps or not attention.is_causal or mlp_biases != [None, None, None] or not kernels_take(*plain):
             return None
         plan = cls()
-        plan.attention, plan.chain, plan.dtype = attention, None, input_norm.dtype
+        plan.attention, plan.chain = attention, None
         settings, modules = vars(attention.config), [module for _, _, module in places]
         tensors = [(own, name, own[name]) for module in norms + linears for own in (module._parameters, module._buffers) for name in own]
         plan.implementation = settings.get(_IMPLEMENTATION)
@@ -171,7 +171,7 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
                 return out
         if _call_is_plain(hidden_states, position_embeddings, attention_mask, kwargs):
             steps = self._steps(hidden_states, attention_mask, past_key_values, ahead=ahead is not None)
-            if steps:  # fused calls
+            if steps:
                 outs = qvl_kernels.PreparedDecoderLayer.run(
                     [step.prepared for step in steps], hidden_states, *position_embeddings,
                     [(step.store.keys, step.store.values) for step in steps], past=steps[0].store.past, mask=attention_mask,

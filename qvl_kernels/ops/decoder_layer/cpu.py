@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import torch
 
 from qvl_kernels import dispatch
@@ -5,26 +7,40 @@ from qvl_kernels.checks import DTYPE_CODES
 from qvl_kernels.ops.attention.cpu import mask_arguments
 from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.linear.onednn import use_onednn
-from qvl_kernels.ops.linear.weights import extension_weight
+from qvl_kernels.ops.linear.weights import extension_weight, out_features
 
-__all__ = ["decoder_layer_cpu"]
+__all__ = ["decoder_layer_cpu", "extension_layer", "run_extension_layers"]
+
+
+def extension_layer(norms, weights, biases, num_heads: int, kv_heads: int, head_dim: int, eps: float, scale: float):
+    """A layer as the extension takes it; the tensors must outlive it. norms: input, q, k, post; weights: q, k, v, o, gate, up, down;
+    biases of the first four."""
+    linears = [extension_weight(weight, bias) for weight, bias in zip(weights, (*biases, None, None, None))]
+    return dispatch.extension().DecoderLayer(
+        [norm.data_ptr() for norm in norms], linears, norms[0].shape[0], num_heads, kv_heads, head_dim, out_features(weights[4]), eps, scale,
+        DTYPE_CODES[norms[0].dtype],
+    )  # fmt: skip
+
+
+def run_extension_layers(
+    layers: Sequence, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    past: int, mask: torch.Tensor | None, num_heads: int,
+) -> list[torch.Tensor]:  # fmt: skip
+    """The outputs of ``extension_layer`` objects one after the other, in one call. All is checked."""
+    batch, time, _ = x.shape
+    outs = [torch.empty(x.shape, dtype=x.dtype) for _ in layers]
+    kind, pointer, mask_strides = mask_arguments(mask if mask is None else mask[..., : past + time], (batch, num_heads, time, past + time))
+    cos_stride, sin_stride = cos.stride(), sin.stride()
+    dispatch.extension().decoder_layers(
+        layers, x.data_ptr(), [out.data_ptr() for out in outs], cos.data_ptr(), sin.data_ptr(),
+        (cos_stride[0] if cos.shape[0] > 1 else 0, cos_stride[1]), (sin_stride[0] if sin.shape[0] > 1 else 0, sin_stride[1]),
+        [(k.data_ptr(), v.data_ptr(), k.stride()[:3], v.stride()[:3]) for k, v in caches], batch, time, past, kind, pointer, mask_strides,
+    )  # fmt: skip
+    return outs
 
 
 def decoder_layer_cpu(x, norms, weights, biases, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale):
     if use_onednn(x, x.shape[0] * x.shape[1]):
         return compose_decoder_layer(x, norms, weights, biases, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale)
-    batch, time, hidden = x.shape
-    _, kv_heads, _, head_dim = k_cache.shape
-    out = torch.empty(x.shape, dtype=x.dtype)
-    kind, pointer, mask_strides = mask_arguments(mask, (batch, num_heads, time, past + time))
-    extension = dispatch.extension()
-    layer = extension.DecoderLayer(
-        [norm.data_ptr() for norm in norms], [extension_weight(weight, bias) for weight, bias in zip(weights, (*biases, None, None, None))],
-        hidden, num_heads, kv_heads, head_dim, weights[4].shape[0], eps, scale, DTYPE_CODES[x.dtype],
-    )  # fmt: skip
-    extension.decoder_layers(
-        [layer], x.data_ptr(), [out.data_ptr()], cos.data_ptr(), sin.data_ptr(),
-        (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)), (sin.stride(0) if sin.shape[0] > 1 else 0, sin.stride(1)),
-        [(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride()[:3], v_cache.stride()[:3])], batch, time, past, kind, pointer, mask_strides,
-    )  # fmt: skip
-    return out
+    layer = extension_layer(norms, weights, biases, num_heads, k_cache.shape[1], k_cache.shape[3], eps, scale)
+    return run_extension_layers([layer], x, cos, sin, [(k_cache, v_cache)], past, mask, num_heads)[0]

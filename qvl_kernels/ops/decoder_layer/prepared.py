@@ -5,11 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from qvl_kernels import dispatch
-from qvl_kernels.checks import DTYPE_CODES
-from qvl_kernels.ops.attention.cpu import mask_arguments
 from qvl_kernels.ops.decoder_layer import DecoderWeights, check_weights, decoder_layer
+from qvl_kernels.ops.decoder_layer.cpu import extension_layer, run_extension_layers
 from qvl_kernels.ops.linear.onednn import MIN_ROWS
-from qvl_kernels.ops.linear.weights import extension_weight, out_features
 
 __all__ = ["PreparedDecoderLayer"]
 
@@ -72,30 +70,16 @@ class PreparedDecoderLayer:
                 x = layer.in_ops(x, cos, sin, k_cache, v_cache, past, mask)
                 outs.append(x)
             return outs
-        batch, time, _ = x.shape
-        outs = [torch.empty_like(x) for _ in layers]
-        kind, pointer, mask_strides = 0, 0, (0, 0, 0, 0)
-        if mask is not None:
-            kind, pointer, mask_strides = mask_arguments(mask[..., : past + time], (batch, layers[0].num_heads, time, past + time))
-        cos_stride, sin_stride = cos.stride(), sin.stride()
-        dispatch.extension().decoder_layers(
-            [layer.extension_layer() for layer in layers], x.data_ptr(), [out.data_ptr() for out in outs], cos.data_ptr(), sin.data_ptr(),
-            (cos_stride[0] if cos.shape[0] > 1 else 0, cos_stride[1]), (sin_stride[0] if sin.shape[0] > 1 else 0, sin_stride[1]),
-            [(k.data_ptr(), v.data_ptr(), k.stride()[:3], v.stride()[:3]) for k, v in caches], batch, time, past, kind, pointer, mask_strides,
-        )  # fmt: skip
-        return outs
+        return run_extension_layers([layer.extension_layer() for layer in layers], x, cos, sin, caches, past, mask, layers[0].num_heads)
 
     def extension_layer(self):
         """The layer as the extension takes it."""
         if self._extension_layer is None:
             w = self.weights
-            norms = [norm.data_ptr() for norm in (w.input_norm, w.q_norm, w.k_norm, w.post_norm)]
-            biases = (w.q_bias, w.k_bias, w.v_bias, w.o_bias, None, None, None)
-            linears = [extension_weight(weight, bias) for weight, bias in zip((w.q, w.k, w.v, w.o, w.gate, w.up, w.down), biases)]
-            dtype, hidden, heads, kv_heads, head_dim = self.sizes
-            self._extension_layer = dispatch.extension().DecoderLayer(
-                norms, linears, hidden, heads, kv_heads, head_dim, out_features(w.gate), self.eps, self.scale, DTYPE_CODES[dtype]
-            )
+            self._extension_layer = extension_layer(
+                (w.input_norm, w.q_norm, w.k_norm, w.post_norm), (w.q, w.k, w.v, w.o, w.gate, w.up, w.down), (w.q_bias, w.k_bias, w.v_bias, w.o_bias),
+                self.num_heads, self.kv_heads, self.head_dim, self.eps, self.scale,
+            )  # fmt: skip
         return self._extension_layer
 
     def one_call(self, rows: int) -> bool:
