@@ -10,7 +10,7 @@ import torch
 
 from qvl_kernels import config
 
-__all__ = ["ARCHITECTURES", "architecture", "assume", "unavailable"]
+__all__ = ["ARCHITECTURES", "architecture", "assume", "nearest", "unavailable"]
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")  # checked by bench.audit
 OLDEST_TRITON = (3, 6)
@@ -39,7 +39,7 @@ def assume(name: str) -> Iterator[None]:
 
 
 def architecture(device: torch.device) -> str:
-    """"sm_90", "gfx942"…; for the interpreter's CPU tensors the one with the smallest shared memory among sm_80 to sm_120."""
+    """The one of ARCHITECTURES that says how to compile for a device; for the interpreter's CPU tensors one with the smallest shared memory."""
     if _assumed is not None:
         return _assumed
     if device.type != "cuda":
@@ -50,9 +50,23 @@ def architecture(device: torch.device) -> str:
 @functools.cache
 def _architecture(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
+    name = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return nearest(name)
+
+
+def nearest(name: str) -> str:
+    """Itself or, of ARCHITECTURES, the one whose tiles and instructions an architecture has too.
+
+    Example:
+        >>> nearest("sm_86"), nearest("sm_103"), nearest("gfx950")
+        ('sm_89', 'sm_100', 'gfx942')
+    """
+    if name in ARCHITECTURES:
+        return name
+    if name.startswith("gfx"):
+        return "gfx942"  # whose 64 KB of shared memory the others have too
+    # 87: Jetson Orin has A100's shared memory. 101, 103, 110: the tensor memory of 100. Others, older or newer, get the smallest tiles.
+    return {"sm_87": "sm_80", "sm_101": "sm_100", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120"}.get(name, "sm_89")
 
 
 def unavailable() -> str | None:

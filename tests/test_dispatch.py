@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qvl_kernels
-from qvl_kernels import dispatch
+from qvl_kernels import dispatch, gpu
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -138,3 +138,10 @@ def test_missing_extension_names_the_command_that_builds_it():
     listed = _python(hidden + "import qvl_kernels\nprint(qvl_kernels.backends()['cpp'])")
     assert "'available': False" in listed.stdout and "pip install" in listed.stdout
     assert _python(hidden + NORM, QVL_BACKEND="reference").stdout.strip() == "16.0"
+
+
+def test_every_gpu_has_an_audited_architecture():
+    """RTX 30 has the shared memory of RTX 40, Jetson Orin that of A100, B300 and Thor the tensor memory of B200; what nobody knows gets the smallest tiles."""
+    known = {"sm_86": "sm_89", "sm_87": "sm_80", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120", "sm_130": "sm_89", "gfx90a": "gfx942", "gfx950": "gfx942"}
+    assert {name: gpu.nearest(name) for name in known} == known
+    assert all(gpu.nearest(name) == name for name in gpu.ARCHITECTURES)
