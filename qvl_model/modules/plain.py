@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from transformers.utils import output_capturing
 
-from qvl_kernels import gpu
+from qvl_kernels import dispatch, gpu
 
-__all__ = ["FAST_DTYPES", "autocast_dtype", "is_plain", "kernels_take", "only_capture_hooks"]
+__all__ = ["FAST_DTYPES", "autocast_dtype", "drops_in_kernel", "is_plain", "kernels_take", "only_capture_hooks"]
 
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
@@ -45,6 +45,11 @@ def only_capture_hooks(module: nn.Module) -> bool:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype to which autocast brings products on ``device`` in this thread, or None if it is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def drops_in_kernel(x: torch.Tensor) -> bool:
+    """Attention has dropout in its kernel on GPUs; on the CPU PyTorch's own is faster than the reference."""
+    return x.is_cuda or dispatch.forced() == "triton"
 
 
 def _gpu_takes() -> bool:

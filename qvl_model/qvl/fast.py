@@ -9,7 +9,7 @@ import qvl_kernels
 from qvl_model import packed_checkpoint
 from qvl_model.modules.decoder_layer import Qwen3VLTextDecoderLayer
 from qvl_model.modules.head import causal_loss
-from qvl_model.modules.plain import is_plain, kernels_take, no_global_hooks
+from qvl_model.modules.plain import drops_in_kernel, is_plain, kernels_take, no_global_hooks
 from qvl_model.modules.vision import Qwen3VLVisionBlock, is_gelu_tanh
 from qvl_model.qvl import connector, modeling, text, vision
 
@@ -21,6 +21,11 @@ __all__ = [
 
 class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
     """Cross-attention from single kernels, then the rest of the layer in one fused call if it is plain."""
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        if self.fusion is None:
+            return super().__call__(*args, **kwargs)
+        return text.QVLDecoderLayer.__call__(self, *args, **kwargs)  # what is ahead of it is not known before cross-attention
 
     def forward(
         self,
@@ -50,24 +55,28 @@ class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
         dropout = self._modules["dropout"]
         return is_plain(dropout, nn.Dropout) and not (dropout.training and dropout.p > 0.0) and super().infers()
 
+    def random_places(self) -> list[tuple[dict, str]]:
+        return [*super().random_places(), (self._modules, "dropout")]
+
 
 class QVLCrossAttention(text.QVLCrossAttention):
     def read(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if not _reads_plainly(self, self.attention_dropout) or not kernels_take(q, keys, values):
+        dropout = self.attention_dropout if self.training else 0.0
+        if not _reads_plainly(self) or (dropout > 0.0 and not drops_in_kernel(q)) or not kernels_take(q, keys, values):
             return super().read(q, keys, values, lengths)
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
-        return qvl_kernels.cross_attention(q, k, v, kv_lens=lengths, scale=self.scaling), None
+        return qvl_kernels.cross_attention(q, k, v, kv_lens=lengths, scale=self.scaling, dropout_p=dropout), None
 
 
 class QVLConnectorAttention(connector.QVLConnectorAttention):
     def read(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        if not _reads_plainly(self, 0.0) or not kernels_take(q, k, v):
+        if not _reads_plainly(self) or not kernels_take(q, k, v):
             return super().read(q, k, v, lengths)
         return qvl_kernels.cross_attention(q, k, v, kv_lens=lengths, scale=self.scaling)
 
 
-def _reads_plainly(attention: nn.Module, dropout: float) -> bool:
-    return attention.config._attn_implementation == "sdpa" and not (attention.training and dropout > 0.0)
+def _reads_plainly(attention: nn.Module) -> bool:
+    return attention.config._attn_implementation == "sdpa"
 
 
 class QVLConnectorMLP(connector.QVLConnectorMLP):

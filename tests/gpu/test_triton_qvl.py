@@ -9,7 +9,8 @@ import torch
 
 import qvl_kernels
 import qvl_model
-from qvl_kernels import config, dispatch
+from qvl_kernels import config, dispatch, triton_lib
+from qvl_kernels.ops.attention import triton_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qvl_models import inputs, pad_pixels, plain_model  # noqa: E402
@@ -44,4 +45,34 @@ def test_prefill_and_a_step(device, dtype, name):
     with qvl_kernels.use_backend("triton"):
         out = run(model)
     assert ((out - expected).norm() / expected.norm()).item() <= LIMITS[dtype]
+    assert dispatch.fallbacks() == known
+
+
+def test_training_drops_attention_weights_in_the_kernels(device, monkeypatch):
+    """Of self- and cross-attention; the same seed drops the same, and so does the forward pass that checkpointing repeats."""
+    dtype = torch.float32
+    model = qvl_model.accelerate(plain_model("attention", **SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.4).to(device, dtype)).train()
+    batch = {key: value.to(device) for key, value in inputs(4, 3).items()}
+    dropped = []
+
+    def launch(kernel, grid, *args, **meta):
+        dropped.append(meta["DROPOUT"])
+        triton_lib.launch(kernel, grid, *args, **meta)
+
+    monkeypatch.setattr(triton_attention, "launch", launch)
+
+    def step(seed):
+        torch.manual_seed(seed)
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        return loss.item(), torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+
+    known = dispatch.fallbacks()
+    with qvl_kernels.use_backend("triton"):
+        loss, gradients = step(0)
+        assert dropped.count(True) == 2  # the connector and the vision tower have none
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        repeated_loss, repeated = step(0)
+    assert repeated_loss == loss
+    for a, b in zip(gradients, repeated):
+        assert a is b is None or ((a - b).norm() <= 1e-5 * a.norm())
     assert dispatch.fallbacks() == known
