@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import qvl_kernels
 import qvl_model
 from bench import audit_report, gpu_report
-from bench.audit_sources import sources
+from bench.audit_sources import Source, sources
 from bench.chips import ROOFLINES
 from bench.compiled import compile_all, violations
 from bench.launches import GRADIENTS_WITH_LOSS, Call, Specialisation, kernels, record, record_training, specialise
@@ -84,19 +83,20 @@ class _Collector:
         self.reached: set[tuple[str, str]] = set()  # (architecture, kernel)
         self._worked: set[tuple[str, str]] = set()
 
-    def add(self, op: str, function: Callable, case: Case, arch: str, dtype: str, wanted: set[str] | None = None) -> None:
+    def add(self, op: str, source: Source, case: Case, arch: str, dtype: str, wanted: set[str] | None = None) -> None:
         """Records a case; of a case that is no model shape only the kernels in ``wanted``."""
         try:
-            forward, backward = record(function, case, DTYPES[dtype], arch)
-            training = record_training(function, case, DTYPES[dtype], arch) if op in GRADIENTS_WITH_LOSS else []
+            forward, backward = record(source.function, case, DTYPES[dtype], arch)
+            training = record_training(source.function, case, DTYPES[dtype], arch) if op in GRADIENTS_WITH_LOSS else []
             launches = [(direction, launch) for direction, calls in (("forward", forward), ("backward", backward), ("training", training))
-                        for call in calls for launch in call.launches]  # fmt: skip
+                        for call in calls for launch in call.launches
+                        if not source.variants or any(launch.meta.get(name) for name in source.variants)]  # fmt: skip
             made = [(direction, specialise(launch, arch)) for direction, launch in launches]
         except Exception as error:  # a launcher that cannot run on this architecture is what the audit is for
             if wanted is None:
                 self.result.failures.append(f"{op} {case.name}, {arch}, {dtype}: cannot be launched: {type(error).__name__}: {error}")
             return
-        if case.model and made and (op, case.name) not in self._worked:
+        if case.model and made and not source.variants and (op, case.name) not in self._worked:
             self._worked.add((op, case.name))
             self.result.work += _work(op, case, backward, training)
         for direction, specialisation in made:
@@ -116,18 +116,18 @@ def _name(specialisation: Specialisation) -> str:
 
 def _collect(result: Audit, names: list[str] | None, plan: list[tuple[str, str]]) -> list[_Kernel]:
     collector, known = _Collector(result), kernels(qvl_kernels, qvl_model)
-    cases = [(name, function, case) for name, (function, cases) in sources().items() if names is None or name in names for case in cases]
+    cases = [(name, source, case) for name, source in sources().items() if names is None or name in names for case in source.cases]
     for arch, dtype in plan:
-        for op, function, case in cases:
+        for op, source, case in cases:
             if case.model:
-                collector.add(op, function, case, arch, dtype)
+                collector.add(op, source, case, arch, dtype)
     unreached: dict[str, list[str]] = {}
     for arch, dtype in dict(plan).items():
         for other in (dtype, "fp16"):  # some kernels are there for fp16's short range only
-            for op, function, case in cases:
+            for op, source, case in cases:
                 missing = {name for name in known if (arch, name) not in collector.reached}
                 if missing and (not case.model or other != dtype):
-                    collector.add(op, function, case, arch, other, missing)
+                    collector.add(op, source, case, arch, other, missing)
         for name in known:
             if (arch, name) not in collector.reached:
                 unreached.setdefault(name, []).append(arch)

@@ -1,6 +1,8 @@
-"""What the audit runs: every public op over its shared cases and over the sizes of the GPU benchmark, and the internal steps of decoding."""
+"""What the audit runs: every public op over its shared cases and over the sizes of the GPU benchmark, the internal steps of decoding, and
+the variants of kernels that are off."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -8,13 +10,24 @@ import torch
 import qvl_kernels
 from bench import gpu_kernels
 from bench.kernels import cases_of, ops
+from bench.variants import COMBINATIONS, using
 from qvl_kernels.gemv import cases as gemv
 from qvl_kernels.ops.decoder_layer import DecoderWeights
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
 from qvl_kernels.quant import QuantizedWeight
 from qvl_kernels.testing import Case, random_tensor
 
-__all__ = ["sources"]
+__all__ = ["Source", "sources"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A function of keyword arguments and its cases; of a kernel with ``variants`` only the launches that use one of them count."""
+
+    function: Callable
+    cases: list[Case]
+    variants: tuple[str, ...] = ()
+
 
 C, H, HKV, D, F = 2048, 16, 8, 128, 6144  # of a decoder layer
 CAPACITY = 1024
@@ -81,13 +94,14 @@ def _with_dropout() -> tuple[Case, Case]:
     )
 
 
-def sources() -> dict[str, tuple[Callable, list[Case]]]:
-    """Name -> (function of keyword arguments, its cases)."""
-    public = {op: (getattr(qvl_kernels, op), [*cases_of(op), *_benchmarked(op)]) for op in ops()}
+def sources() -> dict[str, Source]:
+    """What to audit by name."""
+    found = {op: Source(getattr(qvl_kernels, op), [*cases_of(op), *_benchmarked(op)]) for op in ops()}
     for op, case in zip(("attention", "cross_attention"), _with_dropout()):
-        public[op][1].append(case)
-    return {
-        **public,
-        "gemv": (lambda **arguments: gemv.op_of(arguments)(**arguments), gemv.CASES),
-        "decode_step": (_decode_step, [_decode_step_case(rows, bits) for rows in (1, 4, 16, 32) for bits in (16, 8, 4)]),
-    }
+        found[op].cases.append(case)
+    found["gemv"] = Source(lambda **arguments: gemv.op_of(arguments)(**arguments), gemv.CASES)
+    found["decode_step"] = Source(_decode_step, [_decode_step_case(rows, bits) for rows in (1, 4, 16, 32) for bits in (16, 8, 4)])
+    for op, kernel, names in COMBINATIONS:
+        source = found[op]
+        found["+".join((op, *names))] = Source(using(source.function, kernel, names), [case for case in source.cases if case.model], names)
+    return found

@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_map
 import qvl_kernels
 from bench import gpu_rivals
 from bench.gpu_timing import compare, peak_bytes
+from bench.variants import offered
+from qvl_kernels import gpu
 from qvl_kernels.quant import QuantizedWeight
 from qvl_kernels.testing import relative_error
 
@@ -204,21 +206,24 @@ def _step(function: Callable, arguments: dict) -> Callable[[], object]:
 
 
 def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloat16, seconds: float = 0.4) -> dict:
-    """Errors against fp32, then milliseconds forward and backward of ours and of each rival, then memory if the case asks for it.
+    """Errors against fp32, then milliseconds forward and backward of ours and of each rival, then memory if the case asks for it; the
+    forward also of ours with the variants that are off.
 
     Returns {"errors", "forward", "backward", "memory": by contestant, "unavailable": {rival: why}, "bytes", "flops"}.
     """
     torch.manual_seed(SEED)
     made = case.make(device, dtype)
-    contestants = {"ours": getattr(qvl_kernels, case.op), **case.rivals()}
-    truth_of = next(function for name, function in contestants.items() if name != "ours")
+    ours, rivals = getattr(qvl_kernels, case.op), case.rivals()
+    variants = offered(case.op, ours, gpu.architecture(device))  # of the forward pass
+    contestants = {"ours": ours, **rivals, **variants}
+    truth_of = next(iter(rivals.values()))
     errors, unavailable, arguments = {}, {}, {}
     with torch.no_grad():
         truth = _outputs(truth_of(**{name: _fp32(x) for name, x in made.items()}))
         for name, function in list(contestants.items()):
             try:
                 errors[name] = max(relative_error(x, exact) for x, exact in zip(_outputs(function(**made)), truth))
-                arguments[name] = _own(made, case.backward)
+                arguments[name] = _own(made, case.backward and name not in variants)
             except Exception as error:  # a rival that this machine or version lacks; ours must work
                 if name == "ours":
                     raise
@@ -227,6 +232,8 @@ def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloa
         del truth
         forward = compare({name: lambda f=function, a=arguments[name]: f(**a) for name, function in contestants.items()}, device, seconds=seconds)
     result = {"errors": errors, "forward": forward, "unavailable": unavailable, "bytes": case.bytes, "flops": case.flops}
+    for name in variants:
+        contestants.pop(name, None)
     if case.backward:
         measured = _step if case.step else _gradient
         result["backward"] = compare({name: measured(function, arguments[name]) for name, function in contestants.items()}, device, seconds=seconds)
@@ -240,9 +247,11 @@ def build(case: KernelCase, arch: str = "sm_90") -> dict:
     from bench.compiled import inspect, violations
     from bench.launches import record_call, specialise
 
-    forward, backward = record_call(getattr(qvl_kernels, case.op), lambda: case.make(torch.device("cuda"), torch.bfloat16), arch)
+    ours = getattr(qvl_kernels, case.op)
     case.rivals()
-    made = {s.key: s for call in forward + backward for launch in call.launches for s in [specialise(launch, arch)]}
+    calls = [call for function in (ours, *offered(case.op, ours, arch).values())
+             for side in record_call(function, lambda: case.make(torch.device("cuda"), torch.bfloat16), arch) for call in side]  # fmt: skip
+    made = {s.key: s for call in calls for launch in call.launches for s in [specialise(launch, arch)]}
     wrong = [f"{s.kernel.__name__}: {text}" for s in made.values() for _, text in violations(arch, inspect(s))]
     return {"kernels": sorted({s.kernel.__name__ for s in made.values()}), "violations": wrong}
 

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import importlib
 import pkgutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,8 @@ def record_call(function: Callable, make: Callable[[], dict], arch: str) -> tupl
     """(calls of the forward, calls of the backward) of ``function(**make())`` as on a GPU of architecture ``arch``; ``make`` and
     ``function`` may create CUDA tensors, which are fake."""
     allow_fake_cuda()
-    with torch.no_grad(), FakeTensorMode(), gpu.assume(arch), triton_lib.record() as launches:
+    with torch.no_grad(), FakeTensorMode(), gpu.assume(arch), triton_lib.record() as launches, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fake tensors have no address and say so
         arguments = make()
         with _Launchers(launches) as launchers:
             function(**arguments)

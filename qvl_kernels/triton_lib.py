@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Launch", "as_rows", "launch", "record"]
+__all__ = ["Launch", "as_rows", "await_inputs", "describe", "launch", "record"]
 
 # Contracting a * b + c rounds once instead of twice: never less accurate, and what PyTorch's own kernels are built with.
 FP_FUSION = True
@@ -46,6 +48,8 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args, **meta) -> 
     if 0 in grid:
         return
     meta.setdefault("enable_fp_fusion", FP_FUSION)
+    if meta.get("DEPENDENT_LAUNCH"):
+        meta["launch_pdl"] = True
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, meta))
         return
@@ -62,3 +66,21 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     size = x.shape[-1]
     rows = x.reshape(x.numel() // size if size else 0, size)
     return rows if size <= 1 or rows.stride(-1) == 1 else rows.contiguous()
+
+
+@triton.jit
+def await_inputs(DEPENDENT_LAUNCH: tl.constexpr):
+    """First statement of a kernel that may be launched while the one before it still runs: lets the next one come, then waits for the
+    results of the one before."""
+    if DEPENDENT_LAUNCH:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+def describe(*tensors: tuple[torch.Tensor, list[int]]) -> tuple[TensorDescriptor, ...] | None:
+    """Tensor descriptors of (tensor, shape of the blocks to copy); None if the hardware does not take all of their places and strides."""
+    for x, _ in tensors:
+        size = x.element_size()
+        if x.numel() == 0 or x.stride(-1) != 1 or any(stride <= 0 or stride * size % 16 for stride in x.stride()[:-1]) or x.data_ptr() % 16:
+            return None
+    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x, block in tensors)

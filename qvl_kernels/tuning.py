@@ -1,10 +1,16 @@
 """Tile choices of the Triton kernels: pure functions of shapes, dtype and architecture. No sweep at a user's first call.
 
-Each function returns the constexpr arguments and launch options (num_warps, num_stages) of one kernel.
+Each function returns the constexpr arguments and launch options (num_warps, num_stages) of one kernel; ``variants`` says what it does
+beyond its plain form.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 __all__ = [
+    "FASTER",
     "GEMV_ROWS",
+    "OFFERED",
     "PROCESSORS",
     "SHARED_MEMORY",
     "attention",
@@ -22,6 +28,8 @@ __all__ = [
     "quantize_rows",
     "quantized_linear_route",
     "rope",
+    "trying",
+    "variants",
     "whole_rows",
 ]
 
@@ -33,6 +41,49 @@ SHARED_MEMORY = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_
 GEMV_ROWS = 16  # up to so many rows a linear layer is bound by reading its weight; one tile of the tensor cores has 16
 
 PARTIAL_SUMS = 256  # programs that each sum a part of a weight's gradient: two per multiprocessor of large GPUs
+
+# What kernels can do beyond their plain form, and where the audit finds that sound (Triton 3.9 and 3.6 fail to specialise the warps of attention).
+# DESCRIPTORS: tiles are copied by tensor descriptors (TMA). PERSISTENT: one program a processor works through all tiles.
+# WARP_SPECIALIZE: some warps copy while others multiply. DEPENDENT_LAUNCH: a kernel is launched while the one before it still runs, and waits
+# for its results itself (programmatic dependent launch); "decoding" are the kernels of a decoding step.
+OFFERED = {
+    "attention": {"DESCRIPTORS": ("sm_90", "sm_100")},
+    "int8_matmul": {"DESCRIPTORS": ("sm_90", "sm_100"), "PERSISTENT": ("sm_90", "sm_100", "sm_120"), "WARP_SPECIALIZE": ("sm_100",)},
+    "decoding": {"DEPENDENT_LAUNCH": ("sm_90", "sm_100", "sm_120")},
+}
+
+# (kernel, architecture) -> variants that a device has shown to be faster there than the plain form (make bench-gpu measures both). None yet.
+FASTER: dict[tuple[str, str], tuple[str, ...]] = {}
+
+_tried: dict[str, tuple[str, ...]] = {}
+
+
+@contextlib.contextmanager
+def trying(kernel: str, *names: str) -> Iterator[None]:
+    """Inside the block, ``kernel`` runs with these variants of OFFERED where its architecture has them, and no others.
+
+    Example:
+        >>> with tuning.trying("attention", "DESCRIPTORS"):
+        ...     tuning.variants("attention", "sm_90")
+        {'DESCRIPTORS': True}
+    """
+    unknown = set(names) - set(OFFERED[kernel])
+    if unknown:
+        raise ValueError(f"{kernel} has no variants {sorted(unknown)}; choose from {sorted(OFFERED[kernel])}")
+    previous = _tried.get(kernel)
+    _tried[kernel] = names
+    try:
+        yield
+    finally:
+        del _tried[kernel]
+        if previous is not None:
+            _tried[kernel] = previous
+
+
+def variants(kernel: str, arch: str) -> dict[str, bool]:
+    """Constexpr arguments: which of its variants ``kernel`` uses."""
+    on = _tried.get(kernel, FASTER.get((kernel, arch), ()))
+    return {name: name in on and arch in where for name, where in OFFERED[kernel].items()}
 
 
 def next_power_of_2(n: int) -> int:

@@ -14,7 +14,7 @@ from bench import audit_report, chips, sass
 from bench.audit_sources import sources
 from bench.compiled import compile_all, inspect, violations
 from bench.kernels import cases_of
-from bench.launches import kernels, record, specialise
+from bench.launches import kernels, record, specialise, target
 from bench.waivers import WAIVABLE, WAIVERS, Waiver
 from qvl_kernels import config, gpu
 from qvl_kernels.triton_lib import Launch
@@ -66,6 +66,38 @@ def test_a_good_kernel_is_clean(arch, family):
     assert found["matrix_in_loops"][family] > 0 and found["has_loop"]
     assert found["dots"] == [{"m": 64, "n": 64, "k": 32, "dtype": "bf16", "in_loop": True}]
     assert found["resident_warps"] > 0 and found["shared"] > 0
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "variants", "arch", "stage", "instruction"),
+    [
+        ("attention", "text_prefill", "DESCRIPTORS", "sm_90", "ptx", "cp.async.bulk.tensor"),
+        ("quantized_linear", "int8_prefill_mlp", "DESCRIPTORS", "sm_90", "ptx", "cp.async.bulk.tensor"),
+        ("quantized_linear", "int8_prefill_mlp", "DESCRIPTORS+PERSISTENT+WARP_SPECIALIZE", "sm_100", "ttgir", "ttg.warp_specialize"),
+        ("decode_step", "1_rows_16_bits", "DEPENDENT_LAUNCH", "sm_90", "ptx", "griddepcontrol.wait"),
+    ],
+)
+def test_variants_become_their_instructions(op, case, variants, arch, stage, instruction):
+    """And only they: the plain form of the same kernels has none of them, and runs in a grid of all tiles."""
+    launches = {}
+    for name in (op, f"{op}+{variants}"):
+        source = sources()[name]
+        chosen = next(c for c in source.cases if c.name == case)
+        forward, _ = record(source.function, chosen, torch.bfloat16, arch)
+        launches[name] = [launch for call in forward for launch in call.launches if any(v in launch.meta for v in variants.split("+"))]
+    for plain, varied in zip(*launches.values(), strict=True):
+        assert plain.kernel is varied.kernel and ("PERSISTENT" in variants) == (varied.grid != plain.grid)
+        for launch, expected in ((plain, False), (varied, True)):
+            made = specialise(launch, arch)
+            compiled = triton.compile(made.source, target=target(arch), options=made.options)
+            assert (instruction in compiled.asm[stage]) == expected
+            assert getattr(compiled.metadata, "launch_pdl", False) == (expected and variants == "DEPENDENT_LAUNCH")
+    assert all(launches.values())
+
+
+def test_variants_count_only_where_they_are_on():
+    result = command.audit(names=["attention+DESCRIPTORS"], plan=[("sm_80", "bf16")])
+    assert result.rows == result.failures == result.work == []
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])

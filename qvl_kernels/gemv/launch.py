@@ -7,8 +7,6 @@ from qvl_kernels import gpu, tuning
 from qvl_kernels.gemv.triton_dot import gemv_dot_kernel, normalise_rows_kernel
 from qvl_kernels.gemv.triton_fma import gemv_fma_kernel
 from qvl_kernels.gemv.triton_int4 import gemv_int4_kernel
-from qvl_kernels.gemv.triton_int4 import gemv_int4_kernel
-from qvl_kernels.gemv.triton_int4 import gemv_int4_kernel
 from qvl_kernels.triton_lib import as_rows, launch
 
 __all__ = ["launch_gemv", "launch_gemv_swiglu", "launch_quantized_gemv", "launch_quantized_gemv_swiglu"]
@@ -80,7 +78,7 @@ def _gemv(x, weight, up, bias, norm_weight, eps: float, residual) -> torch.Tenso
         kernel, programs, rows, values, scales, up_values, up_scales, x if bias is None else bias,
         x if norm_weight is None else norm_weight, residual_rows, y_rows, m, n, k, columns, eps, rows.stride(0), values.stride(0),
         scales.stride(0), up_values.stride(0), up_scales.stride(0), residual_rows.stride(0), y_rows.stride(0),
-        HAS_NORM=norm_weight is not None, **flags, **tile,
+        HAS_NORM=norm_weight is not None, **tuning.variants("decoding", arch), **flags, **tile,
     )  # fmt: skip
     return y
 
@@ -101,6 +99,6 @@ def _normalised(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
     y = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     launch(
         normalise_rows_kernel, (rows.shape[0],), rows, weight, y, rows.shape[1], eps, rows.stride(0), y.stride(0),
-        **tuning.elementwise(rows.shape[1]),
+        **tuning.variants("decoding", gpu.architecture(rows.device)), **tuning.elementwise(rows.shape[1]),
     )  # fmt: skip
     return y

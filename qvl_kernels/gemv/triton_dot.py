@@ -7,6 +7,8 @@ only 64 programs, and one warp alone could not keep up with its share of the mem
 import triton
 import triton.language as tl
 
+from qvl_kernels.triton_lib import await_inputs
+
 __all__ = ["gemv_dot_kernel", "normalise_rows_kernel"]
 
 
@@ -27,9 +29,11 @@ def gemv_dot_kernel(
     M, N, K, W_COLUMNS, eps, stride_x, stride_w, stride_scale, stride_up, stride_up_scale, stride_residual, stride_y,
     BLOCK_N: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
     HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """As gemv_fma_kernel, over PARTS * BLOCK columns of w at a time. int4: BLOCK columns are one group, whose scale multiplies its
     product."""
+    await_inputs(DEPENDENT_LAUNCH)
     rows = tl.program_id(1) * 16 + tl.arange(0, 16)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     wide_rows, wide_n = rows.to(tl.int64), n.to(tl.int64)
@@ -99,8 +103,9 @@ def gemv_dot_kernel(
 
 
 @triton.jit
-def normalise_rows_kernel(x_ptr, weight_ptr, y_ptr, K, eps, stride_x, stride_y, BLOCK: tl.constexpr):  # fmt: skip
+def normalise_rows_kernel(x_ptr, weight_ptr, y_ptr, K, eps, stride_x, stride_y, BLOCK: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr):  # fmt: skip
     """y = x / sqrt(mean(x^2) + eps) * weight, one program per row."""
+    await_inputs(DEPENDENT_LAUNCH)
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)

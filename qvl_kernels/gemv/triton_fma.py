@@ -8,6 +8,8 @@ flight together.
 import triton
 import triton.language as tl
 
+from qvl_kernels.triton_lib import await_inputs
+
 __all__ = ["finish_rows", "gemv_fma_kernel"]
 
 
@@ -73,90 +75,19 @@ def finish_rows(
 
 
 @triton.jit
-def finish_rows(
-    accs, squares, scale_ptr, up_scale_ptr, bias_ptr, residual_ptr, y_ptr, row0, first, M, N, K, eps,
-    stride_scale, stride_up_scale, stride_residual, stride_y,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, COUNT: tl.constexpr, ROW_COUNT: tl.constexpr,
-):  # fmt: skip
-    """Adds up each thread's part and stores the outputs. accs: per row of x BLOCK_N sums of w, then those of up; squares: one a row."""
-    WEIGHT_ROWS: tl.constexpr = 2 * BLOCK_N if HAS_UP else BLOCK_N
-    zero = tl.zeros([accs[0].shape[0]], tl.float32)
-    index = tl.arange(0, COUNT)  # [COUNT], output i of row r at r * BLOCK_N + i
-    r, n = index // BLOCK_N, first + index % BLOCK_N
-    row = (row0 + r).to(tl.int64)
-    valid = (r < ROWS) & (row < M) & (n < N)
-    y = tl.sum(_stack(_padded(_picked(accs, 0, ROWS, BLOCK_N, WEIGHT_ROWS), zero, COUNT), COUNT), 0)
-    if BITS == 8:
-        y *= tl.load(scale_ptr + n.to(tl.int64) * stride_scale, mask=valid, other=0.0)
-    if HAS_NORM:
-        mean = tl.sum(_stack(_padded(squares, zero, ROW_COUNT), ROW_COUNT), 0) / K  # [ROW_COUNT]
-        mine = r[:, None] == tl.arange(0, ROW_COUNT)[None, :]
-        factor = tl.sum(tl.where(mine, tl.rsqrt(mean + eps)[None, :], 0.0), 1)
-        y *= factor
-    if HAS_UP:
-        up = tl.sum(_stack(_padded(_picked(accs, BLOCK_N, ROWS, BLOCK_N, WEIGHT_ROWS), zero, COUNT), COUNT), 0)
-        if BITS == 8:
-            up *= tl.load(up_scale_ptr + n.to(tl.int64) * stride_up_scale, mask=valid, other=0.0)
-        if HAS_NORM:
-            up *= factor
-        y = y * tl.sigmoid(y) * up
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + n, mask=valid, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + row * stride_residual + n, mask=valid, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * stride_y + n, y.to(y_ptr.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def finish_rows(
-    accs, squares, scale_ptr, up_scale_ptr, bias_ptr, residual_ptr, y_ptr, row0, first, M, N, K, eps,
-    stride_scale, stride_up_scale, stride_residual, stride_y,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, COUNT: tl.constexpr, ROW_COUNT: tl.constexpr,
-):  # fmt: skip
-    """Adds up each thread's part and stores the outputs. accs: per row of x BLOCK_N sums of w, then those of up; squares: one a row."""
-    WEIGHT_ROWS: tl.constexpr = 2 * BLOCK_N if HAS_UP else BLOCK_N
-    zero = tl.zeros([accs[0].shape[0]], tl.float32)
-    index = tl.arange(0, COUNT)  # [COUNT], output i of row r at r * BLOCK_N + i
-    r, n = index // BLOCK_N, first + index % BLOCK_N
-    row = (row0 + r).to(tl.int64)
-    valid = (r < ROWS) & (row < M) & (n < N)
-    y = tl.sum(_stack(_padded(_picked(accs, 0, ROWS, BLOCK_N, WEIGHT_ROWS), zero, COUNT), COUNT), 0)
-    if BITS == 8:
-        y *= tl.load(scale_ptr + n.to(tl.int64) * stride_scale, mask=valid, other=0.0)
-    if HAS_NORM:
-        mean = tl.sum(_stack(_padded(squares, zero, ROW_COUNT), ROW_COUNT), 0) / K  # [ROW_COUNT]
-        mine = r[:, None] == tl.arange(0, ROW_COUNT)[None, :]
-        factor = tl.sum(tl.where(mine, tl.rsqrt(mean + eps)[None, :], 0.0), 1)
-        y *= factor
-    if HAS_UP:
-        up = tl.sum(_stack(_padded(_picked(accs, BLOCK_N, ROWS, BLOCK_N, WEIGHT_ROWS), zero, COUNT), COUNT), 0)
-        if BITS == 8:
-            up *= tl.load(up_scale_ptr + n.to(tl.int64) * stride_up_scale, mask=valid, other=0.0)
-        if HAS_NORM:
-            up *= factor
-        y = y * tl.sigmoid(y) * up
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + n, mask=valid, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + row * stride_residual + n, mask=valid, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * stride_y + n, y.to(y_ptr.dtype.element_ty), mask=valid)
-
-
-@triton.jit
 def gemv_fma_kernel(
     x_ptr, w_ptr, scale_ptr, up_ptr, up_scale_ptr, bias_ptr, norm_ptr, residual_ptr, y_ptr,
     M, N, K, W_COLUMNS, eps, stride_x, stride_w, stride_scale, stride_up, stride_up_scale, stride_residual, stride_y,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, VECTOR: tl.constexpr, BITS: tl.constexpr,
     HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    COUNT: tl.constexpr, ROW_COUNT: tl.constexpr,
+    COUNT: tl.constexpr, ROW_COUNT: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """y = norm(x) w^T + bias + residual, or silu(norm(x) w^T) * (norm(x) up^T); norm(x) = x / sqrt(mean(x^2) + eps) * weight.
 
     The factor of the norm is one number per row: it multiplies the finished sums, so x is read once. BITS is 8 for int8 weights,
     whose scale per output does the same, else 0.
     """
+    await_inputs(DEPENDENT_LAUNCH)
     row0 = tl.program_id(1) * ROWS
     first = tl.program_id(0) * BLOCK_N
     offs = tl.arange(0, BLOCKS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]  # [BLOCKS, VECTOR]

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from qvl_kernels.gemv.triton_fma import finish_rows
+from qvl_kernels.triton_lib import await_inputs
 
 __all__ = ["gemv_int4_kernel"]
 
@@ -25,12 +26,13 @@ def gemv_int4_kernel(
     M, N, K, W_COLUMNS, eps, stride_x, stride_w, stride_scale, stride_up, stride_up_scale, stride_residual, stride_y,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
     HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    COUNT: tl.constexpr, ROW_COUNT: tl.constexpr,
+    COUNT: tl.constexpr, ROW_COUNT: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """As gemv_fma_kernel. w is int32 [N, W_COLUMNS]; x and the norm's weight are int64, K words of four numbers; y has their dtype.
 
     A block is 32 inputs in 4 words: byte i of word q holds inputs 4 q + i and 16 + 4 q + i. GROUP_BLOCKS of them share a scale.
     """
+    await_inputs(DEPENDENT_LAUNCH)
     row0 = tl.program_id(1) * ROWS
     first = tl.program_id(0) * BLOCK_N
     dtype: tl.constexpr = y_ptr.dtype.element_ty

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from qvl_kernels import gpu, tuning
 from qvl_kernels.ops.attention.cpu import row_strides
-from qvl_kernels.triton_lib import launch
+from qvl_kernels.triton_lib import describe, launch
 
 __all__ = ["LENGTHS", "Layout", "kept", "launch_attention", "load_tile", "masked_scores", "place", "visible_keys", "without_unseen"]
 
@@ -118,6 +118,12 @@ def load_tile(pointers, in_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, 
 
 
 @triton.jit
+def load_described(descriptor, batch, row, head, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[ROWS, BLOCK_D] by a tensor descriptor of [B, T, H, D] that copies blocks [1, ROWS, 1, BLOCK_D]; zeros outside the tensor."""
+    return descriptor.load([batch.to(tl.int32), row, head, 0]).reshape([ROWS, BLOCK_D])
+
+
+@triton.jit
 def without_unseen(x, visible):
     """Rows of x [keys, D] that no query of the tile [queries, keys] sees set to 0: they may hold anything, and 0 * NaN is NaN."""
     seen = tl.max(visible.to(tl.int32), 0) > 0
@@ -139,9 +145,9 @@ def kept(seed, threshold, rows, offs_n, head):
 @triton.jit
 def _attend(
     q, acc, l_i, m_i, begin, end, offs_m, k_ptr, v_ptr, mask_ptr, stride_ks, stride_vs, stride_mt, stride_ms, queries, keys, scale,
-    seed, threshold, first_row, head,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr, DROPOUT: tl.constexpr, POSITIVE: tl.constexpr, PARTIAL: tl.constexpr,
+    seed, threshold, first_row, batch, first, head,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr, DROPOUT: tl.constexpr, POSITIVE: tl.constexpr, DESCRIPTORS: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys [begin, end). PARTIAL: some of them may be hidden; else all rows see them all."""
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -151,8 +157,14 @@ def _attend(
         start = tl.multiple_of(start, BLOCK_N)
         wide_start, cols = start.to(tl.int64), start + offs_n
         key_visible, bias = visible_keys(mask_ptr, stride_ms, cols, keys, MASK if PARTIAL else 0, MASK_ROWS)
-        k = load_tile(k_ptr + wide_start * stride_ks + k_offsets, key_visible, HEAD_DIM, BLOCK_D, PARTIAL)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(v_ptr + wide_start * stride_vs + v_offsets, key_visible, HEAD_DIM, BLOCK_D, PARTIAL)
+        if DESCRIPTORS:
+            k = load_described(k_ptr, batch, first + start, head // GROUP, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            v = load_described(v_ptr, batch, first + start, head // GROUP, BLOCK_N, BLOCK_D)
+            if PARTIAL:  # what follows the last key may be another sequence's, or anything
+                v = tl.where(key_visible[:, None], v, 0.0)
+        else:
+            k = load_tile(k_ptr + wide_start * stride_ks + k_offsets, key_visible, HEAD_DIM, BLOCK_D, PARTIAL)
+            v = load_tile(v_ptr + wide_start * stride_vs + v_offsets, key_visible, HEAD_DIM, BLOCK_D, PARTIAL)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         # A positive scale needs no product of its own where nothing is hidden: it joins the subtraction.
         FOLDED: tl.constexpr = POSITIVE and not PARTIAL
@@ -185,12 +197,13 @@ def _attention_kernel(
     T, S, H, sequences, scale, threshold, keep_scale, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh, stride_mb, stride_mh, stride_mt, stride_ms,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, HAS_COUNTS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr, DROPOUT: tl.constexpr, POSITIVE: tl.constexpr,
+    MASK_ROWS: tl.constexpr, DROPOUT: tl.constexpr, POSITIVE: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(q k^T scale + mask) v and the log-sum-exp of its rows, for BLOCK_M queries of one head.
 
-    MASK: 0 none, 1 bool, 2 additive; MASK_ROWS: it differs between rows. ``scale`` includes log2(e).
+    MASK: 0 none, 1 bool, 2 additive; MASK_ROWS: it differs between rows. ``scale`` includes log2(e). DESCRIPTORS: k_ptr and v_ptr are
+    tensor descriptors of [B, S, Hkv, D].
     """
     batch, head, start_m, first, queries, keys = place(
         cu_seqlens_ptr, key_counts_ptr, sequences, T, S, H, BLOCK_M, False, CAUSAL, PACKED, HAS_COUNTS
@@ -202,8 +215,9 @@ def _attention_kernel(
     wide_head, wide_first = head.to(tl.int64), first.to(tl.int64) if PACKED else 0
     wide_start = wide_first + start_m  # tiles are 32-bit offsets from there
     q_ptr += batch * stride_qb + wide_head * stride_qh + wide_start * stride_qt
-    k_ptr += batch * stride_kb + (wide_head // GROUP) * stride_kh + wide_first * stride_ks
-    v_ptr += batch * stride_vb + (wide_head // GROUP) * stride_vh + wide_first * stride_vs
+    if not DESCRIPTORS:
+        k_ptr += batch * stride_kb + (wide_head // GROUP) * stride_kh + wide_first * stride_ks
+        v_ptr += batch * stride_vb + (wide_head // GROUP) * stride_vh + wide_first * stride_vs
     mask_ptr += batch * stride_mb + wide_head * stride_mh
     tile_rows = tl.arange(0, BLOCK_M)
     seed = tl.load(seed_ptr) if DROPOUT else 0
@@ -221,13 +235,15 @@ def _attention_kernel(
     if MASK == 0:
         acc, l_i, m_i = _attend(
             q, acc, l_i, m_i, 0, full, offs_m, k_ptr, v_ptr, mask_ptr, stride_ks, stride_vs, stride_mt, stride_ms, queries, keys, scale,
-            seed, threshold, first_row, head, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, MASK_ROWS, DROPOUT, POSITIVE, False,
+            seed, threshold, first_row, batch, first, head, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, MASK_ROWS, DROPOUT,
+            POSITIVE, DESCRIPTORS, False,
         )  # fmt: skip
     else:
         full = 0
     acc, l_i, m_i = _attend(
         q, acc, l_i, m_i, full, end, offs_m, k_ptr, v_ptr, mask_ptr, stride_ks, stride_vs, stride_mt, stride_ms, queries, keys, scale,
-        seed, threshold, first_row, head, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, MASK_ROWS, DROPOUT, POSITIVE, True,
+        seed, threshold, first_row, batch, first, head, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, MASK_ROWS, DROPOUT,
+        POSITIVE, DESCRIPTORS, True,
     )  # fmt: skip
 
     total = tl.where(l_i == 0.0, 1.0, l_i)  # rows that see no key give zeros, and -inf: so is m_i
@@ -282,10 +298,15 @@ def launch_attention(
     rows = (layout.heads, layout.queries) if layout.packed else (layout.batch, layout.heads, layout.queries)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(rows, dtype=torch.float32, device=q.device)
-    tile = tuning.attention(layout.queries, layout.head_dim, q.element_size(), gpu.architecture(q.device), dropout_p > 0.0)
+    arch = gpu.architecture(q.device)
+    tile = tuning.attention(layout.queries, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
+    described = None
+    if tuning.variants("attention", arch)["DESCRIPTORS"] and dropout_p == 0.0:  # random numbers beside them spill on sm_100
+        block = [1, tile["BLOCK_N"], 1, tile["BLOCK_D"]]
+        described = describe(*((x[None] if layout.packed else x, block) for x in (k, v)))
     launch(
         _attention_kernel, (layout.programs(tile["BLOCK_M"]),),
-        q, k, v, out, lse, *layout.tensors, *layout.sizes, *row_strides(q), *row_strides(k), *row_strides(v), *layout.mask_strides,
-        POSITIVE=scale > 0.0, **layout.flags, **tile,
+        q, *(described or (k, v)), out, lse, *layout.tensors, *layout.sizes, *row_strides(q), *row_strides(k), *row_strides(v),
+        *layout.mask_strides, POSITIVE=scale > 0.0, DESCRIPTORS=described is not None, **layout.flags, **tile,
     )  # fmt: skip
     return out, lse

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from qvl_kernels import gpu, tuning
-from qvl_kernels.triton_lib import launch
+from qvl_kernels.triton_lib import await_inputs, launch
 
 __all__ = ["launch_decode_attention"]
 
@@ -35,13 +35,14 @@ def _decode_attention_kernel(
     stride_ksb, stride_ksh, stride_kss, stride_vsb, stride_vsh, stride_vss, stride_mb, stride_mh, stride_mt, stride_ms,
     stride_length, ROW_BLOCKS,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_SCALES: tl.constexpr, MASK: tl.constexpr,
+    HAS_SCALES: tl.constexpr, MASK: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T scale + mask) v over the keys of one split; the GROUP query heads of a kv head and their T queries are rows.
 
     Row r is query r // GROUP of head r % GROUP. MASK: 0 causal, 1 bool, 2 additive. The split's result is normalised; its
     log-sum-exp (base 2) weighs it in the join.
     """
+    await_inputs(DEPENDENT_LAUNCH)
     split = tl.program_id(0)
     kv_head, row_block = tl.program_id(1) // ROW_BLOCKS, tl.program_id(1) % ROW_BLOCKS
     batch = tl.program_id(2).to(tl.int64)
@@ -113,9 +114,10 @@ def _decode_attention_kernel(
 @triton.jit
 def _decode_attention_join_kernel(
     partial_ptr, lse_ptr, lengths_ptr, out_ptr, rows_per_batch, S, D, stride_length,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """out = sum_s 2^(lse_s) partial_s / sum_s 2^(lse_s) of one row [B, T, H], over the splits that have keys."""
+    await_inputs(DEPENDENT_LAUNCH)
     row = tl.program_id(0).to(tl.int64)
     length = _length_of(lengths_ptr, stride_length, row // rows_per_batch, S)
     used = tl.cdiv(length, _split_size(length, SPLITS, BLOCK_N))
@@ -146,7 +148,7 @@ def launch_decode_attention(
     group = heads // kv_heads
     arch = gpu.architecture(q.device)
     tile = tuning.decode_attention(batch * kv_heads, group * queries, head_dim, q.element_size(), capacity, arch, k_scale is not None)
-    join_step = tile.pop("JOIN_STEP")
+    join_step, flags = tile.pop("JOIN_STEP"), tuning.variants("decoding", arch)
     splits, row_blocks = tile["SPLITS"], triton.cdiv(group * queries, tile["BLOCK_M"])
     partial = lse = out
     if splits > 1:
@@ -163,12 +165,12 @@ def launch_decode_attention(
         _decode_attention_kernel, (splits, kv_heads * row_blocks, batch),
         q, k_cache, v_cache, *scales, full, lengths, out, partial, lse, queries, heads, capacity, head_dim, scale,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *scale_strides, *mask_strides, lengths.stride(0), row_blocks,
-        GROUP=group, HAS_SCALES=k_scale is not None, MASK=kind, **tile,
+        GROUP=group, HAS_SCALES=k_scale is not None, MASK=kind, **flags, **tile,
     )  # fmt: skip
     if splits > 1:
         launch(
             _decode_attention_join_kernel, (batch * queries * heads,),
             partial, lse, lengths, out, queries * heads, capacity, head_dim, lengths.stride(0),
-            BLOCK_N=tile["BLOCK_N"], BLOCK_D=tile["BLOCK_D"], SPLITS=splits, STEP=join_step, num_warps=4,
+            BLOCK_N=tile["BLOCK_N"], BLOCK_D=tile["BLOCK_D"], SPLITS=splits, STEP=join_step, num_warps=4, **flags,
         )  # fmt: skip
     return out

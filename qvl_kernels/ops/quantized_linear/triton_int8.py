@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from qvl_kernels import gpu, tuning
-from qvl_kernels.triton_lib import launch
+from qvl_kernels.triton_lib import describe, launch
 
 __all__ = ["launch_int8_matmul", "launch_quantize_rows"]
 
@@ -36,28 +36,41 @@ def _quantize_rows_kernel(x_ptr, values_ptr, scale_ptr, K, stride_x, stride_valu
 @triton.jit
 def _int8_matmul_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, y_ptr, M, N, K, stride_x, stride_w, stride_scale, stride_y,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PERSISTENT: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """y = (x w^T) * x_scale * w_scale + bias with int32 sums. Programs beside each other share their columns of w."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    in_rows, in_n = rows < M, n < N
-    x_base = x_ptr + rows.to(tl.int64)[:, None] * stride_x + offs_k[None, :]
-    w_base = w_ptr + n.to(tl.int64)[:, None] * stride_w + offs_k[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    for begin in range(0, K, BLOCK_K):
-        in_k = begin + offs_k < K
-        x = tl.load(x_base + begin, mask=in_rows[:, None] & in_k[None, :], other=0)  # [BLOCK_M, BLOCK_K]
-        w = tl.load(w_base + begin, mask=in_n[:, None] & in_k[None, :], other=0)  # [BLOCK_N, BLOCK_K]
-        acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
-    x_scale = tl.load(x_scale_ptr + rows, mask=in_rows, other=0.0)
-    w_scale = tl.load(w_scale_ptr + n.to(tl.int64) * stride_scale, mask=in_n, other=0.0)
-    y = acc.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    address = y_ptr + rows.to(tl.int64)[:, None] * stride_y + n[None, :]
-    tl.store(address, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & in_n[None, :])
+    """y = (x w^T) * x_scale * w_scale + bias with int32 sums. Programs beside each other share their columns of w.
+
+    DESCRIPTORS: x_ptr and w_ptr are tensor descriptors. PERSISTENT: the grid has fewer programs than tiles, and each takes several turns.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles = tiles_m * tl.cdiv(N, BLOCK_N)
+    turns = tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) if PERSISTENT else 1
+    for turn in tl.range(0, turns, flatten=PERSISTENT, warp_specialize=WARP_SPECIALIZE):
+        tile = tl.program_id(0) + turn * tl.num_programs(0)
+        first_row, first_n = tile % tiles_m * BLOCK_M, tile // tiles_m * BLOCK_N
+        rows, n = first_row + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+        offs_k = tl.arange(0, BLOCK_K)
+        in_rows, in_n = rows < M, n < N
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+        for begin in range(0, K, BLOCK_K):
+            if DESCRIPTORS:
+                x = x_ptr.load([first_row, begin])  # [BLOCK_M, BLOCK_K]
+                w = w_ptr.load([first_n, begin])  # [BLOCK_N, BLOCK_K]
+            else:
+                in_k = begin + offs_k < K
+                x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_x + offs_k[None, :]
+                w_rows = w_ptr + n.to(tl.int64)[:, None] * stride_w + offs_k[None, :]
+                x = tl.load(x_rows + begin, mask=in_rows[:, None] & in_k[None, :], other=0)
+                w = tl.load(w_rows + begin, mask=in_n[:, None] & in_k[None, :], other=0)
+            acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
+        x_scale = tl.load(x_scale_ptr + rows, mask=in_rows, other=0.0)
+        w_scale = tl.load(w_scale_ptr + n.to(tl.int64) * stride_scale, mask=in_n, other=0.0)
+        y = acc.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+        address = y_ptr + rows.to(tl.int64)[:, None] * stride_y + n[None, :]
+        tl.store(address, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & in_n[None, :])
 
 
 def launch_quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,9 +88,16 @@ def launch_int8_matmul(
     """y [M, N] = rows [M, K] times int8 values [N, K] with scales [N, 1]."""
     x, x_scales = launch_quantize_rows(rows)
     (m, k), n = rows.shape, values.shape[0]
-    tile = tuning.int8_matmul(m, n, gpu.architecture(rows.device))
+    arch = gpu.architecture(rows.device)
+    tile, flags = tuning.int8_matmul(m, n, arch), tuning.variants("int8_matmul", arch)
+    described = None
+    if flags["DESCRIPTORS"]:
+        described = describe((x, [tile["BLOCK_M"], tile["BLOCK_K"]]), (values, [tile["BLOCK_N"], tile["BLOCK_K"]]))
+    flags["DESCRIPTORS"] = described is not None
+    x_tiles, w_tiles = described or (x, values)
+    programs = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
     launch(
-        _int8_matmul_kernel, (triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(n, tile["BLOCK_N"])),
-        x, x_scales, values, scales, scales if bias is None else bias, y, m, n, k, x.stride(0), values.stride(0), scales.stride(0),
-        y.stride(0), HAS_BIAS=bias is not None, **tile,
+        _int8_matmul_kernel, (min(programs, tuning.PROCESSORS[arch]) if flags["PERSISTENT"] else programs,),
+        x_tiles, x_scales, w_tiles, scales, scales if bias is None else bias, y, m, n, k, x.stride(0), values.stride(0),
+        scales.stride(0), y.stride(0), HAS_BIAS=bias is not None, **flags, **tile,
     )  # fmt: skip

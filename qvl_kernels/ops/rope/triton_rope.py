@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from qvl_kernels import tuning
-from qvl_kernels.triton_lib import launch
+from qvl_kernels import gpu, tuning
+from qvl_kernels.triton_lib import await_inputs, launch
 
 __all__ = [
     "launch_qk_norm_rope",
@@ -69,8 +69,10 @@ def _rope_kernel(
     T, H, HKV, S, half, eps, past, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_cb, stride_ct, stride_sb, stride_st, stride_kob, stride_koh, stride_kos, stride_vob, stride_voh, stride_vos, stride_length,
     HAS_NORM: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_V: tl.constexpr, HAS_LENGTHS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """q and k of one token, rotated; k, and v as it is, go to position past + length of the row + t, or nowhere if that is outside [0, S)."""
+    await_inputs(DEPENDENT_LAUNCH)
     token = tl.program_id(0).to(tl.int64)
     batch, t = token // T, token % T
     block, q_blocks = tl.program_id(1), tl.cdiv(H, ROWS)
@@ -178,7 +180,8 @@ def _forward(q, k, v, weights, cos, sin, k_out, v_out, lengths, past, eps, *, tr
         q, k, values, q_weight, k_weight, cos, sin, q if lengths is None else lengths, q_out, k_out, v_out,
         time, heads, kv_heads, k_out.shape[2], head_dim // 2, eps, past, *q.stride()[:3], *k.stride()[:3], *values.stride()[:3],
         *_table_strides(cos), *_table_strides(sin), *k_out.stride()[:3], *v_out.stride()[:3], 0 if lengths is None else lengths.stride(0),
-        HAS_NORM=weights is not None, TRANSPOSED=transposed, HAS_V=v is not None, HAS_LENGTHS=lengths is not None, **tile,
+        HAS_NORM=weights is not None, TRANSPOSED=transposed, HAS_V=v is not None, HAS_LENGTHS=lengths is not None,
+        **tuning.variants("decoding", gpu.architecture(q.device)), **tile,
     )  # fmt: skip
     return q_out
 

@@ -1,0 +1,205 @@
+"""Variants of kernels that are off until measured: the same results as the plain form, to the reference's accuracy."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+import qvl_kernels
+from qvl_kernels import config, gpu, triton_lib, tuning
+from qvl_kernels.gemv import cases as gemv_cases
+from qvl_kernels.ops.attention import triton_attention
+from qvl_kernels.ops.decode_attention import triton_decode
+from qvl_kernels.ops.quantized_linear import triton_int8
+from qvl_kernels.quant import quantize
+from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, random_tensor, surrounded
+
+NAN = float("nan")
+
+
+def _rand(*shape: int, dtype=torch.float16, seed: int = 0) -> torch.Tensor:
+    return random_tensor(shape, dtype, torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def arch(device):
+    """One that has the variants: assumed for the interpreter, else the device's."""
+    with gpu.assume("sm_100") if config.interpreted() else contextlib.nullcontext():
+        yield gpu.architecture(device)
+
+
+def _offered(kernel: str, names: tuple[str, ...], arch: str) -> None:
+    missing = [name for name in names if arch not in tuning.OFFERED[kernel][name]]
+    if missing:
+        pytest.skip(f"{arch} has no {', '.join(missing)}")
+
+
+def _spied(monkeypatch, module) -> list[dict]:
+    """The constexpr arguments and options of each launch to come."""
+    launches = []
+
+    def launch(kernel, grid, *args, **meta):
+        launches.append({**meta, "grid": grid})
+        triton_lib.launch(kernel, grid, *args, **meta)
+
+    monkeypatch.setattr(module, "launch", launch)
+    return launches
+
+
+def _attention_inputs(t=37, s=70, h=4, hkv=2, d=64, dtype=torch.float16, **others) -> dict:
+    return {"q": _rand(2, t, h, d, dtype=dtype, seed=1), "k": _rand(2, s, hkv, d, dtype=dtype, seed=2),
+            "v": _rand(2, s, hkv, d, dtype=dtype, seed=3), **others}  # fmt: skip
+
+
+def _packed(lengths: list[int], **others) -> dict:
+    n = sum(lengths)
+    return {**{name: _rand(n, 2, 64, seed=seed) for seed, name in enumerate("qkv")}, "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(), **others}
+
+
+def _hide(moved: dict) -> None:
+    for x in (moved["k"], moved["v"]):
+        x[0, 41:], x[1] = NAN, NAN
+
+
+def _check_attention(arguments: dict, device, monkeypatch, *, poison=lambda moved: None) -> list[dict]:
+    with qvl_kernels.use_backend("reference"):
+        truth = qvl_kernels.attention(**{name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in arguments.items()})
+        plain = qvl_kernels.attention(**arguments)
+    moved = {name: surrounded(x.to(device)) if torch.is_tensor(x) else x for name, x in arguments.items()}
+    poison(moved)
+    guard, launches = GuardedEmpty(), _spied(monkeypatch, triton_attention)
+    with monkeypatch.context() as patch, qvl_kernels.use_backend("triton"), tuning.trying("attention", "DESCRIPTORS"):
+        patch.setattr(torch, "empty", guard)
+        out = qvl_kernels.attention(**moved)
+    guard.check()
+    assert_close_to_truth(out.cpu(), plain, truth, factor=2.0)
+    return launches
+
+
+@pytest.mark.parametrize("d", [64, 72, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_by_descriptors(d, causal, dtype, arch, device, monkeypatch):
+    _offered("attention", ("DESCRIPTORS",), arch)
+    (launch,) = _check_attention(_attention_inputs(d=d, dtype=dtype, causal=causal), device, monkeypatch)
+    assert launch["DESCRIPTORS"]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_attention_by_descriptors(causal, arch, device, monkeypatch):
+    """Blocks reach into the next sequence, whose values must not matter."""
+    _offered("attention", ("DESCRIPTORS",), arch)
+
+    def poison(moved):  # the last sequence has no queries or keys of the others
+        moved["k"][-30:], moved["v"][-30:] = NAN, NAN
+
+    arguments = _packed([0, 70, 1, 33], causal=causal)
+    (launch,) = _check_attention(arguments, device, monkeypatch)
+    assert launch["DESCRIPTORS"]
+    with qvl_kernels.use_backend("triton"), tuning.trying("attention", "DESCRIPTORS"):
+        moved = {name: x.to(device) if torch.is_tensor(x) else x for name, x in _packed([70, 30], causal=causal).items()}
+        clean = qvl_kernels.attention(**moved)[:70]
+        poison(moved)
+        assert torch.equal(qvl_kernels.attention(**moved)[:70], clean)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_hidden_keys_by_descriptors(kind, arch, device, monkeypatch):
+    """A length of 41 and one of 0; what they hide is NaN."""
+    _offered("attention", ("DESCRIPTORS",), arch)
+    visible = torch.arange(70)[None] < torch.tensor([41, 0])[:, None]
+    mask = visible[:, None, None]
+    if kind == "additive":
+        mask = torch.where(mask, _rand(2, 1, 1, 70), torch.tensor(-torch.inf, dtype=torch.float16))
+    (launch,) = _check_attention(_attention_inputs(mask=mask), device, monkeypatch, poison=_hide)
+    assert launch["DESCRIPTORS"]
+
+
+def test_lengths_by_descriptors(arch, device, monkeypatch):
+    _offered("attention", ("DESCRIPTORS",), arch)
+    moved = {name: x.to(device) for name, x in _attention_inputs(hkv=4).items()}
+    moved["kv_lens"] = torch.tensor([41, 0], dtype=torch.int32, device=device)
+    with qvl_kernels.use_backend("triton"):
+        plain = qvl_kernels.cross_attention(**moved)
+        _hide(moved)
+        launches = _spied(monkeypatch, triton_attention)
+        with tuning.trying("attention", "DESCRIPTORS"):
+            described = qvl_kernels.cross_attention(**moved)
+    assert launches[0]["DESCRIPTORS"] and not described[1].any()
+    torch.testing.assert_close(described, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_what_descriptors_cannot_copy_goes_by_pointers(arch, device, monkeypatch):
+    """Rows that are no multiple of 16 bytes apart, expanded heads, dropout."""
+    _offered("attention", ("DESCRIPTORS",), arch)
+    (launch,) = _check_attention(_attention_inputs(d=20), device, monkeypatch)
+    assert not launch["DESCRIPTORS"]
+    arguments = _attention_inputs(hkv=1)
+    arguments["k"] = arguments["k"].expand(2, 70, 4, 64)
+    arguments["v"] = arguments["v"].expand(2, 70, 4, 64)
+    monkeypatch.undo()
+    with qvl_kernels.use_backend("triton"), tuning.trying("attention", "DESCRIPTORS"):
+        launches = _spied(monkeypatch, triton_attention)
+        moved = {name: x.to(device) for name, x in arguments.items()}
+        qvl_kernels.attention(**moved)
+        qvl_kernels.attention(**{name: x.to(device) for name, x in _attention_inputs().items()}, dropout_p=0.1)
+    assert [launch["DESCRIPTORS"] for launch in launches] == [False, False]
+
+
+INT8 = [("DESCRIPTORS",), ("PERSISTENT",), ("DESCRIPTORS", "PERSISTENT"), ("DESCRIPTORS", "PERSISTENT", "WARP_SPECIALIZE")]
+
+
+@pytest.mark.parametrize("names", INT8, ids="+".join)
+@pytest.mark.parametrize("k", [256, 144, 75])
+def test_int8_products(names, k, arch, device, monkeypatch):
+    """Bit for bit what the plain form gives: the sums are of integers. 75 columns are no multiple of 16 bytes."""
+    _offered("int8_matmul", names, arch)
+    m, n = 150, 141
+    x, weight, bias = _rand(m, k).to(device), quantize(_rand(n, k, dtype=torch.float32, seed=1), 8), _rand(n, seed=2).to(device)
+    weight = weight._replace(values=weight.values.to(device), scales=weight.scales.to(device))
+    monkeypatch.setitem(tuning.PROCESSORS, arch, 2)  # several tiles a program
+    with qvl_kernels.use_backend("triton"):
+        plain = qvl_kernels.quantized_linear(x, weight, bias)
+        launches = _spied(monkeypatch, triton_int8)
+        with tuning.trying("int8_matmul", *names):
+            out = qvl_kernels.quantized_linear(x, weight, bias)
+    product = launches[-1]
+    assert product["DESCRIPTORS"] == ("DESCRIPTORS" in names and k % 16 == 0)
+    assert product["PERSISTENT"] == ("PERSISTENT" in names) and (product["grid"] == (2,)) == ("PERSISTENT" in names)
+    assert torch.equal(out, plain)
+
+
+@pytest.mark.skipif(config.interpreted(), reason="the interpreter has no instructions of dependent launch")
+def test_dependent_launch_of_products(arch, device):
+    _offered("decoding", ("DEPENDENT_LAUNCH",), arch)
+    for case in gemv_cases.CASES:
+        arguments = case.make(torch.bfloat16, torch.Generator().manual_seed(0))
+        moved = tree_map(lambda x: x.to(device) if torch.is_tensor(x) else x, arguments)
+        op = gemv_cases.op_of(arguments)
+        plain = op(**moved)
+        with tuning.trying("decoding", "DEPENDENT_LAUNCH"):
+            for _ in range(3):  # each after another such kernel
+                assert torch.equal(op(**moved), plain), case.name
+
+
+@pytest.mark.skipif(config.interpreted(), reason="the interpreter has no instructions of dependent launch")
+def test_dependent_launch_of_decode_attention(arch, device, monkeypatch):
+    _offered("decoding", ("DEPENDENT_LAUNCH",), arch)
+    q, k, v = (x.to(device) for x in (_rand(2, 1, 4, 64), _rand(2, 2, 900, 64, seed=1), _rand(2, 2, 900, 64, seed=2)))
+    lengths = torch.tensor([900, 31], dtype=torch.int32, device=device)
+    plain = qvl_kernels.decode_attention(q, k, v, lengths=lengths)
+    launches = _spied(monkeypatch, triton_decode)
+    with tuning.trying("decoding", "DEPENDENT_LAUNCH"):
+        assert torch.equal(qvl_kernels.decode_attention(q, k, v, lengths=lengths), plain)
+    assert len(launches) == 2 and all(launch["DEPENDENT_LAUNCH"] for launch in launches)
+
+
+def test_table():
+    """What is on must be offered; all else is off, and unknown names are refused."""
+    for kernel, offered in tuning.OFFERED.items():
+        for arch in gpu.ARCHITECTURES:
+            on = tuning.FASTER.get((kernel, arch), ())
+            assert all(arch in offered[name] for name in on)
+            assert tuning.variants(kernel, arch) == {name: name in on for name in offered}
+    with pytest.raises(ValueError, match="has no variants"), tuning.trying("attention", "PERSISTENT"):
+        pass
