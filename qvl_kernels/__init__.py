@@ -6,7 +6,7 @@ from qvl_kernels.ops.attention import attention
 from qvl_kernels.ops.cross_attention import cross_attention
 from qvl_kernels.ops.decode_attention import decode_attention
 from qvl_kernels.ops.decoder_layer import DecoderWeights, decoder_layer
-from qvl_kernels.ops.decoder_layer.prepared import PreparedDecoderLayer
+from qvl_kernels.ops.decoder_layer.prepared import PreparedCache, PreparedDecoderLayer
 from qvl_kernels.ops.decoder_layer.quantized import QuantizedDecoderLayer
 from qvl_kernels.ops.gelu_tanh import gelu_tanh
 from qvl_kernels.ops.layer_norm import add_layer_norm, layer_norm
@@ -21,6 +21,7 @@ from qvl_kernels.ops.vision_block import VisionWeights, vision_block
 
 __all__ = [
     "DecoderWeights",
+    "PreparedCache",
     "PreparedDecoderLayer",
     "QuantizedDecoderLayer",
     "VisionWeights",

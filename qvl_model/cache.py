@@ -5,32 +5,35 @@ views of larger buffers here, so that the next tokens have room. A buffer is ext
 views are its newest; any other (copied, cropped, reordered, batch-selected) layer gets a buffer of its own first.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-__all__ = ["Store", "open_store"]
+from qvl_kernels import PreparedCache
+
+__all__ = ["Store", "open_stores"]
 
 _ROOM = 64  # tokens of room to grow at least; a thirty-second of the length when that is more
 _BUFFER = "_qvl_buffer"
+_MEMORY = "_qvl_memory"
 
 
 @dataclass(slots=True)
 class _Buffer:
-    keys: Tensor  # [B, Hkv, capacity, D]
-    values: Tensor
+    memory: PreparedCache  # [B, Hkv, capacity, D]
     keys_view: Tensor | None = None  # the views given to the layer last
     values_view: Tensor | None = None
+    length: int = 0  # of the views
 
 
 @dataclass(slots=True)
 class Store:
-    """Where a layer's new keys and values go: positions [past, past + T) of ``keys`` and ``values``."""
+    """Where a layer's new keys and values go: positions [past, past + T) of ``memory``."""
 
-    keys: Tensor
-    values: Tensor
+    memory: PreparedCache
     past: int
     visible_capacity: int  # keys that the cache returns to stock attention after the update
     layer: DynamicLayer | StaticLayer | None = None
@@ -42,73 +45,79 @@ class Store:
         if self.views is not None:
             buffer = layer.__dict__[_BUFFER]
             layer.keys, layer.values = buffer.keys_view, buffer.values_view = self.views
+            buffer.length = self.past + queries
         elif layer is not None:
             layer.cumulative_length.add_(queries)
 
 
-def open_store(cache: Cache | None, index: int, x: Tensor, kv_heads: int, head_dim: int) -> Store | None:
-    """Room for the keys and values of x [B, T, C] in layer ``index`` of the cache, or None if this cache is not known."""
+def open_stores(cache: Cache | None, indices: Iterable[int], x: Tensor, kv_heads: int, head_dim: int) -> list[Store]:
+    """Room for the keys and values of x [B, T, C] in layers ``indices`` of the cache, up to the first that is not known or holds more or fewer
+    keys than the others. Of an empty cache only the first: the next ones are for the layers to make."""
     batch, queries, _ = x.shape
     if cache is None:
         keys = x.new_empty(batch, kv_heads, queries, head_dim)
-        return Store(keys, torch.empty_like(keys), 0, queries)
+        return [Store(PreparedCache(keys, torch.empty_like(keys)), 0, queries)]
     if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
-        return None
+        return []
     if type(cache).update is not Cache.update or "update" in cache.__dict__:  # a cache that evicts, quantises, counts, ...
-        return None
-    while index >= len(cache.layers) and cache.layer_class_to_replicate is DynamicLayer:
-        cache.layers.append(DynamicLayer())
-    if index >= len(cache.layers):
-        return None
-    layer = cache.layers[index]
-    if type(layer) is DynamicLayer:
-        return _dynamic_store(layer, x, kv_heads, head_dim)
-    if type(layer) is StaticLayer:
-        return _static_store(layer, x, kv_heads, head_dim)
-    return None
+        return []
+    stores: list[Store] = []
+    layers, sizes = cache.layers, (x.dtype, batch, kv_heads, head_dim)
+    for index in indices:
+        while index >= len(layers) and cache.layer_class_to_replicate is DynamicLayer:
+            layers.append(DynamicLayer())
+        if index >= len(layers):
+            break
+        layer = layers[index]
+        if type(layer) is DynamicLayer:
+            store = _dynamic_store(layer, x, sizes)
+        else:
+            store = _static_store(layer, x, sizes) if type(layer) is StaticLayer else None
+        if store is None or stores and (store.past != stores[0].past or store.visible_capacity != stores[0].visible_capacity):
+            break
+        stores.append(store)
+        if store.past == 0:
+            break
+    return stores
 
 
-def _matches(layer: DynamicLayer | StaticLayer, x: Tensor, kv_heads: int, head_dim: int) -> bool:
+def _matches(layer: DynamicLayer | StaticLayer, x: Tensor, sizes: tuple) -> bool:
     shape = layer.keys.shape
-    return (
-        layer.keys.dtype is x.dtype
-        and layer.keys.device == x.device
-        and (shape[0], shape[1], shape[3]) == (x.shape[0], kv_heads, head_dim)
-    )
+    return layer.keys.device == x.device and (layer.keys.dtype, shape[0], shape[1], shape[3]) == sizes
 
 
-def _dynamic_store(layer: DynamicLayer, x: Tensor, kv_heads: int, head_dim: int) -> Store | None:
-    batch, queries, _ = x.shape
-    past = layer.get_seq_length()
-    if past and not _matches(layer, x, kv_heads, head_dim):
+def _dynamic_store(layer: DynamicLayer, x: Tensor, sizes: tuple) -> Store | None:
+    queries = x.shape[1]
+    buffer: _Buffer | None = layer.__dict__.get(_BUFFER)
+    ours = buffer is not None and buffer.keys_view is layer.keys and buffer.values_view is layer.values
+    past = buffer.length if ours else layer.get_seq_length()
+    if past and not (ours and x.is_cpu and buffer.memory.extension is not None and buffer.memory.sizes == sizes or _matches(layer, x, sizes)):
         return None
     end = past + queries
-    buffer: _Buffer | None = layer.__dict__.get(_BUFFER)
-    if (
-        buffer is None
-        or not past
-        or buffer.keys_view is not layer.keys
-        or buffer.values_view is not layer.values
-        or buffer.keys.shape[2] < end
-    ):
-        capacity = end + max(_ROOM, end // 32)
-        keys = x.new_empty(batch, kv_heads, capacity, head_dim)
-        buffer = _Buffer(keys, torch.empty_like(keys))
+    if not ours or not past or buffer.memory.capacity < end:
+        _, batch, kv_heads, head_dim = sizes
+        keys = x.new_empty(batch, kv_heads, end + max(_ROOM, end // 32), head_dim)
+        buffer = _Buffer(PreparedCache(keys, torch.empty_like(keys)))
         if past:
-            buffer.keys[:, :, :past] = layer.keys
-            buffer.values[:, :, :past] = layer.values
+            buffer.memory.k_cache[:, :, :past] = layer.keys
+            buffer.memory.v_cache[:, :, :past] = layer.values
         elif not layer.is_initialized:
             layer.lazy_initialization(keys, keys)
         setattr(layer, _BUFFER, buffer)
-    return Store(buffer.keys, buffer.values, past, end, layer, (buffer.keys.narrow(2, 0, end), buffer.values.narrow(2, 0, end)))
+    memory = buffer.memory
+    return Store(memory, past, end, layer, (memory.k_cache.narrow(2, 0, end), memory.v_cache.narrow(2, 0, end)))
 
 
-def _static_store(layer: StaticLayer, x: Tensor, kv_heads: int, head_dim: int) -> Store | None:
-    batch, queries, _ = x.shape
+def _static_store(layer: StaticLayer, x: Tensor, sizes: tuple) -> Store | None:
+    dtype, batch, kv_heads, head_dim = sizes
     if not layer.is_initialized:
         shape = x.new_empty(batch, kv_heads, 0, head_dim)
         layer.lazy_initialization(shape, shape)
     past = int(layer.cumulative_length)
-    if not _matches(layer, x, kv_heads, head_dim) or past + queries > layer.max_cache_len:
+    if not _matches(layer, x, sizes) or past + x.shape[1] > layer.max_cache_len:
         return None
-    return Store(layer.keys, layer.values, past, layer.max_cache_len, layer)
+    memory: PreparedCache | None = layer.__dict__.get(_MEMORY)
+    if memory is None or memory.k_cache is not layer.keys or memory.v_cache is not layer.values:
+        memory = PreparedCache(layer.keys, layer.values)
+        setattr(layer, _MEMORY, memory)
+    return Store(memory, past, layer.max_cache_len, layer)

@@ -1,15 +1,17 @@
 #include "../ops/layers.h"
 
 #include <array>
-#include <tuple>
 #include <vector>
 
 #include "common.h"
 
 namespace qvl {
 
-// Keys, values, and the strides of batch, head and position of both.
-using LayerCache = std::tuple<Ptr, Ptr, std::array<int64_t, 3>, std::array<int64_t, 3>>;
+// Where keys and values lie, and the strides of batch, head and position of both.
+struct LayerCache {
+  Ptr keys, values;
+  std::array<int64_t, 3> keys_s, values_s;
+};
 
 void bind_layers(py::module_& m) {
   py::class_<DecoderLayerArgs>(m, "DecoderLayer", "Weights and sizes of a Qwen3-VL text decoder layer, for many calls; what they point to must outlive it")
@@ -26,10 +28,14 @@ void bind_layers(py::module_& m) {
            "norms"_a, "weights"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "mlp"_a, "eps"_a, "scale"_a, "dtype"_a,
            "norms: input, q, k, post; weights: q, k, v, o, gate, up, down");
 
+  py::class_<LayerCache>(m, "LayerCache", "Where the keys and values of a layer lie, for many calls; the memory must outlive it")
+      .def(py::init<Ptr, Ptr, std::array<int64_t, 3>, std::array<int64_t, 3>>(), "keys"_a, "values"_a, "keys_strides"_a, "values_strides"_a,
+           "strides of batch, head and position");
+
   m.def(
       "decoder_layers",
       [](const std::vector<const DecoderLayerArgs*>& layers, Ptr x, const std::vector<Ptr>& outs, Ptr cos, Ptr sin,
-         std::array<int64_t, 2> cos_s, std::array<int64_t, 2> sin_s, const std::vector<LayerCache>& caches, int64_t batch,
+         std::array<int64_t, 2> cos_s, std::array<int64_t, 2> sin_s, const std::vector<const LayerCache*>& caches, int64_t batch,
          int64_t queries, int64_t past, int mask_kind, Ptr mask, std::array<int64_t, 4> mask_s) {
         if (outs.size() != layers.size() || caches.size() != layers.size())
           throw std::invalid_argument("decoder_layers: every layer needs an output and a cache");
@@ -39,10 +45,10 @@ void bind_layers(py::module_& m) {
           a.x = in(i ? outs[i - 1] : x), a.out = out(outs[i]);
           a.cos = in(cos), a.sin = in(sin);
           a.cos_b = cos_s[0], a.cos_t = cos_s[1], a.sin_b = sin_s[0], a.sin_t = sin_s[1];
-          const auto& [keys, values, k_s, v_s] = caches[i];
-          a.k_cache = out(keys), a.v_cache = out(values);
-          a.k_b = k_s[0], a.k_h = k_s[1], a.k_s = k_s[2];
-          a.v_b = v_s[0], a.v_h = v_s[1], a.v_s = v_s[2];
+          const LayerCache& c = *caches[i];
+          a.k_cache = out(c.keys), a.v_cache = out(c.values);
+          a.k_b = c.keys_s[0], a.k_h = c.keys_s[1], a.k_s = c.keys_s[2];
+          a.v_b = c.values_s[0], a.v_h = c.values_s[1], a.v_s = c.values_s[2];
           a.batch = batch, a.queries = queries, a.past = past;
           a.mask_kind = static_cast<MaskKind>(mask_kind), a.mask = in(mask);
           a.mask_b = mask_s[0], a.mask_h = mask_s[1], a.mask_t = mask_s[2], a.mask_s = mask_s[3];
@@ -51,7 +57,7 @@ void bind_layers(py::module_& m) {
       },
       "layers"_a, "x"_a, "outs"_a, "cos"_a, "sin"_a, "cos_strides"_a, "sin_strides"_a, "caches"_a, "batch"_a, "queries"_a,
       "past"_a, "mask_kind"_a, "mask"_a, "mask_strides"_a,
-      "Layers one after the other, each from the output of the one before. caches: (keys, values, strides of both) of each");
+      "Layers one after the other, each from the output of the one before. caches: a LayerCache each");
 
   m.def(
       "vision_block",

@@ -1,6 +1,7 @@
-// Whether Python objects are still what they were. Before every token some 8,000 cache lines of modules, dictionaries and tensors are looked
-// at, which the weights of the last token have pushed out of the caches; the interpreter would wait for one after the other (1 ms).
-// Here all are asked for first, then looked at.
+// Whether Python objects are still what they were, and Python objects brought back into the caches. Before and after the layers of a token
+// thousands of cache lines of modules, dictionaries and tensors are looked at, which the weights have pushed out of the caches;
+// the interpreter would wait for one after the other (1 ms). Here all are asked for first.
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -10,56 +11,86 @@ namespace qvl {
 
 namespace {
 
-// Inlined by force: GCC takes a function that only prefetches for one without effects, and drops the calls.
-[[gnu::always_inline]] inline void fetch(const void* address, size_t bytes) {
-  const char* begin = static_cast<const char*>(address);
-  for (size_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(begin + offset, 0, 2);
-  __builtin_prefetch(begin + bytes - 1, 0, 2);
-}
+constexpr uintptr_t kLine = 64;
 
-// Sizes in bytes of what is looked at; too much or too little costs time, nothing else.
-constexpr size_t kHeader = 32, kObject = 48, kDictTable = 256, kInlineValues = 192, kTensorImpl = 192, kStorageImpl = 128;
+// The cache lines of objects: where they lay when they were added. What has moved since costs time, nothing else: memory is fetched, not read.
+class Footprint {
+ public:
+  Footprint() = default;
+
+  explicit Footprint(const std::vector<py::object>& objects) {
+    for (const py::object& object : objects) {
+      add_object(object);
+      if (PyDict_CheckExact(object.ptr())) add_table(object);
+      if (py::hasattr(object, "_cdata") && py::hasattr(object, "untyped_storage")) add_tensor(object);
+    }
+    finish();
+  }
+
+  void add_object(const py::object& object) { add(reinterpret_cast<const char*>(object.ptr()) - kHeader, kHeader + kObject); }
+
+  void add_table(const py::object& object) {
+    const auto* dict = reinterpret_cast<const PyDictObject*>(object.ptr());
+    add(dict->ma_keys, std::max<size_t>(kLine, object.attr("__sizeof__")().cast<size_t>() - sizeof(PyDictObject)));
+    if (dict->ma_values) add(dict->ma_values, kInlineValues);
+  }
+
+  void add_tensor(const py::object& object) {
+    add(in(object.attr("_cdata").cast<Ptr>()), kTensorImpl);
+    add(in(object.attr("untyped_storage")().attr("_cdata").cast<Ptr>()), kStorageImpl);
+  }
+
+  void add(const void* begin, size_t bytes) {
+    const auto first = reinterpret_cast<uintptr_t>(begin) / kLine, last = (reinterpret_cast<uintptr_t>(begin) + bytes - 1) / kLine;
+    for (uintptr_t line = first; line <= last; ++line) lines_.push_back(line * kLine);
+  }
+
+  void finish() {
+    std::sort(lines_.begin(), lines_.end());
+    lines_.erase(std::unique(lines_.begin(), lines_.end()), lines_.end());
+  }
+
+  // Inlined by force: GCC takes a function that only prefetches for one without effects, and drops the calls.
+  [[gnu::always_inline]] void fetch() const {
+    for (uintptr_t line : lines_) __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
+  }
+
+ private:
+  // Sizes in bytes of what is looked at.
+  static constexpr size_t kHeader = 32, kObject = 64, kInlineValues = 192, kTensorImpl = 192, kStorageImpl = 64;
+
+  std::vector<uintptr_t> lines_;
+};
 
 class Watch {
  public:
   using Entry = std::tuple<py::dict, py::str, py::object>;
+  using Place = std::pair<py::dict, py::str>;
 
-  Watch(std::vector<Entry> entries, std::vector<std::pair<py::dict, py::str>> absent, std::vector<std::pair<py::dict, py::str>> empty,
-        std::vector<py::object> types, std::vector<py::object> tensors)
+  Watch(std::vector<Entry> entries, std::vector<Place> absent, std::vector<Place> empty, std::vector<py::object> types, std::vector<py::object> tensors)
       : entries_(std::move(entries)), absent_(std::move(absent)), empty_(std::move(empty)) {
-    for (py::object& object : types) types_.emplace_back(object, py::type::of(object));
-    for (const auto& [dict, key] : empty_) hooks_.push_back(item(dict, key));
-    for (py::object& tensor : tensors) {
-      Tensor t{tensor, number(tensor, names().data_ptr), number(tensor, names().numel), tensor.attr("dtype"), nullptr, nullptr};
-      t.impl = address(tensor.attr("_cdata"));
-      t.storage = address(tensor.attr("untyped_storage")().attr("_cdata"));
-      tensors_.push_back(std::move(t));
+    for (py::object& object : types) {
+      types_.emplace_back(object, py::type::of(object));
+      footprint_.add(object.ptr(), sizeof(PyObject));
     }
+    for (py::object& tensor : tensors) {
+      tensors_.push_back({tensor, number(tensor, names().data_ptr), number(tensor, names().numel), tensor.attr("dtype")});
+      footprint_.add_object(tensor);
+      footprint_.add_tensor(tensor);
+    }
+    for (const py::object& dict : dicts()) {
+      footprint_.add(dict.ptr(), sizeof(PyDictObject));
+      if constexpr (!kVersions) footprint_.add_table(dict);
+    }
+    footprint_.finish();
   }
 
-  [[gnu::always_inline]] void fetch_objects() const {
-    for (const auto& [dict, key, value] : entries_) fetch_object(dict);
-    for (const auto& [dict, key] : absent_) fetch_object(dict);
-    for (const auto& [dict, key] : empty_) fetch_object(dict);
-    for (const void* hooks : hooks_) fetch(hooks, 24);
-    for (const auto& [object, type] : types_) fetch(object.ptr(), 16);
-    for (const Tensor& t : tensors_) fetch_object(t.tensor), fetch(t.impl, kTensorImpl), fetch(t.storage, kStorageImpl);
-  }
+  [[gnu::always_inline]] void fetch() const { footprint_.fetch(); }
 
-  [[gnu::always_inline]] void fetch_tables() const {
-    for (const auto& [dict, key, value] : entries_) fetch_table(dict);
-    for (const auto& [dict, key] : absent_) fetch_table(dict);
-    for (const auto& [dict, key] : empty_) fetch_table(dict);
-  }
-
-  bool holds() const {
-    for (const auto& [dict, key, value] : entries_)
-      if (item(dict, key) != value.ptr()) return false;
-    for (const auto& [dict, key] : absent_)
-      if (item(dict, key)) return false;
-    for (const auto& [dict, key] : empty_) {
-      PyObject* found = item(dict, key);
-      if (!found || !PyDict_Check(found) || PyDict_GET_SIZE(found) != 0) return false;
+  bool holds() {
+    if (!same_versions()) {
+      if (!dicts_hold()) return false;
+      keep_versions();
     }
     for (const auto& [object, type] : types_)
       if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != type.ptr()) return false;
@@ -75,10 +106,55 @@ class Watch {
     py::object tensor;
     uint64_t data, elements;
     py::object dtype;
-    const void *impl, *storage;  // only fetched ahead, never read
   };
 
-  static const void* address(const py::handle& number) { return in(number.cast<Ptr>()); }
+  bool dicts_hold() const {
+    for (const auto& [dict, key, value] : entries_)
+      if (item(dict, key) != value.ptr()) return false;
+    for (const auto& [dict, key] : absent_)
+      if (item(dict, key)) return false;
+    for (const auto& [dict, key] : empty_) {
+      PyObject* found = item(dict, key);
+      if (!found || !PyDict_Check(found) || PyDict_GET_SIZE(found) != 0) return false;
+    }
+    return true;
+  }
+
+  // Until Python 3.11 a dictionary has a number that no other has had, and that changes with every change of it.
+#if PY_VERSION_HEX < 0x030C0000
+  static constexpr bool kVersions = true;
+  static uint64_t version(const py::object& dict) { return reinterpret_cast<const PyDictObject*>(dict.ptr())->ma_version_tag; }
+#else
+  static constexpr bool kVersions = false;
+  static uint64_t version(const py::object&) { return 0; }
+#endif
+
+  bool same_versions() const {
+    for (const auto& [dict, known] : versions_)
+      if (version(dict) != known) return false;
+    return !versions_.empty();
+  }
+
+  void keep_versions() {
+    versions_.clear();
+    if constexpr (kVersions)
+      for (const py::object& dict : dicts()) versions_.emplace_back(dict, version(dict));
+  }
+
+  // All that are looked at, each once.
+  std::vector<py::object> dicts() const {
+    std::vector<py::object> found;
+    for (const auto& [dict, key, value] : entries_) found.push_back(dict);
+    for (const auto& [dict, key] : absent_) found.push_back(dict);
+    for (const auto& [dict, key] : empty_) {
+      found.push_back(dict);
+      PyObject* inner = item(dict, key);
+      if (inner && PyDict_Check(inner)) found.push_back(py::reinterpret_borrow<py::object>(inner));
+    }
+    std::sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.ptr() < b.ptr(); });
+    found.erase(std::unique(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.is(b); }), found.end());
+    return found;
+  }
 
   struct Names {
     py::str data_ptr{"data_ptr"}, numel{"numel"}, dtype{"dtype"};
@@ -100,19 +176,10 @@ class Watch {
     return found;
   }
 
-  [[gnu::always_inline]] static void fetch_object(const py::object& object) {
-    fetch(reinterpret_cast<const char*>(object.ptr()) - kHeader, kHeader + kObject);
-  }
-
-  [[gnu::always_inline]] static void fetch_table(const py::dict& dict) {
-    const auto* d = reinterpret_cast<const PyDictObject*>(dict.ptr());
-    fetch(d->ma_keys, kDictTable);
-    if (d->ma_values) fetch(d->ma_values, kInlineValues);
-  }
-
   std::vector<Entry> entries_;
-  std::vector<std::pair<py::dict, py::str>> absent_, empty_;
-  std::vector<const void*> hooks_;  // the empty dictionaries: only fetched ahead, never read
+  std::vector<Place> absent_, empty_;
+  Footprint footprint_;
+  std::vector<std::pair<py::object, uint64_t>> versions_;  // of all dictionaries, when they last held what they should
   std::vector<std::pair<py::object, py::object>> types_;
   std::vector<Tensor> tensors_;
 };
@@ -120,18 +187,20 @@ class Watch {
 }  // namespace
 
 void bind_watch(py::module_& m) {
+  py::class_<Footprint>(m, "Footprint", "Where objects lie, with the tables of dictionaries and what tensors consist of; keeps none of them alive")
+      .def(py::init<const std::vector<py::object>&>(), "objects"_a)
+      .def("fetch", [](const Footprint& footprint) { footprint.fetch(); }, "Brings the objects into the processor's caches.");
+
   py::class_<Watch>(m, "Watch", "What dictionaries hold, types of objects, and memory of tensors, as they are when it is made")
-      .def(py::init<std::vector<Watch::Entry>, std::vector<std::pair<py::dict, py::str>>, std::vector<std::pair<py::dict, py::str>>,
-                    std::vector<py::object>, std::vector<py::object>>(),
+      .def(py::init<std::vector<Watch::Entry>, std::vector<Watch::Place>, std::vector<Watch::Place>, std::vector<py::object>, std::vector<py::object>>(),
            py::kw_only(), "entries"_a, "absent"_a, "empty"_a, "types"_a, "tensors"_a,
            "entries: (dictionary, key, object that it holds); absent: (dictionary, key that it lacks); empty: (dictionary, key of an empty "
            "dictionary); types: objects that keep their class; tensors: that keep memory, number of elements and dtype")
       .def_static(
           "all_hold",
-          [](const std::vector<const Watch*>& watches) {
-            for (const Watch* watch : watches) watch->fetch_objects();
-            for (const Watch* watch : watches) watch->fetch_tables();
-            for (const Watch* watch : watches)
+          [](const std::vector<Watch*>& watches) {
+            for (const Watch* watch : watches) watch->fetch();
+            for (Watch* watch : watches)
               if (!watch->holds()) return false;
             return true;
           },

@@ -11,7 +11,7 @@ from qvl_kernels import dispatch
 from qvl_kernels.quant import QuantizedWeight
 from qvl_model import cache
 from qvl_model.modules.linear import Linear
-from qvl_model.modules.lookahead import Step, followers, learned, look_ahead
+from qvl_model.modules.lookahead import Step, followers, learned, look_ahead, output_ahead
 from qvl_model.modules.packed import PackedLinear
 from qvl_model.modules.parts import splits
 from qvl_model.modules.plain import is_plain, kernels_take, no_global_hooks, only_capture_hooks
@@ -110,50 +110,63 @@ def forget_plan(layer: nn.Module) -> None:
 
 
 class Chain:
-    """Layers that ran one after the other and are one call as long as ``holds``.
+    """Layers that ran one after the other and are one call as long as ``holds``: of one shape, without hooks, not in training.
 
     Attributes:
-        links: of each but the first the layer, its fused call and its place in caches. The plan of the first owns the chain, and must not own it.
+        layers: all but the first. The plan of the first owns the chain, which must not own that layer.
+        calls, indices: of all, the fused call and the place in caches.
     """
 
-    __slots__ = ("_learned", "_watches", "links")
+    __slots__ = ("_learned", "_watches", "calls", "indices", "layers")
 
     def __init__(self, first: "Qwen3VLTextDecoderLayer") -> None:
-        self._learned, self.links, self._watches, hooked = learned(), [], [], []
-        last, sizes = -1, None
+        self._learned, self._watches, self.calls, self.indices, self.layers = learned(), [], [], [], []
+        entries, absent, hooked, typed = [], [], [], []
         for layer in (first, *followers(first)):
-            attention = layer._modules["self_attn"]
-            plan, index = plan_of(layer), attention.layer_idx
-            hooks = [(vars(module), hooks) for module in (layer, attention) for hooks in ("_forward_hooks", "_forward_pre_hooks")]
-            if plan is None or type(layer) is not type(first) or any(state[name] for state, name in hooks):
+            plan, index = plan_of(layer), layer._modules["self_attn"].layer_idx
+            places = [(siblings, name, siblings[name]) for siblings, name in layer.random_places()]
+            random = [module for _, _, module in places]
+            hooks = [(vars(module), hooks) for module in (layer, *random) for hooks in ("_forward_hooks", "_forward_pre_hooks")]
+            if plan is None or type(layer) is not type(first) or "forward" in vars(layer) or any(state[name] for state, name in hooks):
+                break
+            if not layer.infers() or any(module.training for module in random):
                 break
             if layer is not first:
-                if index <= last or plan.prepared.sizes != sizes:
+                if index <= self.indices[-1] or plan.prepared.sizes != self.calls[0].sizes:
                     break
-                self.links.append((layer, plan.prepared, index))
-            last, sizes = index, plan.prepared.sizes
+                self.layers.append(layer)
+                typed.append(layer)
+            self.calls.append(plan.prepared)
+            self.indices.append(index)
             self._watches.append(plan.watch)
+            entries += [*places, *((vars(module), "training", False) for module in random)]
             hooked += hooks
-        self._watches.append(dispatch.extension().Watch(entries=[], absent=[], empty=hooked, types=[], tensors=[]))
+            absent.append((vars(layer), "forward"))
+            typed += random
+        self._watches.append(dispatch.extension().Watch(entries=entries, absent=absent, empty=hooked, types=typed, tensors=[]))
 
     def holds(self) -> bool:
         return self._learned == learned() and dispatch.extension().Watch.all_hold(self._watches)
 
 
-def _plan_and_chain(layer: "Qwen3VLTextDecoderLayer") -> tuple[Plan | None, list[tuple]]:
-    """The plan of a layer and the links of its chain as they are now."""
+def _plan_and_chain(layer: "Qwen3VLTextDecoderLayer") -> tuple[Plan | None, Chain | None]:
+    """The plan of a layer and its chain, if others follow it, as they are now."""
     plan = _plans.get(layer)
     if plan is not None and plan.chain is not None and plan.chain.holds():
-        return plan, plan.chain.links
+        return plan, plan.chain
     plan = plan_of(layer)
     if plan is None:
-        return None, []
+        return None, None
     chain = Chain(layer)
-    plan.chain = chain if chain.links else None  # one without links watches nothing
-    return plan, chain.links
+    plan.chain = chain if chain.layers else None
+    return plan, plan.chain
 
 
 class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
+    def __call__(self, *args, **kwargs) -> Tensor:
+        out = output_ahead(self, args, kwargs)
+        return super().__call__(*args, **kwargs) if out is None else out
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -173,8 +186,8 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
             steps = self._steps(hidden_states, attention_mask, past_key_values, ahead=ahead is not None)
             if steps:
                 outs = qvl_kernels.PreparedDecoderLayer.run(
-                    [step.prepared for step in steps], hidden_states, *position_embeddings,
-                    [(step.store.keys, step.store.values) for step in steps], past=steps[0].store.past, mask=attention_mask,
+                    [step.prepared for step in steps], hidden_states, *position_embeddings, [step.store.memory for step in steps],
+                    past=steps[0].store.past, mask=attention_mask,
                 )  # fmt: skip
                 for step, out in zip(steps, outs):
                     step.out = out
@@ -196,24 +209,25 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         """This layer, and with ``ahead`` those that follow it, as fused calls that compute what their modules would; [] if it is none."""
         if torch.is_grad_enabled() and _any_requires_grad(x, self):
             return []
-        plan, links = _plan_and_chain(self) if ahead else (plan_of(self), [])
-        if plan is None:
+        plan, chain = _plan_and_chain(self) if ahead else (plan_of(self), None)
+        if plan is None or plan.prepared.dtype is not x.dtype or not self.infers() or splits(self._modules["mlp"], x):
             return []
-        steps: list[Step] = []
-        for layer, prepared, index in ((self, plan.prepared, plan.attention.layer_idx), *links):
-            if not layer.infers() or prepared.dtype is not x.dtype or splits(layer._modules["mlp"], x):
-                break
-            store = cache.open_store(past_key_values, index, x, prepared.kv_heads, prepared.head_dim)
-            if store is None or not _causal_rule_holds(mask, x.shape[1], store) or steps and store.past != steps[0].store.past:
-                break
-            steps.append(Step(layer, prepared, store))
-            if store.past == 0:  # the next ones may have no cache yet
-                break
-        return steps
+        layers, calls, indices = [self], [plan.prepared], [plan.attention.layer_idx]
+        if chain is not None:
+            layers, calls, indices = [self, *chain.layers], chain.calls, chain.indices
+        stores = cache.open_stores(past_key_values, indices, x, plan.prepared.kv_heads, plan.prepared.head_dim)
+        if not stores or not _causal_rule_holds(mask, x.shape[1], stores[0]):
+            return []
+        return [Step(layer, call, store) for layer, call, store in zip(layers, calls, stores)]
 
     def infers(self) -> bool:
         """Whether nothing in the layer is random now."""
-        return not (self.training and self._modules["self_attn"].attention_dropout > 0.0)
+        attention = self._modules["self_attn"]
+        return not (attention.training and attention.attention_dropout > 0.0)
+
+    def random_places(self) -> list[tuple[dict, str]]:
+        """Where the modules are that may be random in training mode: dictionaries and names in them."""
+        return [(self._modules, "self_attn")]
 
 
 def _call_is_plain(x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, kwargs: dict) -> bool:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from qvl_kernels import PreparedDecoderLayer
+from qvl_kernels import PreparedCache, PreparedDecoderLayer, dispatch
 from qvl_model.cache import Store
 
-__all__ = ["LookAhead", "Step", "followers", "learned", "look_ahead"]
+__all__ = ["LookAhead", "Step", "followers", "learned", "look_ahead", "output_ahead"]
 
 _NAME = "_qvl_look_ahead"  # attribute of a cache: two threads that generate on one model have a cache each
 
@@ -31,6 +31,11 @@ class Step:
     store: Store
     out: Tensor | None = None
 
+    def looked_at(self) -> Iterator[object]:
+        """What Python looks at for every token to keep a layer's keys and values."""
+        memory, kept = self.store.memory, self.store.layer
+        yield from (self.layer, self.prepared, memory, memory.extension, memory.k_cache, memory.v_cache, kept, vars(kept), *vars(kept).values())
+
 
 @dataclass(slots=True)
 class LookAhead:
@@ -41,6 +46,7 @@ class LookAhead:
         layer, out: the layer that was asked last, and its output.
         waiting: layers that have run since but were not asked yet, the next one last.
         tables, mask: what they have run with.
+        memories, footprint: of the layers that last ran together, what their keys and values lie in, and all that is looked at for them.
     """
 
     cache: "weakref.ref[Cache] | None" = None
@@ -49,15 +55,29 @@ class LookAhead:
     waiting: list[Step] = field(default_factory=list)
     tables: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
+    memories: list[PreparedCache] = field(default_factory=list)
+    footprint: object | None = None
 
     def __reduce__(self) -> tuple:
         return LookAhead, ()  # copies of a cache begin anew
 
-    def take(self, layer: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor | None:
-        """The output of ``layer`` on x [B, T, C] if it is there. Else nothing is ahead any more, and what follows what is learned."""
-        follows = x is self.out and (x.is_inference() or x._version == 0)  # as it was made; inference tensors count no versions
-        if follows and self.waiting and self.waiting[-1].layer is layer and mask is self.mask and _same(tables, self.tables):
+    def find(self, layer: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor | None:
+        """The output of ``layer`` on x [B, T, C] if it is there."""
+        if (
+            self.waiting and self.waiting[-1].layer is layer and self._follows(x) and mask is self.mask
+            and tables is not None and tables[0] is self.tables[0] and tables[1] is self.tables[1]
+        ):  # fmt: skip
             return self._asked(self.waiting.pop())
+        return None
+
+    def take(self, layer: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor | None:
+        """The same; if it is not there, nothing is ahead any more, and what follows what is learned."""
+        out = self.find(layer, x, tables, mask)
+        if out is not None:
+            return out
+        if self.footprint is not None:
+            self.footprint.fetch()
+        follows = self._follows(x)
         last = None if self.layer is None else self.layer()
         if last is not None:
             _learn(last, layer if follows else None)
@@ -67,8 +87,16 @@ class LookAhead:
     def ran(self, steps: list[Step], tables: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """Keeps what one call computed; returns the output of its first layer."""
         first, *others = steps
+        if others:
+            memories = [step.store.memory for step in steps]
+            if memories != self.memories:
+                self.memories, self.footprint = memories, dispatch.extension().Footprint([x for step in steps for x in step.looked_at()])
+            self.footprint.fetch()
         self.waiting, self.tables, self.mask = others[::-1], tables, mask
         return self._asked(first)
+
+    def _follows(self, x: Tensor) -> bool:
+        return x is self.out and (x.is_inference() or x._version == 0)  # as it was made; inference tensors count no versions
 
     def _asked(self, step: Step) -> Tensor:
         step.store.commit(step.out.shape[1])
@@ -102,14 +130,11 @@ def followers(layer: nn.Module) -> Iterator[nn.Module]:
         yield layer
 
 
-def _same(tables: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor] | None) -> bool:
-    return others is not None and tables[0] is others[0] and tables[1] is others[1]
-
-
 def look_ahead(cache: Cache | None, x: Tensor) -> LookAhead | None:
     """What the layers of this cache know, or None where none of them looks ahead: with x [B, T, C] of many rows, gradients or on GPUs."""
     if (
         torch.compiler.is_compiling()
+        or dispatch.forced() not in (None, "cpp")
         or not isinstance(cache, Cache)
         or torch.is_grad_enabled()
         or not x.is_cpu
@@ -121,3 +146,14 @@ def look_ahead(cache: Cache | None, x: Tensor) -> LookAhead | None:
     if state is None or state.cache is None or state.cache() is not cache:
         state = cache.__dict__[_NAME] = LookAhead(weakref.ref(cache))
     return state
+
+
+def output_ahead(layer: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
+    """What a call of ``layer`` with these arguments gives, if it is there. No hook need be called then: layers with hooks do not run ahead."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or len(args) != 1:
+        return None
+    cache = kwargs.get("past_key_values")
+    state = getattr(cache, _NAME, None)
+    if state is None or not state.waiting or state.cache() is not cache:
+        return None
+    return state.find(layer, args[0], kwargs.get("position_embeddings"), kwargs.get("attention_mask"))

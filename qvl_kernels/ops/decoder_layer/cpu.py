@@ -9,7 +9,7 @@ from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.linear.onednn import use_onednn
 from qvl_kernels.ops.linear.weights import extension_weight, out_features
 
-__all__ = ["decoder_layer_cpu", "extension_layer", "run_extension_layers"]
+__all__ = ["decoder_layer_cpu", "extension_cache", "extension_layer", "run_extension_layers"]
 
 
 def extension_layer(norms, weights, biases, num_heads: int, kv_heads: int, head_dim: int, eps: float, scale: float):
@@ -22,19 +22,23 @@ def extension_layer(norms, weights, biases, num_heads: int, kv_heads: int, head_
     )  # fmt: skip
 
 
+def extension_cache(k_cache: torch.Tensor, v_cache: torch.Tensor):
+    """Caches [B, Hkv, S_cap, D] as the extension takes them; the tensors must outlive it."""
+    return dispatch.extension().LayerCache(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride()[:3], v_cache.stride()[:3])
+
+
 def run_extension_layers(
-    layers: Sequence, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    past: int, mask: torch.Tensor | None, num_heads: int,
-) -> list[torch.Tensor]:  # fmt: skip
-    """The outputs of ``extension_layer`` objects one after the other, in one call. All is checked."""
+    layers: Sequence, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, caches: Sequence, past: int, mask: torch.Tensor | None, num_heads: int
+) -> list[torch.Tensor]:
+    """The outputs of ``extension_layer`` objects one after the other on an ``extension_cache`` each, in one call. All is checked."""
     batch, time, _ = x.shape
-    outs = [torch.empty(x.shape, dtype=x.dtype) for _ in layers]
+    outs = [torch.empty_like(x) for _ in layers]
     kind, pointer, mask_strides = mask_arguments(mask if mask is None else mask[..., : past + time], (batch, num_heads, time, past + time))
     cos_stride, sin_stride = cos.stride(), sin.stride()
     dispatch.extension().decoder_layers(
         layers, x.data_ptr(), [out.data_ptr() for out in outs], cos.data_ptr(), sin.data_ptr(),
         (cos_stride[0] if cos.shape[0] > 1 else 0, cos_stride[1]), (sin_stride[0] if sin.shape[0] > 1 else 0, sin_stride[1]),
-        [(k.data_ptr(), v.data_ptr(), k.stride()[:3], v.stride()[:3]) for k, v in caches], batch, time, past, kind, pointer, mask_strides,
+        caches, batch, time, past, kind, pointer, mask_strides,
     )  # fmt: skip
     return outs
 
@@ -43,4 +47,4 @@ def decoder_layer_cpu(x, norms, weights, biases, cos, sin, k_cache, v_cache, pas
     if use_onednn(x, x.shape[0] * x.shape[1]):
         return compose_decoder_layer(x, norms, weights, biases, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale)
     layer = extension_layer(norms, weights, biases, num_heads, k_cache.shape[1], k_cache.shape[3], eps, scale)
-    return run_extension_layers([layer], x, cos, sin, [(k_cache, v_cache)], past, mask, num_heads)[0]
+    return run_extension_layers([layer], x, cos, sin, [extension_cache(k_cache, v_cache)], past, mask, num_heads)[0]

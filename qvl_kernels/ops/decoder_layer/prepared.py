@@ -1,4 +1,4 @@
-"""Decoder layers with their weights checked once: for decoding, where checks and dispatch would cost as much as small layers."""
+"""Decoder layers and caches that are checked once: for decoding, where checks and dispatch would cost as much as small layers."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,38 @@ import torch
 
 from qvl_kernels import dispatch
 from qvl_kernels.ops.decoder_layer import DecoderWeights, check_weights, decoder_layer
-from qvl_kernels.ops.decoder_layer.cpu import extension_layer, run_extension_layers
+from qvl_kernels.ops.decoder_layer.cpu import extension_cache, extension_layer, run_extension_layers
 from qvl_kernels.ops.linear.onednn import MIN_ROWS
 
-__all__ = ["PreparedDecoderLayer"]
+__all__ = ["PreparedCache", "PreparedDecoderLayer"]
+
+
+class PreparedCache:
+    """Keys and values of a layer, for many calls of ``PreparedDecoderLayer.run``.
+
+    They must not be resized or moved while this object is used; it keeps them alive.
+
+    Args:
+        k_cache, v_cache: [B, Hkv, S_cap, D].
+    Attributes:
+        sizes: (dtype, B, Hkv, D). capacity: S_cap. extension: as the extension takes it; None where it does not.
+    Example:
+        >>> cache = qvl_kernels.PreparedCache(torch.zeros(1, 8, 512, 128), torch.zeros(1, 8, 512, 128))
+    """
+
+    __slots__ = ("capacity", "extension", "k_cache", "sizes", "v_cache")
+
+    def __init__(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+        self.k_cache, self.v_cache, self.sizes, self.capacity, self.extension = k_cache, v_cache, None, 0, None
+        shape = k_cache.shape
+        if len(shape) == 4:
+            self.sizes, self.capacity = (k_cache.dtype, shape[0], shape[1], shape[3]), shape[2]
+            plain = all(type(x) is torch.Tensor and x.is_cpu and not x.requires_grad and x.shape == shape for x in (k_cache, v_cache))
+            if plain and v_cache.dtype is k_cache.dtype and k_cache.stride(3) == v_cache.stride(3) == 1:
+                self.extension = extension_cache(k_cache, v_cache)
+
+    def __reduce__(self) -> tuple:
+        return PreparedCache, (self.k_cache, self.v_cache)
 
 
 class PreparedDecoderLayer:
@@ -45,32 +73,34 @@ class PreparedDecoderLayer:
         past: int, mask: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """As ``decoder_layer``."""
-        return PreparedDecoderLayer.run([self], x, cos, sin, [(k_cache, v_cache)], past=past, mask=mask)[0]
+        return PreparedDecoderLayer.run([self], x, cos, sin, [PreparedCache(k_cache, v_cache)], past=past, mask=mask)[0]
 
     @staticmethod
     def run(
         layers: Sequence["PreparedDecoderLayer"], x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-        caches: Sequence[tuple[torch.Tensor, torch.Tensor]], *, past: int, mask: torch.Tensor | None = None,
+        caches: Sequence[PreparedCache], *, past: int, mask: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:  # fmt: skip
         """Layers one after the other, each on the output of the one before, in one call of the extension where that is possible.
 
         Between two calls of the extension the weights of a layer push what Python looks at out of the processor's caches.
 
         Args:
-            layers: prepared layers. x, cos, sin, past, mask: as for ``decoder_layer``. caches: (k_cache, v_cache) of each layer.
+            layers: prepared layers. x, cos, sin, past, mask: as for ``decoder_layer``. caches: of each layer.
         Returns:
             The output of every layer, each [B, T, C].
         Raises: as ``decoder_layer``.
         Example:
-            >>> *_, y = PreparedDecoderLayer.run([first, second], x, cos, sin, [(k1, v1), (k2, v2)], past=300)
+            >>> caches = [PreparedCache(k1, v1), PreparedCache(k2, v2)]
+            >>> *_, y = PreparedDecoderLayer.run([first, second], x, cos, sin, caches, past=300)
         """
         if not _is_plain(layers, x, cos, sin, caches, past, mask):
             outs = []
-            for layer, (k_cache, v_cache) in zip(layers, caches, strict=True):
-                x = layer.in_ops(x, cos, sin, k_cache, v_cache, past, mask)
+            for layer, cache in zip(layers, caches, strict=True):
+                x = layer.in_ops(x, cos, sin, cache.k_cache, cache.v_cache, past, mask)
                 outs.append(x)
             return outs
-        return run_extension_layers([layer.extension_layer() for layer in layers], x, cos, sin, caches, past, mask, layers[0].num_heads)
+        memories = [cache.extension for cache in caches]
+        return run_extension_layers([layer.extension_layer() for layer in layers], x, cos, sin, memories, past, mask, layers[0].num_heads)
 
     def extension_layer(self):
         """The layer as the extension takes it."""
@@ -116,17 +146,11 @@ def _is_plain(layers, x, cos, sin, caches, past, mask) -> bool:
         and not torch.is_grad_enabled()
     ):
         return False
-    sizes, rows, fixed = layers[0].sizes, batch * time, (batch, kv_heads, head_dim)
+    sizes, rows, cached = layers[0].sizes, batch * time, (dtype, batch, kv_heads, head_dim)
     for layer, cache in zip(layers, caches):  # once per layer and token
         if layer.sizes != sizes or not layer.one_call(rows):
             return False
-        for tensor in cache:
-            if type(tensor) is not torch.Tensor or tensor.dtype is not dtype or not tensor.is_cpu or tensor.requires_grad:
-                return False
-            shape = tensor.shape
-            if len(shape) != 4 or (shape[0], shape[1], shape[3]) != fixed or not 0 <= past <= shape[2] - time or tensor.stride(3) != 1:
-                return False
-        if cache[0].shape != cache[1].shape:
+        if cache.extension is None or cache.sizes != cached or not 0 <= past <= cache.capacity - time:
             return False
     return True
 
