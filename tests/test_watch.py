@@ -1,5 +1,7 @@
 """The extension's Watch: whether dictionaries, types and tensors are what they were when it was made."""
 
+import gc
+import weakref
 from collections import OrderedDict
 
 import pytest
@@ -73,3 +75,28 @@ def test_keeps_what_it_watches_alive():
     watch = _watch(module)
     del module
     assert _holds(watch)
+
+
+def test_a_dictionary_that_changed_and_changed_back_holds(module):
+    """A number that changes with every change of a dictionary only says that it has to be looked into again."""
+    watch, weight = _watch(module), module.weight
+    assert _holds(watch)
+    module._parameters["weight"] = weight.detach()
+    assert not _holds(watch) and not _holds(watch)
+    module._parameters["weight"] = weight
+    assert _holds(watch) and _holds(watch)
+    handle = module.register_forward_hook(lambda *_: None)
+    assert not _holds(watch)
+    handle.remove()
+    assert _holds(watch)
+
+
+def test_a_footprint_of_what_is_gone_can_be_fetched():
+    objects = [object(), {"a": 1}, torch.zeros(3), nn.Linear(3, 2), vars(nn.Linear(3, 2)), None, []]
+    footprint, kept = dispatch.extension().Footprint(objects), dispatch.extension().Footprint([])
+    reference = weakref.ref(objects[3])
+    del objects
+    gc.collect()
+    assert reference() is None
+    footprint.fetch()
+    kept.fetch()
