@@ -28,6 +28,13 @@ class _Buffer:
     values_view: Tensor | None = None
     length: int = 0  # of the views
 
+    def views(self, length: int) -> tuple[Tensor, Tensor]:
+        return self.memory.k_cache.narrow(2, 0, length), self.memory.v_cache.narrow(2, 0, length)
+
+    def give(self, layer: DynamicLayer, views: tuple[Tensor, Tensor], length: int) -> None:
+        layer.keys, layer.values = self.keys_view, self.values_view = views
+        self.length = length
+
 
 @dataclass(slots=True)
 class Store:
@@ -43,9 +50,7 @@ class Store:
         """Tells the cache layer that ``queries`` positions were written."""
         layer = self.layer
         if self.views is not None:
-            buffer = layer.__dict__[_BUFFER]
-            layer.keys, layer.values = buffer.keys_view, buffer.values_view = self.views
-            buffer.length = self.past + queries
+            layer.__dict__[_BUFFER].give(layer, self.views, self.past + queries)
         elif layer is not None:
             layer.cumulative_length.add_(queries)
 
@@ -98,14 +103,15 @@ def _dynamic_store(layer: DynamicLayer, x: Tensor, sizes: tuple) -> Store | None
         _, batch, kv_heads, head_dim = sizes
         keys = x.new_empty(batch, kv_heads, end + max(_ROOM, end // 32), head_dim)
         buffer = _Buffer(PreparedCache(keys, torch.empty_like(keys)))
-        if past:
-            buffer.memory.k_cache[:, :, :past] = layer.keys
-            buffer.memory.v_cache[:, :, :past] = layer.values
+        setattr(layer, _BUFFER, buffer)
+        if past:  # what the layer holds moves at once, so that of many layers no two have both
+            keys, values = buffer.views(past)
+            keys.copy_(layer.keys)
+            values.copy_(layer.values)
+            buffer.give(layer, (keys, values), past)
         elif not layer.is_initialized:
             layer.lazy_initialization(keys, keys)
-        setattr(layer, _BUFFER, buffer)
-    memory = buffer.memory
-    return Store(memory, past, end, layer, (memory.k_cache.narrow(2, 0, end), memory.v_cache.narrow(2, 0, end)))
+    return Store(buffer.memory, past, end, layer, buffer.views(end))
 
 
 def _static_store(layer: StaticLayer, x: Tensor, sizes: tuple) -> Store | None:

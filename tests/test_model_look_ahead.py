@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 import qvl_kernels
 import qvl_model
+from qvl_model import cache as model_cache
 from qvl_model.modules import decoder_layer
 
 PROMPT, NEXT = [5, 6, 7, 8, 9], [11, 12, 13, 14]
@@ -290,6 +291,22 @@ def test_models_and_caches_are_freed():
     del cache
     gc.collect()
     assert all(x() is None for x in seen)
+
+
+def test_what_a_cache_has_outgrown_is_freed_layer_by_layer(models, monkeypatch):
+    _, fast = models
+    cache = DynamicCache()
+    _logits(fast, PROMPT, cache)
+    old = [weakref.ref(layer.__dict__[model_cache._BUFFER].memory.k_cache) for layer in cache.layers]
+    freed, make = [], model_cache.PreparedCache
+
+    def spy(k_cache, v_cache):
+        freed.append(sum(tensor() is None for tensor in old))
+        return make(k_cache, v_cache)
+
+    monkeypatch.setattr(model_cache, "PreparedCache", spy)
+    _logits(fast, range(10, 10 + model_cache._ROOM), cache)
+    assert freed == list(range(LAYERS)) and all(tensor() is None for tensor in old)
 
 
 def test_packing_frees_what_was_planned(models):

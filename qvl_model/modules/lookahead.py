@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from qvl_kernels import PreparedCache, PreparedDecoderLayer, dispatch
+from qvl_kernels import PreparedDecoderLayer, dispatch
 from qvl_model.cache import Store
 
 __all__ = ["LookAhead", "Step", "followers", "learned", "look_ahead", "output_ahead"]
@@ -46,7 +46,8 @@ class LookAhead:
         layer, out: the layer that was asked last, and its output.
         waiting: layers that have run since but were not asked yet, the next one last.
         tables, mask: what they have run with.
-        memories, footprint: of the layers that last ran together, what their keys and values lie in, and all that is looked at for them.
+        memories, footprint: of the layers that last ran together, ids of what their keys and values lie in (which must not live on here when
+            a cache has grown out of it), and all that is looked at for them.
     """
 
     cache: "weakref.ref[Cache] | None" = None
@@ -55,7 +56,7 @@ class LookAhead:
     waiting: list[Step] = field(default_factory=list)
     tables: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
-    memories: list[PreparedCache] = field(default_factory=list)
+    memories: list[int] = field(default_factory=list)
     footprint: object | None = None
 
     def __reduce__(self) -> tuple:
@@ -88,7 +89,7 @@ class LookAhead:
         """Keeps what one call computed; returns the output of its first layer."""
         first, *others = steps
         if others:
-            memories = [step.store.memory for step in steps]
+            memories = [id(step.store.memory) for step in steps]
             if memories != self.memories:
                 self.memories, self.footprint = memories, dispatch.extension().Footprint([x for step in steps for x in step.looked_at()])
             self.footprint.fetch()
