@@ -293,6 +293,22 @@ def test_models_and_caches_are_freed():
     assert all(x() is None for x in seen)
 
 
+def test_dropout_ends_a_chain(models, calls):
+    _, fast = models
+    cache = DynamicCache()
+    fast.train()
+    _logits(fast, PROMPT, cache)
+    assert calls[-1] == LAYERS  # nothing is dropped in these layers
+    _layers(fast)[2].self_attn.attention_dropout = 0.5
+    calls.clear()
+    _logits(fast, NEXT, cache)
+    assert calls == [2, 2] * len(NEXT)  # 0 and 1, then 3 and 4
+    fast.eval()
+    calls.clear()
+    _logits(fast, NEXT, cache)
+    assert calls[-1] == LAYERS
+
+
 def test_what_a_cache_has_outgrown_is_freed_layer_by_layer(models, monkeypatch):
     _, fast = models
     cache = DynamicCache()

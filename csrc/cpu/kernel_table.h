@@ -201,7 +201,6 @@ struct AttentionTask {
   float* lse;                     // [heads of the group][queries] with stride lse_h, or nullptr
   int64_t lse_h;
   const void* mask;
-  const void* next_k;             // what is read after this task, to be prefetched; or nullptr
   int64_t queries, keys;          // of this sequence
   int64_t row_begin, row_end;     // at most panel_width rows
   int64_t key_begin, key_end;     // the keys of this split

@@ -164,18 +164,7 @@ void run_attention(const AttentionArgs& a) {
         table.attention_gather(a, t, pairs * block / blocks * 2, std::min(pairs * (block + 1) / blocks * 2, t.keys));
       });
     }
-    // Tokens of a batch: some heads one after the other, each of which fetches the keys of the next.
-    const int64_t together = a.queries == 1 ? std::max<int64_t>(1, tasks / (8 * max_threads())) : 1;
-    return parallel_tasks((tasks + together - 1) / together, [&](int64_t group) {
-      const int64_t end = std::min(tasks, (group + 1) * together);
-      AttentionTask t = task_at(group * together);
-      for (int64_t task = group * together; task < end; ++task) {
-        const AttentionTask next = task + 1 < end ? task_at(task + 1) : AttentionTask{};
-        t.next_k = next.k;
-        table.attention_task(a, t, scratch());
-        t = next;
-      }
-    });
+    return parallel_tasks(tasks, [&](int64_t task) { table.attention_task(a, task_at(task), scratch()); });
   }
   const int64_t stride = table.panel_width * (a.head_dim + 2);
   thread_local Workspace partials_ws;

@@ -19,6 +19,7 @@ from qvl_model.modules.text import SILU, Qwen3VLTextAttention, Qwen3VLTextMLP, Q
 
 __all__ = ["Plan", "Qwen3VLTextDecoderLayer", "forget_plan", "plan_of"]
 
+_RANDOM = ("training", "attention_dropout", "p")  # attributes that say whether a module drops anything
 _IMPLEMENTATION = "_attn_implementation_internal"  # where a config keeps it; the property on top costs a microsecond
 
 
@@ -110,7 +111,7 @@ def forget_plan(layer: nn.Module) -> None:
 
 
 class Chain:
-    """Layers that ran one after the other and are one call as long as ``holds``: of one shape, without hooks, not in training.
+    """Layers that ran one after the other and are one call as long as ``holds``: of one shape, without hooks, none of them random.
 
     Attributes:
         layers: all but the first. The plan of the first owns the chain, which must not own that layer.
@@ -129,7 +130,7 @@ class Chain:
             hooks = [(vars(module), hooks) for module in (layer, *random) for hooks in ("_forward_hooks", "_forward_pre_hooks")]
             if plan is None or type(layer) is not type(first) or "forward" in vars(layer) or any(state[name] for state, name in hooks):
                 break
-            if not layer.infers() or any(module.training for module in random):
+            if not layer.infers():
                 break
             if layer is not first:
                 if index <= self.indices[-1] or plan.prepared.sizes != self.calls[0].sizes:
@@ -139,7 +140,7 @@ class Chain:
             self.calls.append(plan.prepared)
             self.indices.append(index)
             self._watches.append(plan.watch)
-            entries += [*places, *((vars(module), "training", False) for module in random)]
+            entries += [*places, *((vars(module), name, vars(module)[name]) for module in random for name in _RANDOM if name in vars(module))]
             hooked += hooks
             absent.append((vars(layer), "forward"))
             typed += random
@@ -226,7 +227,7 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         return not (attention.training and attention.attention_dropout > 0.0)
 
     def random_places(self) -> list[tuple[dict, str]]:
-        """Where the modules are that may be random in training mode: dictionaries and names in them."""
+        """Where the modules are of which ``infers`` asks: dictionaries and names in them."""
         return [(self._modules, "self_attn")]
 
 

@@ -3,20 +3,7 @@
 
 constexpr int64_t kFewRows = 4;
 constexpr int64_t kFewKeys = 512;         // per block: long enough that changing between keys and values costs nothing
-constexpr int64_t kFewAheadBytes = 8192;  // how far ahead rows are prefetched
-
-// What is read, in this order: rows [0, count) at ``rows``, then those at ``after`` (nullptr: nothing). Both [.., head_dim], strides in elements.
-template <class T>
-struct FewStream {
-  const T *rows, *after;
-  int64_t count, stride, after_stride;
-
-  // The row that is ``ahead`` places after row i; of the last ones some where nothing follows.
-  const T* place(int64_t i) const {
-    if (i < count) return rows + i * stride;
-    return after ? after + (i - count) * after_stride : rows;
-  }
-};
+constexpr int64_t kFewAheadBytes = 4096;  // how far ahead rows are prefetched
 
 // Keys that a row may see: a prefix.
 inline int64_t attention_limit(const AttentionArgs& a, const AttentionTask& t, int64_t row) {
@@ -41,24 +28,23 @@ inline int64_t few_place(int64_t d, DType dtype) {
   return d - in_block + in_block % 2 * Vec::kWidth + in_block / 2;
 }
 
-// sums[r][m] = w[row + r, :] . x[m, :]; rows are short, and others prefetched meanwhile, ROWS of them from ``next`` on.
+// sums[r][m] = w[row + r, :] . x[m, :]; rows are short, and the next ones prefetched.
 template <class T, int ROWS, int M>
-inline void few_dot(const T* w, int64_t w_stride, const T* next, int64_t next_stride, const float* x, int64_t k_padded, int64_t k,
+inline void few_dot(const T* w, int64_t w_stride, const T* next, const float* x, int64_t k_padded, int64_t k,
                     float* sums) {
   Vec acc[ROWS][M][2];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) acc[r][m][0] = acc[r][m][1] = Vec::zero();
-  // In the order of addresses where rows follow each other without gaps.
-  const bool joined = next_stride == k;
-  const int64_t block_step = joined ? ROWS * kGemvBlock : kGemvBlock, row_step = joined ? kGemvBlock : next_stride;
+  constexpr int64_t kAhead = 1024 / int64_t(sizeof(T));
   int64_t i = 0;
-  for (; i + kGemvBlock <= k; i += kGemvBlock, next += block_step) {
+  for (; i + kGemvBlock <= k; i += kGemvBlock) {
+    const T* ahead = i + kAhead < k ? w + i + kAhead : next + (i + kAhead - k);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       Vec first, second;
-      __builtin_prefetch(reinterpret_cast<const char*>(next + r * row_step), 0, 3);
+      __builtin_prefetch(reinterpret_cast<const char*>(ahead + r * w_stride), 0, 3);
       gemv_load(w + r * w_stride + i, first, second);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
@@ -85,17 +71,18 @@ inline void few_dot(const T* w, int64_t w_stride, const T* next, int64_t next_st
 }
 
 template <class T, int M>
-inline void few_scores(const AttentionArgs& a, const FewStream<T>& k, int64_t ahead, const FewScratch& s) {
+inline void few_scores(const AttentionArgs& a, const T* k, int64_t keys, int64_t ahead, const FewScratch& s) {
   float sums[4 * M];
   int64_t i = 0;
-  for (; i + 4 <= k.count; i += 4) {
-    const int64_t next_stride = i + ahead < k.count ? k.stride : k.after_stride;
-    few_dot<T, 4, M>(k.rows + i * k.stride, k.stride, k.place(i + ahead), next_stride, s.q, s.padded, a.head_dim, sums);
+  for (; i + 4 <= keys; i += 4) {
+    const T* row = k + i * a.k_s;
+    few_dot<T, 4, M>(row, a.k_s, row + ahead * a.k_s, s.q, s.padded, a.head_dim, sums);
     for (int r = 0; r < 4; ++r)
       for (int m = 0; m < M; ++m) s.scores[m * kFewKeys + i + r] = sums[r * M + m];
   }
-  for (; i < k.count; ++i) {
-    few_dot<T, 1, M>(k.rows + i * k.stride, k.stride, k.place(i + ahead), 0, s.q, s.padded, a.head_dim, sums);
+  for (; i < keys; ++i) {
+    const T* row = k + i * a.k_s;
+    few_dot<T, 1, M>(row, a.k_s, row, s.q, s.padded, a.head_dim, sums);
     for (int m = 0; m < M; ++m) s.scores[m * kFewKeys + i] = sums[m];
   }
 }
@@ -150,7 +137,8 @@ inline void few_softmax(const AttentionArgs& a, const AttentionTask& t, int64_t 
 
 // out[m] += sum_i p[m][i] v[i] over BLOCKS blocks of columns, held in registers meanwhile.
 template <class T, int M, int BLOCKS>
-inline void few_columns(const FewStream<T>& v, int64_t d, int64_t ahead, bool masked, float* out, const FewScratch& s) {
+inline void few_columns(const AttentionArgs& a, const T* v, int64_t keys, int64_t ahead, bool masked, float* out,
+                        const FewScratch& s) {
   Vec acc[M][BLOCKS][2];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
@@ -159,13 +147,13 @@ inline void few_columns(const FewStream<T>& v, int64_t d, int64_t ahead, bool ma
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half)
         acc[m][b][half] = Vec::load(out + m * s.padded + b * kGemvBlock + half * Vec::kWidth);
-  for (int64_t i = 0; i < v.count; ++i) {
+  for (int64_t i = 0; i < keys; ++i) {
     if (masked && !s.seen[i]) continue;  // 0 * NaN is NaN
-    const T *row = v.rows + i * v.stride + d, *next = v.place(i + ahead) + d;
+    const T* row = v + i * a.v_s;
 #pragma GCC unroll 4
     for (int b = 0; b < BLOCKS; ++b) {
       Vec first, second;
-      __builtin_prefetch(reinterpret_cast<const char*>(next + b * kGemvBlock), 0, 3);
+      __builtin_prefetch(reinterpret_cast<const char*>(row + ahead * a.v_s + b * kGemvBlock), 0, 3);
       gemv_load(row + b * kGemvBlock, first, second);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
@@ -185,18 +173,18 @@ inline void few_columns(const FewStream<T>& v, int64_t d, int64_t ahead, bool ma
 }
 
 template <class T, int M>
-inline void few_values(const AttentionArgs& a, const FewStream<T>& v, int64_t ahead, bool masked, const FewScratch& s) {
+inline void few_values(const AttentionArgs& a, const T* v, int64_t keys, int64_t ahead, bool masked, const FewScratch& s) {
   constexpr int kBlocks = Vec::kPanelVectors == 4 ? (M <= 2 ? 4 : 2) : (M == 1 ? 4 : M == 2 ? 2 : 1);  // registers
   int64_t d = 0;
   for (; d + kBlocks * kGemvBlock <= a.head_dim; d += kBlocks * kGemvBlock)
-    few_columns<T, M, kBlocks>(v, d, ahead, masked, s.out + d, s);
-  for (; d + kGemvBlock <= a.head_dim; d += kGemvBlock) few_columns<T, M, 1>(v, d, ahead, masked, s.out + d, s);
+    few_columns<T, M, kBlocks>(a, v + d, keys, ahead, masked, s.out + d, s);
+  for (; d + kGemvBlock <= a.head_dim; d += kGemvBlock) few_columns<T, M, 1>(a, v + d, keys, ahead, masked, s.out + d, s);
   if (d == a.head_dim) return;
   T tail[kGemvBlock];
   std::memset(tail, 0, sizeof(tail));
-  for (int64_t i = 0; i < v.count; ++i) {
+  for (int64_t i = 0; i < keys; ++i) {
     if (masked && !s.seen[i]) continue;
-    std::memcpy(tail, v.rows + i * v.stride + d, size_t(a.head_dim - d) * sizeof(T));
+    std::memcpy(tail, v + i * a.v_s + d, size_t(a.head_dim - d) * sizeof(T));
     Vec first, second;
     gemv_load(static_cast<const T*>(tail), first, second);
     for (int m = 0; m < M; ++m) {
@@ -250,11 +238,9 @@ inline void attention_few_typed(const AttentionArgs& a, const AttentionTask& t, 
   const int64_t key_end = min_i(t.key_end, max_limit);
   for (int64_t key = t.key_begin; key < key_end; key += kFewKeys) {
     const int64_t keys = min_i(kFewKeys, key_end - key);
-    const T *k = static_cast<const T*>(t.k) + key * a.k_s, *v = static_cast<const T*>(t.v) + key * a.v_s;
-    const T* k_after = key + keys < key_end ? k + keys * a.k_s : static_cast<const T*>(t.next_k);
-    few_scores<T, M>(a, {k, v, keys, a.k_s, a.v_s}, ahead, s);
+    few_scores<T, M>(a, static_cast<const T*>(t.k) + key * a.k_s, keys, ahead, s);
     for (int m = 0; m < M; ++m) few_softmax<T>(a, t, key, keys, m, s);
-    few_values<T, M>(a, {v, k_after, keys, a.v_s, a.k_s}, ahead, a.mask_kind != MaskKind::none, s);
+    few_values<T, M>(a, static_cast<const T*>(t.v) + key * a.v_s, keys, ahead, a.mask_kind != MaskKind::none, s);
   }
   few_finish<T>(a, t, s);
 }
