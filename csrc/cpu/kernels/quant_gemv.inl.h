@@ -314,15 +314,7 @@ inline void quant_span(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_
 
 template <class T>
 void quant_finish(const QuantGemvArgs& a, int64_t n, int64_t rows, const float* sums, const float* sums2) {
-  for (int64_t m = 0; m < a.m; ++m)
-    QVL_FOR_LANES(r, lanes, rows) {
-      Vec y = Vec::load(sums + m * kQuantSpan + r);
-      if (a.bias) y = y + load_lanes(static_cast<const T*>(a.bias) + n + r, lanes);
-      if (a.activation == Activation::gelu_tanh) y = vec_gelu_tanh(y);
-      if (a.activation == Activation::swiglu) y = vec_silu(y) * Vec::load(sums2 + m * kQuantSpan + r);
-      if (a.residual) y = y + load_lanes(static_cast<const T*>(a.residual) + m * a.residual_stride + n + r, lanes);
-      store_lanes(y, static_cast<T*>(a.out) + m * a.out_stride + n + r, lanes);
-    }
+  for (int64_t m = 0; m < a.m; ++m) gemv_finish<T>(a, m, n, rows, sums + m * kQuantSpan, sums2 + m * kQuantSpan);
 }
 
 template <class Format>
