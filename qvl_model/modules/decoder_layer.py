@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 import qvl_kernels
-from qvl_kernels import dispatch
+from qvl_kernels import dispatch, pages
 from qvl_kernels.quant import QuantizedWeight
 from qvl_model import cache
 from qvl_model.modules.linear import Linear
@@ -19,6 +19,7 @@ from qvl_model.modules.text import SILU, Qwen3VLTextAttention, Qwen3VLTextMLP, Q
 
 __all__ = ["Plan", "Qwen3VLTextDecoderLayer", "forget_plan", "plan_of"]
 
+_LARGE = 2048  # tokens of a call after which what was freed goes back to the system
 _RANDOM = ("training", "attention_dropout", "p")  # attributes that say whether a module drops anything
 _IMPLEMENTATION = "_attn_implementation_internal"  # where a config keeps it; the property on top costs a microsecond
 
@@ -186,6 +187,8 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         if _call_is_plain(hidden_states, position_embeddings, attention_mask, kwargs):
             steps = self._steps(hidden_states, attention_mask, past_key_values, ahead=ahead is not None)
             if steps:
+                if hidden_states.is_cpu and hidden_states.shape[0] * hidden_states.shape[1] >= _LARGE:
+                    pages.trim()  # else it adds up with the cache; milliseconds beside the tenths of a second of the layer
                 outs = qvl_kernels.PreparedDecoderLayer.run(
                     [step.prepared for step in steps], hidden_states, *position_embeddings, [step.store.memory for step in steps],
                     past=steps[0].store.past, mask=attention_mask,
