@@ -39,9 +39,14 @@ def _best_dtype(raw: dict, operation: str) -> dict:
 
 
 def _decode_share(raw: dict, variant: str) -> dict:
-    bandwidth = median(raw["bandwidth"]) * 1e9
-    shares = {who: raw["bytes_per_token"][who] / median(raw["times"]["decode"][who]) / bandwidth for who in ("stock", variant)}
-    return _metric(shares[variant], f"{100 * shares['stock']:.1f} %", f"{100 * shares[variant]:.1f} %", bandwidth_gb_s=bandwidth / 1e9)
+    """Of the bandwidth that was read around the same tokens, round by round."""
+    shares = {
+        who: [raw["bytes_per_token"][who] / seconds / (gb_s * 1e9) for seconds, gb_s in zip(raw["times"]["decode"][who], raw["bandwidth"][who])]
+        for who in ("stock", variant)
+    }
+    stock, ours = (f"{100 * median(shares[who]):.1f} %" for who in ("stock", variant))
+    bandwidth = median(raw["bandwidth"][variant])
+    return _metric(median(shares[variant]), stock, ours, min(shares[variant]), max(shares[variant]), bandwidth_gb_s=bandwidth)
 
 
 def _main_phase(raw: dict, sizes: dict, variant: str) -> dict[str, dict]:

@@ -56,10 +56,14 @@ class Options:
 Workers = dict[str, Worker]  # by variant
 
 
+def _in_turn(workers: Workers, index: int) -> list[str]:
+    """The variants in this round's order: who comes first changes with ``index``."""
+    return list(workers)[:: 1 if index % 2 == 0 else -1]
+
+
 def _ask_in_turn(workers: Workers, index: int, operation: str, **arguments) -> dict:
-    """The same request to all, one right after the other; who comes first changes with ``index``."""
-    order = list(workers)[:: 1 if index % 2 == 0 else -1]
-    return {variant: workers[variant].ask(operation, **arguments) for variant in order}
+    """The same request to all, one right after the other."""
+    return {variant: workers[variant].ask(operation, **arguments) for variant in _in_turn(workers, index)}
 
 
 def _append(times: dict, name: str, answers: dict) -> None:
@@ -68,14 +72,20 @@ def _append(times: dict, name: str, answers: dict) -> None:
 
 
 def _rounds(workers: Workers, options: Options, step: Callable[[str], None], label: str,
-            between: Callable[[], None] = lambda: None) -> dict:
-    """Times of the single-image row and of text prefill: {"vision": {"stock": [...], "ours": [...]}, ...}."""
+            read_bandwidth: Callable[[], float] | None = None) -> dict:
+    """Times of the single-image row and of text prefill: {"vision": {"stock": [...], "ours": [...]}, ...}. "bandwidth": GB/s read right
+    before and right after each variant decoded, their mean: shared memory changes its speed between minutes."""
     times: dict = {}
     for index in range(options.rounds):
         step(f"{label}: round {index + 1} of {options.rounds}")
-        between()
         _append(times, "vision", _ask_in_turn(workers, index, "vision"))
-        answers = _ask_in_turn(workers, index, "generate", prompt="image", tokens=options.tokens)
+        answers, bandwidth = {}, {}
+        for variant in _in_turn(workers, index):
+            before = read_bandwidth and read_bandwidth()
+            answers[variant] = workers[variant].ask("generate", prompt="image", tokens=options.tokens)
+            if read_bandwidth:
+                bandwidth[variant] = (before + read_bandwidth()) / 2
+        _append(times, "bandwidth", bandwidth)
         _append(times, "ttft", {variant: answer["first"] for variant, answer in answers.items()})
         _append(times, "decode", {variant: answer["per_token"] for variant, answer in answers.items()})
         answers = _ask_in_turn(workers, index, "generate", prompt="text", tokens=1)
@@ -90,10 +100,10 @@ def _load(worker: Worker, options: Options, variant: str, dtype: str) -> dict:
 
 def _main_phase(options: Options, probe: Worker, folder: Path, step: Callable[[str], None]) -> dict:
     """All variants in bf16: times, memory, logits."""
-    raw: dict = {"bandwidth": []}
+    raw: dict = {}
 
-    def measure_bandwidth() -> None:
-        raw["bandwidth"].append(probe.ask("bandwidth", bytes=options.probe_bytes, repeats=3))
+    def read_bandwidth() -> float:
+        return probe.ask("bandwidth", bytes=options.probe_bytes, repeats=3)
 
     with ExitStack() as stack:
         workers = {variant: stack.enter_context(Worker(f"{variant} bf16")) for variant in options.variants}
@@ -103,7 +113,8 @@ def _main_phase(options: Options, probe: Worker, folder: Path, step: Callable[[s
         raw["sizes"], raw["batch"] = loaded["stock"], options.batch
         step("warming up")
         _ask_in_turn(workers, 0, "warm_up")
-        raw["times"] = _rounds(workers, options, step, "bf16", measure_bandwidth)
+        raw["times"] = _rounds(workers, options, step, "bf16", read_bandwidth)
+        raw["bandwidth"] = raw["times"].pop("bandwidth")
         raw["peak_rss"] = _ask_in_turn(workers, 0, "peak_rss")
         for variant, worker in workers.items():
             worker.ask("logits", file=str(folder / f"{variant}.npy"))
@@ -117,7 +128,6 @@ def _main_phase(options: Options, probe: Worker, folder: Path, step: Callable[[s
             _append(raw["times"], "ttft_long", {variant: answer["first"] for variant, answer in answers.items()})
         raw["peak_rss_long"] = _ask_in_turn(workers, 0, "peak_rss")
         raw["fallbacks"] = workers["ours"].ask("fallbacks")
-    measure_bandwidth()
     return raw
 
 

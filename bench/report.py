@@ -48,7 +48,8 @@ def rows(result: dict) -> Iterator[tuple[str, ...]]:
         metric = result["metrics"].get(target.key)
         if metric is None or not _asked(result, target):
             continue
-        spread = f"{metric['low']:.2f} to {metric['high']:.2f}" if metric["low"] is not None else ""
+        low, high = (metric[end] if target.unit != "%" or metric[end] is None else 100 * metric[end] for end in ("low", "high"))
+        spread = f"{low:.2f} to {high:.2f}" if low is not None else ""
         yield (target.label, metric["stock"], metric["ours"], _number(target, metric["value"]), spread, target.text, verdict(target, metric["value"]))
 
 
