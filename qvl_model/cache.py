@@ -1,8 +1,7 @@
 """Key/value caches of transformers as memory that kernels write into, instead of one copy of the cache per token.
 
-A ``DynamicLayer`` keeps its contract: ``layer.keys`` and ``layer.values`` are real tensors of the exact length. They are
-views of larger buffers here, so that the next tokens have room. A buffer is extended in place only by the layer whose
-views are its newest; any other (copied, cropped, reordered, batch-selected) layer gets a buffer of its own first.
+A ``DynamicLayer`` keeps its contract: ``layer.keys`` and ``layer.values`` are real tensors of the exact length. Here they are views
+of larger memory, so that the next tokens have room, and are made when somebody looks at them.
 """
 
 from collections.abc import Iterable
@@ -14,26 +13,78 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from qvl_kernels import PreparedCache
 
-__all__ = ["Store", "open_stores"]
+__all__ = ["GrowingLayer", "Store", "open_stores"]
 
 _ROOM = 64  # tokens of room to grow at least; a thirty-second of the length when that is more
-_BUFFER = "_qvl_buffer"
-_MEMORY = "_qvl_memory"
+_MEMORY = "_qvl_memory"  # attributes of cache layers
+_LENGTH, _VIEWS = "_qvl_length", "_qvl_views"
 
 
-@dataclass(slots=True)
-class _Buffer:
-    memory: PreparedCache  # [B, Hkv, capacity, D]
-    keys_view: Tensor | None = None  # the views given to the layer last
-    values_view: Tensor | None = None
-    length: int = 0  # of the views
+class GrowingLayer(DynamicLayer):
+    """What a ``DynamicLayer`` is while it has room to grow. Whoever assigns its keys or values (crop, reorder, select, update, ...) turns
+    it into a ``DynamicLayer`` again, and so is every copy of it: memory has one layer that extends it, and its positions are written once.
 
-    def views(self, length: int) -> tuple[Tensor, Tensor]:
-        return self.memory.k_cache.narrow(2, 0, length), self.memory.v_cache.narrow(2, 0, length)
+    Example:
+        >>> cache.layers[0].keys.shape, type(cache.layers[0]).__mro__[1]
+        (torch.Size([1, 8, 322, 128]), <class 'transformers.cache_utils.DynamicLayer'>)
+    """
 
-    def give(self, layer: DynamicLayer, views: tuple[Tensor, Tensor], length: int) -> None:
-        layer.keys, layer.values = self.keys_view, self.values_view = views
-        self.length = length
+    @classmethod
+    def own(cls, layer: DynamicLayer, memory: PreparedCache, length: int) -> None:
+        """Makes the layer one whose keys and values are the first ``length`` positions of the memory [B, Hkv, S_cap, D]."""
+        state = vars(layer)
+        state.pop("keys", None)
+        state.pop("values", None)
+        state[_MEMORY], state[_LENGTH], state[_VIEWS] = memory, length, None
+        layer.__class__ = cls
+
+    def grow(self, length: int) -> None:
+        state = vars(self)
+        state[_LENGTH], state[_VIEWS] = length, None
+
+    def views(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, S, D]."""
+        state = vars(self)
+        if state[_VIEWS] is None:
+            memory, length = state[_MEMORY], state[_LENGTH]
+            state[_VIEWS] = memory.k_cache.narrow(2, 0, length), memory.v_cache.narrow(2, 0, length)
+        return state[_VIEWS]
+
+    def get_seq_length(self) -> int:
+        return vars(self)[_LENGTH]
+
+    def _plain(self) -> dict:
+        """The attributes of the ``DynamicLayer`` that this is to everybody else."""
+        keys, values = self.views()
+        others = {name: value for name, value in vars(self).items() if name not in (_MEMORY, _LENGTH, _VIEWS)}
+        return {**others, "keys": keys, "values": values}
+
+    def _leave(self) -> None:
+        state = self._plain()
+        self.__class__ = DynamicLayer
+        vars(self).clear()
+        vars(self).update(state)
+
+    def __reduce__(self) -> tuple:
+        return DynamicLayer, (), self._plain()
+
+    @property
+    def keys(self) -> Tensor:
+        return self.views()[0]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._leave()
+        self.keys = keys
+
+    @property
+    def values(self) -> Tensor:
+        return self.views()[1]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._leave()
+        self.values = values
 
 
 @dataclass(slots=True)
@@ -43,14 +94,13 @@ class Store:
     memory: PreparedCache
     past: int
     visible_capacity: int  # keys that the cache returns to stock attention after the update
-    layer: DynamicLayer | StaticLayer | None = None
-    views: tuple[Tensor, Tensor] | None = None  # what a DynamicLayer will hold
+    layer: GrowingLayer | StaticLayer | None = None
 
     def commit(self, queries: int) -> None:
         """Tells the cache layer that ``queries`` positions were written."""
         layer = self.layer
-        if self.views is not None:
-            layer.__dict__[_BUFFER].give(layer, self.views, self.past + queries)
+        if type(layer) is GrowingLayer:
+            layer.grow(self.past + queries)
         elif layer is not None:
             layer.cumulative_length.add_(queries)
 
@@ -74,10 +124,11 @@ def open_stores(cache: Cache | None, indices: Iterable[int], x: Tensor, kv_heads
         if index >= len(layers):
             break
         layer = layers[index]
-        if type(layer) is DynamicLayer:
+        kind = type(layer)
+        if kind is GrowingLayer or kind is DynamicLayer:
             store = _dynamic_store(layer, x, sizes)
         else:
-            store = _static_store(layer, x, sizes) if type(layer) is StaticLayer else None
+            store = _static_store(layer, x, sizes) if kind is StaticLayer else None
         if store is None or stores and (store.past != stores[0].past or store.visible_capacity != stores[0].visible_capacity):
             break
         stores.append(store)
@@ -92,26 +143,22 @@ def _matches(layer: DynamicLayer | StaticLayer, x: Tensor, sizes: tuple) -> bool
 
 
 def _dynamic_store(layer: DynamicLayer, x: Tensor, sizes: tuple) -> Store | None:
-    queries = x.shape[1]
-    buffer: _Buffer | None = layer.__dict__.get(_BUFFER)
-    ours = buffer is not None and buffer.keys_view is layer.keys and buffer.values_view is layer.values
-    past = buffer.length if ours else layer.get_seq_length()
-    if past and not (ours and x.is_cpu and buffer.memory.extension is not None and buffer.memory.sizes == sizes or _matches(layer, x, sizes)):
+    ours, past = type(layer) is GrowingLayer, layer.get_seq_length()
+    end = past + x.shape[1]
+    memory: PreparedCache | None = vars(layer)[_MEMORY] if ours else None
+    if past and not (ours and x.is_cpu and memory.extension is not None and memory.sizes == sizes or _matches(layer, x, sizes)):
         return None
-    end = past + queries
-    if not ours or not past or buffer.memory.capacity < end:
+    if not ours or not past or memory.capacity < end:
         _, batch, kv_heads, head_dim = sizes
         keys = x.new_empty(batch, kv_heads, end + max(_ROOM, end // 32), head_dim)
-        buffer = _Buffer(PreparedCache(keys, torch.empty_like(keys)))
-        setattr(layer, _BUFFER, buffer)
+        memory = PreparedCache(keys, torch.empty_like(keys))
         if past:  # what the layer holds moves at once, so that of many layers no two have both
-            keys, values = buffer.views(past)
-            keys.copy_(layer.keys)
-            values.copy_(layer.values)
-            buffer.give(layer, (keys, values), past)
+            memory.k_cache.narrow(2, 0, past).copy_(layer.keys)
+            memory.v_cache.narrow(2, 0, past).copy_(layer.values)
         elif not layer.is_initialized:
             layer.lazy_initialization(keys, keys)
-    return Store(buffer.memory, past, end, layer, buffer.views(end))
+        GrowingLayer.own(layer, memory, past)
+    return Store(memory, past, end, layer)
 
 
 def _static_store(layer: StaticLayer, x: Tensor, sizes: tuple) -> Store | None:

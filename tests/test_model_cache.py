@@ -8,6 +8,9 @@ import pytest
 import torch
 from models import assert_close, fused_calls, inputs, pair
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from qvl_model.cache import GrowingLayer
 
 PROMPT, NEXT, OTHER = [5, 6, 7, 8, 9], [11, 12, 13], [21, 22, 23]
 
@@ -112,9 +115,39 @@ def test_keys_and_values_are_stocks(models):
     ours, theirs = (_filled(model, rows=2) for model in models[::-1])
     assert len(ours.layers) == len(theirs.layers)
     for mine, stock in zip(ours.layers, theirs.layers, strict=True):
-        assert type(mine) is type(stock) and mine.keys.shape == stock.keys.shape
+        assert isinstance(mine, type(stock)) and mine.get_seq_length() == stock.get_seq_length() and mine.keys.shape == stock.keys.shape
         assert_close(mine.keys, stock.keys)
         assert_close(mine.values, stock.values)
+
+
+def test_views_are_of_the_length_of_the_moment(models):
+    fast = models[1]
+    cache = _filled(fast)
+    layer = cache.layers[0]
+    assert type(layer) is GrowingLayer and layer.keys is layer.keys
+    seen = [layer.keys]
+    for i in NEXT:
+        _steps(fast, cache, [i])
+        seen.append(layer.keys)
+    assert [keys.shape[2] for keys in seen] == list(range(len(PROMPT), len(PROMPT) + len(NEXT) + 1))
+    assert all(torch.equal(keys, seen[-1][:, :, : keys.shape[2]]) for keys in seen)
+    assert layer.get_mask_sizes(2) == (len(PROMPT) + len(NEXT) + 2, 0)
+
+
+@pytest.mark.parametrize("change", ["keys", "values", "crop", "copy", "deepcopy", "pickle"])
+def test_what_is_not_the_newest_is_a_plain_layer(models, change):
+    cache = _filled(models[1])
+    keys, values = cache.layers[0].keys, cache.layers[0].values
+    if change in ("keys", "values"):
+        setattr(cache.layers[0], change, getattr(cache.layers[0], change).clone())
+    elif change == "crop":
+        cache.crop(-1)
+        keys, values = keys[:, :, :-1], values[:, :, :-1]
+    else:
+        cache = {"copy": _shallow, "deepcopy": copy.deepcopy, "pickle": _through_pickle}[change](cache)
+    layer = cache.layers[0]
+    assert type(layer) is DynamicLayer and layer.is_initialized and not [name for name in vars(layer) if name.startswith("_qvl")]
+    assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values) and layer.get_seq_length() == keys.shape[2]
 
 
 def test_a_step_does_not_copy_the_cache(models):
