@@ -80,11 +80,12 @@ def _rounds(workers: Workers, options: Options, step: Callable[[str], None], lab
         step(f"{label}: round {index + 1} of {options.rounds}")
         _append(times, "vision", _ask_in_turn(workers, index, "vision"))
         answers, bandwidth = {}, {}
+        before = read_bandwidth() if read_bandwidth else None
         for variant in _in_turn(workers, index):
-            before = read_bandwidth and read_bandwidth()
             answers[variant] = workers[variant].ask("generate", prompt="image", tokens=options.tokens)
             if read_bandwidth:
-                bandwidth[variant] = (before + read_bandwidth()) / 2
+                after = read_bandwidth()
+                bandwidth[variant], before = (before + after) / 2, after
         _append(times, "bandwidth", bandwidth)
         _append(times, "ttft", {variant: answer["first"] for variant, answer in answers.items()})
         _append(times, "decode", {variant: answer["per_token"] for variant, answer in answers.items()})

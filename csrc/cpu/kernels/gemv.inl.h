@@ -4,7 +4,7 @@
 // Sums are fp32; bf16 is multiplied in pairs by the dot instruction, else weights are widened in registers.
 
 constexpr int64_t kGemvBlock = 2 * Vec::kWidth;  // elements of k per step
-constexpr int64_t kGemvAhead = 1024;              // bytes that a stream is prefetched ahead where the products are many
+constexpr int64_t kGemvAhead = 1024;  // bytes that a stream is prefetched ahead where the products are many
 constexpr int64_t kGemvSpan = 16;  // rows of a stream whose sums are kept until bias, activation and residual follow in vectors
 
 // Two vectors of weights in the order in which gemv_prepare lays out x.
