@@ -41,6 +41,9 @@ CHANGES = {
     "type": lambda module: setattr(module, "__class__", _Other),
     "memory": lambda module: setattr(module.weight, "data", module.weight.data.clone()),
     "elements": lambda module: setattr(module.weight, "data", module.weight.data[:1]),
+    "place in the same memory": lambda module: setattr(module.weight, "data", module.weight.data[1:]),
+    "swapped for another tensor": lambda module: torch.utils.swap_tensors(module.weight, nn.Parameter(torch.zeros(2, 3))),
+    "resized": lambda module: module.weight.data.untyped_storage().resize_(1 << 20),
 }
 
 
@@ -67,6 +70,23 @@ def test_values_may_change(module):
     vars(module)["a"] = 1  # dictionaries may grow and move
     for i in range(100):
         vars(module)[f"a{i}"] = i
+    assert _holds(watch)
+
+
+def test_a_tensor_that_changed_and_changed_back_holds(module):
+    watch, weight, data = _watch(module), module.weight, module.weight.data
+    weight.data = data.clone()
+    assert not _holds(watch) and not _holds(watch)
+    weight.data = data
+    assert _holds(watch) and _holds(watch)
+
+
+def test_attributes_of_a_tensor_may_change(module):
+    watch, weight = _watch(module), module.weight
+    weight.requires_grad_(False).marked = True
+    others = [weight.detach(), weight.view(-1)]  # share its storage
+    assert _holds(watch) and _holds(watch)
+    del others
     assert _holds(watch)
 
 

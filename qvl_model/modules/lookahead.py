@@ -34,7 +34,7 @@ class Step:
     def looked_at(self) -> Iterator[object]:
         """What Python looks at for every token to keep a layer's keys and values."""
         memory, kept = self.store.memory, self.store.layer
-        yield from (self.layer, self.prepared, memory, memory.extension, memory.k_cache, memory.v_cache, kept, vars(kept), *vars(kept).values())
+        yield from (self.layer, self.prepared, memory, memory.extension, kept, vars(kept))
 
 
 @dataclass(slots=True)
