@@ -6,6 +6,7 @@ from torch import Tensor, nn
 import qvl_kernels
 from qvl_kernels import quant
 from qvl_kernels.quant import QuantizedWeight
+from qvl_model.modules.plain import autocast_dtype
 
 __all__ = ["FORMATS", "PackedEmbedding", "PackedLinear"]
 
@@ -82,13 +83,12 @@ class PackedLinear(_Packed, nn.Linear):
         linear._take(quantized)
 
     def forward(self, input: Tensor) -> Tensor:
-        bias = self.bias
-        device = input.device.type
-        if torch.is_autocast_enabled(device):
-            input = input.to(torch.get_autocast_dtype(device))
-            bias = None if bias is None else bias.to(input.dtype)
-        with torch.autocast(device, enabled=False):
-            return qvl_kernels.quantized_linear(input.contiguous(), self.quantized, bias)
+        lower = autocast_dtype(input.device)
+        if lower is None:
+            return qvl_kernels.quantized_linear(input.contiguous(), self.quantized, self.bias)
+        bias = None if self.bias is None else self.bias.to(lower)
+        with torch.autocast(input.device.type, enabled=False):
+            return qvl_kernels.quantized_linear(input.to(lower).contiguous(), self.quantized, bias)
 
     def extra_repr(self) -> str:
         quantized = self.quantized
