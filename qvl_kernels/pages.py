@@ -5,32 +5,62 @@ import ctypes
 import math
 import mmap
 import sys
+import threading
+import weakref
 
 import torch
 
 __all__ = ["empty", "release", "trim"]
 
 _HUGE_PAGE = 1 << 21
+_SMALL, _SHARED, _ALIGNED = 1 << 16, 8 * _HUGE_PAGE, 64  # bytes: of tensors left to the allocator, of memory that several share, between these
 _MADV_PAGEOUT = 21
 
 
 def empty(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """``like.new_empty(shape, dtype=dtype)``, a large one on the CPU in 2 MB pages: reads of weights are up to 1.6 times as fast.
+    """``like.new_empty(shape, dtype=dtype)``, on the CPU in 2 MB pages from 64 KB on: reads of weights are up to 1.6 times as fast.
 
-    Memory of its own, as what an allocator hands out again keeps the pages that it has, and begins between them.
+    Memory of its own, as what an allocator hands out again keeps the pages that it has. Large tensors begin between pages; smaller
+    ones lie one after the other in memory that goes back when the last of them does: for what lives as long as a model.
 
     Example:
         >>> values = empty(weight, (2048, 6144), torch.int8)
     """
     size = math.prod(shape) * dtype.itemsize
     plain = type(like) in (torch.Tensor, torch.nn.Parameter) and like.device.type == "cpu"
-    if not plain or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if not plain or size < _SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(shape, dtype=dtype)
+    memory, start = _map(size) if size >= _HUGE_PAGE else _shared.take(size)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
+
+
+def _map(size: int) -> tuple[mmap.mmap, int]:
+    """New memory, and where in it the first 2 MB page begins; ``size`` bytes follow."""
     memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
     with contextlib.suppress(OSError):  # a system without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE, start, size // _HUGE_PAGE * _HUGE_PAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
+    return memory, start
+
+
+class _Shared:
+    """Memory that several tensors share; only they keep it alive."""
+
+    def __init__(self) -> None:
+        self._lock, self._memory, self._free, self._end = threading.Lock(), None, 0, 0
+
+    def take(self, size: int) -> tuple[mmap.mmap, int]:
+        with self._lock:
+            memory = self._memory and self._memory()
+            if memory is None or self._free + size > self._end:
+                memory, self._free = _map(_SHARED)
+                self._memory, self._end = weakref.ref(memory), self._free + _SHARED
+            start = self._free
+            self._free += -(-size // _ALIGNED) * _ALIGNED
+            return memory, start
+
+
+_shared = _Shared()
 
 
 def release(tensor: torch.Tensor) -> None:

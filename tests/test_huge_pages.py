@@ -2,6 +2,7 @@
 
 import mmap
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,31 @@ def test_large_memory_begins_at_a_huge_page(shape, dtype):
     del row
     with pytest.raises(AssertionError, match="is not mapped"):
         smaps(address, "Rss")
+
+
+def test_smaller_memory_shares_huge_pages_and_goes_with_the_last_of_it():
+    like = torch.empty(2)
+    tensors = [pages.empty(like, (3, 33_000 + i), torch.int16) for i in range(200)]  # 40 MB: more than are shared at a time
+    for i, x in enumerate(tensors):
+        x.fill_(i)
+    assert all(x.data_ptr() % 64 == 0 and x.is_contiguous() and bool((x == i).all()) for i, x in enumerate(tensors))
+    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors)
+    assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:]))
+    if huge_pages_work():
+        assert smaps(tensors[0].data_ptr(), "AnonHugePages") * 1024 >= 8 * HUGE
+    address, row = tensors[0].data_ptr(), tensors[0][1:]
+    del tensors, x
+    assert bool((row == 0).all()) and smaps(address, "Rss") > 0
+    del row
+    with pytest.raises(AssertionError, match="is not mapped"):
+        smaps(address, "Rss")
+
+
+def test_threads_share_memory_without_overlap():
+    like = torch.empty(2)
+    with ThreadPoolExecutor(8) as pool:
+        tensors = list(pool.map(lambda i: pages.empty(like, (70_000 + i,), torch.int8).fill_(i % 100), range(400)))
+    assert all(bool((x == i % 100).all()) for i, x in enumerate(tensors))
 
 
 def test_small_and_fake_memory_is_as_ever():

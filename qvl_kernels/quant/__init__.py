@@ -59,7 +59,7 @@ def quantize(weight: torch.Tensor, bits: int, group: int = 64) -> QuantizedWeigh
     rows, size = weight.shape
     padded = -(-size // group) * group
     values = pages.empty(weight, *(((rows, size), torch.int8) if bits == 8 else ((rows, padded // 2), torch.uint8)))
-    scales = weight.new_empty((rows, 1) if bits == 8 else (rows, padded // group), dtype=torch.float32 if bits == 8 else torch.bfloat16)
+    scales = pages.empty(weight, *(((rows, 1), torch.float32) if bits == 8 else ((rows, padded // group), torch.bfloat16)))
     step = max(1, CHUNK // max(1, size))
     for begin in range(0, rows, step):
         piece = slice(begin, begin + step)
