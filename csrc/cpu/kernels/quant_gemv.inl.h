@@ -4,11 +4,11 @@
 // Weights are read front to back, a few rows at a time, and prefetched in the order of their addresses while what comes before
 // them is multiplied, a line beside each load: on Zen 4 31 GB/s a core, against 12 where each row prefetches its own place, or
 // where the lines come in bursts of eight. For one activation row that is the next four weight rows, in L1; for more, whose
-// passes and parts of k find weights in L2, the next 32.
+// passes and parts of k find weights in L2, the next 32. The scales of int4 are fetched four rows ahead.
 
 constexpr int kQuantTileRows = 4;                             // weight rows and activation rows held in registers:
 constexpr int kQuantTileM = Vec::kPanelVectors == 4 ? 4 : 2;  // 32 or 16 vector registers
-constexpr int64_t kQuantSpan = 32;  // weight rows whose sums are kept until bias, activation and residual follow in vectors
+constexpr int64_t kQuantSums = 512;  // kept until bias, activation and residual follow in vectors: of a span of weight rows, all activation rows
 constexpr int64_t kQuantDepthChunks = 16;  // chunks of an activation row in use at a time: 4 rows of them take 12 KB
 constexpr int64_t kInt4Steps = kQuantChunk / Bytes::kInt4Step;
 
@@ -108,11 +108,42 @@ inline void add_blocks(Vec x, float* sums) {
   std::memcpy(sums, &sum, sizeof(sum));
 }
 
+// The sums of a chunk's rows side by side. One row alone is added up in the same order, so that it does not depend on who its neighbours are.
+template <int ROWS, int M>
+inline Vec join_rows(const Bytes (&acc)[ROWS][M], int m) {
+  if constexpr (ROWS == 4) return Bytes::join(acc[0][m], acc[1][m], acc[2][m], acc[3][m]).to_float();
+  return Bytes::join(acc[0][m], Bytes::zero(), Bytes::zero(), Bytes::zero()).to_float();
+}
+
+// Sums of one matrix, [m][span].
+struct QuantSums {
+  float* sums;
+  int64_t span;
+
+  float* row(int64_t m) const { return sums + m * span; }
+  QuantSums from(int64_t m, int64_t r) const { return {row(m) + r, span}; }
+
+  // [m][r] += the joined rows of total[m].
+  template <int ROWS, int M>
+  void add(const Vec (&total)[M]) const {
+    for (int m = 0; m < M; ++m) {
+      if constexpr (ROWS == 4) {
+        add_blocks(total[m], row(m));
+      } else {
+        float alone[4] = {*row(m)};
+        add_blocks(total[m], alone);
+        *row(m) = alone[0];
+      }
+    }
+  }
+};
+
 struct Int8Format {
   static constexpr int64_t kChunkBytes = kQuantChunk, kChunkScaleBytes = 0;
   static constexpr bool kRowScale = true;
 
   static int64_t row_bytes(const QuantGemvArgs& a) { return a.k; }
+  static void fetch_scales(const QuantMatrix&, int64_t, int64_t) {}
   static float row_scale(const QuantMatrix& matrix, int64_t row) {
     float scale;
     std::memcpy(&scale, matrix.scales + row * matrix.scale_stride_bytes, sizeof(scale));
@@ -122,7 +153,7 @@ struct Int8Format {
   // sums[m][r] += w[r, chunks] . x[m, chunks]; w begins with the first chunk.
   template <int ROWS, int M>
   static void add(const QuantMatrix& matrix, char* records, int64_t k_padded, int64_t begin, int64_t end, QuantFetch& fetch,
-                  float* sums) {
+                  const QuantSums& sums) {
     const auto* w = reinterpret_cast<const int8_t*>(matrix.w);
     const int64_t stride = matrix.stride_bytes, record_bytes = quant_record_bytes(k_padded);
     Vec total[M];
@@ -150,24 +181,10 @@ struct Int8Format {
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         const Vec scale = Vec::set1(quant_scales(records + m * record_bytes, k_padded)[chunk]);
-        Bytes sum;
-        if constexpr (ROWS == 4) {
-          sum = Bytes::join(acc[0][m], acc[1][m], acc[2][m], acc[3][m]);
-        } else {  // added up in the same order, so that a row's sum does not depend on who its neighbours are
-          sum = Bytes::join(acc[0][m], Bytes::zero(), Bytes::zero(), Bytes::zero());
-        }
-        total[m] = Vec::fma(sum.to_float(), scale, total[m]);
+        total[m] = Vec::fma(join_rows(acc, m), scale, total[m]);
       }
     }
-    for (int m = 0; m < M; ++m) {
-      if constexpr (ROWS == 4) {
-        add_blocks(total[m], sums + m * kQuantSpan);
-      } else {
-        float alone[4] = {sums[m * kQuantSpan]};
-        add_blocks(total[m], alone);
-        sums[m * kQuantSpan] = alone[0];
-      }
-    }
+    sums.add<ROWS>(total);
   }
 
   template <int ROWS>
@@ -190,41 +207,46 @@ struct Int4Format {
 
   static int64_t row_bytes(const QuantGemvArgs& a) { return (a.k + GROUP - 1) / GROUP * (GROUP / 2); }
   static float row_scale(const QuantMatrix&, int64_t) { return 1.0f; }  // scales are those of groups
+  static void fetch_scales(const QuantMatrix& matrix, int64_t begin, int64_t end) {
+    for (int r = 0; r < kQuantTileRows; ++r)
+      for (int64_t at = begin * kChunkScaleBytes; at < end * kChunkScaleBytes; at += 64)
+        __builtin_prefetch(matrix.scales + r * matrix.scale_stride_bytes + at, 0, 3);
+  }
 
   template <int ROWS, int M>
   static void add(const QuantMatrix& matrix, char* records, int64_t k_padded, int64_t begin, int64_t end, QuantFetch& fetch,
-                  float* sums) {
+                  const QuantSums& sums) {
     const auto* w = reinterpret_cast<const uint8_t*>(matrix.w);
     const char* scales = matrix.scales;
     const int64_t stride = matrix.stride_bytes, record_bytes = quant_record_bytes(k_padded);
-    Vec total[ROWS][M];
+    Vec total[M];
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) total[r][m] = Vec::zero();
+    for (int m = 0; m < M; ++m) total[m] = Vec::zero();
     for (int64_t chunk = begin; chunk < end; ++chunk, w += kQuantChunk / 2, scales += kQuantChunk / GROUP * 2) {
 #pragma GCC unroll 4
       for (int64_t step = 0; step < kInt4Steps; ++step) {
         const int64_t at = chunk * kInt4Steps + step;
+        Bytes acc[ROWS][M];
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
           if (step * (Bytes::kInt4Step / 2) % 64 == 0) fetch.at_row(r);
           const auto weights = Bytes::load_int4(w + r * stride + step * (Bytes::kInt4Step / 2));
-          const char* row_scales = scales + r * matrix.scale_stride_bytes + step * Bytes::kInt4Step / GROUP * 2;
-          const Vec w_scale = Bytes::load_scales<GROUP>(reinterpret_cast<const bf16*>(row_scales));
 #pragma GCC unroll 4
           for (int m = 0; m < M; ++m) {
             char* record = records + m * record_bytes;
             const Bytes start = Bytes::load(quant_starts(record, k_padded) + at * Vec::kWidth);
-            const Bytes dot = Bytes::dot(start, weights, quant_values<Bytes::Int4Value>(record) + at * Bytes::kInt4Step);
-            const Vec scale = w_scale * Vec::load(quant_scales(record, k_padded) + at * Vec::kWidth);
-            total[r][m] = Vec::fma(dot.to_float(), scale, total[r][m]);
+            acc[r][m] = Bytes::dot(start, weights, quant_values<Bytes::Int4Value>(record) + at * Bytes::kInt4Step);
           }
+        }
+        const Vec w_scale = Bytes::load_scales<GROUP>(scales + step * Bytes::kInt4Step / GROUP * 2, ROWS == 4 ? matrix.scale_stride_bytes : 0);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          const Vec scale = w_scale * Vec::load(quant_scales(records + m * record_bytes, k_padded) + at * Vec::kWidth);
+          total[m] = Vec::fma(join_rows(acc, m), scale, total[m]);
         }
       }
     }
-    for (int r = 0; r < ROWS; ++r)
-      for (int m = 0; m < M; ++m) sums[m * kQuantSpan + r] += total[r][m].sum();
+    sums.add<ROWS>(total);
   }
 
   template <int ROWS>
@@ -254,7 +276,8 @@ inline QuantMatrix quant_matrix(const QuantGemvArgs& a, int64_t n, bool second) 
 
 // sums[m][r] += chunks [begin, end) of ROWS weight rows times M activation rows; the last chunk may be a part of one.
 template <class Format, int ROWS, int M>
-void quant_sums(const QuantGemvArgs& a, QuantMatrix matrix, char* records, int64_t begin, int64_t end, QuantFetch& fetch, float* sums) {
+void quant_sums(const QuantGemvArgs& a, QuantMatrix matrix, char* records, int64_t begin, int64_t end, QuantFetch& fetch,
+                const QuantSums& sums) {
   const int64_t bytes = Format::row_bytes(a), whole = bytes / Format::kChunkBytes;
   if (end > whole) {
     typename Format::template Tail<ROWS> tail;
@@ -266,36 +289,38 @@ void quant_sums(const QuantGemvArgs& a, QuantMatrix matrix, char* records, int64
   Format::template add<ROWS, M>(matrix, records, a.k_padded, begin, end, fetch, sums);
 }
 
-// sums[m][r] of up to kQuantSpan weight rows and M activation rows, whose part of a few chunks stays in the L1 cache.
+// sums[m][r] of `rows` weight rows and M activation rows, whose part of a few chunks stays in the L1 cache.
 template <class Format, int M>
-void quant_pass(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_t rows, char* records, QuantFetch fetch, float* sums) {
+void quant_pass(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_t rows, char* records, QuantFetch fetch, const QuantSums& sums) {
   const auto from = [&](int64_t r) {
     return QuantMatrix{matrix.w + r * matrix.stride_bytes, matrix.stride_bytes, matrix.scales + r * matrix.scale_stride_bytes,
                        matrix.scale_stride_bytes};
   };
-  std::memset(sums, 0, M * kQuantSpan * sizeof(float));
+  std::memset(sums.sums, 0, size_t(M * sums.span) * sizeof(float));
+  const QuantFetch following = fetch;
   const int64_t chunks = a.k_padded / kQuantChunk, depth = a.m == 1 ? chunks : kQuantDepthChunks;
   for (int64_t begin = 0; begin < chunks; begin += depth) {
     const int64_t end = min_i(begin + depth, chunks);
     int64_t r = 0;
     for (; r + kQuantTileRows <= rows; r += kQuantTileRows) {
-      if (a.m == 1) fetch = QuantFetch{from(r + kQuantTileRows).w, kQuantTileRows};
-      quant_sums<Format, kQuantTileRows, M>(a, from(r), records, begin, end, fetch, sums + r);
+      if (a.m == 1) fetch = r + 2 * kQuantTileRows <= rows ? QuantFetch{from(r + kQuantTileRows).w, kQuantTileRows} : following;
+      Format::fetch_scales(from(r + kQuantTileRows), begin, end);
+      quant_sums<Format, kQuantTileRows, M>(a, from(r), records, begin, end, fetch, sums.from(0, r));
     }
-    for (; r < rows; ++r) quant_sums<Format, 1, M>(a, from(r), records, begin, end, fetch, sums + r);
+    for (; r < rows; ++r) quant_sums<Format, 1, M>(a, from(r), records, begin, end, fetch, sums.from(0, r));
   }
 }
 
-// sums[m][r] of up to kQuantSpan weight rows: passes over them, which stay in the L2 cache, with at most kQuantTileM activation
-// rows each. A pass fetches its share of the rows at `next`.
+// sums[m][r] of a span of weight rows: passes over them, which stay in the L2 cache, with at most kQuantTileM activation rows
+// each. A pass fetches its share of the rows at `next`.
 template <class Format>
-inline void quant_span(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_t rows, const char* next, float* sums) {
+inline void quant_span(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_t rows, const char* next, const QuantSums& sums) {
   const int64_t passes = (a.m + kQuantTileM - 1) / kQuantTileM, lines = (kQuantTileRows + passes - 1) / passes;
   const int64_t share = Format::row_bytes(a) / Format::kChunkBytes * Format::kChunkBytes * lines * (rows / kQuantTileRows);
   for (int64_t pass = 0; pass < passes; ++pass) {
     const int64_t m = a.m * pass / passes;
     char* records = a.records + m * quant_record_bytes(a.k_padded);
-    float* out = sums + m * kQuantSpan;
+    const QuantSums out = sums.from(m, 0);
     const QuantFetch fetch{next + pass * share, next ? lines : 0};
     switch (a.m * (pass + 1) / passes - m) {
       case 1: quant_pass<Format, 1>(a, matrix, rows, records, fetch, out); break;
@@ -305,24 +330,28 @@ inline void quant_span(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_
     }
   }
   if (!Format::kRowScale) return;
-  alignas(64) float scales[kQuantSpan];
-  for (int64_t r = 0; r < kQuantSpan; ++r) scales[r] = r < rows ? Format::row_scale(matrix, r) : 0.0f;
+  alignas(64) float scales[kQuantSums];
+  for (int64_t r = 0; r < sums.span; ++r) scales[r] = r < rows ? Format::row_scale(matrix, r) : 0.0f;
   for (int64_t m = 0; m < a.m; ++m)
     for (int64_t r = 0; r < rows; r += Vec::kWidth)
-      (Vec::load(sums + m * kQuantSpan + r) * Vec::load(scales + r)).store(sums + m * kQuantSpan + r);
+      (Vec::load(sums.row(m) + r) * Vec::load(scales + r)).store(sums.row(m) + r);
 }
 
 template <class T>
-void quant_finish(const QuantGemvArgs& a, int64_t n, int64_t rows, const float* sums, const float* sums2) {
-  for (int64_t m = 0; m < a.m; ++m) gemv_finish<T>(a, m, n, rows, sums + m * kQuantSpan, sums2 + m * kQuantSpan);
+void quant_finish(const QuantGemvArgs& a, int64_t n, int64_t rows, const QuantSums& sums, const QuantSums& sums2) {
+  for (int64_t m = 0; m < a.m; ++m) gemv_finish<T>(a, m, n, rows, sums.row(m), sums2.row(m));
 }
 
 template <class Format>
 void quant_gemv_format(const QuantGemvArgs& a, int64_t n_begin, int64_t n_end) {
-  alignas(64) float sums[kMaxQuantRows * kQuantSpan], sums2[kMaxQuantRows * kQuantSpan];
-  for (int64_t n = n_begin; n < n_end; n += kQuantSpan) {
-    const int64_t rows = min_i(kQuantSpan, n_end - n);
-    const char* next = n + kQuantSpan < n_end ? quant_matrix(a, n + kQuantSpan, false).w : nullptr;
+  alignas(64) float sums_memory[kQuantSums], sums2_memory[kQuantSums];
+  // Several activation rows find weights in L2 that the span before has fetched: a short one. One row fetches what comes next, and
+  // reads on the faster the more rarely SwiGLU changes matrices.
+  const int64_t span = a.m == 1 ? kQuantSums : kQuantSums / kMaxQuantRows;
+  const QuantSums sums{sums_memory, span}, sums2{sums2_memory, span};
+  for (int64_t n = n_begin; n < n_end; n += span) {
+    const int64_t rows = min_i(span, n_end - n);
+    const char* next = n + span < n_end ? quant_matrix(a, n + span, false).w : nullptr;
     if (a.activation == Activation::swiglu) {
       const QuantMatrix up = quant_matrix(a, n, true);
       quant_span<Format>(a, quant_matrix(a, n, false), rows, up.w, sums);

@@ -1,6 +1,8 @@
 // AVX2 + FMA + F16C target.
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "../kernel_table.h"
 #include "../simd_common.h"
 
@@ -159,11 +161,17 @@ struct Bytes {
                                            _mm256_maddubs_epi16(w.high, _mm256_loadu_si256((const __m256i*)(x + 32))));
     return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
   }
-  // The scale of each lane's group: 64 inputs lie in two blocks of 32, four lanes each.
+  // Scales of four rows' groups in the places of ``join``: 64 inputs lie in two blocks of 32.
   template <int GROUP>
-  static Vec load_scales(const bf16* p) {
-    const float first = qvl::to_float(p[0]), second = GROUP == 32 ? qvl::to_float(p[1]) : first;
-    return {_mm256_set_m128(_mm_set1_ps(second), _mm_set1_ps(first))};
+  static Vec load_scales(const char* p, int64_t stride) {
+    const auto row = [&](int64_t r) {
+      std::conditional_t<GROUP == 32, uint32_t, uint16_t> scales;
+      std::memcpy(&scales, p + r * stride, sizeof(scales));
+      return int(scales);
+    };
+    const __m128i scales = _mm_set_epi32(row(3), row(2), row(1), row(0)), first = _mm_slli_epi32(scales, 16);
+    const __m128i second = GROUP == 32 ? _mm_blend_epi16(_mm_setzero_si128(), scales, 0xaa) : first;
+    return {_mm256_castsi256_ps(_mm256_set_m128i(second, first))};
   }
 };
 

@@ -1,6 +1,9 @@
 // AVX-512 (F, BW, DQ, VL) target.
 #include <immintrin.h>
 
+#include <array>
+#include <type_traits>
+
 #include "../kernel_table.h"
 #include "../simd_common.h"
 

@@ -1,6 +1,9 @@
 // AVX-512 with dot products of bf16 pairs (vdpbf16ps) and of bytes (vpdpbusd): Cooper Lake, Sapphire Rapids, Zen 4 and later.
 #include <immintrin.h>
 
+#include <array>
+#include <type_traits>
+
 #include "../kernel_table.h"
 #include "../simd_common.h"
 

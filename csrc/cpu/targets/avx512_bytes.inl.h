@@ -18,18 +18,23 @@
     return {_mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd))};
   }
   static Int4 load_int4(const uint8_t* p) {
-    const __m512i bytes = _mm512_loadu_si512(p), nibble = _mm512_set1_epi8(15);
+    __m512i bytes = _mm512_loadu_si512(p), nibble = _mm512_set1_epi8(15);
+    asm("" : "+v"(bytes));  // else GCC 12 stores them to load them twice
     return {_mm512_and_si512(bytes, nibble), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble)};
   }
-  // The scale of each lane's group: 128 inputs lie in blocks of 32, four lanes each.
+  // Scales of four rows' groups in the places of ``join``: 128 inputs lie in blocks of 32.
   template <int GROUP>
-  static Vec load_scales(const bf16* p) {
-    uint64_t bits = 0;
-    std::memcpy(&bits, p, 128 / GROUP * sizeof(bf16));
-    constexpr int kPerBlock = GROUP / 32;
-    const auto place = [](int block) { return int(0x01008080u + uint32_t(block / kPerBlock) * 0x02020000u); };
-    const __m512i order = _mm512_inserti64x4(
-        _mm512_castsi256_si512(_mm256_set_m128i(_mm_set1_epi32(place(1)), _mm_set1_epi32(place(0)))),
-        _mm256_set_m128i(_mm_set1_epi32(place(3)), _mm_set1_epi32(place(2))), 1);
-    return {_mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_set1_epi64(int64_t(bits)), order))};
+  static Vec load_scales(const char* p, int64_t stride) {
+    const auto row = [&](int64_t r) {  // its scales in a register: through memory they would wait for their own stores
+      std::conditional_t<GROUP == 32, uint64_t, std::conditional_t<GROUP == 64, uint32_t, uint16_t>> scales;
+      std::memcpy(&scales, p + r * stride, sizeof(scales));
+      return int64_t(scales);
+    };
+    alignas(64) static constexpr auto places = [] {
+      std::array<uint16_t, 32> places{};
+      for (int lane = 0; lane < 16; ++lane) places[2 * lane + 1] = uint16_t(lane % 4 * 4 + lane / 4 / (GROUP / 32));
+      return places;
+    }();
+    const __m512i scales = _mm512_castsi256_si512(_mm256_set_epi64x(row(3), row(2), row(1), row(0)));
+    return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, _mm512_load_si512(places.data()), scales))};
   }

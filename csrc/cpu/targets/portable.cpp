@@ -140,9 +140,16 @@ struct Bytes {
   static Bytes dot(Bytes acc, const Int4& w, const int16_t* x) {
     return acc.add(w.v[0] * load_values(x) + w.v[1] * load_values(x + 8) + w.v[2] * load_values(x + 16) + w.v[3] * load_values(x + 24));
   }
+  // Scales of four rows' groups in the places of ``join``.
   template <int GROUP>
-  static Vec load_scales(const bf16* p) {
-    return Vec::set1(qvl::to_float(*p));
+  static Vec load_scales(const char* p, int64_t stride) {
+    float scales[4];
+    for (int r = 0; r < 4; ++r) {
+      bf16 scale;
+      std::memcpy(&scale, p + r * stride, sizeof(scale));
+      scales[r] = qvl::to_float(scale);
+    }
+    return Vec::load(scales);
   }
 };
 
