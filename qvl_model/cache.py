@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from qvl_kernels import PreparedCache
+from qvl_kernels import PreparedCache, pages
 
 __all__ = ["GrowingLayer", "Store", "open_stores"]
 
@@ -150,8 +150,9 @@ def _dynamic_store(layer: DynamicLayer, x: Tensor, sizes: tuple) -> Store | None
         return None
     if not ours or not past or memory.capacity < end:
         _, batch, kv_heads, head_dim = sizes
-        keys = x.new_empty(batch, kv_heads, end + max(_ROOM, end // 32), head_dim)
-        memory = PreparedCache(keys, torch.empty_like(keys))
+        shape = (batch, kv_heads, end + max(_ROOM, end // 32), head_dim)
+        keys = pages.empty(x, shape, x.dtype)
+        memory = PreparedCache(keys, pages.empty(x, shape, x.dtype))
         if past:  # what the layer holds moves at once, so that of many layers no two have both
             memory.k_cache.narrow(2, 0, past).copy_(layer.keys)
             memory.v_cache.narrow(2, 0, past).copy_(layer.values)

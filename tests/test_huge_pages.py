@@ -147,7 +147,7 @@ def test_large_memory_begins_at_a_huge_page(shape, dtype):
 
 def test_smaller_memory_shares_huge_pages_and_goes_with_the_last_of_it():
     like = torch.empty(2)
-    tensors = [pages.empty(like, (3, 33_000 + i), torch.int16) for i in range(200)]  # 40 MB: more than are shared at a time
+    tensors = [pages.empty(like, (3, 33_000 + i), torch.int16, shared=True) for i in range(200)]  # 40 MB: more than are shared at a time
     for i, x in enumerate(tensors):
         x.fill_(i)
     assert all(x.data_ptr() % 64 == 0 and x.is_contiguous() and bool((x == i).all()) for i, x in enumerate(tensors))
@@ -166,7 +166,7 @@ def test_smaller_memory_shares_huge_pages_and_goes_with_the_last_of_it():
 def test_threads_share_memory_without_overlap():
     like = torch.empty(2)
     with ThreadPoolExecutor(8) as pool:
-        tensors = list(pool.map(lambda i: pages.empty(like, (70_000 + i,), torch.int8).fill_(i % 100), range(400)))
+        tensors = list(pool.map(lambda i: pages.empty(like, (70_000 + i,), torch.int8, shared=True).fill_(i % 100), range(400)))
     assert all(bool((x == i % 100).all()) for i, x in enumerate(tensors))
 
 

@@ -58,8 +58,8 @@ def quantize(weight: torch.Tensor, bits: int, group: int = 64) -> QuantizedWeigh
         raise ValueError(f"quantize: int4 groups have {', '.join(map(str, GROUPS))} inputs, got {group}")
     rows, size = weight.shape
     padded = -(-size // group) * group
-    values = pages.empty(weight, *(((rows, size), torch.int8) if bits == 8 else ((rows, padded // 2), torch.uint8)))
-    scales = pages.empty(weight, *(((rows, 1), torch.float32) if bits == 8 else ((rows, padded // group), torch.bfloat16)))
+    values = pages.empty(weight, *(((rows, size), torch.int8) if bits == 8 else ((rows, padded // 2), torch.uint8)), shared=True)
+    scales = pages.empty(weight, *(((rows, 1), torch.float32) if bits == 8 else ((rows, padded // group), torch.bfloat16)), shared=True)
     step = max(1, CHUNK // max(1, size))
     for begin in range(0, rows, step):
         piece = slice(begin, begin + step)
