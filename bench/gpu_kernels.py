@@ -209,7 +209,8 @@ def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloa
     """Errors against fp32, then milliseconds forward and backward of ours and of each rival, then memory if the case asks for it; the
     forward also of ours with the variants that are off.
 
-    Returns {"errors", "forward", "backward", "memory": by contestant, "unavailable": {rival: why}, "bytes", "flops"}.
+    Returns {"errors", "forward", "backward", "memory": by contestant, "variants": those of ours among them, "unavailable": {rival: why},
+    "bytes", "flops"}.
     """
     torch.manual_seed(SEED)
     made = case.make(device, dtype)
@@ -231,7 +232,7 @@ def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloa
                 del contestants[name]
         del truth
         forward = compare({name: lambda f=function, a=arguments[name]: f(**a) for name, function in contestants.items()}, device, seconds=seconds)
-    result = {"errors": errors, "forward": forward, "unavailable": unavailable, "bytes": case.bytes, "flops": case.flops}
+    result = {"errors": errors, "forward": forward, "variants": [*variants], "unavailable": unavailable, "bytes": case.bytes, "flops": case.flops}
     for name in variants:
         contestants.pop(name, None)
     if case.backward:

@@ -53,8 +53,8 @@ def timing_rows(result: dict) -> list[tuple[str, ...]]:
         for side in SIDES:
             if "ours" not in value.get(side, {}):
                 continue
-            variants = [rival for rival in value[side] if rival not in ("ours", *RIVALS)]  # of ours, that are off
-            ratios = [f"{rival} {speed(cases, name, side, rival):.2f}×" for rival in (*RIVALS, *variants) if rival in value[side]]
+            others = (*RIVALS, *value.get("variants", ()))
+            ratios = [f"{rival} {speed(cases, name, side, rival):.2f}×" for rival in others if rival in value[side]]
             share = bandwidth_share(cases, name) if side == "forward" and "bytes" in value else None
             rate = "" if share is None else f"{100 * share:.0f} % of copy"
             if side == "forward" and value.get("flops"):

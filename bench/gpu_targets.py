@@ -69,7 +69,7 @@ def _fits(cases: Cases) -> float | None:
 
 def _error_ratio(cases: Cases) -> float | None:
     """The worst of our errors over the rival's, both against fp32; a floor of one unit in the last place of bf16 where the rival is exact."""
-    ratios = [value["errors"]["ours"] / max(2**-8, next(e for name, e in value["errors"].items() if name != "ours" and not name.isupper()))
+    ratios = [value["errors"]["ours"] / max(2**-8, next(e for name, e in value["errors"].items() if name not in ("ours", *value.get("variants", ()))))
               for value in cases.values() if len(value.get("errors", {})) > 1 and "ours" in value["errors"]]  # fmt: skip
     return max(ratios, default=None)
 
