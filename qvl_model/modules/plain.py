@@ -10,7 +10,7 @@ from transformers.utils import output_capturing
 
 from qvl_kernels import dispatch, gpu
 
-__all__ = ["FAST_DTYPES", "autocast_dtype", "drops_in_kernel", "is_plain", "kernels_take", "only_capture_hooks"]
+__all__ = ["FAST_DTYPES", "autocast_dtype", "dropout_fits", "is_plain", "kernels_take", "only_capture_hooks"]
 
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
@@ -47,9 +47,9 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def drops_in_kernel(x: torch.Tensor) -> bool:
+def dropout_fits(p: float, x: torch.Tensor) -> bool:
     """Attention has dropout in its kernel on GPUs; on the CPU PyTorch's own is faster than the reference."""
-    return x.is_cuda or dispatch.forced() == "triton"
+    return p == 0.0 or x.is_cuda or dispatch.forced() == "triton"
 
 
 def _gpu_takes() -> bool:

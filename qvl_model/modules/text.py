@@ -6,7 +6,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 import qvl_kernels
 from qvl_model.modules.parts import in_parts
-from qvl_model.modules.plain import autocast_dtype, drops_in_kernel, is_plain, kernels_take, no_global_hooks
+from qvl_model.modules.plain import autocast_dtype, dropout_fits, is_plain, kernels_take, no_global_hooks
 
 __all__ = ["Qwen3VLTextAttention", "Qwen3VLTextMLP", "Qwen3VLTextRMSNorm", "SILU", "has_special_arguments", "tables_fit"]
 
@@ -57,7 +57,7 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
         dropout = self.attention_dropout if self.training else 0.0
         if (
             self.config._attn_implementation != "sdpa"
-            or (dropout > 0.0 and not drops_in_kernel(hidden_states))
+            or not dropout_fits(dropout, hidden_states)
             or not self.is_causal
             or has_special_arguments(kwargs)
             or not (attention_mask is None or isinstance(attention_mask, Tensor))

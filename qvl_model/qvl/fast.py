@@ -9,7 +9,7 @@ import qvl_kernels
 from qvl_model import packed_checkpoint
 from qvl_model.modules.decoder_layer import Qwen3VLTextDecoderLayer
 from qvl_model.modules.head import causal_loss
-from qvl_model.modules.plain import drops_in_kernel, is_plain, kernels_take, no_global_hooks
+from qvl_model.modules.plain import dropout_fits, is_plain, kernels_take, no_global_hooks
 from qvl_model.modules.vision import Qwen3VLVisionBlock, is_gelu_tanh
 from qvl_model.qvl import connector, modeling, text, vision
 
@@ -62,7 +62,7 @@ class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
 class QVLCrossAttention(text.QVLCrossAttention):
     def read(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         dropout = self.attention_dropout if self.training else 0.0
-        if not _reads_plainly(self) or (dropout > 0.0 and not drops_in_kernel(q)) or not kernels_take(q, keys, values):
+        if not _reads_plainly(self) or not dropout_fits(dropout, q) or not kernels_take(q, keys, values):
             return super().read(q, keys, values, lengths)
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
         return qvl_kernels.cross_attention(q, k, v, kv_lens=lengths, scale=self.scaling, dropout_p=dropout), None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qvl_kernels import config, gpu
+from qvl_kernels import config, gpu, triton_lib
 
 RUNNABLE = gpu.unavailable() is None
 collect_ignore_glob = [] if RUNNABLE else ["test_*.py"]
@@ -14,6 +14,23 @@ DTYPES = [torch.float32, torch.float16] if config.interpreted() else [torch.floa
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cpu" if config.interpreted() else "cuda")
+
+
+@pytest.fixture
+def launches_of(monkeypatch):
+    """For a module of kernels a list to which each launch to come adds its grid, constexpr arguments and options."""
+
+    def spy(module) -> list[dict]:
+        launches = []
+
+        def launch(kernel, grid, *args, **meta):
+            launches.append({**meta, "grid": grid})
+            triton_lib.launch(kernel, grid, *args, **meta)
+
+        monkeypatch.setattr(module, "launch", launch)
+        return launches
+
+    return spy
 
 
 def pytest_generate_tests(metafunc):

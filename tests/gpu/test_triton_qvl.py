@@ -9,7 +9,7 @@ import torch
 
 import qvl_kernels
 import qvl_model
-from qvl_kernels import config, dispatch, triton_lib
+from qvl_kernels import config, dispatch
 from qvl_kernels.ops.attention import triton_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -48,18 +48,12 @@ def test_prefill_and_a_step(device, dtype, name):
     assert dispatch.fallbacks() == known
 
 
-def test_training_drops_attention_weights_in_the_kernels(device, monkeypatch):
+def test_training_drops_attention_weights_in_the_kernels(device, launches_of):
     """Of self- and cross-attention; the same seed drops the same, and so does the forward pass that checkpointing repeats."""
     dtype = torch.float32
     model = qvl_model.accelerate(plain_model("attention", **SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.4).to(device, dtype)).train()
     batch = {key: value.to(device) for key, value in inputs(4, 3).items()}
-    dropped = []
-
-    def launch(kernel, grid, *args, **meta):
-        dropped.append(meta["DROPOUT"])
-        triton_lib.launch(kernel, grid, *args, **meta)
-
-    monkeypatch.setattr(triton_attention, "launch", launch)
+    launches = launches_of(triton_attention)
 
     def step(seed):
         torch.manual_seed(seed)
@@ -69,7 +63,7 @@ def test_training_drops_attention_weights_in_the_kernels(device, monkeypatch):
     known = dispatch.fallbacks()
     with qvl_kernels.use_backend("triton"):
         loss, gradients = step(0)
-        assert dropped.count(True) == 2  # the connector and the vision tower have none
+        assert sum(launch["DROPOUT"] for launch in launches) == 2  # the connector and the vision tower have none
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         repeated_loss, repeated = step(0)
     assert repeated_loss == loss

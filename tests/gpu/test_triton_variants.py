@@ -7,7 +7,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 import qvl_kernels
-from qvl_kernels import config, gpu, triton_lib, tuning
+from qvl_kernels import config, gpu, tuning
 from qvl_kernels.gemv import cases as gemv_cases
 from qvl_kernels.ops.attention import triton_attention
 from qvl_kernels.ops.decode_attention import triton_decode
@@ -35,18 +35,6 @@ def _offered(kernel: str, names: tuple[str, ...], arch: str) -> None:
         pytest.skip(f"{arch} has no {', '.join(missing)}")
 
 
-def _spied(monkeypatch, module) -> list[dict]:
-    """The constexpr arguments and options of each launch to come."""
-    launches = []
-
-    def launch(kernel, grid, *args, **meta):
-        launches.append({**meta, "grid": grid})
-        triton_lib.launch(kernel, grid, *args, **meta)
-
-    monkeypatch.setattr(module, "launch", launch)
-    return launches
-
-
 def _attention_inputs(t=37, s=70, h=4, hkv=2, d=64, dtype=torch.float16, **others) -> dict:
     return {"q": _rand(2, t, h, d, dtype=dtype, seed=1), "k": _rand(2, s, hkv, d, dtype=dtype, seed=2),
             "v": _rand(2, s, hkv, d, dtype=dtype, seed=3), **others}  # fmt: skip
@@ -62,39 +50,44 @@ def _hide(moved: dict) -> None:
         x[0, 41:], x[1] = NAN, NAN
 
 
-def _check_attention(arguments: dict, device, monkeypatch, *, poison=lambda moved: None) -> list[dict]:
-    with qvl_kernels.use_backend("reference"):
-        truth = qvl_kernels.attention(**{name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in arguments.items()})
-        plain = qvl_kernels.attention(**arguments)
-    moved = {name: surrounded(x.to(device)) if torch.is_tensor(x) else x for name, x in arguments.items()}
-    poison(moved)
-    guard, launches = GuardedEmpty(), _spied(monkeypatch, triton_attention)
-    with monkeypatch.context() as patch, qvl_kernels.use_backend("triton"), tuning.trying("attention", "DESCRIPTORS"):
-        patch.setattr(torch, "empty", guard)
-        out = qvl_kernels.attention(**moved)
-    guard.check()
-    assert_close_to_truth(out.cpu(), plain, truth, factor=2.0)
-    return launches
+@pytest.fixture
+def check_attention(device, launches_of, monkeypatch):
+    """Attention by descriptors against the truth, its outputs within bounds; the launches it took. poison: changes the arguments on the device."""
+
+    def check(arguments: dict, poison=lambda moved: None) -> list[dict]:
+        with qvl_kernels.use_backend("reference"):
+            truth = qvl_kernels.attention(**{name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in arguments.items()})
+            plain = qvl_kernels.attention(**arguments)
+        moved = {name: surrounded(x.to(device)) if torch.is_tensor(x) else x for name, x in arguments.items()}
+        poison(moved)
+        guard, launches = GuardedEmpty(), launches_of(triton_attention)
+        with monkeypatch.context() as patch, qvl_kernels.use_backend("triton"), tuning.trying("attention", "DESCRIPTORS"):
+            patch.setattr(torch, "empty", guard)
+            out = qvl_kernels.attention(**moved)
+        guard.check()
+        assert_close_to_truth(out.cpu(), plain, truth, factor=2.0)
+        return launches
+
+    return check
 
 
 @pytest.mark.parametrize("d", [64, 72, 128])
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_by_descriptors(d, causal, dtype, arch, device, monkeypatch):
+def test_attention_by_descriptors(d, causal, dtype, arch, check_attention):
     _offered("attention", ("DESCRIPTORS",), arch)
-    (launch,) = _check_attention(_attention_inputs(d=d, dtype=dtype, causal=causal), device, monkeypatch)
+    (launch,) = check_attention(_attention_inputs(d=d, dtype=dtype, causal=causal))
     assert launch["DESCRIPTORS"]
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_packed_attention_by_descriptors(causal, arch, device, monkeypatch):
+def test_packed_attention_by_descriptors(causal, arch, device, check_attention):
     """Blocks reach into the next sequence, whose values must not matter."""
     _offered("attention", ("DESCRIPTORS",), arch)
 
     def poison(moved):  # the last sequence has no queries or keys of the others
         moved["k"][-30:], moved["v"][-30:] = NAN, NAN
 
-    arguments = _packed([0, 70, 1, 33], causal=causal)
-    (launch,) = _check_attention(arguments, device, monkeypatch)
+    (launch,) = check_attention(_packed([0, 70, 1, 33], causal=causal))
     assert launch["DESCRIPTORS"]
     with qvl_kernels.use_backend("triton"), tuning.trying("attention", "DESCRIPTORS"):
         moved = {name: x.to(device) if torch.is_tensor(x) else x for name, x in _packed([70, 30], causal=causal).items()}
@@ -104,42 +97,41 @@ def test_packed_attention_by_descriptors(causal, arch, device, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive"])
-def test_hidden_keys_by_descriptors(kind, arch, device, monkeypatch):
+def test_hidden_keys_by_descriptors(kind, arch, check_attention):
     """A length of 41 and one of 0; what they hide is NaN."""
     _offered("attention", ("DESCRIPTORS",), arch)
     visible = torch.arange(70)[None] < torch.tensor([41, 0])[:, None]
     mask = visible[:, None, None]
     if kind == "additive":
         mask = torch.where(mask, _rand(2, 1, 1, 70), torch.tensor(-torch.inf, dtype=torch.float16))
-    (launch,) = _check_attention(_attention_inputs(mask=mask), device, monkeypatch, poison=_hide)
+    (launch,) = check_attention(_attention_inputs(mask=mask), poison=_hide)
     assert launch["DESCRIPTORS"]
 
 
-def test_lengths_by_descriptors(arch, device, monkeypatch):
+def test_lengths_by_descriptors(arch, device, launches_of):
     _offered("attention", ("DESCRIPTORS",), arch)
     moved = {name: x.to(device) for name, x in _attention_inputs(hkv=4).items()}
     moved["kv_lens"] = torch.tensor([41, 0], dtype=torch.int32, device=device)
     with qvl_kernels.use_backend("triton"):
         plain = qvl_kernels.cross_attention(**moved)
         _hide(moved)
-        launches = _spied(monkeypatch, triton_attention)
+        launches = launches_of(triton_attention)
         with tuning.trying("attention", "DESCRIPTORS"):
             described = qvl_kernels.cross_attention(**moved)
     assert launches[0]["DESCRIPTORS"] and not described[1].any()
     torch.testing.assert_close(described, plain, rtol=1e-3, atol=1e-3)
 
 
-def test_what_descriptors_cannot_copy_goes_by_pointers(arch, device, monkeypatch):
+def test_what_descriptors_cannot_copy_goes_by_pointers(arch, device, check_attention, launches_of):
     """Rows that are no multiple of 16 bytes apart, expanded heads, dropout."""
     _offered("attention", ("DESCRIPTORS",), arch)
-    (launch,) = _check_attention(_attention_inputs(d=20), device, monkeypatch)
+    (launch,) = check_attention(_attention_inputs(d=20))
     assert not launch["DESCRIPTORS"]
     arguments = _attention_inputs(hkv=1)
     arguments["k"] = arguments["k"].expand(2, 70, 4, 64)
     arguments["v"] = arguments["v"].expand(2, 70, 4, 64)
-    monkeypatch.undo()
     with qvl_kernels.use_backend("triton"), tuning.trying("attention", "DESCRIPTORS"):
-        launches = _spied(monkeypatch, triton_attention)
+        launches = launches_of(triton_attention)
         moved = {name: x.to(device) for name, x in arguments.items()}
         qvl_kernels.attention(**moved)
         qvl_kernels.attention(**{name: x.to(device) for name, x in _attention_inputs().items()}, dropout_p=0.1)
@@ -151,7 +143,7 @@ INT8 = [("DESCRIPTORS",), ("PERSISTENT",), ("DESCRIPTORS", "PERSISTENT"), ("DESC
 
 @pytest.mark.parametrize("names", INT8, ids="+".join)
 @pytest.mark.parametrize("k", [256, 144, 75])
-def test_int8_products(names, k, arch, device, monkeypatch):
+def test_int8_products(names, k, arch, device, launches_of, monkeypatch):
     """Bit for bit what the plain form gives: the sums are of integers. 75 columns are no multiple of 16 bytes."""
     _offered("int8_matmul", names, arch)
     m, n = 150, 141
@@ -160,7 +152,7 @@ def test_int8_products(names, k, arch, device, monkeypatch):
     monkeypatch.setitem(tuning.PROCESSORS, arch, 2)  # several tiles a program
     with qvl_kernels.use_backend("triton"):
         plain = qvl_kernels.quantized_linear(x, weight, bias)
-        launches = _spied(monkeypatch, triton_int8)
+        launches = launches_of(triton_int8)
         with tuning.trying("int8_matmul", *names):
             out = qvl_kernels.quantized_linear(x, weight, bias)
     product = launches[-1]
@@ -183,12 +175,12 @@ def test_dependent_launch_of_products(arch, device):
 
 
 @pytest.mark.skipif(config.interpreted(), reason="the interpreter has no instructions of dependent launch")
-def test_dependent_launch_of_decode_attention(arch, device, monkeypatch):
+def test_dependent_launch_of_decode_attention(arch, device, launches_of):
     _offered("decoding", ("DEPENDENT_LAUNCH",), arch)
     q, k, v = (x.to(device) for x in (_rand(2, 1, 4, 64), _rand(2, 2, 900, 64, seed=1), _rand(2, 2, 900, 64, seed=2)))
     lengths = torch.tensor([900, 31], dtype=torch.int32, device=device)
     plain = qvl_kernels.decode_attention(q, k, v, lengths=lengths)
-    launches = _spied(monkeypatch, triton_decode)
+    launches = launches_of(triton_decode)
     with tuning.trying("decoding", "DEPENDENT_LAUNCH"):
         assert torch.equal(qvl_kernels.decode_attention(q, k, v, lengths=lengths), plain)
     assert len(launches) == 2 and all(launch["DEPENDENT_LAUNCH"] for launch in launches)
