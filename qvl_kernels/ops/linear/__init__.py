@@ -1,6 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
+from qvl_kernels.library import call
 from qvl_kernels.ops.linear.op import linear_op
 from qvl_kernels.ops.linear.reference import linear_reference
 
@@ -34,4 +35,4 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     checks.check_last_contiguous("linear", x=x, weight=weight, bias=bias)
     if dispatch.choose("linear", x.device, checks.unsupported_dtype(x)) == "reference":
         return linear_reference(x, weight, bias)
-    return linear_op(x, weight, bias)
+    return call(linear_op, x, weight, bias)

@@ -1,6 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch, quant
+from qvl_kernels.library import call
 from qvl_kernels.ops.quantized_linear.op import quantized_linear_op
 from qvl_kernels.ops.quantized_linear.reference import quantized_linear_reference
 from qvl_kernels.quant import QuantizedWeight
@@ -42,4 +43,4 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
         unsupported = "scales of torch.float64 (the tests' truth)"
     if dispatch.choose("quantized_linear", x.device, unsupported) == "reference":
         return quantized_linear_reference(x, weight, bias)
-    return quantized_linear_op(x, weight.values, weight.scales, bias)
+    return call(quantized_linear_op, x, weight.values, weight.scales, bias)

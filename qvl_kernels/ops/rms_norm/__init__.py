@@ -1,6 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
+from qvl_kernels.library import call
 from qvl_kernels.ops.rms_norm.op import add_rms_norm_op, rms_norm_op
 from qvl_kernels.ops.rms_norm.reference import add_rms_norm_reference, rms_norm_reference
 
@@ -37,7 +38,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6) -> tor
     _check("rms_norm", x, None, weight)
     if dispatch.choose("rms_norm", x.device, checks.unsupported_dtype(x)) == "reference":
         return rms_norm_reference(x, weight, eps)
-    return rms_norm_op(x, weight, eps)
+    return call(rms_norm_op, x, weight, eps)
 
 
 def add_rms_norm(
@@ -58,4 +59,4 @@ def add_rms_norm(
     _check("add_rms_norm", x, residual, weight)
     if dispatch.choose("add_rms_norm", x.device, checks.unsupported_dtype(x)) == "reference":
         return add_rms_norm_reference(x, residual, weight, eps)
-    return add_rms_norm_op(x, residual, weight, eps)
+    return call(add_rms_norm_op, x, residual, weight, eps)
