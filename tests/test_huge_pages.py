@@ -145,7 +145,8 @@ def test_large_memory_begins_at_a_huge_page(shape, dtype):
         smaps(address, "Rss")
 
 
-def test_smaller_memory_shares_huge_pages_and_goes_with_the_last_of_it():
+def test_smaller_memory_shares_huge_pages_and_goes_with_the_last_of_it(monkeypatch):
+    monkeypatch.setattr(pages, "_shared", pages._Shared())  # without tensors of other tests
     like = torch.empty(2)
     tensors = [pages.empty(like, (3, 33_000 + i), torch.int16, shared=True) for i in range(200)]  # 40 MB: more than are shared at a time
     for i, x in enumerate(tensors):

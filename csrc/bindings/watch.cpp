@@ -40,7 +40,6 @@ class Footprint {
     for (const py::object& object : objects) {
       add_object(object);
       if (PyDict_CheckExact(object.ptr())) add_table(object);
-      if (py::hasattr(object, "_cdata") && py::hasattr(object, "untyped_storage")) add_tensor(object);
     }
     finish();
   }
@@ -51,11 +50,6 @@ class Footprint {
     const auto* dict = reinterpret_cast<const PyDictObject*>(object.ptr());
     add(dict->ma_keys, std::max<size_t>(kLine, object.attr("__sizeof__")().cast<size_t>() - sizeof(PyDictObject)));
     if (dict->ma_values) add(dict->ma_values, kInlineValues);
-  }
-
-  void add_tensor(const py::object& object) {
-    add(in(object.attr("_cdata").cast<Ptr>()), kTensorImpl);
-    add(in(object.attr("untyped_storage")().attr("_cdata").cast<Ptr>()), kStorageImpl);
   }
 
   void add(const void* begin, size_t bytes) {
@@ -75,7 +69,7 @@ class Footprint {
 
  private:
   // Sizes in bytes of what is looked at.
-  static constexpr size_t kHeader = 32, kObject = 64, kInlineValues = 192, kTensorImpl = 192, kStorageImpl = 64;
+  static constexpr size_t kHeader = 32, kObject = 64, kInlineValues = 192;
 
   std::vector<uintptr_t> lines_;
 };
@@ -247,7 +241,7 @@ class Watch {
 }  // namespace
 
 void bind_watch(py::module_& m) {
-  py::class_<Footprint>(m, "Footprint", "Where objects lie, with the tables of dictionaries and what tensors consist of; keeps none of them alive")
+  py::class_<Footprint>(m, "Footprint", "Where objects lie, with the tables of dictionaries; keeps none of them alive")
       .def(py::init<const std::vector<py::object>&>(), "objects"_a)
       .def("fetch", [](const Footprint& footprint) { footprint.fetch(); }, "Brings the objects into the processor's caches.");
 
