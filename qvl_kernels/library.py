@@ -7,7 +7,7 @@ import torch
 
 from qvl_kernels import config, dispatch
 
-__all__ = ["FORMULAS", "LAUNCHERS", "call", "register"]
+__all__ = ["FORMULAS", "LAUNCHERS", "call", "register", "watched"]
 
 _LIBRARY = torch.library.Library("qvl", "DEF")
 LAUNCHERS: dict[str, Callable] = {}  # op name -> its Triton launcher
@@ -57,6 +57,17 @@ def register(
     return op
 
 
+def watched() -> bool:
+    """Whether PyTorch must see every op: it differentiates, compiles, transforms or traces in this thread, or a dispatch mode does as it likes."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def call(op: Callable, *args):
     """``op(*args)``, past PyTorch's dispatcher where it has nothing to do: inference on plain CPU tensors. For ops of every decoded token,
     whose weights have pushed the dispatcher out of the processor's caches: it takes 0.1 ms there. Not for ops that write to an argument.
@@ -64,14 +75,7 @@ def call(op: Callable, *args):
     Example:
         >>> y = call(rms_norm_op, x, weight, 1e-6)
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    ):
+    if watched() or torch._C._len_torch_function_stack():
         return op(*args)
     for x in args:
         if isinstance(x, torch.Tensor) and (type(x) not in _PLAIN or _keys(x) not in _PLAIN_KEYS):

@@ -35,6 +35,21 @@ def test_equals_decoder_layer(case, dtype):
     assert torch.equal(again["v_cache"].nan_to_num(), arguments["v_cache"].nan_to_num())
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_is_refused_and_of_a_model_holds_no_results():
+    """PyTorch cannot trace the op's lists of tensors; a call past it would leave results of the example in the trace."""
+    arguments = CASES[-1].make(torch.float32, torch.Generator().manual_seed(0))
+    layer = _prepared(arguments)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="unsupported input list"):
+        torch.jit.trace(lambda x: _call(layer, arguments | {"x": x}), (arguments["x"],), check_trace=False)
+    text = pair()[1].requires_grad_(False).model.language_model
+    x, other = (torch.randn(1, 5, text.config.hidden_size, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    tables = text.rotary_emb(x, torch.arange(5)[None, None].expand(3, 1, 5))
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: text.layers[0](x, position_embeddings=tables), (x,), check_trace=False)
+        assert_close(traced(other), text.layers[0](other, position_embeddings=tables))
+
+
 def test_refuses_what_decoder_layer_refuses():
     arguments = CASES[-1].make(torch.float32, torch.Generator().manual_seed(0))
     layer = _prepared(arguments)

@@ -238,6 +238,7 @@ def _call_is_plain(x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None
     """Whether fused calls take these arguments, whatever the layer."""
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # a trace would hold the results as constants
         and no_global_hooks()
         and x.dim() == 3
         and x.is_contiguous()

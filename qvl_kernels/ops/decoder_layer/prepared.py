@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from qvl_kernels import dispatch
+from qvl_kernels.library import watched
 from qvl_kernels.ops.decoder_layer import DecoderWeights, check_weights, decoder_layer
 from qvl_kernels.ops.decoder_layer.cpu import extension_cache, extension_layer, run_extension_layers
 from qvl_kernels.ops.linear.onednn import MIN_ROWS
@@ -142,8 +143,7 @@ def _is_plain(layers, x, cos, sin, caches, past, mask) -> bool:
         and (mask is None or (mask.dim() == 4 and mask.is_cpu and mask.dtype in (torch.bool, dtype) and _broadcasts(
             mask.shape, (batch, heads, time, past + time))))
         and dispatch.forced() in (None, "cpp")
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch.is_grad_enabled()
+        and not watched()
     ):
         return False
     sizes, rows, cached = layers[0].sizes, batch * time, (dtype, batch, kv_heads, head_dim)
