@@ -1,8 +1,8 @@
-"""What the audit runs: every public op over its shared cases and over the sizes of the GPU benchmark, the internal steps of decoding, and
-the variants of kernels that are off."""
+"""What the audit runs: every public op over its shared cases and over the sizes of the GPU benchmark, the internal steps of decoding, all
+of them plain, and the variants of kernels."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -10,7 +10,7 @@ import torch
 import qvl_kernels
 from bench import gpu_kernels
 from bench.kernels import cases_of, ops
-from bench.variants import COMBINATIONS, using
+from bench.variants import COMBINATIONS, plain, using
 from qvl_kernels.gemv import cases as gemv
 from qvl_kernels.ops.decoder_layer import DecoderWeights
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
@@ -54,7 +54,7 @@ def _decode_step_case(rows: int, bits: int) -> Case:
         cache = (rows, HKV, CAPACITY, D)
         return {
             "x": tensor(rows, 1, C), "weights": weights, "cos": tensor(rows, 1, D), "sin": tensor(rows, 1, D), "k_cache": tensor(*cache),
-            "v_cache": tensor(*cache), "lengths": torch.zeros(rows, dtype=torch.int32),
+            "v_cache": tensor(*cache), "lengths": torch.zeros(rows, dtype=torch.int32), "filled": torch.ones(rows, dtype=torch.int32),
             "visible": torch.ones(rows, 1, 1, CAPACITY, dtype=torch.bool),
         }  # fmt: skip
 
@@ -101,7 +101,8 @@ def sources() -> dict[str, Source]:
         found[op].cases.append(case)
     found["gemv"] = Source(lambda **arguments: gemv.op_of(arguments)(**arguments), gemv.CASES)
     found["decode_step"] = Source(_decode_step, [_decode_step_case(rows, bits) for rows in (1, 4, 16, 32) for bits in (16, 8, 4)])
-    for op, kernel, names in COMBINATIONS:
-        source = found[op]
-        found["+".join((op, *names))] = Source(using(source.function, kernel, names), [case for case in source.cases if case.model], names)
-    return found
+    varied = {
+        "+".join((op, *names)): Source(using(found[op].function, kernel, names), [case for case in found[op].cases if case.model], names)
+        for op, kernel, names in COMBINATIONS
+    }
+    return {name: replace(source, function=plain(source.function)) for name, source in found.items()} | varied

@@ -1,11 +1,13 @@
 """python -m bench.gpu: the GPU tests, then every kernel and the whole model against stock and other libraries, on the GPU of this machine.
 
-Each case is a process of its own with a time limit, so that a crash or a hang costs one row. bench/results/<gpu>.json is
-written after every case, a chart at the end. Needs PyTorch, Triton, transformers and a C compiler, nothing else, and no
+Each case is a process of its own with a time limit, so that a crash or a hang costs one row. The tests come first, and beside them
+everything that is compiled: what is measured then finds Triton's cache filled and the machine idle. bench/results/<gpu>.json is
+written after every case, a chart at the end. Needs PyTorch, Triton, transformers and a C++ compiler, nothing else, and no
 network. Without a GPU every case is built instead: its kernels are compiled for sm_90, its model code runs tiny on the CPU.
 """
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import importlib
@@ -34,7 +36,8 @@ RESULTS = ROOT / "bench" / "results"
 MINUTES = 8.8  # all of it: under nine with start and report
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "flash-attn")
 MEMORY_LIMIT = 8e9  # of the fp16 case, in bytes
-TEST_SECONDS = 150.0
+TEST_SECONDS = 180.0
+COMPILING = 4  # processes beside the tests
 BUILD_SECONDS = 180.0
 
 
@@ -47,6 +50,8 @@ class Entry:
     run: Callable[[], dict]
     build: Callable[[], dict]
     needs: str | None = None  # a module that not every machine has
+    compile: Callable[[], dict] | None = None  # what compiles its kernels beforehand
+    early: bool = False  # while others compile: nothing in it is timed
 
     @property
     def installed(self) -> bool:
@@ -58,12 +63,16 @@ def _cuda() -> torch.device:
 
 
 def _kernel(case: gpu_kernels.KernelCase) -> Entry:
-    return Entry(case.name, 30.0, lambda: gpu_kernels.run(case, _cuda()), lambda: gpu_kernels.build(case))
+    return Entry(
+        case.name, 30.0, lambda: gpu_kernels.run(case, _cuda()), lambda: gpu_kernels.build(case), compile=lambda: gpu_kernels.run(case, _cuda(), seconds=0.0)
+    )
 
 
 def _model(name: str, seconds: float, function: Callable[..., dict], *, needs: str | None = None, **options) -> Entry:
     case = functools.partial(function, **options)
-    return Entry(name, seconds, lambda: case(gpu_models.FULL, _cuda()), lambda: gpu_models.build(case), needs)
+    once = dataclasses.replace(gpu_models.FULL, rounds=1, tokens=2)
+    compiles = (lambda: case(once, _cuda())) if function in (gpu_models.generate, gpu_models.decode) else None  # the others need more memory
+    return Entry(name, seconds, lambda: case(gpu_models.FULL, _cuda()), lambda: gpu_models.build(case), needs, compiles)
 
 
 def _pytest(root: Path, *arguments: str) -> subprocess.Popen:
@@ -84,7 +93,7 @@ def run_tests(folder: str = "tests/gpu", root: Path = ROOT, jobs: int | None = N
     tests = [line for line in listed.splitlines() if "::" in line]
     if not tests:
         raise RuntimeError(f"no tests were found in {folder}: {listed[-500:].strip()}")
-    jobs = min(jobs or max(1, len(os.sched_getaffinity(0)) // 2), 8, len(tests))
+    jobs = min(jobs or max(1, len(os.sched_getaffinity(0)) - COMPILING), len(tests))
     running = [_pytest(root, *tests[index::jobs]) for index in range(jobs)]
     outputs = [process.communicate()[0] for process in running]
     counts = [_counts(output) for output in outputs]
@@ -108,6 +117,7 @@ def _copy_entry() -> Entry:
 
 # In order of importance: what the time does not allow comes last.
 ENTRIES = [
+    Entry("GPU tests", TEST_SECONDS, run_tests, _build_tests, early=True),
     _copy_entry(),
     _model("generate", 75.0, gpu_models.generate),
     _model("decode 32", 60.0, gpu_models.decode, rows=32),
@@ -117,7 +127,6 @@ ENTRIES = [
     _model("memory accelerated", 30.0, gpu_models.memory, variant="ours"),
     _model("memory int8", 40.0, gpu_models.memory, variant="int8"),
     _model("fp16 in 8 GB", 30.0, gpu_models.fits, limit=MEMORY_LIMIT),
-    Entry("GPU tests", TEST_SECONDS, run_tests, _build_tests),
     *(_kernel(case) for case in gpu_kernels.CASES),
     _model("train liger", 45.0, gpu_models.train, needs="liger_kernel", variant="liger"),
     _model("decode int8", 45.0, gpu_models.decode, rows=1, weights="int8"),
@@ -172,6 +181,20 @@ def _scheduled(entries: list[Entry], deadline: float, result: dict, say: Callabl
         yield entry.name, entry.run, min(entry.seconds, left)
 
 
+def _compile(entries: list[Entry], deadline: float, result: dict, say: Callable[[str], None]) -> list[Entry]:
+    """Does what is early, and beside it all that compiles kernels; returns what is left to measure. What fails to compile fails there again."""
+    early = [(task, True) for task in _scheduled([entry for entry in entries if entry.early], deadline, result, say)]
+    left = deadline - time.monotonic()
+    later = [entry for entry in entries if not entry.early]
+    compiled = [((entry.name, entry.compile, min(entry.seconds, left)), False) for entry in later if entry.compile and entry.installed and left > 5.0]
+    tasks = [((name, kept), run, seconds) for (name, run, seconds), kept in early + compiled]
+    for (name, kept), answer in run_all(tasks, jobs=len(early) + COMPILING):
+        if kept:
+            result["cases"][name] = answer
+        say(f"{name}: {answer.get('error', 'done' if kept else 'compiled')}")
+    return later
+
+
 def _measure(entries: list[Entry], gpu: dict, arguments: argparse.Namespace, start: float) -> int:
     result = {"gpu": gpu, "date": datetime.date.today().isoformat(), "commit": commit(), "cases": {}}
     file = arguments.output / f"{_slug(gpu['name'])}.json"
@@ -180,7 +203,9 @@ def _measure(entries: list[Entry], gpu: dict, arguments: argparse.Namespace, sta
     def say(text: str) -> None:
         print(f"[{time.monotonic() - start:5.0f} s] {text}", flush=True)
 
-    for name, answer in run_all(_scheduled(entries, start + 60 * arguments.minutes, result, say)):
+    deadline = start + 60 * arguments.minutes
+    entries = _compile(entries, deadline, result, say)
+    for name, answer in run_all(_scheduled(entries, deadline, result, say)):
         result["cases"][name] = answer
         if "error" in answer:
             say(f"{name}: {answer['error']}")

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from bench.checkpoint import FULL_CONFIG, special_token_ids
-from bench.gpu_timing import synchronize
+from bench.gpu_timing import compare, synchronize
 from bench.timing import summary
 from bench.truth import relative_error
+from qvl_kernels import tuning
 
 __all__ = ["FULL", "SMALL", "Sizes", "build", "compiled", "decode", "fits", "generate", "memory", "parity", "train"]
 
@@ -113,6 +114,19 @@ def _per_token(models: dict[str, nn.Module], prompt: dict, sizes: Sizes, device:
     return first, decoded
 
 
+def _replays(model: nn.Module, rows: int, length: int, device: torch.device) -> dict[str, dict]:
+    """Milliseconds on the device of the graph of a decoding step over ``length`` keys; also with dependent launches."""
+    from qvl_model.decoding import SMALLEST_CAPACITY, Step
+
+    steps = {}
+    for name, variants in (("ours", tuning.FASTER.get(("decoding", "sm_90"), ())), ("DEPENDENT_LAUNCH", ("DEPENDENT_LAUNCH",))):
+        with tuning.trying("decoding", *variants):
+            steps[name] = Step(model, rows, SMALLEST_CAPACITY)
+            steps[name].prepare()
+        steps[name].lengths.fill_(length)
+    return compare({name: step.replay for name, step in steps.items()}, device)
+
+
 def _bytes_per_token(model: nn.Module, rows: int, length: int) -> int:
     """Decoder and head once, and the keys and values of all rows."""
     text, config = model.model.language_model, model.config.text_config
@@ -132,8 +146,10 @@ def generate(sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bflo
         logits = {name: model(**prompt).logits for name, model in models.items()}
         truth = copy.deepcopy(stock).float()(**prompt).logits
         errors = {name: relative_error(values, truth) for name, values in logits.items()}
-    length = prompt["input_ids"].shape[1] + sizes.tokens // 2
-    return {"first": first, "decode": decoded, "vision": vision, "errors": errors, "bytes_per_token": _bytes_per_token(stock, 1, length)}
+        length = prompt["input_ids"].shape[1] + sizes.tokens // 2
+        replay = _replays(models["ours"], 1, length, device)
+    return {"first": first, "decode": decoded, "vision": vision, "replay": replay, "variants": ["DEPENDENT_LAUNCH"], "errors": errors,
+            "bytes_per_token": _bytes_per_token(stock, 1, length)}  # fmt: skip
 
 
 def decode(sizes: Sizes, device: torch.device, *, rows: int, weights: str | None = None, dtype: torch.dtype = torch.bfloat16) -> dict:
@@ -143,7 +159,9 @@ def decode(sizes: Sizes, device: torch.device, *, rows: int, weights: str | None
     models = {"stock": stock, "ours": _accelerated(twin, weights)}
     with torch.no_grad():
         first, decoded = _per_token(models, _text_prompt(stock, rows, sizes.prompt, device), sizes, device)
-    return {"first": first, "decode": decoded, "bytes_per_token": _bytes_per_token(stock, rows, sizes.prompt + sizes.tokens // 2)}
+        replay = _replays(models["ours"], rows, sizes.prompt + sizes.tokens // 2, device)
+    return {"first": first, "decode": decoded, "replay": replay, "variants": ["DEPENDENT_LAUNCH"],
+            "bytes_per_token": _bytes_per_token(stock, rows, sizes.prompt + sizes.tokens // 2)}  # fmt: skip
 
 
 def compiled(sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict:
@@ -248,7 +266,7 @@ def parity(sizes: Sizes, device: torch.device) -> dict:
         model = _variant(tiny, device, torch.float32, variant)
         losses[variant] = torch.stack([loss for _, loss in _steps(model, tiny, device, sizes.parity_steps)]).double().cpu()
     difference = ((losses["ours"] - losses["stock"]).abs() / losses["stock"].abs().clamp_min(0.1)).max().item()
-    return {"difference": difference, "first": losses["stock"][0].item(), "last": losses["stock"][-1].item()}
+    return {"difference": difference, "first_loss": losses["stock"][0].item(), "last_loss": losses["stock"][-1].item()}
 
 
 SMALL = Sizes(config=TINY, image=64, large_image=96, text=20, prompt=16, tokens=4, batch=2, length=24, rounds=1, steps=1, parity_steps=5)

@@ -17,7 +17,7 @@ __all__ = ["chart", "readme_section", "tables", "write_readme"]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 MARKERS = ("<!-- gpu: begin -->", "<!-- gpu: end -->")
-SIDES = ("first", "decode", "vision", "forward", "backward")
+SIDES = ("first", "decode", "replay", "vision", "forward", "backward")
 RIVALS = ("stock", "eager", "compile", "sdpa", "flash", "cudnn", "flash-attn", "liger", "conv3d", "dequantised")
 
 

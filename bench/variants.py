@@ -1,10 +1,11 @@
-"""Which variants of kernels (``tuning.OFFERED``) are compiled by the audit and measured by the GPU benchmark, beside the plain form."""
+"""Which variants of kernels (``tuning.OFFERED``) are compiled by the audit and measured by the GPU benchmark, beside the form that is on."""
 
+import contextlib
 from collections.abc import Callable
 
 from qvl_kernels import tuning
 
-__all__ = ["COMBINATIONS", "offered", "using"]
+__all__ = ["COMBINATIONS", "offered", "plain", "using"]
 
 # (op that launches it, kernel, its variants together)
 COMBINATIONS = [
@@ -30,14 +31,25 @@ def using(function: Callable, kernel: str, names: tuple[str, ...]) -> Callable:
     return call
 
 
+def plain(function: Callable) -> Callable:
+    """``function`` with no variant of any kernel."""
+
+    def call(**arguments):
+        with contextlib.ExitStack() as stack:
+            for kernel in tuning.OFFERED:
+                stack.enter_context(tuning.trying(kernel))
+            return function(**arguments)
+
+    return call
+
+
 def offered(op: str, function: Callable, arch: str) -> dict[str, Callable]:
-    """Name of a combination -> the op with it, for those that an architecture has.
+    """Name of a combination -> the op with it, for those that an architecture has and that are not on; "plain" where one is.
 
     Example:
-        >>> list(offered("attention", qvl_kernels.attention, "sm_90"))
-        ['DESCRIPTORS']
+        >>> list(offered("attention", qvl_kernels.attention, "sm_100")), list(offered("attention", qvl_kernels.attention, "sm_90"))
+        (['DESCRIPTORS'], ['plain'])
     """
-    return {
-        "+".join(names): using(function, kernel, names)
-        for owner, kernel, names in COMBINATIONS if owner == op and all(arch in tuning.OFFERED[kernel][name] for name in names)
-    }  # fmt: skip
+    there = [(kernel, names) for owner, kernel, names in COMBINATIONS if owner == op and all(arch in tuning.OFFERED[kernel][name] for name in names)]
+    found = {"+".join(names): using(function, kernel, names) for kernel, names in there if names != tuning.FASTER.get((kernel, arch))}
+    return found if len(found) == len(there) else {"plain": plain(function), **found}

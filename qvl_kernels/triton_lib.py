@@ -70,8 +70,8 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def await_inputs(DEPENDENT_LAUNCH: tl.constexpr):
-    """First statement of a kernel that may be launched while the one before it still runs: lets the next one come, then waits for the
-    results of the one before."""
+    """Before it, a kernel that may be launched while the one before it still runs touches weights at most: lets the next one come, then
+    waits for the results of the one before."""
     if DEPENDENT_LAUNCH:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

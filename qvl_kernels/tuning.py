@@ -22,7 +22,6 @@ __all__ = [
     "elementwise",
     "gemv_dot",
     "gemv_fma",
-    "int4_matmul",
     "int8_matmul",
     "next_power_of_2",
     "quantize_rows",
@@ -52,8 +51,8 @@ OFFERED = {
     "decoding": {"DEPENDENT_LAUNCH": ("sm_90", "sm_100", "sm_120")},
 }
 
-# (kernel, architecture) -> variants that a device has shown to be faster there than the plain form (make bench-gpu measures both). None yet.
-FASTER: dict[tuple[str, str], tuple[str, ...]] = {}
+# (kernel, architecture) -> variants that a device has shown to be faster there than the plain form (make bench-gpu measures both).
+FASTER: dict[tuple[str, str], tuple[str, ...]] = {("attention", "sm_90"): ("DESCRIPTORS",)}
 
 _tried: dict[str, tuple[str, ...]] = {}
 
@@ -92,23 +91,25 @@ def next_power_of_2(n: int) -> int:
 
 def elementwise(size: int) -> dict:
     """Independent elements of rows of ``size``: 8 elements a thread, 16-byte loads of 16-bit data."""
-    return {"BLOCK": min(1024, next_power_of_2(size)), "num_warps": 4}
+    block = min(2048, next_power_of_2(size))
+    return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
 def whole_rows(size: int) -> dict:
     """Rows of ``size`` elements that stay in registers: 16 to 32 elements a thread, several rows a program if they are short."""
     block = next_power_of_2(size)
-    return {"ROWS": max(1, min(16, 1024 // block)), "BLOCK": block, "num_warps": min(16, max(2, block // 512))}
+    rows = max(1, min(16, 2048 // block))
+    return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(2, rows * block // 512))}
 
 
 def rope(heads: int, kv_heads: int, half: int) -> dict:
-    """Heads of one token, both halves of ``half`` elements in registers: 8 elements of each a thread, 16-byte loads of 16-bit data.
+    """Heads of one token, both halves of ``half`` elements in registers: 4 elements of each a thread.
 
     No more heads than k has, so that grouped-query attention leaves no thread idle.
     """
     block = next_power_of_2(half)
     rows = min(next_power_of_2(min(heads, kv_heads)), max(1, 1024 // block))
-    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(8, rows * block // 256))}
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(8, rows * block // 128))}
 
 
 def gemv_fma(rows: int, n: int, k: int, size: int, bits: int, pair: bool, arch: str) -> dict | None:
@@ -123,13 +124,15 @@ def gemv_fma(rows: int, n: int, k: int, size: int, bits: int, pair: bool, arch: 
         return None
     per_block = {0: 16 // size, 8: 16, 4: 32}[bits]  # inputs in 16 bytes of a weight row
     lanes = 64 if arch.startswith("gfx") else 32
-    # 2 blocks a thread of 16-bit weights, whose rows are long; half of it where more rows of x need registers. Of three sizes
-    # the one that covers k with the fewest idle lanes.
+    # Twice as many of 16-bit weights, whose rows are long; half of it where more rows of x need registers. Of three sizes the one
+    # that covers k with the fewest idle lanes.
     largest = 4 * lanes * (2 if bits == 0 and rows <= 2 else 1)
     blocks = min((largest, largest // 2, largest // 4), key=lambda count: (-(-k // (per_block * count)) * count, -count))
-    warps = max(1, min(4, blocks // lanes))
-    # 8 loads of 16 bytes in flight per thread, and at least 512 programs (4 per processor of an H100) while n allows it.
-    together = max(1, 8 * warps * lanes // blocks // (2 if pair else 1) // (1 if rows <= 2 else 2))
+    # Loads of 16 bytes in flight per thread, of one weight row or more each: few and many threads are best on an H100, but for int4, whose
+    # unpacking needs the registers. At least 512 programs (4 per processor) while n allows it.
+    loads, each = {0: (2, 1), 8: (4, 2), 4: (8, 1)}[bits]
+    warps = max(1, min(8, blocks // each // lanes))
+    together = max(1, loads * warps * lanes // blocks // (2 if pair and bits != 4 else 1) // (1 if rows <= 2 else 2))
     block_n = next(b for b in (8, 4, 2, 1) if b == 1 or (b <= together and n >= 512 * b))
     return {"ROWS": min(rows, limit), "BLOCK_N": block_n, "BLOCKS": blocks, "num_warps": warps, "num_stages": 1}
 
@@ -160,6 +163,8 @@ def attention(queries: int, head_dim: int, size: int, arch: str, dropout: bool =
         block_m, block_n, warps = (16, 16, 4) if block_d > 64 else (32, 32, 8 if dropout else 4)
     elif block_d > 128:
         block_m, block_n, warps = 128 if arch in ("sm_90", "sm_100") else 64, 32, 8
+    elif arch == "sm_90" and not dropout:  # measured on an H100
+        block_m, block_n, warps = 128, 64 if block_d <= 64 else 128, 8
     else:
         block_m, block_n, warps = 128, 64, 4 if block_d <= 64 and arch not in ("sm_89", "sm_120") and not dropout else 8
     if dropout and arch.startswith("gfx"):
@@ -180,12 +185,15 @@ def attention_backward_queries(queries: int, head_dim: int, size: int, arch: str
         block_m, block_n, warps = 64, 32, 8
     elif arch.startswith("gfx"):
         block_m, block_n, warps = (64, 32, 4) if block_d > 64 else (64, 64, 4)
+    elif arch == "sm_90" and block_d <= 64 and not dropout:  # measured on an H100, the third stage of others too
+        block_m, block_n, warps = 64, 64, 4
     else:
         block_m, block_n, warps = 128, 64 if wide or block_d <= 64 else 32, 8
     if dropout and arch.startswith("gfx"):
         block_m, block_n, warps = 128, 16, 4
     block_m = min(block_m, max(16, next_power_of_2(queries)))
-    stages = _attention_stages(2 * block_m * block_d * size, 2 * block_n * block_d * size, 2, arch)
+    most = 3 if arch == "sm_90" and size == 2 and block_d <= 128 and not dropout else 2
+    stages = _attention_stages(2 * block_m * block_d * size, 2 * block_n * block_d * size, most, arch)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
 
@@ -197,6 +205,8 @@ def attention_backward_keys(keys: int, head_dim: int, size: int, arch: str, drop
         block_m, block_n, warps = (16, 16, 4) if block_d > 64 else (32, 32, 8 if dropout else 4)
     elif block_d > 128:
         block_m, block_n, warps = 32, 64, 8
+    elif arch == "sm_90" and not dropout:  # measured on an H100
+        block_m, block_n, warps = 32 if block_d > 64 else 64, 64, 4
     elif block_d > 64:  # two accumulators of 128 columns
         block_m, block_n, warps = (32, 128, 8) if wide else (32, 64, 8) if arch.startswith("gfx") else (64, 64, 8)
     else:
@@ -204,7 +214,8 @@ def attention_backward_keys(keys: int, head_dim: int, size: int, arch: str, drop
         block_n, warps = 128, 4 if dropout and arch.startswith("gfx") else 8
     block_n = min(block_n, max(16, next_power_of_2(keys)))
     resident = 2 * block_n * block_d * size + (16 << 10)  # k and v, and room to change the layout of a tile
-    stages = _attention_stages(resident, 2 * block_m * block_d * size, 2 if size == 2 else 1, arch)
+    most = 1 if size == 4 else 3 if arch == "sm_90" and block_d <= 128 and not dropout else 2
+    stages = _attention_stages(resident, 2 * block_m * block_d * size, most, arch)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
 
@@ -231,18 +242,15 @@ def decode_attention(heads: int, rows: int, head_dim: int, size: int, capacity: 
             "num_warps": 4, "num_stages": stages}  # fmt: skip
 
 
-def quantized_linear_route(rows: int, bits: int, size: int) -> str:
-    """"gemv", "triton" or "dequantize" (once to x's dtype, then PyTorch's product). Not measured yet; the reasoning:
+def quantized_linear_route(rows: int, bits: int) -> str:
+    """"gemv", "int8" or "dequantize" (once to x's dtype, then PyTorch's product). Measured on an H100 with 17 to 4,096 rows:
 
-    int8 tensor cores are twice as fast as 16-bit ones and read half the weight, whatever the rows. int4 is unpacked once per block
-    of 128 rows, which overtakes writing and reading a 16-bit copy (8 times the bytes of the weight) after a few blocks; fp32
-    has no tensor cores of its accuracy.
+    int8 tensor cores win whatever the rows. int4 has none; a product that unpacked its weights for each 128 rows was up to 3.8 times
+    slower than this, and faster (by 0.005 ms) only with fewer than 64 rows.
     """
     if rows <= GEMV_ROWS:
         return "gemv"
-    if bits == 8:
-        return "triton"
-    return "triton" if size == 2 and rows <= 512 else "dequantize"
+    return "int8" if bits == 8 else "dequantize"
 
 
 def quantize_rows(k: int) -> dict:
@@ -253,19 +261,13 @@ def quantize_rows(k: int) -> dict:
 
 def int8_matmul(m: int, n: int, arch: str) -> dict:
     """int8 [m, k] times int8 [n, k]: 128 bytes of k at a time."""
-    block_m = 32 if m <= 32 else (64 if m <= 64 else 128)
-    block_n = 128 if n * m >= PROCESSORS[arch] * block_m * 128 else 64  # enough programs for every processor first
+    # Enough programs for every processor first, and for two rounds of them before tiles are as large as 128 x 128 (measured on an H100).
+    block_m = 32 if m <= 32 else 64 if m * n < 2 * PROCESSORS[arch] * 128 * 128 else 128
+    block_n = 128 if m * n >= PROCESSORS[arch] * block_m * 128 else 64
     stage = (block_m + block_n) * 128
-    stages = 2 if arch.startswith("gfx") else max(2, min(4, (SHARED_MEMORY[arch] - 2048) // stage))
+    most = 3 if block_m * block_n == 128 * 128 else 4
+    stages = 2 if arch.startswith("gfx") else max(2, min(most, (SHARED_MEMORY[arch] - 2048) // stage))
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 8 if block_m * block_n >= 128 * 128 else 4, "num_stages": stages}
-
-
-def int4_matmul(m: int, half_group: int, arch: str) -> dict:
-    """16-bit [m, k] times int4 [n, k], a group of k at a time; registers hold the weights widened, so tiles are smaller than int8's."""
-    block_m, block_n = (32 if m <= 32 else 64 if m <= 64 else 128), 64
-    stage = 4 * block_m * half_group + block_n * half_group
-    stages = 2 if arch.startswith("gfx") else max(2, min(4, SHARED_MEMORY[arch] // 2 // stage))
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": stages}
 
 
 def cross_entropy(vocabulary: int) -> dict:

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
-from qvl_kernels import dispatch, gpu
+from qvl_kernels import PreparedDecoderLayer, dispatch, gpu
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
 from qvl_model.cache import GrowingLayer
 from qvl_model.modules import head, text
@@ -27,16 +27,20 @@ from qvl_model.modules.packed import PackedLinear
 from qvl_model.modules.plain import is_plain, no_global_hooks
 from qvl_model.sampling import Sampler, unsupported_criterion, unsupported_processor
 
-__all__ = ["MODES", "decode", "graphs_possible", "why_never", "why_not"]
+__all__ = ["MODES", "Step", "decode", "graphs_possible", "why_never", "why_not"]
 
 MODES = "greedy and sampling (temperature, top-k, top-p, min-p, repetition penalty, minimum length)"
 KEPT_STEPS = 2  # static caches kept per model, those used last
 STOP_CHECK = 8  # tokens between two looks at whether all rows have ended
-SMALLEST_CAPACITY = 512
+SMALLEST_CAPACITY = 512  # of a static cache; larger ones are multiples of half of it
 
 
-class _Step:
-    """One decoding step of a model for ``rows`` rows: buffers, and the graph over them once captured."""
+class Step:
+    """One decoding step of a model for ``rows`` rows: buffers, and the graph over them.
+
+    ``begin`` of a new step allocates keys and values layer by layer, so that a cache which gives its own back is never there twice, and
+    captures the graph.
+    """
 
     def __init__(self, model: nn.Module, rows: int, capacity: int) -> None:
         self.model, self.rows, self.capacity = weakref.ref(model), rows, capacity
@@ -48,19 +52,20 @@ class _Step:
         self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)  # keys in the cache
         self.visible = torch.ones(rows, 1, 1, capacity, dtype=torch.bool, device=device)
         self.logits = torch.zeros(rows, lm_head.out_features, dtype=dtype, device=device)
-        shapes = [(rows, layer.kv_heads, capacity, layer.head_dim) for layer in self.layers]
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
         self.samplers: dict[tuple, tuple[Sampler, Callable[[], None]]] = {}
-        self.replay = _captured(self._run, device)
+        self.replay: Callable[[], None] | None = None
+        self.pointers = self._pointers()
 
     def _run(self) -> None:
         model = self.model()
         language_model = model.model.language_model
         hidden = language_model.embed_tokens(self.tokens)
         cos, sin = language_model.rotary_emb(hidden, self.positions)
+        filled = self.lengths + 1
         for layer, keys, values in zip(self.layers, self.keys, self.values):
-            hidden = decode_step(hidden, layer, cos, sin, keys, values, self.lengths, self.visible)
+            hidden = decode_step(hidden, layer, cos, sin, keys, values, self.lengths, filled, self.visible)
         self.logits.copy_(model.lm_head(language_model.norm(hidden))[:, 0])
         self.lengths.add_(1)
         self.positions.add_(1)
@@ -91,12 +96,36 @@ class _Step:
         modules = (language_model.embed_tokens, language_model.norm, model.lm_head)
         return tuple(x.data_ptr() for module in modules for x in (*module.parameters(), *module.buffers()))
 
-    def begin(self, cache: DynamicCache, positions: Tensor, visible: Tensor | None) -> None:
-        """Takes over the keys and values of ``cache`` [B rows of length L] and the positions [3, B] of the next token."""
+    def prepare(self) -> None:
+        """Memory and graph, without anything to go on from."""
+        for prepared in self.layers[len(self.keys) :]:
+            self._allocate(prepared)
+        if self.replay is None:
+            self.replay = _captured(self._run, self.tokens.device)
+
+    def begin(self, cache: DynamicCache, positions: Tensor, visible: Tensor | None, *, release: bool = False) -> None:
+        """Takes over the keys and values of ``cache`` [B rows of length L] and the positions [3, B] of the next token. ``release``: the
+        cache is empty afterwards."""
         batch, length = positions.shape[1], cache.get_seq_length()
-        for layer, keys, values in zip(cache.layers, self.keys, self.values):
-            keys[:batch, :, :length].copy_(layer.keys)
-            values[:batch, :, :length].copy_(layer.values)
+        for index, prepared in enumerate(self.layers):
+            layer = cache.layers[index]
+            if index == len(self.keys):
+                self._allocate(prepared)
+            self.keys[index][:batch, :, :length].copy_(layer.keys)
+            self.values[index][:batch, :, :length].copy_(layer.values)
+            if release:
+                cache.layers[index] = layer = DynamicLayer()
+        self._set(batch, length, positions, visible)
+        if self.replay is None:
+            self.prepare()
+            self._set(batch, length, positions, visible)  # the runs before the capture went on; what they wrote is written again
+
+    def _allocate(self, layer: PreparedDecoderLayer) -> None:
+        shape = (self.rows, layer.kv_heads, self.capacity, layer.head_dim)
+        for buffers in (self.keys, self.values):
+            buffers.append(torch.zeros(shape, dtype=self.logits.dtype, device=self.logits.device))
+
+    def _set(self, batch: int, length: int, positions: Tensor, visible: Tensor | None) -> None:
         self.lengths.zero_()
         self.lengths[:batch] = length
         self.positions.zero_()
@@ -127,31 +156,34 @@ def _captured(function: Callable[[], None], device: torch.device) -> Callable[[]
     return graph.replay
 
 
-_steps: "weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple[int, int], _Step]]" = weakref.WeakKeyDictionary()
+_steps: "weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple[int, int], Step]]" = weakref.WeakKeyDictionary()
 _failed: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 
 
-def _step(model: nn.Module, batch: int, length: int) -> _Step:
+def _step(model: nn.Module, batch: int, length: int) -> Step:
+    """One that is there and has room for ``length`` tokens, at most twice as much as needed, or a new one."""
     rows = 1 << (batch - 1).bit_length()
-    capacity = max(SMALLEST_CAPACITY, 1 << (length - 1).bit_length())
+    grain = SMALLEST_CAPACITY // 2
+    needed = max(SMALLEST_CAPACITY, -(-length // grain) * grain)
     steps = _steps.setdefault(model, OrderedDict())
-    step = steps.get((rows, capacity))
-    if step is None or not step.holds():
-        steps.pop((rows, capacity), None)
+    for key in [key for key, step in steps.items() if not step.holds()]:
+        del steps[key]
+    fitting = [key for key in steps if key[0] == rows and needed <= key[1] <= 2 * needed]
+    key = min(fitting, default=(rows, needed))
+    if key not in steps:
         while len(steps) >= KEPT_STEPS:
             steps.popitem(last=False)
-        step = _Step(model, rows, capacity)
-        step.pointers = step._pointers()
-        steps[rows, capacity] = step
-    steps.move_to_end((rows, capacity))
-    return step
+        steps[key] = Step(model, *key)
+    steps.move_to_end(key)
+    return steps[key]
 
 
-def _capture(model: nn.Module, batch: int, length: int, processors, criteria, settings: dict):
+def _begun(model: nn.Module, length: int, cache: DynamicCache, positions: Tensor, visible: Tensor | None, release: bool, sampling: tuple, settings: dict):
     """(step, sampler, choose), or None after one warning where memory or the driver do not allow it; nothing is kept then."""
     try:
-        step = _step(model, batch, length)
-        return step, *step.sampler(processors, criteria, **settings)
+        step = _step(model, positions.shape[1], length)
+        step.begin(cache, positions, visible, release=release)
+        return step, *step.sampler(*sampling, **settings)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         reason = str(error)
     # Out here the error, whose traceback holds the buffers, is gone: the slower path may need their memory.
@@ -221,6 +253,18 @@ class _Silent:
         pass
 
 
+class _Later:
+    """A streamer that has had the first token already."""
+
+    def __init__(self, streamer) -> None:
+        self._streamer, self._first, self.end = streamer, True, streamer.end
+
+    def put(self, value: Tensor) -> None:
+        if not self._first:
+            self._streamer.put(value)
+        self._first = False
+
+
 def decode(model: nn.Module, first_token: Callable, input_ids: Tensor, processors, criteria, config, *, streamer=None, **options):
     """``_sample`` of a call that ``why_not`` has nothing against. ``first_token`` is the stock ``_sample``."""
     batch, prompt = input_ids.shape
@@ -230,14 +274,20 @@ def decode(model: nn.Module, first_token: Callable, input_ids: Tensor, processor
     stock_call = {"streamer": streamer, **options}
     if max_length - prompt <= 1:
         return first_token(input_ids, processors, criteria, config, **stock_call)
-    captured = _capture(model, batch, max_length, processors, criteria, settings)
-    if captured is None:
-        return first_token(input_ids, processors, criteria, config, **stock_call)
-    step, sampler, choose = captured
-    sequences, positions = _first_token(model, first_token, input_ids, processors, criteria, config, stock_call)
     cache, mask = options["past_key_values"], options.get("attention_mask")
+    returned = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+    past = cache.get_seq_length()
+    sequences, positions = _first_token(model, first_token, input_ids, processors, criteria, config, stock_call)
     hidden = mask is not None and not bool(mask.all())
-    step.begin(cache, positions, mask.bool() if hidden else None)
+    begun = _begun(model, max_length, cache, positions, mask.bool() if hidden else None, not returned, (processors, criteria), settings)
+    if begun is None:
+        if returned:
+            cache.crop(past - cache.get_seq_length())
+        else:  # it may have given its keys and values back
+            cache = DynamicCache(config=model.config.get_text_config())
+        again = {"past_key_values": cache, "streamer": None if streamer is None else _Later(streamer)}
+        return first_token(input_ids, processors, criteria, config, **stock_call | again)
+    step, sampler, choose = begun
     step.tokens.zero_()
     step.tokens[:batch] = sequences[:, -1:]
     sampler.begin(sequences, processors)
@@ -255,7 +305,7 @@ def decode(model: nn.Module, first_token: Callable, input_ids: Tensor, processor
     sequences = torch.cat((sequences, produced[:, :steps]), 1)
     if streamer is not None:
         streamer.end()
-    if config.return_dict_in_generate or getattr(cache, "_is_user_defined", True):
+    if returned:
         step.end(cache, batch, prompt + steps)
     if config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)

@@ -116,12 +116,12 @@ def test_every_kernel_case_builds_without_a_gpu():
 
 def test_model_cases_run_and_agree():
     value = gpu_models.generate(gpu_models.SMALL, CPU)
-    assert set(value["first"]) == set(value["decode"]) == set(value["vision"]) == {"stock", "ours"}
+    assert set(value["first"]) == set(value["decode"]) == set(value["vision"]) == {"stock", "ours"} and set(value["replay"]) == {"ours", "DEPENDENT_LAUNCH"}
     assert value["errors"]["ours"] <= 2 * value["errors"]["stock"] + 1e-3
     parity = {}
     built = gpu_models.build(lambda sizes, device: parity.update(gpu_models.parity(sizes, device)) or parity)
-    assert built["parameters"] == 2_127_532_032 and built["measured"] == ["difference", "first", "last"]
-    assert parity["difference"] < 1e-3 and parity["last"] < parity["first"]
+    assert built["parameters"] == 2_127_532_032 and built["measured"] == ["difference", "first_loss", "last_loss"]
+    assert parity["difference"] < 1e-3 and parity["last_loss"] < parity["first_loss"]
 
 
 def test_without_a_gpu_cases_are_built(capsys, monkeypatch):
@@ -144,11 +144,11 @@ def test_a_run_writes_after_every_case_and_survives_bad_ones(tmp_path, monkeypat
     times = {"forward": {"ours": _times(1.0), "eager": _times(3.0)}, "bytes": 2e9, "flops": 0.0, "errors": {"ours": 0.001, "eager": 0.001}}
     entries = [
         gpu.Entry("copy", 20.0, lambda: {"gb_s": 2500.0, "milliseconds": _times(1.0)}, dict),
-        gpu.Entry("swiglu", 20.0, lambda: times, dict),
+        gpu.Entry("swiglu", 20.0, lambda: times, dict, compile=lambda: (tmp_path / "compiled").touch()),
+        gpu.Entry("elsewhere", 20.0, dict, dict, "no_such_module"),
         gpu.Entry("hangs", 0.5, lambda: time.sleep(60), dict),
         gpu.Entry("fails", 20.0, lambda: 1 // 0, dict),
-        gpu.Entry("elsewhere", 20.0, dict, dict, "no_such_module"),
-        gpu.Entry("GPU tests", 20.0, lambda: {"passed": 5, "failed": 1, "skipped": 0, "failures": [], "crashed": []}, dict),
+        gpu.Entry("GPU tests", 20.0, lambda: {"passed": 5, "failed": 1, "skipped": 0, "failures": [], "crashed": []}, dict, early=True),
         gpu.Entry("last", 20.0, last, dict),
     ]
     monkeypatch.setattr(gpu, "ENTRIES", entries)
@@ -157,6 +157,7 @@ def test_a_run_writes_after_every_case_and_survives_bad_ones(tmp_path, monkeypat
     cases = json.loads((tmp_path / "test-gpu-80gb.json").read_text())["cases"]
     assert cases["last"]["value"]["seen"] == sorted(entry.name for entry in entries[:-1])
     assert "longer than" in cases["hangs"]["error"] and "not installed" in cases["elsewhere"]["error"]
+    assert next(iter(cases)) == "GPU tests" and (tmp_path / "compiled").exists()
     assert (tmp_path / "test-gpu-80gb.png").stat().st_size > 1000
     out = capsys.readouterr().out
     assert "5 passed, 1 failed" in out and "80 % of copy" in out and "eager 3.00×" in out and "fails: ZeroDivisionError" in out
@@ -182,7 +183,7 @@ def test_targets_follow_from_what_was_measured():
     cases = {
         **norms, "copy": {"gb_s": 3000.0}, "attention train": attention,
         "swiglu": {**norms["swiglu"], "forward": {"ours": _times(1.25), "liger": _times(1.0)}},
-        "generate": {"first": {"stock": _times(26.0), "ours": _times(20.0)}, "decode": {"stock": _times(20.0), "ours": _times(2.0)},
+        "generate": {"first": {"stock": _times(26.0), "ours": _times(20.0)}, "decode": {"stock": _times(20.0), "ours": _times(2.0)}, "replay": {"ours": _times(2.0)},
                      "bytes_per_token": 3.44e9, "errors": {"stock": 0.01, "ours": 0.015}},
         "memory stock": {"weights": 4, "peak": 14}, "memory accelerated": {"weights": 4, "peak": 12}, "memory int8": {"weights": 2, "peak": 7},
         "train stock": {"step": _times(100.0), "peak": 100}, "train accelerated": {"step": _times(50.0), "peak": 80},

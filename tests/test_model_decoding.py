@@ -1,5 +1,6 @@
 """The decoding loop of GPUs, run here without graphs on CPU tensors: same tokens as stock's own loop."""
 
+import warnings
 import weakref
 
 import pytest
@@ -160,7 +161,47 @@ def test_a_failed_capture_keeps_no_memory(models, monkeypatch):
     monkeypatch.setattr(decoding, "is_plain", lambda *_: True)  # in spite of the forward that looks
     with pytest.warns(RuntimeWarning, match="without CUDA graphs"):
         _generate(ours, inputs([5]), **GREEDY)
-    assert buffers and len(alive) == GREEDY["max_new_tokens"] and not any(b is not None for seen in alive for b in seen)
+    assert buffers and len(alive) == 1 + GREEDY["max_new_tokens"] and not any(b is not None for seen in alive for b in seen)  # the prompt ran twice
+
+
+def test_a_failed_capture_starts_again(monkeypatch, models):
+    """The cache that the caller keeps holds each token once, and a streamer sees each once."""
+    results, streamers = [], [_Tokens(), _Tokens()]
+    monkeypatch.setattr(decoding, "_failed", type(decoding._failed)())
+
+    def fail(function, device):
+        raise torch.OutOfMemoryError("no memory for a graph")
+
+    monkeypatch.setattr(decoding, "_captured", fail)
+    for model, streamer in zip(models, streamers):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results.append(_generate(model, inputs([3, (1, 4, 6), 4]), return_dict_in_generate=True, streamer=streamer, **GREEDY))
+    assert models[1] in decoding._failed and torch.equal(results[0].sequences, results[1].sequences)
+    for ours, plain in zip(results[1].past_key_values.layers, results[0].past_key_values.layers):
+        torch.testing.assert_close(ours.keys, plain.keys)
+    assert streamers[1].values == streamers[0].values and streamers[1].ended == 1
+
+
+def test_keys_and_values_are_there_once(models, monkeypatch):
+    """A cache that nobody asked for is empty once the static one has taken over."""
+    seen, original = [], decoding.Step.begin
+
+    def begin(step, cache, *args, **kwargs):
+        original(step, cache, *args, **kwargs)
+        seen.append(cache.get_seq_length())
+
+    monkeypatch.setattr(decoding.Step, "begin", begin)
+    _generate(models[1], inputs([5]), **GREEDY)
+    kept = _generate(models[1], inputs([5]), return_dict_in_generate=True, **GREEDY).past_key_values
+    assert seen == [0, 5] and kept.get_seq_length() == 4 + GREEDY["max_new_tokens"]
+
+
+def test_a_larger_buffer_serves_a_shorter_prompt(models, calls):
+    ours = models[1]
+    for length, capacities in ((50, [64]), (30, [64]), (2, [64, 16]), (13, [16, 64])):
+        _generate(ours, inputs([length]), **GREEDY)
+        assert [capacity for _, capacity in decoding._steps[ours]] == capacities
 
 
 def test_report_says_which_modes_are_captured(models):

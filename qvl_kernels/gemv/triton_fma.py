@@ -2,7 +2,7 @@
 
 Tiles are [BLOCKS, VECTOR]: BLOCKS loads of 16 bytes. A thread owns whole blocks, so that sums over VECTOR stay inside it and the
 only exchange between threads is one reduction at the end. Rows of the weight are Python tuples, unrolled: BLOCK_N loads are in
-flight together.
+flight together, and the next ones are under way while these are multiplied. The first do not wait for the kernel that makes x.
 """
 
 import triton
@@ -75,6 +75,21 @@ def finish_rows(
 
 
 @triton.jit
+def _weights(
+    w_ptr, up_ptr, stride_w, stride_up, first, k, N, K, BLOCK_N: tl.constexpr, WEIGHT_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Columns k of BLOCK_N rows of w, then of up; zeros from column K on."""
+    weights = ()
+    for i in tl.static_range(WEIGHT_ROWS):
+        n = tl.minimum(first + i % BLOCK_N, N - 1).to(tl.int64)
+        base = w_ptr + n * stride_w
+        if i >= BLOCK_N:
+            base = up_ptr + n * stride_up
+        weights = weights + (tl.load(base + k, mask=k < K, other=0, eviction_policy="evict_first"),)
+    return weights
+
+
+@triton.jit
 def gemv_fma_kernel(
     x_ptr, w_ptr, scale_ptr, up_ptr, up_scale_ptr, bias_ptr, norm_ptr, residual_ptr, y_ptr,
     M, N, K, W_COLUMNS, eps, stride_x, stride_w, stride_scale, stride_up, stride_up_scale, stride_residual, stride_y,
@@ -87,7 +102,6 @@ def gemv_fma_kernel(
     The factor of the norm is one number per row: it multiplies the finished sums, so x is read once. BITS is 8 for int8 weights,
     whose scale per output does the same, else 0.
     """
-    await_inputs(DEPENDENT_LAUNCH)
     row0 = tl.program_id(1) * ROWS
     first = tl.program_id(0) * BLOCK_N
     offs = tl.arange(0, BLOCKS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]  # [BLOCKS, VECTOR]
@@ -95,16 +109,12 @@ def gemv_fma_kernel(
     zero = tl.zeros([BLOCKS], tl.float32)
     accs = (zero,) * (WEIGHT_ROWS * ROWS)
     squares = (zero,) * ROWS
+    weights = _weights(w_ptr, up_ptr, stride_w, stride_up, first, offs, N, K, BLOCK_N, WEIGHT_ROWS)
+    await_inputs(DEPENDENT_LAUNCH)
     for column in range(0, K, BLOCKS * VECTOR):
         k = column + offs
         mask = k < K
-        weights = ()
-        for i in tl.static_range(WEIGHT_ROWS):
-            n = tl.minimum(first + i % BLOCK_N, N - 1).to(tl.int64)
-            base = w_ptr + n * stride_w
-            if i >= BLOCK_N:
-                base = up_ptr + n * stride_up
-            weights = weights + (tl.load(base + k, mask=mask, other=0, eviction_policy="evict_first"),)
+        following = _weights(w_ptr, up_ptr, stride_w, stride_up, first, k + BLOCKS * VECTOR, N, K, BLOCK_N, WEIGHT_ROWS)
         if HAS_NORM:
             factor = tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
         new_squares = ()
@@ -118,6 +128,7 @@ def gemv_fma_kernel(
             for i in tl.static_range(WEIGHT_ROWS):
                 new_accs = new_accs + (accs[r * WEIGHT_ROWS + i] + tl.sum(weights[i].to(tl.float32) * x, 1),)
         accs = new_accs
+        weights = following
         if HAS_NORM:
             squares = new_squares
     finish_rows(

@@ -11,6 +11,9 @@ collect_ignore_glob = [] if RUNNABLE else ["test_*.py"]
 DTYPES = [torch.float32, torch.float16] if config.interpreted() else [torch.float32, torch.float16, torch.bfloat16]
 
 
+torch.backends.cudnn.allow_tf32 = False  # stock's convolution of fp32 patches would be the less accurate side
+
+
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cpu" if config.interpreted() else "cuda")

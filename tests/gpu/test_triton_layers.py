@@ -86,7 +86,7 @@ def test_decode_step(bits, dtype, device):
     weights = _map(lambda w: quant.QuantizedWeight(w.values.to(device), w.scales.to(device), w.in_features) if isinstance(w, quant.QuantizedWeight) else w.to(device), weights)
     lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
-        out = decode_step(moved[0], _Layer(weights), *moved[1:], lengths, visible.to(device))
+        out = decode_step(moved[0], _Layer(weights), *moved[1:], lengths, lengths + 1, visible.to(device))
     for ours, plain, true in zip((out, *moved[3:]), baseline, truth):
         assert_close_to_truth(ours.cpu().nan_to_num(), plain.nan_to_num(), true.nan_to_num())
 

@@ -138,8 +138,9 @@ def test_not_finite_as_the_reference(bad, reduction, dtype, device):
     hidden[2, 1], hidden[4, 5] = bad, bad  # row 4 is ignored
     cotangent = torch.ones(M) if reduction == "none" else None
     ours = _triton(hidden, weight, labels, device, cotangent, reduction=reduction)
-    for out, expected in zip(ours, _reference(hidden, weight, labels, cotangent, reduction=reduction)):
-        assert torch.equal(out.isfinite(), expected.isfinite())
+    # In fp64: a processor's product of 16-bit numbers may read on into the next row and multiply that by 0.
+    for out, expected in zip(ours, _reference(hidden.double(), weight.double(), labels, cotangent, reduction=reduction)):
+        assert out.isfinite().nonzero().tolist() == expected.isfinite().nonzero().tolist()
 
 
 def test_words_that_are_ruled_out(dtype, device):

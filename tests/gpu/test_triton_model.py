@@ -26,7 +26,8 @@ TRAINED = ([3, (1, 8, 10), 2], [9])  # more than 16 rows for every product: the 
 def pair(monkeypatch, device):
     """(stock, accelerated)"""
     monkeypatch.setitem(models.CONFIGS, "tiny", TINY)
-    return tuple(model.to(device) for model in models.pair("tiny"))
+    stock = models.stock_model("tiny").to(device)  # accelerated there: a machine with a GPU may lack the C++ extension
+    return stock, qvl_model.accelerate(copy.deepcopy(stock))
 
 
 def _batch(device, *rows) -> dict[str, torch.Tensor]:

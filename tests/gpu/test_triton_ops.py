@@ -1,4 +1,4 @@
-"""Every Triton kernel over the shared cases, forward and backward, against the float64 reference."""
+"""Every Triton kernel over the shared cases, forward and backward, against the float64 reference, beside PyTorch on the same device."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 import qvl_kernels
 from qvl_kernels import config, library
 from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, surrounded
-from op_cases import INFERENCE_ONLY, OPS, differentiable, double, generator, gradients, map_tensors, outputs, reference
+from op_cases import INFERENCE_ONLY, OPS, differentiable, double, generator, gradients, outputs, reference
 
 SAME_KERNELS = {"cross_attention": "attention", "patch_embed": "linear"}  # public functions over another's op
 SLOW = {"one_query", "split_keys"}  # long for the interpreter, as the model's shapes are
@@ -31,7 +31,7 @@ def _on(device: torch.device, value):
 def test_forward(op, case, dtype, device, monkeypatch):
     function = OPS[op][0]
     arguments = case.make(dtype, generator())
-    truth_arguments, baseline_arguments = double(arguments), map_tensors(torch.clone, arguments)
+    truth_arguments, baseline_arguments = (_on(device, value) for value in (double(arguments), arguments))
     truth, baseline = reference(function, truth_arguments), reference(function, baseline_arguments)
     ours_arguments = _on(device, arguments)
     guard = GuardedEmpty()
@@ -42,10 +42,10 @@ def test_forward(op, case, dtype, device, monkeypatch):
     guard.check()
     assert len(out) == len(truth)
     for ours, plain, exact in zip(out, baseline, truth):
-        assert_close_to_truth(ours.cpu(), plain, exact)
+        assert_close_to_truth(ours, plain, exact)
     if op == "decoder_layer":
         for name in ("k_cache", "v_cache"):
-            assert_close_to_truth(ours_arguments[name].cpu(), baseline_arguments[name], truth_arguments[name])
+            assert_close_to_truth(ours_arguments[name], baseline_arguments[name], truth_arguments[name])
 
 
 @pytest.mark.parametrize(("op", "case"), [p for p in ALL if p.values[0] not in INFERENCE_ONLY])
@@ -56,18 +56,19 @@ def test_gradients(op, case, dtype, device, monkeypatch):
     arguments = differentiable(case.make(dtype, generator()))
     with torch.no_grad(), qvl_kernels.use_backend("reference"):
         cotangents = [torch.randn(out.shape, generator=generator()) for out in outputs(function(**arguments))]
+    there = [cotangent.to(device) for cotangent in cotangents]
     with qvl_kernels.use_backend("reference"):
-        truth = gradients(function, differentiable(double(arguments)), cotangents)
-        baseline = gradients(function, arguments, cotangents)
+        truth = gradients(function, differentiable(_on(device, double(arguments))), there)
+        baseline = gradients(function, differentiable(_on(device, arguments)), there)
     ours_arguments = differentiable(_on(device, arguments))
     guard = GuardedEmpty()
     monkeypatch.setattr(torch, "empty", guard)
     with qvl_kernels.use_backend("triton"):
-        ours = gradients(function, ours_arguments, [cotangent.to(device) for cotangent in cotangents])
+        ours = gradients(function, ours_arguments, there)
     monkeypatch.undo()
     guard.check()
     # Scores of up to 300 are rounded by up to 150 units of fp32, and exponents with them; the backward finds them anew, where PyTorch keeps
     # probabilities. How far apart the two lie differs with the order of sums, from processor to processor.
     floor = max(2 * torch.finfo(dtype).eps, 64 * torch.finfo(torch.float32).eps) if case.name == "large_scores" else None
     for gradient, plain, exact in zip(ours, baseline, truth):
-        assert_close_to_truth(gradient.cpu(), plain, exact, factor=3.0, floor=floor)
+        assert_close_to_truth(gradient, plain, exact, factor=3.0, floor=floor)

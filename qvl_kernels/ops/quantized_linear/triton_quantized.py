@@ -1,11 +1,10 @@
-"""quantized_linear on GPUs: matrix-vector kernels for few rows, then a Triton GEMM or PyTorch's on a widened copy (tuning.py)."""
+"""quantized_linear on GPUs: matrix-vector kernels for few rows, then int8 products or PyTorch's on a widened copy (tuning.py)."""
 
 import torch
 
 from qvl_kernels import tuning
 from qvl_kernels.gemv.launch import launch_quantized_gemv
 from qvl_kernels.ops.quantized_linear.triton_dequantize import launch_dequantize
-from qvl_kernels.ops.quantized_linear.triton_int4 import launch_int4_matmul
 from qvl_kernels.ops.quantized_linear.triton_int8 import launch_int8_matmul
 from qvl_kernels.triton_lib import as_rows
 
@@ -14,12 +13,11 @@ __all__ = ["launch_quantized_linear"]
 
 def launch_quantized_linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     rows = as_rows(x)
-    bits = 8 if values.dtype == torch.int8 else 4
-    route = tuning.quantized_linear_route(rows.shape[0], bits, x.element_size())
+    route = tuning.quantized_linear_route(rows.shape[0], 8 if values.dtype == torch.int8 else 4)
     if route == "gemv":
         return launch_quantized_gemv(x, values, scales, bias, None, 0.0, None)
     if route == "dequantize":
         return torch.nn.functional.linear(x, launch_dequantize(values, scales, x.shape[-1], x.dtype), bias)
     y = torch.empty((*x.shape[:-1], values.shape[0]), dtype=x.dtype, device=x.device)
-    (launch_int8_matmul if bits == 8 else launch_int4_matmul)(rows, values, scales, bias, as_rows(y))
+    launch_int8_matmul(rows, values, scales, bias, as_rows(y))
     return y
