@@ -231,7 +231,10 @@ def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloa
                 unavailable[name] = f"{type(error).__name__}: {error}"[:200]
                 del contestants[name]
         del truth
-        forward = compare({name: lambda f=function, a=arguments[name]: f(**a) for name, function in contestants.items()}, device, seconds=seconds)
+        timed = {name: lambda f=function, a=arguments[name]: f(**a) for name, function in contestants.items()}
+        if not case.flops:  # bound by memory: the copy of as many bytes is what it is held against
+            timed["copy"] = _copy(int(case.bytes) // 2, device)
+        forward = compare(timed, device, seconds=seconds)
     result = {"errors": errors, "forward": forward, "variants": [*variants], "unavailable": unavailable, "bytes": case.bytes, "flops": case.flops}
     for name in variants:
         contestants.pop(name, None)
@@ -257,9 +260,13 @@ def build(case: KernelCase, arch: str = "sm_90") -> dict:
     return {"kernels": sorted({s.kernel.__name__ for s in made.values()}), "violations": wrong}
 
 
-def copy_bandwidth(device: torch.device, bytes: int = 2 << 30) -> dict:
-    """GB/s of a device copy, reading and writing counted: what memory-bound kernels are held against."""
-    source = torch.empty(bytes, dtype=torch.uint8, device=device).fill_(1)
+def _copy(bytes: int, device: torch.device) -> Callable[[], object]:
+    source = torch.randint(0, 256, (bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = compare({"copy": lambda: target.copy_(source)}, device)["copy"]
+    return lambda: target.copy_(source)
+
+
+def copy_bandwidth(device: torch.device, bytes: int = 2 << 30) -> dict:
+    """GB/s of a large device copy, reading and writing counted."""
+    times = compare({"copy": _copy(bytes, device)}, device)["copy"]
     return {"gb_s": 2 * bytes / times["median"] / 1e6, "milliseconds": times}

@@ -13,7 +13,7 @@ from bench.checkpoint import FULL_CONFIG, special_token_ids
 from bench.gpu_timing import compare, synchronize
 from bench.timing import summary
 from bench.truth import relative_error
-from qvl_kernels import tuning
+from qvl_kernels import gpu, tuning
 
 __all__ = ["FULL", "SMALL", "Sizes", "build", "compiled", "decode", "fits", "generate", "memory", "parity", "train"]
 
@@ -118,8 +118,8 @@ def _replays(model: nn.Module, rows: int, length: int, device: torch.device) -> 
     """Milliseconds on the device of the graph of a decoding step over ``length`` keys; also with dependent launches."""
     from qvl_model.decoding import SMALLEST_CAPACITY, Step
 
-    steps = {}
-    for name, variants in (("ours", tuning.FASTER.get(("decoding", "sm_90"), ())), ("DEPENDENT_LAUNCH", ("DEPENDENT_LAUNCH",))):
+    steps, on = {}, tuning.FASTER.get(("decoding", gpu.architecture(device)), ())
+    for name, variants in (("ours", on), ("DEPENDENT_LAUNCH", ("DEPENDENT_LAUNCH",))):
         with tuning.trying("decoding", *variants):
             steps[name] = Step(model, rows, SMALLEST_CAPACITY)
             steps[name].prepare()

@@ -91,7 +91,8 @@ def tables(result: dict) -> str:
     lines = [headline(result), ""]
     tests = result["cases"].get("GPU tests", {}).get("value")
     if tests:
-        lines += [f"GPU tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped.", ""]
+        unknown = f", {tests['not_run']} not run for lack of time" if tests.get("not_run") else ""
+        lines += [f"GPU tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped{unknown}.", ""]
     lines += [*_table(("", "measured", "target", "result"), target_rows(result)), ""]
     if memory_rows(result):
         lines += [*_table(("", "peak, GB", "weights, GB", "step, ms"), memory_rows(result)), ""]

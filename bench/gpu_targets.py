@@ -21,7 +21,9 @@ def speed(cases: Cases, case: str, side: str, rival: str) -> float | None:
 
 
 def bandwidth_share(cases: Cases, case: str) -> float | None:
-    """Bytes per second of our forward pass over those of a copy."""
+    """Bytes per second of our forward pass over those of a copy: of as many bytes, in turns with it, where that was timed, else a large one."""
+    if "copy" in cases.get(case, {}).get("forward", {}):
+        return speed(cases, case, "forward", "copy")
     if case not in cases or "copy" not in cases:
         return None
     return cases[case]["bytes"] / cases[case]["forward"]["ours"]["median"] / 1e6 / cases["copy"]["gb_s"]
