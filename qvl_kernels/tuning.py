@@ -17,6 +17,7 @@ __all__ = [
     "attention_backward_keys",
     "attention_backward_queries",
     "cross_entropy",
+    "cross_entropy_columns",
     "cross_entropy_rows",
     "decode_attention",
     "elementwise",
@@ -276,10 +277,18 @@ def cross_entropy(vocabulary: int) -> dict:
     return {"BLOCK": block, "num_warps": max(1, block // 1024)}
 
 
-def cross_entropy_rows(tokens: int, accumulate: bool) -> int:
-    """Rows of logits held at once: 311 MB of 16-bit logits with 151,936 words.
+def cross_entropy_rows() -> int:
+    """Rows of logits held at once where they need memory of their own: 311 MB of 16-bit logits with 151,936 words."""
+    return 1024
 
-    ``accumulate``: every chunk reads and writes dweight, 0.37 ms on an H100 for 622 MB, beside a product of 1 ms with 1,024 rows; and
-    rounds it to its dtype: 16 times are twice the error of once, so that more tokens get larger chunks instead.
+
+def cross_entropy_columns(tokens: int, width: int, left: int) -> int:
+    """How many of the ``left`` columns of logits [tokens, V] come next where dweight [V, width] is wanted: as many as fit behind their own rows of
+    dweight, a fifth of what is left with 8,192 tokens and 2,048 wide; towards the end those of a scratch as large as hidden, somewhat larger
+    with more tokens.
+
+    Each block is added to dhidden and rounded, so that there are at most 32: an error 3 times that of one rounding.
     """
-    return max(1024, -(-tokens // 16)) if accumulate else 1024
+    behind = left * width // (tokens + width)
+    scratch = width * max(1.0, tokens / 8192) ** 0.5
+    return min(left, max(64, int(max(behind, scratch)) // 64 * 64))
