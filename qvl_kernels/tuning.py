@@ -282,13 +282,9 @@ def cross_entropy_rows() -> int:
     return 1024
 
 
-def cross_entropy_columns(tokens: int, width: int, left: int) -> int:
-    """How many of the ``left`` columns of logits [tokens, V] come next where dweight [V, width] is wanted: as many as fit behind their own rows of
-    dweight, a fifth of what is left with 8,192 tokens and 2,048 wide; towards the end those of a scratch as large as hidden, somewhat larger
-    with more tokens.
-
-    Each block is added to dhidden and rounded, so that there are at most 32: an error 3 times that of one rounding.
+def cross_entropy_columns(tokens: int, width: int, free: int) -> int:
+    """How many columns of logits [tokens, V] come next where ``free`` rows of dweight [V, width] are neither written nor needed: as many as fit
+    behind their own rows, a fifth of them with 8,192 tokens and 2,048 wide. 0 where these would be too few for a product.
     """
-    behind = left * width // (tokens + width)
-    scratch = width * max(1.0, tokens / 8192) ** 0.5
-    return min(left, max(64, int(max(behind, scratch)) // 64 * 64))
+    columns = free * width // (tokens + width) // 64 * 64
+    return columns if columns >= 1024 else 0

@@ -14,7 +14,7 @@ M, V, C = 21, 50, 16
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(tuning, "cross_entropy_rows", lambda: 8)
-    monkeypatch.setattr(tuning, "cross_entropy_columns", lambda tokens, width, left: min(left, 12))
+    monkeypatch.setattr(tuning, "cross_entropy_columns", lambda tokens, width, free: max(0, free) * width // (tokens + width) // 2)
     monkeypatch.setattr(tuning, "cross_entropy", lambda vocabulary: {"BLOCK": 16, "num_warps": 1})
 
 
@@ -74,9 +74,9 @@ def test_gradients_made_with_the_loss(dtype, device):
 
 @pytest.mark.parametrize(
     ("wanted", "kind", "reduction", "products"),
-    # By rows 3 blocks; where dweight is wanted, losses by 2 blocks of 16 rows and the rest by 5 blocks of columns.
-    [((True, True), torch.float32, "mean", 2 + 5 * 3), ((True, False), torch.float32, "sum", 3 * 2), ((False, True), torch.float32, "mean", 2 + 5 * 2),
-     ((True, True), torch.float32, "none", 3 + 5 * 3), ((True, True), torch.float16, "mean", 3 + 5 * 3), ((False, False), torch.float32, "mean", 3)],
+    # Losses by 3 blocks of rows, or in the memory of dweight by 2; gradients of hidden alone with them; else by blocks of columns, then of rows.
+    [((True, True), torch.float32, "mean", 2 + 3 * (10 + 2)), ((True, False), torch.float32, "sum", 3 * 2), ((False, True), torch.float32, "mean", 2 + 2 * (13 + 1)),
+     ((True, True), torch.float32, "none", 3 + 3 * (10 + 2)), ((True, True), torch.float16, "mean", 3 + 3 * (4 + 3)), ((False, False), torch.float32, "mean", 3)],
     ids=str,
 )  # fmt: skip
 def test_no_product_too_many(wanted, kind, reduction, products, device, monkeypatch):
@@ -91,8 +91,8 @@ def test_no_product_too_many(wanted, kind, reduction, products, device, monkeypa
         if any(wanted):
             loss.sum().backward()
     assert [x.grad is not None for x in (hidden, weight)] == list(wanted)
-    assert len(made) == products
-    assert max(allocated) <= max(8 * V, M * 12, V * C if wanted[1] else 0)
+    assert len(made) == products - (4 if kind == torch.float16 and device.type == "cpu" else 0)  # 16-bit products added to fp32, by other means there
+    assert max(allocated) <= max(8 * V, M * C + V, V * C if wanted[1] else 0)
 
 
 def test_two_backward_passes_over_one_graph(device):
@@ -129,8 +129,9 @@ def test_huge_logits(device):
     truth = _reference(*(x.double() for x in inputs[:2]), inputs[2], torch.ones(M).double(), reduction="none")
     baseline = _reference(*inputs, torch.ones(M), reduction="none")
     ours = _triton(*inputs, device, torch.ones(M), reduction="none")
-    for out, plain, exact in zip(ours, baseline, truth):
-        assert_close_to_truth(out[8:] if out.dim() == 1 else out, plain[8:] if plain.dim() == 1 else plain, exact[8:] if exact.dim() == 1 else exact)
+    # Logits are found twice, by products of other shapes: so the gradients are as exact as they are.
+    for floor, out, plain, exact in zip((None, 4e4 * torch.finfo(torch.float32).eps, 4e4 * torch.finfo(torch.float32).eps), ours, baseline, truth):
+        assert_close_to_truth(out[8:] if out.dim() == 1 else out, plain[8:] if plain.dim() == 1 else plain, exact[8:] if exact.dim() == 1 else exact, floor=floor)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -193,12 +194,12 @@ def test_inference_computes_no_gradient(dtype, device):
 
 
 def test_blocks_of_columns(monkeypatch):
-    """All columns once, in memory that dweight does not use yet or as large as hidden."""
+    """They fit into what is free, and are few."""
     monkeypatch.undo()
-    for tokens, width, vocabulary, most in ((8192, 2048, 151936, 18), (1, 2048, 151936, 3), (100_000, 2048, 151936, 32), (21, 16, 50, 1), (5, 7, 1, 1)):
-        left, blocks = vocabulary, 0
-        while left:
-            columns = tuning.cross_entropy_columns(tokens, width, left)
-            left, blocks = left - columns, blocks + 1
-            assert left >= 0 and (tokens * columns <= left * width or columns <= max(64, width * max(1, tokens / 8192) ** 0.5)), (tokens, left)
-        assert blocks <= most, (tokens, blocks)
+    for tokens, width, free, most in ((8192, 2048, 135_552, 15), (1, 2048, 151_936, 2), (60_000, 2048, 31_936, 1), (21, 16, 50, 0)):
+        blocks = 0
+        while columns := tuning.cross_entropy_columns(tokens, width, free):
+            free, blocks = free - columns, blocks + 1
+            assert tokens * columns <= free * width
+        assert blocks <= most and (blocks > 0) == (most > 0), (tokens, blocks)
+    assert tuning.cross_entropy_columns(8192, 2048, -100) == 0

@@ -2,10 +2,12 @@
 place, into their gradient.
 
 Losses and dhidden go by rows: a block of whole rows of logits is all that they need. dweight goes by columns: a block of them makes rows of
-dweight, each written once. That takes the logits a second time, a fourth product of 2 M V C operations, but no memory: the first time they
-lie where dweight will be, the second time mostly in what is not written yet of it. By rows with three products [Liger Kernel, Hsu et al. 2024,
-arXiv:2410.10989] dweight is read and written for every block, so that blocks are either small and slow or large.
+dweight, each written once. That takes the logits a second time, a fourth product of 2 M V C operations, but hardly any memory: the first time
+they lie where dweight will be, the second time mostly in what is not written yet of it. By rows with three products [Liger Kernel, Hsu et
+al. 2024, arXiv:2410.10989] dweight is read and written for every block, so that blocks are either small and slow or large.
 """
+
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -64,77 +66,106 @@ def _cross_entropy_kernel(
             tl.store(logits_ptr + offs, (scale * gradient).to(logits_ptr.dtype.element_ty), mask=offs < columns)
 
 
-def _products(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, label_smoothing: float, sums: torch.Tensor, *,
-    losses: torch.Tensor | None = None, scales: torch.Tensor | None = None, dhidden: torch.Tensor | None = None,
-    dweight: torch.Tensor | None = None,
-) -> None:  # fmt: skip
-    """Writes ``losses`` and ``sums`` if losses are asked for (else reads ``sums``), and the gradients that are asked for."""
-    if hidden.shape[0] == 0:
+class _Logits:
+    """hidden weight^T, block by block, turned into losses or their gradient in place."""
+
+    def __init__(self, hidden, weight, labels, ignore_index: int, label_smoothing: float, sums, losses=None, scales=None) -> None:
+        self.hidden, self.weight, self.labels, self.sums, self.losses, self.scales = hidden, weight, labels.contiguous(), sums, losses, scales
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        (self.tokens, self.width), self.vocabulary = hidden.shape, weight.shape[0]
+
+    def block(self, memory: torch.Tensor, rows: slice, columns: slice, *, loss: bool, gradient: bool) -> torch.Tensor:
+        """[rows, columns] at the end of ``memory``. ``loss``: of whole rows, whose losses and sums are stored; else sums are read."""
+        count, size = rows.stop - rows.start, columns.stop - columns.start
+        memory = memory.view(-1)
+        logits = memory[memory.numel() - count * size :].view(count, size)
+        torch.mm(self.hidden[rows], self.weight[columns].t(), out=logits)
+        launch(
+            _cross_entropy_kernel, (count,),
+            logits, self.labels[rows], self.losses[rows] if loss else self.sums[0], self.sums[:, rows],
+            self.sums[0] if self.scales is None else self.scales[rows], size, columns.start, self.vocabulary, self.tokens, self.ignore_index,
+            self.label_smoothing, LOSS=loss, GRADIENT=gradient, SMOOTHED=self.label_smoothing > 0.0, HAS_SCALES=self.scales is not None,
+            **tuning.cross_entropy(size),
+        )  # fmt: skip
+        return logits
+
+    def by_rows(self, dhidden: torch.Tensor | None, dweight: torch.Tensor | None) -> None:
+        """Losses, if they are wanted, and dhidden, if that alone is; with both gradients losses only, in the memory of dweight."""
+        memory, everything = dweight, slice(0, self.vocabulary)
+        rows = self.width
+        if memory is None:
+            rows = min(tuning.cross_entropy_rows(), self.tokens)
+            memory = torch.empty((rows, self.vocabulary), dtype=self.hidden.dtype, device=self.hidden.device)
+        gradient = dweight is None and dhidden is not None
+        for part in _parts(0, self.tokens, rows):
+            logits = self.block(memory, part, everything, loss=self.losses is not None, gradient=gradient)
+            if gradient:
+                torch.mm(logits, self.weight, out=dhidden[part])
+
+    def by_columns(self, dhidden: torch.Tensor | None, dweight: torch.Tensor) -> None:
+        """Both gradients, blocks of columns first: as long as they fit into rows of dweight that come later, the last of which hold the sum
+        for dhidden in fp32. Then rows of what columns are left, in memory as large as hidden."""
+        everything, begin, total = slice(0, self.tokens), 0, None
+        free = self.vocabulary
+        if dhidden is not None:
+            free -= -(-self.tokens * 4 // dweight.element_size())
+        while columns := tuning.cross_entropy_columns(self.tokens, self.width, free - begin):
+            part = slice(begin, begin + columns)
+            logits = self.block(dweight[part.stop : free], everything, part, loss=False, gradient=True)
+            torch.mm(logits.t(), self.hidden, out=dweight[part])
+            if dhidden is not None:
+                first = total is None
+                if first:
+                    total = dweight[free:].view(-1).view(torch.float32)[: dhidden.numel()].view(dhidden.shape)
+                _add_product(total, logits, self.weight[part], first)
+            begin = part.stop
+        if total is not None:
+            dhidden.copy_(total)
+        part = slice(begin, self.vocabulary)
+        size = part.stop - part.start
+        rows = min(self.tokens, max(self.tokens * self.width // max(1, size), -(-self.tokens // 16), 1))
+        memory = torch.empty((rows, size), dtype=self.hidden.dtype, device=self.hidden.device)
+        for some in _parts(0, self.tokens, rows):
+            logits = self.block(memory, some, part, loss=False, gradient=True)
+            _multiply(dweight[part], logits.t(), self.hidden[some], some.start == 0)
+            if dhidden is not None:
+                _multiply(dhidden[some], logits, self.weight[part], total is None)
+
+
+def _parts(begin: int, end: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, end)) for start in range(begin, end, size))
+
+
+def _multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    """out = a b, or out += a b."""
+    if first:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(out, a, b, out=out)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    """fp32 total = a b, or += a b."""
+    if first:
+        total.zero_()
+    if a.dtype == torch.float32:
+        torch.addmm(total, a, b, out=total)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:  # the interpreter
+        total += a.float() @ b.float()
+
+
+def _products(logits: _Logits, dhidden: torch.Tensor | None, dweight: torch.Tensor | None) -> None:
+    """Writes losses and sums if losses are asked for (else reads sums), and the gradients that are asked for."""
+    if logits.tokens == 0:
         if dweight is not None:
             dweight.zero_()
         return
-    rest = (hidden, weight, labels, ignore_index, label_smoothing, sums)
-    if dweight is None:
-        _by_rows(*rest, losses, scales, dhidden, None)
-        return
-    if losses is not None:
-        _by_rows(*rest, losses, None, None, dweight)
-    _by_columns(*rest, scales, dhidden, dweight)
-
-
-def _by_rows(hidden, weight, labels, ignore_index, label_smoothing, sums, losses, scales, dhidden, memory) -> None:
-    """Blocks of whole rows of logits, in ``memory`` [V, C] if there is some."""
-    (tokens, width), vocabulary = hidden.shape, weight.shape[0]
-    if memory is None:
-        rows = min(tuning.cross_entropy_rows(), tokens)
-        memory = torch.empty((rows, vocabulary), dtype=hidden.dtype, device=hidden.device)
-    else:
-        rows = width
-    memory = memory.view(-1)
-    for begin in range(0, tokens, rows):
-        part = slice(begin, min(begin + rows, tokens))
-        count = part.stop - begin
-        logits = memory[: count * vocabulary].view(count, vocabulary)
-        torch.mm(hidden[part], weight.t(), out=logits)
-        launch(
-            _cross_entropy_kernel, (count,),
-            logits, labels[part], sums[0] if losses is None else losses[part], sums[:, part], sums[0] if scales is None else scales[part],
-            vocabulary, 0, vocabulary, tokens, ignore_index, label_smoothing,
-            LOSS=losses is not None, GRADIENT=dhidden is not None, SMOOTHED=label_smoothing > 0.0, HAS_SCALES=scales is not None,
-            **tuning.cross_entropy(vocabulary),
-        )  # fmt: skip
-        if dhidden is not None:
-            torch.mm(logits, weight, out=dhidden[part])
-
-
-def _by_columns(hidden, weight, labels, ignore_index, label_smoothing, sums, scales, dhidden, dweight) -> None:
-    """Blocks of whole columns of logits, whose gradients are those of as many rows of dweight. They lie in rows of it that come later, as
-    long as these suffice."""
-    (tokens, width), vocabulary = hidden.shape, weight.shape[0]
-    scratch = None
-    begin = 0
-    while begin < vocabulary:
-        columns = tuning.cross_entropy_columns(tokens, width, vocabulary - begin)
-        part, size = slice(begin, begin + columns), tokens * columns
-        memory = dweight[part.stop :].view(-1)
-        if memory.numel() < size:
-            if scratch is None:
-                scratch = torch.empty((size,), dtype=hidden.dtype, device=hidden.device)
-            memory = scratch
-        logits = memory[memory.numel() - size :].view(tokens, columns)
-        torch.mm(hidden, weight[part].t(), out=logits)
-        launch(
-            _cross_entropy_kernel, (tokens,),
-            logits, labels, sums[0], sums, sums[0] if scales is None else scales, columns, begin, vocabulary, tokens, ignore_index, label_smoothing,
-            LOSS=False, GRADIENT=True, SMOOTHED=label_smoothing > 0.0, HAS_SCALES=scales is not None, **tuning.cross_entropy(columns),
-        )  # fmt: skip
-        torch.mm(logits.t(), hidden, out=dweight[part])
-        if dhidden is not None and begin == 0:
-            torch.mm(logits, weight[part], out=dhidden)
-        elif dhidden is not None:
-            torch.addmm(dhidden, logits, weight[part], out=dhidden)
-        begin = part.stop
+    if dweight is None or logits.losses is not None:
+        logits.by_rows(dhidden, dweight)
+    if dweight is not None:
+        logits.by_columns(dhidden, dweight)
 
 
 def _empty(tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,7 +185,7 @@ def launch_loss_rows(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, label_smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     losses, sums = _empty(hidden.shape[0], hidden.device)
-    _products(hidden, weight, labels.contiguous(), ignore_index, label_smoothing, sums, losses=losses)
+    _products(_Logits(hidden, weight, labels, ignore_index, label_smoothing, sums, losses), None, None)
     return losses, sums
 
 
@@ -163,9 +194,7 @@ def launch_loss_rows_backward(
     label_smoothing: float, hidden_wanted: bool, weight_wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     dhidden, dweight = _like(hidden, hidden_wanted), _like(weight, weight_wanted)
-    _products(
-        hidden, weight, labels.contiguous(), ignore_index, label_smoothing, sums, scales=grad.contiguous(), dhidden=dhidden, dweight=dweight
-    )
+    _products(_Logits(hidden, weight, labels, ignore_index, label_smoothing, sums, scales=grad.contiguous()), dhidden, dweight)
     return _or_nothing(hidden, dhidden), _or_nothing(weight, dweight)
 
 
@@ -175,5 +204,5 @@ def launch_loss_sum(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     losses, sums = _empty(hidden.shape[0], hidden.device)
     dhidden, dweight = _like(hidden, hidden_wanted), _like(weight, weight_wanted)
-    _products(hidden, weight, labels.contiguous(), ignore_index, label_smoothing, sums, losses=losses, dhidden=dhidden, dweight=dweight)
+    _products(_Logits(hidden, weight, labels, ignore_index, label_smoothing, sums, losses), dhidden, dweight)
     return losses.sum(), _or_nothing(hidden, dhidden), _or_nothing(weight, dweight)
