@@ -95,6 +95,17 @@ def test_no_product_too_many(wanted, kind, reduction, products, device, monkeypa
     assert max(allocated) <= max(8 * V, M * C + V, V * C if wanted[1] else 0)
 
 
+@pytest.mark.parametrize(("tokens", "words", "width"), [(9, 51, 15), (4, 40, 7), (1, 3, 5), (30, 33, 16)])
+def test_odd_sizes(tokens, words, width, dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = random_tensor((tokens, width), dtype, generator), random_tensor((words, width), dtype, generator)
+    labels = torch.randint(0, words, (tokens,), generator=generator)
+    ours = _triton(hidden, weight, labels, device)
+    truth, baseline = _reference(hidden.double(), weight.double(), labels), _reference(hidden, weight, labels)
+    for factor, out, plain, exact in zip((2.0, 3.0, 3.0), ours, baseline, truth):
+        assert_close_to_truth(out, plain, exact, factor=factor)
+
+
 def test_two_backward_passes_over_one_graph(device):
     hidden, weight, labels = _inputs(torch.float32)
     _, *expected = _reference(hidden, weight, labels)

@@ -106,9 +106,9 @@ class _Logits:
         """Both gradients, blocks of columns first: as long as they fit into rows of dweight that come later, the last of which hold the sum
         for dhidden in fp32. Then rows of what columns are left, in memory as large as hidden."""
         everything, begin, total = slice(0, self.tokens), 0, None
-        free = self.vocabulary
+        free, words = self.vocabulary, 4 // dweight.element_size()
         if dhidden is not None:
-            free -= -(-self.tokens * 4 // dweight.element_size())
+            free = (free - words * self.tokens) // words * words  # fp32 begins at every second row of 16 bits at least
         while columns := tuning.cross_entropy_columns(self.tokens, self.width, free - begin):
             part = slice(begin, begin + columns)
             logits = self.block(dweight[part.stop : free], everything, part, loss=False, gradient=True)
@@ -116,7 +116,7 @@ class _Logits:
             if dhidden is not None:
                 first = total is None
                 if first:
-                    total = dweight[free:].view(-1).view(torch.float32)[: dhidden.numel()].view(dhidden.shape)
+                    total = dweight[free : free + words * self.tokens].view(-1).view(torch.float32).view(dhidden.shape)
                 _add_product(total, logits, self.weight[part], first)
             begin = part.stop
         if total is not None:
