@@ -90,17 +90,20 @@ class _Pytest:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, cwd=root, env=environment, stdout=self._file, stderr=subprocess.STDOUT, text=True)
 
-    def output(self, deadline: float) -> str:
-        """What it printed; one that runs on after the deadline is told to stop, and sums up what it did until then."""
+    def stop_at(self, deadline: float) -> None:
+        """One that runs on after the deadline is told to stop, and sums up what it did until then."""
         try:
             self.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self.process.send_signal(signal.SIGINT)
-            try:
-                self.process.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+
+    def output(self) -> str:
+        """What it printed."""
+        try:
+            self.process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         with self._file as file:
             file.seek(0)
             return file.read()
@@ -117,14 +120,18 @@ def run_tests(folder: str = "tests/gpu", root: Path = ROOT, jobs: int | None = N
     """Runs the GPU tests in several processes, since most of their time is compilation. {"passed", "failed", "skipped", "not_run": those that
     ``seconds`` did not suffice for, "failures", "crashed"}."""
     deadline = time.monotonic() + seconds
-    listed = _Pytest(root, "--collect-only", folder).output(deadline)
+    collected = _Pytest(root, "--collect-only", folder)
+    collected.stop_at(deadline)
+    listed = collected.output()
     tests = [line for line in listed.splitlines() if "::" in line]
     if not tests:
         raise RuntimeError(f"no tests were found in {folder}: {listed[-500:].strip()}")
     jobs = min(jobs or max(1, len(os.sched_getaffinity(0)) - COMPILING), len(tests))
     random.Random(0).shuffle(tests)  # slow ones stand together
     running = [_Pytest(root, *tests[index::jobs]) for index in range(jobs)]
-    outputs = [one.output(deadline) for one in running]
+    for one in running:
+        one.stop_at(deadline)
+    outputs = [one.output() for one in running]
     counts = [_counts(output) for output in outputs]
     failures = [line for output in outputs for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     total = {word: sum(count[word] for count in counts) for word in ("passed", "failed", "skipped")}

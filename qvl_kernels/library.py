@@ -1,5 +1,6 @@
 """Registration of ops with PyTorch under ``qvl::``."""
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ _LIBRARY = torch.library.Library("qvl", "DEF")
 LAUNCHERS: dict[str, Callable] = {}  # op name -> its Triton launcher
 FORMULAS: dict[str, tuple[Callable, Callable | None]] = {}  # op name -> (backward, setup_context), for bench.audit
 _CPU: dict[Callable, Callable] = {}  # op -> its CPU kernel
+_GPU: dict[Callable, Callable] = {}  # op -> its Triton launcher
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -21,9 +23,15 @@ def _keys(x: torch.Tensor) -> int:
     return torch._C._dispatch_keys(x).raw_repr()
 
 
-with torch.inference_mode():
-    _PLAIN_KEYS = {_keys(torch.empty(0, device="cpu"))}
-_PLAIN_KEYS.add(_keys(torch.empty(0, device="cpu")))
+@functools.cache
+def _plain_keys(device: str) -> frozenset[int]:
+    """Of tensors about which nothing is special, in inference mode and outside of it."""
+    with torch.inference_mode():
+        inside = _keys(torch.empty(0, device=device))
+    return frozenset((inside, _keys(torch.empty(0, device=device))))
+
+
+_plain_keys("cpu")  # while nothing traces or compiles
 
 
 def register(
@@ -54,6 +62,8 @@ def register(
         torch.library.register_autograd(f"qvl::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     op = getattr(torch.ops.qvl, name).default
     _CPU[op] = cpu
+    if triton is not None:
+        _GPU[op] = launcher
     return op
 
 
@@ -69,18 +79,23 @@ def watched() -> bool:
 
 
 def call(op: Callable, *args):
-    """``op(*args)``, past PyTorch's dispatcher where it has nothing to do: inference on plain CPU tensors. For ops of every decoded token,
-    whose weights have pushed the dispatcher out of the processor's caches: it takes 0.1 ms there. Not for ops that write to an argument.
+    """``op(*args)``, past PyTorch's dispatcher where it has nothing to do: inference on plain tensors. On CPUs for ops of every decoded token,
+    whose weights have pushed the dispatcher out of the processor's caches: it takes 0.1 ms there. On GPUs because a prompt's many small
+    kernels take the host longer than the device. Not for ops that write to an argument.
 
     Example:
         >>> y = call(rms_norm_op, x, weight, 1e-6)
     """
     if watched() or torch._C._len_torch_function_stack():
         return op(*args)
+    kernels = _CPU
     for x in args:
-        if isinstance(x, torch.Tensor) and (type(x) not in _PLAIN or _keys(x) not in _PLAIN_KEYS):
-            return op(*args)
-    return _CPU[op](*args)
+        if isinstance(x, torch.Tensor):
+            if x.is_cuda:
+                kernels = _GPU
+            if type(x) not in _PLAIN or _keys(x) not in _plain_keys("cuda" if x.is_cuda else "cpu"):
+                return op(*args)
+    return kernels[op](*args)
 
 
 def _lazily(path: str) -> Callable:

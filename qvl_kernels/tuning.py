@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 __all__ = [
     "FASTER",
+    "FASTER_FROM",
     "GEMV_ROWS",
     "OFFERED",
     "PROCESSORS",
@@ -16,6 +17,7 @@ __all__ = [
     "attention",
     "attention_backward_keys",
     "attention_backward_queries",
+    "cdiv",
     "cross_entropy",
     "cross_entropy_columns",
     "cross_entropy_rows",
@@ -53,7 +55,10 @@ OFFERED = {
 }
 
 # (kernel, architecture) -> variants that a device has shown to be faster there than the plain form (make bench-gpu measures both).
-FASTER: dict[tuple[str, str], tuple[str, ...]] = {("attention", "sm_90"): ("DESCRIPTORS",)}
+FASTER: dict[tuple[str, str], tuple[str, ...]] = {("attention", "sm_90"): ("DESCRIPTORS",), ("decoding", "sm_90"): ("DEPENDENT_LAUNCH",)}
+
+# Rows of a call from which on: a descriptor costs the host 5 us, more than it saves the device before.
+FASTER_FROM = {"attention": 2048}
 
 _tried: dict[str, tuple[str, ...]] = {}
 
@@ -80,10 +85,17 @@ def trying(kernel: str, *names: str) -> Iterator[None]:
             _tried[kernel] = previous
 
 
-def variants(kernel: str, arch: str) -> dict[str, bool]:
-    """Constexpr arguments: which of its variants ``kernel`` uses."""
-    on = _tried.get(kernel, FASTER.get((kernel, arch), ()))
+def variants(kernel: str, arch: str, rows: int | None = None) -> dict[str, bool]:
+    """Constexpr arguments: which of its variants ``kernel`` uses for so many rows (None: many)."""
+    on = _tried.get(kernel)
+    if on is None:
+        on = FASTER.get((kernel, arch), ()) if rows is None or rows >= FASTER_FROM.get(kernel, 0) else ()
     return {name: name in on and arch in where for name, where in OFFERED[kernel].items()}
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; triton.cdiv takes the host 3 us."""
+    return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:

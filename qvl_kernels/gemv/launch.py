@@ -1,7 +1,6 @@
 """Launchers of the matrix-vector kernels: which of the two runs, and with which tiles."""
 
 import torch
-import triton
 
 from qvl_kernels import gpu, tuning
 from qvl_kernels.gemv.triton_dot import gemv_dot_kernel, normalise_rows_kernel
@@ -60,12 +59,12 @@ def _gemv(x, weight, up, bias, norm_weight, eps: float, residual) -> torch.Tenso
         words = _words(rows, norm_weight, values, up_values)
     if tile is None or (bits == 4 and words is None):
         tile = {**tuning.gemv_dot(x.element_size(), bits, group, up is not None, arch), "BITS": bits}
-        kernel, programs = gemv_dot_kernel, (triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(m, 16))
+        kernel, programs = gemv_dot_kernel, (tuning.cdiv(n, tile["BLOCK_N"]), tuning.cdiv(m, 16))
         if norm_weight is not None and x.dtype == torch.float16:  # x * weight, not yet divided by its norm, may overflow
             rows, norm_weight = _normalised(rows, norm_weight, eps), None
     else:
         tile["COUNT"], tile["ROW_COUNT"] = (tuning.next_power_of_2(size * tile["ROWS"]) for size in (tile["BLOCK_N"], 1))
-        kernel, programs = gemv_fma_kernel, (triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(m, tile["ROWS"]))
+        kernel, programs = gemv_fma_kernel, (tuning.cdiv(n, tile["BLOCK_N"]), tuning.cdiv(m, tile["ROWS"]))
         if bits == 4:
             rows, norm_weight, values, up_values = words
             k, columns = rows.shape[1], values.shape[1]

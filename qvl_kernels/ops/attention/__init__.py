@@ -1,6 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
+from qvl_kernels.library import call
 from qvl_kernels.ops.attention.op import attention_op
 from qvl_kernels.ops.attention.reference import attention_reference, packed_attention_reference
 
@@ -141,5 +142,5 @@ def attention(
             else:
                 mask = mask.masked_fill(~padding, float("-inf"))
         seed = dropout_seed(dropout_p, q.device)
-        out, lse = attention_op(q, k, v, cu_seqlens, None, mask, causal, scale, dropout_p, seed)
+        out, lse = call(attention_op, q, k, v, cu_seqlens, None, mask, causal, scale, dropout_p, seed)
     return (out, lse) if return_lse else out

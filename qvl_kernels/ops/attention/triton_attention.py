@@ -286,7 +286,7 @@ class Layout:
         if self.packed:
             blocks = self.queries // block + self.sequences + 1
         else:
-            blocks = triton.cdiv(self.keys if by_keys else self.queries, block)
+            blocks = tuning.cdiv(self.keys if by_keys else self.queries, block)
         return blocks * (self.kv_heads if by_keys else self.heads) * self.batch
 
 
@@ -301,7 +301,7 @@ def launch_attention(
     arch = gpu.architecture(q.device)
     tile = tuning.attention(layout.queries, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
     described = None
-    if tuning.variants("attention", arch)["DESCRIPTORS"] and dropout_p == 0.0:  # random numbers beside them spill on sm_100
+    if tuning.variants("attention", arch, layout.batch * layout.queries)["DESCRIPTORS"] and dropout_p == 0.0:  # random numbers beside them spill on sm_100
         block = [1, tile["BLOCK_N"], 1, tile["BLOCK_D"]]
         described = describe(*((x[None] if layout.packed else x, block) for x in (k, v)))
     launch(

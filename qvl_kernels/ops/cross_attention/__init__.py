@@ -1,6 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
+from qvl_kernels.library import call
 from qvl_kernels.ops.attention import check_qkv, dropout_seed, unsupported_case
 from qvl_kernels.ops.attention.op import attention_op
 from qvl_kernels.ops.cross_attention.reference import cross_attention_reference
@@ -64,4 +65,4 @@ def cross_attention(
             visible = prefix if visible is None else visible & prefix
         return cross_attention_reference(q, k, v, visible, scale, dropout_p)
     mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
-    return attention_op(q, k, v, None, counts, mask, False, scale, dropout_p, dropout_seed(dropout_p, q.device))[0]
+    return call(attention_op, q, k, v, None, counts, mask, False, scale, dropout_p, dropout_seed(dropout_p, q.device))[0]

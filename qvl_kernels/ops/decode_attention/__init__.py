@@ -1,6 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
+from qvl_kernels.library import call
 from qvl_kernels.ops.attention import MAX_HEAD_DIM, check_mask, check_qkv
 from qvl_kernels.ops.decode_attention.op import decode_attention_op
 from qvl_kernels.ops.decode_attention.reference import decode_attention_reference
@@ -63,7 +64,7 @@ def decode_attention(
         unsupported = f"head_dim {q.shape[-1]} (at most {MAX_HEAD_DIM})"
     if dispatch.choose("decode_attention", q.device, unsupported) == "reference":
         return decode_attention_reference(q, k_cache, v_cache, lengths, mask, k_scale, v_scale, scale)
-    return decode_attention_op(q, k_cache, v_cache, lengths, mask, k_scale, v_scale, scale)
+    return call(decode_attention_op, q, k_cache, v_cache, lengths, mask, k_scale, v_scale, scale)
 
 
 def _check_caches(

@@ -149,7 +149,7 @@ def launch_decode_attention(
     arch = gpu.architecture(q.device)
     tile = tuning.decode_attention(batch * kv_heads, group * queries, head_dim, q.element_size(), capacity, arch, k_scale is not None)
     join_step, flags = tile.pop("JOIN_STEP"), tuning.variants("decoding", arch)
-    splits, row_blocks = tile["SPLITS"], triton.cdiv(group * queries, tile["BLOCK_M"])
+    splits, row_blocks = tile["SPLITS"], tuning.cdiv(group * queries, tile["BLOCK_M"])
     partial = lse = out
     if splits > 1:
         partial = torch.empty((batch, queries, heads, splits, head_dim), dtype=torch.float32, device=q.device)

@@ -3,7 +3,9 @@ from typing import NamedTuple
 import torch
 
 from qvl_kernels import checks, dispatch
+from qvl_kernels.library import watched
 from qvl_kernels.ops.attention import MAX_HEAD_DIM, check_mask
+from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.decoder_layer.op import decoder_layer_op
 from qvl_kernels.ops.decoder_layer.reference import decoder_layer_reference
 
@@ -124,9 +126,13 @@ def decoder_layer(
     if head_dim > MAX_HEAD_DIM:
         unsupported = f"head_dim {head_dim} (at most {MAX_HEAD_DIM})"
     w = weights
-    if dispatch.choose(op, x.device, unsupported) == "reference":
+    backend = dispatch.choose(op, x.device, unsupported)
+    if backend == "reference":
         return decoder_layer_reference(x, w, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale)
-    return decoder_layer_op(
+    function = decoder_layer_op
+    if backend == "triton" and not watched():  # past PyTorch's dispatcher, which takes the host longer than small kernels the device
+        function = compose_decoder_layer
+    return function(
         x, [w.input_norm, w.q_norm, w.k_norm, w.post_norm], [w.q, w.k, w.v, w.o, w.gate, w.up, w.down],
         [w.q_bias, w.k_bias, w.v_bias, w.o_bias], cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale,
     )  # fmt: skip

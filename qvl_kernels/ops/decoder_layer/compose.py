@@ -2,6 +2,7 @@
 
 import torch
 
+from qvl_kernels.library import call
 from qvl_kernels.ops.attention.op import attention_op
 from qvl_kernels.ops.decoder_layer.parts import add_product, gated, normed_products
 from qvl_kernels.ops.rope.op import qk_norm_rope_to_cache_op
@@ -21,6 +22,8 @@ def compose_decoder_layer(x, norms, weights, biases, cos, sin, k_cache, v_cache,
     q = qk_norm_rope_to_cache_op(q, k, v, q_norm, k_norm, cos, sin, k_cache, v_cache, None, past, eps)
     keys, values = k_cache[:, :, :end].transpose(1, 2), v_cache[:, :, :end].transpose(1, 2)
     mask = None if mask is None else mask[..., :end]
-    attended, _ = attention_op(q, keys, values, None, None, mask, mask is None, scale)
+    attended, _ = call(attention_op, q, keys, values, None, None, mask, mask is None, scale, 0.0, None)
+    del q, k, v, keys, values  # the layer's peak is in its MLP
     x = add_product(x, attended.flatten(2), o_w, o_b)
+    del attended
     return add_product(x, gated(x, post_norm, eps, gate_w, up_w), down_w, None)

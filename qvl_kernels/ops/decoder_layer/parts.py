@@ -4,6 +4,7 @@ import torch
 
 from qvl_kernels import dispatch
 from qvl_kernels.gemv import gemv_op, gemv_swiglu_op, quantized_gemv_op, quantized_gemv_swiglu_op
+from qvl_kernels.library import call
 from qvl_kernels.ops.quantized_linear.op import quantized_linear_op
 from qvl_kernels.ops.rms_norm.op import rms_norm_op
 from qvl_kernels.ops.swiglu.op import swiglu_op
@@ -19,7 +20,7 @@ def normed_products(x: torch.Tensor, norm: torch.Tensor, eps: float, weights: li
     """rms_norm(x) times each of the weights, plus its bias. Few rows are bound by the weights' bytes: the norm rides along."""
     if _few(x):
         return [_gemv(x, weight, bias, norm, eps, None) for weight, bias in zip(weights, biases)]
-    normed = rms_norm_op(x, norm, eps)
+    normed = call(rms_norm_op, x, norm, eps)
     return [product(normed, weight, bias) for weight, bias in zip(weights, biases)]
 
 
@@ -28,10 +29,10 @@ def gated(x: torch.Tensor, norm: torch.Tensor, eps: float, gate: Weight, up: Wei
     if _few(x) and type(gate) is type(up):
         if isinstance(gate, QuantizedWeight):
             if gate.bits == up.bits and gate.group == up.group:
-                return quantized_gemv_swiglu_op(x, gate.values, gate.scales, up.values, up.scales, norm, eps)
+                return call(quantized_gemv_swiglu_op, x, gate.values, gate.scales, up.values, up.scales, norm, eps)
         else:
-            return gemv_swiglu_op(x, gate, up, norm, eps)
-    return swiglu_op(*normed_products(x, norm, eps, [gate, up], [None, None]))
+            return call(gemv_swiglu_op, x, gate, up, norm, eps)
+    return call(swiglu_op, *normed_products(x, norm, eps, [gate, up], [None, None]))
 
 
 def add_product(residual: torch.Tensor, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -46,12 +47,12 @@ def _few(x: torch.Tensor) -> bool:
 
 def _gemv(x, weight, bias, norm, eps, residual):
     if isinstance(weight, QuantizedWeight):
-        return quantized_gemv_op(x, weight.values, weight.scales, bias, norm, eps, residual)
-    return gemv_op(x, weight, bias, norm, eps, residual)
+        return call(quantized_gemv_op, x, weight.values, weight.scales, bias, norm, eps, residual)
+    return call(gemv_op, x, weight, bias, norm, eps, residual)
 
 
 def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """x weight^T + bias."""
     if isinstance(weight, QuantizedWeight):
-        return quantized_linear_op(x, weight.values, weight.scales, bias)
+        return call(quantized_linear_op, x, weight.values, weight.scales, bias)
     return torch.nn.functional.linear(x, weight, bias)

@@ -1,6 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
+from qvl_kernels.library import call
 from qvl_kernels.ops.gelu_tanh.op import gelu_tanh_op
 from qvl_kernels.ops.gelu_tanh.reference import gelu_tanh_reference
 
@@ -29,4 +30,4 @@ def gelu_tanh(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor
     checks.check_last_contiguous("gelu_tanh", x=x, bias=bias)
     if dispatch.choose("gelu_tanh", x.device, checks.unsupported_dtype(x)) == "reference":
         return gelu_tanh_reference(x, bias)
-    return gelu_tanh_op(x, bias)
+    return call(gelu_tanh_op, x, bias)

@@ -57,7 +57,7 @@ def launch_gelu_tanh(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor
     count, size = rows.shape
     tile = tuning.elementwise(size)
     launch(
-        _gelu_tanh_kernel, (count, triton.cdiv(size, tile["BLOCK"])),
+        _gelu_tanh_kernel, (count, tuning.cdiv(size, tile["BLOCK"])),
         rows, x if bias is None else bias, y_rows, size, rows.stride(0), y_rows.stride(0), HAS_BIAS=bias is not None, **tile,
     )  # fmt: skip
     return y
@@ -69,7 +69,7 @@ def launch_gelu_tanh_backward(grad: torch.Tensor, x: torch.Tensor, bias: torch.T
     count, size = rows.shape
     tile = tuning.elementwise(size)
     launch(
-        _gelu_tanh_backward_kernel, (count, triton.cdiv(size, tile["BLOCK"])),
+        _gelu_tanh_backward_kernel, (count, tuning.cdiv(size, tile["BLOCK"])),
         grad_rows, rows, x if bias is None else bias, dx_rows, size, grad_rows.stride(0), rows.stride(0), dx_rows.stride(0),
         HAS_BIAS=bias is not None, **tile,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
+from qvl_kernels.library import call
 from qvl_kernels.ops.layer_norm.op import add_layer_norm_op, layer_norm_op
 from qvl_kernels.ops.layer_norm.reference import add_layer_norm_reference, layer_norm_reference
 
@@ -38,7 +39,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps
     _check("layer_norm", x, None, weight, bias)
     if dispatch.choose("layer_norm", x.device, checks.unsupported_dtype(x)) == "reference":
         return layer_norm_reference(x, weight, bias, eps)
-    return layer_norm_op(x, weight, bias, eps)
+    return call(layer_norm_op, x, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -59,4 +60,4 @@ def add_layer_norm(
     _check("add_layer_norm", x, residual, weight, bias)
     if dispatch.choose("add_layer_norm", x.device, checks.unsupported_dtype(x)) == "reference":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
-    return add_layer_norm_op(x, residual, weight, bias, eps)
+    return call(add_layer_norm_op, x, residual, weight, bias, eps)

@@ -78,7 +78,7 @@ def launch_add_layer_norm(
     count, size = rows.shape
     tile = tuning.whole_rows(size)
     launch(
-        _layer_norm_kernel, (triton.cdiv(count, tile["ROWS"]) if size else 0,),
+        _layer_norm_kernel, (tuning.cdiv(count, tile["ROWS"]) if size else 0,),
         rows, residual_rows, weight, bias, y_rows, as_rows(total), count, size, eps, rows.stride(0), residual_rows.stride(0), y_rows.stride(0),
         HAS_RESIDUAL=residual is not None, **tile,
     )  # fmt: skip
@@ -93,7 +93,7 @@ def launch_layer_norm_backward(
     grad_x_rows = rows if grad_x is None else as_rows(grad_x)
     count, size = rows.shape
     tile = tuning.whole_rows(size)
-    programs = min(triton.cdiv(count, tile["ROWS"]), tuning.PARTIAL_SUMS)
+    programs = min(tuning.cdiv(count, tile["ROWS"]), tuning.PARTIAL_SUMS)
     partial, partial_bias = (torch.empty((programs, size), dtype=torch.float32, device=x.device) for _ in range(2))
     launch(
         _layer_norm_backward_kernel, (programs if size else 0,),

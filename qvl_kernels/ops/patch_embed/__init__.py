@@ -1,6 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
+from qvl_kernels.library import call
 from qvl_kernels.ops.linear.op import linear_op
 from qvl_kernels.ops.patch_embed.reference import patch_embed_reference
 
@@ -32,4 +33,4 @@ def patch_embed(pixels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     checks.check_last_contiguous("patch_embed", pixels=pixels, bias=bias)
     if dispatch.choose("patch_embed", pixels.device, checks.unsupported_dtype(pixels)) == "reference":
         return patch_embed_reference(pixels, weight, bias)
-    return linear_op(pixels, weight.view(weight.shape[0], -1), bias)
+    return call(linear_op, pixels, weight.view(weight.shape[0], -1), bias)

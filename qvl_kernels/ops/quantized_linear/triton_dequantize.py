@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qvl_kernels import tuning
 from qvl_kernels.triton_lib import launch
 
 __all__ = ["launch_dequantize"]
@@ -37,7 +38,7 @@ def launch_dequantize(values: torch.Tensor, scales: torch.Tensor, size: int, dty
     n, columns = values.shape
     weight = torch.empty((n, size), dtype=dtype, device=values.device)
     launch(
-        _dequantize_kernel, (n, triton.cdiv(columns, BLOCK)),
+        _dequantize_kernel, (n, tuning.cdiv(columns, BLOCK)),
         values, scales, weight, size, columns, values.stride(0), scales.stride(0), weight.stride(0),
         HALF_GROUP=columns // scales.shape[1], BITS=8 if values.dtype == torch.int8 else 4, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

@@ -95,7 +95,7 @@ def launch_int8_matmul(
         described = describe((x, [tile["BLOCK_M"], tile["BLOCK_K"]]), (values, [tile["BLOCK_N"], tile["BLOCK_K"]]))
     flags["DESCRIPTORS"] = described is not None
     x_tiles, w_tiles = described or (x, values)
-    programs = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
+    programs = tuning.cdiv(m, tile["BLOCK_M"]) * tuning.cdiv(n, tile["BLOCK_N"])
     launch(
         _int8_matmul_kernel, (min(programs, tuning.PROCESSORS[arch]) if flags["PERSISTENT"] else programs,),
         x_tiles, x_scales, w_tiles, scales, scales if bias is None else bias, y, m, n, k, x.stride(0), values.stride(0),

@@ -81,7 +81,7 @@ def _forward(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tenso
     count, size = rows.shape
     tile = tuning.whole_rows(size)
     launch(
-        _rms_norm_kernel, (triton.cdiv(count, tile["ROWS"]) if size else 0,),
+        _rms_norm_kernel, (tuning.cdiv(count, tile["ROWS"]) if size else 0,),
         rows, residual_rows, weight, y_rows, as_rows(total), count, size, eps, rows.stride(0), residual_rows.stride(0), y_rows.stride(0),
         HAS_RESIDUAL=residual is not None, **tile,
     )  # fmt: skip
@@ -96,7 +96,7 @@ def launch_rms_norm_backward(
     grad_x_rows = rows if grad_x is None else as_rows(grad_x)
     count, size = rows.shape
     tile = tuning.whole_rows(size)
-    programs = min(triton.cdiv(count, tile["ROWS"]), tuning.PARTIAL_SUMS)
+    programs = min(tuning.cdiv(count, tile["ROWS"]), tuning.PARTIAL_SUMS)
     partial = torch.empty((programs, size), dtype=torch.float32, device=x.device)
     launch(
         _rms_norm_backward_kernel, (programs if size else 0,),

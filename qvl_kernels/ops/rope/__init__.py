@@ -1,6 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
+from qvl_kernels.library import call
 from qvl_kernels.ops.rope.op import qk_norm_rope_op, vision_rope_op
 from qvl_kernels.ops.rope.reference import qk_norm_rope_reference, vision_rope_reference
 
@@ -67,7 +68,7 @@ def qk_norm_rope(
     checks.check_last_contiguous("qk_norm_rope", q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     if dispatch.choose("qk_norm_rope", q.device, _unsupported(q)) == "reference":
         return qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, eps)
-    return qk_norm_rope_op(q, k, q_weight, k_weight, cos, sin, eps)
+    return call(qk_norm_rope_op, q, k, q_weight, k_weight, cos, sin, eps)
 
 
 def vision_rope(
@@ -96,4 +97,4 @@ def vision_rope(
     checks.check_last_contiguous("vision_rope", cos=cos, sin=sin)
     if dispatch.choose("vision_rope", q.device, _unsupported(q)) == "reference":
         return vision_rope_reference(q, k, cos, sin)
-    return vision_rope_op(q, k, cos, sin)
+    return call(vision_rope_op, q, k, cos, sin)

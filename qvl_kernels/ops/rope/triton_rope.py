@@ -176,7 +176,7 @@ def _forward(q, k, v, weights, cos, sin, k_out, v_out, lengths, past, eps, *, tr
     values, v_out = (k, k_out) if v is None else (v, v_out)
     q_weight, k_weight = (q, k) if weights is None else weights
     launch(
-        _rope_kernel, (batch * time, triton.cdiv(heads, tile["ROWS"]) + triton.cdiv(kv_heads, tile["ROWS"])),
+        _rope_kernel, (batch * time, tuning.cdiv(heads, tile["ROWS"]) + tuning.cdiv(kv_heads, tile["ROWS"])),
         q, k, values, q_weight, k_weight, cos, sin, q if lengths is None else lengths, q_out, k_out, v_out,
         time, heads, kv_heads, k_out.shape[2], head_dim // 2, eps, past, *q.stride()[:3], *k.stride()[:3], *values.stride()[:3],
         *_table_strides(cos), *_table_strides(sin), *k_out.stride()[:3], *v_out.stride()[:3], 0 if lengths is None else lengths.stride(0),
@@ -225,7 +225,7 @@ def launch_qk_norm_rope_backward(
     batch, time, heads, head_dim = q.shape
     kv_heads, tokens = k.shape[2], batch * time
     tile = tuning.rope(heads, kv_heads, head_dim // 2)
-    q_blocks, k_blocks = triton.cdiv(heads, tile["ROWS"]), triton.cdiv(kv_heads, tile["ROWS"])
+    q_blocks, k_blocks = tuning.cdiv(heads, tile["ROWS"]), tuning.cdiv(kv_heads, tile["ROWS"])
     programs = min(tokens, 4 * tuning.PARTIAL_SUMS)  # of few heads each
     partial = torch.empty((programs, q_blocks + k_blocks, head_dim), dtype=torch.float32, device=q.device)
     launch(

@@ -1,6 +1,7 @@
 import torch
 
 from qvl_kernels import checks, dispatch
+from qvl_kernels.library import call
 from qvl_kernels.ops.swiglu.op import swiglu_op
 from qvl_kernels.ops.swiglu.reference import swiglu_reference
 
@@ -27,4 +28,4 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     checks.check_last_contiguous("swiglu", gate=gate, up=up)
     if dispatch.choose("swiglu", gate.device, checks.unsupported_dtype(gate)) == "reference":
         return swiglu_reference(gate, up)
-    return swiglu_op(gate, up)
+    return call(swiglu_op, gate, up)

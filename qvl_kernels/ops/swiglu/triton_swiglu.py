@@ -50,7 +50,7 @@ def launch_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     count, size = gate_rows.shape
     tile = tuning.elementwise(size)
     launch(
-        _swiglu_kernel, (count, triton.cdiv(size, tile["BLOCK"])),
+        _swiglu_kernel, (count, tuning.cdiv(size, tile["BLOCK"])),
         gate_rows, up_rows, y_rows, size, gate_rows.stride(0), up_rows.stride(0), y_rows.stride(0), **tile,
     )  # fmt: skip
     return y
@@ -63,7 +63,7 @@ def launch_swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Ten
     count, size = gate_rows.shape
     tile = tuning.elementwise(size)
     launch(
-        _swiglu_backward_kernel, (count, triton.cdiv(size, tile["BLOCK"])),
+        _swiglu_backward_kernel, (count, tuning.cdiv(size, tile["BLOCK"])),
         grad_rows, gate_rows, up_rows, dgate_rows, dup_rows, size, grad_rows.stride(0), gate_rows.stride(0), up_rows.stride(0),
         dgate_rows.stride(0), dup_rows.stride(0), **tile,
     )  # fmt: skip

@@ -3,8 +3,10 @@ from typing import NamedTuple
 import torch
 
 from qvl_kernels import checks, dispatch
+from qvl_kernels.library import watched
 from qvl_kernels.ops.attention import MAX_HEAD_DIM, check_cu_seqlens
 from qvl_kernels.ops.linear.weights import stand_in
+from qvl_kernels.ops.vision_block.compose import compose_vision_block
 from qvl_kernels.ops.vision_block.cpu import quantized_vision_block
 from qvl_kernels.ops.vision_block.op import vision_block_op
 from qvl_kernels.ops.vision_block.reference import vision_block_reference
@@ -103,11 +105,14 @@ def vision_block(
         unsupported = f"head_dim {head_dim} (at most {MAX_HEAD_DIM})"
     quantized = any(isinstance(weight, QuantizedWeight) for weight in weights)
     w = weights
-    if dispatch.choose(op, x.device, unsupported) == "reference":
+    backend = dispatch.choose(op, x.device, unsupported)
+    if backend == "reference":
         if quantized:
             w = VisionWeights(*(dequantize(weight, x.dtype) if isinstance(weight, QuantizedWeight) else weight for weight in w))
         return vision_block_reference(x, w, cos, sin, cu_seqlens, num_heads, eps)
     function = quantized_vision_block if quantized else vision_block_op
+    if backend == "triton" and not watched():  # past PyTorch's dispatcher, which takes the host longer than small kernels the device
+        function = compose_vision_block
     return function(
         x, [w.norm1_w, w.norm1_b, w.norm2_w, w.norm2_b], [w.qkv_w, w.proj_w, w.fc1_w, w.fc2_w],
         [w.qkv_b, w.proj_b, w.fc1_b, w.fc2_b], cos, sin, cu_seqlens, num_heads, eps,
