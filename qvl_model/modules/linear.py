@@ -1,6 +1,7 @@
 from torch import Tensor, nn
 
 import qvl_kernels
+from qvl_kernels.ops.linear import few_rows
 from qvl_model.modules.plain import autocast_dtype, kernels_take
 
 __all__ = ["LayerNorm", "Linear"]
@@ -10,6 +11,8 @@ class Linear(nn.Linear):
     """``nn.Linear`` through ``qvl_kernels.linear``: the weight is used as stored."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_cuda and not few_rows(input):  # PyTorch's product is the kernel, and 196 of them a training step are much for the host
+            return super().forward(input)
         if kernels_take(input, self.weight, self.bias):
             return qvl_kernels.linear(input, self.weight, self.bias)
         return super().forward(input)

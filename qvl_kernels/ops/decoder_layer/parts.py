@@ -5,6 +5,7 @@ import torch
 from qvl_kernels import dispatch
 from qvl_kernels.gemv import gemv_op, gemv_swiglu_op, quantized_gemv_op, quantized_gemv_swiglu_op
 from qvl_kernels.library import call
+from qvl_kernels.ops.linear import few_rows
 from qvl_kernels.ops.quantized_linear.op import quantized_linear_op
 from qvl_kernels.ops.rms_norm.op import rms_norm_op
 from qvl_kernels.ops.swiglu.op import swiglu_op
@@ -12,7 +13,6 @@ from qvl_kernels.quant import QuantizedWeight
 
 __all__ = ["add_product", "gated", "normed_products", "product"]
 
-GEMV_ROWS = 16  # of the matrix-vector kernels on GPUs
 Weight = torch.Tensor | QuantizedWeight
 
 
@@ -42,7 +42,7 @@ def add_product(residual: torch.Tensor, x: torch.Tensor, weight: Weight, bias: t
 
 def _few(x: torch.Tensor) -> bool:
     on_gpu = x.is_cuda or dispatch.forced() == "triton"  # the latter: under Triton's interpreter
-    return on_gpu and x.numel() <= GEMV_ROWS * x.shape[-1]
+    return on_gpu and few_rows(x)
 
 
 def _gemv(x, weight, bias, norm, eps, residual):

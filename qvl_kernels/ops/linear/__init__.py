@@ -1,11 +1,16 @@
 import torch
 
-from qvl_kernels import checks, dispatch
+from qvl_kernels import checks, dispatch, tuning
 from qvl_kernels.library import call
 from qvl_kernels.ops.linear.op import linear_op
 from qvl_kernels.ops.linear.reference import linear_reference
 
-__all__ = ["linear"]
+__all__ = ["few_rows", "linear"]
+
+
+def few_rows(x: torch.Tensor) -> bool:
+    """Whether x [..., K] is bound by the weight on a GPU, and goes to the matrix-vector kernels."""
+    return x.numel() <= tuning.GEMV_ROWS * x.shape[-1]
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -33,6 +38,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         checks.check_shape("linear", "bias", bias, (weight.shape[0],))
     checks.check_same("linear", x=x, weight=weight, bias=bias)
     checks.check_last_contiguous("linear", x=x, weight=weight, bias=bias)
-    if dispatch.choose("linear", x.device, checks.unsupported_dtype(x)) == "reference":
+    backend = dispatch.choose("linear", x.device, checks.unsupported_dtype(x))
+    if backend == "reference" or backend == "triton" and not few_rows(x):  # more rows are PyTorch's product, and so is its backward
         return linear_reference(x, weight, bias)
     return call(linear_op, x, weight, bias)

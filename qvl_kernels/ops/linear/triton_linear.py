@@ -2,13 +2,13 @@
 
 import torch
 
-from qvl_kernels import tuning
 from qvl_kernels.gemv.launch import launch_gemv
+from qvl_kernels.ops.linear import few_rows
 
 __all__ = ["launch_linear"]
 
 
 def launch_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if x.numel() <= tuning.GEMV_ROWS * x.shape[-1]:
+    if few_rows(x):
         return launch_gemv(x, weight, bias, None, 0.0, None)
     return torch.nn.functional.linear(x, weight, bias)
