@@ -142,13 +142,12 @@ def _gpu_results(folder: Path) -> list[dict]:
 
 
 def readme_section(folder: Path = RESULTS) -> str:
-    """Tables of every GPU result; without one, that there is none, and the audit's summary."""
-    results = _gpu_results(folder)
-    if results:
-        return "\n\n".join(["`make bench-gpu` measured:", *map(tables, results)])
-    audit = folder / "audit.json"
-    lines = ["**GPU figures are not measured yet.** The kernels have run under Triton's interpreter only, against their references; `make bench-gpu` tests "
-             "and measures them on a machine with a GPU and writes its table here."]
+    """Tables of every GPU result, or that there is none, and the audit's summary."""
+    results, audit = _gpu_results(folder), folder / "audit.json"
+    lines = ["`make bench-gpu` measured:", *map(tables, results)]
+    if not results:
+        lines = ["**GPU figures are not measured yet.** The kernels have run under Triton's interpreter only, against their references; `make bench-gpu` "
+                 "tests and measures them on a machine with a GPU and writes its table here."]
     if audit.is_file():
         from bench.audit_report import summary_markdown
 

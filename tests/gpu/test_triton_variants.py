@@ -128,11 +128,10 @@ def test_what_descriptors_cannot_copy_goes_by_pointers(arch, device, check_atten
     (launch,) = check_attention(_attention_inputs(d=20))
     assert not launch["DESCRIPTORS"]
     arguments = _attention_inputs(hkv=1)
-    arguments["k"] = arguments["k"].expand(2, 70, 4, 64)
-    arguments["v"] = arguments["v"].expand(2, 70, 4, 64)
     with qvl_kernels.use_backend("triton"), tuning.trying("attention", "DESCRIPTORS"):
         launches = launches_of(triton_attention)
-        moved = {name: x.to(device) for name, x in arguments.items()}
+        moved = {name: x.to(device) for name, x in arguments.items()}  # before they are expanded: a copy is not
+        moved["k"], moved["v"] = (moved[name].expand(2, 70, 4, 64) for name in "kv")
         qvl_kernels.attention(**moved)
         qvl_kernels.attention(**{name: x.to(device) for name, x in _attention_inputs().items()}, dropout_p=0.1)
     assert [launch["DESCRIPTORS"] for launch in launches] == [False, False]
