@@ -2,8 +2,8 @@
 
 Each case is a process of its own with a time limit, so that a crash or a hang costs one row. The tests come first, and beside them
 everything that is compiled: what is measured then finds Triton's cache filled and the machine idle. bench/results/<gpu>.json is
-written after every case, a chart at the end. Needs PyTorch, Triton, transformers and a C++ compiler, nothing else, and no
-network. Without a GPU every case is built instead: its kernels are compiled for sm_90, its model code runs tiny on the CPU.
+written after every case, a chart at the end. Needs PyTorch, Triton, transformers, pybind11 and a C++ compiler, nothing else,
+and no network. Without a GPU every case is built instead: its kernels are compiled for sm_90, its model code runs tiny on the CPU.
 """
 
 import argparse
@@ -43,6 +43,7 @@ TEST_SECONDS = 120.0
 GRACE_SECONDS = 15.0  # for what a test is doing when it is told to stop
 INTERRUPTED = 2  # pytest's exit status then
 COMPILING = 4  # processes beside the tests
+COMPILE_SECONDS = 120.0
 WITHOUT_TARGETS = ("decode_attention", "linear", "quantized_linear", "patch_embed")  # ops
 BUILD_SECONDS = 180.0
 
@@ -86,9 +87,10 @@ class _Pytest:
 
     def __init__(self, root: Path, *arguments: str) -> None:
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *arguments]
-        self._file = tempfile.TemporaryFile("w+")
+        self._file, self.killed = tempfile.TemporaryFile("w+"), False
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, cwd=root, env=environment, stdout=self._file, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(command, cwd=root, env=environment, stdout=self._file, stderr=subprocess.STDOUT, text=True,
+                                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
 
     def stop_at(self, deadline: float) -> None:
         """One that runs on after the deadline is told to stop, and sums up what it did until then."""
@@ -97,11 +99,12 @@ class _Pytest:
         except subprocess.TimeoutExpired:
             self.process.send_signal(signal.SIGINT)
 
-    def output(self) -> str:
-        """What it printed."""
+    def output(self, deadline: float) -> str:
+        """What it printed; killed where it does not end before ``deadline``."""
         try:
-            self.process.wait(GRACE_SECONDS)
+            self.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
+            self.killed = True
             self.process.kill()
             self.process.wait()
         with self._file as file:
@@ -122,7 +125,7 @@ def run_tests(folder: str = "tests/gpu", root: Path = ROOT, jobs: int | None = N
     deadline = time.monotonic() + seconds
     collected = _Pytest(root, "--collect-only", folder)
     collected.stop_at(deadline)
-    listed = collected.output()
+    listed = collected.output(deadline + GRACE_SECONDS)
     tests = [line for line in listed.splitlines() if "::" in line]
     if not tests:
         raise RuntimeError(f"no tests were found in {folder}: {listed[-500:].strip()}")
@@ -131,11 +134,11 @@ def run_tests(folder: str = "tests/gpu", root: Path = ROOT, jobs: int | None = N
     running = [_Pytest(root, *tests[index::jobs]) for index in range(jobs)]
     for one in running:
         one.stop_at(deadline)
-    outputs = [one.output() for one in running]
+    outputs = [one.output(deadline + GRACE_SECONDS) for one in running]
     counts = [_counts(output) for output in outputs]
     failures = [line for output in outputs for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     total = {word: sum(count[word] for count in counts) for word in ("passed", "failed", "skipped")}
-    crashed = [output[-300:] for one, output in zip(running, outputs) if one.process.returncode not in (0, 1, INTERRUPTED, 5)]
+    crashed = [output[-300:] for one, output in zip(running, outputs) if one.process.returncode not in (0, 1, INTERRUPTED, 5) and not one.killed]
     return {**total, "not_run": len(tests) - sum(total.values()), "failures": failures[:50], "crashed": crashed}
 
 
@@ -218,16 +221,24 @@ def _scheduled(entries: list[Entry], deadline: float, result: dict, say: Callabl
         yield entry.name, entry.run, min(entry.seconds, left)
 
 
-def _compile(entries: list[Entry], deadline: float, result: dict, say: Callable[[str], None]) -> list[Entry]:
-    """Does what is early, and beside it all that compiles kernels; returns what is left to measure. What fails to compile fails there again."""
-    early = [(task, True) for task in _scheduled([entry for entry in entries if entry.early], deadline, result, say)]
-    left = deadline - time.monotonic()
+def _compile(entries: list[Entry], deadline: float, result: dict, say: Callable[[str], None], save: Callable[[], None]) -> list[Entry]:
+    """Does what is early, and beside it what compiles kernels, as long as that lasts; returns what is left to measure. What fails to compile
+    fails there again."""
+    early = list(_scheduled([entry for entry in entries if entry.early], deadline, result, say))
     later = [entry for entry in entries if not entry.early]
-    compiled = [((entry.name, entry.compile, min(entry.seconds, left)), False) for entry in later if entry.compile and entry.installed and left > 5.0]
-    tasks = [((name, kept), run, seconds) for (name, run, seconds), kept in early + compiled]
-    for (name, kept), answer in run_all(tasks, jobs=len(early) + COMPILING):
+    end = min(deadline, time.monotonic() + COMPILE_SECONDS)
+
+    def tasks() -> Iterator[Task]:
+        yield from (((name, True), run, seconds) for name, run, seconds in early)
+        for entry in later:
+            left = end - time.monotonic()
+            if entry.compile and entry.installed and left > 5.0:
+                yield (entry.name, False), entry.compile, min(entry.seconds, left)
+
+    for (name, kept), answer in run_all(tasks(), jobs=len(early) + COMPILING):
         if kept:
             result["cases"][name] = answer
+            save()
         say(f"{name}: {answer.get('error', 'done' if kept else 'compiled')}")
     return later
 
@@ -240,14 +251,17 @@ def _measure(entries: list[Entry], gpu: dict, arguments: argparse.Namespace, sta
     def say(text: str) -> None:
         print(f"[{time.monotonic() - start:5.0f} s] {text}", flush=True)
 
+    def save() -> None:
+        file.write_text(json.dumps(result, indent=1) + "\n")
+
     deadline = start + 60 * arguments.minutes
-    entries = _compile(entries, deadline, result, say)
+    entries = _compile(entries, deadline, result, say, save)
     for name, answer in run_all(_scheduled(entries, deadline, result, say)):
         result["cases"][name] = answer
         if "error" in answer:
             say(f"{name}: {answer['error']}")
-        file.write_text(json.dumps(result, indent=1) + "\n")
-    file.write_text(json.dumps(result, indent=1) + "\n")
+        save()
+    save()
     print("\n" + gpu_report.tables(result))
     picture = file.with_suffix(".png")
     drawn = gpu_report.chart(result, picture)

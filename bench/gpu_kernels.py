@@ -207,7 +207,7 @@ def _step(function: Callable, arguments: dict) -> Callable[[], object]:
 
 def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloat16, seconds: float = 0.4) -> dict:
     """Errors against fp32, then milliseconds forward and backward of ours and of each rival, then memory if the case asks for it; the
-    forward also of ours with the variants that are off.
+    forward also of ours with other variants than those that are on, and of a copy of as many bytes where that is what bounds it.
 
     Returns {"errors", "forward", "backward", "memory": by contestant, "variants": those of ours among them, "unavailable": {rival: why},
     "bytes", "flops"}.

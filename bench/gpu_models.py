@@ -115,11 +115,11 @@ def _per_token(models: dict[str, nn.Module], prompt: dict, sizes: Sizes, device:
 
 
 def _replays(model: nn.Module, rows: int, length: int, device: torch.device) -> dict[str, dict]:
-    """Milliseconds on the device of the graph of a decoding step over ``length`` keys; also with dependent launches."""
+    """Milliseconds on the device of the graph of a decoding step over ``length`` keys; also with dependent launches, or without where they are on."""
     from qvl_model.decoding import SMALLEST_CAPACITY, Step
 
     steps, on = {}, tuning.FASTER.get(("decoding", gpu.architecture(device)), ())
-    for name, variants in (("ours", on), ("DEPENDENT_LAUNCH", ("DEPENDENT_LAUNCH",))):
+    for name, variants in (("ours", on), ("plain", ()) if on else ("DEPENDENT_LAUNCH", ("DEPENDENT_LAUNCH",))):
         with tuning.trying("decoding", *variants):
             steps[name] = Step(model, rows, SMALLEST_CAPACITY)
             steps[name].prepare()
@@ -148,7 +148,7 @@ def generate(sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bflo
         errors = {name: relative_error(values, truth) for name, values in logits.items()}
         length = prompt["input_ids"].shape[1] + sizes.tokens // 2
         replay = _replays(models["ours"], 1, length, device)
-    return {"first": first, "decode": decoded, "vision": vision, "replay": replay, "variants": ["DEPENDENT_LAUNCH"], "errors": errors,
+    return {"first": first, "decode": decoded, "vision": vision, "replay": replay, "variants": [name for name in replay if name != "ours"], "errors": errors,
             "bytes_per_token": _bytes_per_token(stock, 1, length)}  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def decode(sizes: Sizes, device: torch.device, *, rows: int, weights: str | None
     with torch.no_grad():
         first, decoded = _per_token(models, _text_prompt(stock, rows, sizes.prompt, device), sizes, device)
         replay = _replays(models["ours"], rows, sizes.prompt + sizes.tokens // 2, device)
-    return {"first": first, "decode": decoded, "replay": replay, "variants": ["DEPENDENT_LAUNCH"],
+    return {"first": first, "decode": decoded, "replay": replay, "variants": [name for name in replay if name != "ours"],
             "bytes_per_token": _bytes_per_token(stock, rows, sizes.prompt + sizes.tokens // 2)}  # fmt: skip
 
 

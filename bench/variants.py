@@ -51,5 +51,5 @@ def offered(op: str, function: Callable, arch: str) -> dict[str, Callable]:
         (['DESCRIPTORS'], ['plain'])
     """
     there = [(kernel, names) for owner, kernel, names in COMBINATIONS if owner == op and all(arch in tuning.OFFERED[kernel][name] for name in names)]
-    found = {"+".join(names): using(function, kernel, names) for kernel, names in there if names != tuning.FASTER.get((kernel, arch))}
+    found = {"+".join(names): using(function, kernel, names) for kernel, names in there if kernel == "decoding" or names != tuning.FASTER.get((kernel, arch))}
     return found if len(found) == len(there) else {"plain": plain(function), **found}

@@ -36,7 +36,7 @@ class Waiver:
         )  # fmt: skip
 
 
-# Tiles and warps are chosen for Triton 3.9, with which nothing spills. 3.6 allocates registers differently: so many bytes of stack there (gfx942: spilled
+# Tiles and warps are chosen for Triton 3.9, with which next to nothing spills (see below). 3.6 allocates registers differently: so many bytes of stack there (gfx942: spilled
 # registers), mostly outside the loops. The kernels are right, and a little slower than they could be.
 _SPILLS_WITH_3_6 = [
     ("_attention_kernel", "sm_80", "fp32", "8 bytes"),

@@ -26,9 +26,11 @@ def _keys(x: torch.Tensor) -> int:
 @functools.cache
 def _plain_keys(device: str) -> frozenset[int]:
     """Of tensors about which nothing is special, in inference mode and outside of it."""
-    with torch.inference_mode():
-        inside = _keys(torch.empty(0, device=device))
-    return frozenset((inside, _keys(torch.empty(0, device=device))))
+    found = set()
+    for inference in (True, False):
+        with torch.inference_mode(inference):
+            found.add(_keys(torch.empty(0, device=device)))
+    return frozenset(found)
 
 
 _plain_keys("cpu")  # while nothing traces or compiles

@@ -5,6 +5,7 @@ beyond its plain form.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "cross_entropy_columns",
     "cross_entropy_rows",
     "decode_attention",
+    "decoding",
     "elementwise",
     "gemv_dot",
     "gemv_fma",
@@ -61,6 +63,25 @@ FASTER: dict[tuple[str, str], tuple[str, ...]] = {("attention", "sm_90"): ("DESC
 FASTER_FROM = {"attention": 2048}
 
 _tried: dict[str, tuple[str, ...]] = {}
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def decoding() -> Iterator[None]:
+    """Inside the block kernels are steps of decoding: one after the other in this thread, over weights that none of them writes. That is what
+    the variants of "decoding" need; elsewhere they are off.
+
+    Example:
+        >>> with tuning.decoding():
+        ...     tuning.variants("decoding", "sm_90")
+        {'DEPENDENT_LAUNCH': True}
+    """
+    before = getattr(_thread, "decoding", False)
+    _thread.decoding = True
+    try:
+        yield
+    finally:
+        _thread.decoding = before
 
 
 @contextlib.contextmanager
@@ -89,7 +110,8 @@ def variants(kernel: str, arch: str, rows: int | None = None) -> dict[str, bool]
     """Constexpr arguments: which of its variants ``kernel`` uses for so many rows (None: many)."""
     on = _tried.get(kernel)
     if on is None:
-        on = FASTER.get((kernel, arch), ()) if rows is None or rows >= FASTER_FROM.get(kernel, 0) else ()
+        enough = rows is None or rows >= FASTER_FROM.get(kernel, 0)
+        on = FASTER.get((kernel, arch), ()) if enough and (kernel != "decoding" or getattr(_thread, "decoding", False)) else ()
     return {name: name in on and arch in where for name, where in OFFERED[kernel].items()}
 
 
@@ -141,13 +163,15 @@ def gemv_fma(rows: int, n: int, k: int, size: int, bits: int, pair: bool, arch: 
     # that covers k with the fewest idle lanes.
     largest = 4 * lanes * (2 if bits == 0 and rows <= 2 else 1)
     blocks = min((largest, largest // 2, largest // 4), key=lambda count: (-(-k // (per_block * count)) * count, -count))
-    # Loads of 16 bytes in flight per thread, of one weight row or more each: few and many threads are best on an H100, but for int4, whose
-    # unpacking needs the registers. At least 512 programs (4 per processor) while n allows it.
-    loads, each = {0: (2, 1), 8: (4, 2), 4: (8, 1)}[bits]
-    warps = max(1, min(8, blocks // each // lanes))
-    together = max(1, loads * warps * lanes // blocks // (2 if pair and bits != 4 else 1) // (1 if rows <= 2 else 2))
+    # 8 loads of 16 bytes in flight per thread, and at least 512 programs (4 per processor of an H100) while n allows it. Measured on an H100:
+    # fewer loads, the next ones under way, and more threads are better, but for int4, whose pairs want 16.
+    measured = arch == "sm_90"
+    loads, each, most = {0: (2, 1, 8), 8: (4, 2, 4), 4: (8 * (2 if pair else 1), 1, 4)}[bits] if measured else (8, 1, 4)
+    warps = max(1, min(most, blocks // each // lanes))
+    together = max(1, loads * warps * lanes // blocks // (2 if pair else 1) // (1 if rows <= 2 else 2))
     block_n = next(b for b in (8, 4, 2, 1) if b == 1 or (b <= together and n >= 512 * b))
-    return {"ROWS": min(rows, limit), "BLOCK_N": block_n, "BLOCKS": blocks, "num_warps": warps, "num_stages": 1}
+    tile = {"ROWS": min(rows, limit), "BLOCK_N": block_n, "BLOCKS": blocks, "num_warps": warps, "num_stages": 1}
+    return tile if bits == 4 else {**tile, "AHEAD": measured}
 
 
 def gemv_dot(size: int, bits: int, group: int, pair: bool, arch: str) -> dict:

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
-from qvl_kernels import PreparedDecoderLayer, dispatch, gpu
+from qvl_kernels import PreparedDecoderLayer, dispatch, gpu, tuning
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
 from qvl_model.cache import GrowingLayer
 from qvl_model.modules import head, text
@@ -32,7 +32,7 @@ __all__ = ["MODES", "Step", "decode", "graphs_possible", "why_never", "why_not"]
 MODES = "greedy and sampling (temperature, top-k, top-p, min-p, repetition penalty, minimum length)"
 KEPT_STEPS = 2  # static caches kept per model, those used last
 STOP_CHECK = 8  # tokens between two looks at whether all rows have ended
-SMALLEST_CAPACITY = 512  # of a static cache; larger ones are multiples of half of it
+SMALLEST_CAPACITY = 512  # of a static cache; larger ones are multiples of half of it, or of an eighth of the power of two above
 
 
 class Step:
@@ -47,11 +47,12 @@ class Step:
         language_model, lm_head = model.model.language_model, model.lm_head
         self.layers = [plan_of(layer).prepared for layer in language_model.layers]
         device, dtype = language_model.norm.weight.device, language_model.norm.weight.dtype
-        self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.positions = torch.zeros(3, rows, 1, dtype=torch.long, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)  # keys in the cache
-        self.visible = torch.ones(rows, 1, 1, capacity, dtype=torch.bool, device=device)
-        self.logits = torch.zeros(rows, lm_head.out_features, dtype=dtype, device=device)
+        with _ordinary_tensors():
+            self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
+            self.positions = torch.zeros(3, rows, 1, dtype=torch.long, device=device)
+            self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)  # keys in the cache
+            self.visible = torch.ones(rows, 1, 1, capacity, dtype=torch.bool, device=device)
+            self.logits = torch.zeros(rows, lm_head.out_features, dtype=dtype, device=device)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.samplers: dict[tuple, tuple[Sampler, Callable[[], None]]] = {}
@@ -64,8 +65,9 @@ class Step:
         hidden = language_model.embed_tokens(self.tokens)
         cos, sin = language_model.rotary_emb(hidden, self.positions)
         filled = self.lengths + 1
-        for layer, keys, values in zip(self.layers, self.keys, self.values):
-            hidden = decode_step(hidden, layer, cos, sin, keys, values, self.lengths, filled, self.visible)
+        with tuning.decoding():
+            for layer, keys, values in zip(self.layers, self.keys, self.values):
+                hidden = decode_step(hidden, layer, cos, sin, keys, values, self.lengths, filled, self.visible)
         self.logits.copy_(model.lm_head(language_model.norm(hidden))[:, 0])
         self.lengths.add_(1)
         self.positions.add_(1)
@@ -74,9 +76,10 @@ class Step:
         key = Sampler.key(processors, criteria, do_sample=do_sample, pad=pad)
         if key not in self.samplers:
             device, vocabulary = self.logits.device, self.logits.shape[1]
-            sampler = Sampler(
-                processors, criteria, do_sample=do_sample, pad=pad, rows=self.rows, vocabulary=vocabulary, capacity=self.capacity, device=device
-            )
+            with _ordinary_tensors():
+                sampler = Sampler(
+                    processors, criteria, do_sample=do_sample, pad=pad, rows=self.rows, vocabulary=vocabulary, capacity=self.capacity, device=device
+                )
             self.samplers[key] = sampler, _captured(lambda: sampler.step(self.logits, self.tokens), device)
         return self.samplers[key]
 
@@ -122,8 +125,10 @@ class Step:
 
     def _allocate(self, layer: PreparedDecoderLayer) -> None:
         shape = (self.rows, layer.kv_heads, self.capacity, layer.head_dim)
-        for buffers in (self.keys, self.values):
-            buffers.append(torch.zeros(shape, dtype=self.logits.dtype, device=self.logits.device))
+        with _ordinary_tensors():
+            keys, values = (torch.zeros(shape, dtype=self.logits.dtype, device=self.logits.device) for _ in range(2))
+        self.values.append(values)
+        self.keys.append(keys)
 
     def _set(self, batch: int, length: int, positions: Tensor, visible: Tensor | None) -> None:
         self.lengths.zero_()
@@ -138,6 +143,11 @@ class Step:
         """Gives the first ``length`` keys and values back to ``cache``."""
         for layer, keys, values in zip(cache.layers, self.keys, self.values):
             layer.keys, layer.values = keys[:batch, :, :length].clone(), values[:batch, :, :length].clone()
+
+
+def _ordinary_tensors() -> torch.inference_mode:
+    """Inside, new tensors are none of inference mode's: a step that was made there serves calls outside of it, too."""
+    return torch.inference_mode(False)
 
 
 def _captured(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -163,7 +173,7 @@ _failed: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary
 def _step(model: nn.Module, batch: int, length: int) -> Step:
     """One that is there and has room for ``length`` tokens, at most twice as much as needed, or a new one."""
     rows = 1 << (batch - 1).bit_length()
-    grain = SMALLEST_CAPACITY // 2
+    grain = max(SMALLEST_CAPACITY // 2, (1 << (length - 1).bit_length()) // 8)
     needed = max(SMALLEST_CAPACITY, -(-length // grain) * grain)
     steps = _steps.setdefault(model, OrderedDict())
     for key in [key for key, step in steps.items() if not step.holds()]:
@@ -186,6 +196,7 @@ def _begun(model: nn.Module, length: int, cache: DynamicCache, positions: Tensor
         return step, *step.sampler(*sampling, **settings)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         reason = str(error)
+    step = None
     # Out here the error, whose traceback holds the buffers, is gone: the slower path may need their memory.
     _steps.pop(model, None)
     _failed[model] = f"capturing a CUDA graph failed: {reason}"
@@ -276,17 +287,18 @@ def decode(model: nn.Module, first_token: Callable, input_ids: Tensor, processor
         return first_token(input_ids, processors, criteria, config, **stock_call)
     cache, mask = options["past_key_values"], options.get("attention_mask")
     returned = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-    past = cache.get_seq_length()
+    past, generator = cache.get_seq_length(), _generator_state(input_ids.device) if config.do_sample else None
     sequences, positions = _first_token(model, first_token, input_ids, processors, criteria, config, stock_call)
     hidden = mask is not None and not bool(mask.all())
     begun = _begun(model, max_length, cache, positions, mask.bool() if hidden else None, not returned, (processors, criteria), settings)
     if begun is None:
         if returned:
             cache.crop(past - cache.get_seq_length())
-        else:  # it may have given its keys and values back
-            cache = DynamicCache(config=model.config.get_text_config())
-        again = {"past_key_values": cache, "streamer": None if streamer is None else _Later(streamer)}
-        return first_token(input_ids, processors, criteria, config, **stock_call | again)
+        else:  # it may have given some of its keys and values back
+            cache.layers[:] = DynamicCache(config=model.config.get_text_config()).layers
+        if generator is not None:  # the same first token again
+            _set_generator_state(generator, input_ids.device)
+        return first_token(input_ids, processors, criteria, config, **stock_call | {"streamer": None if streamer is None else _Later(streamer)})
     step, sampler, choose = begun
     step.tokens.zero_()
     step.tokens[:batch] = sequences[:, -1:]
@@ -310,6 +322,14 @@ def decode(model: nn.Module, first_token: Callable, input_ids: Tensor, processor
     if config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
     return sequences
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_generator_state(state: Tensor, device: torch.device) -> None:
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
 
 
 def _used(produced: Tensor, first: Tensor, ends: Tensor | None) -> int:

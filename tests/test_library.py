@@ -92,6 +92,12 @@ def test_everything_else_goes_through_the_dispatcher(op, special, straight):
     torch.testing.assert_close(torch.Tensor(out), op(*CALLS[op]))
 
 
+def test_plain_tensors_are_plain_whoever_asks_first():
+    with torch.inference_mode():
+        keys = library._plain_keys.__wrapped__("cpu")
+    assert keys == library._plain_keys("cpu") and len(keys) == 2
+
+
 def test_fake_and_meta_tensors_have_fake_results(straight):
     with torch.no_grad():
         assert library.call(rms_norm_op, torch.empty(3, 40, device="meta"), torch.empty(40, device="meta"), 1e-6).is_meta

@@ -183,6 +183,28 @@ def test_a_failed_capture_starts_again(monkeypatch, models):
     assert streamers[1].values == streamers[0].values and streamers[1].ended == 1
 
 
+def test_a_failed_capture_draws_the_first_token_once(monkeypatch, models):
+    monkeypatch.setattr(decoding, "_failed", type(decoding._failed)())
+
+    def fail(function, device):
+        raise torch.OutOfMemoryError("no memory for a graph")
+
+    monkeypatch.setattr(decoding, "_captured", fail)
+    streamer = _Tokens()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = _generate(models[1], inputs([5]), streamer=streamer, do_sample=True, max_new_tokens=8, temperature=3.0)
+    assert sum(streamer.values, []) == out[0].tolist()
+
+
+def test_a_step_of_inference_mode_serves_outside_of_it(models, calls):
+    stock, ours = models
+    with torch.inference_mode():
+        _generate(ours, inputs([6]), **GREEDY)
+    assert torch.equal(_generate(ours, inputs([7]), **GREEDY), _generate(stock, inputs([7]), **GREEDY))
+    assert len(decoding._steps[ours]) == 1 and ours not in decoding._failed
+
+
 def test_keys_and_values_are_there_once(models, monkeypatch):
     """A cache that nobody asked for is empty once the static one has taken over."""
     seen, original = [], decoding.Step.begin

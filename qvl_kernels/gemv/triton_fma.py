@@ -2,7 +2,7 @@
 
 Tiles are [BLOCKS, VECTOR]: BLOCKS loads of 16 bytes. A thread owns whole blocks, so that sums over VECTOR stay inside it and the
 only exchange between threads is one reduction at the end. Rows of the weight are Python tuples, unrolled: BLOCK_N loads are in
-flight together, and the next ones are under way while these are multiplied. The first do not wait for the kernel that makes x.
+flight together. AHEAD: the next ones are under way while these are multiplied, and the first do not wait for the kernel that makes x.
 """
 
 import triton
@@ -95,7 +95,7 @@ def gemv_fma_kernel(
     M, N, K, W_COLUMNS, eps, stride_x, stride_w, stride_scale, stride_up, stride_up_scale, stride_residual, stride_y,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, VECTOR: tl.constexpr, BITS: tl.constexpr,
     HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    COUNT: tl.constexpr, ROW_COUNT: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
+    COUNT: tl.constexpr, ROW_COUNT: tl.constexpr, AHEAD: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """y = norm(x) w^T + bias + residual, or silu(norm(x) w^T) * (norm(x) up^T); norm(x) = x / sqrt(mean(x^2) + eps) * weight.
 
@@ -109,12 +109,17 @@ def gemv_fma_kernel(
     zero = tl.zeros([BLOCKS], tl.float32)
     accs = (zero,) * (WEIGHT_ROWS * ROWS)
     squares = (zero,) * ROWS
-    weights = _weights(w_ptr, up_ptr, stride_w, stride_up, first, offs, N, K, BLOCK_N, WEIGHT_ROWS)
+    if AHEAD:
+        following = _weights(w_ptr, up_ptr, stride_w, stride_up, first, offs, N, K, BLOCK_N, WEIGHT_ROWS)
     await_inputs(DEPENDENT_LAUNCH)
     for column in range(0, K, BLOCKS * VECTOR):
         k = column + offs
         mask = k < K
-        following = _weights(w_ptr, up_ptr, stride_w, stride_up, first, k + BLOCKS * VECTOR, N, K, BLOCK_N, WEIGHT_ROWS)
+        if AHEAD:
+            weights = following
+            following = _weights(w_ptr, up_ptr, stride_w, stride_up, first, k + BLOCKS * VECTOR, N, K, BLOCK_N, WEIGHT_ROWS)
+        else:
+            weights = _weights(w_ptr, up_ptr, stride_w, stride_up, first, k, N, K, BLOCK_N, WEIGHT_ROWS)
         if HAS_NORM:
             factor = tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
         new_squares = ()
@@ -128,7 +133,6 @@ def gemv_fma_kernel(
             for i in tl.static_range(WEIGHT_ROWS):
                 new_accs = new_accs + (accs[r * WEIGHT_ROWS + i] + tl.sum(weights[i].to(tl.float32) * x, 1),)
         accs = new_accs
-        weights = following
         if HAS_NORM:
             squares = new_squares
     finish_rows(

@@ -186,11 +186,14 @@ def test_dependent_launch_of_decode_attention(arch, device, launches_of):
 
 
 def test_table():
-    """What is on must be offered; all else is off, and unknown names are refused."""
+    """What is on must be offered; all else is off, and unknown names are refused. Those of decoding are off elsewhere."""
     for kernel, offered in tuning.OFFERED.items():
         for arch in gpu.ARCHITECTURES:
             on = tuning.FASTER.get((kernel, arch), ())
             assert all(arch in offered[name] for name in on)
-            assert tuning.variants(kernel, arch) == {name: name in on for name in offered}
+            with tuning.decoding():
+                assert tuning.variants(kernel, arch) == {name: name in on for name in offered}
+            assert not any(tuning.variants("decoding", arch).values())
+    assert tuning.variants("attention", "sm_90", 2048)["DESCRIPTORS"] and not tuning.variants("attention", "sm_90", 2047)["DESCRIPTORS"]
     with pytest.raises(ValueError, match="has no variants"), tuning.trying("attention", "PERSISTENT"):
         pass

@@ -56,15 +56,19 @@ def check_mask(op: str, mask: torch.Tensor, q: torch.Tensor, shape: tuple[int, i
     checks.check_device(op, "mask", mask, q.device)
 
 
+def _on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda or dispatch.forced() == "triton"  # the latter: under Triton's interpreter
+
+
+def unsupported_heads(x: torch.Tensor, head_dim: int) -> str | None:
+    """Why the fast backend cannot run attention of heads so large on the device and in the dtype of ``x``, or None."""
+    limit = MAX_HEAD_DIM_GPU if _on_gpu(x) else MAX_HEAD_DIM
+    return f"head_dim {head_dim} (at most {limit})" if head_dim > limit else checks.unsupported_dtype(x)
+
+
 def unsupported_case(q: torch.Tensor, dropout_p: float) -> str | None:
     """Why the fast backend cannot run attention of ``q``, or None."""
-    on_gpu = q.device.type == "cuda" or dispatch.forced() == "triton"
-    limit = MAX_HEAD_DIM_GPU if on_gpu else MAX_HEAD_DIM
-    if q.shape[-1] > limit:
-        return f"head_dim {q.shape[-1]} (at most {limit})"
-    if dropout_p > 0.0 and not on_gpu:
-        return "dropout"
-    return checks.unsupported_dtype(q)
+    return unsupported_heads(q, q.shape[-1]) or ("dropout" if dropout_p > 0.0 and not _on_gpu(q) else None)
 
 
 def dropout_seed(dropout_p: float, device: torch.device) -> torch.Tensor | None:

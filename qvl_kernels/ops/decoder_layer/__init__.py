@@ -4,7 +4,7 @@ import torch
 
 from qvl_kernels import checks, dispatch
 from qvl_kernels.library import watched
-from qvl_kernels.ops.attention import MAX_HEAD_DIM, check_mask
+from qvl_kernels.ops.attention import check_mask, unsupported_heads
 from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.decoder_layer.op import decoder_layer_op
 from qvl_kernels.ops.decoder_layer.reference import decoder_layer_reference
@@ -122,11 +122,8 @@ def decoder_layer(
     if torch.is_grad_enabled() and (x.requires_grad or any(w is not None and w.requires_grad for w in weights)):
         raise RuntimeError(f"{op} has no backward; call it under torch.no_grad(), or compose the single ops to train")
     scale = head_dim**-0.5 if scale is None else float(scale)
-    unsupported = checks.unsupported_dtype(x)
-    if head_dim > MAX_HEAD_DIM:
-        unsupported = f"head_dim {head_dim} (at most {MAX_HEAD_DIM})"
     w = weights
-    backend = dispatch.choose(op, x.device, unsupported)
+    backend = dispatch.choose(op, x.device, unsupported_heads(x, head_dim))
     if backend == "reference":
         return decoder_layer_reference(x, w, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale)
     function = decoder_layer_op

@@ -1,7 +1,5 @@
 """The layer from single ops: on GPUs, over quantised weights, and on processors whose matrix units (through oneDNN) make that faster."""
 
-import torch
-
 from qvl_kernels.library import call
 from qvl_kernels.ops.attention.op import attention_op
 from qvl_kernels.ops.decoder_layer.parts import add_product, gated, normed_products

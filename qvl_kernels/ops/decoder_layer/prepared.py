@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-from qvl_kernels import dispatch
+from qvl_kernels import dispatch, gpu
 from qvl_kernels.library import watched
+from qvl_kernels.ops.attention import unsupported_heads
 from qvl_kernels.ops.decoder_layer import DecoderWeights, check_weights, decoder_layer
+from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.decoder_layer.cpu import extension_cache, extension_layer, run_extension_layers
 from qvl_kernels.ops.linear.onednn import MIN_ROWS
 
@@ -21,20 +23,21 @@ class PreparedCache:
     Args:
         k_cache, v_cache: [B, Hkv, S_cap, D].
     Attributes:
-        sizes: (dtype, B, Hkv, D). capacity: S_cap. extension: as the extension takes it; None where it does not.
+        sizes: (dtype, B, Hkv, D). capacity: S_cap. plain: whether kernels take them as they are. extension: as the extension takes them, on the CPU.
     Example:
         >>> cache = qvl_kernels.PreparedCache(torch.zeros(1, 8, 512, 128), torch.zeros(1, 8, 512, 128))
     """
 
-    __slots__ = ("capacity", "extension", "k_cache", "sizes", "v_cache")
+    __slots__ = ("capacity", "extension", "k_cache", "plain", "sizes", "v_cache")
 
     def __init__(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-        self.k_cache, self.v_cache, self.sizes, self.capacity, self.extension = k_cache, v_cache, None, 0, None
-        shape = k_cache.shape
+        self.k_cache, self.v_cache, self.sizes, self.capacity, self.plain, self.extension = k_cache, v_cache, None, 0, False, None
+        shape, device = k_cache.shape, k_cache.device
         if len(shape) == 4:
             self.sizes, self.capacity = (k_cache.dtype, shape[0], shape[1], shape[3]), shape[2]
-            plain = all(type(x) is torch.Tensor and x.is_cpu and not x.requires_grad and x.shape == shape for x in (k_cache, v_cache))
-            if plain and v_cache.dtype is k_cache.dtype and k_cache.stride(3) == v_cache.stride(3) == 1:
+            plain = all(type(x) is torch.Tensor and not x.requires_grad and x.shape == shape and x.device == device for x in (k_cache, v_cache))
+            self.plain = plain and v_cache.dtype is k_cache.dtype and k_cache.stride(3) == v_cache.stride(3) == 1
+            if self.plain and k_cache.is_cpu:
                 self.extension = extension_cache(k_cache, v_cache)
 
     def __reduce__(self) -> tuple:
@@ -94,10 +97,11 @@ class PreparedDecoderLayer:
             >>> caches = [PreparedCache(k1, v1), PreparedCache(k2, v2)]
             >>> *_, y = PreparedDecoderLayer.run([first, second], x, cos, sin, caches, past=300)
         """
-        if not _is_plain(layers, x, cos, sin, caches, past, mask):
+        plain = _is_plain(layers, x, cos, sin, caches, past, mask)
+        if not plain or not x.is_cpu:
             outs = []
             for layer, cache in zip(layers, caches, strict=True):
-                x = layer.in_ops(x, cos, sin, cache.k_cache, cache.v_cache, past, mask)
+                x = (layer.composed if plain else layer.in_ops)(x, cos, sin, cache.k_cache, cache.v_cache, past, mask)
                 outs.append(x)
             return outs
         memories = [cache.extension for cache in caches]
@@ -117,20 +121,32 @@ class PreparedDecoderLayer:
         """Whether the extension computes the layer for so many rows in one call."""
         return rows < self.ROWS
 
+    def composed(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
+        """The layer from single ops, of arguments that are known to fit together."""
+        w = self.weights
+        return compose_decoder_layer(
+            x, (w.input_norm, w.q_norm, w.k_norm, w.post_norm), (w.q, w.k, w.v, w.o, w.gate, w.up, w.down),
+            (w.q_bias, w.k_bias, w.v_bias, w.o_bias), cos, sin, k_cache, v_cache, past, mask, self.num_heads, self.eps, self.scale,
+        )  # fmt: skip
+
     def in_ops(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
-        """The layer where the extension's own call is not what is wanted; refuses what does not fit together."""
+        """The layer of arguments that are not plain; refuses what does not fit together."""
         return decoder_layer(
             x, self.weights, cos, sin, k_cache, v_cache, past=past, mask=mask, num_heads=self.num_heads, eps=self.eps, scale=self.scale
         )
 
 
 def _is_plain(layers, x, cos, sin, caches, past, mask) -> bool:
-    """Whether the extension may be called as things are; whatever is odd, errors included, is left to ``decoder_layer``."""
+    """Whether the extension, or on a GPU the kernels one by one, may be called as things are; whatever is odd, errors included, is left to
+    ``decoder_layer``."""
     shape, (dtype, hidden, heads, kv_heads, head_dim) = x.shape, layers[0].sizes
+    on_cpu, device = x.is_cpu, x.device
     if len(shape) != 3 or len(layers) != len(caches):
         return False
+    if not on_cpu and (not x.is_cuda or head_dim % 2 or unsupported_heads(x, head_dim) is not None):
+        return False
     for tensor in (x, cos, sin):
-        if type(tensor) is not torch.Tensor or tensor.dtype is not dtype or not tensor.is_cpu or tensor.requires_grad:
+        if type(tensor) is not torch.Tensor or tensor.dtype is not dtype or tensor.device != device or tensor.requires_grad:
             return False
     batch, time, _ = shape
     tables = (1, time, head_dim), (batch, time, head_dim)
@@ -140,17 +156,20 @@ def _is_plain(layers, x, cos, sin, caches, past, mask) -> bool:
         and cos.shape in tables
         and sin.shape in tables
         and cos.stride()[2] == sin.stride()[2] == 1
-        and (mask is None or (mask.dim() == 4 and mask.is_cpu and mask.dtype in (torch.bool, dtype) and _broadcasts(
+        and (mask is None or (mask.dim() == 4 and mask.device == device and mask.dtype in (torch.bool, dtype) and _broadcasts(
             mask.shape, (batch, heads, time, past + time))))
-        and dispatch.forced() in (None, "cpp")
+        and dispatch.forced() in (None, "cpp" if on_cpu else "triton")
         and not watched()
+        and (on_cpu or gpu.unavailable() is None)
     ):
         return False
     sizes, rows, cached = layers[0].sizes, batch * time, (dtype, batch, kv_heads, head_dim)
     for layer, cache in zip(layers, caches):  # once per layer and token
-        if layer.sizes != sizes or not layer.one_call(rows):
+        if layer.sizes != sizes or on_cpu and not layer.one_call(rows):
             return False
-        if cache.extension is None or cache.sizes != cached or not 0 <= past <= cache.capacity - time:
+        if cache.sizes != cached or not 0 <= past <= cache.capacity - time:
+            return False
+        if cache.extension is None if on_cpu else not cache.plain or cache.k_cache.device != device or layer.weights.input_norm.device != device:
             return False
     return True
 

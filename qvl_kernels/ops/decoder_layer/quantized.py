@@ -3,7 +3,6 @@
 import torch
 
 from qvl_kernels.ops.decoder_layer import DecoderWeights, check_weights
-from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.decoder_layer.prepared import PreparedDecoderLayer
 from qvl_kernels.ops.linear.weights import stand_in
 from qvl_kernels.quant import QuantizedWeight
@@ -36,11 +35,7 @@ class QuantizedDecoderLayer(PreparedDecoderLayer):
     def in_ops(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
         if past < 0 or past + x.shape[1] > k_cache.shape[2]:
             raise ValueError(f"decoder_layer: {x.shape[1]} new keys at position {past} do not fit a cache of {k_cache.shape[2]}")
-        w = self.weights
-        return compose_decoder_layer(
-            x, (w.input_norm, w.q_norm, w.k_norm, w.post_norm), (w.q, w.k, w.v, w.o, w.gate, w.up, w.down),
-            (w.q_bias, w.k_bias, w.v_bias, w.o_bias), cos, sin, k_cache, v_cache, past, mask, self.num_heads, self.eps, self.scale,
-        )  # fmt: skip
+        return self.composed(x, cos, sin, k_cache, v_cache, past, mask)
 
 
 def _one_format(gate: torch.Tensor | QuantizedWeight, up: torch.Tensor | QuantizedWeight) -> bool:

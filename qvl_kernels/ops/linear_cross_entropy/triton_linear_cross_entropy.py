@@ -18,6 +18,9 @@ from qvl_kernels.triton_lib import launch
 
 __all__ = ["launch_loss_rows", "launch_loss_rows_backward", "launch_loss_sum"]
 
+# Whether PyTorch adds products of 16-bit numbers to fp32 sums.
+SUMS_IN_FP32 = not torch.version.hip and tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+
 
 @triton.jit
 def _cross_entropy_kernel(
@@ -92,7 +95,7 @@ class _Logits:
     def by_rows(self, dhidden: torch.Tensor | None, dweight: torch.Tensor | None) -> None:
         """Losses, if they are wanted, and dhidden, if that alone is; with both gradients losses only, in the memory of dweight."""
         memory, everything = dweight, slice(0, self.vocabulary)
-        rows = self.width
+        rows = max(1, self.width)
         if memory is None:
             rows = min(tuning.cross_entropy_rows(), self.tokens)
             memory = torch.empty((rows, self.vocabulary), dtype=self.hidden.dtype, device=self.hidden.device)
@@ -104,7 +107,7 @@ class _Logits:
 
     def by_columns(self, dhidden: torch.Tensor | None, dweight: torch.Tensor) -> None:
         """Both gradients, blocks of columns first: as long as they fit into rows of dweight that come later, the last of which hold the sum
-        for dhidden in fp32. Then rows of what columns are left, in memory as large as hidden."""
+        for dhidden in fp32. Then rows of what columns are left, in memory as large as hidden or a sixteenth of these logits."""
         everything, begin, total = slice(0, self.tokens), 0, None
         free, words = self.vocabulary, 4 // dweight.element_size()
         if dhidden is not None:
@@ -150,10 +153,10 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: b
         total.zero_()
     if a.dtype == torch.float32:
         torch.addmm(total, a, b, out=total)
-    elif a.is_cuda:
+    elif a.is_cuda and SUMS_IN_FP32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:  # the interpreter
-        total += a.float() @ b.float()
+    else:
+        total += torch.mm(a, b)
 
 
 def _products(logits: _Logits, dhidden: torch.Tensor | None, dweight: torch.Tensor | None) -> None:

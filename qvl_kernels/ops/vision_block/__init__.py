@@ -4,7 +4,7 @@ import torch
 
 from qvl_kernels import checks, dispatch
 from qvl_kernels.library import watched
-from qvl_kernels.ops.attention import MAX_HEAD_DIM, check_cu_seqlens
+from qvl_kernels.ops.attention import check_cu_seqlens, unsupported_heads
 from qvl_kernels.ops.linear.weights import stand_in
 from qvl_kernels.ops.vision_block.compose import compose_vision_block
 from qvl_kernels.ops.vision_block.cpu import quantized_vision_block
@@ -100,12 +100,9 @@ def vision_block(
     check_cu_seqlens(op, cu_seqlens, tokens, x.device)
     if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in w)):
         raise RuntimeError(f"{op} has no backward; call it under torch.no_grad(), or compose the single ops to train")
-    unsupported = checks.unsupported_dtype(x)
-    if head_dim > MAX_HEAD_DIM:
-        unsupported = f"head_dim {head_dim} (at most {MAX_HEAD_DIM})"
     quantized = any(isinstance(weight, QuantizedWeight) for weight in weights)
     w = weights
-    backend = dispatch.choose(op, x.device, unsupported)
+    backend = dispatch.choose(op, x.device, unsupported_heads(x, head_dim))
     if backend == "reference":
         if quantized:
             w = VisionWeights(*(dequantize(weight, x.dtype) if isinstance(weight, QuantizedWeight) else weight for weight in w))
