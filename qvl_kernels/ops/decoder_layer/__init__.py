@@ -31,6 +31,13 @@ class DecoderWeights(NamedTuple):
     v_bias: torch.Tensor | None = None
     o_bias: torch.Tensor | None = None
 
+    def groups(self) -> tuple[tuple, tuple, tuple]:
+        """(norms, matrices, biases), as the kernels take them."""
+        return (
+            (self.input_norm, self.q_norm, self.k_norm, self.post_norm), (self.q, self.k, self.v, self.o, self.gate, self.up, self.down),
+            (self.q_bias, self.k_bias, self.v_bias, self.o_bias),
+        )  # fmt: skip
+
 
 def check_weights(x: torch.Tensor, w: DecoderWeights, num_heads: int, kv_heads: int, head_dim: int) -> None:
     for name, weight in zip(DecoderWeights._fields, w):
@@ -129,7 +136,4 @@ def decoder_layer(
     function = decoder_layer_op
     if backend == "triton" and not watched():  # past PyTorch's dispatcher, which takes the host longer than small kernels the device
         function = compose_decoder_layer
-    return function(
-        x, [w.input_norm, w.q_norm, w.k_norm, w.post_norm], [w.q, w.k, w.v, w.o, w.gate, w.up, w.down],
-        [w.q_bias, w.k_bias, w.v_bias, w.o_bias], cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale,
-    )  # fmt: skip
+    return function(x, *w.groups(), cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale)

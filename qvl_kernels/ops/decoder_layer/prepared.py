@@ -110,11 +110,9 @@ class PreparedDecoderLayer:
     def extension_layer(self):
         """The layer as the extension takes it."""
         if self._extension_layer is None:
-            w = self.weights
             self._extension_layer = extension_layer(
-                (w.input_norm, w.q_norm, w.k_norm, w.post_norm), (w.q, w.k, w.v, w.o, w.gate, w.up, w.down), (w.q_bias, w.k_bias, w.v_bias, w.o_bias),
-                self.num_heads, self.kv_heads, self.head_dim, self.eps, self.scale,
-            )  # fmt: skip
+                *self.weights.groups(), self.num_heads, self.kv_heads, self.head_dim, self.eps, self.scale
+            )
         return self._extension_layer
 
     def one_call(self, rows: int) -> bool:
@@ -123,11 +121,9 @@ class PreparedDecoderLayer:
 
     def composed(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
         """The layer from single ops, of arguments that are known to fit together."""
-        w = self.weights
         return compose_decoder_layer(
-            x, (w.input_norm, w.q_norm, w.k_norm, w.post_norm), (w.q, w.k, w.v, w.o, w.gate, w.up, w.down),
-            (w.q_bias, w.k_bias, w.v_bias, w.o_bias), cos, sin, k_cache, v_cache, past, mask, self.num_heads, self.eps, self.scale,
-        )  # fmt: skip
+            x, *self.weights.groups(), cos, sin, k_cache, v_cache, past, mask, self.num_heads, self.eps, self.scale
+        )
 
     def in_ops(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
         """The layer of arguments that are not plain; refuses what does not fit together."""

@@ -100,7 +100,7 @@ class _Logits:
             rows = min(tuning.cross_entropy_rows(), self.tokens)
             memory = torch.empty((rows, self.vocabulary), dtype=self.hidden.dtype, device=self.hidden.device)
         gradient = dweight is None and dhidden is not None
-        for part in _parts(0, self.tokens, rows):
+        for part in _parts(self.tokens, rows):
             logits = self.block(memory, part, everything, loss=self.losses is not None, gradient=gradient)
             if gradient:
                 torch.mm(logits, self.weight, out=dhidden[part])
@@ -128,15 +128,15 @@ class _Logits:
         size = part.stop - part.start
         rows = min(self.tokens, max(self.tokens * self.width // max(1, size), -(-self.tokens // 16), 1))
         memory = torch.empty((rows, size), dtype=self.hidden.dtype, device=self.hidden.device)
-        for some in _parts(0, self.tokens, rows):
+        for some in _parts(self.tokens, rows):
             logits = self.block(memory, some, part, loss=False, gradient=True)
             _multiply(dweight[part], logits.t(), self.hidden[some], some.start == 0)
             if dhidden is not None:
                 _multiply(dhidden[some], logits, self.weight[part], total is None)
 
 
-def _parts(begin: int, end: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, end)) for start in range(begin, end, size))
+def _parts(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def _multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
