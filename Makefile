@@ -1,7 +1,7 @@
 # make bench     speed, memory and accuracy of stock against accelerated Qwen3-VL (FAMILY=qvl: of QVL; MODEL=PATH: of a real checkpoint; ARGS=... for options)
 # make test      the tests that fit into 15 minutes on 2 cores
 # make setup     only the environment (.venv) and the C++ extension; the two above do it themselves
-# make test-all  every test, also on the oldest supported transformers and, under emulation, on aarch64
+# make test-all  every test, also on older supported transformers and, under emulation, on aarch64
 # make sanitize  the kernel tests over an extension built with AddressSanitizer and UBSan
 # make audit     every Triton kernel compiled for every GPU architecture and read back; needs no GPU
 # make bench-gpu GPU tests and benchmarks (a plain PyTorch image is enough); without a GPU it builds every case
@@ -12,11 +12,12 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+BETWEEN := .venv-5.23
 CXX ?= g++
 TORCH := torch==2.13.0
 CSRC := $(shell find csrc -type f)
 
-.PHONY: audit audit-oldest bench bench-all bench-gpu bench-kernels peers test test-all test-oldest aarch64 sanitize setup clean
+.PHONY: audit audit-oldest bench bench-all bench-gpu bench-kernels peers test test-all test-between test-oldest aarch64 sanitize setup clean
 
 bench: setup
 	$(VENV)/bin/python -m bench $(if $(FAMILY),--family $(FAMILY)) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -50,13 +51,18 @@ test-all: setup
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/gpu
 	$(VENV)/bin/python -m pytest --durations=40 $(ARGS)
 	$(MAKE) audit
-	$(MAKE) test-oldest audit-oldest
+	$(MAKE) test-between test-oldest audit-oldest
 	@if command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-g++ >/dev/null; then $(MAKE) aarch64; \
 	else echo "aarch64 left out: needs qemu-aarch64 and aarch64-linux-gnu-g++ (apt-get install qemu-user g++-aarch64-linux-gnu)"; fi
 
-# The extension in the source tree serves both environments: it is built against Python only.
+# The extension in the source tree serves all environments: it is built against Python only.
+VERSION_TESTS := tests/test_model_*.py tests/test_capacity.py tests/test_training*.py tests/test_qvl*.py tests/test_packed_checkpoint.py
+
 test-oldest: setup $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -m "not slow" tests/test_model_*.py tests/test_capacity.py tests/test_training*.py tests/test_qvl*.py
+	$(OLDEST)/bin/python -m pytest -m "not slow" $(VERSION_TESTS)
+
+test-between: setup $(BETWEEN)/.installed
+	$(BETWEEN)/bin/python -m pytest -m "not slow" $(VERSION_TESTS)
 
 aarch64:
 	bash tests/aarch64.sh
@@ -85,6 +91,11 @@ $(OLDEST)/.installed: requirements-oldest.txt requirements-common.txt
 	$(OLDEST)/bin/python -m pip install -q -r requirements-oldest.txt
 	@touch $@
 
+$(BETWEEN)/.installed: requirements-5.23.txt requirements-common.txt
+	$(call create-environment,$(BETWEEN))
+	$(BETWEEN)/bin/python -m pip install -q -r requirements-5.23.txt
+	@touch $@
+
 # Torch goes in first and pinned, so that no later dependency chooses another build.
 define create-environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "qvl: needs Python 3.11 or newer as $(PYTHON) (or set PYTHON=...)"; exit 1; }
@@ -94,4 +105,4 @@ define create-environment
 endef
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info qvl_kernels/_C*.so
+	rm -rf $(VENV) $(OLDEST) $(BETWEEN) build *.egg-info qvl_kernels/_C*.so

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import transformers
-from packaging.version import Version
 from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 import qvl_kernels
+from qvl_model.compat import TESTED_TRANSFORMERS
 from qvl_model.decoding import MODES, why_never
 from qvl_model.modules.decoder_layer import forget_plan
 from qvl_model.modules.packed import PackedEmbedding, PackedLinear
@@ -20,10 +20,9 @@ from qvl_model.modules.vision import Qwen3VLVisionMLP, give_memory_back
 from qvl_model.modules.vision_tables import provide_tables
 from qvl_model.quantization import formats_of, pack_model, part_of, unpack_model
 from qvl_model.replacements import MODEL_CLASSES, STOCK_CLASSES, replacement
+from qvl_model.self_check import why_stock
 
 __all__ = ["Report", "accelerate", "is_accelerated", "report", "restore"]
-
-TESTED_TRANSFORMERS = ("5.17", "5.23")  # oldest and newest minor version that the tests run on
 
 _MLPS = (Qwen3VLTextMLP, Qwen3VLVisionMLP)  # QVL's too
 _KEPT_REASONS = {
@@ -102,17 +101,6 @@ def _check(model: nn.Module) -> None:
             )
 
 
-def _warn_untested() -> None:
-    version = Version(transformers.__version__)
-    oldest, newest = (Version(text) for text in TESTED_TRANSFORMERS)
-    if not oldest <= Version(f"{version.major}.{version.minor}") <= newest:
-        warnings.warn(
-            f"qvl_model is tested with transformers {TESTED_TRANSFORMERS[0]} to {TESTED_TRANSFORMERS[1]}, "
-            f"this is {transformers.__version__}: compare its outputs with the stock model's",
-            stacklevel=3,
-        )
-
-
 def accelerate(
     model: nn.Module, *, weights: str | Mapping[str, str | None] | None = None, group: int = 64, mlp_rows: int | None = None
 ) -> nn.Module:
@@ -145,21 +133,34 @@ def accelerate(
     check_rows(mlp_rows)
     inner = _base_model(model)
     _check(inner)
-    _warn_untested()
+    reason = why_stock(inner, _replace_modules)
+    if reason is not None:
+        tested = ", ".join(TESTED_TRANSFORMERS)
+        warnings.warn(
+            f"qvl_model: the model stays stock: on transformers {transformers.__version__}, which is not among those tested ({tested}), a small "
+            f"accelerated model does not give what the stock one gives: {reason}. Install one of those, or a newer qvl",
+            stacklevel=2,
+        )
+        return model
     _forget_plans(inner)
     pack_model(inner, formats, group)
-    for name, module in inner.named_modules():
+    _replace_modules(inner)
+    for module in inner.modules():
+        if isinstance(module, _MLPS):
+            set_rows(module, mlp_rows)
+    qvl_kernels.use_huge_pages(_read_by_every_token(inner))
+    return model
+
+
+def _replace_modules(model: nn.Module) -> None:
+    for name, module in model.named_modules():
         ours = replacement(name, module)
         if ours is not None:
             module.__class__ = ours
-        if isinstance(module, _MLPS):
-            set_rows(module, mlp_rows)
         if isinstance(module, Qwen3VLVisionModel) and provide_tables not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(provide_tables, with_kwargs=True)
             module.register_forward_pre_hook(give_memory_back)
             module.register_forward_hook(give_memory_back)
-    qvl_kernels.use_huge_pages(_read_by_every_token(inner))
-    return model
 
 
 def _forget_plans(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from qvl_kernels import PreparedDecoderLayer, dispatch, gpu, tuning
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
 from qvl_model.cache import GrowingLayer
+from qvl_model.compat import CACHE
 from qvl_model.modules import head, text
 from qvl_model.modules.decoder_layer import plan_of
 from qvl_model.modules.packed import PackedLinear
@@ -236,7 +237,7 @@ def why_not(model: nn.Module, input_ids: Tensor, processors, criteria, config, o
         return "scores, attentions or hidden states were asked for"
     if options.get("synced_gpus") or torch.is_grad_enabled() or input_ids.numel() == 0:
         return "several GPUs step together, or gradients are on"
-    cache, mask = options.get("past_key_values"), options.get("attention_mask")
+    cache, mask = options.get(CACHE), options.get("attention_mask")
     if not options.get("use_cache") or type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return f"the cache is a {type(cache).__name__}"
     if any(type(layer) not in (DynamicLayer, GrowingLayer) for layer in cache.layers):
@@ -285,7 +286,7 @@ def decode(model: nn.Module, first_token: Callable, input_ids: Tensor, processor
     stock_call = {"streamer": streamer, **options}
     if max_length - prompt <= 1:
         return first_token(input_ids, processors, criteria, config, **stock_call)
-    cache, mask = options["past_key_values"], options.get("attention_mask")
+    cache, mask = options[CACHE], options.get("attention_mask")
     returned = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     past, generator = cache.get_seq_length(), _generator_state(input_ids.device) if config.do_sample else None
     sequences, positions = _first_token(model, first_token, input_ids, processors, criteria, config, stock_call)
@@ -320,7 +321,7 @@ def decode(model: nn.Module, first_token: Callable, input_ids: Tensor, processor
     if returned:
         step.end(cache, batch, prompt + steps)
     if config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+        return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache})
     return sequences
 
 

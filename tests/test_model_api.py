@@ -160,13 +160,6 @@ def test_report():
     assert replaced | {name for name, _, _ in done.kept} == modules
 
 
-def test_untested_transformers_version_warns_once(monkeypatch):
-    monkeypatch.setattr(qvl_model.accelerate.__globals__["transformers"], "__version__", "5.99.0")
-    with pytest.warns(UserWarning, match="5.99.0") as caught:
-        model = qvl_model.accelerate(models.stock_model())
-    assert len(caught) == 1 and qvl_model.is_accelerated(model)
-
-
 def test_accelerated_after_deepcopy_of_stock():
     stock = models.stock_model()
     ours = qvl_model.accelerate(copy.deepcopy(stock))

@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from qvl_model.cache import GrowingLayer
+from qvl_model.compat import CACHE
 
 PROMPT, NEXT, OTHER = [5, 6, 7, 8, 9], [11, 12, 13], [21, 22, 23]
 
@@ -23,7 +24,7 @@ def models():
 @torch.no_grad()
 def _steps(model, cache, ids, rows: int = 1) -> torch.Tensor:
     """Logits of ids fed one by one to a cache."""
-    return torch.cat([model(input_ids=torch.tensor([[i]] * rows), past_key_values=cache).logits for i in ids], 1)
+    return torch.cat([model(input_ids=torch.tensor([[i]] * rows), **{CACHE: cache}).logits for i in ids], 1)
 
 
 def _filled(model, rows: int = 1) -> DynamicCache:
@@ -88,11 +89,11 @@ def test_batch_operations(models):
         cache = _filled(model)
         cache.batch_repeat_interleave(3)
         with torch.no_grad():
-            parts = [model(input_ids=torch.tensor([[1], [2], [3]]), past_key_values=cache).logits]
+            parts = [model(input_ids=torch.tensor([[1], [2], [3]]), **{CACHE: cache}).logits]
             cache.reorder_cache(torch.tensor([2, 2, 0]))
-            parts.append(model(input_ids=torch.tensor([[4], [5], [6]]), past_key_values=cache).logits)
+            parts.append(model(input_ids=torch.tensor([[4], [5], [6]]), **{CACHE: cache}).logits)
             cache.batch_select_indices(torch.tensor([0, 2]))
-            parts.append(model(input_ids=torch.tensor([[7], [8]]), past_key_values=cache).logits)
+            parts.append(model(input_ids=torch.tensor([[7], [8]]), **{CACHE: cache}).logits)
         got.append(torch.cat(parts))
     assert_close(*got)
 
@@ -163,8 +164,8 @@ def test_reserved_memory_stays_small(models):
     fast = models[1]
     cache = DynamicCache()
     with torch.no_grad():
-        fast(input_ids=inputs([1500])["input_ids"], past_key_values=cache)
-        fast(input_ids=torch.tensor([[3]]), past_key_values=cache)
+        fast(input_ids=inputs([1500])["input_ids"], **{CACHE: cache})
+        fast(input_ids=torch.tensor([[3]]), **{CACHE: cache})
     for layer in cache.layers:
         assert layer.keys.untyped_storage().nbytes() <= 1.1 * layer.keys.nbytes
 

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import qvl_model
 from qvl_model import decoding
+from qvl_model.compat import CACHE
 from qvl_model.sampling import Sampler
 
 GREEDY = dict(do_sample=False, max_new_tokens=12)
@@ -91,9 +92,9 @@ def test_returned_cache_goes_on_to_the_next_turn(models, calls):
         out = _generate(model, batch, return_dict_in_generate=True, **GREEDY)
         turn = torch.cat((out.sequences, torch.tensor([[5, 6, 7]])), 1)
         again = model.generate(
-            input_ids=turn, attention_mask=torch.ones_like(turn), past_key_values=out.past_key_values, do_sample=False, max_new_tokens=6
+            input_ids=turn, attention_mask=torch.ones_like(turn), **{CACHE: out[CACHE]}, do_sample=False, max_new_tokens=6
         )
-        results.append((out.sequences, again, out.past_key_values.get_seq_length()))
+        results.append((out.sequences, again, out[CACHE].get_seq_length()))
     (expected, expected_again, expected_length), (sequences, again, length) = results
     assert torch.equal(sequences, expected) and torch.equal(again, expected_again) and length == expected_length
     assert len(calls) == 2
@@ -178,7 +179,7 @@ def test_a_failed_capture_starts_again(monkeypatch, models):
             warnings.simplefilter("ignore")
             results.append(_generate(model, inputs([3, (1, 4, 6), 4]), return_dict_in_generate=True, streamer=streamer, **GREEDY))
     assert models[1] in decoding._failed and torch.equal(results[0].sequences, results[1].sequences)
-    for ours, plain in zip(results[1].past_key_values.layers, results[0].past_key_values.layers):
+    for ours, plain in zip(results[1][CACHE].layers, results[0][CACHE].layers):
         torch.testing.assert_close(ours.keys, plain.keys)
     assert streamers[1].values == streamers[0].values and streamers[1].ended == 1
 
@@ -215,7 +216,7 @@ def test_keys_and_values_are_there_once(models, monkeypatch):
 
     monkeypatch.setattr(decoding.Step, "begin", begin)
     _generate(models[1], inputs([5]), **GREEDY)
-    kept = _generate(models[1], inputs([5]), return_dict_in_generate=True, **GREEDY).past_key_values
+    kept = _generate(models[1], inputs([5]), return_dict_in_generate=True, **GREEDY)[CACHE]
     assert seen == [0, 5] and kept.get_seq_length() == 4 + GREEDY["max_new_tokens"]
 
 
@@ -258,7 +259,7 @@ def test_static_cache_and_hooks_stay_with_stock_code(models, calls):
     stock, ours = models
     batch = inputs([5])
     cache = StaticCache(config=ours.config.text_config, max_cache_len=20)
-    _generate(ours, batch, past_key_values=cache, **GREEDY)
+    _generate(ours, batch, **{CACHE: cache}, **GREEDY)
     handle = ours.model.language_model.norm.register_forward_hook(lambda *_: None)
     _generate(ours, batch, **GREEDY)
     handle.remove()

@@ -5,6 +5,8 @@ import torch
 from models import assert_all_fused, assert_close, fused_calls, inputs, pair
 from transformers import DynamicCache, StaticCache
 
+from qvl_model.compat import CACHE
+
 SMALL, LARGE = (1, 2, 2), (1, 34, 18)
 PROMPTS = {
     "text": [[9]],
@@ -44,7 +46,7 @@ def _generate(model, batch, *, static: bool = False, new_tokens: int = 6, **opti
     torch.manual_seed(7)
     if static:
         length = batch["input_ids"].shape[1] + new_tokens
-        options["past_key_values"] = StaticCache(config=model.config.text_config, max_cache_len=length)
+        options[CACHE] = StaticCache(config=model.config.text_config, max_cache_len=length)
     return model.generate(
         **batch, max_new_tokens=new_tokens, return_dict_in_generate=True, output_logits=True, **options
     )
@@ -67,7 +69,7 @@ def test_generate(models, prompt, mode, static):
         got = _generate(fast, batch, static=static, **MODES[mode])
     _assert_same(got, expected)
     assert_all_fused(calls, vision="image_grid_thw" in batch or "video_grid_thw" in batch)
-    assert got.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+    assert got[CACHE].get_seq_length() == expected[CACHE].get_seq_length()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -128,7 +130,7 @@ def test_text_and_vision_parts_alone_are_fused(models):
     embeds = torch.randn(2, 5, 72, generator=torch.Generator().manual_seed(1))
     batch = inputs([(1, 6, 4), 2])
     with fused_calls(fast) as calls, torch.no_grad():
-        text = fast.model.language_model(inputs_embeds=embeds, past_key_values=DynamicCache()).last_hidden_state
+        text = fast.model.language_model(inputs_embeds=embeds, **{CACHE: DynamicCache()}).last_hidden_state
         image = fast.model.visual(batch["pixel_values"], batch["image_grid_thw"])
     assert_all_fused(calls, vision=True)
     with torch.no_grad():

@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 import qvl_kernels
 import qvl_model
 from qvl_model import cache as model_cache
+from qvl_model.compat import CACHE
 from qvl_model.modules import decoder_layer
 
 PROMPT, NEXT = [5, 6, 7, 8, 9], [11, 12, 13, 14]
@@ -41,7 +42,7 @@ def calls(monkeypatch):
 @torch.no_grad()
 def _logits(model, ids, cache, **options) -> torch.Tensor:
     """Logits of ids fed one by one."""
-    return torch.cat([model(input_ids=torch.tensor([[i]]), past_key_values=cache, **options).logits for i in ids], 1)
+    return torch.cat([model(input_ids=torch.tensor([[i]]), **{CACHE: cache}, **options).logits for i in ids], 1)
 
 
 def _layers(model):
@@ -160,7 +161,7 @@ def test_in_inference_mode(models, calls):
     def logits(model):
         cache = DynamicCache()
         with torch.inference_mode():
-            return [model(input_ids=torch.tensor([[i]]), past_key_values=cache).logits for i in PROMPT + NEXT]
+            return [model(input_ids=torch.tensor([[i]]), **{CACHE: cache}).logits for i in PROMPT + NEXT]
 
     stock, fast = models
     assert_close(torch.cat(logits(fast), 1), torch.cat(logits(stock), 1))
@@ -178,7 +179,7 @@ def test_hidden_states_are_captured(models):
                 model.set_attn_implementation("eager")
             cache = DynamicCache()
             with torch.no_grad():
-                steps = [model(input_ids=torch.tensor([[i]]), past_key_values=cache, **options) for i in PROMPT]
+                steps = [model(input_ids=torch.tensor([[i]]), **{CACHE: cache}, **options) for i in PROMPT]
             got.append([x for step in steps for x in (step.hidden_states or step.attentions)])
         for theirs, ours in zip(*got, strict=True):
             assert_close(ours, theirs)
@@ -209,7 +210,7 @@ def test_images_in_a_later_turn(models, calls):
         first = _logits(model, PROMPT, cache)
         later = dict(turn, attention_mask=torch.ones(1, len(PROMPT) + turn["input_ids"].shape[1], dtype=torch.long))
         with torch.no_grad():
-            second = model(**later, past_key_values=cache, position_ids=torch.arange(5, 5 + turn["input_ids"].shape[1]).expand(3, 1, -1)).logits
+            second = model(**later, **{CACHE: cache}, position_ids=torch.arange(5, 5 + turn["input_ids"].shape[1]).expand(3, 1, -1)).logits
         results.append(torch.cat((first, second, _logits(model, NEXT, cache)), 1))
     assert_close(results[1], results[0])
     assert calls[-1] == LAYERS

@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 import qvl_model
+from qvl_model.compat import CACHE
 
 MIXED = ([3, (1, 4, 6), 5], [2, (1, 2, 4), 3, (2, 4, 4), 1])
 
@@ -159,7 +160,7 @@ def test_own_four_dimensional_mask(models, kind):
 @pytest.mark.parametrize("make", [lambda config: DynamicCache(), lambda config: StaticCache(config=config, max_cache_len=32)],
                          ids=["dynamic", "static"])  # fmt: skip
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-def test_past_key_values_in_chunks(models, make, padded):
+def test_a_cache_filled_in_chunks(models, make, padded):
     batch = inputs([12], [8 if padded else 12])
     results = []
     for model in models[::-1]:
@@ -168,7 +169,7 @@ def test_past_key_values_in_chunks(models, make, padded):
             with torch.no_grad():
                 out = model(
                     input_ids=batch["input_ids"][:, start:end], attention_mask=batch["attention_mask"][:, :end],
-                    past_key_values=cache, use_cache=True,
+                    **{CACHE: cache}, use_cache=True,
                 )  # fmt: skip
             parts.append(out.logits)
             assert cache.get_seq_length() == end
@@ -182,7 +183,7 @@ def test_stock_layers_see_what_ours_wrote(models):
     stock, fast = models
     batch, cache, parts = inputs([10])["input_ids"], DynamicCache(), []
     for index in range(10):
-        parts.append(_logits(models[index % 2], {"input_ids": batch[:, index : index + 1]}, past_key_values=cache))
+        parts.append(_logits(models[index % 2], {"input_ids": batch[:, index : index + 1]}, **{CACHE: cache}))
     assert_close(torch.cat(parts, 1), _logits(stock, {"input_ids": batch}))
 
 
@@ -190,8 +191,8 @@ def test_inference_tensors_in_a_cache_that_goes_on_outside(models):
     stock, fast = models
     ids, cache = inputs([6])["input_ids"], DynamicCache()
     with torch.inference_mode():
-        fast(input_ids=ids[:, :4], past_key_values=cache)
-    got = _logits(fast, {"input_ids": ids[:, 4:]}, past_key_values=cache)
+        fast(input_ids=ids[:, :4], **{CACHE: cache})
+    got = _logits(fast, {"input_ids": ids[:, 4:]}, **{CACHE: cache})
     assert_close(got, _logits(stock, {"input_ids": ids})[:, 4:])
 
 
@@ -242,7 +243,7 @@ def test_multi_turn_on_a_kept_cache(models):
         for turn in turns[1:]:
             ids = torch.cat([out.sequences, torch.tensor([turn])], 1)
             out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=out.past_key_values, **options
+                input_ids=ids, attention_mask=torch.ones_like(ids), **{CACHE: out[CACHE]}, **options
             )
         results.append(out.sequences)
     assert torch.equal(*results)

@@ -9,6 +9,7 @@ from models import fused_calls
 from qvl_models import inputs, pad_pixels, pair
 from transformers import DynamicCache, StaticCache
 
+from qvl_model.compat import CACHE
 from qvl_model.qvl.cache import VisualLayer, holds_images
 
 NAMES = ["mlp", "attention"]
@@ -119,7 +120,7 @@ def test_the_cache(model, kind):
     whole = {**batch, "input_ids": torch.cat((batch["input_ids"], torch.tensor([[7, 8, 9], [3, 2, 1]])), 1)}
     whole["attention_mask"] = torch.ones_like(whole["input_ids"])
     expected = model(**whole).logits[:, 5:]
-    model(**batch, past_key_values=cache)
+    model(**batch, **{CACHE: cache})
     layers, fused = settings.num_hidden_layers, len(settings.cross_attention_layers)
     assert cache.get_seq_length() == 5 and len(cache.layers) == layers + fused
     visual = cache.layers[layers:]
@@ -128,7 +129,7 @@ def test_the_cache(model, kind):
     assert all(type(layer) is VisualLayer and layer.keys.shape == (2, settings.num_key_value_heads, tokens, head_dim) for layer in visual)
     memory = [(layer.keys, layer.values) for layer in visual]
     for i in range(3):
-        out = model(input_ids=whole["input_ids"][:, 5 + i : 6 + i], attention_mask=whole["attention_mask"][:, : 6 + i], past_key_values=cache)
+        out = model(input_ids=whole["input_ids"][:, 5 + i : 6 + i], attention_mask=whole["attention_mask"][:, : 6 + i], **{CACHE: cache})
         assert torch.allclose(out.logits, expected[:, i : i + 1], rtol=1e-3, atol=2e-4)
         assert cache.get_seq_length() == 6 + i
     assert all(layer.keys is keys and layer.values is values for layer, (keys, values) in zip(visual, memory))
@@ -144,13 +145,13 @@ def _pickled(cache):
 
 def filled(model, batch) -> DynamicCache:
     cache = DynamicCache(config=model.config)
-    model(**batch, past_key_values=cache)
+    model(**batch, **{CACHE: cache})
     return cache
 
 
 @torch.no_grad()
 def step(model, cache, ids: list[int]) -> torch.Tensor:
-    return model(input_ids=torch.tensor(ids)[:, None], past_key_values=cache).logits
+    return model(input_ids=torch.tensor(ids)[:, None], **{CACHE: cache}).logits
 
 
 @pytest.mark.parametrize("branch", [_copied, _pickled])
@@ -190,14 +191,14 @@ def test_crop_keeps_the_image_and_reset_drops_it(model):
     assert cache.get_seq_length() == 4 + 1 and torch.allclose(step(model, cache, [4]), expected, atol=1e-5)
 
     static = StaticCache(config=model.config, max_cache_len=12)
-    first = model(**batch, past_key_values=static).logits
+    first = model(**batch, **{CACHE: static}).logits
     assert holds_images(static, model.config.num_hidden_layers)
     static.reset()
     assert not holds_images(static, model.config.num_hidden_layers)
-    assert torch.equal(model(**batch, past_key_values=static).logits, first)
+    assert torch.equal(model(**batch, **{CACHE: static}).logits, first)
     static.reset()
     text = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    assert torch.allclose(model(**text, past_key_values=static).logits, model(**text).logits, atol=1e-5)
+    assert torch.allclose(model(**text, **{CACHE: static}).logits, model(**text).logits, atol=1e-5)
 
 
 @torch.no_grad()
@@ -205,31 +206,31 @@ def test_a_picture_after_text(model):
     """The text before it has not seen it; what comes then has."""
     batch = inputs(5)
     cache = DynamicCache(config=model.config)
-    text = model(input_ids=torch.tensor([[7, 8]]), past_key_values=cache)
-    out = model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], past_key_values=cache)
+    text = model(input_ids=torch.tensor([[7, 8]]), **{CACHE: cache})
+    out = model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], **{CACHE: cache})
     assert cache.get_seq_length() == 7 and holds_images(cache, model.config.num_hidden_layers)
-    assert not torch.allclose(out.logits, model(input_ids=batch["input_ids"], past_key_values=text_cache(model)).logits, atol=1e-3)
+    assert not torch.allclose(out.logits, model(input_ids=batch["input_ids"], **{CACHE: text_cache(model)}).logits, atol=1e-3)
     assert text.logits.isfinite().all()
     with pytest.raises(ValueError, match="already holds images"):
-        model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], past_key_values=cache)
+        model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], **{CACHE: cache})
 
 
 def text_cache(model) -> DynamicCache:
     cache = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor([[7, 8]]), past_key_values=cache)
+    model(input_ids=torch.tensor([[7, 8]]), **{CACHE: cache})
     return cache
 
 
 def test_a_second_turn_goes_on_with_the_cache(model):
     batch, cache = inputs(5), DynamicCache(config=model.config)
     options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    first = model.generate(**batch, **options, past_key_values=cache)
+    first = model.generate(**batch, **options, **{CACHE: cache})
     ids = torch.cat((first, torch.tensor([[3, 4, 5]])), 1)
     expected = model.generate(input_ids=ids, pixel_values=batch["pixel_values"], **options)
     again = copy.deepcopy(cache)
-    assert torch.equal(model.generate(input_ids=ids, past_key_values=cache, **options), expected)
+    assert torch.equal(model.generate(input_ids=ids, **{CACHE: cache}, **options), expected)
     with pytest.raises(ValueError, match="already holds images"):  # rather than silently left out
-        model.generate(input_ids=ids, pixel_values=batch["pixel_values"], past_key_values=again, **options)
+        model.generate(input_ids=ids, pixel_values=batch["pixel_values"], **{CACHE: again}, **options)
 
 
 def test_an_assistant_model(models, model):

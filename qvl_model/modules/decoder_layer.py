@@ -9,7 +9,8 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 import qvl_kernels
 from qvl_kernels import dispatch, pages
 from qvl_kernels.quant import QuantizedWeight
-from qvl_model import cache
+from qvl_model.cache import Store, open_stores
+from qvl_model.compat import CACHE, takes_cache
 from qvl_model.modules.linear import Linear
 from qvl_model.modules.lookahead import Step, followers, learned, look_ahead, output_ahead
 from qvl_model.modules.packed import PackedLinear
@@ -169,23 +170,24 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         out = output_ahead(self, args, kwargs)
         return super().__call__(*args, **kwargs) if out is None else out
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        cache=None,
         use_cache: bool | None = False,
         **kwargs,
     ) -> Tensor:
-        ahead = look_ahead(past_key_values, hidden_states)
+        ahead = look_ahead(cache, hidden_states)
         if ahead is not None:
             out = ahead.take(self, hidden_states, position_embeddings, attention_mask)
             if out is not None:
                 return out
         if _call_is_plain(hidden_states, position_embeddings, attention_mask, kwargs):
-            steps = self._steps(hidden_states, attention_mask, past_key_values, ahead=ahead is not None)
+            steps = self._steps(hidden_states, attention_mask, cache, ahead=ahead is not None)
             if steps:
                 if hidden_states.is_cpu and hidden_states.shape[0] * hidden_states.shape[1] >= _LARGE:
                     pages.trim()  # else it adds up with the cache; milliseconds beside the tenths of a second of the layer
@@ -204,12 +206,12 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
 
-    def _steps(self, x: Tensor, mask: Tensor | None, past_key_values, *, ahead: bool) -> list[Step]:
+    def _steps(self, x: Tensor, mask: Tensor | None, cache, *, ahead: bool) -> list[Step]:
         """This layer, and with ``ahead`` those that follow it, as fused calls that compute what their modules would; [] if it is none."""
         if torch.is_grad_enabled() and _any_requires_grad(x, self):
             return []
@@ -219,7 +221,7 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         layers, calls, indices = [self], [plan.prepared], [plan.attention.layer_idx]
         if chain is not None:
             layers, calls, indices = [self, *chain.layers], chain.calls, chain.indices
-        stores = cache.open_stores(past_key_values, indices, x, plan.prepared.kv_heads, plan.prepared.head_dim)
+        stores = open_stores(cache, indices, x, plan.prepared.kv_heads, plan.prepared.head_dim)
         if not stores or not _causal_rule_holds(mask, x.shape[1], stores[0]):
             return []
         return [Step(layer, call, store) for layer, call, store in zip(layers, calls, stores)]
@@ -253,7 +255,7 @@ def _any_requires_grad(x: Tensor, layer: nn.Module) -> bool:
     return x.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
 
 
-def _causal_rule_holds(mask: Tensor | None, queries: int, store: "cache.Store") -> bool:
+def _causal_rule_holds(mask: Tensor | None, queries: int, store: Store) -> bool:
     """Whether no mask, or this mask, means to sdpa what it means to ``decoder_layer`` with this cache."""
     keys = store.past + queries
     if mask is None:

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from qvl_kernels import PreparedDecoderLayer, dispatch
 from qvl_model.cache import Store
+from qvl_model.compat import CACHE
 
 __all__ = ["LookAhead", "Step", "followers", "learned", "look_ahead", "output_ahead"]
 
@@ -153,7 +154,7 @@ def output_ahead(layer: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
     """What a call of ``layer`` with these arguments gives, if it is there. No hook need be called then: layers with hooks do not run ahead."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or len(args) != 1:
         return None
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     state = getattr(cache, _NAME, None)
     if state is None or not state.waiting or state.cache() is not cache:
         return None

@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 import qvl_kernels
+from qvl_model.compat import takes_cache, update_cache
 from qvl_model.modules.parts import in_parts
 from qvl_model.modules.plain import autocast_dtype, dropout_fits, is_plain, kernels_take, no_global_hooks
 
@@ -46,12 +47,13 @@ class Qwen3VLTextMLP(stock.Qwen3VLTextMLP):
 
 
 class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        past_key_values=None,
+        cache=None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         dropout = self.attention_dropout if self.training else 0.0
@@ -66,7 +68,7 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
             or not no_global_hooks()
             or not tables_fit(position_embeddings, hidden_states)
         ):
-            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+            return super().forward(hidden_states, position_embeddings, attention_mask, cache, **kwargs)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q = self.q_proj(hidden_states).view(shape)
         k = self.k_proj(hidden_states).view(shape)
@@ -81,8 +83,8 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
         else:
             q, k = stock.apply_rotary_pos_emb(self.q_norm(q), self.k_norm(k), cos, sin, unsqueeze_dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = update_cache(cache, k, v, self.layer_idx, kwargs)
         if lower is not None:  # as sdpa under autocast
             q, k, v = q.to(lower), k.to(lower), v.to(lower)
         queries, keys = q.shape[2], k.shape[2]

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
+from qvl_model.compat import CACHE_NAMES
 from qvl_model.qvl.configuration import QVLConfig
 
 __all__ = ["QVLPreTrainedModel", "attend", "key_mask", "rotary_tables"]
@@ -20,7 +21,7 @@ class QVLPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["QVLDecoderLayer", "QVLVisionBlock", "QVLConnectorLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_attention_backend = False
 

@@ -16,6 +16,7 @@ class VisualLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = True  # its size does not change from step to step
+    is_croppable = True  # images are no part of what is cropped
 
     def __init__(self):
         super().__init__()

@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from qvl_model.compat import CACHE_NAMES
+
 from qvl_model.qvl import config_file
 from qvl_model.qvl.presets import PRESETS
 
@@ -55,7 +57,7 @@ class QVLConfig(PreTrainedConfig):
     """
 
     model_type = "qvl"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
     attribute_map = {"attention_dropout": "attention_probs_dropout_prob", "rms_norm_eps": "layer_norm_eps"}  # as stock modules call them
 
     num_hidden_layers: int = 32

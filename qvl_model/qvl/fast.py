@@ -7,6 +7,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import qvl_kernels
 from qvl_model import packed_checkpoint
+from qvl_model.compat import CACHE, takes_cache
 from qvl_model.modules.decoder_layer import Qwen3VLTextDecoderLayer
 from qvl_model.modules.head import causal_loss
 from qvl_model.modules.plain import dropout_fits, is_plain, kernels_take, no_global_hooks
@@ -27,6 +28,7 @@ class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
             return super().__call__(*args, **kwargs)
         return text.QVLDecoderLayer.__call__(self, *args, **kwargs)  # what is ahead of it is not known before cross-attention
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -34,19 +36,19 @@ class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = False,
         visual: text.Visual | None = None,
         **kwargs,
     ) -> Tensor:
-        hidden_states = self.fuse(hidden_states, visual_tokens, visual, past_key_values)
+        hidden_states = self.fuse(hidden_states, visual_tokens, visual, cache)
         return super().forward(
             hidden_states,
             position_embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: cache},
             fuse=False,
             **kwargs,
         )

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
+from qvl_model.compat import CACHE, CacheOutput, takes_cache
 from qvl_model.qvl.base import QVLPreTrainedModel
 from qvl_model.qvl.cache import holds_images
 from qvl_model.qvl.configuration import QVLConfig
@@ -20,13 +21,13 @@ __all__ = ["QVLCausalOutput", "QVLForConditionalGeneration", "QVLModel", "QVLMod
 
 
 @dataclass
-class QVLModelOutput(ModelOutput):
+class QVLModelOutput(CacheOutput):
     """What QVLModel returns. B samples, T tokens, C hidden size, L layers.
 
     Attributes:
         last_hidden_state: [B, T, C], after the last norm.
         pooler_output: [B, C], the last hidden state of each sample's last token that is not padding: the one that has seen all.
-        past_key_values: the cache, with use_cache.
+        cache: the keys and values so far, with use_cache; past_key_values reads it too.
         hidden_states: with output_hidden_states, L + 1 of [B, T, C]: embeddings and the output of each layer, the last one normed.
         attentions: with output_attentions and attn_implementation="eager", L of [B, H, T, S].
         cross_attentions: likewise, one [B, H, T, S] per cross-attention layer, over visual tokens; empty without images.
@@ -34,19 +35,19 @@ class QVLModelOutput(ModelOutput):
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
-class QVLCausalOutput(ModelOutput):
+class QVLCausalOutput(CacheOutput):
     """As QVLModelOutput, and: loss (with labels), a mean over learned tokens; logits [B, T or logits_to_keep, V]."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
@@ -111,13 +112,14 @@ class QVLModel(QVLPreTrainedModel):
             raise ValueError(f"QVL: pixel_attention_mask must be {list(expected)} for these pixel_values, got {list(mask.shape)}")
         return pixel_values.flatten(0, -4), None if mask is None else mask.flatten(0, -3), samples, per_sample
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -131,7 +133,7 @@ class QVLModel(QVLPreTrainedModel):
             input_ids: int64 [B, T]; or inputs_embeds [B, T, C].
             attention_mask: [B, past + T], 0 on padding.
             position_ids: [B or 1, T]; counted from attention_mask if left out.
-            past_key_values: a cache. Keys and values of images are in it after the first call: give pixel_values once.
+            cache: a cache; past_key_values is its older name. Keys and values of images are in it after the first call: give pixel_values once.
             token_type_ids: [B, T]; by default 1 where input_ids is image_token_id, else 0.
             pixel_values: [B, C, H, W], any H and W, or [B, images, C, H, W]; with B / n rows each serves n rows of text (beams).
             pixel_attention_mask: [B, H, W] (or [B, images, H, W]), 0 on padding, which cannot change the result. An image that is
@@ -142,7 +144,7 @@ class QVLModel(QVLPreTrainedModel):
         text = input_ids if input_ids is not None else inputs_embeds
         visual = None
         if pixel_values is not None:
-            if holds_images(past_key_values, self.config.num_hidden_layers):
+            if holds_images(cache, self.config.num_hidden_layers):
                 raise ValueError("QVL: the cache already holds images; give pixel_values with the first call only, or a new cache")
             visual = self.get_image_features(pixel_values, pixel_attention_mask)
             if visual is not None and text is not None:
@@ -153,12 +155,12 @@ class QVLModel(QVLPreTrainedModel):
         elif pixel_attention_mask is not None:
             raise ValueError("QVL: pixel_attention_mask without pixel_values")
         out = self.language_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **{CACHE: cache},
             inputs_embeds=inputs_embeds, token_type_ids=token_type_ids, use_cache=use_cache, visual=visual, **kwargs,
         )  # fmt: skip
         pooled = _last_token(out.last_hidden_state, attention_mask)
         return QVLModelOutput(
-            last_hidden_state=out.last_hidden_state, pooler_output=pooled, past_key_values=out.past_key_values,
+            last_hidden_state=out.last_hidden_state, pooler_output=pooled, cache=getattr(out, CACHE),
             hidden_states=out.hidden_states, attentions=out.attentions, cross_attentions=out.cross_attentions,
         )  # fmt: skip
 
@@ -216,13 +218,14 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
         """As QVLModel.get_image_features."""
         return self.model.get_image_features(pixel_values, pixel_attention_mask)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -240,7 +243,7 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
         """
         counted = kwargs.pop("num_items_in_batch", None)
         out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **{CACHE: cache},
             inputs_embeds=inputs_embeds, token_type_ids=token_type_ids, pixel_values=pixel_values,
             pixel_attention_mask=pixel_attention_mask, use_cache=use_cache, **kwargs,
         )  # fmt: skip
@@ -250,17 +253,18 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=counted)
         return QVLCausalOutput(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, last_hidden_state=out.last_hidden_state,
+            loss=loss, logits=logits, cache=out.cache, last_hidden_state=out.last_hidden_state,
             pooler_output=out.pooler_output, hidden_states=out.hidden_states, attentions=out.attentions,
             cross_attentions=out.cross_attentions,
         )  # fmt: skip
 
-    def prepare_inputs_for_generation(self, input_ids, *args, past_key_values=None, is_first_iteration=False, **kwargs):
+    @takes_cache
+    def prepare_inputs_for_generation(self, input_ids, *args, cache=None, is_first_iteration=False, **kwargs):
         inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, *args, **{CACHE: cache}, is_first_iteration=is_first_iteration, **kwargs
         )
         # Read once; from then on the cache has them. A cache that came with images and a call that brings more is refused by forward.
-        if not is_first_iteration and holds_images(past_key_values, self.config.num_hidden_layers):
+        if not is_first_iteration and holds_images(cache, self.config.num_hidden_layers):
             inputs.pop("pixel_values", None)
         if inputs.get("pixel_values") is None:
             inputs.pop("pixel_attention_mask", None)

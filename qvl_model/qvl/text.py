@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from qvl_model.compat import CACHE, takes_cache
 from qvl_model.qvl.base import QVLPreTrainedModel, attend, key_mask, rotary_tables
 from qvl_model.qvl.cache import add_visual_layer, visual_layer
 from qvl_model.qvl.configuration import QVLConfig
@@ -90,8 +91,8 @@ class QVLFusion(nn.Module):
             add_visual_layer(cache, self.layer_idx, self._text_layers).update(keys, values, lengths)
         return keys, values, lengths
 
-    def forward(self, hidden_states: Tensor, visual: Visual | None = None, past_key_values: Cache | None = None) -> Tensor:
-        memory = self.memory(visual, past_key_values)
+    def forward(self, hidden_states: Tensor, visual: Visual | None = None, cache: Cache | None = None) -> Tensor:
+        memory = self.memory(visual, cache)
         if memory is None:
             return hidden_states
         out, _ = self.attn(self.norm(hidden_states), *memory)
@@ -109,6 +110,7 @@ class QVLDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         fused = config.cross_attention_layers
         self.fusion = QVLFusion(config, fused.index(layer_idx)) if layer_idx in fused else None
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -116,7 +118,7 @@ class QVLDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = False,
         visual: Visual | None = None,
         fuse: bool = True,
@@ -125,15 +127,15 @@ class QVLDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         """``visual_tokens`` are those of ``visual``, by themselves because reentrant checkpointing follows plain arguments only;
         ``fuse``: whether cross-attention is still to be done."""
         if fuse:
-            hidden_states = self.fuse(hidden_states, visual_tokens, visual, past_key_values)
+            hidden_states = self.fuse(hidden_states, visual_tokens, visual, cache)
         residual = hidden_states
         hidden_states, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             position_embeddings=position_embeddings,
+            **{CACHE: cache},
             **kwargs,
         )
         hidden_states = residual + self.dropout(hidden_states)
@@ -171,13 +173,14 @@ class QVLTextModel(QVLPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value
 
+    @takes_cache
     @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         use_cache: bool | None = None,
@@ -189,18 +192,18 @@ class QVLTextModel(QVLPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if token_type_ids is None:
             token_type_ids = self._token_types(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         hidden_states = self.dropout(inputs_embeds + self.embed_token_types(token_type_ids))
         if position_ids is None:
-            position_ids = _positions(attention_mask, past_key_values, inputs_embeds)
+            position_ids = _positions(attention_mask, cache, inputs_embeds)
         mask = create_causal_mask(
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
-            past_key_values=past_key_values, position_ids=position_ids,
+            **{CACHE: cache}, position_ids=position_ids,
         )  # fmt: skip
         angles = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
         angles = torch.cat((angles, angles), -1)
@@ -209,9 +212,9 @@ class QVLTextModel(QVLPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states, tokens, position_embeddings=tables, attention_mask=mask, position_ids=position_ids,
-                past_key_values=past_key_values, use_cache=use_cache, visual=visual, **kwargs,
+                **{CACHE: cache}, use_cache=use_cache, visual=visual, **kwargs,
             )  # fmt: skip
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     def _token_types(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """1 for tokens that stand for an image, else 0."""

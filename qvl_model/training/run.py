@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, TrainingArgume
 
 import qvl_model
 from qvl_model import capacity
+from qvl_model.compat import CHECKPOINTING
 from qvl_model.training.checkpoints import RunRecord, last_complete, locked
 from qvl_model.training.config import ConfigError, TrainConfig
 from qvl_model.training.data import Rows, open_rows
@@ -124,10 +125,9 @@ def build_arguments(config: TrainConfig, model: nn.Module, *, pictures_in_every_
     if precision == "fp16" and not cuda:
         raise ConfigError("run.precision fp16 needs a GPU; on a CPU use bf16 (or auto, which chooses)")
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"  # since transformers 5.2x
-    options: dict[str, Any] = {checkpointing: run.gradient_checkpointing}
+    options: dict[str, Any] = {CHECKPOINTING: run.gradient_checkpointing}
     if run.gradient_checkpointing:
-        options[f"{checkpointing}_kwargs"] = {"use_reentrant": False}
+        options[f"{CHECKPOINTING}_kwargs"] = {"use_reentrant": False}
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if run.sharding == "fsdp":
         if ranks == 1:

@@ -11,6 +11,7 @@ import qvl_kernels
 import qvl_model
 from qvl_kernels import config, dispatch
 from qvl_kernels.ops.attention import triton_attention
+from qvl_model.compat import CACHE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qvl_models import inputs, pad_pixels, plain_model  # noqa: E402
@@ -38,7 +39,7 @@ def test_prefill_and_a_step(device, dtype, name):
 
     def run(one):
         first = one(**batch)
-        step = one(input_ids=following, attention_mask=mask, past_key_values=first.past_key_values)
+        step = one(input_ids=following, attention_mask=mask, **{CACHE: first[CACHE]})
         return torch.cat((first.logits[batch["attention_mask"].bool()], step.logits[:, 0])).double()
 
     known, expected = dispatch.fallbacks(), run(plain)
