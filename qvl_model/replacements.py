@@ -3,7 +3,7 @@
 from torch import nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
-from qvl_model.modules import decoder_layer, generation, head, linear, text, vision, vision_tables
+from qvl_model.modules import decoder_layer, generation, head, linear, text, vision
 from qvl_model.qvl import QVLForConditionalGeneration, QVLModel, QVLTextModel, QVLVisionModel, fast
 
 __all__ = ["MODEL_CLASSES", "REPLACEMENTS", "STOCK_CLASSES", "replacement"]
@@ -18,12 +18,11 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     stock.Qwen3VLVisionAttention: vision.Qwen3VLVisionAttention,
     stock.Qwen3VLVisionMLP: vision.Qwen3VLVisionMLP,
     stock.Qwen3VLVisionPatchEmbed: vision.Qwen3VLVisionPatchEmbed,
-    stock.Qwen3VLVisionRotaryEmbedding: vision_tables.Qwen3VLVisionRotaryEmbedding,
     nn.Linear: linear.Linear,
     nn.LayerNorm: linear.LayerNorm,
     **fast.REPLACEMENTS,
 }
-STOCK_CLASSES = {ours: theirs for theirs, ours in REPLACEMENTS.items()} | {head.Linear: nn.Linear, vision_tables.Embedding: nn.Embedding}
+STOCK_CLASSES = {ours: theirs for theirs, ours in REPLACEMENTS.items()} | {head.Linear: nn.Linear}
 MODEL_CLASSES = (
     stock.Qwen3VLForConditionalGeneration,
     stock.Qwen3VLModel,
@@ -37,9 +36,7 @@ MODEL_CLASSES = (
 
 
 def replacement(name: str, module: nn.Module) -> type[nn.Module] | None:
-    """Our class for the module of this name in a model, or None: by its class, but for a head and a position table."""
+    """Our class for the module of this name in a model, or None: by its class, but for the head."""
     if type(module) is nn.Linear and name == "lm_head":
         return head.Linear
-    if type(module) is nn.Embedding and name.endswith("visual.pos_embed"):
-        return vision_tables.Embedding
     return REPLACEMENTS.get(type(module))

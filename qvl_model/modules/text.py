@@ -57,6 +57,7 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         dropout = self.attention_dropout if self.training else 0.0
+        lower = autocast_dtype(hidden_states.device)
         if (
             self.config._attn_implementation != "sdpa"
             or not dropout_fits(dropout, hidden_states)
@@ -67,6 +68,7 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
             or self.q_norm.variance_epsilon != self.k_norm.variance_epsilon
             or not no_global_hooks()
             or not tables_fit(position_embeddings, hidden_states)
+            or lower is not None and position_embeddings[0].dtype not in (lower, torch.float32)
         ):
             return super().forward(hidden_states, position_embeddings, attention_mask, cache, **kwargs)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -75,7 +77,6 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
         v = self.v_proj(hidden_states).view(shape)
         cos, sin = position_embeddings
         q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
-        lower = autocast_dtype(q.device)
         if lower is not None and q.dtype != cos.dtype:  # projections came out lower than tables and norms are
             q, k = q.to(cos.dtype), k.to(cos.dtype)
         if kernels_take(q, k, cos, sin, q_weight, k_weight, cast=False):

@@ -1,0 +1,239 @@
+"""Whatever is kept between calls: every way of changing what it depends on counts in the next call."""
+
+import copy
+
+import pytest
+import torch
+from models import assert_close, inputs, pair, relative, stock_model
+from torch import nn
+from transformers import DynamicCache
+
+import qvl_model
+from qvl_model.compat import CACHE
+
+BATCH = inputs([5, (1, 4, 6), 3])
+IDS = torch.tensor([[3], [14], [15], [92], [65]])
+# One of every kind of tensor that some fused call, table or plan reads.
+TENSORS = [
+    "model.visual.pos_embed.weight", "model.visual.patch_embed.proj.weight", "model.visual.blocks.1.norm1.weight",
+    "model.visual.blocks.1.attn.qkv.weight", "model.visual.blocks.1.mlp.linear_fc1.bias", "model.visual.merger.linear_fc2.weight",
+    "model.language_model.layers.1.input_layernorm.weight", "model.language_model.layers.1.self_attn.k_proj.weight",
+    "model.language_model.layers.1.self_attn.q_norm.weight", "model.language_model.layers.2.mlp.up_proj.weight",
+    "model.language_model.norm.weight", "model.language_model.embed_tokens.weight",
+]  # fmt: skip
+
+
+def _run(model) -> list[torch.Tensor]:
+    """Logits of a prompt with an image, of a loop over tokens, and of generate."""
+    model.model.rope_deltas = None  # stock code keeps them from call to call
+    with torch.no_grad():
+        cache = DynamicCache()
+        steps = [model(input_ids=ids[None], **{CACHE: cache}).logits for ids in IDS]
+        out = model.generate(**BATCH, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        return [model(**BATCH).logits, torch.cat(steps, 1), torch.stack(out.logits)]
+
+
+def _tensors(model) -> list[nn.Parameter]:
+    return [model.get_parameter(name) for name in TENSORS]
+
+
+def _noise(x: torch.Tensor, seed: int) -> torch.Tensor:
+    return 1 + 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.dtype)
+
+
+def _in_place(model):
+    with torch.no_grad():
+        for i, x in enumerate(_tensors(model)):
+            x.mul_(_noise(x, i))
+
+
+def _data(model):
+    for i, x in enumerate(_tensors(model)):
+        x.data.mul_(_noise(x, i))
+
+
+def _new_data(model):
+    for i, x in enumerate(_tensors(model)):
+        x.data = x.data * _noise(x, i)
+
+
+def _numpy(model):
+    for i, x in enumerate(_tensors(model)):
+        x.detach().numpy()[...] *= _noise(x, i).numpy()
+
+
+def _fused_step(model):
+    parameters = _tensors(model)
+    for i, x in enumerate(parameters):
+        x.grad = _noise(x, i) - 1
+    torch.optim.AdamW(parameters, lr=0.05, fused=True).step()
+    for x in parameters:
+        x.grad = None
+
+
+def _changed_state(model):
+    return {name: x * _noise(x, i) if x.is_floating_point() else x for i, (name, x) in enumerate(model.state_dict().items())}
+
+
+def _load(model):
+    model.load_state_dict(_changed_state(model))
+
+
+def _assign(model):
+    model.load_state_dict(_changed_state(model), assign=True)
+    model.tie_weights()
+
+
+def _ema_swap(model):
+    average = torch.optim.swa_utils.AveragedModel(model)
+    _in_place(average.module)
+    for x, y in zip(_tensors(model), _tensors(average.module), strict=True):
+        x.data, y.data = y.data, x.data
+
+
+def _new_parameters(model):
+    for i, name in enumerate(TENSORS[:-1]):  # the embedding is tied
+        module, _, leaf = name.rpartition(".")
+        x = model.get_parameter(name)
+        setattr(model.get_submodule(module), leaf, nn.Parameter(x.detach() * _noise(x, i)))
+
+
+def _new_linear(model):
+    for parent, name in ((model.model.language_model.layers[1].mlp, "down_proj"), (model.model.visual.blocks[0].attn, "proj")):
+        old = getattr(parent, name)
+        new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+        with torch.no_grad():
+            for i, x in enumerate(new.parameters()):
+                x.copy_(_noise(x, i) - 1)
+        setattr(parent, name, new)
+
+
+def _frequencies(change):
+    def changed(model):
+        for rotary in (model.model.language_model.rotary_emb, model.model.visual.rotary_pos_emb):
+            change(rotary)
+
+    return changed
+
+
+def _replace_frequencies(rotary):
+    rotary.inv_freq = rotary.inv_freq * 0.5
+
+
+def _eps(model):
+    text, visual = model.model.language_model, model.model.visual
+    for norm in (text.layers[1].input_layernorm, text.layers[2].self_attn.k_norm, text.norm):
+        norm.variance_epsilon = 0.3
+    visual.blocks[1].norm2.eps = visual.merger.norm.eps = 0.3
+
+
+def _scaling(model):
+    model.model.language_model.layers[1].self_attn.scaling *= 2
+    model.model.visual.blocks[0].attn.scaling *= 2
+
+
+def _activation(model):
+    model.model.language_model.layers[1].mlp.act_fn = nn.ReLU()
+    model.model.visual.blocks[1].mlp.act_fn = nn.ReLU()
+
+
+def _hooked(*names, pre=False):
+    def changed(model):
+        for name in names:
+            module = model.get_submodule(name)
+            if pre:
+                module.register_forward_pre_hook(lambda module, args: (args[0] * 1.2, *args[1:]))
+            else:
+                module.register_forward_hook(lambda module, args, out: tuple(o if o is None else o * 1.2 for o in out) if isinstance(out, tuple) else out * 1.2)
+
+    return changed
+
+
+LAYER, BLOCK = "model.language_model.layers.1", "model.visual.blocks.1"
+CHANGES = {
+    "in place": _in_place, "data": _data, "new data": _new_data, "numpy": _numpy, "fused step": _fused_step, "load": _load, "assign": _assign,
+    "ema swap": _ema_swap, "new parameters": _new_parameters, "new linear": _new_linear,
+    "inv_freq in place": _frequencies(lambda rotary: rotary.inv_freq.mul_(0.5)),
+    "inv_freq data": _frequencies(lambda rotary: rotary.inv_freq.data.mul_(0.5)),
+    "inv_freq numpy": _frequencies(lambda rotary: rotary.inv_freq.numpy().__imul__(0.5)),
+    "inv_freq": _frequencies(_replace_frequencies),
+    "attention_scaling": _frequencies(lambda rotary: setattr(rotary, "attention_scaling", 1.3)),
+    "eps": _eps, "scaling": _scaling, "activation": _activation,
+    "hook on a norm": _hooked(f"{LAYER}.post_attention_layernorm", f"{BLOCK}.norm1"),
+    "hook on a linear": _hooked(f"{LAYER}.self_attn.o_proj", f"{BLOCK}.mlp.linear_fc1"),
+    "hook before a linear": _hooked(f"{LAYER}.mlp.gate_proj", f"{BLOCK}.attn.qkv", pre=True),
+    "hook on an attention": _hooked(f"{LAYER}.self_attn", f"{BLOCK}.attn"),
+    "hook on an MLP": _hooked(f"{LAYER}.mlp", f"{BLOCK}.mlp"),
+    "hook on a layer": _hooked(LAYER, BLOCK),
+    "hook on an activation": _hooked(f"{LAYER}.mlp.act_fn", f"{BLOCK}.mlp.act_fn"),
+    "hook on a table": _hooked("model.language_model.rotary_emb", "model.visual.pos_embed"),
+    "eager": lambda model: model.set_attn_implementation("eager"),
+    "float64": lambda model: model.double(),
+    "bfloat16": lambda model: model.bfloat16(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_counts(name):
+    stock, ours = pair()
+    before = _run(ours)
+    for model in (stock, ours):
+        CHANGES[name](model)
+    for got, expected, earlier in zip(_run(ours), _run(stock), before, strict=True):
+        if name == "bfloat16":
+            assert relative(got, earlier) <= 2 * relative(expected, earlier)
+            continue
+        assert_close(got, expected)
+        assert name in ("eager", "float64") or relative(expected, earlier) > 1e-4
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(("dtype", "lower"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_autocast_comes_and_goes(dtype, lower, first):
+    """What was prepared outside autocast must not serve inside, nor the other way round; few rows and many take different kernels."""
+    stock, ours = pair("small", dtype)
+    exact = copy.deepcopy(stock).double()
+
+    def run(model, rows, enabled):
+        model.model.rope_deltas = None
+        ids = IDS.T.repeat(rows, 1) + torch.arange(rows)[:, None]
+        with torch.no_grad(), torch.autocast("cpu", lower, enabled=enabled):
+            cache = DynamicCache()
+            return torch.cat([model(input_ids=part, **{CACHE: cache}).logits for part in ids.split([3, 1, 1], 1)], 1)
+
+    for rows in (1, 16, 17):
+        truth = run(exact, rows, False)
+        for enabled in (first, not first, first):
+            got, expected = run(ours, rows, enabled), run(stock, rows, enabled)
+            assert got.dtype is expected.dtype
+            assert relative(got, truth) <= 1.5 * relative(expected, truth) + 2e-5
+
+
+def _quantised(weights):
+    return qvl_model.accelerate(stock_model("small"), weights=weights)
+
+
+QUANTISED = {
+    "scales in place": lambda m: [b.mul_(1.25) for n, b in m.named_buffers() if n.endswith("weight_scales")],
+    "scales by data": lambda m: [b.data.mul_(1.25) for n, b in m.named_buffers() if n.endswith("weight_scales")],
+    "values in place": lambda m: [b.bitwise_and_(-16) for n, b in m.named_buffers() if n.endswith("weight_values")],
+    "values by numpy": lambda m: [b.numpy().__iand__(-16 if b.dtype is torch.int8 else 0xF0) for n, b in m.named_buffers() if n.endswith("weight_values")],
+    "load": lambda m: m.load_state_dict({n: x * 1.5 if x.is_floating_point() else x for n, x in m.state_dict().items()}),
+    "norm": lambda m: m.model.language_model.layers[1].input_layernorm.weight.data.mul_(1.5),
+    "eps": lambda m: setattr(m.model.language_model.layers[1].input_layernorm, "variance_epsilon", 0.3),
+}
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_change_of_quantised_weights_counts(name, weights):
+    model = _quantised(weights)
+    before = _run(model)
+    with torch.no_grad():
+        QUANTISED[name](model)
+    fresh = _quantised(weights)
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
+    if name == "eps":
+        QUANTISED[name](fresh)
+    for got, expected, earlier in zip(_run(model), _run(fresh), before, strict=True):
+        assert torch.equal(got, expected) and relative(got, earlier) > 1e-4
