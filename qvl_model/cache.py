@@ -1,9 +1,10 @@
 """Key/value caches of transformers as memory that kernels write into, instead of one copy of the cache per token.
 
-A ``DynamicLayer`` keeps its contract: ``layer.keys`` and ``layer.values`` are real tensors of the exact length. Here they are views
-of larger memory, so that the next tokens have room, and are made when somebody looks at them.
+A ``DynamicLayer`` stays one: ``layer.keys`` and ``layer.values`` are tensors of the exact length. Here they are views of larger memory, so
+that the next tokens have room. Nothing of ours is kept in caches or layers, where copying, exporting and offloading would meet it.
 """
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,78 +14,38 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from qvl_kernels import PreparedCache, pages
 
-__all__ = ["GrowingLayer", "Store", "open_stores"]
+__all__ = ["Store", "open_stores"]
 
 _ROOM = 64  # tokens of room to grow at least; a thirty-second of the length when that is more
-_MEMORY = "_qvl_memory"  # attributes of cache layers
-_LENGTH, _VIEWS = "_qvl_length", "_qvl_views"
 
 
-class GrowingLayer(DynamicLayer):
-    """What a ``DynamicLayer`` is while it has room to grow. Whoever assigns its keys or values (crop, reorder, select, update, ...) turns
-    it into a ``DynamicLayer`` again, and so is every copy of it: memory has one layer that extends it, and its positions are written once.
+class _Grown:
+    """The memory [B, Hkv, S_cap, D] of a DynamicLayer, and the views of it that the layer was given last.
 
-    Example:
-        >>> cache.layers[0].keys.shape, type(cache.layers[0]).__mro__[1]
-        (torch.Size([1, 8, 322, 128]), <class 'transformers.cache_utils.DynamicLayer'>)
+    A layer whose tensors are others (crop, reorder, select, update, ...) has left its memory; so has every copy of a layer. Hence memory
+    has one layer that extends it, and its positions are written once.
     """
 
-    @classmethod
-    def own(cls, layer: DynamicLayer, memory: PreparedCache, length: int) -> None:
-        """Makes the layer one whose keys and values are the first ``length`` positions of the memory [B, Hkv, S_cap, D]."""
-        state = vars(layer)
-        state.pop("keys", None)
-        state.pop("values", None)
-        state[_MEMORY], state[_LENGTH], state[_VIEWS] = memory, length, None
-        layer.__class__ = cls
+    __slots__ = ("keys", "memory", "values")
 
-    def grow(self, length: int) -> None:
-        state = vars(self)
-        state[_LENGTH], state[_VIEWS] = length, None
+    def __init__(self, memory: PreparedCache) -> None:
+        self.memory, self.keys, self.values = memory, None, None
 
-    def views(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, Hkv, S, D]."""
-        state = vars(self)
-        if state[_VIEWS] is None:
-            memory, length = state[_MEMORY], state[_LENGTH]
-            state[_VIEWS] = memory.k_cache.narrow(2, 0, length), memory.v_cache.narrow(2, 0, length)
-        return state[_VIEWS]
+    def show(self, layer: DynamicLayer, length: int) -> None:
+        """Gives the layer the first ``length`` positions."""
+        self.keys = layer.keys = self.memory.k_cache.narrow(2, 0, length)
+        self.values = layer.values = self.memory.v_cache.narrow(2, 0, length)
 
-    def get_seq_length(self) -> int:
-        return vars(self)[_LENGTH]
+    def belongs_to(self, layer: DynamicLayer) -> bool:
+        memory = self.memory
+        return (
+            layer.keys is self.keys and layer.values is self.values
+            and self.keys.data_ptr() == memory.k_cache.data_ptr() and self.values.data_ptr() == memory.v_cache.data_ptr()
+        )  # fmt: skip
 
-    def _plain(self) -> dict:
-        """The attributes of the ``DynamicLayer`` that this is to everybody else."""
-        keys, values = self.views()
-        others = {name: value for name, value in vars(self).items() if name not in (_MEMORY, _LENGTH, _VIEWS)}
-        return {**others, "keys": keys, "values": values}
 
-    def _leave(self) -> None:
-        state = self._plain()
-        self.__class__ = DynamicLayer
-        vars(self).clear()
-        vars(self).update(state)
-
-    def __reduce__(self) -> tuple:
-        return DynamicLayer, (), self._plain()
-
-    @property
-    def keys(self) -> Tensor:
-        return self.views()[0]
-
-    @keys.setter
-    def keys(self, keys: Tensor | None) -> None:
-        self._leave()
-        self.keys = keys
-
-    @property
-    def values(self) -> Tensor:
-        return self.views()[1]
-
-    @values.setter
-    def values(self, values: Tensor | None) -> None:
-        self._leave()
-        self.values = values
+_grown: "weakref.WeakKeyDictionary[DynamicLayer, _Grown]" = weakref.WeakKeyDictionary()
+_static: "weakref.WeakKeyDictionary[StaticLayer, PreparedCache]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(slots=True)
@@ -94,13 +55,13 @@ class Store:
     memory: PreparedCache
     past: int
     visible_capacity: int  # keys that the cache returns to stock attention after the update
-    layer: GrowingLayer | StaticLayer | None = None
+    layer: DynamicLayer | StaticLayer | None = None
 
     def commit(self, queries: int) -> None:
         """Tells the cache layer that ``queries`` positions were written."""
         layer = self.layer
-        if type(layer) is GrowingLayer:
-            layer.grow(self.past + queries)
+        if type(layer) is DynamicLayer:
+            _grown[layer].show(layer, self.past + queries)
         elif layer is not None:
             layer.cumulative_length.add_(queries)
 
@@ -125,7 +86,7 @@ def open_stores(cache: Cache | None, indices: Iterable[int], x: Tensor, kv_heads
             break
         layer = layers[index]
         kind = type(layer)
-        if kind is GrowingLayer or kind is DynamicLayer:
+        if kind is DynamicLayer:
             store = _dynamic_store(layer, x, sizes)
         else:
             store = _static_store(layer, x, sizes) if kind is StaticLayer else None
@@ -138,28 +99,34 @@ def open_stores(cache: Cache | None, indices: Iterable[int], x: Tensor, kv_heads
 
 
 def _matches(layer: DynamicLayer | StaticLayer, x: Tensor, sizes: tuple) -> bool:
-    shape = layer.keys.shape
-    return layer.keys.device == x.device and (layer.keys.dtype, shape[0], shape[1], shape[3]) == sizes
+    keys, values = layer.keys, layer.values
+    return (
+        keys.device == values.device == x.device and keys.dim() == 4 and keys.shape == values.shape and keys.dtype is values.dtype
+        and (keys.dtype, keys.shape[0], keys.shape[1], keys.shape[3]) == sizes
+    )  # fmt: skip
 
 
 def _dynamic_store(layer: DynamicLayer, x: Tensor, sizes: tuple) -> Store | None:
-    ours, past = type(layer) is GrowingLayer, layer.get_seq_length()
-    end = past + x.shape[1]
-    memory: PreparedCache | None = vars(layer)[_MEMORY] if ours else None
-    if past and not (ours and x.is_cpu and memory.extension is not None and memory.sizes == sizes or _matches(layer, x, sizes)):
+    past, grown = layer.get_seq_length(), _grown.get(layer)
+    if grown is not None and not (past and grown.belongs_to(layer)):
+        grown = None
+    on_cpu = x.is_cpu and grown is not None and grown.memory.extension is not None  # the quicker question
+    if past and not (grown.memory.sizes == sizes if on_cpu else _matches(layer, x, sizes)):
         return None
-    if not ours or not past or memory.capacity < end:
+    end = past + x.shape[1]
+    if grown is None or grown.memory.capacity < end:
         _, batch, kv_heads, head_dim = sizes
         shape = (batch, kv_heads, end + max(_ROOM, end // 32), head_dim)
         keys = pages.empty(x, shape, x.dtype)
-        memory = PreparedCache(keys, pages.empty(x, shape, x.dtype))
+        grown = _Grown(PreparedCache(keys, pages.empty(x, shape, x.dtype)))
         if past:  # what the layer holds moves at once, so that of many layers no two have both
-            memory.k_cache.narrow(2, 0, past).copy_(layer.keys)
-            memory.v_cache.narrow(2, 0, past).copy_(layer.values)
+            grown.memory.k_cache.narrow(2, 0, past).copy_(layer.keys)
+            grown.memory.v_cache.narrow(2, 0, past).copy_(layer.values)
+            grown.show(layer, past)
         elif not layer.is_initialized:
             layer.lazy_initialization(keys, keys)
-        GrowingLayer.own(layer, memory, past)
-    return Store(memory, past, end, layer)
+        _grown[layer] = grown
+    return Store(grown.memory, past, end, layer)
 
 
 def _static_store(layer: StaticLayer, x: Tensor, sizes: tuple) -> Store | None:
@@ -170,8 +137,7 @@ def _static_store(layer: StaticLayer, x: Tensor, sizes: tuple) -> Store | None:
     past = int(layer.cumulative_length)
     if not _matches(layer, x, sizes) or past + x.shape[1] > layer.max_cache_len:
         return None
-    memory: PreparedCache | None = layer.__dict__.get(_MEMORY)
+    memory = _static.get(layer)
     if memory is None or memory.k_cache is not layer.keys or memory.v_cache is not layer.values:
-        memory = PreparedCache(layer.keys, layer.values)
-        setattr(layer, _MEMORY, memory)
+        memory = _static[layer] = PreparedCache(layer.keys, layer.values)
     return Store(memory, past, layer.max_cache_len, layer)

@@ -20,7 +20,6 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 from qvl_kernels import PreparedDecoderLayer, dispatch, gpu, tuning
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
-from qvl_model.cache import GrowingLayer
 from qvl_model.compat import CACHE
 from qvl_model.modules import head, text
 from qvl_model.modules.decoder_layer import plan_of
@@ -240,7 +239,7 @@ def why_not(model: nn.Module, input_ids: Tensor, processors, criteria, config, o
     cache, mask = options.get(CACHE), options.get("attention_mask")
     if not options.get("use_cache") or type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return f"the cache is a {type(cache).__name__}"
-    if any(type(layer) not in (DynamicLayer, GrowingLayer) for layer in cache.layers):
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return "a cache layer is not a DynamicLayer"
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         return "the attention mask is not [B, L]"

@@ -10,7 +10,6 @@ from models import assert_close, fused_calls, inputs, pair
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from qvl_model.cache import GrowingLayer
 from qvl_model.compat import CACHE
 
 PROMPT, NEXT, OTHER = [5, 6, 7, 8, 9], [11, 12, 13], [21, 22, 23]
@@ -125,7 +124,7 @@ def test_views_are_of_the_length_of_the_moment(models):
     fast = models[1]
     cache = _filled(fast)
     layer = cache.layers[0]
-    assert type(layer) is GrowingLayer and layer.keys is layer.keys
+    assert type(layer) is DynamicLayer and layer.keys is layer.keys
     seen = [layer.keys]
     for i in NEXT:
         _steps(fast, cache, [i])
@@ -135,8 +134,8 @@ def test_views_are_of_the_length_of_the_moment(models):
     assert layer.get_mask_sizes(2) == (len(PROMPT) + len(NEXT) + 2, 0)
 
 
-@pytest.mark.parametrize("change", ["keys", "values", "crop", "copy", "deepcopy", "pickle"])
-def test_what_is_not_the_newest_is_a_plain_layer(models, change):
+@pytest.mark.parametrize("change", ["nothing", "keys", "values", "crop", "copy", "deepcopy", "pickle"])
+def test_a_layer_holds_what_stocks_does(models, change):
     cache = _filled(models[1])
     keys, values = cache.layers[0].keys, cache.layers[0].values
     if change in ("keys", "values"):
@@ -144,10 +143,12 @@ def test_what_is_not_the_newest_is_a_plain_layer(models, change):
     elif change == "crop":
         cache.crop(-1)
         keys, values = keys[:, :, :-1], values[:, :, :-1]
-    else:
+    elif change != "nothing":
         cache = {"copy": _shallow, "deepcopy": copy.deepcopy, "pickle": _through_pickle}[change](cache)
     layer = cache.layers[0]
-    assert type(layer) is DynamicLayer and layer.is_initialized and not [name for name in vars(layer) if name.startswith("_qvl")]
+    expected = _filled(models[0])
+    assert type(layer) is DynamicLayer and set(vars(layer)) == set(vars(expected.layers[0])) and set(vars(cache)) == set(vars(expected))
+    assert layer.is_initialized and vars(layer)["keys"] is layer.keys and vars(layer)["values"] is layer.values
     assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values) and layer.get_seq_length() == keys.shape[2]
 
 

@@ -314,7 +314,7 @@ def test_what_a_cache_has_outgrown_is_freed_layer_by_layer(models, monkeypatch):
     _, fast = models
     cache = DynamicCache()
     _logits(fast, PROMPT, cache)
-    old = [weakref.ref(layer.__dict__[model_cache._MEMORY].k_cache) for layer in cache.layers]
+    old = [weakref.ref(model_cache._grown[layer].memory.k_cache) for layer in cache.layers]
     freed, make = [], model_cache.PreparedCache
 
     def spy(k_cache, v_cache):

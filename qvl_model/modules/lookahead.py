@@ -20,7 +20,6 @@ from qvl_model.compat import CACHE
 
 __all__ = ["LookAhead", "Step", "followers", "learned", "look_ahead", "output_ahead"]
 
-_NAME = "_qvl_look_ahead"  # attribute of a cache: two threads that generate on one model have a cache each
 
 
 @dataclass(slots=True)
@@ -43,7 +42,6 @@ class LookAhead:
     """What the layers of one cache have computed ahead.
 
     Attributes:
-        cache: whose it is; a shallow copy of a cache shows the same.
         layer, out: the layer that was asked last, and its output.
         waiting: layers that have run since but were not asked yet, the next one last.
         tables, mask: what they have run with.
@@ -51,7 +49,6 @@ class LookAhead:
             a cache has grown out of it), and all that is looked at for them.
     """
 
-    cache: "weakref.ref[Cache] | None" = None
     layer: "weakref.ref[nn.Module] | None" = None
     out: Tensor | None = None
     waiting: list[Step] = field(default_factory=list)
@@ -59,9 +56,6 @@ class LookAhead:
     mask: Tensor | None = None
     memories: list[int] = field(default_factory=list)
     footprint: object | None = None
-
-    def __reduce__(self) -> tuple:
-        return LookAhead, ()  # copies of a cache begin anew
 
     def find(self, layer: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor | None:
         """The output of ``layer`` on x [B, T, C] if it is there."""
@@ -106,6 +100,7 @@ class LookAhead:
         return step.out
 
 
+_states: "weakref.WeakKeyDictionary[Cache, LookAhead]" = weakref.WeakKeyDictionary()  # two threads that generate on one model have a cache each
 _followers: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]]" = weakref.WeakKeyDictionary()
 _lessons = 0
 
@@ -144,9 +139,9 @@ def look_ahead(cache: Cache | None, x: Tensor) -> LookAhead | None:
         or x.shape[0] * x.shape[1] >= PreparedDecoderLayer.ROWS
     ):
         return None
-    state = cache.__dict__.get(_NAME)
-    if state is None or state.cache is None or state.cache() is not cache:
-        state = cache.__dict__[_NAME] = LookAhead(weakref.ref(cache))
+    state = _states.get(cache)
+    if state is None:
+        state = _states[cache] = LookAhead()
     return state
 
 
@@ -155,7 +150,7 @@ def output_ahead(layer: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or len(args) != 1:
         return None
     cache = kwargs.get(CACHE)
-    state = getattr(cache, _NAME, None)
-    if state is None or not state.waiting or state.cache() is not cache:
+    state = None if cache is None else _states.get(cache)
+    if state is None or not state.waiting:
         return None
     return state.find(layer, args[0], kwargs.get("position_embeddings"), kwargs.get("attention_mask"))
