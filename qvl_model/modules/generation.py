@@ -46,3 +46,7 @@ class Qwen3VLForConditionalGeneration(packed_checkpoint.PackedSaving, stock.Qwen
         if decoding.why_not(self, *arguments, options) is not None:
             return super()._sample(*arguments, **options)
         return decoding.decode(self, super()._sample, *arguments, **options)
+
+
+def __getattr__(name: str):  # transformers looks functions up in the module of a class
+    return getattr(stock, name)

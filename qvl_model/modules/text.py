@@ -123,3 +123,7 @@ def _mask_fits(mask: Tensor | None, q: Tensor, k: Tensor) -> bool:
         and mask.shape[2] in (1, q.shape[2])
         and mask.shape[3] == k.shape[2]
     )
+
+
+def __getattr__(name: str):  # transformers looks functions up in the module of a class
+    return getattr(stock, name)

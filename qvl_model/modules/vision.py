@@ -131,3 +131,7 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
         if torch.is_grad_enabled() and (hidden_states.requires_grad or any(weight.requires_grad for weight in plain)):
             return None
         return weights
+
+
+def __getattr__(name: str):  # transformers looks functions up in the module of a class
+    return getattr(stock, name)
