@@ -2,13 +2,13 @@
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from qvl_kernels import config, dispatch
 
-__all__ = ["FORMULAS", "LAUNCHERS", "call", "register", "watched"]
+__all__ = ["FORMULAS", "LAUNCHERS", "call", "derivative_again", "is_plain", "register", "watched"]
 
 _LIBRARY = torch.library.Library("qvl", "DEF")
 LAUNCHERS: dict[str, Callable] = {}  # op name -> its Triton launcher
@@ -36,6 +36,11 @@ def _plain_keys(device: str) -> frozenset[int]:
 _plain_keys("cpu")  # while nothing traces or compiles
 
 
+def is_plain(x: torch.Tensor, device: str) -> bool:
+    """Whether kernels may take a tensor's memory on a "cpu" or "cuda" as it is: dense, not fake, not negated when read, no subclass, ..."""
+    return type(x) in _PLAIN and _keys(x) in _plain_keys(device)
+
+
 def register(
     schema: str,
     *,
@@ -43,11 +48,14 @@ def register(
     fake: Callable,
     triton: str | None = None,
     backward: Callable | None = None,
+    backward_again: Callable | None = None,
     setup_context: Callable | None = None,
 ) -> Callable:
     """Registers an op: schema as in ``torch.library``, its CPU kernel, its fake kernel and, if trained, its backward.
 
     ``triton``: "module:function" of the Triton launcher, imported at its first call (Triton is not needed on CPU).
+    ``backward_again``: takes the place of ``backward`` where its results are differentiated themselves (``create_graph=True``).
+    Ops named ``*_backward`` are once differentiable: a derivative of their results raises.
     Returns the callable op (``torch.ops.qvl.<name>.default``).
     """
     name = schema.split("(", 1)[0]
@@ -61,12 +69,47 @@ def register(
     torch.library.register_fake(f"qvl::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         FORMULAS[name] = backward, setup_context
-        torch.library.register_autograd(f"qvl::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+        torch.library.register_autograd(f"qvl::{name}", _either_order(backward, backward_again), setup_context=setup_context, lib=_LIBRARY)
+    elif name.endswith("_backward"):
+        torch.library.register_autograd(f"qvl::{name}", _once_differentiable(name), lib=_LIBRARY)
     op = getattr(torch.ops.qvl, name).default
     _CPU[op] = cpu
     if triton is not None:
         _GPU[op] = launcher
     return op
+
+
+def _either_order(backward: Callable, backward_again: Callable | None) -> Callable:
+    if backward_again is None:
+        return backward
+    return lambda ctx, *grads: (backward_again if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+
+def _once_differentiable(name: str) -> Callable:
+    def refuse(ctx, *grads):
+        raise RuntimeError(
+            f"qvl::{name} is once differentiable: there is no second derivative of {name.removesuffix('_backward')} here. "
+            'Run its forward inside qvl_kernels.use_backend("reference"), which has derivatives of every order'
+        )
+
+    return refuse
+
+
+def derivative_again(function: Callable, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Gradients of ``function``, of PyTorch operations, as functions of its inputs and ``grads`` that can be differentiated themselves;
+    None for inputs that need none.
+
+    Example:
+        >>> derivative_again(swiglu_reference, (gate, up), (grad,))
+    """
+    inputs = [x.view_as(x) for x in inputs]  # if one comes from another, that way does not count
+    outs = function(*inputs)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    pairs = [(out, grad) for out, grad in zip(outs, grads) if grad is not None and out.requires_grad]
+    wanted = [x for x in inputs if x.requires_grad]
+    ends, grads = [out for out, _ in pairs], [grad for _, grad in pairs]
+    found = iter(torch.autograd.grad(ends, wanted, grads, create_graph=True, allow_unused=True) if pairs else [None] * len(wanted))
+    return [next(found) if x.requires_grad else None for x in inputs]
 
 
 def watched() -> bool:

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from op_cases import CONSTANTS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -90,7 +91,7 @@ def _recorded(function: str, folder: str, case_name: str) -> list:
     arguments = case.make(torch.float32, torch.Generator().manual_seed(0))
     trained = _trained(f"qvl::{function}")
     if trained:
-        arguments = {name: _differentiable(value) for name, value in arguments.items()}
+        arguments = {name: value if name in CONSTANTS else _differentiable(value) for name, value in arguments.items()}
     with torch.set_grad_enabled(trained), qvl_kernels.use_backend("cpp"), Recorder() as recorder:
         outputs = getattr(qvl_kernels, function)(**arguments)
         if trained:
@@ -110,6 +111,19 @@ def test_opcheck(function, folder, case):
 @pytest.mark.parametrize(("op", "args"), INTERNAL, ids=lambda value: getattr(getattr(value, "_schema", None), "name", ""))
 def test_opcheck_of_internal_ops(op, args):
     torch.library.opcheck(op, args)
+
+
+def test_backward_ops_are_once_differentiable():
+    """Under them a second derivative would silently be missing."""
+    seen = set()
+    for call in CALLS:
+        for op, args, kwargs in _recorded(*call):
+            if op._schema.name.endswith("_backward"):
+                seen.add(op._schema.name)
+                outs = op(*(_differentiable(x) for x in args), **kwargs)
+                with pytest.raises(RuntimeError, match=r"once differentiable.*use_backend\("):
+                    sum(out.sum() for out in (outs if isinstance(outs, tuple) else (outs,))).backward()
+    assert seen == {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qvl::") and name.endswith("_backward")}
 
 
 def test_every_registered_op_is_checked():

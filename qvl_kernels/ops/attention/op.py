@@ -2,8 +2,9 @@
 
 import torch
 
-from qvl_kernels.library import register
+from qvl_kernels.library import call, derivative_again, register
 from qvl_kernels.ops.attention.cpu import attention_backward_cpu, attention_cpu
+from qvl_kernels.ops.attention.reference import attention_reference, packed_attention_reference
 
 __all__ = ["attention_backward_op", "attention_op"]
 
@@ -44,10 +45,32 @@ def _backward(ctx, grad, grad_lse):
     if grad is None:
         grad = torch.zeros_like(out)
     mask_grad = ctx.needs_input_grad[5]
-    dq, dk, dv, dmask = attention_backward_op(
-        grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_counts, mask, ctx.causal, ctx.scale, ctx.dropout_p, seed, mask_grad
-    )
+    dq, dk, dv, dmask = call(
+        attention_backward_op,
+        grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_counts, mask, ctx.causal, ctx.scale, ctx.dropout_p, seed, mask_grad,
+    )  # fmt: skip
     return dq, dk, dv, None, None, dmask if mask_grad else None, None, None, None, None
+
+
+def _backward_again(ctx, grad, grad_lse):
+    q, k, v, cu_seqlens, key_counts, mask, *_ = ctx.saved_tensors
+    if ctx.dropout_p > 0.0:  # the reference draws other numbers
+        return _backward(ctx, grad, grad_lse)
+    options, inputs = {"causal": ctx.causal, "scale": ctx.scale}, (q, k, v)
+    if cu_seqlens is not None:
+        dq, dk, dv = derivative_again(lambda *qkv: packed_attention_reference(*qkv, cu_seqlens, dropout_p=0.0, **options), inputs, (grad, grad_lse))
+        return dq, dk, dv, *[None] * 7
+    seen = None if key_counts is None else torch.arange(k.shape[1], device=k.device)[None] < key_counts[:, None]
+    if mask is not None:  # keys that nobody sees may hold anything, and 0 * NaN is NaN
+        masked = (mask if mask.dtype == torch.bool else mask > float("-inf")).flatten(1, 2).any(1).expand(k.shape[:2])
+        seen = masked if seen is None else seen & masked
+    differentiable_mask = (mask,) if mask is not None and mask.requires_grad else ()
+
+    def function(q, k, v, *masks):
+        return attention_reference(q, k, v, key_padding_mask=seen, mask=masks[0] if masks else mask, **options)
+
+    dq, dk, dv, *dmask = derivative_again(function, (*inputs, *differentiable_mask), (grad, grad_lse))
+    return dq, dk, dv, None, None, dmask[0] if dmask else None, *[None] * 4
 
 
 # Dropout (Triton only) draws from ``seed``, int64 [1]; the backward draws the same.
@@ -58,5 +81,6 @@ attention_op = register(
     triton="qvl_kernels.ops.attention.triton_attention:launch_attention",
     fake=_attention_fake,
     backward=_backward,
+    backward_again=_backward_again,
     setup_context=_setup,
 )

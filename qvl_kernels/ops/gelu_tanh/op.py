@@ -2,8 +2,9 @@
 
 import torch
 
-from qvl_kernels.library import register
+from qvl_kernels.library import call, derivative_again, register
 from qvl_kernels.ops.gelu_tanh.cpu import gelu_tanh_backward_cpu, gelu_tanh_cpu
+from qvl_kernels.ops.gelu_tanh.reference import gelu_tanh_reference
 
 __all__ = ["gelu_tanh_op"]
 
@@ -26,9 +27,16 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad):
     x, bias = ctx.saved_tensors
-    dx = gelu_tanh_backward_op(grad, x, bias)
+    dx = call(gelu_tanh_backward_op, grad, x, bias)
     db = None if bias is None else dx.reshape(-1, x.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)
     return dx, db
+
+
+def _backward_again(ctx, grad):
+    x, bias = ctx.saved_tensors
+    if bias is None:
+        return *derivative_again(lambda x: gelu_tanh_reference(x, None), (x,), (grad,)), None
+    return tuple(derivative_again(gelu_tanh_reference, (x, bias), (grad,)))
 
 
 gelu_tanh_op = register(
@@ -37,5 +45,6 @@ gelu_tanh_op = register(
     triton="qvl_kernels.ops.gelu_tanh.triton_gelu_tanh:launch_gelu_tanh",
     fake=lambda x, bias: _like(x),
     backward=_backward,
+    backward_again=_backward_again,
     setup_context=_setup,
 )

@@ -2,8 +2,9 @@
 
 import torch
 
-from qvl_kernels.library import register
+from qvl_kernels.library import call, derivative_again, register
 from qvl_kernels.ops.layer_norm.cpu import add_layer_norm_cpu, layer_norm_backward_cpu, layer_norm_cpu
+from qvl_kernels.ops.layer_norm.reference import layer_norm_reference
 
 __all__ = ["add_layer_norm_op", "layer_norm_op"]
 
@@ -28,7 +29,18 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad):
-    return *layer_norm_backward_op(grad, None, *ctx.saved_tensors, ctx.eps), None
+    return *call(layer_norm_backward_op, grad, None, *ctx.saved_tensors, ctx.eps), None
+
+
+def _again(ctx, grad, grad_total) -> tuple:
+    """Gradients of x, weight and bias, as functions of x and weight: the bias is only added, its value does not count."""
+    x, weight = ctx.saved_tensors
+    bias = torch.zeros_like(weight, requires_grad=ctx.needs_input_grad[-2])
+    return tuple(derivative_again(lambda x, w, b: (layer_norm_reference(x, w, b, ctx.eps), x), (x, weight, bias), (grad, grad_total)))
+
+
+def _backward_again(ctx, grad):
+    return *_again(ctx, grad, None), None
 
 
 def _add_setup(ctx, inputs, output) -> None:
@@ -37,7 +49,12 @@ def _add_setup(ctx, inputs, output) -> None:
 
 
 def _add_backward(ctx, grad_y, grad_total):
-    dx, dw, db = layer_norm_backward_op(grad_y, grad_total, *ctx.saved_tensors, ctx.eps)
+    dx, dw, db = call(layer_norm_backward_op, grad_y, grad_total, *ctx.saved_tensors, ctx.eps)
+    return dx, dx, dw, db, None
+
+
+def _add_backward_again(ctx, grad_y, grad_total):
+    dx, dw, db = _again(ctx, grad_y, grad_total)
     return dx, dx, dw, db, None
 
 
@@ -47,6 +64,7 @@ layer_norm_op = register(
     triton=f"{_TRITON}:launch_layer_norm",
     fake=lambda x, weight, bias, eps: _like(x),
     backward=_backward,
+    backward_again=_backward_again,
     setup_context=_setup,
 )
 add_layer_norm_op = register(
@@ -55,5 +73,6 @@ add_layer_norm_op = register(
     triton=f"{_TRITON}:launch_add_layer_norm",
     fake=lambda x, residual, weight, bias, eps: (_like(x), _like(x)),
     backward=_add_backward,
+    backward_again=_add_backward_again,
     setup_context=_add_setup,
 )

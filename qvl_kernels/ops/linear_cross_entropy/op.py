@@ -6,8 +6,9 @@ the digits of the second beside a huge first.
 
 import torch
 
-from qvl_kernels.library import register
+from qvl_kernels.library import call, derivative_again, register
 from qvl_kernels.ops.linear_cross_entropy.cpu import loss_rows_backward_cpu, loss_rows_cpu, loss_sum_cpu
+from qvl_kernels.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 __all__ = ["loss_rows_op", "loss_sum_op"]
 
@@ -44,22 +45,39 @@ def _rows_setup(ctx, inputs, output) -> None:
 
 def _rows_backward(ctx, grad, _):
     wanted = ctx.needs_input_grad[:2]
-    gradients = loss_rows_backward_op(grad, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing, *wanted)
+    gradients = call(loss_rows_backward_op, grad, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing, *wanted)
     return *(x if needed else None for x, needed in zip(gradients, wanted)), None, None, None
 
 
+def _rows_backward_again(ctx, grad, _):
+    """Over all logits at once: a second derivative needs them."""
+    _, hidden, weight, labels = ctx.saved_tensors
+    return *_gradients_again(ctx, hidden, weight, labels, "none", grad), None, None, None
+
+
+def _gradients_again(ctx, hidden, weight, labels, reduction: str, grad: torch.Tensor) -> list[torch.Tensor | None]:
+    def function(hidden, weight):
+        return linear_cross_entropy_reference(hidden, weight, labels, ctx.ignore_index, ctx.label_smoothing, reduction)
+
+    return derivative_again(function, (hidden, weight), (grad,))
+
+
 def _sum_setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[2], *output[1:])
-    ctx.ignore_index = inputs[3]
+    ctx.save_for_backward(*inputs[:3], *output[1:])
+    ctx.ignore_index, ctx.label_smoothing = inputs[3:5]
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _sum_backward(ctx, grad, *_):
-    labels, *unscaled = ctx.saved_tensors
+    _, _, labels, *unscaled = ctx.saved_tensors
     # With no row counted the mean is 0 / 0, its gradient infinite; times nothing it is nothing, as in PyTorch.
     factor = torch.where((labels != ctx.ignore_index).any(), grad, 0.0)
     gradients = (_scaled(x, factor) if needed else None for x, needed in zip(unscaled, ctx.needs_input_grad))
     return *gradients, None, None, None, None, None
+
+
+def _sum_backward_again(ctx, grad, *_):
+    return *_gradients_again(ctx, *ctx.saved_tensors[:3], "sum", grad), None, None, None, None, None
 
 
 def _scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -83,6 +101,7 @@ loss_rows_op = register(
     triton=f"{_TRITON}:launch_loss_rows",
     fake=_rows_fake,
     backward=_rows_backward,
+    backward_again=_rows_backward_again,
     setup_context=_rows_setup,
 )
 
@@ -93,5 +112,6 @@ loss_sum_op = register(
     triton=f"{_TRITON}:launch_loss_sum",
     fake=_sum_fake,
     backward=_sum_backward,
+    backward_again=_sum_backward_again,
     setup_context=_sum_setup,
 )

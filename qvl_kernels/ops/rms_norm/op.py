@@ -2,8 +2,9 @@
 
 import torch
 
-from qvl_kernels.library import register
+from qvl_kernels.library import call, derivative_again, register
 from qvl_kernels.ops.rms_norm.cpu import add_rms_norm_cpu, rms_norm_backward_cpu, rms_norm_cpu
+from qvl_kernels.ops.rms_norm.reference import rms_norm_reference
 
 __all__ = ["add_rms_norm_op", "rms_norm_backward_op", "rms_norm_op"]
 
@@ -28,7 +29,11 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad):
-    return *rms_norm_backward_op(grad, None, *ctx.saved_tensors, ctx.eps), None
+    return *call(rms_norm_backward_op, grad, None, *ctx.saved_tensors, ctx.eps), None
+
+
+def _backward_again(ctx, grad):
+    return *derivative_again(lambda x, weight: rms_norm_reference(x, weight, ctx.eps), ctx.saved_tensors, (grad,)), None
 
 
 def _add_setup(ctx, inputs, output) -> None:
@@ -37,7 +42,12 @@ def _add_setup(ctx, inputs, output) -> None:
 
 
 def _add_backward(ctx, grad_y, grad_total):
-    dx, dw = rms_norm_backward_op(grad_y, grad_total, *ctx.saved_tensors, ctx.eps)
+    dx, dw = call(rms_norm_backward_op, grad_y, grad_total, *ctx.saved_tensors, ctx.eps)
+    return dx, dx, dw, None
+
+
+def _add_backward_again(ctx, grad_y, grad_total):
+    dx, dw = derivative_again(lambda x, weight: (rms_norm_reference(x, weight, ctx.eps), x), ctx.saved_tensors, (grad_y, grad_total))
     return dx, dx, dw, None
 
 
@@ -47,6 +57,7 @@ rms_norm_op = register(
     triton=f"{_TRITON}:launch_rms_norm",
     fake=lambda x, weight, eps: _like(x),
     backward=_backward,
+    backward_again=_backward_again,
     setup_context=_setup,
 )
 add_rms_norm_op = register(
@@ -55,5 +66,6 @@ add_rms_norm_op = register(
     triton=f"{_TRITON}:launch_add_rms_norm",
     fake=lambda x, residual, weight, eps: (_like(x), _like(x)),
     backward=_add_backward,
+    backward_again=_add_backward_again,
     setup_context=_add_setup,
 )

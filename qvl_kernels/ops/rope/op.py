@@ -2,7 +2,7 @@
 
 import torch
 
-from qvl_kernels.library import register
+from qvl_kernels.library import call, derivative_again, register
 from qvl_kernels.ops.rope.cpu import (
     qk_norm_rope_backward_cpu,
     qk_norm_rope_cpu,
@@ -10,6 +10,7 @@ from qvl_kernels.ops.rope.cpu import (
     vision_rope_backward_cpu,
     vision_rope_cpu,
 )
+from qvl_kernels.ops.rope.reference import qk_norm_rope_reference, vision_rope_reference
 
 __all__ = ["qk_norm_rope_op", "qk_norm_rope_to_cache_op", "vision_rope_op"]
 
@@ -41,7 +42,13 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_q, grad_k):
-    return *qk_norm_rope_backward_op(grad_q, grad_k, *ctx.saved_tensors, ctx.eps), None, None, None
+    return *call(qk_norm_rope_backward_op, grad_q, grad_k, *ctx.saved_tensors, ctx.eps), None, None, None
+
+
+def _backward_again(ctx, grad_q, grad_k):
+    *inputs, cos, sin = ctx.saved_tensors
+    gradients = derivative_again(lambda *inputs: qk_norm_rope_reference(*inputs, cos, sin, ctx.eps), inputs, (grad_q, grad_k))
+    return *gradients, None, None, None
 
 
 def _vision_setup(ctx, inputs, output) -> None:
@@ -49,7 +56,14 @@ def _vision_setup(ctx, inputs, output) -> None:
 
 
 def _vision_backward(ctx, grad_q, grad_k):
-    return *vision_rope_backward_op(grad_q, grad_k, *ctx.saved_tensors), None, None
+    return *call(vision_rope_backward_op, grad_q, grad_k, *ctx.saved_tensors), None, None
+
+
+def _vision_backward_again(ctx, grad_q, grad_k):
+    """Linear, so that it is its own formula at any place."""
+    q, k = (torch.zeros_like(grad, requires_grad=True) for grad in (grad_q, grad_k))
+    gradients = derivative_again(lambda q, k: vision_rope_reference(q, k, *ctx.saved_tensors), (q, k), (grad_q, grad_k))
+    return *gradients, None, None
 
 
 qk_norm_rope_op = register(
@@ -58,6 +72,7 @@ qk_norm_rope_op = register(
     triton=f"{_TRITON}:launch_qk_norm_rope",
     fake=lambda q, k, *rest: (_like(q), _like(k)),
     backward=_backward,
+    backward_again=_backward_again,
     setup_context=_setup,
 )
 # The rotated q; k and v go to positions past + lengths[b] + t of the caches [B, Hkv, S_cap, D], or nowhere if those are outside.
@@ -74,5 +89,6 @@ vision_rope_op = register(
     triton=f"{_TRITON}:launch_vision_rope",
     fake=lambda q, k, *tables: (_like(q), _like(k)),
     backward=_vision_backward,
+    backward_again=_vision_backward_again,
     setup_context=_vision_setup,
 )

@@ -2,8 +2,9 @@
 
 import torch
 
-from qvl_kernels.library import register
+from qvl_kernels.library import call, derivative_again, register
 from qvl_kernels.ops.swiglu.cpu import swiglu_backward_cpu, swiglu_cpu
+from qvl_kernels.ops.swiglu.reference import swiglu_reference
 
 __all__ = ["swiglu_op"]
 
@@ -29,6 +30,7 @@ swiglu_op = register(
     cpu=swiglu_cpu,
     triton="qvl_kernels.ops.swiglu.triton_swiglu:launch_swiglu",
     fake=lambda gate, up: _like(gate),
-    backward=lambda ctx, grad: swiglu_backward_op(grad, *ctx.saved_tensors),
+    backward=lambda ctx, grad: call(swiglu_backward_op, grad, *ctx.saved_tensors),
+    backward_again=lambda ctx, grad: tuple(derivative_again(swiglu_reference, ctx.saved_tensors, (grad,))),
     setup_context=_setup,
 )
