@@ -1,13 +1,25 @@
 """Argument checks shared by the public functions. Messages say what was expected, what came, and what to do."""
 
+import numbers
+
 import torch
 
 __all__ = [
     "DTYPE_CODES",
     "FLOAT_DTYPES",
+    "check_bool",
     "check_device",
+    "check_dtype",
+    "check_eps",
+    "check_int",
+    "check_kind",
     "check_last_contiguous",
+    "check_memory",
+    "check_no_gradient",
+    "check_number",
+    "check_probability",
     "check_same",
+    "check_scale",
     "check_shape",
     "check_tensor",
     "unsupported_dtype",
@@ -15,16 +27,100 @@ __all__ = [
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/dtype.h
+LARGEST = torch.finfo(torch.float32).max  # kernels compute in fp32
 
 
 def check_tensor(op: str, name: str, x: object, ndim: int | None = None) -> None:
-    """TypeError unless ``x`` is a floating-point tensor; ValueError unless it has ``ndim`` dimensions."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    """TypeError unless ``x`` is a floating-point tensor; ValueError unless it is dense and has ``ndim`` dimensions."""
+    check_kind(op, name, x)
     if not x.is_floating_point():
         raise TypeError(f"{op}: {name} must be a floating-point tensor (fp32, bf16 or fp16), got {x.dtype}")
     if ndim is not None and x.dim() != ndim:
         raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {tuple(x.shape)}")
+
+
+def check_dtype(op: str, name: str, x: object, *dtypes: torch.dtype) -> None:
+    """TypeError unless ``x`` is a tensor of one of ``dtypes``; ValueError unless it is dense."""
+    check_kind(op, name, x)
+    if x.dtype not in dtypes:
+        raise TypeError(f"{op}: {name} must be a tensor of {' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, got {x.dtype}")
+
+
+def check_kind(op: str, name: str, x: object) -> None:
+    """TypeError unless ``x`` is a tensor; ValueError unless it is dense."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{op}: {name} must be a dense tensor, got layout {x.layout}; call {name}.to_dense() first")
+    if not torch.compiler.is_compiling() and x._is_zerotensor():
+        raise ValueError(f"{op}: {name} stands for zeros and has no memory; call {name}.clone() first")
+
+
+def check_memory(op: str, name: str, x: torch.Tensor) -> None:
+    """ValueError unless an op that is handed lists of tensors, of which PyTorch prepares none, may read or write ``x`` as it lies."""
+    check_kind(op, name, x)
+    if not torch.compiler.is_compiling() and x.is_neg():
+        raise ValueError(f"{op}: {name} is negated when it is read; call {name}.resolve_neg() first")
+    if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{op}: the last dimension of {name} must be contiguous, got strides {tuple(x.stride())}; call {name}.contiguous() first")
+
+
+def _untraced(value: object) -> object:
+    """Under ``torch.jit.trace`` sizes, and what is computed from them, are tensors."""
+    return value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 and torch.jit.is_tracing() else value
+
+
+def check_int(op: str, name: str, value: object, low: int, high: int = 2**63 - 1) -> int:
+    """``value`` as an int; TypeError unless it is one (bool is none), ValueError unless low <= value <= high."""
+    if type(value) is not int:
+        value = _untraced(value)
+        if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+            raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+        value = value if isinstance(value, torch.SymInt) else int(value)
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must lie in [{low}, {high}], got {value}")
+    return value
+
+
+def check_number(op: str, name: str, value: object, low: float, high: float) -> float:
+    """``value`` as a float; TypeError unless it is a number (bool is none), ValueError unless low <= value <= high, which NaN is not."""
+    if type(value) is not float:
+        value = _untraced(value)
+        if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must lie in [{low:.4g}, {high:.4g}], got {value}")
+    return value if type(value) is float else torch.sym_float(value)
+
+
+def check_probability(op: str, name: str, value: object) -> float:
+    """In [0, 1)."""
+    value = check_number(op, name, value, 0.0, 1.0)
+    if value == 1.0:
+        raise ValueError(f"{op}: {name} must be in [0, 1), got {value}")
+    return value
+
+
+def check_eps(op: str, eps: object) -> float:
+    return check_number(op, "eps", eps, 0.0, LARGEST)
+
+
+def check_scale(op: str, scale: object, head_dim: int) -> float:
+    """Of scores; the default for None."""
+    return head_dim**-0.5 if scale is None else check_number(op, "scale", scale, -LARGEST, LARGEST)
+
+
+def check_bool(op: str, name: str, value: object) -> bool:
+    value = _untraced(value)
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}")
+    return value
+
+
+def check_no_gradient(op: str, advice: str, *tensors: object) -> None:
+    """RuntimeError if one of the tensors (anything else is skipped) wants a gradient, which ``op`` could only leave out."""
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
+        raise RuntimeError(f"{op} {advice}")
 
 
 def check_device(op: str, name: str, x: torch.Tensor, device: torch.device) -> None:

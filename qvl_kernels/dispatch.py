@@ -59,6 +59,8 @@ def backends() -> dict[str, dict]:
 
 
 def _check_name(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a backend must be one of {', '.join(BACKENDS)}, got {type(name).__name__}")
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
     return name
@@ -68,6 +70,7 @@ def _check_name(name: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Forces a backend inside the block. A forced backend never falls back: what it cannot run raises RuntimeError.
 
+    Raises: TypeError or ValueError for another name than ``backends()`` has.
     Example:
         >>> with qvl_kernels.use_backend("reference"):
         ...     y = qvl_kernels.rms_norm(x, weight)

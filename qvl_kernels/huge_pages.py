@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from qvl_kernels import config, dispatch
+from qvl_kernels.library import is_plain
 
 __all__ = ["use_huge_pages"]
 
@@ -25,6 +26,7 @@ def use_huge_pages(tensors: Iterable[torch.Tensor]) -> int:
         tensors: any; those that are not plain CPU tensors are left alone.
     Returns:
         Bytes that lie on huge pages now.
+    Raises: TypeError for what is no iterable of tensors.
     Example:
         >>> qvl_kernels.use_huge_pages(model.parameters())
         3439329280
@@ -47,11 +49,11 @@ def use_huge_pages(tensors: Iterable[torch.Tensor]) -> int:
 
 def _spans(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
     """Address ranges of the tensors, touching ones joined: a huge page may lie under several."""
-    ranges = sorted(
-        (x.data_ptr(), x.data_ptr() + x.nbytes)
-        for x in tensors
-        if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.layout is torch.strided and x.is_contiguous() and x.nbytes
-    )
+    tensors = list(tensors) if isinstance(tensors, Iterable) and not isinstance(tensors, torch.Tensor) else [tensors]
+    for x in tensors:
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"use_huge_pages: tensors must be an iterable of tensors, got {type(x).__name__}")
+    ranges = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors if is_plain(x, "cpu") and x.is_contiguous() and x.nbytes)
     spans: list[tuple[int, int]] = []
     for begin, end in ranges:
         if spans and begin <= spans[-1][1]:

@@ -1,253 +1,382 @@
-"""What every public function says to arguments it cannot take: TypeError or ValueError that names the function."""
+"""What everything public says to arguments that it cannot take: TypeError or ValueError. Nothing public is left out: not a name, not a
+parameter, not a tensor inside a tuple of weights."""
+
+import contextlib
+import inspect
+import re
 
 import pytest
 import torch
+from public_calls import CALLS, INFERENCE_ONLY, SIZES, decoder_weights, public_names, quantised_weights, rand, sizes
+from torch.utils._pytree import tree_flatten
 
 import qvl_kernels
-from qvl_kernels.quant import quantize
+from qvl_kernels import quant
+from qvl_kernels.testing import relative_error
 
-B, T, S, H, HKV, D, C, F, N, V = 2, 3, 5, 4, 2, 8, 16, 24, 6, 11
-
-
-def _rand(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def _decoder_weights(**changes) -> qvl_kernels.DecoderWeights:
-    q, kv = H * D, HKV * D
-    weights = qvl_kernels.DecoderWeights(
-        _rand(C), _rand(q, C), _rand(kv, C), _rand(kv, C), _rand(D), _rand(D), _rand(C, q), _rand(C), _rand(F, C), _rand(F, C),
-        _rand(C, F), q_bias=_rand(q),
-    )  # fmt: skip
-    return weights._replace(**changes)
-
-
-def _vision_weights(**changes) -> qvl_kernels.VisionWeights:
-    weights = qvl_kernels.VisionWeights(
-        _rand(C), _rand(C), _rand(3 * C, C), _rand(3 * C), _rand(C, C), _rand(C), _rand(C), _rand(C), _rand(F, C), _rand(F),
-        _rand(C, F), _rand(C),
-    )  # fmt: skip
-    return weights._replace(**changes)
-
-
-def _bounds(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-INT8_CACHES = {name: torch.ones(B, HKV, S, D, dtype=torch.int8) for name in ("k_cache", "v_cache")}
-
-# Good arguments of every public function; each test below spoils one.
-GOOD = {
-    "attention": lambda: {
-        "q": _rand(B, T, H, D), "k": _rand(B, S, HKV, D), "v": _rand(B, S, HKV, D), "mask": _rand(B, 1, T, S),
-        "key_padding_mask": torch.ones(B, S, dtype=torch.bool),
-    },
-    "cross_attention": lambda: {
-        "q": _rand(B, T, H, D), "k": _rand(B, S, HKV, D), "v": _rand(B, S, HKV, D), "kv_lens": torch.tensor([S, 1]),
-        "key_padding_mask": torch.ones(B, S, dtype=torch.bool),
-    },
-    "decode_attention": lambda: {
-        "q": _rand(B, 1, H, D), "k_cache": _rand(B, HKV, S, D), "v_cache": _rand(B, HKV, S, D),
-        "lengths": torch.tensor([S, 1]), "mask": _rand(B, 1, 1, S),
-    },
-    "decoder_layer": lambda: {
-        "x": _rand(B, T, C), "weights": _decoder_weights(), "cos": _rand(1, T, D), "sin": _rand(1, T, D),
-        "k_cache": _rand(B, HKV, S, D), "v_cache": _rand(B, HKV, S, D), "past": 1, "num_heads": H, "mask": _rand(B, 1, T, S),
-    },
-    "gelu_tanh": lambda: {"x": _rand(N, F), "bias": _rand(F)},
-    "layer_norm": lambda: {"x": _rand(N, C), "weight": _rand(C), "bias": _rand(C)},
-    "add_layer_norm": lambda: {"x": _rand(N, C), "residual": _rand(N, C), "weight": _rand(C), "bias": _rand(C)},
-    "linear": lambda: {"x": _rand(N, C), "weight": _rand(F, C), "bias": _rand(F)},
-    "linear_cross_entropy": lambda: {"hidden": _rand(N, C), "weight": _rand(V, C), "labels": torch.arange(N)},
-    "patch_embed": lambda: {"pixels": _rand(N, 24), "weight": _rand(C, 3, 2, 2, 2), "bias": _rand(C)},
-    "qk_norm_rope": lambda: {
-        "q": _rand(B, T, H, D), "k": _rand(B, T, HKV, D), "q_weight": _rand(D), "k_weight": _rand(D), "cos": _rand(1, T, D),
-        "sin": _rand(1, T, D),
-    },
-    "quantized_linear": lambda: {"x": _rand(N, 2 * F), "weight": quantize(_rand(F, 2 * F), 4, group=32), "bias": _rand(F)},
-    "rms_norm": lambda: {"x": _rand(N, C), "weight": _rand(C)},
-    "add_rms_norm": lambda: {"x": _rand(N, C), "residual": _rand(N, C), "weight": _rand(C)},
-    "swiglu": lambda: {"gate": _rand(N, F), "up": _rand(N, F)},
-    "vision_block": lambda: {
-        "x": _rand(N, C), "weights": _vision_weights(), "cos": _rand(N, D), "sin": _rand(N, D),
-        "cu_seqlens": _bounds(0, 2, N), "num_heads": 2,
-    },
-    "vision_rope": lambda: {"q": _rand(N, H, D), "k": _rand(N, H, D), "cos": _rand(N, D), "sin": _rand(N, D)},
+n = sizes()
+OPTIONAL = {  # arguments whose good value may be None instead
+    "mask", "key_padding_mask", "cu_seqlens", "kv_lens", "scale", "bias", "k_scale", "v_scale", "device",
+    "weights.q_bias", "weights.k_bias", "weights.v_bias", "weights.o_bias",
 }  # fmt: skip
 
 
-def _tensors(*, floating: bool = False, but: tuple[str, ...] = ()) -> list:
-    """(op, argument) of every tensor argument but those named, those of the weights as "weights.name"."""
+def _paths(arguments: dict) -> list[str]:
+    """Names of arguments, of the parts of tuples and of the first item of lists: "weights.q.scales", "caches.0"."""
     found = []
-    for op, make in GOOD.items():
-        for name, value in make().items():
-            items = [(name, value)]
-            if isinstance(value, tuple):
-                items = [(f"{name}.{field}", tensor) for field, tensor in value._asdict().items()]
-            for path, tensor in items:
-                if not isinstance(tensor, torch.Tensor) or (floating and not tensor.is_floating_point()):
-                    continue
-                if f"{op}-{path}" not in but:
-                    found.append(pytest.param(op, path, id=f"{op}-{path}"))
+    for name, value in arguments.items():
+        found.append(name)
+        if isinstance(value, tuple) and hasattr(value, "_asdict"):
+            found += [f"{name}.{rest}" for rest in _paths(value._asdict())]
+        elif isinstance(value, list):
+            found += [f"{name}.{rest}" for rest in _paths({"0": value[0]})]
     return found
 
 
-def _spoiled(op: str, path: str, change) -> dict:
-    arguments = GOOD[op]()
-    name, _, field = path.partition(".")
-    if field:
-        weights = arguments[name]
-        arguments[name] = weights._replace(**{field: change(getattr(weights, field))})
-    else:
-        arguments[name] = change(arguments[name])
-    return arguments
+def _at(arguments: dict, path: str):
+    """The argument, or the part of one, that a path names."""
+    value = arguments
+    for part in path.split("."):
+        value = value[part] if isinstance(value, dict) else value[int(part)] if isinstance(value, list) else getattr(value, part)
+    return value
 
 
-def _raises(op: str, arguments: dict, match: str = "") -> None:
-    with torch.no_grad(), pytest.raises((TypeError, ValueError), match=f"{op}: .*{match}"):
-        getattr(qvl_kernels, op)(**arguments)
+def _changed(value, path: str, new):
+    first, _, rest = path.partition(".")
+    if isinstance(value, dict):
+        return {**value, first: _changed(value[first], rest, new) if rest else new}
+    if isinstance(value, list):
+        return [_changed(value[0], rest, new) if rest else new, *value[1:]]
+    return value._replace(**{first: _changed(getattr(value, first), rest, new) if rest else new})
 
 
-@pytest.mark.parametrize("op", GOOD)
-def test_good_arguments_run(op):
-    with torch.no_grad(), qvl_kernels.use_backend("cpp"):
-        getattr(qvl_kernels, op)(**GOOD[op]())
+class _Subclass(torch.Tensor):
+    pass
 
 
-def test_every_public_function_is_here():
-    functions = {name for name in qvl_kernels.__all__ if callable(getattr(qvl_kernels, name))}
-    others = {"DecoderWeights", "PreparedCache", "PreparedDecoderLayer", "QuantizedDecoderLayer", "VisionWeights", "backends", "cpu_info", "fallbacks", "use_backend", "use_huge_pages"}
-    assert set(GOOD) == functions - others
+TYPES = {"None", "text", "bool", "tuple", "list", "object", "complex", "plain tuple"}  # of which nothing else is taken, bool for int included
+NAMES = {"use_backend": "backend"}
+OTHERS = {"None": None, "text": "text", "bool": True, "huge": 2**70, "minus": -1, "nan": float("nan"), "infinite": float("inf"), "tuple": (1, 2),
+          "list": [], "object": object(), "complex": 1j, "empty tensor": torch.empty(0), "scalar tensor": torch.tensor(2.0)}  # fmt: skip
+TENSORS = {
+    "meta": lambda x: x.to("meta"),
+    **{str(dtype): lambda x, dtype=dtype: x.to(dtype)
+       for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.bool, torch.complex64)},
+    "transposed": lambda x: x.transpose(-1, -2),
+    "one dimension more": lambda x: x[None],
+    "one dimension fewer": lambda x: x[0],
+    "longer": lambda x: torch.cat((x, x[..., :1]), -1),
+    "shorter": lambda x: x[..., :-1],
+    "more rows": lambda x: torch.cat((x, x[:1])),
+    "no rows": lambda x: x[:0],
+    "no columns": lambda x: x[..., :0],
+    "strided": lambda x: torch.stack((x, x), -1)[..., 0],
+    "rows apart": lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "expanded columns": lambda x: x[..., :1].expand(x.shape),
+    "sparse": lambda x: x.to_sparse(),
+    "negated when read": lambda x: torch._neg_view(-x),
+    "zeros without memory": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
+    "parameter": lambda x: torch.nn.Parameter(x, requires_grad=False),
+    "subclass": lambda x: x.as_subclass(_Subclass),
+    "misaligned": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("op", "path"), _tensors())
-def test_not_a_tensor(op, path):
-    _raises(op, _spoiled(op, path, lambda x: "text"))
+def _spoiled(value) -> dict:
+    """What takes the place of a good value, by name."""
+    found = {what: other for what, other in OTHERS.items() if type(other) is not type(value) or isinstance(value, torch.Tensor) or other != value}
+    if hasattr(value, "_asdict"):
+        found["plain tuple"] = tuple(value)
+    if isinstance(value, torch.Tensor):
+        for what, change in TENSORS.items():
+            with contextlib.suppress(IndexError, NotImplementedError, RuntimeError):  # of a tensor that cannot be changed so
+                found[what] = change(value.detach().clone())
+    return found
 
 
-@pytest.mark.parametrize(("op", "path"), _tensors())
-def test_other_device(op, path):
-    _raises(op, _spoiled(op, path, lambda x: x.to("meta")), match="meta")
+def _results(call, arguments: dict) -> list[torch.Tensor]:
+    """All tensors that come out, those written to included."""
+    found = tree_flatten([call(**arguments), [value for name, value in arguments.items() if name.endswith("_cache")]])[0]
+    return [x.to_dense() if x.layout is not torch.strided else x for x in found if isinstance(x, torch.Tensor)]
 
 
-@pytest.mark.parametrize(("op", "path"), _tensors())
-def test_other_dtype(op, path):
-    _raises(op, _spoiled(op, path, lambda x: x.to(torch.bfloat16 if x.dtype == torch.float32 else torch.float32)))
+def _copied(value):
+    """Fresh memory under whatever is written to; else as it is."""
+    if isinstance(value, dict):
+        return {name: x.clone() if name.endswith("_cache") and isinstance(x, torch.Tensor) and x.is_contiguous() else _copied(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [qvl_kernels.PreparedCache(x.k_cache.clone(), x.v_cache.clone()) if type(x) is qvl_kernels.PreparedCache else x for x in value]
+    return value
 
 
-@pytest.mark.parametrize(("op", "path"), _tensors(floating=True))
-def test_integers(op, path):
-    _raises(op, _spoiled(op, path, lambda x: x.to(torch.int32)))
+def _fault(name: str, arguments: dict, wrong_type: bool = False) -> str | None:
+    """What is wrong with the outcome of a call: an error that is not promised, or another result than the reference's."""
+    call, _ = CALLS[name]
+    again = _copied(arguments)
+    try:
+        results = _results(call, arguments)
+    except (TypeError, ValueError) as error:
+        if not any(op in str(error) for op in (NAMES.get(name) or name.removeprefix("quant.").split()[0], "decoder_layer", "PreparedCache")):
+            return f"an error that does not name the function: {error}"
+        return f"ValueError for a wrong type: {error}" if wrong_type and isinstance(error, ValueError) else None
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if wrong_type:
+        return "a wrong type is taken"
+    with qvl_kernels.use_backend("reference"):
+        expected = _results(call, again)
+    for out, truth in zip(results, expected, strict=True):
+        if out.shape != truth.shape or out.dtype != truth.dtype or out.device != truth.device:
+            return f"{out.dtype} {tuple(out.shape)} on {out.device} instead of {truth.dtype} {tuple(truth.shape)} on {truth.device}"
+        if not out.is_meta:
+            finite = truth.isfinite()
+            if not torch.equal(out[~finite].nan_to_num(), truth[~finite].nan_to_num()) or not relative_error(out[finite], truth[finite]) < 0.03:
+                return f"another result, by {relative_error(out, truth):.3f}"  # int8 activations and bf16 stay below
+    return None
 
 
-@pytest.mark.parametrize(
-    ("op", "path"), _tensors(but=("rms_norm-x", "layer_norm-x", "linear-x", "quantized_linear-x", "gelu_tanh-x"))  # any number is accepted there
-)
-def test_one_dimension_more(op, path):
-    _raises(op, _spoiled(op, path, lambda x: x[None]))
+pytestmark = pytest.mark.filterwarnings("ignore:qvl_kernels. .* runs on the reference", "ignore:Casting complex", "ignore:Sparse")
 
 
-@pytest.mark.parametrize(("op", "path"), _tensors(but=("decoder_layer-mask",)))  # only its first past + T keys are read
-def test_longer_last_dimension(op, path):
-    _raises(op, _spoiled(op, path, lambda x: torch.cat([x, x[..., :1]], -1)))
+def test_everything_public_is_here():
+    """Each function and method by its calls, which together name every parameter; each tuple of weights as an argument of one."""
+    tuples = {type(_at(make(n), path)) for _, make in CALLS.values() for path in _paths(make(n))}
+    calls = {}
+    for name, (_, make) in CALLS.items():
+        calls.setdefault(name.split()[0], set()).update(make(n))
+    for name, value in public_names():
+        if inspect.isclass(value) and issubclass(value, tuple):
+            assert value in tuples, name
+        else:
+            assert calls.pop(name) == set(inspect.signature(value).parameters), name
+    assert not calls, "no longer public"
 
 
-MASKS = ("attention-mask", "decode_attention-mask", "decoder_layer-mask")
-
-
-def _strided(x: torch.Tensor) -> torch.Tensor:
-    return torch.stack([x, x], -1)[..., 0]
-
-
-@pytest.mark.parametrize(("op", "path"), _tensors(floating=True, but=MASKS))
-def test_last_dimension_not_contiguous(op, path):
-    _raises(op, _spoiled(op, path, _strided), match="contiguous")
-
-
-@pytest.mark.parametrize("op", [name.removesuffix("-mask") for name in MASKS])
-def test_masks_may_have_any_strides(op):
+@pytest.mark.parametrize("name", CALLS)
+def test_every_argument_spoiled(name):
+    """One argument at a time: an error, or the right result."""
+    good, faults = CALLS[name][1](n), []
     with torch.no_grad():
-        out = getattr(qvl_kernels, op)(**_spoiled(op, "mask", _strided))
-        torch.testing.assert_close(out, getattr(qvl_kernels, op)(**GOOD[op]()))
+        assert _fault(name, good) is None
+        for path in _paths(good):
+            value = _at(good, path)
+            for what, new in _spoiled(value).items():
+                wrong_type = what in TYPES and type(new) is not type(value) and not (new is None and path in OPTIONAL)
+                fault = _fault(name, _changed(_copied(good), path, new), wrong_type)
+                if fault is not None:
+                    faults.append(f"{path} {what}: {fault}")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CALLS)
+def test_sizes_of_zero(name, size):
+    """All arguments agree on a size of 0: an error, or the right result."""
+    with torch.no_grad():
+        try:
+            arguments = CALLS[name][1](sizes(**{size: 0}))
+        except ValueError:  # of a cache, layer or weight that is made of them
+            return
+        assert _fault(name, arguments) is None
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_gradient_is_right_or_refused(name):
+    call, make = CALLS[name]
+    good, faults = make(n), []
+    for path in _paths(good):
+        value = _at(good, path)
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        found = []
+        for backend in (None, "reference"):
+            x = value.detach().clone().requires_grad_()
+            try:
+                with contextlib.nullcontext() if backend is None else qvl_kernels.use_backend(backend):
+                    outs = [out for out in tree_flatten(call(**_changed(_copied(good), path, x)))[0] if isinstance(out, torch.Tensor) and out.requires_grad]
+                found += torch.autograd.grad(sum((out * rand(*out.shape)).sum() for out in outs), [x], allow_unused=True) if outs else [None]
+            except (RuntimeError, ValueError) as error:
+                found.append(str(error))
+        ours, exact = found
+        if isinstance(ours, str):
+            if not re.search("has no backward|has no gradient of|needs a gradient", ours):
+                faults.append(f"{path}: {ours}")
+        elif (ours is None) != (exact is None) or ours is not None and not relative_error(ours, exact) < 1e-4:
+            faults.append(f"{path}: another gradient")
+        elif ours is None and name in INFERENCE_ONLY:
+            faults.append(f"{path}: no gradient, without a word")
+    assert not faults, "\n".join(faults)
+
+
+# What a right result cannot tell from an error, and what the error says.
+
+
+def _raises(op: str, match: str = "", **changes) -> None:
+    call, make = CALLS[op]
+    with torch.no_grad(), pytest.raises((TypeError, ValueError), match=match):
+        call(**{**make(n), **changes})
 
 
 @pytest.mark.parametrize(
     ("op", "changes", "match"),
     [
-        ("attention", {"q": _rand(B, T, 3, D)}, "multiple"),
-        ("attention", {"k": _rand(B, S, 0, D), "v": _rand(B, S, 0, D)}, "multiple"),
-        ("attention", {"k": _rand(B, S, HKV, D + 2), "v": _rand(B, S, HKV, D + 2)}, "head_dim"),
-        ("attention", {"k": _rand(1, S, HKV, D), "v": _rand(1, S, HKV, D)}, "batch"),
-        ("attention", {"mask": _rand(B, 1, T, S - 1)}, "broadcast"),
-        ("attention", {"mask": _rand(T, S)}, "broadcast"),
+        ("attention", {"q": rand(n.B, n.T, 3, n.D)}, "multiple"),
+        ("attention", {"k": rand(n.B, n.S, 2, n.D + 2), "v": rand(n.B, n.S, 2, n.D + 2)}, "head_dim"),
+        ("attention", {"k": rand(1, n.S, 2, n.D), "v": rand(1, n.S, 2, n.D)}, "batch"),
+        ("attention", {"mask": rand(n.B, 1, n.T, n.S - 1)}, "broadcast"),
+        ("attention", {"mask": rand(n.T, n.S)}, "broadcast"),
         ("attention", {"dropout_p": 1.0}, "dropout_p"),
-        ("attention", {"cu_seqlens": _bounds(0, N)}, "dimensions|excludes"),
-        ("cross_attention", {"kv_lens": torch.tensor([S + 1, 0])}, "kv_lens"),
+        ("attention", {"scale": float("inf")}, "scale must lie in"),
+        ("attention packed", {"mask": rand(n.B, 1, n.T, n.S)}, "excludes"),
+        *(("attention packed", {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}, "cu_seqlens") for bounds in ([0, 4], [0, 5, 3, n.N], [-1, n.N], [])),
+        ("cross_attention", {"kv_lens": torch.tensor([n.S + 1, 0])}, "kv_lens"),
         ("cross_attention", {"kv_lens": torch.tensor([-1, 0])}, "kv_lens"),
-        ("cross_attention", {"q": _rand(B, T, 3, D)}, "multiple"),
+        ("cross_attention", {"q": rand(n.B, n.T, 3, n.D)}, "multiple"),
         ("cross_attention", {"dropout_p": -0.1}, "dropout_p"),
-        ("decode_attention", {"lengths": S + 1}, "lengths"),
+        ("decode_attention", {"lengths": n.S + 1}, "lengths"),
         ("decode_attention", {"lengths": 0}, "lengths"),
-        ("decode_attention", {"lengths": 2.5}, "lengths"),
-        ("decode_attention", {"q": _rand(B, 1, 3, D)}, "multiple"),
-        ("decode_attention", {"k_scale": _rand(B, HKV, S)}, "together"),
-        ("decode_attention", {"k_scale": _rand(B, HKV, S), "v_scale": _rand(B, HKV, S)}, "int8"),
-        ("decode_attention", {**INT8_CACHES, "k_scale": _rand(B, HKV, S), "v_scale": _rand(B, HKV, S + 1)}, "v_scale"),
-        ("decode_attention", {**INT8_CACHES, "k_scale": _rand(B, HKV, S), "v_scale": torch.ones(B, HKV, S).long()}, "v_scale"),
-        ("decode_attention", {**INT8_CACHES, "q": _rand(B, 1, H, D + 2), "k_scale": _rand(B, HKV, S), "v_scale": _rand(B, HKV, S)}, "head_dim"),
+        ("decode_attention", {"lengths": 2**70}, "lengths"),
+        ("decode_attention", {"lengths": torch.tensor([n.S + 1, 3])}, "lengths"),
+        ("decode_attention", {"k_scale": rand(n.B, 2, n.S)}, "together"),
+        ("decode_attention", {"k_scale": rand(n.B, 2, n.S), "v_scale": rand(n.B, 2, n.S)}, "int8"),
+        ("decode_attention int8", {"v_scale": rand(n.B, 2, n.S + 1)}, "v_scale"),
+        ("decode_attention int8", {"q": rand(n.B, 1, 4, n.D + 2)}, "head_dim"),
         ("decoder_layer", {"past": 3}, "cache"),
         ("decoder_layer", {"past": -1}, "cache"),
         ("decoder_layer", {"num_heads": 3}, "multiple"),
         ("decoder_layer", {"num_heads": 8}, "must have shape"),
-        ("decoder_layer", {"x": _rand(T, B, C).transpose(0, 1)}, "contiguous"),
-        ("decoder_layer", {"mask": _rand(B, 1, T, 3)}, "broadcast"),
-        ("decoder_layer", {"weights": _decoder_weights(o_bias=_rand(C + 1))}, "o_bias"),
-        ("linear", {"x": torch.tensor(1.0)}, "x"),
-        ("linear_cross_entropy", {"labels": torch.full((N,), V)}, "labels"),
-        ("linear_cross_entropy", {"labels": torch.full((N,), -1)}, "labels"),
-        ("linear_cross_entropy", {"reduction": "max"}, "reduction"),
-        ("linear_cross_entropy", {"label_smoothing": 1.5}, "label_smoothing"),
-        ("quantized_linear", {"x": torch.tensor(1.0)}, "scalar"),
-        ("quantized_linear", {"weight": _rand(F, 2 * F)}, "QuantizedWeight"),
-        ("quantized_linear", {"weight": quantize(_rand(F, 2 * F), 8)._replace(scales=_rand(F, 2))}, "scales"),
-        ("quantized_linear", {"weight": quantize(_rand(F, 2 * F), 8)._replace(in_features=F)}, "inputs"),
-        ("rms_norm", {"x": torch.tensor(1.0)}, "scalar"),
-        ("swiglu", {"gate": torch.tensor(1.0), "up": torch.tensor(1.0)}, "scalar"),
-        ("qk_norm_rope", {"cos": _rand(3, T, D), "sin": _rand(3, T, D)}, "cos"),
-        ("vision_rope", {"q": _rand(N, H, 7), "k": _rand(N, H, 7)}, "even"),
+        ("decoder_layer", {"x": rand(n.T, n.B, n.C).transpose(0, 1)}, "contiguous"),
+        ("decoder_layer", {"mask": rand(n.B, 1, n.T, 3)}, "broadcast"),
+        ("decoder_layer", {"weights": decoder_weights(n)._replace(o_bias=rand(n.C + 1))}, "o_bias"),
+        ("decoder_layer", {"weights": tuple(decoder_weights(n))}, "give DecoderWeights"),
+        ("linear_cross_entropy", {"labels": torch.full((n.N,), n.V)}, "labels"),
+        ("linear_cross_entropy", {"labels": torch.full((n.N,), -1)}, "labels"),
+        ("linear_cross_entropy", {"label_smoothing": 1.0}, "label_smoothing"),
+        ("quantized_linear", {"weight": rand(n.F, n.K)}, "QuantizedWeight"),
+        ("quantized_linear", {"x": rand(n.N, n.K - 1)}, "inputs"),
+        ("vision_rope", {"q": rand(n.N, 4, 7), "k": rand(n.N, 4, 7)}, "even"),
         ("vision_block", {"num_heads": 3}, "num_heads"),
-        ("vision_block", {"num_heads": 0}, "num_heads"),
-        ("vision_block", {"cu_seqlens": _bounds(0, N + 1)}, "cu_seqlens"),
-        ("vision_block", {"cu_seqlens": _bounds(0, 4, 2, N)}, "cu_seqlens"),
-        ("vision_block", {"cu_seqlens": _bounds(1, N)}, "cu_seqlens"),
-        ("vision_block", {"cu_seqlens": _bounds()}, "cu_seqlens"),
+        ("vision_block", {"cu_seqlens": torch.tensor([0, n.N + 1], dtype=torch.int32)}, "cu_seqlens"),
+        ("vision_block", {"cos": rand(n.N, n.C // 2).double()}, "cos must be a tensor of float32"),
+        ("rms_norm", {"eps": float("nan")}, "eps must lie in"),
+        ("layer_norm", {"eps": -1e-6}, "eps must lie in"),
+        ("PreparedDecoderLayer.run", {"caches": []}, "every layer needs a cache"),
+        ("PreparedDecoderLayer.run", {"layers": [], "caches": []}, "there must be one layer"),
     ],
 )  # fmt: skip
 def test_values_out_of_range(op, changes, match):
-    _raises(op, {**GOOD[op](), **changes}, match=match)
+    _raises(op, match, **changes)
 
 
-def test_packed_sequences_must_rise_to_the_length():
-    packed = _rand(N, H, D)
-    for bounds in (_bounds(0, 4), _bounds(0, 5, 3, N), _bounds(-1, N), _bounds(0, N).long()):
-        _raises("attention", {"q": packed, "k": packed, "v": packed, "cu_seqlens": bounds}, match="cu_seqlens")
+LAYERS = ("decoder_layer", "PreparedDecoderLayer.__call__", "QuantizedDecoderLayer.__call__")
+CACHE = (n.B, n.HKV, n.S, n.D)
 
 
-@pytest.mark.parametrize("op", ["decode_attention", "decoder_layer", "vision_block"])
-def test_inference_only_functions_refuse_gradients(op):
-    arguments = GOOD[op]()
-    first = next(iter(arguments))
-    arguments[first].requires_grad_()
-    with pytest.raises(RuntimeError, match=f"{op} has no backward"):
-        getattr(qvl_kernels, op)(**arguments)
+def _interleaved() -> tuple[torch.Tensor, torch.Tensor]:
+    memory = rand(n.B, 2, n.HKV, n.S, n.D)
+    return memory[:, 0], memory[:, 1]
+
+
+def _halves() -> tuple[torch.Tensor, torch.Tensor]:
+    memory = rand(n.B, n.HKV, n.S, 2 * n.D)
+    return memory[..., : n.D], memory[..., n.D :]
+
+
+def _overlapping() -> tuple[torch.Tensor, torch.Tensor]:
+    memory = rand(n.B, n.HKV, n.S + 1, n.D)
+    return memory[:, :, 1:], memory[:, :, :-1]
+
+
+def _rows_overlap() -> torch.Tensor:
+    return rand(n.B * n.HKV * n.S * n.D).as_strided(CACHE, (n.HKV * n.S * n.D // 2, n.S * n.D, n.D, 1))
+
+
+@pytest.mark.parametrize("op", (*LAYERS, "PreparedCache"))
+def test_memory_that_is_shared_is_refused(op):
+    """What a kernel writes to one of them would change the other, or itself."""
+    whole = rand(*CACHE)
+    for k_cache, v_cache, match in (
+        (whole, whole, "k_cache and v_cache share memory"),
+        (whole, whole.view(CACHE), "k_cache and v_cache share memory"),
+        (*_overlapping(), "k_cache and v_cache share memory"),
+        (rand(1, *CACHE[1:]).expand(CACHE), rand(*CACHE), "elements of k_cache share memory"),
+        (rand(*CACHE), rand(n.B, 1, n.S, n.D).expand(CACHE), "elements of v_cache share memory"),
+        (rand(*CACHE), _rows_overlap(), "elements of v_cache share memory"),
+        (whole, rand(*CACHE).requires_grad_(), "v_cache needs a gradient"),
+    ):
+        _raises(op, match, k_cache=k_cache, v_cache=v_cache)
+
+
+@pytest.mark.parametrize("op", LAYERS)
+@pytest.mark.parametrize("name", ["x", "cos", "mask"])
+def test_inputs_inside_a_cache_are_refused(op, name):
+    shape, memory = CALLS[op][1](n)[name].shape, rand(500)
+    size = torch.Size(CACHE).numel()
+    _raises(op, f"{name} shares memory with a cache", **{name: memory[size - 1 :][: shape.numel()].view(shape), "k_cache": memory[:size].view(CACHE)})
+
+
+@pytest.mark.parametrize("op", LAYERS)
+@pytest.mark.parametrize("make", [_interleaved, _halves])
+def test_caches_between_each_other_are_taken(op, make):
+    call, arguments = CALLS[op][0], CALLS[op][1](n)
+    k_cache, v_cache = make()
+    apart = {"k_cache": k_cache.clone(), "v_cache": v_cache.clone()}
+    with torch.no_grad():
+        expected, out = call(**{**arguments, **apart}), call(**{**arguments, "k_cache": k_cache, "v_cache": v_cache})
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    assert torch.equal(k_cache, apart["k_cache"]) and torch.equal(v_cache, apart["v_cache"])
+
+
+@pytest.mark.parametrize(("kind", "weights"), [(qvl_kernels.PreparedDecoderLayer, decoder_weights), (qvl_kernels.QuantizedDecoderLayer, quantised_weights)])
+def test_a_prepared_layer_refuses_gradients_of_its_weights(kind, weights):
+    layer = kind(weights(n)._replace(k_norm=rand(n.D).requires_grad_()), num_heads=n.H, kv_heads=n.HKV, eps=1e-6, scale=0.3)
+    call = {name: value for name, value in CALLS["PreparedDecoderLayer.__call__"][1](n).items() if name != "self"}
+    with pytest.raises(RuntimeError, match="decoder_layer has no backward"):
+        layer(**call)
+    with torch.no_grad():
+        assert not layer(**call).requires_grad
+
+
+@pytest.mark.parametrize("kind", [qvl_kernels.PreparedDecoderLayer, qvl_kernels.QuantizedDecoderLayer])
+def test_forced_reference_runs_the_reference(kind):
+    weights = quantised_weights(n) if kind is qvl_kernels.QuantizedDecoderLayer else decoder_weights(n)
+    wide = weights._replace(**{name: quant.dequantize(w) for name, w in weights._asdict().items() if isinstance(w, quant.QuantizedWeight)})
+    layer = kind(weights, num_heads=n.H, kv_heads=n.HKV, eps=1e-6, scale=0.3)
+    call, make = CALLS["decoder_layer"]
+    arguments = {name: value for name, value in make(n).items() if name not in ("weights", "num_heads", "eps", "scale")}
+    with torch.no_grad():
+        fast = layer(**_copied(arguments))
+        with qvl_kernels.use_backend("reference"):
+            out, expected = layer(**_copied(arguments)), call(**{**make(n), "weights": wide})
+    assert torch.equal(out, expected) and not torch.equal(out, fast)
+
+
+@pytest.mark.parametrize("op", ["attention", "decode_attention", "decoder_layer"])
+def test_masks_may_have_any_strides(op):
+    call, make = CALLS[op]
+    with torch.no_grad():
+        expected, out = call(**make(n)), call(**{**make(n), "mask": TENSORS["strided"](make(n)["mask"])})
+    torch.testing.assert_close(out, expected)
 
 
 def test_lengths_are_checked_where_tracing_hides_them():
-    packed = _rand(N, H, D)
+    packed = rand(n.N, n.H, n.D)
     compiled = torch.compile(qvl_kernels.attention, fullgraph=True, backend="eager")
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 6"):
-        compiled(packed, packed, packed, cu_seqlens=_bounds(0, N + 100))
-    arguments = GOOD["cross_attention"]()
+        compiled(packed, packed, packed, cu_seqlens=torch.tensor([0, n.N + 100], dtype=torch.int32))
     compiled = torch.compile(qvl_kernels.cross_attention, fullgraph=True, backend="eager")
     with pytest.raises(ValueError, match=r"key lengths must lie in \[0, 5\], got 99"):
-        compiled(**{**arguments, "kv_lens": torch.tensor([99, 1])})
+        compiled(**{**CALLS["cross_attention"][1](n), "kv_lens": torch.tensor([99, 1])})
+
+
+@pytest.mark.parametrize("op", [name for name in CALLS if not name.startswith(("Prepared", "Quantized", "quant.", "use_")) and CALLS[name][1](n)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_good_calls_are_one_graph(op, dynamic):
+    """Checks do not break a graph, nor refuse sizes that have become symbols."""
+    torch._dynamo.reset()
+    call, make = CALLS[op]
+    compiled = torch.compile(call, fullgraph=True, backend="eager", dynamic=dynamic)
+    with torch.no_grad():
+        for out, expected in zip(_results(compiled, make(n)), _results(call, make(n)), strict=True):
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)

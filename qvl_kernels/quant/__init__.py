@@ -46,16 +46,18 @@ class QuantizedWeight(NamedTuple):
 def quantize(weight: torch.Tensor, bits: int, group: int = 64) -> QuantizedWeight:
     """Rounds a floating-point weight [N, K] to ``bits`` (8 or 4), 4 in groups of ``group`` inputs.
 
-    Raises: ValueError for other bits, groups or shapes, and for weights that are not finite.
+    Raises: TypeError for what is no tensor or int; ValueError for other bits, groups or shapes, and for weights that are not finite.
     Example:
         >>> quantized = quantize(torch.randn(10, 64), bits=4, group=32)
     """
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"quantize: weight must be a floating-point matrix [N, K], got {weight.dtype} {tuple(weight.shape)}")
-    if bits not in (8, 4):
+    checks.check_kind("quantize", "weight", weight)
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
+        raise ValueError(f"quantize: weight must be a floating-point matrix [N, K] that holds values, got {weight.dtype} {tuple(weight.shape)}")
+    if checks.check_int("quantize", "bits", bits, -(2**63)) not in (8, 4):
         raise ValueError(f"quantize: bits must be 8 or 4, got {bits}")
-    if bits == 4 and group not in GROUPS:
+    if checks.check_int("quantize", "group", group, 1) not in GROUPS and bits == 4:
         raise ValueError(f"quantize: int4 groups have {', '.join(map(str, GROUPS))} inputs, got {group}")
+    weight = weight.detach()  # its rounded values are constants
     rows, size = weight.shape
     padded = -(-size // group) * group
     values = pages.empty(weight, *(((rows, size), torch.int8) if bits == 8 else ((rows, padded // 2), torch.uint8)), shared=True)
@@ -113,9 +115,13 @@ def _safe(scales: torch.Tensor) -> torch.Tensor:
 def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """[N, K] in ``dtype``, the weight that a quantised linear layer multiplies with.
 
+    Raises: TypeError or ValueError for a weight that is not well-formed, or a dtype that is not floating-point.
     Example:
         >>> weight = dequantize(quantize(torch.randn(10, 64), bits=8))
     """
+    _check_format("dequantize", quantized, None, 0)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dequantize: dtype must be a floating-point torch.dtype, got {dtype!r}")
     values, scales, size = quantized
     if quantized.bits == 8:
         return (values.float() * scales).to(dtype)
@@ -132,9 +138,14 @@ def quantize_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, tor
     scale = max |x| / 127 of each group, values = round(x * 127 / max |x|). A group with an element that is not finite gets the
     scale NaN, one below 1e-30 is zeros. Groups keep an outlier from coarsening more than its neighbours.
 
+    Raises: TypeError or ValueError for what is no floating-point tensor of at least 1 input, or a group below 1.
     Example:
         >>> values, scales = quantize_activations(torch.randn(3, 100), 32)
     """
+    checks.check_tensor("quantize_activations", "x", x)
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"quantize_activations: x must have at least 1 input, got shape {tuple(x.shape)}")
+    group = checks.check_int("quantize_activations", "group", group, 1, 2**31)
     wide = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
     top = wide.abs().amax(-1)
     inverse = torch.where(top > TINY_ACTIVATION, top.new_tensor(127.0) / top, torch.zeros_like(top))
@@ -145,39 +156,55 @@ def quantize_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, tor
 def rounded_activations(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     """x [..., K] as the CPU kernels see it when they multiply with ``weight``, in fp32.
 
+    Raises: TypeError or ValueError for a weight that is not well-formed, or an x that does not fit it.
     Example:
         >>> weight = quantize(torch.randn(10, 64), bits=8)
         >>> y = rounded_activations(torch.randn(3, 64), weight) @ dequantize(weight).T
     """
+    checks.check_tensor("rounded_activations", "x", x)
+    check_weight("rounded_activations", weight, x.device)
+    if x.shape[-1:] != (weight.in_features,):
+        raise ValueError(f"rounded_activations: x must have the {weight.in_features} inputs of weight, got shape {tuple(x.shape)}")
     group = INT8_ACTIVATION_GROUP if weight.bits == 8 else weight.group
     values, scales = quantize_activations(x, group)
     return (values.unflatten(-1, (-1, group)) * scales[..., None]).flatten(-2)[..., : x.shape[-1]]
 
 
-def check_weight(op: str, weight: object, device: torch.device) -> None:
-    """TypeError or ValueError unless ``weight`` is a well-formed QuantizedWeight on ``device``; its rows may be strided."""
+def check_weight(op: str, weight: object, device: torch.device | None = None) -> None:
+    """TypeError or ValueError unless ``weight`` is a well-formed QuantizedWeight of 1 input at least, on ``device`` if one is given; its
+    rows may be strided.
+
+    Example:
+        >>> check_weight("my_layer", quantize(torch.randn(10, 64), bits=8), torch.device("cpu"))
+    """
+    if not isinstance(op, str):
+        raise TypeError(f"check_weight: op must be the name of the caller, got {type(op).__name__}")
+    if device is not None and not isinstance(device, torch.device):
+        raise TypeError(f"{op}: device must be a torch.device, got {type(device).__name__}")
+    _check_format(op, weight, device, 1)
+
+
+def _check_format(op: str, weight: object, device: torch.device | None, least: int) -> None:
     if not isinstance(weight, QuantizedWeight):
         raise TypeError(f"{op}: weight must be a quant.QuantizedWeight, got {type(weight).__name__}; see quant.quantize")
     values, scales, size = weight
-    for name, part in (("values", values), ("scales", scales)):
-        if not isinstance(part, torch.Tensor) or part.dim() != 2:
-            raise TypeError(f"{op}: weight.{name} must be a matrix, got {getattr(part, 'shape', type(part).__name__)}")
-        checks.check_device(op, f"weight.{name}", part, device)
-    if size < 1:
-        raise ValueError(f"{op}: weight must have at least 1 input, got {size}")
     # float64 scales are the tests' truth and taken by the reference only
-    if values.dtype == torch.int8 and scales.dtype in (torch.float32, torch.float64):
+    checks.check_dtype(op, "weight.values", values, torch.int8, torch.uint8)
+    checks.check_dtype(op, "weight.scales", scales, torch.float32 if values.dtype == torch.int8 else torch.bfloat16, torch.float64)
+    for name, part in (("weight.values", values), ("weight.scales", scales)):
+        if part.dim() != 2:
+            raise ValueError(f"{op}: {name} must be a matrix, got shape {tuple(part.shape)}")
+        checks.check_device(op, name, part, values.device if device is None else device)
+    checks.check_int(op, "weight.in_features", size, least)
+    if values.dtype == torch.int8:
         checks.check_shape(op, "weight.values", values, (values.shape[0], size))
         checks.check_shape(op, "weight.scales", scales, (values.shape[0], 1))
-    elif values.dtype == torch.uint8 and scales.dtype in (torch.bfloat16, torch.float64):
-        groups, rest = divmod(2 * values.shape[1], max(1, scales.shape[1]))
-        if scales.shape[0] != values.shape[0] or rest or groups not in GROUPS or scales.shape[1] != -(-size // groups):
+    else:
+        count, padded = scales.shape[1], 2 * values.shape[1]
+        fits = any(count * group == padded and padded - group < size <= padded for group in GROUPS) if size else padded == count == 0
+        if scales.shape[0] != values.shape[0] or not fits:
             raise ValueError(
                 f"{op}: int4 values {tuple(values.shape)} and scales {tuple(scales.shape)} do not describe rows of {size}"
                 f" inputs in groups of {', '.join(map(str, GROUPS))}"
             )
-    else:
-        raise TypeError(
-            f"{op}: weight must be int8 values with fp32 scales or uint8 values with bf16 scales, got {values.dtype} and {scales.dtype}"
-        )
     checks.check_last_contiguous(op, values=values, scales=scales)

@@ -20,7 +20,9 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ndim: 
     checks.check_shape(op, "v", v, tuple(k.shape))
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"{op}: q and k must have the same head_dim, got {q.shape[-1]} and {k.shape[-1]}")
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2] != 0:
+    if q.shape[-1] < 1:
+        raise ValueError(f"{op}: head_dim must be at least 1, got q of shape {tuple(q.shape)}")
+    if k.shape[-2] < 1 or q.shape[-2] < 1 or q.shape[-2] % k.shape[-2]:
         raise ValueError(
             f"{op}: query heads must be a multiple of key/value heads, got {q.shape[-2]} and {k.shape[-2]}"
         )
@@ -30,10 +32,9 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ndim: 
 
 def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, total: int, device: torch.device) -> None:
     """int32 [n + 1] on the CPU, from 0 to ``total`` without falling: out-of-range values would read foreign memory."""
-    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
-        raise TypeError(f"{op}: cu_seqlens must be a 1-D int32 tensor, got {getattr(cu_seqlens, 'dtype', type(cu_seqlens))}")
-    if cu_seqlens.numel() < 1:
-        raise ValueError(f"{op}: cu_seqlens must have at least 1 element (0), got none")
+    checks.check_dtype(op, "cu_seqlens", cu_seqlens, torch.int32)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"{op}: cu_seqlens must have one dimension and at least 1 element (0), got shape {tuple(cu_seqlens.shape)}")
     if not cu_seqlens.is_contiguous():
         raise ValueError(f"{op}: cu_seqlens must be contiguous")
     if cu_seqlens.device.type != "cpu":
@@ -49,9 +50,8 @@ def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, total: int, device: torc
 
 def check_mask(op: str, mask: torch.Tensor, q: torch.Tensor, shape: tuple[int, int, int, int]) -> None:
     """bool or q's dtype, [B, H, T, S] with 1 where it broadcasts."""
-    if not isinstance(mask, torch.Tensor) or mask.dtype not in (torch.bool, q.dtype):
-        raise TypeError(f"{op}: mask must be bool or {q.dtype} (as q), got {getattr(mask, 'dtype', type(mask))}")
-    if mask.dim() != 4 or any(size not in (1, full) for size, full in zip(mask.shape, shape)):
+    checks.check_dtype(op, "mask", mask, torch.bool, q.dtype)
+    if mask.dim() != 4 or any(size != 1 and size != full for size, full in zip(mask.shape, shape)):
         raise ValueError(f"{op}: mask must broadcast to [B, H, T, S] = {shape}, got {tuple(mask.shape)}")
     checks.check_device(op, "mask", mask, q.device)
 
@@ -120,15 +120,14 @@ def attention(
     else:
         shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         if key_padding_mask is not None:
-            if not isinstance(key_padding_mask, torch.Tensor) or key_padding_mask.dtype != torch.bool:
-                raise TypeError("attention: key_padding_mask must be a bool tensor, True where a key is visible")
+            checks.check_dtype("attention", "key_padding_mask", key_padding_mask, torch.bool)
             checks.check_shape("attention", "key_padding_mask", key_padding_mask, (shape[0], shape[3]))
             checks.check_device("attention", "key_padding_mask", key_padding_mask, q.device)
         if mask is not None:
             check_mask("attention", mask, q, shape)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"attention: dropout_p must be in [0, 1), got {dropout_p}")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    causal, return_lse = checks.check_bool("attention", "causal", causal), checks.check_bool("attention", "return_lse", return_lse)
+    dropout_p = checks.check_probability("attention", "dropout_p", dropout_p)
+    scale = checks.check_scale("attention", scale, q.shape[-1])
     if dispatch.choose("attention", q.device, unsupported_case(q, dropout_p)) == "reference":
         if packed:
             out, lse = packed_attention_reference(q, k, v, cu_seqlens, causal=causal, scale=scale, dropout_p=dropout_p)

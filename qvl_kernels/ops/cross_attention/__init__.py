@@ -10,8 +10,7 @@ __all__ = ["cross_attention"]
 
 
 def _key_counts(kv_lens: torch.Tensor, batch: int, keys: int, device: torch.device) -> torch.Tensor:
-    if not isinstance(kv_lens, torch.Tensor) or kv_lens.dtype not in (torch.int32, torch.int64):
-        raise TypeError("cross_attention: kv_lens must be an int32 or int64 tensor of visual lengths")
+    checks.check_dtype("cross_attention", "kv_lens", kv_lens, torch.int32, torch.int64)
     checks.check_shape("cross_attention", "kv_lens", kv_lens, (batch,))
     checks.check_device("cross_attention", "kv_lens", kv_lens, device)
     if not torch.compiler.is_compiling() and kv_lens.device.type == "cpu" and batch:
@@ -51,13 +50,11 @@ def cross_attention(
     batch, keys = k.shape[0], k.shape[1]
     counts = None if kv_lens is None else _key_counts(kv_lens, batch, keys, q.device)
     if key_padding_mask is not None:
-        if not isinstance(key_padding_mask, torch.Tensor) or key_padding_mask.dtype != torch.bool:
-            raise TypeError("cross_attention: key_padding_mask must be a bool tensor, True where a key is visible")
+        checks.check_dtype("cross_attention", "key_padding_mask", key_padding_mask, torch.bool)
         checks.check_shape("cross_attention", "key_padding_mask", key_padding_mask, (batch, keys))
         checks.check_device("cross_attention", "key_padding_mask", key_padding_mask, q.device)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"cross_attention: dropout_p must be in [0, 1), got {dropout_p}")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    dropout_p = checks.check_probability("cross_attention", "dropout_p", dropout_p)
+    scale = checks.check_scale("cross_attention", scale, q.shape[-1])
     if dispatch.choose("cross_attention", q.device, unsupported_case(q, dropout_p)) == "reference":
         visible = key_padding_mask
         if counts is not None:

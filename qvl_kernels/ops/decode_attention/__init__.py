@@ -41,13 +41,11 @@ def decode_attention(
         >>> out = qvl_kernels.decode_attention(q, cache, cache, lengths=torch.tensor([100, 7]))
     """
     _check_caches(q, k_cache, v_cache, k_scale, v_scale)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
-        raise RuntimeError("decode_attention has no backward; call it under torch.no_grad(), or use attention to train")
     batch, capacity, queries = q.shape[0], k_cache.shape[2], q.shape[1]
-    if isinstance(lengths, int):
-        lengths = torch.full((batch,), lengths, dtype=torch.int64, device=q.device)
-    elif not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError("decode_attention: lengths must be an int or an int32/int64 tensor [B]")
+    if not isinstance(lengths, torch.Tensor):
+        length = checks.check_int("decode_attention", "lengths", lengths, queries, capacity)
+        lengths = torch.full((batch,), length, dtype=torch.int64, device=q.device)
+    checks.check_dtype("decode_attention", "lengths", lengths, torch.int32, torch.int64)
     checks.check_shape("decode_attention", "lengths", lengths, (batch,))
     checks.check_device("decode_attention", "lengths", lengths, q.device)
     if not torch.compiler.is_compiling() and lengths.device.type == "cpu" and batch:
@@ -58,7 +56,9 @@ def decode_attention(
             )
     if mask is not None:
         check_mask("decode_attention", mask, q, (batch, q.shape[2], queries, capacity))
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = checks.check_scale("decode_attention", scale, q.shape[-1])
+    advice = "has no backward; call it under torch.no_grad(), or use attention to train"
+    checks.check_no_gradient("decode_attention", advice, q, k_cache, v_cache, mask, k_scale, v_scale)
     unsupported = checks.unsupported_dtype(q)
     if q.shape[-1] > MAX_HEAD_DIM:
         unsupported = f"head_dim {q.shape[-1]} (at most {MAX_HEAD_DIM})"
@@ -74,14 +74,16 @@ def _check_caches(
     if (k_scale is None) != (v_scale is None):
         raise ValueError(f"{op}: k_scale and v_scale must be given together")
     caches = {"k_cache": k_cache, "v_cache": v_cache}
+    checks.check_tensor(op, "q", q, 4)
     if k_scale is None:
         for name, x in caches.items():
             checks.check_tensor(op, name, x, 4)
         k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     else:
         for name, x in caches.items():
-            if not isinstance(x, torch.Tensor) or x.dtype != torch.int8 or x.dim() != 4:
-                raise TypeError(f"{op}: {name} must be int8 [B, Hkv, S_cap, D] when scales are given, got {getattr(x, 'dtype', type(x))}")
+            checks.check_dtype(op, f"{name}, as scales are given,", x, torch.int8)
+            if x.dim() != 4:
+                raise ValueError(f"{op}: {name} must have shape [B, Hkv, S_cap, D], got {tuple(x.shape)}")
             checks.check_device(op, name, x, q.device)
         checks.check_shape(op, "v_cache", v_cache, tuple(k_cache.shape))
         for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):

@@ -5,11 +5,15 @@ import torch
 from qvl_kernels import checks, dispatch
 from qvl_kernels.library import watched
 from qvl_kernels.ops.attention import check_mask, unsupported_heads
+from qvl_kernels.ops.decoder_layer.caches import check_apart, check_caches
 from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.decoder_layer.op import decoder_layer_op
 from qvl_kernels.ops.decoder_layer.reference import decoder_layer_reference
 
 __all__ = ["DecoderWeights", "decoder_layer"]
+
+OP = "decoder_layer"
+NO_BACKWARD = "has no backward; call it under torch.no_grad(), or compose the single ops to train"
 
 
 class DecoderWeights(NamedTuple):
@@ -40,10 +44,13 @@ class DecoderWeights(NamedTuple):
 
 
 def check_weights(x: torch.Tensor, w: DecoderWeights, num_heads: int, kv_heads: int, head_dim: int) -> None:
+    """Weights, of which quantised ones are replaced by tensors of their shape, beside x [B, T, C]."""
+    if num_heads % kv_heads:
+        raise ValueError(f"{OP}: num_heads {num_heads} must be a multiple of the cache's {kv_heads} key/value heads")
     for name, weight in zip(DecoderWeights._fields, w):
         if not isinstance(weight, torch.Tensor) and (weight is not None or not name.endswith("_bias")):
-            raise TypeError(f"decoder_layer: {name} must be a torch.Tensor, got {type(weight).__name__}")
-    hidden, width, kv_width, mlp = x.shape[2], num_heads * head_dim, kv_heads * head_dim, w.gate.shape[0]
+            raise TypeError(f"{OP}: {name} must be a torch.Tensor, got {type(weight).__name__}")
+    hidden, width, kv_width, mlp = x.shape[2], num_heads * head_dim, kv_heads * head_dim, w.gate.shape[:1].numel()  # whatever its dimensions
     expected = (
         (hidden,), (width, hidden), (kv_width, hidden), (kv_width, hidden), (head_dim,), (head_dim,), (hidden, width),
         (hidden,), (mlp, hidden), (mlp, hidden), (hidden, mlp), (width,), (kv_width,), (kv_width,), (hidden,),
@@ -53,13 +60,46 @@ def check_weights(x: torch.Tensor, w: DecoderWeights, num_heads: int, kv_heads: 
         if weight is None:
             continue
         if weight.shape != shape:
-            raise ValueError(f"decoder_layer: {name} must have shape {shape}, got {tuple(weight.shape)}")
+            raise ValueError(f"{OP}: {name} must have shape {shape}, got {tuple(weight.shape)}")
         if weight.dtype is not dtype or weight.device != device:
             raise TypeError(
-                f"decoder_layer: {name} is {weight.dtype} on {weight.device}, x is {dtype} on {device}; both must agree"
+                f"{OP}: {name} is {weight.dtype} on {weight.device}, x is {dtype} on {device}; both must agree"
             )
-        if weight.stride(-1) != 1 and weight.shape[-1] > 1:
-            raise ValueError(f"decoder_layer: the last dimension of {name} must be contiguous")
+        checks.check_memory(OP, name, weight)
+
+
+def check_type(weights: object) -> None:
+    if not isinstance(weights, DecoderWeights):
+        raise TypeError(f"{OP}: weights must be DecoderWeights, got {type(weights).__name__}; give DecoderWeights(*weights)")
+
+
+def check_call(x, weights: DecoderWeights, cos, sin, k_cache, v_cache, past: int, mask, num_heads: int) -> tuple[int, torch.Tensor | None]:
+    """``past`` and the part of the mask that counts, once all arguments are known to fit together; weights as for ``check_weights``."""
+    for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
+        checks.check_tensor(OP, name, tensor, 3)
+    if not x.is_contiguous():
+        raise ValueError(f"{OP}: x must be contiguous [B, T, C], got shape {tuple(x.shape)}, strides {x.stride()}")
+    check_caches(OP, k_cache, v_cache)
+    batch, time, _ = x.shape
+    _, kv_heads, capacity, head_dim = k_cache.shape
+    if k_cache.shape[0] != batch:
+        raise ValueError(f"{OP}: caches must have the batch size of x, {batch}, got shape {tuple(k_cache.shape)}")
+    past = checks.check_int(OP, "past", past, -(2**63))
+    if past < 0 or past + time > capacity:
+        raise ValueError(f"{OP}: {time} new keys at position {past} do not fit a cache of {capacity}; allocate a larger one")
+    check_weights(x, weights, checks.check_int(OP, "num_heads", num_heads, 1), kv_heads, head_dim)
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.shape[1:] != (time, head_dim) or table.shape[0] != 1 and table.shape[0] != batch:
+            raise ValueError(f"{OP}: {name} must have shape [{batch} or 1, {time}, {head_dim}], got {tuple(table.shape)}")
+    checks.check_same(OP, x=x, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
+    checks.check_last_contiguous(OP, cos=cos, sin=sin)
+    if mask is not None:
+        if isinstance(mask, torch.Tensor) and mask.layout is torch.strided and mask.dim() > 0:
+            mask = mask[..., : past + time]
+        check_mask(OP, mask, x, (batch, num_heads, time, past + time))
+    check_apart(OP, k_cache, v_cache, x=x, cos=cos, sin=sin, mask=mask)
+    checks.check_no_gradient(OP, NO_BACKWARD, x, cos, sin, mask, *weights)
+    return past, mask
 
 
 def decoder_layer(
@@ -85,7 +125,8 @@ def decoder_layer(
         x: [B, T, C] contiguous, fp32, bf16 or fp16.
         weights: DecoderWeights, dtype of x.
         cos, sin: [B or 1, T, D], dtype of x.
-        k_cache, v_cache: [B, Hkv, S_cap, D], last dimension contiguous; positions [past, past + T) are overwritten.
+        k_cache, v_cache: [B, Hkv, S_cap, D], last dimension contiguous; positions [past, past + T) are overwritten, so neither
+            needs gradients or shares memory with the other, itself or what is read.
         past: keys already in the cache.
         mask: None for causal over [0, past + T); or bool (True = visible) / additive in x's dtype, broadcastable to
             [B, H, T, >= past + T], which replaces the causal rule.
@@ -97,40 +138,11 @@ def decoder_layer(
     Example:
         >>> y = qvl_kernels.decoder_layer(x, weights, cos, sin, k_cache, v_cache, past=0, num_heads=16)
     """
-    op = "decoder_layer"
-    for name, tensor in (("x", x), ("cos", cos), ("sin", sin), ("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.check_tensor(op, name, tensor)
-    if x.dim() != 3 or not x.is_contiguous():
-        raise ValueError(f"{op}: x must be contiguous [B, T, C], got shape {tuple(x.shape)}, strides {x.stride()}")
-    batch, time, _ = x.shape
-    if k_cache.dim() != 4 or k_cache.shape != v_cache.shape or k_cache.shape[0] != batch:
-        raise ValueError(
-            f"{op}: caches must have one shape [{batch}, Hkv, S_cap, D], got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
-        )
-    _, kv_heads, capacity, head_dim = k_cache.shape
-    if past < 0 or past + time > capacity:
-        raise ValueError(
-            f"{op}: {time} new keys at position {past} do not fit a cache of {capacity}; allocate a larger one"
-        )
-    if num_heads < 1 or num_heads % kv_heads:
-        raise ValueError(f"{op}: num_heads {num_heads} must be a multiple of the cache's {kv_heads} key/value heads")
-    if head_dim % 2:
-        raise ValueError(f"{op}: head_dim must be even to rotate halves, got {head_dim}")
-    check_weights(x, weights, num_heads, kv_heads, head_dim)
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.dim() != 3 or table.shape[1:] != (time, head_dim) or table.shape[0] not in (1, batch):
-            raise ValueError(f"{op}: {name} must have shape [{batch} or 1, {time}, {head_dim}], got {tuple(table.shape)}")
-    checks.check_same(op, x=x, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
-    checks.check_last_contiguous(op, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
-    if mask is not None:
-        if isinstance(mask, torch.Tensor) and mask.dim() > 0:
-            mask = mask[..., : past + time]
-        check_mask(op, mask, x, (batch, num_heads, time, past + time))
-    if torch.is_grad_enabled() and (x.requires_grad or any(w is not None and w.requires_grad for w in weights)):
-        raise RuntimeError(f"{op} has no backward; call it under torch.no_grad(), or compose the single ops to train")
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    check_type(weights)
+    past, mask = check_call(x, weights, cos, sin, k_cache, v_cache, past, mask, num_heads)
+    eps, scale = checks.check_eps(OP, eps), checks.check_scale(OP, scale, k_cache.shape[3])
     w = weights
-    backend = dispatch.choose(op, x.device, unsupported_heads(x, head_dim))
+    backend = dispatch.choose(OP, x.device, unsupported_heads(x, k_cache.shape[3]))
     if backend == "reference":
         return decoder_layer_reference(x, w, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale)
     function = decoder_layer_op

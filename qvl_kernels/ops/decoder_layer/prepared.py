@@ -4,13 +4,15 @@ from collections.abc import Sequence
 
 import torch
 
-from qvl_kernels import dispatch, gpu
-from qvl_kernels.library import watched
+from qvl_kernels import checks, dispatch, gpu
+from qvl_kernels.library import is_plain, watched
 from qvl_kernels.ops.attention import unsupported_heads
-from qvl_kernels.ops.decoder_layer import DecoderWeights, check_weights, decoder_layer
+from qvl_kernels.ops.decoder_layer import OP, DecoderWeights, check_type, check_weights, decoder_layer
+from qvl_kernels.ops.decoder_layer.caches import check_caches
 from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.decoder_layer.cpu import extension_cache, extension_layer, run_extension_layers
 from qvl_kernels.ops.linear.onednn import MIN_ROWS
+from qvl_kernels.ops.linear.weights import tensors_of
 
 __all__ = ["PreparedCache", "PreparedDecoderLayer"]
 
@@ -18,26 +20,31 @@ __all__ = ["PreparedCache", "PreparedDecoderLayer"]
 class PreparedCache:
     """Keys and values of a layer, for many calls of ``PreparedDecoderLayer.run``.
 
-    They must not be resized or moved while this object is used; it keeps them alive.
+    They must not be resized or moved, or come to need gradients, while this object is used; it keeps them alive.
 
     Args:
-        k_cache, v_cache: [B, Hkv, S_cap, D].
+        k_cache, v_cache: [B, Hkv, S_cap, D], as for ``decoder_layer``.
     Attributes:
         sizes: (dtype, B, Hkv, D). capacity: S_cap. plain: whether kernels take them as they are. extension: as the extension takes them, on the CPU.
+        storages: where their memory begins.
+    Raises: TypeError or ValueError for what is no cache: another shape or dtype, memory that is shared, or a gradient needed.
     Example:
         >>> cache = qvl_kernels.PreparedCache(torch.zeros(1, 8, 512, 128), torch.zeros(1, 8, 512, 128))
     """
 
-    __slots__ = ("capacity", "extension", "k_cache", "plain", "sizes", "v_cache")
+    __slots__ = ("capacity", "extension", "k_cache", "plain", "sizes", "storages", "v_cache")
 
     def __init__(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-        self.k_cache, self.v_cache, self.sizes, self.capacity, self.plain, self.extension = k_cache, v_cache, None, 0, False, None
-        shape, device = k_cache.shape, k_cache.device
-        if len(shape) == 4:
-            self.sizes, self.capacity = (k_cache.dtype, shape[0], shape[1], shape[3]), shape[2]
-            plain = all(type(x) is torch.Tensor and not x.requires_grad and x.shape == shape and x.device == device for x in (k_cache, v_cache))
-            self.plain = plain and v_cache.dtype is k_cache.dtype and k_cache.stride(3) == v_cache.stride(3) == 1
-            if self.plain and k_cache.is_cpu:
+        check_caches("PreparedCache", k_cache, v_cache)
+        batch, kv_heads, self.capacity, head_dim = k_cache.shape
+        self.k_cache, self.v_cache, self.sizes = k_cache, v_cache, (k_cache.dtype, batch, kv_heads, head_dim)
+        self.extension, self.storages = None, None
+        self.plain = not torch.compiler.is_compiling() and all(
+            type(x) is torch.Tensor and is_plain(x, x.device.type) and x.stride(3) == 1 for x in (k_cache, v_cache)
+        )
+        if self.plain:
+            self.storages = frozenset(_storage(x) for x in (k_cache, v_cache))
+            if k_cache.is_cpu:
                 self.extension = extension_cache(k_cache, v_cache)
 
     def __reduce__(self) -> tuple:
@@ -51,7 +58,7 @@ class PreparedDecoderLayer:
     while this object is used; it keeps them alive.
 
     Args:
-        weights: CPU tensors, as for ``decoder_layer``.
+        weights: as for ``decoder_layer``.
         num_heads, kv_heads: query and key/value heads. eps, scale: as for ``decoder_layer``.
     Raises: TypeError or ValueError for weights that do not fit together.
     Example:
@@ -62,15 +69,24 @@ class PreparedDecoderLayer:
     ROWS = MIN_ROWS  # fewer than these; more may go to oneDNN
 
     def __init__(self, weights: DecoderWeights, *, num_heads: int, kv_heads: int, eps: float, scale: float) -> None:
+        check_type(weights)
+        checks.check_tensor(OP, "input_norm", weights.input_norm, 1)
+        checks.check_tensor(OP, "q_norm", weights.q_norm, 1)
         hidden, head_dim = weights.input_norm.shape[0], weights.q_norm.shape[0]
-        self._check(weights.input_norm.new_empty(0, 0, hidden), weights, num_heads, kv_heads, head_dim)
-        self.weights, self.num_heads, self.kv_heads, self.eps, self.scale = weights, num_heads, kv_heads, eps, scale
-        self.head_dim, self.dtype = head_dim, weights.input_norm.dtype
-        self.sizes = (self.dtype, hidden, num_heads, kv_heads, head_dim)  # layers that share them run on the same inputs
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"{OP}: head_dim must be even to rotate halves, got {head_dim} in q_norm")
+        self.num_heads, self.kv_heads = checks.check_int(OP, "num_heads", num_heads, 1), checks.check_int(OP, "kv_heads", kv_heads, 1)
+        self.eps, self.scale = checks.check_eps(OP, eps), checks.check_scale(OP, scale, head_dim)
+        check_weights(weights.input_norm.new_empty(0, 0, hidden), self._shapes(weights), self.num_heads, self.kv_heads, head_dim)
+        self.weights, self.head_dim, self.dtype = weights, head_dim, weights.input_norm.dtype
+        self.sizes = (self.dtype, hidden, self.num_heads, self.kv_heads, head_dim)  # layers that share them run on the same inputs
+        device = weights.input_norm.device.type
+        self._plain = all(is_plain(x, device) for weight in weights if weight is not None for x in tensors_of(weight))
         self._extension_layer = None
 
-    def _check(self, x: torch.Tensor, weights: DecoderWeights, num_heads: int, kv_heads: int, head_dim: int) -> None:
-        check_weights(x, weights, num_heads, kv_heads, head_dim)
+    def _shapes(self, weights: DecoderWeights) -> DecoderWeights:
+        """What is checked in place of the weights."""
+        return weights
 
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *,
@@ -89,7 +105,7 @@ class PreparedDecoderLayer:
         Between two calls of the extension the weights of a layer push what Python looks at out of the processor's caches.
 
         Args:
-            layers: prepared layers. x, cos, sin, past, mask: as for ``decoder_layer``. caches: of each layer.
+            layers: prepared layers, at least one. x, cos, sin, past, mask: as for ``decoder_layer``. caches: of each layer.
         Returns:
             The output of every layer, each [B, T, C].
         Raises: as ``decoder_layer``.
@@ -97,17 +113,23 @@ class PreparedDecoderLayer:
             >>> caches = [PreparedCache(k1, v1), PreparedCache(k2, v2)]
             >>> *_, y = PreparedDecoderLayer.run([first, second], x, cos, sin, caches, past=300)
         """
-        plain = _is_plain(layers, x, cos, sin, caches, past, mask)
+        try:
+            plain = _is_plain(layers, x, cos, sin, caches, past, mask)
+        except AttributeError:  # of what is no layer, which is said below
+            plain = False
         if not plain or not x.is_cpu:
+            layers, caches = _checked("layers", layers, PreparedDecoderLayer), _checked("caches", caches, PreparedCache)
+            if not layers or len(layers) != len(caches):
+                raise ValueError(f"{OP}: every layer needs a cache, and there must be one layer, got {len(layers)} layers and {len(caches)} caches")
             outs = []
-            for layer, cache in zip(layers, caches, strict=True):
-                x = (layer.composed if plain else layer.in_ops)(x, cos, sin, cache.k_cache, cache.v_cache, past, mask)
+            for layer, cache in zip(layers, caches):
+                x = (layer._composed if plain else layer._in_ops)(x, cos, sin, cache.k_cache, cache.v_cache, past, mask)
                 outs.append(x)
             return outs
         memories = [cache.extension for cache in caches]
-        return run_extension_layers([layer.extension_layer() for layer in layers], x, cos, sin, memories, past, mask, layers[0].num_heads)
+        return run_extension_layers([layer._extension() for layer in layers], x, cos, sin, memories, past, mask, layers[0].num_heads)
 
-    def extension_layer(self):
+    def _extension(self):
         """The layer as the extension takes it."""
         if self._extension_layer is None:
             self._extension_layer = extension_layer(
@@ -115,35 +137,54 @@ class PreparedDecoderLayer:
             )
         return self._extension_layer
 
-    def one_call(self, rows: int) -> bool:
+    def _one_call(self, rows: int) -> bool:
         """Whether the extension computes the layer for so many rows in one call."""
-        return rows < self.ROWS
+        return self._plain and rows < self.ROWS
 
-    def composed(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
+    def _composed(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
         """The layer from single ops, of arguments that are known to fit together."""
         return compose_decoder_layer(
             x, *self.weights.groups(), cos, sin, k_cache, v_cache, past, mask, self.num_heads, self.eps, self.scale
         )
 
-    def in_ops(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
+    def _in_ops(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
         """The layer of arguments that are not plain; refuses what does not fit together."""
         return decoder_layer(
             x, self.weights, cos, sin, k_cache, v_cache, past=past, mask=mask, num_heads=self.num_heads, eps=self.eps, scale=self.scale
         )
 
 
+def _storage(x: torch.Tensor) -> int:
+    """Where the memory begins that a tensor is a part of."""
+    return x.untyped_storage().data_ptr()
+
+
+def _checked(name: str, items: object, kind: type) -> list:
+    if not isinstance(items, Sequence) or not all(isinstance(item, kind) for item in items):
+        raise TypeError(f"{OP}: {name} must be a sequence of {kind.__name__}, got {items!r:.80}")
+    return list(items)
+
+
 def _is_plain(layers, x, cos, sin, caches, past, mask) -> bool:
     """Whether the extension, or on a GPU the kernels one by one, may be called as things are; whatever is odd, errors included, is left to
     ``decoder_layer``."""
+    if type(x) is not torch.Tensor or type(past) is not int or type(layers) is not list or type(caches) is not list or watched():
+        return False
+    if not layers or len(layers) != len(caches):
+        return False
     shape, (dtype, hidden, heads, kv_heads, head_dim) = x.shape, layers[0].sizes
     on_cpu, device = x.is_cpu, x.device
-    if len(shape) != 3 or len(layers) != len(caches):
+    if len(shape) != 3:
         return False
-    if not on_cpu and (not x.is_cuda or head_dim % 2 or unsupported_heads(x, head_dim) is not None):
+    if not on_cpu and (not x.is_cuda or unsupported_heads(x, head_dim) is not None):
         return False
-    for tensor in (x, cos, sin):
-        if type(tensor) is not torch.Tensor or tensor.dtype is not dtype or tensor.device != device or tensor.requires_grad:
+    kind, storages = "cpu" if on_cpu else "cuda", set()
+    for tensor in (x, cos, sin) if mask is None else (x, cos, sin, mask):
+        if not is_plain(tensor, kind) or tensor.device != device or tensor.requires_grad:
             return False
+        if tensor.dtype is not dtype and (tensor is not mask or tensor.dtype is not torch.bool):
+            return False
+        storages.add(_storage(tensor))
     batch, time, _ = shape
     tables = (1, time, head_dim), (batch, time, head_dim)
     if not (
@@ -152,20 +193,22 @@ def _is_plain(layers, x, cos, sin, caches, past, mask) -> bool:
         and cos.shape in tables
         and sin.shape in tables
         and cos.stride()[2] == sin.stride()[2] == 1
-        and (mask is None or (mask.dim() == 4 and mask.device == device and mask.dtype in (torch.bool, dtype) and _broadcasts(
-            mask.shape, (batch, heads, time, past + time))))
+        and (mask is None or mask.dim() == 4 and _broadcasts(mask.shape, (batch, heads, time, past + time)))
         and dispatch.forced() in (None, "cpp" if on_cpu else "triton")
-        and not watched()
         and (on_cpu or gpu.unavailable() is None)
     ):
         return False
     sizes, rows, cached = layers[0].sizes, batch * time, (dtype, batch, kv_heads, head_dim)
     for layer, cache in zip(layers, caches):  # once per layer and token
-        if layer.sizes != sizes or on_cpu and not layer.one_call(rows):
+        if type(cache) is not PreparedCache or layer.sizes != sizes or on_cpu and not layer._one_call(rows):
             return False
         if cache.sizes != cached or not 0 <= past <= cache.capacity - time:
             return False
-        if cache.extension is None if on_cpu else not cache.plain or cache.k_cache.device != device or layer.weights.input_norm.device != device:
+        if cache.extension is None if on_cpu else not cache.plain or cache.k_cache.device != device:
+            return False
+        if not on_cpu and (not layer._plain or layer.weights.input_norm.device != device):
+            return False
+        if not cache.storages.isdisjoint(storages):  # may be written to before it is read
             return False
     return True
 

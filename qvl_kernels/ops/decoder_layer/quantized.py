@@ -2,10 +2,13 @@
 
 import torch
 
-from qvl_kernels.ops.decoder_layer import DecoderWeights, check_weights
+from qvl_kernels import checks, dispatch
+from qvl_kernels.ops.attention import unsupported_heads
+from qvl_kernels.ops.decoder_layer import NO_BACKWARD, OP, DecoderWeights, check_call
 from qvl_kernels.ops.decoder_layer.prepared import PreparedDecoderLayer
-from qvl_kernels.ops.linear.weights import stand_in
-from qvl_kernels.quant import QuantizedWeight
+from qvl_kernels.ops.decoder_layer.reference import decoder_layer_reference
+from qvl_kernels.ops.linear.weights import stand_in, unsupported_scales
+from qvl_kernels.quant import QuantizedWeight, dequantize
 
 __all__ = ["QuantizedDecoderLayer"]
 
@@ -21,21 +24,26 @@ class QuantizedDecoderLayer(PreparedDecoderLayer):
     Raises: TypeError or ValueError for weights that do not fit together.
     """
 
-    def __init__(self, weights: DecoderWeights, **sizes) -> None:
-        super().__init__(weights, **sizes)
+    def __init__(self, weights: DecoderWeights, *, num_heads: int, kv_heads: int, eps: float, scale: float | None) -> None:
+        super().__init__(weights, num_heads=num_heads, kv_heads=kv_heads, eps=eps, scale=scale)
+        self._unsupported = unsupported_scales(*weights)
+        self._plain = self._plain and self._unsupported is None
         self._one_format = _one_format(weights.gate, weights.up)
 
-    def _check(self, x: torch.Tensor, weights: DecoderWeights, num_heads: int, kv_heads: int, head_dim: int) -> None:
-        stand_ins = DecoderWeights(*(stand_in("decoder_layer", weight, x) for weight in weights))
-        check_weights(x, stand_ins, num_heads, kv_heads, head_dim)
+    def _shapes(self, weights: DecoderWeights) -> DecoderWeights:
+        return DecoderWeights(*(stand_in(OP, weight, weights.input_norm) for weight in weights))
 
-    def one_call(self, rows: int) -> bool:
-        return self._one_format
+    def _one_call(self, rows: int) -> bool:
+        return self._plain and self._one_format
 
-    def in_ops(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
-        if past < 0 or past + x.shape[1] > k_cache.shape[2]:
-            raise ValueError(f"decoder_layer: {x.shape[1]} new keys at position {past} do not fit a cache of {k_cache.shape[2]}")
-        return self.composed(x, cos, sin, k_cache, v_cache, past, mask)
+    def _in_ops(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
+        past, mask = check_call(x, self._shapes(self.weights), cos, sin, k_cache, v_cache, past, mask, self.num_heads)
+        quantised = [weight for weight in self.weights if isinstance(weight, QuantizedWeight)]
+        checks.check_no_gradient(OP, NO_BACKWARD, *(weight.scales for weight in quantised))
+        if dispatch.choose(OP, x.device, self._unsupported or unsupported_heads(x, self.head_dim)) == "reference":
+            weights = DecoderWeights(*(dequantize(w, x.dtype) if isinstance(w, QuantizedWeight) else w for w in self.weights))
+            return decoder_layer_reference(x, weights, cos, sin, k_cache, v_cache, past, mask, self.num_heads, self.eps, self.scale)
+        return self._composed(x, cos, sin, k_cache, v_cache, past, mask)
 
 
 def _one_format(gate: torch.Tensor | QuantizedWeight, up: torch.Tensor | QuantizedWeight) -> bool:

@@ -8,7 +8,7 @@ from qvl_kernels.ops.layer_norm.reference import add_layer_norm_reference, layer
 __all__ = ["add_layer_norm", "layer_norm"]
 
 
-def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor) -> None:
+def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> float:
     checks.check_tensor(op, "x", x)
     checks.check_tensor(op, "weight", weight, 1)
     checks.check_tensor(op, "bias", bias, 1)
@@ -17,10 +17,10 @@ def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torc
     checks.check_shape(op, "weight", weight, (x.shape[-1],))
     checks.check_shape(op, "bias", bias, (x.shape[-1],))
     if residual is not None:
-        checks.check_tensor(op, "residual", residual)
         checks.check_shape(op, "residual", residual, tuple(x.shape))
     checks.check_same(op, x=x, residual=residual, weight=weight, bias=bias)
     checks.check_last_contiguous(op, x=x, residual=residual, weight=weight, bias=bias)
+    return checks.check_eps(op, eps)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
@@ -36,7 +36,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps
     Example:
         >>> y = qvl_kernels.layer_norm(torch.randn(2, 64), torch.ones(64), torch.zeros(64))
     """
-    _check("layer_norm", x, None, weight, bias)
+    eps = _check("layer_norm", x, None, weight, bias, eps)
     if dispatch.choose("layer_norm", x.device, checks.unsupported_dtype(x)) == "reference":
         return layer_norm_reference(x, weight, bias, eps)
     return call(layer_norm_op, x, weight, bias, eps)
@@ -57,7 +57,8 @@ def add_layer_norm(
     Example:
         >>> y, hidden = qvl_kernels.add_layer_norm(torch.randn(3, 64), torch.randn(3, 64), torch.ones(64), torch.zeros(64))
     """
-    _check("add_layer_norm", x, residual, weight, bias)
+    checks.check_tensor("add_layer_norm", "residual", residual)
+    eps = _check("add_layer_norm", x, residual, weight, bias, eps)
     if dispatch.choose("add_layer_norm", x.device, checks.unsupported_dtype(x)) == "reference":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
     return call(add_layer_norm_op, x, residual, weight, bias, eps)

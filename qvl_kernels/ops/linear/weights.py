@@ -5,7 +5,7 @@ import torch
 from qvl_kernels import dispatch, quant
 from qvl_kernels.quant import QuantizedWeight
 
-__all__ = ["extension_weight", "out_features", "stand_in"]
+__all__ = ["extension_weight", "out_features", "stand_in", "tensors_of", "unsupported_scales"]
 
 STORED, INT8, INT4 = range(3)  # as csrc/cpu/kernel_table.h
 
@@ -26,6 +26,17 @@ def extension_weight(weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor 
 
 def out_features(weight: torch.Tensor | QuantizedWeight) -> int:
     return (weight.values if isinstance(weight, QuantizedWeight) else weight).shape[0]
+
+
+def tensors_of(weight: torch.Tensor | QuantizedWeight) -> tuple[torch.Tensor, ...]:
+    """What a weight is stored in."""
+    return weight[:2] if isinstance(weight, QuantizedWeight) else (weight,)
+
+
+def unsupported_scales(*weights: torch.Tensor | QuantizedWeight) -> str | None:
+    """Why the fast backends cannot take the scales of the weights, or None."""
+    wide = any(isinstance(weight, QuantizedWeight) and weight.scales.dtype is torch.float64 for weight in weights)
+    return "scales of torch.float64 (the tests' truth)" if wide else None
 
 
 def stand_in(op: str, weight: torch.Tensor | QuantizedWeight, x: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,7 @@ __all__ = ["linear_cross_entropy"]
 
 
 def _check_labels(labels: torch.Tensor, device: torch.device, tokens: int, vocabulary: int, ignore_index: int) -> None:
-    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
-        raise TypeError("linear_cross_entropy: labels must be an int64 tensor")
+    checks.check_dtype("linear_cross_entropy", "labels", labels, torch.int64)
     checks.check_shape("linear_cross_entropy", "labels", labels, (tokens,))
     checks.check_device("linear_cross_entropy", "labels", labels, device)
     if torch.compiler.is_compiling() or labels.device.type != "cpu":
@@ -51,12 +50,15 @@ def linear_cross_entropy(
         raise ValueError(
             f"{op}: hidden and weight must have the same width, got {hidden.shape[1]} and {weight.shape[1]}"
         )
+    if weight.shape[0] < 1:
+        raise ValueError(f"{op}: weight must have at least 1 row, one per word, got shape {tuple(weight.shape)}")
     checks.check_same(op, hidden=hidden, weight=weight)
     checks.check_last_contiguous(op, hidden=hidden, weight=weight)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'{op}: reduction must be "mean", "sum" or "none", got {reduction!r}')
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"{op}: label_smoothing must be in [0, 1), got {label_smoothing}")
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
+        error = ValueError if isinstance(reduction, str) else TypeError
+        raise error(f'{op}: reduction must be "mean", "sum" or "none", got {reduction!r}')
+    label_smoothing = checks.check_probability(op, "label_smoothing", label_smoothing)
+    ignore_index = checks.check_int(op, "ignore_index", ignore_index, -(2**63))
     _check_labels(labels, hidden.device, hidden.shape[0], weight.shape[0], ignore_index)
     backend = dispatch.choose(op, hidden.device, checks.unsupported_dtype(hidden))
     if backend == "reference":

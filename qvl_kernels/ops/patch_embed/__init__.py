@@ -23,9 +23,11 @@ def patch_embed(pixels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     """
     checks.check_tensor("patch_embed", "pixels", pixels, 2)
     checks.check_tensor("patch_embed", "weight", weight, 5)
+    if min(weight.shape) < 1:
+        raise ValueError(f"patch_embed: weight must have elements, got shape {tuple(weight.shape)}")
     if not weight.is_contiguous():
         raise ValueError("patch_embed: weight must be contiguous; call weight.contiguous() first")
-    checks.check_shape("patch_embed", "pixels", pixels, (pixels.shape[0], weight[0].numel()))
+    checks.check_shape("patch_embed", "pixels", pixels, (pixels.shape[0], weight.shape[1:].numel()))
     if bias is not None:
         checks.check_tensor("patch_embed", "bias", bias, 1)
         checks.check_shape("patch_embed", "bias", bias, (weight.shape[0],))

@@ -2,6 +2,7 @@ import torch
 
 from qvl_kernels import checks, dispatch, quant
 from qvl_kernels.library import call
+from qvl_kernels.ops.linear.weights import unsupported_scales
 from qvl_kernels.ops.quantized_linear.op import quantized_linear_op
 from qvl_kernels.ops.quantized_linear.reference import quantized_linear_reference
 from qvl_kernels.quant import QuantizedWeight
@@ -30,17 +31,15 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
     checks.check_tensor("quantized_linear", "x", x)
     if x.dim() < 1:
         raise ValueError("quantized_linear: x must have at least 1 dimension, got a scalar")
-    if isinstance(weight, QuantizedWeight) and x.shape[-1] != weight.in_features:
-        raise ValueError(f"quantized_linear: x must have the {weight.in_features} inputs of weight, got shape {tuple(x.shape)}")
     quant.check_weight("quantized_linear", weight, x.device)
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(f"quantized_linear: x must have the {weight.in_features} inputs of weight, got shape {tuple(x.shape)}")
     if bias is not None:
         checks.check_tensor("quantized_linear", "bias", bias, 1)
         checks.check_shape("quantized_linear", "bias", bias, (weight.values.shape[0],))
     checks.check_same("quantized_linear", x=x, bias=bias)
     checks.check_last_contiguous("quantized_linear", x=x, bias=bias)
-    unsupported = checks.unsupported_dtype(x)
-    if weight.scales.dtype == torch.float64:
-        unsupported = "scales of torch.float64 (the tests' truth)"
-    if dispatch.choose("quantized_linear", x.device, unsupported) == "reference":
+    if dispatch.choose("quantized_linear", x.device, unsupported_scales(weight) or checks.unsupported_dtype(x)) == "reference":
         return quantized_linear_reference(x, weight, bias)
+    checks.check_no_gradient("quantized_linear", 'has no gradient of scales; detach them, or use_backend("reference")', weight.scales)
     return call(quantized_linear_op, x, weight.values, weight.scales, bias)

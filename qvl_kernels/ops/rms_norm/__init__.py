@@ -8,17 +8,17 @@ from qvl_kernels.ops.rms_norm.reference import add_rms_norm_reference, rms_norm_
 __all__ = ["add_rms_norm", "rms_norm"]
 
 
-def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor) -> None:
+def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> float:
     checks.check_tensor(op, "x", x)
     checks.check_tensor(op, "weight", weight, 1)
     if x.dim() < 1:
         raise ValueError(f"{op}: x must have at least 1 dimension, got a scalar")
     checks.check_shape(op, "weight", weight, (x.shape[-1],))
     if residual is not None:
-        checks.check_tensor(op, "residual", residual)
         checks.check_shape(op, "residual", residual, tuple(x.shape))
     checks.check_same(op, x=x, residual=residual, weight=weight)
     checks.check_last_contiguous(op, x=x, residual=residual, weight=weight)
+    return checks.check_eps(op, eps)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
@@ -35,7 +35,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6) -> tor
     Example:
         >>> y = qvl_kernels.rms_norm(torch.randn(2, 5, 64), torch.ones(64))
     """
-    _check("rms_norm", x, None, weight)
+    eps = _check("rms_norm", x, None, weight, eps)
     if dispatch.choose("rms_norm", x.device, checks.unsupported_dtype(x)) == "reference":
         return rms_norm_reference(x, weight, eps)
     return call(rms_norm_op, x, weight, eps)
@@ -56,7 +56,8 @@ def add_rms_norm(
     Example:
         >>> y, hidden = qvl_kernels.add_rms_norm(torch.randn(3, 64), torch.randn(3, 64), torch.ones(64))
     """
-    _check("add_rms_norm", x, residual, weight)
+    checks.check_tensor("add_rms_norm", "residual", residual)
+    eps = _check("add_rms_norm", x, residual, weight, eps)
     if dispatch.choose("add_rms_norm", x.device, checks.unsupported_dtype(x)) == "reference":
         return add_rms_norm_reference(x, residual, weight, eps)
     return call(add_rms_norm_op, x, residual, weight, eps)

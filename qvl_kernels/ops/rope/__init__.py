@@ -8,6 +8,7 @@ from qvl_kernels.ops.rope.reference import qk_norm_rope_reference, vision_rope_r
 __all__ = ["qk_norm_rope", "vision_rope"]
 
 MAX_HEAD_DIM = 512
+NO_TABLE_GRADIENT = 'has no gradient of cos and sin; detach them, or use_backend("reference")'
 
 
 def _check_qk(op: str, q: torch.Tensor, k: torch.Tensor, ndim: int) -> None:
@@ -17,7 +18,7 @@ def _check_qk(op: str, q: torch.Tensor, k: torch.Tensor, ndim: int) -> None:
     checks.check_last_contiguous(op, q=q, k=k)
     if q.shape[-1] != k.shape[-1] or q.shape[:-2] != k.shape[:-2]:
         raise ValueError(f"{op}: q and k must agree but for their heads, got {tuple(q.shape)} and {tuple(k.shape)}")
-    if q.shape[-1] % 2:
+    if q.shape[-1] < 2 or q.shape[-1] % 2:
         raise ValueError(f"{op}: head_dim must be even to rotate halves, got {q.shape[-1]}")
 
 
@@ -60,14 +61,16 @@ def qk_norm_rope(
         checks.check_shape("qk_norm_rope", name, weight, (head_dim,))
     for name, table in (("cos", cos), ("sin", sin)):
         checks.check_tensor("qk_norm_rope", name, table, 3)
-        if tuple(table.shape[1:]) != (time, head_dim) or table.shape[0] not in (1, batch):
+        if tuple(table.shape[1:]) != (time, head_dim) or table.shape[0] != 1 and table.shape[0] != batch:
             raise ValueError(
                 f"qk_norm_rope: {name} must have shape [{batch} or 1, {time}, {head_dim}], got {tuple(table.shape)}"
             )
     checks.check_same("qk_norm_rope", q=q, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     checks.check_last_contiguous("qk_norm_rope", q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
+    eps = checks.check_eps("qk_norm_rope", eps)
     if dispatch.choose("qk_norm_rope", q.device, _unsupported(q)) == "reference":
         return qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, eps)
+    checks.check_no_gradient("qk_norm_rope", NO_TABLE_GRADIENT, cos, sin)
     return call(qk_norm_rope_op, q, k, q_weight, k_weight, cos, sin, eps)
 
 
@@ -90,11 +93,11 @@ def vision_rope(
     for name, table in (("cos", cos), ("sin", sin)):
         checks.check_tensor("vision_rope", name, table, 2)
         checks.check_shape("vision_rope", name, table, (q.shape[0], q.shape[2]))
-        if table.dtype not in (torch.float32, q.dtype):
-            raise TypeError(f"vision_rope: {name} must be fp32 or {q.dtype} (as q), got {table.dtype}")
+        checks.check_dtype("vision_rope", name, table, torch.float32, q.dtype)
         checks.check_device("vision_rope", name, table, q.device)
     checks.check_same("vision_rope", cos=cos, sin=sin)
     checks.check_last_contiguous("vision_rope", cos=cos, sin=sin)
     if dispatch.choose("vision_rope", q.device, _unsupported(q)) == "reference":
         return vision_rope_reference(q, k, cos, sin)
+    checks.check_no_gradient("vision_rope", NO_TABLE_GRADIENT, cos, sin)
     return call(vision_rope_op, q, k, cos, sin)

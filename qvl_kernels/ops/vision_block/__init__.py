@@ -5,7 +5,7 @@ import torch
 from qvl_kernels import checks, dispatch
 from qvl_kernels.library import watched
 from qvl_kernels.ops.attention import check_cu_seqlens, unsupported_heads
-from qvl_kernels.ops.linear.weights import stand_in
+from qvl_kernels.ops.linear.weights import stand_in, unsupported_scales
 from qvl_kernels.ops.vision_block.compose import compose_vision_block
 from qvl_kernels.ops.vision_block.cpu import quantized_vision_block
 from qvl_kernels.ops.vision_block.op import vision_block_op
@@ -32,11 +32,14 @@ class VisionWeights(NamedTuple):
     fc2_b: torch.Tensor
 
 
+NO_BACKWARD = "has no backward; call it under torch.no_grad(), or compose the single ops to train"
+
+
 def _check_weights(x: torch.Tensor, w: VisionWeights) -> None:
     for name, weight in zip(VisionWeights._fields, w):
         if not isinstance(weight, torch.Tensor):
             raise TypeError(f"vision_block: {name} must be a torch.Tensor, got {type(weight).__name__}")
-    hidden, mlp = x.shape[1], w.fc1_w.shape[0]
+    hidden, mlp = x.shape[1], w.fc1_w.shape[:1].numel()  # whatever its dimensions
     expected = (
         (hidden,), (hidden,), (3 * hidden, hidden), (3 * hidden,), (hidden, hidden), (hidden,), (hidden,), (hidden,),
         (mlp, hidden), (mlp,), (hidden, mlp), (hidden,),
@@ -48,8 +51,7 @@ def _check_weights(x: torch.Tensor, w: VisionWeights) -> None:
             raise TypeError(
                 f"vision_block: {name} is {weight.dtype} on {weight.device}, x is {x.dtype} on {x.device}; both must agree"
             )
-        if weight.stride(-1) != 1 and weight.shape[-1] > 1:
-            raise ValueError(f"vision_block: the last dimension of {name} must be contiguous")
+        checks.check_memory("vision_block", name, weight)
 
 
 def vision_block(
@@ -85,24 +87,26 @@ def vision_block(
     if not x.is_contiguous():
         raise ValueError(f"{op}: x must be contiguous [N, C], got strides {x.stride()}")
     tokens, hidden = x.shape
-    if num_heads < 1 or hidden % num_heads or hidden // num_heads % 2:
+    num_heads = checks.check_int(op, "num_heads", num_heads, 1)
+    if hidden < 1 or hidden % num_heads or hidden // num_heads % 2:
         raise ValueError(f"{op}: hidden size {hidden} must be num_heads {num_heads} times an even head_dim")
     head_dim = hidden // num_heads
+    if not isinstance(weights, VisionWeights):
+        raise TypeError(f"{op}: weights must be VisionWeights, got {type(weights).__name__}; give VisionWeights(*weights)")
     w = VisionWeights(*(stand_in(op, weight, x) for weight in weights))
     _check_weights(x, w)
     for name, table in (("cos", cos), ("sin", sin)):
         checks.check_tensor(op, name, table, 2)
         checks.check_shape(op, name, table, (tokens, head_dim))
-        if table.dtype is not torch.float32 and table.dtype is not torch.float64:
-            raise TypeError(f"{op}: {name} must be fp32, got {table.dtype}")
+        checks.check_dtype(op, name, table, torch.float32, *((torch.float64,) if x.dtype is torch.float64 else ()))
         checks.check_device(op, name, table, x.device)
     checks.check_last_contiguous(op, cos=cos, sin=sin)
     check_cu_seqlens(op, cu_seqlens, tokens, x.device)
-    if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in w)):
-        raise RuntimeError(f"{op} has no backward; call it under torch.no_grad(), or compose the single ops to train")
+    eps = checks.check_eps(op, eps)
+    checks.check_no_gradient(op, NO_BACKWARD, x, cos, sin, *w, *(weight.scales for weight in weights if isinstance(weight, QuantizedWeight)))
     quantized = any(isinstance(weight, QuantizedWeight) for weight in weights)
     w = weights
-    backend = dispatch.choose(op, x.device, unsupported_heads(x, head_dim))
+    backend = dispatch.choose(op, x.device, unsupported_scales(*weights) or unsupported_heads(x, head_dim))
     if backend == "reference":
         if quantized:
             w = VisionWeights(*(dequantize(weight, x.dtype) if isinstance(weight, QuantizedWeight) else weight for weight in w))

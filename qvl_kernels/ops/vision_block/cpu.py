@@ -2,8 +2,9 @@ import torch
 
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
+from qvl_kernels.library import is_plain
 from qvl_kernels.ops.linear.onednn import use_onednn
-from qvl_kernels.ops.linear.weights import extension_weight, out_features
+from qvl_kernels.ops.linear.weights import extension_weight, out_features, tensors_of
 from qvl_kernels.ops.vision_block.compose import compose_vision_block
 
 __all__ = ["quantized_vision_block", "vision_block_cpu"]
@@ -18,6 +19,7 @@ def vision_block_cpu(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads,
 def quantized_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps):
     """As ``vision_block_op``, over weights any of which is a QuantizedWeight: no op of PyTorch's takes those."""
     plain = x.is_cpu and dispatch.forced() != "triton" and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+    plain = plain and all(is_plain(part, "cpu") for weight in (x, *norms, *weights, *biases, cos, sin, cu_seqlens) for part in tensors_of(weight))
     function = _extension_vision_block if plain else compose_vision_block
     return function(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps)
 
