@@ -99,7 +99,7 @@ def attention(
         cu_seqlens: int32 [n + 1] on the CPU, prefix sum of lengths: sequences are packed and see only themselves.
         key_padding_mask: bool [B, S], True = visible. Hidden keys and values may hold anything, NaN included.
         mask: bool (True = visible) or additive in q's dtype, broadcastable to [B, H, T, S]; on top of the others.
-        dropout_p: probability of dropping an attention weight; on the CPU this runs on the reference.
+        dropout_p: probability of dropping an attention weight; on the CPU this runs on the reference, on GPUs it has no second derivative.
         return_lse: also return the log-sum-exp of each row.
     Returns:
         out as q, or (out, lse): lse fp32 [B, H, T] (packed [H, N]), natural logarithm. Rows that see no key give 0 and -inf.

@@ -39,6 +39,7 @@ def linear_cross_entropy(
         reduction: "mean" (over counted tokens), "sum" or "none".
     Returns:
         fp32 scalar, or [M] for "none". Logits are rounded to hidden's dtype, as the language-model head would; the rest is fp32.
+        A second derivative (``create_graph=True``) does hold the logits.
     Raises: TypeError or ValueError for bad arguments; RuntimeError if a forced backend cannot run here.
     Example:
         >>> loss = qvl_kernels.linear_cross_entropy(torch.randn(5, 64), torch.randn(100, 64), torch.randint(0, 100, (5,)))

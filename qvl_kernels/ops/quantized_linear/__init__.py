@@ -23,7 +23,7 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
         (``quant.quantize_activations``), so that the products run on integer units; an input that is not finite makes its row
         NaN. On GPUs at most 16 rows multiply x as it is, more rows of int8 weights round each row of x with one scale, and int4
         never rounds x. Sums in fp32 (int32 within a group), one rounding. Gradients are those of the exact x.
-    Raises: TypeError or ValueError for dtype, device, shape or stride; RuntimeError if a forced backend cannot run here.
+    Raises: TypeError or ValueError for dtype, device, shape or stride; RuntimeError if scales need a gradient or a forced backend cannot run here.
     Example:
         >>> weight = qvl_kernels.quant.quantize(torch.randn(10, 64), bits=8)
         >>> y = qvl_kernels.quantized_linear(torch.randn(3, 64), weight)

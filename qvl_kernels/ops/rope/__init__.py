@@ -44,11 +44,11 @@ def qk_norm_rope(
         q: [B, T, H, D] fp32, bf16 or fp16; last dimension contiguous. k: [B, T, Hkv, D]. D even.
         q_weight, k_weight: [D], same dtype.
         cos, sin: [B or 1, T, D], same dtype, as Qwen3VLTextRotaryEmbedding returns them (M-RoPE sections interleaved);
-            constants, without gradient.
+            constants, of which a gradient is refused.
         eps: of the norm.
     Returns:
         (q, k), shapes as given. The rotation is computed in fp32 and rounded once.
-    Raises: TypeError or ValueError for bad arguments; RuntimeError if a forced backend cannot run here.
+    Raises: TypeError or ValueError for bad arguments; RuntimeError if cos or sin needs a gradient or a forced backend cannot run here.
     Example:
         >>> q, k = torch.randn(1, 5, 4, 64), torch.randn(1, 5, 2, 64)
         >>> one, table = torch.ones(64), torch.ones(1, 5, 64)
@@ -81,10 +81,10 @@ def vision_rope(
 
     Args:
         q, k: [N, H, D] fp32, bf16 or fp16; last dimension contiguous. D even.
-        cos, sin: [N, D], fp32 or q's dtype; constants, without gradient.
+        cos, sin: [N, D], fp32 or q's dtype; constants, of which a gradient is refused.
     Returns:
         (q, k), computed in fp32 and rounded once.
-    Raises: TypeError or ValueError for bad arguments; RuntimeError if a forced backend cannot run here.
+    Raises: TypeError or ValueError for bad arguments; RuntimeError if cos or sin needs a gradient or a forced backend cannot run here.
     Example:
         >>> q, table = torch.randn(9, 4, 64), torch.ones(9, 64)
         >>> q, k = qvl_kernels.vision_rope(q, q, table, table)
