@@ -12,6 +12,7 @@ import qvl_kernels
 from qvl_model.compat import TESTED_TRANSFORMERS
 from qvl_model.decoding import MODES, why_never
 from qvl_model.modules.decoder_layer import forget_plan
+from qvl_model.modules.head import set_skip_logits
 from qvl_model.modules.packed import PackedEmbedding, PackedLinear
 from qvl_model.modules.parts import check_rows, set_rows
 from qvl_model.modules.plain import FAST_DTYPES
@@ -102,7 +103,12 @@ def _check(model: nn.Module) -> None:
 
 
 def accelerate(
-    model: nn.Module, *, weights: str | Mapping[str, str | None] | None = None, group: int = 64, mlp_rows: int | None = None
+    model: nn.Module,
+    *,
+    weights: str | Mapping[str, str | None] | None = None,
+    group: int = 64,
+    mlp_rows: int | None = None,
+    skip_logits: bool = True,
 ) -> nn.Module:
     """Makes a stock Qwen3-VL model, or a QVL model, fast, in place; returns the same object.
 
@@ -120,6 +126,9 @@ def accelerate(
         group: inputs that share an int4 scale: 32, 64 or 128.
         mlp_rows: None, or how many tokens an MLP takes at a time, for memory: what it computes in between, several times as wide as
             its input, exists for so many tokens only, and while training is computed again in the backward instead of kept.
+        skip_logits: whether a training step computes its logits only if they are read, which saves the largest tensors of the step. They
+            can be read until the backward, the next forward, or a change of weights; then reading raises RuntimeError. False: they are
+            computed in every forward. ``model(..., skip_logits=False)`` does so for one call.
     Returns:
         model.
     Raises: TypeError for another class or type; ValueError for meta weights, foreign quantisation, unsupported dtypes, unknown formats,
@@ -131,6 +140,8 @@ def accelerate(
     """
     formats = formats_of(weights)
     check_rows(mlp_rows)
+    if not isinstance(skip_logits, bool):
+        raise TypeError(f"accelerate: skip_logits must be a bool, got {skip_logits!r}")
     inner = _base_model(model)
     _check(inner)
     reason = why_stock(inner, _replace_modules)
@@ -148,6 +159,8 @@ def accelerate(
     for module in inner.modules():
         if isinstance(module, _MLPS):
             set_rows(module, mlp_rows)
+    if hasattr(inner, "lm_head"):
+        set_skip_logits(inner, skip_logits)
     qvl_kernels.use_huge_pages(_read_by_every_token(inner))
     return model
 
@@ -187,6 +200,8 @@ def restore(model: nn.Module) -> nn.Module:
     inner = _base_model(model)
     _forget_plans(inner)
     unpack_model(inner)
+    if hasattr(inner, "lm_head"):
+        set_skip_logits(inner, None)
     for module in inner.modules():
         set_rows(module, None)
         theirs = STOCK_CLASSES.get(type(module))

@@ -245,7 +245,7 @@ def why_not(model: nn.Module, input_ids: Tensor, processors, criteria, config, o
         return "the attention mask is not [B, L]"
     language_model = model.model.language_model
     plain = (model, model.model, language_model, language_model.embed_tokens, language_model.norm, language_model.rotary_emb, model.lm_head)
-    if any(not is_plain(module, type(module)) for module in plain) or not no_global_hooks():
+    if any(not is_plain(module, type(module), head.Forwards) for module in plain) or not no_global_hooks():
         return "hooks, which a graph would not call"
     if type(model.lm_head) not in (head.Linear, PackedLinear) or type(language_model.norm) is not text.Qwen3VLTextRMSNorm:
         return "the head or the last norm is not plain"

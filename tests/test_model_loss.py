@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import assert_close, relative
 
-from qvl_model.modules.head import LazyLogits
+from qvl_model.modules.lazy_logits import LazyLogits
 
 ROWS = ([5, (1, 4, 6), 3], [14], [3, (1, 2, 2), (1, 8, 6)])
 
@@ -92,15 +92,17 @@ def test_labels_out_of_range_are_refused(pair):
         fast(**batch, labels=batch["input_ids"] + models.VOCABULARY)
 
 
+@pytest.mark.parametrize("read", [False, True], ids=["unread", "read"])
 @pytest.mark.parametrize("unused", [False, True], ids=["plain", "find_unused_parameters"])
-def test_distributed_data_parallel(tmp_path, unused):
+def test_distributed_data_parallel(tmp_path, unused, read):
     """DistributedDataParallel walks through the outputs, and hands them to an autograd function of its own."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         stock, fast = (model.train() for model in models.pair("small"))
         parallel = torch.nn.parallel.DistributedDataParallel(fast, find_unused_parameters=unused)
         batch = models.inputs([9])
-        loss, expected = (model(**batch, labels=batch["input_ids"]).loss for model in (parallel, stock))
+        outs = [model(**batch, labels=batch["input_ids"]) for model in (parallel, stock)]
+        loss, expected = (out.loss + out.logits.square().mean() if read else out.loss for out in outs)
         loss.backward(), expected.backward()
     finally:
         torch.distributed.destroy_process_group()

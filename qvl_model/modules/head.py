@@ -1,78 +1,58 @@
 """The language-model head in training: logits that are not computed until somebody looks, and a loss that never does."""
 
+import threading
+
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-import qvl_kernels
 from qvl_model.modules import linear
+from qvl_model.modules.lazy_logits import LazyLogits, lazy_logits, lazy_loss
 from qvl_model.modules.plain import kernels_take
 
-__all__ = ["LazyLogits", "Linear", "causal_loss"]
+__all__ = ["Forwards", "Linear", "causal_loss", "set_skip_logits"]
+
+_current = threading.local()  # .forward: the Forwards whose model has run in this thread and whose head has not yet, .skip_logits: of this call
 
 
-class LazyLogits(Tensor):
-    """hidden @ weight.T, computed at its first use other than asking for its shape, dtype or device.
+class Forwards:
+    """Forward pre-hook of the model under the head, the part of a forward that wrappers around the model never go past. It counts calls,
+    and takes ``skip_logits`` out of their arguments.
 
-    Any function of PyTorch on it sees the real, differentiable logits; ``causal_loss`` takes ``hidden`` and ``weight`` instead,
-    so that a training step whose logits nobody reads never holds them [arXiv:2411.09009].
+    Args:
+        skip_logits: for calls that do not say; see ``accelerate``.
     """
 
-    @staticmethod
-    def __new__(cls, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> "LazyLogits":
-        return Tensor._make_wrapper_subclass(cls, (*hidden.shape[:-1], weight.shape[0]), dtype=dtype, device=hidden.device)
+    def __init__(self, skip_logits: bool) -> None:
+        self.skip_logits, self.count = skip_logits, 0
 
-    def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
-        self.hidden, self.weight, self._value = hidden, weight, None
-
-    def value(self) -> Tensor:
-        """The logits themselves."""
-        if self._value is None:
-            with torch._C.DisableTorchFunctionSubclass():
-                dtype = self.dtype
-            self._value = qvl_kernels.linear(self.hidden, self.weight).to(dtype)
-        return self._value
-
-    def cast(self, dtype: torch.dtype) -> "LazyLogits | Tensor":
-        return self._value.to(dtype) if self._value is not None else LazyLogits(self.hidden, self.weight, dtype)
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if func is Tensor.requires_grad.__get__:
-            return args[0].hidden.requires_grad or args[0].weight.requires_grad
-        if func is Tensor.float and len(args) == 1 and not kwargs:  # what mixed-precision wrappers do to every output
-            return args[0].cast(torch.float32)
-        if func is Tensor.to and len(args) == 2 and isinstance(args[1], torch.dtype) and not kwargs:
-            return args[0].cast(args[1])
-        args, kwargs = torch.utils._pytree.tree_map(lambda x: x.value() if isinstance(x, LazyLogits) else x, (args, kwargs))
-        return func(*args, **kwargs)
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        kwargs = dict(kwargs)
+        skip_logits = kwargs.pop("skip_logits", None)
+        if not torch.compiler.is_compiling() and not getattr(module, "_is_replica", False):  # DataParallel gathers logits
+            self.count += 1
+            _current.forward, _current.skip_logits = self, self.skip_logits if skip_logits is None else skip_logits
+        return args, kwargs
 
 
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        """Reached only past ``__torch_function__``, where a result could not carry a gradient: no silent loss of it."""
-        if func in _ALIASES:  # an autograd function that hands its input on
-            return LazyLogits(args[0].hidden, args[0].weight, args[0].dtype)
-        raise RuntimeError(f"{func} got logits that are not computed yet; pass outputs.logits.value()")
-
-
-_ALIASES = {torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.view.default}
-_METADATA = {
-    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.layout.__get__, Tensor.is_cuda.__get__,
-    Tensor.is_cpu.__get__, Tensor.is_meta.__get__, Tensor.is_sparse.__get__, Tensor.is_quantized.__get__, Tensor.size, Tensor.dim,
-    Tensor.numel, Tensor.nelement, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, Tensor.get_device,
-}  # fmt: skip
+def set_skip_logits(model: nn.Module, skip_logits: bool | None) -> None:
+    """Has calls of ``model`` (a part with a head under which there is a ``model``) skip logits or not; None: as if it never had been asked."""
+    body = model.model
+    for handle in [handle for handle, hook in body._forward_pre_hooks.items() if isinstance(hook, Forwards)]:
+        del body._forward_pre_hooks[handle]
+        body._forward_pre_hooks_with_kwargs.pop(handle, None)
+    if skip_logits is not None:
+        body.register_forward_pre_hook(Forwards(skip_logits), with_kwargs=True)
 
 
 class Linear(linear.Linear):
-    """``lm_head``: lazy while training, so that the loss may do without logits; else as every linear layer."""
+    """``lm_head``: in a training forward of its model lazy, so that the loss may do without logits; else as every linear layer."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled() and self.bias is None and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return super().forward(input)
+        forward, _current.forward = getattr(_current, "forward", None), None
+        if forward is not None and _current.skip_logits and self.training and torch.is_grad_enabled() and self.bias is None:
             hidden, weight = input, self.weight
             device = hidden.device.type
             if torch.is_autocast_enabled(device):
@@ -80,25 +60,27 @@ class Linear(linear.Linear):
                 hidden, weight = hidden.to(dtype), weight.to(dtype)
             with torch.autocast(device, enabled=False):
                 taken = kernels_take(hidden, weight)
-            if taken and (hidden.requires_grad or weight.requires_grad):
-                return LazyLogits(hidden, weight, hidden.dtype)
+            if taken and (hidden.requires_grad or weight.requires_grad) and _can_be_watched(hidden, weight):
+                return lazy_logits(hidden, weight, (hidden is not input, weight is not self.weight), forward)
         return super().forward(input)
 
 
+def _can_be_watched(*tensors: Tensor) -> bool:
+    """Tensors of inference mode tell no versions; a CUDA graph that is being captured cannot be asked whether they are equal."""
+    capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    return not capturing and not any(x.is_inference() for x in tensors)
+
+
 def causal_loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch=None, ignore_index: int = -100, shift_labels=None, **kwargs):
-    """``ForCausalLMLoss`` of transformers; of lazy logits through ``linear_cross_entropy``, which keeps no logits."""
-    if not isinstance(logits, LazyLogits):
+    """``ForCausalLMLoss`` of transformers; of logits that are not computed through ``linear_cross_entropy``, which keeps none."""
+    if not isinstance(logits, LazyLogits) or logits.computed or logits.shape[-1] != vocab_size:
         return ForCausalLMLoss(
             logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, ignore_index=ignore_index, shift_labels=shift_labels, **kwargs
         )
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    hidden, weight = logits.hidden, logits.weight
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss = qvl_kernels.linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]), weight, shift_labels.reshape(-1).to(hidden.device), ignore_index=ignore_index,
-            reduction="mean" if num_items_in_batch is None else "sum",
-        )  # fmt: skip
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = lazy_loss(logits, shift_labels.reshape(-1).to(logits.device), ignore_index, reduction)
     if num_items_in_batch is None:
         return loss
     return loss / (num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)

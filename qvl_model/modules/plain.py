@@ -16,12 +16,13 @@ FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 
 
-def is_plain(module: nn.Module, kind: type) -> bool:
-    """Exactly ``kind`` (an adapter wraps or replaces it), no forward hook, ``forward`` not replaced on the instance."""
+def is_plain(module: nn.Module, kind: type, own_hook: type | None = None) -> bool:
+    """Exactly ``kind`` (an adapter wraps or replaces it), no forward hook but pre-hooks of our own class ``own_hook``, ``forward`` not
+    replaced on the instance."""
     return (
         type(module) is kind
         and not module._forward_hooks
-        and not module._forward_pre_hooks
+        and (not module._forward_pre_hooks or all(type(hook) is own_hook for hook in module._forward_pre_hooks.values()))
         and "forward" not in module.__dict__
     )
 

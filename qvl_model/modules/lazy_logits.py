@@ -1,0 +1,409 @@
+"""Logits of a training step that are computed when somebody looks at them, and a loss that does without them.
+
+They are one node of autograd's graph like any others: the loss, hooks, retained gradients and whatever reads their values hang on it. What
+is left out is memory, of their values (LazyLogits) and of their gradient between the loss and the head (_LazyGradient).
+"""
+
+import weakref
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import qvl_kernels
+
+__all__ = ["LazyLogits", "lazy_logits", "lazy_loss"]
+
+_GONE = (
+    "the logits of this training step were not computed, and can no longer be: there was a backward, another forward of the model, or hidden "
+    "states or weights were changed. Read them before, or keep them by model(..., skip_logits=False) or accelerate(model, skip_logits=False)"
+)
+_CHUNK_BYTES = {"cpu": 1 << 22}  # of a fingerprint: within a cache
+_CHUNK_BYTES_GPU = 1 << 28  # few launches
+
+
+def lazy_logits(hidden: Tensor, weight: Tensor, own: tuple[bool, bool], forward) -> "LazyLogits":
+    """hidden [..., C] @ weight [V, C].T, computed at its first use other than asking for its shape, dtype or device.
+
+    Args:
+        hidden, weight: plain tensors, one of which requires gradients.
+        own: whether each of them is a copy that nobody else can change.
+        forward: an object whose ``count`` is another one in the model's next forward.
+    """
+    return _Head.apply(hidden, weight, own, forward)
+
+
+def lazy_loss(logits: "LazyLogits", labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """cross_entropy of logits that are not computed, and stay so; labels int64, one per row of logits.
+
+    Raises: RuntimeError if what the logits would be computed from has changed; ValueError for bad labels.
+    """
+    logits.source.check()
+    loss = _SkippedLoss(logits.source, labels, ignore_index, reduction)
+    return _Loss.apply(logits, loss) if torch.is_grad_enabled() else loss.compute()
+
+
+class _Watched:
+    """Tells whether tensors are what they were when this was made, also after changes that autograd is not told of (``.data``, fused
+    optimizer steps)."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+        self.states, self.fingerprints = [_state(x) for x in tensors], [_fingerprint(x) for x in tensors]
+
+    def unchanged(self) -> bool:
+        return [_state(x) for x in self.tensors] == self.states and all(
+            torch.equal(now, before) for x, print_ in zip(self.tensors, self.fingerprints) for now, before in zip(_fingerprint(x), print_)
+        )
+
+
+def _state(x: Tensor) -> tuple:
+    """A sharding library frees memory without another word, so its size belongs to it."""
+    return x._version, x.device, x.dtype, x.shape, x.stride(), x.untyped_storage().nbytes()
+
+
+def _fingerprint(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the bits of x [..., C], as integers, along its rows and along its columns. Exact (modulo 2^64), so that no change of a
+    single element is lost, nor one of order. 54 ms for a head of 622 MB on two cores of an EPYC, beside seconds of a training step; taken
+    in the forward, and once more when logits or a loss are computed, for which a GPU is waited for."""
+    x = x.detach()
+    sizes = [n * x.element_size() for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1])] + [x.data_ptr()]
+    word = next(d for d in (torch.int64, torch.int32, torch.int16) if all(size % d.itemsize == 0 for size in sizes))
+    words = x.view(word) if x.dim() > 1 else x.view(word)[None]
+    row_bytes = max(1, words[:1].numel() * word.itemsize)
+    rows, columns = [], 0
+    for chunk in words.split(max(1, _CHUNK_BYTES.get(x.device.type, _CHUNK_BYTES_GPU) // row_bytes)):
+        rows.append(chunk.sum(-1))
+        columns = columns + chunk.sum(tuple(range(chunk.dim() - 1)))
+    return torch.cat(rows), columns
+
+
+class _Source:
+    """What logits are computed from, until that may have changed. One for each call of the head; holds nothing of the graph."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, own: tuple[bool, bool], forward) -> None:
+        self.hidden, self.weight, self.device = hidden.detach(), weight.detach(), hidden.device
+        self.needs_grad = hidden.requires_grad, weight.requires_grad
+        self.watched = _Watched(*(x for x, is_own in ((self.hidden, own[0]), (weight, own[1])) if not is_own))
+        self.forward, self.count = forward, forward.count
+        self.cells: list[weakref.ref[_Cell]] = []
+
+    def check(self) -> None:
+        if self.hidden is None or self.forward.count != self.count or not self.watched.unchanged():
+            self.close()
+            raise RuntimeError(_GONE)
+
+    def close(self) -> None:
+        self.hidden = self.weight = self.watched = None
+
+    def compute(self) -> None:
+        """All that were cast from these logits too: later the logits may have been edited."""
+        self.check()
+        logits = _product(self.hidden, self.weight)
+        for cell in filter(None, (ref() for ref in self.cells)):
+            cell.data = logits.to(cell.dtype)
+        self.close()
+
+
+def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        return qvl_kernels.linear(hidden, weight)
+
+
+class _Cell:
+    """The memory of logits, shared by their aliases; ``data`` is None until it is computed."""
+
+    def __init__(self, source: _Source, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.source, self.shape, self.dtype, self.device, self.data = source, shape, dtype, source.device, None
+        source.cells.append(weakref.ref(self))
+
+    def alias(self) -> Tensor:
+        """The logits, computed if they were not, as a tensor of its own over the same memory."""
+        if self.data is None:
+            self.source.compute()
+        with torch.inference_mode(False), torch.no_grad():
+            return self.data.new_empty(0).set_(self.data)
+
+
+class _Wrapper(Tensor):
+    """A tensor without values; any function of PyTorch but those that ask for its shape and the like gets ``value()`` instead."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return _natively(func, args, kwargs)
+        return func(*_values(args), **_values(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        """Past ``__torch_function__``: from C++ (autograd adds up gradients) or through an autograd function, which has built its graph."""
+        if func in _ALIASES and args[0].shape == (tuple(args[1]) if len(args) > 1 else args[0].shape):
+            return args[0].shallow_copy()
+        if func._schema.is_mutable:
+            raise RuntimeError(f"{func} would write to a tensor that is not computed yet; pass outputs.logits.value()")
+        return func(*_values(args, detached=True), **_values(kwargs or {}, detached=True))
+
+
+class LazyLogits(_Wrapper):
+    """Logits that are not computed yet. Exact in values and gradients as long as they can be read; from the backward, the next forward of
+    the model or a change of hidden states or weights on, reading what was not read before raises RuntimeError."""
+
+    @staticmethod
+    def __new__(cls, cell: _Cell) -> "LazyLogits":
+        return Tensor._make_wrapper_subclass(cls, cell.shape, dtype=cell.dtype, device=cell.device)
+
+    def __init__(self, cell: _Cell) -> None:
+        self.cell, self._value, self._read = cell, None, None
+
+    @property
+    def source(self) -> _Source:
+        return self.cell.source
+
+    @property
+    def computed(self) -> bool:
+        return self.cell.data is not None
+
+    def shallow_copy(self) -> "LazyLogits":
+        return LazyLogits(self.cell)
+
+    def detached_value(self) -> Tensor:
+        return self.cell.alias()
+
+    def value(self) -> Tensor:
+        """The logits themselves: one tensor in the graph, edits of which count, whatever grad mode its first reader is in."""
+        if self._value is None:
+            with torch.inference_mode(False), torch.enable_grad():
+                self._value = _Read.apply(self, self.cell.alias)
+            self._read = self._value.grad_fn
+            if _natively(Tensor.retains_grad.__get__, (self,), {}):
+                self._value.retain_grad()  # for after an edit, which takes it over
+        return self._value
+
+    def node(self) -> Tensor:
+        """What stands for the logits in the graph: this tensor, to which the loss goes back, until its value is edited with gradients."""
+        return self if self._value is None or self._value.grad_fn is self._read else self._value
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _OF_GRAPH:
+            return _in_graph(func, *tree_map_only(LazyLogits, lambda x: x.node(), (args, kwargs)))
+        if args and isinstance(args[0], LazyLogits) and not args[0].computed and _widens(func, args, kwargs):
+            return args[0] if args[0].cell.dtype == torch.float32 else _Widen.apply(args[0])
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class _LazyGradient(_Wrapper):
+    """The gradient of a skipped loss by its logits, which the head takes without its values."""
+
+    @staticmethod
+    def __new__(cls, loss: "_SkippedLoss", factor: Tensor, cell: _Cell, dtype: torch.dtype) -> "_LazyGradient":
+        return Tensor._make_wrapper_subclass(cls, cell.shape, dtype=dtype, device=cell.device)
+
+    def __init__(self, loss: "_SkippedLoss", factor: Tensor, cell: _Cell, dtype: torch.dtype) -> None:
+        self.loss, self.factor, self.cell, self._dtype, self._value = loss, factor, cell, dtype, None
+
+    @property
+    def computed(self) -> bool:
+        return self._value is not None
+
+    def cast(self, dtype: torch.dtype) -> "_LazyGradient":
+        return _LazyGradient(self.loss, self.factor, self.cell, dtype)
+
+    def shallow_copy(self) -> "_LazyGradient":
+        copy = self.cast(self._dtype)
+        copy._value = self._value
+        return copy
+
+    def value(self) -> Tensor:
+        if self._value is None:
+            self._value = self.loss.gradient_of_logits(self.factor).view(self.cell.shape).to(self._dtype)
+        return self._value
+
+    detached_value = value
+
+
+def _natively(func, args: tuple, kwargs: dict):
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _values(tree, detached: bool = False):
+    return tree_map_only(_Wrapper, lambda x: x.detached_value() if detached else x.value(), tree)
+
+
+def _gradients(tree):
+    return tree_map_only(_LazyGradient, lambda x: x.value(), tree)
+
+
+def _in_graph(func, args: tuple, kwargs: dict):
+    """A function that looks at the graph, or at gradients, which it gets with their values."""
+    asked = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)]
+    if func is Tensor.register_hook and asked and not _takes_notice_only(args[1]):
+        args = args[0], lambda gradient, hook=args[1]: hook(_gradients(gradient))
+    if func not in _MAKES_GRADIENTS:
+        return _gradients(_natively(func, args, kwargs))
+    handles = [_natively(Tensor.register_hook, (x, _gradients), {}) for x in asked]  # run before a gradient is handed out or kept
+    if func is Tensor.retain_grad:
+        for value in [x.value() for x in asked if x.computed]:
+            value.retain_grad()
+        return _natively(func, args, kwargs)
+    try:
+        return _natively(func, args, kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _widens(func, args: tuple, kwargs: dict) -> bool:
+    """What mixed-precision wrappers do to every output, and the loss by itself."""
+    return not kwargs and (func is Tensor.float and len(args) == 1 or func is Tensor.to and args[1:] == (torch.float32,))
+
+
+def _takes_notice_only(hook) -> bool:
+    """FSDP's hooks do not look at the gradient."""
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
+
+
+class _Head(Function):
+    """hidden, weight -> LazyLogits"""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, own, forward):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight)
+        ctx.source = _Source(hidden, weight, own, forward)
+        return LazyLogits(_Cell(ctx.source, torch.Size((*hidden.shape[:-1], weight.shape[0])), hidden.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return None, None, None, None
+        hidden, weight = ctx.saved_tensors
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        if not keep:
+            ctx.source.close()
+        if isinstance(grad, _LazyGradient) and not grad.computed:
+            return *grad.loss.gradients(grad.factor, hidden.shape, keep), None, None
+        grad = _gradients(grad)
+        dhidden = grad @ weight if ctx.needs_input_grad[0] else None
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            dweight = grad.reshape(-1, grad.shape[-1]).t() @ hidden.reshape(-1, hidden.shape[-1])
+        return dhidden, dweight, None, None
+
+
+class _Read(Function):
+    """Lazy logits -> ``values()``, of which they are the source in the graph."""
+
+    @staticmethod
+    def forward(ctx, logits, values):
+        return values()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _Widen(Function):
+    """Lazy logits -> the same in fp32"""
+
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.set_materialize_grads(False)
+        ctx.dtype = logits.cell.dtype
+        return LazyLogits(_Cell(logits.source, logits.cell.shape, torch.float32))
+
+    @staticmethod
+    def backward(ctx, grad):
+        if isinstance(grad, _LazyGradient) and not grad.computed:
+            return grad.cast(ctx.dtype)
+        return None if grad is None else _gradients(grad).to(ctx.dtype)
+
+
+class _SkippedLoss:
+    """cross_entropy(hidden @ weight.T, labels) and its gradients, in a graph of its own."""
+
+    def __init__(self, source: _Source, labels: Tensor, ignore_index: int, reduction: str) -> None:
+        self.hidden, self.weight = source.hidden.reshape(-1, source.hidden.shape[-1]).detach(), source.weight.detach()
+        self.needs_grad, self.watched = source.needs_grad, source.watched
+        self.labels, self.ignore_index, self.reduction, self.value = labels, ignore_index, reduction, None
+
+    def compute(self) -> Tensor:
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return qvl_kernels.linear_cross_entropy(
+                self.hidden, self.weight, self.labels, ignore_index=self.ignore_index, reduction=self.reduction
+            )
+
+    def record(self) -> Tensor:
+        """Computed with a graph, apart from hooks that move or recompute saved tensors: the head's own go through them already."""
+        for x, needed in zip((self.hidden, self.weight), self.needs_grad):
+            x.requires_grad_(needed)
+        with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
+            self.value = self.compute()
+        return self.value.detach()
+
+    def gradients(self, factor: Tensor, shape: torch.Size, keep: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Of hidden [*shape] and weight; None where not needed."""
+        wanted = [x for x in (self.hidden, self.weight) if x.requires_grad]
+        found = iter(torch.autograd.grad(self.value, wanted, factor, retain_graph=keep))
+        dhidden, dweight = (next(found) if x.requires_grad else None for x in (self.hidden, self.weight))
+        if not keep:
+            self.hidden = self.weight = self.watched = self.value = None
+        return None if dhidden is None else dhidden.view(shape), dweight
+
+    def logits(self) -> Tensor:
+        """Computed now, as they were for the loss, whatever has been done since to what was read."""
+        if self.hidden is None or not self.watched.unchanged():
+            raise RuntimeError(_GONE)
+        return _product(self.hidden, self.weight)
+
+    def of(self, logits: Tensor) -> Tensor:
+        """The loss of these logits, any that are asked for, by PyTorch."""
+        return cross_entropy(logits.float().view(-1, logits.shape[-1]), self.labels, ignore_index=self.ignore_index, reduction=self.reduction)
+
+    def gradient_of_logits(self, factor: Tensor) -> Tensor:
+        """By hand: the engine may ask for it where autograd is off for good."""
+        with torch.no_grad():
+            counted = (self.labels != self.ignore_index)[:, None]
+            if self.reduction == "mean":
+                factor = factor / counted.sum()
+            gradient = self.logits().float().softmax(-1)
+            gradient.scatter_add_(1, self.labels[:, None].masked_fill(~counted, 0), torch.full_like(gradient[:, :1], -1.0))
+            return gradient.mul_(factor.float()).masked_fill_(~counted, 0.0)
+
+
+class _Loss(Function):
+    """Lazy logits -> the loss"""
+
+    @staticmethod
+    def forward(ctx, logits, loss):
+        ctx.logits, ctx.loss = logits, loss
+        return loss.record()
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, loss = ctx.logits, ctx.loss
+        if not torch.is_grad_enabled():
+            return _LazyGradient(loss, grad, logits.cell, logits.cell.dtype), None
+        # create_graph: the gradient is differentiated again, so all of it is built of logits that are part of the graph
+        read = _Read.apply(logits, lambda: loss.logits().view(logits.cell.shape).to(logits.cell.dtype))
+        return torch.autograd.grad(loss.of(read), read, grad, create_graph=True)[0], None
+
+
+_ALIASES = {torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.view.default}  # of functions that hand inputs on
+_METADATA = {
+    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.layout.__get__, Tensor.is_cuda.__get__,
+    Tensor.is_cpu.__get__, Tensor.is_meta.__get__, Tensor.is_sparse.__get__, Tensor.is_quantized.__get__, Tensor.size, Tensor.dim,
+    Tensor.numel, Tensor.nelement, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, Tensor.get_device,
+}  # fmt: skip
+_OF_GRAPH = {
+    Tensor.requires_grad.__get__, Tensor.grad_fn.__get__, Tensor.is_leaf.__get__, Tensor.retains_grad.__get__, Tensor.retain_grad,
+    Tensor.grad.__get__, Tensor.grad.__set__, Tensor.grad.__delete__, Tensor.register_hook, Tensor.backward, torch.autograd.grad,
+    torch.autograd.backward,
+}  # fmt: skip
+_MAKES_GRADIENTS = {Tensor.retain_grad, Tensor.backward, torch.autograd.grad, torch.autograd.backward}
