@@ -2,6 +2,7 @@
 # make test      the tests that fit into 15 minutes on 2 cores
 # make setup     only the environment (.venv) and the C++ extension; the two above do it themselves
 # make test-all  every test, also on older supported transformers and, under emulation, on aarch64
+# make test-torch TORCH=2.14.1  the tests on another PyTorch
 # make sanitize  the kernel tests over an extension built with AddressSanitizer and UBSan
 # make audit     every Triton kernel compiled for every GPU architecture and read back; needs no GPU
 # make bench-gpu GPU tests and benchmarks (a plain PyTorch image is enough); without a GPU it builds every case
@@ -14,10 +15,10 @@ VENV := .venv
 OLDEST := .venv-oldest
 BETWEEN := .venv-5.23
 CXX ?= g++
-TORCH := torch==2.13.0
+PINNED_TORCH := 2.13.0
 CSRC := $(shell find csrc -type f)
 
-.PHONY: audit audit-oldest bench bench-all bench-gpu bench-kernels peers test test-all test-between test-oldest aarch64 sanitize setup clean
+.PHONY: audit audit-oldest bench bench-all bench-gpu bench-kernels peers test test-all test-between test-install test-oldest test-torch aarch64 sanitize setup clean
 
 bench: setup
 	$(VENV)/bin/python -m bench $(if $(FAMILY),--family $(FAMILY)) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -51,7 +52,7 @@ test-all: setup
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/gpu
 	$(VENV)/bin/python -m pytest --durations=40 $(ARGS)
 	$(MAKE) audit
-	$(MAKE) test-between test-oldest audit-oldest
+	$(MAKE) test-install test-between test-oldest audit-oldest
 	@if command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-g++ >/dev/null; then $(MAKE) aarch64; \
 	else echo "aarch64 left out: needs qemu-aarch64 and aarch64-linux-gnu-g++ (apt-get install qemu-user g++-aarch64-linux-gnu)"; fi
 
@@ -60,6 +61,16 @@ VERSION_TESTS := tests/test_model_*.py tests/test_capacity.py tests/test_trainin
 
 test-oldest: setup $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -m "not slow" $(VERSION_TESTS)
+
+# On another PyTorch: make test-torch TORCH=2.14.1 (gigabytes, unless a build for CPUs is at hand). It brings the Triton that it needs.
+test-torch: setup
+	@test -n "$(TORCH)" || { echo "qvl: which PyTorch? make test-torch TORCH=2.14.1"; exit 1; }
+	$(MAKE) .venv-torch-$(TORCH)/.installed
+	.venv-torch-$(TORCH)/bin/python -m pytest -m "not slow" $(ARGS)
+
+# As users install it: into an empty environment that has PyTorch.
+test-install:
+	PYTHON=$(PYTHON) TORCH=$(PINNED_TORCH) bash tests/install.sh
 
 test-between: setup $(BETWEEN)/.installed
 	$(BETWEEN)/bin/python -m pytest -m "not slow" $(VERSION_TESTS)
@@ -96,12 +107,17 @@ $(BETWEEN)/.installed: requirements-5.23.txt requirements-common.txt
 	$(BETWEEN)/bin/python -m pip install -q -r requirements-5.23.txt
 	@touch $@
 
+.venv-torch-%/.installed: requirements.txt requirements-common.txt
+	$(call create-environment,.venv-torch-$*,$*)
+	.venv-torch-$*/bin/python -m pip install -q -r requirements-common.txt $$(grep ^transformers== requirements.txt)
+	@touch $@
+
 # Torch goes in first and pinned, so that no later dependency chooses another build.
 define create-environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "qvl: needs Python 3.11 or newer as $(PYTHON) (or set PYTHON=...)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "qvl: $(PYTHON) cannot create environments: apt-get install python3-venv python3-dev"; exit 1; }
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install -q $(TORCH)
+	$(1)/bin/python -m pip install -q torch==$(or $(2),$(PINNED_TORCH))
 endef
 
 clean:

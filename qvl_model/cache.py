@@ -101,7 +101,7 @@ def open_stores(cache: Cache | None, indices: Iterable[int], x: Tensor, kv_heads
 def _matches(layer: DynamicLayer | StaticLayer, x: Tensor, sizes: tuple) -> bool:
     keys, values = layer.keys, layer.values
     return (
-        keys.device == values.device == x.device and keys.dim() == 4 and keys.shape == values.shape and keys.dtype is values.dtype
+        not (keys.requires_grad or values.requires_grad) and keys.device == values.device == x.device and keys.dim() == 4 and keys.shape == values.shape and keys.dtype is values.dtype
         and (keys.dtype, keys.shape[0], keys.shape[1], keys.shape[3]) == sizes
     )  # fmt: skip
 
