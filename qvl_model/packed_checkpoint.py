@@ -26,7 +26,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from qvl_kernels import checks, quant
 from qvl_model.modules.packed import PackedEmbedding, PackedLinear
-from qvl_model.quantization import METHOD, is_packed, is_packed_checkpoint, part_of, section_of
+from qvl_model.modules.packed_weight import PackedWeight
+from qvl_model.quantization import METHOD, base_modules, is_packed, is_packed_checkpoint, packed_elements, part_of, section_of, tied_pairs, without_weights
 
 __all__ = ["PackedSaving", "load", "quantize", "save"]
 
@@ -43,7 +44,34 @@ _NOT_COPIED = ("config.json", "generation_config.json")
 
 
 class PackedSaving:
-    """``save_pretrained`` of model classes whose linear layers may be packed."""
+    """What model classes whose linear layers may be packed do otherwise than transformers has it."""
+
+    def _apply(self, fn, recurse=True):
+        """``.to`` and its like: what was tied is one tensor again."""
+        tied = tied_pairs(self)
+        super()._apply(fn, recurse)
+        for embedding, head in tied:
+            embedding.weight = head.weight
+        return self
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As transformers' own, which makes a new head: that is quantised as the old one was. Rows that stay do so bit for bit."""
+        head = self.get_output_embeddings()
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        new = self.get_output_embeddings()
+        if isinstance(head, PackedLinear) and new is not head:
+            if isinstance(new.weight, PackedWeight):  # tied to the embedding
+                head.weight = new.weight
+            else:
+                head.weight.data = new.weight.data
+            head.bias, head.out_features = new.bias, new.out_features
+            self.set_output_embeddings(head)
+        return embeddings
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As transformers' own, packed weights included, as many elements as they stand for; they are constants, so none of them trains."""
+        count = super().num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
+        return count if only_trainable else count + packed_elements(self, exclude_embeddings=exclude_embeddings)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
         """As transformers' own; a packed model is written as this module says, all at once."""
@@ -65,9 +93,11 @@ def save(model: PreTrainedModel, directory: str | os.PathLike, *, state_dict: Ma
     Args:
         state_dict: its tensors, if not ``model.state_dict()``.
         files_of: a checkpoint whose tokenizer and processor files are copied too.
-    Raises: ValueError for a model without packed layers.
+    Raises: ValueError for a model without packed layers, and for tensors that ``load`` would find no place for.
     """
-    tensors, shared = _distinct(model.state_dict() if state_dict is None else state_dict)
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    _check_places(model, state_dict)
+    tensors, shared = _distinct(state_dict)
     section = {"quant_method": METHOD, "version": VERSION, **_formats(model), "id": secrets.token_hex(8)}
     config = copy.deepcopy(model.config)
     config.dtype, config.architectures = str(model.dtype).removeprefix("torch."), [type(model).__name__]
@@ -81,10 +111,20 @@ def save(model: PreTrainedModel, directory: str | os.PathLike, *, state_dict: Ma
             _copy_files(files_of, temporary)
 
 
+def _check_places(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    places = {name for name, _ in without_weights(model).named_modules()}
+    foreign = sorted(name for name in state if name.rpartition(".")[0] not in places)
+    if foreign:
+        raise ValueError(
+            f"save: {foreign[0]} and {len(foreign) - 1} other tensors are no part of a plain {type(model).__name__}. Adapters: save them through PEFT, or "
+            "merge_and_unload first. Modules of your own: save their state_dict beside the model, and pass a state_dict without them"
+        )
+
+
 def _formats(model: nn.Module) -> dict:
     """The entries "weights", a format per part that has packed layers, and "group", inputs per int4 scale."""
     formats, groups = {}, set()
-    for name, module in model.named_modules():
+    for name, module in base_modules(model):
         if isinstance(module, PackedLinear):
             quantized = module.quantized
             formats.setdefault(part_of(model, name), set()).add(f"int{quantized.bits}")
@@ -98,6 +138,7 @@ def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     """(tensors on the CPU, each once; the other names of those that have several -> the first)."""
     tensors, shared, first = {}, {}, {}
     for name, tensor in state.items():
+        tensor = tensor.clone() if isinstance(tensor, PackedWeight) else tensor  # a plain layer that was tied to a packed one
         known = first.setdefault((tensor.device, tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else name, name)
         if known == name:
             tensors[name] = tensor.detach().cpu().contiguous()
@@ -276,7 +317,9 @@ def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], shared: dict[str, 
             checks.check_shape(name, "weight", quantized.values, (module.weight.shape[0], quantized.values.shape[1]))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} does not fit its config.json: {error}; pack it again") from error
-        kind.pack(module, quantized, *([dtype] if kind is PackedEmbedding else []))
+        kind.pack(module, quantized)
+    for embedding, head in tied_pairs(model):
+        embedding.weight = head.weight
     wanted = model.state_dict()
     for what, names in (
         ("lacks", wanted.keys() - tensors.keys()), ("has, without a place for it in the model,", tensors.keys() - wanted.keys()),

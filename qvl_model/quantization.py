@@ -1,8 +1,9 @@
 """Packing a model's linear layers into int8 or int4, in place and one by one, and back from the checkpoint they came from."""
 
+import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -10,13 +11,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qvl_kernels import pages, quant
+from qvl_model.modules import head, linear
 from qvl_model.modules.packed import FORMATS, PackedEmbedding, PackedLinear
 
 __all__ = [
-    "METHOD", "PARTS", "formats_of", "is_packed", "is_packed_checkpoint", "pack_model", "part_of", "section_of", "unpack_model",
+    "METHOD", "PARTS", "base_modules", "formats_of", "is_packed", "is_packed_checkpoint", "pack_model", "packed_elements", "part_of", "section_of",
+    "tied_pairs", "unpack_model", "without_weights",
 ]  # fmt: skip
 
 PARTS = ("text", "vision", "lm_head")
+_LINEAR = (nn.Linear, linear.Linear, head.Linear)  # subclasses of others may compute something else
+_INNER = ("original_module", "base_layer")  # where PEFT's wrappers and layers have the module that they stand for
 METHOD = "qvl"  # the quant_method in configs of packed checkpoints
 Weights = str | Mapping[str, str | None] | None
 
@@ -41,6 +46,48 @@ def formats_of(weights: Weights) -> dict[str, str]:
         if name is not None and name not in FORMATS:
             raise ValueError(f"accelerate: weights={name!r} is no format; accepted are None (as stored), {', '.join(FORMATS)}")
     return {part: name for part, name in weights.items() if name is not None}
+
+
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """What the class of the model builds from its config, on the meta device: without adapters, or whatever else was attached."""
+    base = _stock_class(model)
+    with torch.device("meta"):
+        return base(copy.deepcopy(model.config))
+
+
+def _stock_class(model: nn.Module) -> type[PreTrainedModel]:
+    return next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("qvl_model.modules") and issubclass(cls, PreTrainedModel))
+
+
+def base_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """(name without adapters, module) of the modules that the class of the model builds; adapters around them are looked through, and
+    neither they nor modules that a user attached are among them."""
+    for name, _ in without_weights(model).named_modules():
+        module = model
+        for step in filter(None, name.split(".")):
+            module = _without_adapters(module._modules.get(step)) if module is not None else None
+        if module is not None:
+            yield name, module
+
+
+def _without_adapters(module: nn.Module | None) -> nn.Module | None:
+    for name in _INNER:
+        if isinstance(inner := getattr(module, name, None), nn.Module):
+            return _without_adapters(inner)
+    return module
+
+
+def tied_pairs(model: nn.Module) -> list[tuple[PackedEmbedding, PackedLinear]]:
+    """Packed embeddings and packed linear layers that have one weight."""
+    embeddings, linears = ([module for module in model.modules() if isinstance(module, kind)] for kind in (PackedEmbedding, PackedLinear))
+    return [(embedding, linear) for embedding in embeddings for linear in linears if linear.weight_values is embedding.weight_values]
+
+
+def packed_elements(model: nn.Module, *, exclude_embeddings: bool = False) -> int:
+    """Elements of the packed weights, tied ones counted once, as those of the first module that has them."""
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
+    first = {id(module.weight_values): module for module in reversed(packed)}
+    return sum(module.weight.numel() for module in first.values() if not (exclude_embeddings and isinstance(module, nn.Embedding)))
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -78,27 +125,34 @@ def part_of(model: nn.Module, name: str) -> str:
 def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64) -> None:
     """Packs every linear layer of the named parts, int4 in groups of ``group`` inputs, and an embedding tied to a packed head.
 
+    Only what the class of the model builds: adapters, also copies that train in place of a layer, and modules that a user attached stay.
     One layer after the other, each freed before the next: memory peaks at what is packed plus what is not yet. Weights that are
     mapped from a file leave memory as well.
-    Raises: ValueError for other groups and weights that are not finite; the model is then as it was.
+    Raises: ValueError for other groups, merged adapters and weights that are not finite; the model is then as it was.
     """
     if group not in quant.GROUPS:
         raise ValueError(f"accelerate: group must be {', '.join(map(str, quant.GROUPS))}, got {group}")
+    if not formats:
+        return
+    modules = dict(base_modules(model))
     chosen = [
         (name, module, formats[part_of(model, name)])
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, PackedLinear) and part_of(model, name) in formats
+        for name, module in modules.items()
+        if type(module) in _LINEAR and "weight" in module._parameters and part_of(model, name) in formats
     ]
+    merged = [name for name, module in model.named_modules() if _without_adapters(module) is not module and getattr(module, "merged", False)]
+    if chosen and merged:
+        raise ValueError(f"accelerate: an adapter is merged into {merged[0]}; call unmerge_adapter first, or merge_and_unload to keep it in the weights")
     for name, module, _ in chosen:
         _check_finite(name, module.weight)
-    head = getattr(model, "lm_head", None)
-    embedding = _tied_embedding(model, head)
+    head, embedding = modules.get("lm_head"), _tied_embedding(modules)
     for _, module, weights in chosen:
         weight = module.weight.detach()
         packed = quant.quantize(weight, FORMATS[weights], group)
         PackedLinear.pack(module, packed)
         if module is head and embedding is not None:
-            PackedEmbedding.pack(embedding, packed, weight.dtype)
+            PackedEmbedding.pack(embedding, packed)
+            embedding.weight = module.weight
         pages.release(weight)
         del weight
         pages.trim()
@@ -111,19 +165,18 @@ def _check_finite(name: str, weight: Tensor) -> None:
     pages.release(weight)
 
 
-def _tied_embedding(model: nn.Module, head: nn.Module | None) -> nn.Embedding | None:
+def _tied_embedding(modules: Mapping[str, nn.Module]) -> nn.Embedding | None:
     """The token embedding that shares its weight with the head."""
-    if head is None or getattr(head, "weight", None) is None:
-        return None
-    return next((m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is head.weight), None)
+    weight = modules["lm_head"]._parameters.get("weight") if "lm_head" in modules else None
+    return next((m for m in modules.values() if type(m) is nn.Embedding and m.weight is weight), None)
 
 
 def unpack_model(model: PreTrainedModel) -> None:
-    """Puts the weights of the checkpoint that the model was loaded from back into its packed layers.
+    """Puts the weights of the checkpoint that the model was loaded from back into its packed layers, under adapters frozen.
 
     Raises: ValueError if that checkpoint is not known, not there, or not what was packed; the model is then as it was.
     """
-    packed = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedEmbedding)]
+    packed = [(name, module) for name, module in base_modules(model) if isinstance(module, PackedLinear | PackedEmbedding)]
     if not packed:
         return
     path = Path(model.name_or_path or "")
@@ -132,22 +185,23 @@ def unpack_model(model: PreTrainedModel) -> None:
         raise ValueError(
             f"restore: the weights were packed, and the checkpoint that they came from is not known{where}; load the model again with from_pretrained"
         )
-    base = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("qvl_model.modules") and issubclass(cls, PreTrainedModel))
-    dtype = next(parameter.dtype for parameter in model.parameters())
-    source = dict(base.from_pretrained(path, dtype=dtype).named_modules())
+    source = dict(_stock_class(model).from_pretrained(path, dtype=packed[0][1].weight.dtype).named_modules())
     for name, module in packed:
         weight = getattr(source.get(name), "weight", None)
-        if not isinstance(weight, Tensor) or weight.shape != (module.weight_values.shape[0], module._inputs) or not _same(weight, module):
-            raise ValueError(f"restore: {name} was not packed from the checkpoint at {path}; load the model again with from_pretrained")
-    device = packed[0][1].weight_values.device
+        if not isinstance(weight, Tensor) or weight.shape != module.weight.shape or not _same(weight, module):
+            raise ValueError(
+                f"restore: {name} was not packed from the checkpoint at {path} as it is now; unmerge its adapters, or load the model again with "
+                "from_pretrained"
+            )
+    adapted = any(_without_adapters(module) is not module for module in model.modules())
+    frozen = adapted or not any(parameter.requires_grad for parameter in model.parameters())  # adapters need not be inside of the model
+    weights: dict[int, nn.Parameter] = {}  # tied ones are one parameter in the source, and become one here
     for name, module in packed:
-        del module.weight_values, module.weight_scales
-        if isinstance(module, PackedEmbedding):
-            del module.rows_like
-        module.__class__ = nn.Linear if isinstance(module, PackedLinear) else nn.Embedding
-        module.weight = nn.Parameter(source[name].weight.detach().to(device), requires_grad=True)
-    if isinstance(getattr(model, "lm_head", None), nn.Linear) and any(isinstance(module, nn.Embedding) for _, module in packed):
-        model.tie_weights()
+        weight = source[name].weight
+        if id(weight) not in weights:
+            trained = module.was_trained and not frozen
+            weights[id(weight)] = nn.Parameter(weight.detach().to(module.weight.device), requires_grad=trained)
+        module.unpack(weights[id(weight)])
 
 
 def _same(weight: Tensor, module: PackedLinear | PackedEmbedding) -> bool:

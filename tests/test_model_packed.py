@@ -11,7 +11,9 @@ import torch
 from models import assert_close, inputs, pair, relative
 from torch import nn
 
+import qvl_kernels
 import qvl_model
+import qvl_models
 from bench.truth import fake_quantised
 from qvl_kernels import quant
 from qvl_model import decoding
@@ -74,7 +76,7 @@ def test_state_dict_copies_and_dtypes():
     state = fast.state_dict()
     name = "model.language_model.layers.0.mlp.up_proj"
     assert state[f"{name}.weight_values"].dtype == torch.uint8 and state[f"{name}.weight_scales"].dtype == torch.bfloat16
-    assert f"{name}.weight" not in state and not any(key.endswith("rows_like") for key in state)
+    assert f"{name}.weight" not in state
     batch = inputs(*FEW)
     with torch.no_grad():
         expected = fast(**batch).logits
@@ -137,6 +139,173 @@ def test_weights_that_are_not_finite_leave_the_model_as_it_was():
 def test_unknown_formats(weights, error, message):
     with pytest.raises(error, match=message):
         formats_of(weights)
+
+
+def _dequantised(packed: nn.Module, stock: nn.Module) -> nn.Module:
+    """``stock`` with the weights that the packed model multiplies with."""
+    modules = dict(stock.named_modules())
+    with torch.no_grad():
+        for name, module in packed.named_modules():
+            if isinstance(module, PackedLinear | PackedEmbedding):
+                modules[name].weight.copy_(module.dequantize())
+    return stock
+
+
+def _assert_quantised(packed: nn.Module, stock: nn.Module) -> None:
+    """Every weight of the packed model is the stock model's, quantised if it is packed."""
+    for name, module in stock.named_modules():
+        for own, expected in module.named_parameters(recurse=False):
+            ours = packed.get_submodule(name)
+            if own == "weight" and isinstance(ours, PackedLinear | PackedEmbedding):
+                bits = ours.quantized.bits
+                assert relative(ours.dequantize(), quant.dequantize(quant.quantize(expected.detach(), bits))) < 1e-6, name
+            else:
+                assert torch.equal(getattr(ours, own), expected), (name, own)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_weight_is_read_and_written_as_any_other(bits):
+    torch.manual_seed(0)
+    packed = PackedLinear.from_linear(nn.Linear(70, 33), bits, group=32)
+    first, weight = packed.dequantize(), packed.weight
+    assert isinstance(weight, nn.Parameter) and weight.shape == (33, 70) and weight.dtype == torch.float32 and not weight.requires_grad
+    assert torch.equal(weight.clone(), first) and torch.equal(weight[3:5].t() @ weight[3:5], first[3:5].t() @ first[3:5])
+    assert torch.equal(torch.cat([*weight.split(10)]), first) and torch.equal(weight.to(torch.float64), first.double())
+    changes = {
+        "weight.data =": lambda w: setattr(w, "data", 2 * w.data.clone()),
+        "weight.data +=": lambda w: setattr(w, "data", w.data.__iadd__(torch.arange(33.0)[:, None])),
+        "rows": lambda w: w.data.__setitem__([2, 5], torch.arange(140.0).view(2, 70)),
+        "a slice": lambda w: w.data[3:9].zero_(),
+        "a column": lambda w: w.data.t()[4].fill_(7.0),
+        "index_copy_": lambda w: w.data.index_copy_(0, torch.tensor([1]), torch.ones(1, 70)),
+        "init": lambda w: nn.init.constant_(w, 0.25),
+    }
+    with torch.no_grad():
+        for name, change in changes.items():
+            before, plain = packed.quantized, nn.Parameter(packed.dequantize())
+            before = before._replace(values=before.values.clone(), scales=before.scales.clone())
+            change(packed.weight)
+            change(plain)
+            expected = quant.dequantize(quant.quantize(plain.detach(), packed.quantized.bits, 32))
+            same = (plain == quant.dequantize(before)).all(1)
+            assert torch.equal(packed.quantized.values[same], before.values[same]) and torch.equal(packed.quantized.scales[same], before.scales[same]), name
+            assert torch.equal(packed.dequantize()[~same], expected[~same]) and not same.all(), name
+    for wrong, error, message in (
+        (torch.ones(33, 71), ValueError, r"takes shape \[N, 70\], got \[33, 71\]"), (torch.full((33, 70), torch.nan), ValueError, "NaN or infinite"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            packed.weight.data = wrong
+    with pytest.raises(RuntimeError, match="a quantised weight is a constant; train an adapter"):
+        packed.weight.requires_grad_()
+    with pytest.raises(TypeError, match="takes an nn.Parameter"):
+        packed.weight = torch.ones(33, 70)
+    assert torch.equal(packed.dequantize(), torch.full((33, 70), 0.25))
+    packed.weight = weight = nn.Parameter(torch.ones(33, 70))
+    assert type(packed) is nn.Linear and packed.weight is weight and list(packed.state_dict()) == ["weight", "bias"]
+
+
+def test_tied_weights_are_one_through_copies_moves_and_writes():
+    fast = qvl_model.accelerate(models.stock_model("small"), weights="int8")
+    for model in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast).to(torch.bfloat16), copy.deepcopy(fast).to("meta")):
+        embedding, head = model.get_input_embeddings(), model.lm_head
+        assert embedding.weight_values is head.weight_values and embedding.weight_scales is head.weight_scales
+        if model.device.type == "cpu":
+            head.weight.data[3] = 1.0
+            assert torch.equal(embedding(torch.tensor([3, 3])).float(), torch.ones(2, 64)) and torch.equal(embedding.dequantize(), head.dequantize())
+    lone = copy.deepcopy(fast.lm_head)
+    assert type(lone) is PackedLinear and torch.equal(lone.weight_values, fast.lm_head.weight_values)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["", "under LoRA"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize(("name", "size"), [("small", 173), ("small", 140), ("untied_bias", 171)])
+def test_resize_token_embeddings(tmp_path, name, size, weights, adapted):
+    from peft import LoraConfig, get_peft_model
+
+    fast = qvl_model.accelerate(models.stock_model(name), weights=weights)
+    stock, batch = _dequantised(fast, models.stock_model(name)), inputs([6])
+    batch["input_ids"] %= 140
+    for model in (fast, stock):
+        tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if adapted else model
+        tuned.resize_token_embeddings()
+        torch.manual_seed(3)
+        tuned.resize_token_embeddings(size)
+        if adapted:
+            assert tuned.unload() is model
+    for model in (fast, stock):
+        assert model.config.text_config.vocab_size == size == model.get_input_embeddings().num_embeddings == model.lm_head.out_features
+    if name == "small":
+        assert fast.get_input_embeddings().weight_values is fast.lm_head.weight_values
+    _assert_quantised(fast, stock)
+    assert fast.num_parameters() == stock.num_parameters() and fast.num_parameters(exclude_embeddings=True) == stock.num_parameters(exclude_embeddings=True)
+    fast.save_pretrained(tmp_path)
+    again = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
+    with torch.no_grad(), qvl_kernels.use_backend("reference"):
+        logits = fast(**batch).logits
+        assert logits.shape[-1] == size and torch.equal(again(**batch).logits, logits)
+        assert relative(logits, stock(**batch).logits) < 0.05
+    assert torch.equal(*(model.generate(**batch, max_new_tokens=4, do_sample=False) for model in (fast, again)))
+
+
+@pytest.mark.parametrize("name", ["small", "untied_bias"])
+def test_tying_and_initialising_again(name):
+    fast = qvl_model.accelerate(models.stock_model(name), weights="int8")
+    stock = _dequantised(fast, models.stock_model(name))
+    before = {key: tensor.clone() for key, tensor in fast.state_dict().items()}
+    for model in (fast, stock):
+        model.tie_weights()
+        model.post_init()
+        model.init_weights()  # all is initialised already
+    assert all(torch.equal(tensor, before[key]) for key, tensor in fast.state_dict().items())
+    _assert_quantised(fast, stock)
+    for model in (fast, stock):
+        for module in model.modules():
+            module._is_hf_initialized = False
+        torch.manual_seed(2)
+        model.init_weights()
+    assert not torch.equal(fast.lm_head.weight_values, before["lm_head.weight_values"])
+    _assert_quantised(fast, stock)
+
+
+def test_a_float_embedding_is_tied_to_a_packed_head():
+    fast = qvl_model.accelerate(models.stock_model("small"), weights="int8")
+    torch.manual_seed(0)
+    embedding = nn.Embedding(models.VOCABULARY, 64)
+    fast.set_input_embeddings(embedding)
+    fast.tie_weights()
+    assert fast.lm_head.weight is embedding.weight and type(fast.lm_head) is nn.Linear
+    stock, batch = _dequantised(fast, models.stock_model("small")), inputs([6])
+    stock.set_input_embeddings(embedding)
+    stock.tie_weights()
+    with torch.no_grad(), qvl_kernels.use_backend("reference"):
+        assert relative(fast(**batch).logits, stock(**batch).logits) < 0.05
+
+
+def test_a_float_head_is_tied_to_a_packed_embedding(tmp_path):
+    fast = qvl_model.accelerate(models.stock_model("small"), weights="int8")
+    stock, batch = _dequantised(fast, models.stock_model("small")), inputs([6])
+    fast.set_output_embeddings(nn.Linear(64, models.VOCABULARY, bias=False))
+    fast.tie_weights()
+    fast.save_pretrained(tmp_path)
+    again = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
+    with torch.no_grad(), qvl_kernels.use_backend("reference"):
+        assert torch.equal(fast.lm_head.weight.clone(), stock.lm_head.weight)
+        assert relative(fast(**batch).logits, stock(**batch).logits) < 0.05
+        assert torch.equal(again(**batch).logits, fast(**batch).logits)
+
+
+@pytest.mark.parametrize("weights", FORMATS, ids=str)
+@pytest.mark.parametrize("name", ["odd", "untied_bias", "mlp", "attention"])
+def test_parameters_are_counted_as_those_of_the_unquantised_model(name, weights):
+    stock = models.stock_model(name) if name in models.CONFIGS else qvl_models.plain_model(name)
+    fast = qvl_model.accelerate(copy.deepcopy(stock), weights=weights)
+    assert fast.num_parameters() == stock.num_parameters()
+    assert fast.num_parameters(exclude_embeddings=True) == stock.num_parameters(exclude_embeddings=True)
+    for model in (fast, stock):  # what is quantised does not train
+        model.requires_grad_(False)
+        model.model.language_model.norm.requires_grad_(True)
+    for counted in ({"only_trainable": True}, {"only_trainable": True, "exclude_embeddings": True}):
+        assert fast.num_parameters(**counted) == stock.num_parameters(**counted) > 0
 
 
 def test_hooks_and_adapters_stay_and_train():

@@ -76,10 +76,10 @@ def _compare_parameters(model: nn.Module, spec: CapacitySpec, report: CapacityRe
         if _inside(owner_name, wrong):
             continue
         parameter, owner = found.get(name), model.get_submodule(owner_name)
-        if parameter is not None:
-            shape = tuple(parameter.shape)
-        elif own_name == "weight" and is_packed(owner):
+        if own_name == "weight" and is_packed(owner):
             shape = shape_of(owner)
+        elif parameter is not None:
+            shape = tuple(parameter.shape)
         else:
             report.add(owner_name, f"its parameter {own_name} is missing")
             continue

@@ -20,7 +20,7 @@ _LISTED = 8
 
 def is_packed(module: nn.Module) -> bool:
     """A linear layer or embedding whose weight is not a parameter but stored in a quantised format."""
-    return isinstance(module, nn.Linear | nn.Embedding) and module._parameters.get("weight") is None and hasattr(module, "dequantize")
+    return isinstance(module, nn.Linear | nn.Embedding) and hasattr(module, "dequantize")
 
 
 def shape_of(module: nn.Linear | nn.Embedding) -> tuple[int, int]:
@@ -102,7 +102,7 @@ def _matrices(module: nn.Module):
     if is_packed(module):
         yield "weight", None
     for name, parameter in module._parameters.items():
-        if parameter is not None and (parameter.dim() >= 2 or name == "gate" or (name == "weight" and "Norm" in type(module).__name__)):
+        if parameter is not None and parameter.numel() and (parameter.dim() >= 2 or name == "gate" or (name == "weight" and "Norm" in type(module).__name__)):
             yield name, parameter
 
 

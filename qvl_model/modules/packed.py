@@ -1,11 +1,14 @@
 """Linear layers and tied embeddings whose weights are stored as int8 or int4."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 import qvl_kernels
 from qvl_kernels import quant
 from qvl_kernels.quant import QuantizedWeight
+from qvl_model.modules.packed_weight import Kept, PackedWeight, copied_to_train, merge_in_progress
 from qvl_model.modules.plain import autocast_dtype
 
 __all__ = ["FORMATS", "PackedEmbedding", "PackedLinear"]
@@ -14,20 +17,89 @@ FORMATS = {"int8": 8, "int4": 4}  # name -> bits
 
 
 class _Packed:
-    """What packed modules share: buffers ``weight_values`` and ``weight_scales`` (see ``qvl_kernels.quant``) in place of ``weight``."""
+    """What packed modules share: buffers ``weight_values`` and ``weight_scales`` (see ``qvl_kernels.quant``) in place of ``weight``.
+
+    The parameter of that name is empty, [N, 0], and in no state_dict: it follows the model's dtype and device, and tells by its length
+    and by being one for two modules what PEFT looks for, an embedding and what is tied to it.
+    """
 
     @property
     def quantized(self) -> QuantizedWeight:
         return QuantizedWeight(self.weight_values, self.weight_scales, self._inputs)
 
     @property
-    def qweight(self) -> Tensor:
-        """The values, under the name by which PEFT finds the device of a quantised layer."""
-        return self.weight_values
+    def weight(self) -> PackedWeight:
+        """The weight [N, K] in the model's dtype: dequantised where it is read, quantised again where it is written."""
+        return nn.Parameter(PackedWeight(self), requires_grad=False)
+
+    def __setattr__(self, name: str, value) -> None:
+        """A parameter as ``weight`` turns the module back into a plain one; the weight of another packed module is shared, as tied weights are."""
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif isinstance(value, PackedWeight):
+            self._share(value.module)
+        elif isinstance(value, nn.Parameter):
+            self.unpack(value)
+        else:
+            raise TypeError(f"the weight of a quantised layer takes an nn.Parameter, got {type(value).__name__}; write other values to weight.data")
+
+    def __deepcopy__(self, memo: dict) -> nn.Module:
+        """A packed copy; one that an adapter trains in place of the original (``modules_to_save``) has a plain weight."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        if copied_to_train(self):
+            copied.unpack(nn.Parameter(copied.dequantize(copied.weight.dtype)))
+        return copied
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the module multiplies with."""
         return quant.dequantize(self.quantized, dtype)
+
+    @torch.no_grad()
+    def requantize(self, weight: Tensor) -> None:
+        """Takes ``weight`` [N, K] in the module's format; rows that are as they were stay so bit for bit.
+
+        What was there before an adapter was merged is kept until the adapter is unmerged, and then put back.
+        Raises: ValueError for another K and weights that are not finite; RuntimeError where nothing was kept to put back.
+        """
+        old = self.quantized
+        if weight.dim() != 2 or weight.shape[1] != old.in_features:
+            shape = list(weight.shape)
+            raise ValueError(f"the weight of this quantised layer takes shape [N, {old.in_features}], got {shape}; replace the layer instead")
+        merge = merge_in_progress(self)
+        if merge is not None and merge.undone:
+            original = self._kept.undo(merge)
+            if original is not None:
+                return self._replace(original)
+        new = quant.quantize(weight, old.bits, *([old.group] if old.bits == 4 else []))
+        rows = min(len(old.values), len(new.values))
+        same = (self.dequantize(weight.dtype)[:rows] == weight[:rows]).all(1).nonzero()[:, 0]
+        new.values[same], new.scales[same] = old.values[same], old.scales[same]
+        if merge is None or merge.for_good:
+            self._kept.forget()
+        elif not merge.undone:
+            self._kept.keep(merge, old)
+        self._replace(new)
+
+    def _replace(self, new: QuantizedWeight) -> None:
+        """In place where it fits, for a tied module to see it too."""
+        if new.values.shape == self.weight_values.shape:
+            self.weight_values.copy_(new.values)
+            self.weight_scales.copy_(new.scales)
+        else:
+            self.weight_values, self.weight_scales = new.values, new.scales
+            self._parameters["weight"] = nn.Parameter(self._parameters["weight"].new_empty(len(new.values), 0), requires_grad=False)
+
+    def _share(self, other: nn.Module) -> None:
+        """Becomes tied to ``other``."""
+        self.weight_values, self.weight_scales, self._kept = other.weight_values, other.weight_scales, other._kept
+        self._parameters["weight"] = other._parameters["weight"]
+
+    def unpack(self, weight: nn.Parameter) -> None:
+        """Turns the module itself back into a plain one with ``weight``: hooks, names and references to it stay."""
+        del self.weight_values, self.weight_scales, self._kept, self.was_trained
+        self.__class__ = nn.Linear if isinstance(self, nn.Linear) else nn.Embedding
+        self.weight = weight
 
     def _apply(self, fn, recurse=True):
         """Moves with ``.to(device)``; scales keep their dtype through ``.to(dtype)``, as integers do."""
@@ -37,10 +109,23 @@ class _Packed:
             self.weight_scales = scales.to(self.weight_scales.device)
         return self
 
-    def _take(self, quantized: QuantizedWeight) -> None:
-        self.register_parameter("weight", None)
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}weight"]
+
+    def _load_from_state_dict(self, *args):
+        weight, self._parameters["weight"] = self._parameters["weight"], None
+        super()._load_from_state_dict(*args)
+        self._parameters["weight"] = weight
+
+    def _take(self, quantized: QuantizedWeight, weight: Tensor) -> None:
+        """Holds ``quantized`` in place of ``weight``."""
+        empty = torch.empty(weight.shape[0], 0, dtype=weight.dtype, device=quantized.values.device)
+        self._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
         self.register_buffer("weight_values", quantized.values)
         self.register_buffer("weight_scales", quantized.scales)
+        self._kept = Kept()
+        self.was_trained = weight.requires_grad
 
 
 class PackedLinear(_Packed, nn.Linear):
@@ -72,15 +157,16 @@ class PackedLinear(_Packed, nn.Linear):
         packed = cls.__new__(cls)
         nn.Module.__init__(packed)
         packed.in_features, packed.out_features, packed.training = linear.in_features, linear.out_features, linear.training
-        packed._take(quant.quantize(linear.weight.detach(), FORMATS[weights], group))
+        packed._take(quant.quantize(linear.weight.detach(), FORMATS[weights], group), linear.weight)
         packed.register_parameter("bias", linear.bias)
         return packed
 
     @staticmethod
     def pack(linear: nn.Linear, quantized: QuantizedWeight) -> None:
         """Turns ``linear`` itself into a packed layer: hooks, names and references to it stay."""
+        weight = linear.weight
         linear.__class__ = PackedLinear
-        linear._take(quantized)
+        linear._take(quantized, weight)
 
     def forward(self, input: Tensor) -> Tensor:
         lower = autocast_dtype(input.device)
@@ -103,14 +189,13 @@ class PackedEmbedding(_Packed, nn.Embedding):
         return self.embedding_dim
 
     @staticmethod
-    def pack(embedding: nn.Embedding, quantized: QuantizedWeight, dtype: torch.dtype) -> None:
-        """Turns ``embedding`` itself into a packed one that gives rows in ``dtype``."""
+    def pack(embedding: nn.Embedding, quantized: QuantizedWeight) -> None:
+        """Turns ``embedding`` itself into a packed one that gives rows in the dtype of its weight."""
+        weight = embedding.weight
         embedding.__class__ = PackedEmbedding
-        embedding._take(quantized)
-        # Empty: follows the model's dtype and device.
-        embedding.register_buffer("rows_like", torch.empty(0, dtype=dtype, device=quantized.values.device), persistent=False)
+        embedding._take(quantized, weight)
 
     def forward(self, input: Tensor) -> Tensor:
         ids = input.reshape(-1)
         rows = QuantizedWeight(self.weight_values[ids], self.weight_scales[ids], self.embedding_dim)
-        return quant.dequantize(rows, self.rows_like.dtype).view(*input.shape, self.embedding_dim)
+        return quant.dequantize(rows, self._parameters["weight"].dtype).view(*input.shape, self.embedding_dim)
