@@ -121,8 +121,10 @@ def accelerate(
             fp16; a PEFT model around one is taken too.
         weights: None, to use weights as stored; "int8" or "int4" packs every linear layer, and an embedding tied to the head;
             {"text": "int4", "vision": "int8", "lm_head": None} chooses by part. Packed weights are constants: adapters train
-            on top of them, they themselves do not. ``save_pretrained`` writes them, ``from_pretrained`` of the drop-in classes
-            reads them. In ``state_dict`` a packed layer has ``weight_values`` and ``weight_scales`` in place of ``weight``.
+            on top of them, they themselves do not, and an adapter is merged by quantising the sum. Adapters, and modules that you
+            attached to the model, are none of these parts and stay as they are. ``save_pretrained`` writes packed weights, ``from_pretrained``
+            of the drop-in classes reads them. In ``state_dict`` a packed layer has ``weight_values`` and ``weight_scales`` in place of ``weight``;
+            as an attribute ``weight`` is dequantised where it is read, and what is written to it is quantised.
         group: inputs that share an int4 scale: 32, 64 or 128.
         mlp_rows: None, or how many tokens an MLP takes at a time, for memory: what it computes in between, several times as wide as
             its input, exists for so many tokens only, and while training is computed again in the backward instead of kept.
@@ -132,7 +134,7 @@ def accelerate(
     Returns:
         model.
     Raises: TypeError for another class or type; ValueError for meta weights, foreign quantisation, unsupported dtypes, unknown formats,
-        parts or groups, and for packing weights that are not finite. The model is then as it was.
+        parts or groups, and for packing weights that are not finite or have an adapter merged into them. The model is then as it was.
     Example:
         >>> model = Qwen3VLForConditionalGeneration.from_pretrained(path)
         >>> model = qvl_model.accelerate(model)
