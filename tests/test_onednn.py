@@ -2,46 +2,63 @@
 
 import pytest
 import torch
+from op_cases import OPS, double, generator, outputs, reference
+from routes import PRODUCTS, route
 
 import qvl_kernels
-from qvl_kernels.ops.decoder_layer.cases import CASES as DECODER
 from qvl_kernels.ops.linear import onednn
-from qvl_kernels.ops.linear.cases import CASES as LINEAR
-from qvl_kernels.ops.vision_block.cases import CASES as VISION
-from qvl_kernels.testing import assert_close_to_truth, relative_error
+from qvl_kernels.testing import assert_close_to_truth, relative_error, surrounded
 
-CASES = [
-    pytest.param(function, case, id=f"{function.__name__}-{case.name}")
-    for function, cases in (
-        (qvl_kernels.linear, LINEAR),
-        (qvl_kernels.decoder_layer, DECODER),
-        (qvl_kernels.vision_block, VISION),
-    )
-    for case in cases
-    if not case.model
-]
+CASES = [pytest.param(op, case, id=f"{op}-{case.name}") for op in sorted(PRODUCTS) for case in OPS[op][1] if not case.model]
+NAN = float("nan")
 
 
-@pytest.mark.parametrize(("function", "case"), CASES)
-def test_onednn_route(function, case, monkeypatch):
-    used = []
-    monkeypatch.setattr(onednn, "onednn_is_faster", lambda: not used.append(True))
-    arguments = case.make(torch.bfloat16, torch.Generator().manual_seed(0))
-    with qvl_kernels.use_backend("cpp"):
-        got = function(**arguments)
-    monkeypatch.undo()
-    with qvl_kernels.use_backend("reference"):
-        plain = function(**arguments)
-        wide = {
-            name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-            for name, value in arguments.items()
-        }
-        if "weights" in arguments:
-            wide["weights"] = type(arguments["weights"])(*(w if w is None else w.double() for w in arguments["weights"]))
-        truth = function(**wide)
-    assert_close_to_truth(got, plain, truth)
-    rows = got.numel() // got.shape[-1] if got.numel() else 0
-    assert bool(used) == (rows >= onednn.MIN_ROWS)
+@pytest.fixture
+def calls(monkeypatch):
+    """Shapes of the weights that PyTorch's linear was called with."""
+    seen, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, bias=None: (seen.append(weight.shape), linear(x, weight, bias))[1])
+    return seen
+
+
+@pytest.mark.parametrize("name", ["onednn", qvl_kernels.cpu_info()["isa"]])
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_each_route(op, case, name, calls):
+    function, arguments = OPS[op][0], case.make(torch.bfloat16, generator())
+    wide, plain_arguments = double(arguments), case.make(torch.bfloat16, generator())
+    with torch.no_grad(), qvl_kernels.use_backend("cpp"), route(name):
+        out = outputs(function(**arguments))
+    taken = bool(calls)
+    for ours, plain, truth in zip(out, reference(function, plain_arguments), reference(function, wide)):
+        assert_close_to_truth(ours, plain, truth)
+    assert taken == (name == "onednn" and case.name in ("whole_tiles", "bool_mask"))
+
+
+def test_the_route_needs_many_rows_of_bf16_in_whole_tiles(calls):
+    with route("onednn"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for rows in (onednn.MIN_ROWS - 1, onednn.MIN_ROWS):
+                for k in (31, 32, 33, 48, 64):
+                    qvl_kernels.linear(torch.randn(rows, k).to(dtype), torch.randn(5, k).to(dtype))
+                    assert bool(calls) == (dtype is torch.bfloat16 and rows >= onednn.MIN_ROWS and k % 32 == 0), (dtype, rows, k)
+                    calls.clear()
+
+
+@pytest.mark.parametrize("name", ["onednn", "amx"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_lies_between_rows_is_not_read(dtype, name):
+    """Around the tensors and between their rows is NaN, and so is one of the rows."""
+    others = torch.arange(40) != 20
+    for k in (*range(1, 10), 31, 32, 33, 48, 63, 64, 65, 96):
+        for gaps in ((0, 0), (3, 0), (0, 3), (1, 1), (8, 8)):
+            x, weight = (
+                surrounded(torch.randn(rows, k + gap, generator=generator()).to(dtype)[:, :k]) for rows, gap in zip((40, 11), gaps)
+            )
+            x[20] = NAN
+            with route(name):
+                out = qvl_kernels.linear(x, weight)
+            assert out[20].isnan().all() and out[others].isfinite().all(), (k, gaps)
+            assert relative_error(out[others], x[others].double() @ weight.double().T) < 1e-2
 
 
 def test_measurement_decides(monkeypatch):

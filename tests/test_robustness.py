@@ -1,4 +1,4 @@
-"""Sizes, numbers and thread counts at their ends, on every instruction set of this machine."""
+"""Sizes, numbers and thread counts at their ends, on every instruction set of this machine and through oneDNN."""
 
 import functools
 from collections.abc import Callable
@@ -6,13 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from op_cases import OPS, double, outputs, reference
+from routes import ISAS, route, routes
 
 import qvl_kernels
 from qvl_kernels import quant
 from qvl_kernels.testing import instruction_set, random_tensor, relative_error
 
 NAN, INF = float("nan"), float("inf")
-ISAS = qvl_kernels.cpu_info()["supported"]
 FORMATS = [None, (8, 128), (4, 32), (4, 64), (4, 128)]
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -72,12 +72,13 @@ ACTIVATIONS = {
     "rms_norm": (("x",), ("prime", "strided")), "add_rms_norm": (("x", "residual"), ("prime",)), "layer_norm": (("x",), ("prime", "strided")),
     "add_layer_norm": (("x", "residual"), ("prime",)), "swiglu": (("gate", "up"), ("odd", "strided")),
     "gelu_tanh": (("x",), ("odd", "odd_bias")),
-    "linear": (("x",), ("one", "odd_k_rows_2", "rows_5", "odd_k_rows_17", "many_panels")), "patch_embed": (("pixels",), ("odd", "no_bias")),
-    "linear_cross_entropy": (("hidden",), ("none", "sum_smoothed")), "qk_norm_rope": (("q", "k"), ("odd_half",)),
+    "linear": (("x",), ("one", "odd_k_rows_2", "rows_5", "odd_k_rows_17", "many_panels", "whole_tiles")),
+    "patch_embed": (("pixels",), ("odd", "no_bias", "whole_tiles")),
+    "linear_cross_entropy": (("hidden",), ("none", "sum_smoothed", "whole_tiles")), "qk_norm_rope": (("q", "k"), ("odd_half",)),
     "vision_rope": (("q", "k"), ("odd",)),
     "attention": (("q", "k", "v"), ("one_query", "odd_head_dim", "packed")),
     "cross_attention": (("q", "k", "v"), ("lengths", "one_query")), "decode_attention": (("q", "k_cache", "v_cache"), ("lengths",)),
-    "decoder_layer": (("x",), ("odd_decode",)), "vision_block": (("x",), ("odd",)),
+    "decoder_layer": (("x",), ("odd_decode",)), "vision_block": (("x",), ("odd", "whole_tiles")),
 }  # fmt: skip
 
 
@@ -98,12 +99,13 @@ def test_not_finite_activations_propagate_as_in_the_reference(op, name, dtype, b
         spoiled = arguments[name] = arguments[name].clone()
         spoiled[tuple(size // 2 for size in spoiled.shape)] = bad
         exact = reference(function, double(arguments))
-        for isa in ISAS:
-            with torch.no_grad(), qvl_kernels.use_backend("cpp"), instruction_set(isa):
+        forced = routes(op, dtype)
+        for way in [*forced, "amx"] if "onednn" in forced else forced:
+            with torch.no_grad(), qvl_kernels.use_backend("cpp"), route(way):
                 outs = outputs(function(**arguments))
             for out, truth in zip(outs, exact):
                 for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-                    assert torch.equal(kind(out), kind(truth)), f"{case.name} on {isa}: {kind.__name__}"
+                    assert torch.equal(kind(out), kind(truth)), f"{case.name} on {way}: {kind.__name__}"
 
 
 @functools.cache

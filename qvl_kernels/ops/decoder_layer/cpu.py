@@ -44,7 +44,7 @@ def run_extension_layers(
 
 
 def decoder_layer_cpu(x, norms, weights, biases, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale):
-    if use_onednn(x, x.shape[0] * x.shape[1]):
+    if use_onednn(x, x.shape[0] * x.shape[1], *weights):
         return compose_decoder_layer(x, norms, weights, biases, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale)
     layer = extension_layer(norms, weights, biases, num_heads, k_cache.shape[1], k_cache.shape[3], eps, scale)
     return run_extension_layers([layer], x, cos, sin, [extension_cache(k_cache, v_cache)], past, mask, num_heads)[0]

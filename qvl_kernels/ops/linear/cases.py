@@ -29,5 +29,6 @@ CASES = [
     _case("many_panels", 600, 98, 66),
     _case("strided", 19, 40, 48, strided=True),
     _case("strided_decode", 3, 40, 45, strided=True, bias=True),
+    _case("whole_tiles", 40, 50, 96, strided=True, bias=True),
     _case("no_rows", 0, 8, 16),
 ]

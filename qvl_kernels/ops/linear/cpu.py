@@ -10,7 +10,7 @@ __all__ = ["extension_linear", "linear_cpu"]
 
 
 def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if use_onednn(x, x.numel() // max(1, x.shape[-1])):
+    if use_onednn(x, x.numel() // max(1, x.shape[-1]), weight):
         return torch.nn.functional.linear(x, weight, bias)
     return extension_linear(x, weight, bias)
 

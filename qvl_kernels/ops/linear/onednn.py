@@ -5,14 +5,20 @@ import time
 
 import torch
 
-__all__ = ["MIN_ROWS", "onednn_is_faster", "use_onednn"]
+__all__ = ["MIN_ROWS", "TILE_K", "onednn_is_faster", "use_onednn"]
 
 MIN_ROWS = 16  # fewer rows are bound by memory, where the extension's matrix-vector product wins
+TILE_K = 32  # bf16 numbers in a row of a tile
 
 
-def use_onednn(x: torch.Tensor, rows: int) -> bool:
-    """Whether linear layers over ``rows`` rows of x's dtype go through PyTorch."""
-    return rows >= MIN_ROWS and x.dtype is torch.bfloat16 and onednn_is_faster()
+def use_onednn(x: torch.Tensor, rows: int, *weights: torch.Tensor) -> bool:
+    """Whether linear layers by ``weights`` [N, K] over ``rows`` rows of x's dtype go through PyTorch.
+
+    Only with K in whole tiles: oneDNN (3.12, in torch 2.13) loads a row's last tile past its end and counts on zeros in the weight's.
+    What lies there is the next row, or the gap between two; a NaN or infinity in it would spoil this row too [oneDNN #5717].
+    """
+    whole_tiles = all(weight.shape[1] % TILE_K == 0 for weight in weights)
+    return rows >= MIN_ROWS and x.dtype is torch.bfloat16 and whole_tiles and onednn_is_faster()
 
 
 @functools.cache

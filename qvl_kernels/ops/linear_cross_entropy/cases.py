@@ -22,5 +22,6 @@ CASES = [
     _case("tokens_256", 256, 151936, 2048, model=True),
     _case("mean", 37, 131, 24, ignored=5),
     _case("sum_smoothed", 19, 64, 33, smoothing=0.1, reduction="sum"),
+    _case("whole_tiles", 21, 50, 64),
     _case("none", 7, 50, 16, ignored=2, reduction="none"),
 ]

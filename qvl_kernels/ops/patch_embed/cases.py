@@ -20,5 +20,6 @@ def _case(name: str, n: int, e: int, kernel: tuple[int, int, int, int], *, bias=
 CASES = [
     _case("image_448", 784, 1024, (3, 2, 16, 16), model=True),
     _case("odd", 5, 33, (3, 1, 5, 3)),
+    _case("whole_tiles", 18, 33, (3, 2, 4, 4)),
     _case("no_bias", 9, 16, (1, 2, 4, 4), bias=False),
 ]

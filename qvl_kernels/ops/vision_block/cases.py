@@ -38,4 +38,5 @@ CASES = [
     _case("odd", [4, 68, 12], 60, 3, 70),
     _case("one_patch", [1], 32, 2, 64),
     _case("panels", [130, 6], 64, 4, 130),
+    _case("whole_tiles", [3, 40, 5], 64, 4, 96),
 ]

@@ -11,7 +11,7 @@ __all__ = ["quantized_vision_block", "vision_block_cpu"]
 
 
 def vision_block_cpu(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps):
-    if use_onednn(x, x.shape[0]):
+    if use_onednn(x, x.shape[0], *weights):
         return compose_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps)
     return _extension_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps)
 
