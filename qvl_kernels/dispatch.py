@@ -1,8 +1,12 @@
 """Which backend runs a call: the fast one of the tensor's device, else the reference, with each reason said once."""
 
 import contextlib
+import importlib
+import sys
 import warnings
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 import torch
 
@@ -16,13 +20,26 @@ FAST_BACKEND = {"cpu": "cpp", "cuda": "triton"}
 _forced: str | None = None
 _fallbacks: dict[str, None] = {}  # "op: reason" in order of appearance
 
-try:
-    from qvl_kernels import _C as _extension
 
-    _extension_error: str | None = None
-except ImportError as error:
-    _extension = None
-    _extension_error = f"the C++ extension qvl_kernels._C cannot be imported ({error}); build it with: pip install -e ."
+def _load_extension():
+    """qvl_kernels._C of this folder and of no other: one of other sources might compute something else."""
+    name, here = "qvl_kernels._C", Path(__file__).parent
+    if PathFinder.find_spec(name, [str(here)]) is None:
+        folders = [str(Path(entry or ".").resolve() / here.name) for entry in sys.path]
+        found = [spec.origin for finder in sys.meta_path if (spec := finder.find_spec(name, folders)) is not None]
+        if found:
+            raise ImportError(
+                f"{here} has no built extension and hides the qvl_kernels installed in {Path(found[0]).parents[1]}: run Python from another "
+                f"folder (and without {here.parent} in PYTHONPATH), or build the extension there: python setup.py build_ext --inplace"
+            )
+        return None, "the C++ extension qvl_kernels._C is not built; build it with: pip install -e ."
+    try:
+        return importlib.import_module(name), None
+    except ImportError as error:
+        return None, f"the C++ extension qvl_kernels._C cannot be imported ({error}); build it with: pip install -e ."
+
+
+_extension, _extension_error = _load_extension()
 
 
 def extension():

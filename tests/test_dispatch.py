@@ -1,9 +1,11 @@
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +13,14 @@ import torch
 import qvl_kernels
 from qvl_kernels import dispatch, gpu
 
+ROOT = Path(qvl_kernels.__file__).parents[1]
 
-def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs code in a process of its own with these variables set."""
+
+def _python(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """Runs Python in a process of its own with these variables set."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("QVL_")}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**variables, **environment}, timeout=120
+        [sys.executable, *arguments], capture_output=True, text=True, env={**variables, **environment}, timeout=120, cwd=cwd
     )
 
 
@@ -123,21 +127,55 @@ def test_cpu_info():
 
 def test_backend_variable():
     forced = "import torch, qvl_kernels\nprint(qvl_kernels.dispatch.choose('op', torch.device('cpu')))"
-    assert _python(forced, QVL_BACKEND="reference").stdout.strip() == "reference"
-    unknown = _python(NORM, QVL_BACKEND="fast")
+    assert _python("-c", forced, QVL_BACKEND="reference").stdout.strip() == "reference"
+    unknown = _python("-c", NORM, QVL_BACKEND="fast")
     assert unknown.returncode != 0
     assert "ValueError: unknown backend 'fast'; choose one of reference, cpp, triton" in unknown.stderr
 
 
 def test_missing_extension_names_the_command_that_builds_it():
     hidden = "import sys\nsys.modules['qvl_kernels._C'] = None\n"
-    missing = _python(hidden + NORM)
+    missing = _python("-c", hidden + NORM)
     assert missing.returncode != 0
     assert "RuntimeError: qvl_kernels: the C++ extension" in missing.stderr
     assert "build it with: pip install -e ." in missing.stderr
-    listed = _python(hidden + "import qvl_kernels\nprint(qvl_kernels.backends()['cpp'])")
+    listed = _python("-c", hidden + "import qvl_kernels\nprint(qvl_kernels.backends()['cpp'])")
     assert "'available': False" in listed.stdout and "pip install" in listed.stdout
-    assert _python(hidden + NORM, QVL_BACKEND="reference").stdout.strip() == "16.0"
+    assert _python("-c", hidden + NORM, QVL_BACKEND="reference").stdout.strip() == "16.0"
+
+
+@pytest.fixture(scope="module")
+def installed_and_checkout(tmp_path_factory):
+    """Folders with the packages: as installed, and as a checkout in which nothing has been built."""
+    folders = tmp_path_factory.mktemp("site-packages"), tmp_path_factory.mktemp("checkout")
+    for folder, left_out in zip(folders, (["digits"], ["digits", "_C*"])):
+        for package in ("qvl_kernels", "qvl_model"):
+            shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", *left_out))
+    return folders
+
+
+@pytest.mark.parametrize("arguments", [("-c", "import qvl_kernels"), ("-c", "import qvl_model"), ("-m", "qvl_model.cli", "--help")], ids=" ".join)
+def test_a_checkout_that_hides_an_installed_package_says_so(arguments, installed_and_checkout):
+    """Its extension is not loaded: of the same version number, it may still be of other sources."""
+    installed, checkout = installed_and_checkout
+    result = _python(*arguments, cwd=checkout, PYTHONPATH=str(installed))
+    assert result.returncode != 0
+    last = result.stderr.splitlines()[-1]
+    assert last == (
+        f"ImportError: {checkout / 'qvl_kernels'} has no built extension and hides the qvl_kernels installed in {installed}: run Python from "
+        f"another folder (and without {checkout} in PYTHONPATH), or build the extension there: python setup.py build_ext --inplace"
+    )
+    assert "circular" not in result.stderr and "During handling" not in result.stderr
+
+
+def test_both_ways_out_of_a_hidden_package(installed_and_checkout, tmp_path):
+    installed, checkout = installed_and_checkout
+    where = "import qvl_kernels; print(qvl_kernels.cpu_info()['isa'], qvl_kernels.__file__)"
+    assert str(installed) in _python("-c", where, cwd=tmp_path, PYTHONPATH=str(installed)).stdout
+    shutil.copytree(checkout / "qvl_kernels", tmp_path / "qvl_kernels")
+    for extension in installed.glob("qvl_kernels/_C*"):
+        shutil.copy(extension, tmp_path / "qvl_kernels")
+    assert str(tmp_path) in _python("-c", where, cwd=tmp_path, PYTHONPATH=str(installed)).stdout
 
 
 def test_every_gpu_has_an_audited_architecture():
