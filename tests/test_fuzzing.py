@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fuzzing import ISAS, Layouts, place
+from fuzzing import Layouts, place
+from kernel_selection import ISAS
 
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES

@@ -1,15 +1,16 @@
-"""The route of machines with AMX, forced here: layers composed of single ops around PyTorch's own linear."""
+"""Matmuls by oneDNN, as on machines with AMX, forced here: layers composed of single ops around PyTorch's own linear."""
 
 import pytest
 import torch
+from bounds import norm_error
+from kernel_selection import MATMULS, select, selections
 from op_cases import OPS, double, generator, outputs, reference
-from routes import PRODUCTS, route
 
 import qvl_kernels
 from qvl_kernels.ops.linear import onednn
 from qvl_kernels.testing import assert_close_to_truth, relative_error, surrounded
 
-CASES = [pytest.param(op, case, id=f"{op}-{case.name}") for op in sorted(PRODUCTS) for case in OPS[op][1] if not case.model]
+CASES = [pytest.param(op, case, id=f"{op}-{case.name}") for op in sorted(MATMULS) for case in OPS[op][1] if not case.model]
 NAN = float("nan")
 
 
@@ -21,21 +22,22 @@ def calls(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("name", ["onednn", qvl_kernels.cpu_info()["isa"]])
 @pytest.mark.parametrize(("op", "case"), CASES)
-def test_each_route(op, case, name, calls):
-    function, arguments = OPS[op][0], case.make(torch.bfloat16, generator())
-    wide, plain_arguments = double(arguments), case.make(torch.bfloat16, generator())
-    with torch.no_grad(), qvl_kernels.use_backend("cpp"), route(name):
-        out = outputs(function(**arguments))
-    taken = bool(calls)
-    for ours, plain, truth in zip(out, reference(function, plain_arguments), reference(function, wide)):
-        assert_close_to_truth(ours, plain, truth)
-    assert taken == (name == "onednn" and case.name in ("whole_tiles", "bool_mask"))
+def test_each_kernel_selection(op, case, calls):
+    function, plain_arguments = OPS[op][0], case.make(torch.bfloat16, generator())
+    truth, plain = reference(function, double(plain_arguments)), reference(function, plain_arguments)
+    for name in selections(op, torch.bfloat16):
+        calls.clear()
+        arguments = case.make(torch.bfloat16, generator())
+        with torch.no_grad(), qvl_kernels.use_backend("cpp"), select(name):
+            out = outputs(function(**arguments))
+        assert bool(calls) == (name == "onednn" and case.name in ("whole_tiles", "bool_mask")), name
+        for ours, baseline, exact in zip(out, plain, truth):
+            assert_close_to_truth(ours, baseline, exact, floor=norm_error(torch.bfloat16, 1, roundings=4))
 
 
-def test_the_route_needs_many_rows_of_bf16_in_whole_tiles(calls):
-    with route("onednn"):
+def test_onednn_takes_many_rows_of_bf16_in_whole_tiles(calls):
+    with select("onednn"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for rows in (onednn.MIN_ROWS - 1, onednn.MIN_ROWS):
                 for k in (31, 32, 33, 48, 64):
@@ -55,7 +57,7 @@ def test_what_lies_between_rows_is_not_read(dtype, name):
                 surrounded(torch.randn(rows, k + gap, generator=generator()).to(dtype)[:, :k]) for rows, gap in zip((40, 11), gaps)
             )
             x[20] = NAN
-            with route(name):
+            with select(name):
                 out = qvl_kernels.linear(x, weight)
             assert out[20].isnan().all() and out[others].isfinite().all(), (k, gaps)
             assert relative_error(out[others], x[others].double() @ weight.double().T) < 1e-2

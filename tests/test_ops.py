@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bounds import norm_error
 
 import qvl_kernels
 from qvl_kernels.testing import assert_close_to_truth, poisoned_empty
@@ -40,11 +41,19 @@ def _check_forward(op, case, dtype, monkeypatch):
         out = outputs(function(**arguments))
     monkeypatch.undo()
     assert len(out) == len(truth)
+    floor = norm_error(dtype, _longest_sum(arguments), roundings=4)  # layers round more often than once
     for ours, plain, exact in zip(out, baseline, truth):
-        assert_close_to_truth(ours, plain, exact)
+        assert_close_to_truth(ours, plain, exact, floor=floor)
     if op == "decoder_layer":  # the written cache, and everything around it untouched
         for name in ("k_cache", "v_cache"):
-            assert_close_to_truth(arguments[name], baseline_arguments[name], truth_arguments[name])
+            assert_close_to_truth(arguments[name], baseline_arguments[name], truth_arguments[name], floor=floor)
+
+
+def _longest_sum(arguments: dict) -> int:
+    """Over the last dimension of a tensor, or over all others: tokens, keys, outputs."""
+    lengths = [1]
+    map_tensors(lambda x: lengths.extend((x.shape[-1], x.shape[:-1].numel())), arguments)
+    return max(lengths)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,8 +68,9 @@ def test_gradients(op, case, dtype):
         baseline = gradients(function, arguments, cotangents)
     with qvl_kernels.use_backend("cpp"):
         ours = gradients(function, arguments, cotangents)
+    floor = norm_error(dtype, _longest_sum(arguments), roundings=6)  # probabilities and their gradients are rounded, too
     for gradient, plain, exact in zip(ours, baseline, truth):
-        assert_close_to_truth(gradient, plain, exact, factor=3.0)
+        assert_close_to_truth(gradient, plain, exact, factor=3.0, floor=floor)
 
 
 @pytest.mark.parametrize(("op", "case"), [p for p in SMALL if p.values[1].name != "empty"])

@@ -1,12 +1,13 @@
-"""Sizes, numbers and thread counts at their ends, on every instruction set of this machine and through oneDNN."""
+"""Sizes, numbers and thread counts at their ends, on every instruction set of this machine and by oneDNN."""
 
 import functools
 from collections.abc import Callable
 
 import pytest
 import torch
+from bounds import norm_error
+from kernel_selection import ISAS, select, selections
 from op_cases import OPS, double, outputs, reference
-from routes import ISAS, route, routes
 
 import qvl_kernels
 from qvl_kernels import quant
@@ -14,7 +15,7 @@ from qvl_kernels.testing import instruction_set, random_tensor, relative_error
 
 NAN, INF = float("nan"), float("inf")
 FORMATS = [None, (8, 128), (4, 32), (4, 64), (4, 128)]
-LIMITS = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def _generator() -> torch.Generator:
@@ -44,13 +45,13 @@ def test_products_of_any_size(form):
             bias = random_tensor((n,), torch.float32, generator).abs() + 4 * k**0.5  # sums do not vanish
             for m in (0, 1, 2, 16, 17, 67):
                 x = random_tensor((m, k), torch.float32, generator)
-                for dtype, limit in LIMITS.items():
+                for dtype in DTYPES:
                     outs, exact = _products(x.to(dtype), packed or weight.to(dtype), bias.to(dtype))
                     for isa, out in outs.items():
-                        assert out.shape == (m, n) and relative_error(out, exact) <= limit, (isa, m, n, k, dtype)
+                        assert out.shape == (m, n) and relative_error(out, exact) <= norm_error(dtype, k), (isa, m, n, k, dtype)
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 4, 16, 40])
 def test_weights_with_a_zero_row_an_outlier_and_denormals(rows, dtype):
     generator, k = _generator(), 130
@@ -62,7 +63,7 @@ def test_weights_with_a_zero_row_an_outlier_and_denormals(rows, dtype):
     for isa, out in outs.items():
         assert not out[:, 0].any(), isa
         for column in (1, *range(3, 41)):
-            assert relative_error(out[:, column], exact[:, column]) <= LIMITS[dtype], (isa, column)
+            assert relative_error(out[:, column], exact[:, column]) <= norm_error(dtype, k), (isa, column)
         # Some instructions take denormals as zeros.
         assert bool((out[:, 2].double() - exact[:, 2]).abs().le(k * 4 * denormal).all()), isa
 
@@ -89,7 +90,7 @@ def test_every_op_but_the_quantised_is_here():
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, (names, _) in ACTIVATIONS.items() for name in names])
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_not_finite_activations_propagate_as_in_the_reference(op, name, dtype, bad):
     function, cases = OPS[op]
     for case in cases:
@@ -99,13 +100,12 @@ def test_not_finite_activations_propagate_as_in_the_reference(op, name, dtype, b
         spoiled = arguments[name] = arguments[name].clone()
         spoiled[tuple(size // 2 for size in spoiled.shape)] = bad
         exact = reference(function, double(arguments))
-        forced = routes(op, dtype)
-        for way in [*forced, "amx"] if "onednn" in forced else forced:
-            with torch.no_grad(), qvl_kernels.use_backend("cpp"), route(way):
+        for kernels in selections(op, dtype, amx=True):
+            with torch.no_grad(), qvl_kernels.use_backend("cpp"), select(kernels):
                 outs = outputs(function(**arguments))
             for out, truth in zip(outs, exact):
                 for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-                    assert torch.equal(kind(out), kind(truth)), f"{case.name} on {way}: {kind.__name__}"
+                    assert torch.equal(kind(out), kind(truth)), f"{case.name} on {kernels}: {kind.__name__}"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The ways that products can take on the CPU, each forced: kernels of every instruction set of this machine, and oneDNN.
+"""Every kernel selection of matmuls on the CPU, forced: the instruction sets that this machine has, and oneDNN.
 
 fp32, bf16 and fp16 take the fma or the dot instructions of an instruction set, as ``qvl_kernels.cpu_info()["gemm_route"]`` says.
 """
@@ -14,21 +14,21 @@ from qvl_kernels.ops.linear import onednn
 from qvl_kernels.testing import instruction_set
 
 ISAS = qvl_kernels.cpu_info()["supported"]
-PRODUCTS = {"linear", "patch_embed", "linear_cross_entropy", "decoder_layer", "vision_block"}  # ops that may go through oneDNN
+MATMULS = {"linear", "patch_embed", "linear_cross_entropy", "decoder_layer", "vision_block"}  # ops that may go through oneDNN
 
 
-def routes(op: str, dtype: torch.dtype) -> list[str]:
-    return [*ISAS, "onednn"] if op in PRODUCTS and dtype is torch.bfloat16 else ISAS
+def selections(op: str, dtype: torch.dtype, *, amx: bool = False) -> list[str]:
+    by_onednn = ["onednn", "amx"] if amx else ["onednn"]
+    return [*ISAS, *by_onednn] if op in MATMULS and dtype is torch.bfloat16 else ISAS
 
 
 @contextlib.contextmanager
-def route(name: str) -> Iterator[None]:
-    """Products inside the block go this way, whichever the machine would choose. "amx": through oneDNN, emulated where this machine
-    has no AMX."""
-    through_onednn = name in ("onednn", "amx")
+def select(name: str) -> Iterator[None]:
+    """Matmuls inside the block run on these kernels, whichever the machine would choose. "amx": oneDNN's, emulated where there is no AMX."""
+    by_onednn = name in ("onednn", "amx")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(onednn, "onednn_is_faster", lambda: through_onednn))
-        if not through_onednn:
+        stack.enter_context(mock.patch.object(onednn, "onednn_is_faster", lambda: by_onednn))
+        if not by_onednn:
             stack.enter_context(instruction_set(name))
         elif name == "amx" and not torch.cpu._is_amx_tile_supported():
             stack.enter_context(mock.patch.object(torch.nn.functional, "linear", _overreading_linear))
