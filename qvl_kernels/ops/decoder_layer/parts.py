@@ -7,6 +7,7 @@ from qvl_kernels.gemv import gemv_op, gemv_swiglu_op, quantized_gemv_op, quantiz
 from qvl_kernels.library import call
 from qvl_kernels.ops.linear import few_rows
 from qvl_kernels.ops.linear.op import linear_op
+from qvl_kernels.ops.linear.pytorch import pytorch_linear
 from qvl_kernels.ops.quantized_linear.op import quantized_linear_op
 from qvl_kernels.ops.rms_norm.op import rms_norm_op
 from qvl_kernels.ops.swiglu.op import swiglu_op
@@ -56,4 +57,4 @@ def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch
     """x weight^T + bias."""
     if isinstance(weight, QuantizedWeight):
         return call(quantized_linear_op, x, weight.values, weight.scales, bias)
-    return call(linear_op, x, weight, bias) if x.is_cpu else torch.nn.functional.linear(x, weight, bias)
+    return call(linear_op, x, weight, bias) if x.is_cpu else pytorch_linear(x, weight, bias)

@@ -3,6 +3,7 @@ import torch
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
 from qvl_kernels.ops.linear.onednn import use_onednn
+from qvl_kernels.ops.linear.pytorch import pytorch_linear
 from qvl_kernels.ops.linear.weights import extension_weight, out_features
 from qvl_kernels.quant import QuantizedWeight
 
@@ -11,7 +12,7 @@ __all__ = ["extension_linear", "linear_cpu"]
 
 def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if use_onednn(x, x.numel() // max(1, x.shape[-1]), weight):
-        return torch.nn.functional.linear(x, weight, bias)
+        return pytorch_linear(x, weight, bias)
     return extension_linear(x, weight, bias)
 
 

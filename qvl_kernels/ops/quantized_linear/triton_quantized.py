@@ -4,6 +4,7 @@ import torch
 
 from qvl_kernels import tuning
 from qvl_kernels.gemv.launch import launch_quantized_gemv
+from qvl_kernels.ops.linear.pytorch import pytorch_linear
 from qvl_kernels.ops.quantized_linear.triton_dequantize import launch_dequantize
 from qvl_kernels.ops.quantized_linear.triton_int8 import launch_int8_matmul
 from qvl_kernels.triton_lib import as_rows
@@ -17,7 +18,7 @@ def launch_quantized_linear(x: torch.Tensor, values: torch.Tensor, scales: torch
     if route == "gemv":
         return launch_quantized_gemv(x, values, scales, bias, None, 0.0, None)
     if route == "dequantize":
-        return torch.nn.functional.linear(x, launch_dequantize(values, scales, x.shape[-1], x.dtype), bias)
+        return pytorch_linear(x, launch_dequantize(values, scales, x.shape[-1], x.dtype), bias)
     y = torch.empty((*x.shape[:-1], values.shape[0]), dtype=x.dtype, device=x.device)
     launch_int8_matmul(rows, values, scales, bias, as_rows(y))
     return y
