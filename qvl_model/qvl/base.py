@@ -1,5 +1,7 @@
 """What all QVL models share: their config, first weights, and what transformers must know about them."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -9,7 +11,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from qvl_model.compat import CACHE_NAMES
 from qvl_model.qvl.configuration import QVLConfig
 
-__all__ = ["QVLPreTrainedModel", "attend", "key_mask", "rotary_tables"]
+__all__ = ["QVLPreTrainedModel", "attend", "eager", "eager_config", "key_mask", "rotary_tables"]
 
 
 class QVLPreTrainedModel(PreTrainedModel):
@@ -48,6 +50,21 @@ def attend(
     """
     function = stock.ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, stock.eager_attention_forward)
     return function(module, q, k, v, mask, dropout=dropout if module.training else 0.0, scaling=module.scaling, is_causal=False)
+
+
+def eager_config(config: QVLConfig) -> QVLConfig:
+    """``config`` with the attention formula that computes weights; a copy, unless it asks for that one already."""
+    if config._attn_implementation != "eager":
+        config = copy.copy(config)
+        config._attn_implementation = "eager"
+    return config
+
+
+def eager(attention: nn.Module) -> nn.Module:
+    """``attention`` with that formula. A shallow copy, with the same weights, children and hooks: calls in other threads do not see it."""
+    twin = copy.copy(attention)
+    twin.config = eager_config(attention.config)
+    return twin
 
 
 def rotary_tables(positions: Tensor, dim: int, theta: float) -> Tensor:

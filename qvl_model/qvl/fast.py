@@ -39,9 +39,10 @@ class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
         cache: Cache | None = None,
         use_cache: bool | None = False,
         visual: text.Visual | None = None,
+        output_attentions: bool = False,
         **kwargs,
     ) -> Tensor:
-        hidden_states = self.fuse(hidden_states, visual_tokens, visual, cache)
+        hidden_states = self.fuse(hidden_states, visual_tokens, visual, cache, output_attentions)
         return super().forward(
             hidden_states,
             position_embeddings,
@@ -50,6 +51,7 @@ class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
             use_cache=use_cache,
             **{CACHE: cache},
             fuse=False,
+            output_attentions=output_attentions,
             **kwargs,
         )
 

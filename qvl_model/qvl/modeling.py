@@ -29,8 +29,10 @@ class QVLModelOutput(CacheOutput):
         pooler_output: [B, C], the last hidden state of each sample's last token that is not padding: the one that has seen all.
         cache: the keys and values so far, with use_cache; past_key_values reads it too.
         hidden_states: with output_hidden_states, L + 1 of [B, T, C]: embeddings and the output of each layer, the last one normed.
-        attentions: with output_attentions and attn_implementation="eager", L of [B, H, T, S].
-        cross_attentions: likewise, one [B, H, T, S] per cross-attention layer, over visual tokens; empty without images.
+        attentions: with output_attentions, L of [B, H, T, S]. Such a call computes attention by the eager formula, which has these weights,
+            whatever attn_implementation is.
+        cross_attentions: likewise, one [B, H, T, S] per cross-attention layer, over visual tokens: 0 for samples without images, and empty
+            if there are no images at all.
     """
 
     last_hidden_state: Tensor | None = None

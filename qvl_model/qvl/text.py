@@ -12,7 +12,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from qvl_model.compat import CACHE, takes_cache
-from qvl_model.qvl.base import QVLPreTrainedModel, attend, key_mask, rotary_tables
+from qvl_model.qvl.base import QVLPreTrainedModel, attend, eager, eager_config, key_mask, rotary_tables
 from qvl_model.qvl.cache import add_visual_layer, visual_layer
 from qvl_model.qvl.configuration import QVLConfig
 
@@ -62,7 +62,9 @@ class QVLCrossAttention(nn.Module):
         mask = key_mask(lengths, keys.shape[2], q.dtype)
         out, weights = attend(self, q.transpose(1, 2), keys, values, mask, self.attention_dropout)
         if lengths is not None:
-            out = out.masked_fill((lengths == 0)[:, None, None, None], 0)
+            blind = (lengths == 0)[:, None, None, None]
+            out = out.masked_fill(blind, 0)
+            weights = None if weights is None else weights.masked_fill(blind, 0)
         return out, weights
 
 
@@ -91,11 +93,16 @@ class QVLFusion(nn.Module):
             add_visual_layer(cache, self.layer_idx, self._text_layers).update(keys, values, lengths)
         return keys, values, lengths
 
-    def forward(self, hidden_states: Tensor, visual: Visual | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, visual: Visual | None = None, cache: Cache | None = None, output_attentions: bool = False
+    ) -> Tensor:
         memory = self.memory(visual, cache)
         if memory is None:
             return hidden_states
-        out, _ = self.attn(self.norm(hidden_states), *memory)
+        attention = eager(self.attn) if output_attentions else self.attn
+        out, weights = attention(self.norm(hidden_states), *memory)
+        if output_attentions:
+            _check_recorded(weights, f"cross-attention {self.layer_idx}")
         return hidden_states + self.gate.tanh() * self.dropout(out)
 
 
@@ -122,14 +129,17 @@ class QVLDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         use_cache: bool | None = False,
         visual: Visual | None = None,
         fuse: bool = True,
+        output_attentions: bool = False,
         **kwargs,
     ) -> Tensor:
         """``visual_tokens`` are those of ``visual``, by themselves because reentrant checkpointing follows plain arguments only;
-        ``fuse``: whether cross-attention is still to be done."""
+        ``fuse``: whether cross-attention is still to be done; ``output_attentions``: attention by the eager formula, which needs an
+        additive mask."""
         if fuse:
-            hidden_states = self.fuse(hidden_states, visual_tokens, visual, cache)
+            hidden_states = self.fuse(hidden_states, visual_tokens, visual, cache, output_attentions)
         residual = hidden_states
-        hidden_states, _ = self.self_attn(
+        attention = eager(self.self_attn) if output_attentions else self.self_attn
+        hidden_states, weights = attention(
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -138,13 +148,25 @@ class QVLDecoderLayer(stock.Qwen3VLTextDecoderLayer):
             **{CACHE: cache},
             **kwargs,
         )
+        if output_attentions:
+            _check_recorded(weights, f"the self-attention of layer {self.self_attn.layer_idx}")
         hidden_states = residual + self.dropout(hidden_states)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
-    def fuse(self, hidden_states: Tensor, tokens: Tensor | None, visual: Visual | None, cache: Cache | None) -> Tensor:
+    def fuse(
+        self, hidden_states: Tensor, tokens: Tensor | None, visual: Visual | None, cache: Cache | None, output_attentions: bool
+    ) -> Tensor:
         if self.fusion is None:
             return hidden_states
-        return self.fusion(hidden_states, None if visual is None else visual._replace(tokens=tokens), cache)
+        return self.fusion(hidden_states, None if visual is None else visual._replace(tokens=tokens), cache, output_attentions)
+
+
+def _check_recorded(weights: Tensor | None, name: str) -> None:
+    if weights is None:  # a replaced forward belongs to the original module, whose formula has none
+        raise RuntimeError(
+            f"QVL: output_attentions=True, but the forward of {name} was replaced and returns no weights; "
+            'load the model with attn_implementation="eager"'
+        )
 
 
 class QVLTextModel(QVLPreTrainedModel):
@@ -201,10 +223,13 @@ class QVLTextModel(QVLPreTrainedModel):
         hidden_states = self.dropout(inputs_embeds + self.embed_token_types(token_type_ids))
         if position_ids is None:
             position_ids = _positions(attention_mask, cache, inputs_embeds)
+        attentions = bool(kwargs.pop("output_attentions", self.config.output_attentions))
         mask = create_causal_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
+            config=eager_config(self.config) if attentions else self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
             **{CACHE: cache}, position_ids=position_ids,
         )  # fmt: skip
+        if attentions and mask is not None and mask.dtype == torch.bool:  # one that came with four dimensions is left as it is
+            mask = torch.zeros(mask.shape, dtype=hidden_states.dtype, device=mask.device).masked_fill(~mask, torch.finfo(hidden_states.dtype).min)
         angles = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
         angles = torch.cat((angles, angles), -1)
         tables = angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
@@ -212,7 +237,7 @@ class QVLTextModel(QVLPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states, tokens, position_embeddings=tables, attention_mask=mask, position_ids=position_ids,
-                **{CACHE: cache}, use_cache=use_cache, visual=visual, **kwargs,
+                **{CACHE: cache}, use_cache=use_cache, visual=visual, output_attentions=attentions, **kwargs,
             )  # fmt: skip
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
