@@ -1,5 +1,6 @@
-"""The conformance table names things that exist, and what no other test shows."""
+"""The conformance table names things that exist and numbers that were measured, and what no other test shows."""
 
+import json
 import re
 from pathlib import Path
 
@@ -19,10 +20,49 @@ def test_no_row_is_empty():
 
 
 def test_files_and_tests_exist():
-    for name in re.findall(r"`((?:qvl_model|qvl_kernels|csrc|tests|bench)/[\w/.-]+)", TEXT):
+    for name in re.findall(r"`((?:qvl_model|qvl_kernels|csrc|tests|bench|docs)/[\w/.-]+)", TEXT):
         assert (ROOT / name).is_file(), f"SPEC.md names {name}"
     for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TEXT):
         assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), flags=re.MULTILINE), f"SPEC.md names {file}::{test}"
+
+
+def test_numbers_are_those_of_the_result_file():
+    result = json.loads((ROOT / "bench" / "results" / "zen5-qvl.json").read_text())
+    options, versions, metrics, precisions = result["options"], result["machine"]["versions"], result["metrics"], result["accuracy"]["precisions"]
+
+    def ratio(key: str) -> str:
+        digits = 3 if key.startswith(("peak_rss", "error")) else 2
+        return f"{metrics[key]['value']:.{digits}f}×"
+
+    def row(name: str, key: str) -> str:
+        bf16, int8 = metrics[key], metrics[f"{key}_int8"]
+        return f"| {name} | {bf16['stock']} | {bf16['ours']} | {ratio(key)} | {int8['ours']} | {ratio(f'{key}_int8')} |"
+
+    exact = [f"{100 * precisions[name][key]:.2f} %" for name, key in (("bf16", "exact_stock"), ("bf16", "exact_ours"), ("int8", "exact_ours"))]
+    facts = [
+        row("decode", "decode"), row("first token, image included", "ttft"), row("peak RSS", "peak_rss"),
+        row("peak RSS after two images of 1,024 × 1,024 pixels", "peak_rss_long"),
+        row("error against fp32, all logits of the prompt", "error_bf16_full"),
+        f"{ratio('decode')} decode, {ratio('ttft')} first token (below)",
+        f"int8 weights, peak RSS {ratio('peak_rss_int8')} plain's (below); with bf16 weights it is {ratio('peak_rss')}.",
+        f"error {ratio('error_bf16_full')} the plain model's (below)",
+        f"answers {exact[0]} of {result['accuracy']['questions']:,} held-out questions exactly, accelerated {exact[1]} (bf16), {exact[2]} (int8)",
+        f"{result['machine']['cores']} cores of an {result['machine']['cpu']} (Zen 5)",
+        f"torch {versions['torch'].split('+')[0]}, transformers {versions['transformers']}, one image of {options['image_size']} × "
+        f"{options['image_size']} pixels and {options['text_tokens']} tokens",
+        f"medians of {options['rounds']} pairs",
+    ]  # fmt: skip
+    assert result["model"]["description"] == "random weights, qvl-2b preset" and options["packed"] and options["long_size"] == 1024
+    assert not [fact for fact in facts if fact not in TEXT]
+    assert set(re.findall(r"[\d.]+×", TEXT)) <= set(re.findall(r"[\d.]+×", " ".join(facts))), "a ratio that no result file has"
+    table = [line for line in TEXT.split("## Measured")[1].splitlines() if line.startswith("|")][2:]
+    assert set(table) == {fact for fact in facts if fact.startswith("|")}
+
+
+def test_sizes_are_those_of_the_preset():
+    parameters = 2_159_034_376  # as test_qvl_config.py counts them
+    assert f"{parameters:,} parameters" in TEXT and f"{2 * parameters / 1e9:.1f} GB of bf16 weights" in TEXT
+    assert f"{2 * parameters / 1e9:.1f} GB of safetensors in 16 bit, {4 * parameters / 1e9:.1f} GB in fp32" in TEXT
 
 
 def test_readme_example():
