@@ -40,6 +40,7 @@ def several() -> dict:
     pixels, mask = torch.full((3, 2, 3, 18, 22), float("nan")), torch.zeros(3, 2, 18, 22, dtype=torch.long)
     mask[0, 0, :, :], mask[0, 1, 3:9, 5:14], mask[1, 1, 8:, :13] = 1, 1, 1
     mask[0, 0, 4:10, 8:17] = 0  # a hole of whole patches and parts of others
+    mask[1, 1, 12:16] = 0  # a row of patches within the box
     return {**batch, "pixel_values": torch.where(mask[:, :, None] > 0, torch.randn(pixels.shape, generator=generator), pixels), "pixel_attention_mask": mask}
 
 
