@@ -1,8 +1,9 @@
 # make bench     speed, memory and accuracy of stock against accelerated Qwen3-VL (FAMILY=qvl: of QVL; MODEL=PATH: of a real checkpoint; ARGS=... for options)
 # make test      the tests that fit into 15 minutes on 2 cores
 # make setup     only the environment (.venv) and the C++ extension; the two above do it themselves
-# make test-all  every test, also on older supported transformers and, under emulation, on aarch64
+# make test-all  every test, also on older supported transformers and, under emulation, on aarch64; and make mutate
 # make test-torch TORCH=2.14.1  the tests on another PyTorch
+# make mutate    faults put into a copy of the tree, each of which some test must see
 # make sanitize  the kernel tests over an extension built with AddressSanitizer and UBSan
 # make audit     every Triton kernel compiled for every GPU architecture and read back; needs no GPU
 # make bench-gpu GPU tests and benchmarks (a plain PyTorch image is enough); without a GPU it builds every case
@@ -18,7 +19,7 @@ CXX ?= g++
 PINNED_TORCH := 2.13.0
 CSRC := $(shell find csrc -type f)
 
-.PHONY: audit audit-oldest bench bench-all bench-gpu bench-kernels peers test test-all test-between test-install test-oldest test-torch aarch64 sanitize setup clean
+.PHONY: audit audit-oldest bench bench-all bench-gpu bench-kernels mutate peers test test-all test-between test-install test-oldest test-torch aarch64 sanitize setup clean
 
 bench: setup
 	$(VENV)/bin/python -m bench $(if $(FAMILY),--family $(FAMILY)) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -51,10 +52,13 @@ test: setup
 test-all: setup
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/gpu
 	$(VENV)/bin/python -m pytest --durations=40 $(ARGS)
-	$(MAKE) audit
+	$(MAKE) mutate audit
 	$(MAKE) test-install test-between test-oldest audit-oldest
 	@if command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-g++ >/dev/null; then $(MAKE) aarch64; \
 	else echo "aarch64 left out: needs qemu-aarch64 and aarch64-linux-gnu-g++ (apt-get install qemu-user g++-aarch64-linux-gnu)"; fi
+
+mutate: setup
+	$(VENV)/bin/python tests/mutate.py $(ARGS)
 
 # The extension in the source tree serves all environments: it is built against Python only.
 VERSION_TESTS := tests/test_model_*.py tests/test_capacity.py tests/test_training*.py tests/test_qvl*.py tests/test_packed_checkpoint.py

@@ -1,0 +1,94 @@
+"""Faults that the tests must see: (file, exact expression, replacement, tests of which one must fail), for ``tests/mutate.py``.
+
+The expression stands exactly once in its file. Mutations are of Python only: what they change needs no build.
+"""
+
+from typing import NamedTuple
+
+__all__ = ["MUTATIONS", "Mutation"]
+
+
+class Mutation(NamedTuple):
+    file: str
+    old: str
+    new: str
+    tests: str  # of pytest, one or several lines
+
+
+TEXT, VISION, CONNECTOR, MODELING = (f"qvl_model/qvl/{name}.py" for name in ("text", "vision", "connector", "modeling"))
+FAST, BASE, CONFIG, CACHE = (f"qvl_model/qvl/{name}.py" for name in ("fast", "base", "configuration", "cache"))
+MODULES, TRAINING = "qvl_model/modules", "qvl_model/training"
+
+REFERENCE = "tests/test_qvl_reference.py"
+EXACT_MLP, EXACT_ATTENTION = f"{REFERENCE}::test_plain_in_float64[sdpa-mlp]", f"{REFERENCE}::test_plain_in_float64[sdpa-attention]"
+EPSILON, ATTENTION_EPSILON = f"{REFERENCE}::test_fp32[epsilon]", f"{REFERENCE}::test_fp32[attention epsilon]"
+DROPOUT, SDPA_DROPOUT = "tests/test_qvl_pins.py::test_dropout_acts_where_the_formulas_say", "tests/test_qvl_pins.py::test_dropout_of_sdpa"
+CHECKPOINTS = "tests/test_qvl_pins.py::test_checkpointing_keeps_one_hidden_state_per_layer"
+DEFAULTS = "tests/test_qvl_pins.py::test_every_default_of_every_preset"
+ATTENTIONS = "tests/test_qvl_attentions.py"
+GENERATE = "tests/test_qvl_generate.py"
+PRECISION = "tests/test_training_precision.py"
+
+MUTATIONS = [
+    # Passed every test once, when accelerated QVL was compared with plain QVL only.
+    Mutation(f"{MODULES}/decoder_layer.py", "eps=norms[0].variance_epsilon, scale", "eps=1e-6, scale", EPSILON),
+    Mutation(f"{MODULES}/vision.py", "eps=self.norm1.eps,", "eps=1e-6,", EPSILON),
+    Mutation(TEXT, "self.gate.tanh() * self.dropout(out)", "self.gate.tanh() * out", DROPOUT),
+    Mutation(TEXT, "values, mask, self.attention_dropout)", "values, mask)", f"{DROPOUT}\n{SDPA_DROPOUT}"),
+    Mutation(TEXT, "self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))", "self.mlp(self.post_attention_layernorm(hidden_states))", DROPOUT),
+    Mutation(TEXT, "self.dropout(inputs_embeds + self.embed_token_types(token_type_ids))", "inputs_embeds + self.embed_token_types(token_type_ids)", DROPOUT),
+    Mutation(TEXT, "self.scaling, self.is_causal = self.head_dim**-0.5, False", "self.scaling, self.is_causal = 1.0, False", EXACT_MLP),
+    Mutation(TEXT, "self.gate.tanh() *", "self.gate *", EXACT_MLP),
+    Mutation(CONNECTOR, "queries = queries + self.attn(", "queries = self.attn(", EXACT_ATTENTION),
+    Mutation(CONNECTOR, "self.scaling, self.is_causal = self.head_dim**-0.5, False", "self.scaling, self.is_causal = 1.0, False", EXACT_ATTENTION),
+    Mutation(VISION, "weight = (place - low)", "weight = (place - low).round()", EXACT_MLP),
+    Mutation(VISION, "            packed = block(packed", "            block.gradient_checkpointing = False\n            packed = block(packed", CHECKPOINTS),
+    Mutation(CONFIG, "vision_num_attention_heads: int = 16", "vision_num_attention_heads: int = 8", DEFAULTS),
+    Mutation(CONFIG, "rope_theta: float | int = 5000000.0", "rope_theta: float | int = 1000000.0", DEFAULTS),
+    Mutation(f"{TRAINING}/run.py", 'fp16=precision == "fp16"', "fp16=False", f"{PRECISION}::test_flags"),
+    # The tower.
+    Mutation(VISION, ".any(4).any(2)", ".all(4).all(2)", EXACT_MLP),
+    Mutation(VISION, "pixel_values = pixel_values.masked_fill(~mask[:, None], 0)", "pass", EXACT_MLP),
+    Mutation(VISION, "torch.stack((row - top[image], column - left[image]), 1)", "torch.stack((row, column), 1)", EXACT_MLP),
+    Mutation(VISION, "n - line.flip(1).byte().argmax(1) - _first(line), 0)", "line.sum(1), 0)", EXACT_MLP),
+    Mutation(VISION, "angles.flatten(1).repeat(1, 2)", "angles.flip(1).flatten(1).repeat(1, 2)", EXACT_MLP),
+    Mutation(VISION, "angles.flatten(1).repeat(1, 2)", "angles.flatten(1).repeat_interleave(2, 1)", EXACT_MLP),
+    Mutation(VISION, "self.config.vision_rope_theta)", "10000.0)", f"{REFERENCE}::test_plain_in_float64[sdpa-epsilon]"),
+    Mutation(VISION, "return self.norm(packed), lengths", "return packed, lengths", EXACT_ATTENTION),
+    Mutation(VISION, "self.norm1.eps = self.norm2.eps = config.layer_norm_eps", "pass", "tests/test_qvl_spec.py::test_every_norm_has_the_epsilon"),
+    Mutation(VISION, "[0, *(length for length in lengths if length)]", "[0, sum(lengths)]", EXACT_MLP),
+    # The connector.
+    Mutation(CONNECTOR, "return self.norm(tokens).flatten(0, 1)", "return tokens.flatten(0, 1)", EXACT_ATTENTION),
+    Mutation(CONNECTOR, "self.attn(self.norm1(queries), features", "self.attn(queries, features", EXACT_ATTENTION),
+    Mutation(CONNECTOR, "queries + self.mlp(self.norm2(queries))", "queries + self.mlp(queries)", EXACT_ATTENTION),
+    Mutation(CONNECTOR, "patches = None if len(set(counts)) == 1 else", "patches = None if True else", EXACT_ATTENTION),
+    Mutation(MODELING, "order = [i % per_sample for", "order = [0 for", EXACT_MLP),
+    # The decoder.
+    Mutation(TEXT, "keys = self.k_norm(self.k_proj(tokens).view(shape))", "keys = self.k_proj(tokens).view(shape)", EXACT_MLP),
+    Mutation(TEXT, "attention(self.norm(hidden_states), *memory)", "attention(hidden_states, *memory)", EXACT_MLP),
+    Mutation(TEXT, "else (input_ids == image).long()", "else torch.zeros_like(input_ids)", EXACT_MLP),
+    Mutation(TEXT, "attention_mask.long().cumsum(1) - 1", "torch.arange(attention_mask.shape[1])[None] + 0 * attention_mask", EXACT_MLP),
+    Mutation(TEXT, "self.config.rope_theta)", "10000.0)", f"{REFERENCE}::test_plain_in_float64[sdpa-epsilon]"),
+    Mutation(TEXT, "out = out.masked_fill(blind, 0)", "pass", EXACT_ATTENTION),
+    Mutation(TEXT, "weights.masked_fill(blind, 0)", "weights", ATTENTIONS),
+    Mutation(TEXT, "masked_fill(~mask, torch.finfo(hidden_states.dtype).min)", "masked_fill(~mask, 0)", ATTENTIONS),
+    Mutation(TEXT, "residual + self.dropout(hidden_states)", "residual + hidden_states", DROPOUT),
+    Mutation(BASE, "dropout=dropout if module.training else 0.0", "dropout=dropout", SDPA_DROPOUT),
+    Mutation(BASE, ">= lengths[:, None]", "> lengths[:, None]", EXACT_MLP),
+    Mutation(BASE, "twin = copy.copy(attention)", "twin = attention", ATTENTIONS),
+    Mutation(MODELING, "return hidden[torch.arange(batch, device=hidden.device), last]", "return hidden[:, -1]", EXACT_MLP),
+    # Images in the cache.
+    Mutation(TEXT, "lengths = None if lengths is None else lengths.repeat_interleave(visual.repeats)", "pass", f"{GENERATE}::test_beams_and_samples"),
+    Mutation(CACHE, "self.lengths = None if self.lengths is None else self.lengths[indices.to(self.lengths.device)]", "pass", f"{GENERATE}::test_rows_of_a_cache_are_reordered_repeated_and_selected"),
+    # Accelerated modules.
+    Mutation(FAST, "return qvl_kernels.cross_attention(q, k, v, kv_lens=lengths, scale=self.scaling, dropout_p=dropout), None", "return qvl_kernels.cross_attention(q, k, v, scale=self.scaling, dropout_p=dropout), None", f"{REFERENCE}::test_fp32[mlp]"),
+    Mutation(FAST, "return qvl_kernels.cross_attention(q, k, v, kv_lens=lengths, scale=self.scaling)\n", "return qvl_kernels.cross_attention(q, k, v, scale=self.scaling)\n", f"{REFERENCE}::test_fp32[attention]"),
+    Mutation(FAST, "not (dropout.training and dropout.p > 0.0)", "True", DROPOUT),
+    Mutation(FAST, "return self.fc2(qvl_kernels.gelu_tanh(wide))", "return self.fc2(nn.functional.gelu(wide))", f"{REFERENCE}::test_fp32[attention]"),
+    Mutation(f"{MODULES}/decoder_layer.py", "num_heads=linears[0].out_features // attention.head_dim", "num_heads=linears[1].out_features // attention.head_dim", EPSILON),
+    Mutation(f"{MODULES}/text.py", "hidden_states, self.weight, eps=self.variance_epsilon", "hidden_states, self.weight, eps=1e-6", EPSILON),
+    Mutation(f"{MODULES}/text.py", "causal=attention_mask is None and queries > 1", "causal=False", f"{REFERENCE}::test_gradients\n{REFERENCE}::test_fp32"),
+    # Training.
+    Mutation(f"{TRAINING}/trainer.py", "if parameter.dim() >= 2", "if parameter.dim() >= 1", "tests/test_training_run.py::test_weight_decay_is_for_matrices"),
+    Mutation(f"{TRAINING}/run.py", 'bf16=precision == "bf16"', "bf16=False", f"{PRECISION}::test_flags"),
+]  # fmt: skip
