@@ -74,7 +74,8 @@ MUTATIONS = [
     Mutation(TEXT, "masked_fill(~mask, torch.finfo(hidden_states.dtype).min)", "masked_fill(~mask, 0)", ATTENTIONS),
     Mutation(TEXT, "residual + self.dropout(hidden_states)", "residual + hidden_states", DROPOUT),
     Mutation(BASE, "dropout=dropout if module.training else 0.0", "dropout=dropout", SDPA_DROPOUT),
-    Mutation(BASE, ">= lengths[:, None]", "> lengths[:, None]", EXACT_MLP),
+    Mutation(BASE, ">= lengths.clamp(min=1)[:, None]", "> lengths.clamp(min=1)[:, None]", EXACT_MLP),
+    Mutation(BASE, ">= lengths.clamp(min=1)[:, None]", ">= lengths[:, None]", ATTENTIONS),
     Mutation(BASE, "twin = copy.copy(attention)", "twin = attention", ATTENTIONS),
     Mutation(MODELING, "return hidden[torch.arange(batch, device=hidden.device), last]", "return hidden[:, -1]", EXACT_MLP),
     # Images in the cache.

@@ -13,7 +13,7 @@ from qvl_model.compat import CHECKPOINTING
 KINDS = ["plain", "accelerated"]
 
 
-def sdpa_model(name, kind, **options):
+def model_of(name, kind, **options):
     plain, accelerated = pair(name, **options)
     return plain if kind == "plain" else accelerated
 
@@ -29,7 +29,7 @@ def ragged() -> dict:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_sdpa_gives_the_weights_of_eager(name, kind):
-    model, batch = sdpa_model(name, kind), ragged()
+    model, batch = model_of(name, kind), ragged()
     before = model(**batch).logits
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -51,7 +51,7 @@ def test_sdpa_gives_the_weights_of_eager(name, kind):
 @torch.no_grad()
 def test_other_calls_at_the_same_time_see_nothing_of_it(kind):
     """The model, its config and its modules stay as they are within the call; hooks on the modules are called."""
-    model, seen = sdpa_model("mlp", kind), []
+    model, seen = model_of("mlp", kind), []
     layer = model.model.language_model.layers[1]
     expected = model(**inputs(6)).logits
 
@@ -69,7 +69,7 @@ def test_other_calls_at_the_same_time_see_nothing_of_it(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_generated_tokens(kind):
-    model = sdpa_model("attention", kind)
+    model = model_of("attention", kind)
     options = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     out = model.generate(**inputs(5, 4), **options, output_attentions=True)
     assert torch.equal(out.sequences, model.generate(**inputs(5, 4), **options).sequences)
@@ -81,7 +81,7 @@ def test_of_generated_tokens(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_mask_of_four_dimensions(kind):
-    model, batch = sdpa_model("mlp", kind), inputs(6)
+    model, batch = model_of("mlp", kind), inputs(6)
     mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
     mask[..., 4, 2] = False
     expected = model(**{**batch, "attention_mask": mask}).logits
@@ -92,7 +92,7 @@ def test_a_mask_of_four_dimensions(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_with_weights_beside_them(kind, reentrant):
-    model = sdpa_model("mlp", kind, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    model = model_of("mlp", kind, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
     batch = ragged()
     labels = batch["input_ids"].clone()
     labels[:, :5] = -100  # what follows padding is learned from padding, of which formulas may differ
@@ -108,10 +108,27 @@ def test_gradients_with_weights_beside_them(kind, reentrant):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", ["self_attn", "fusion.attn"])
 def test_a_replaced_forward_without_weights_is_an_error(kind, place):
-    model = sdpa_model("mlp", kind)
+    model = model_of("mlp", kind)
     module = model.model.language_model.layers[1].get_submodule(place)
     module.forward = functools.partial(type(module).forward, module)
     expected = model(**inputs(6)).logits
     with pytest.raises(RuntimeError, match="returns no weights.*attn_implementation"):
         model(**inputs(6), output_attentions=True)
     assert torch.equal(model(**inputs(6)).logits, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_gradients_of_a_row_without_image_in_fp16(kind, attention):
+    """Large scores: with every key hidden each of them would be -inf, and its softmax NaN."""
+    options = dict(attention=attention, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model, batch = model_of("attention", kind, dtype=torch.float16, **options).train(), ragged()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "fusion.attn.q_norm" in key or "fusion.attn.k_norm" in key:
+                parameter.mul_(6)
+    batch["pixel_values"] = batch["pixel_values"].half()
+    for recording in (False, True):
+        model.zero_grad()
+        model(**batch, labels=batch["input_ids"], output_attentions=recording).loss.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

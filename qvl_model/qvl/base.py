@@ -74,8 +74,11 @@ def rotary_tables(positions: Tensor, dim: int, theta: float) -> Tensor:
 
 
 def key_mask(lengths: Tensor | None, keys: int, dtype: torch.dtype) -> Tensor | None:
-    """Additive mask [B, 1, 1, S] over the first ``lengths`` [B] of S keys; None where all are seen."""
+    """Additive mask [B, 1, 1, S] over the first ``lengths`` [B] of S keys; None where all are seen.
+
+    A sample of length 0 sees the first key, and callers drop what it reads: all scores hidden could be all -inf in fp16, and NaN.
+    """
     if lengths is None:
         return None
-    hidden = torch.arange(keys, device=lengths.device)[None] >= lengths[:, None]
+    hidden = torch.arange(keys, device=lengths.device)[None] >= lengths.clamp(min=1)[:, None]
     return torch.zeros(hidden.shape, dtype=dtype, device=lengths.device).masked_fill(hidden, torch.finfo(dtype).min)[:, None, None]
