@@ -46,7 +46,12 @@ def why_stock(model: nn.Module, replace: Callable[[nn.Module], None]) -> str | N
             _known[key] = _difference(config, device, replace)
         except Exception as error:  # whatever a version does that nobody has seen
             _known[key] = f"{type(error).__name__}: {error}".split("\n")[0]
-    return _known[key]
+    if _known[key] is None:
+        return None
+    return (
+        f"on transformers {version}, which is not among those tested ({', '.join(TESTED_TRANSFORMERS)}), a small accelerated model does not "
+        f"give what the stock one gives: {_known[key]}. Install one of those, or a newer qvl"
+    )
 
 
 def _difference(config: PreTrainedConfig, device: torch.device, replace: Callable[[nn.Module], None]) -> str | None:
