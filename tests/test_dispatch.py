@@ -103,6 +103,7 @@ def test_gpus_that_cannot_run_the_kernels(capability, error, reason, monkeypatch
     class OnGpu:
         is_cpu, is_cuda, dtype = False, True, torch.float64  # a dtype that no kernel takes: the tensor is not looked at further
 
+    monkeypatch.setattr(gpu, "version", lambda package: "3.6.0")  # an older PyTorch brings an older Triton
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(gpu_probe, "probe", probe)
