@@ -147,7 +147,7 @@ def run(model: str = "digits", questions: str | None = None, limit: int | None =
     stock: dict[torch.dtype, dict] = {}
     precisions, rows = {}, []
     for name, precision in PRECISIONS.items():
-        loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=precision.dtype, attn_implementation="sdpa").eval()
+        loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=precision.dtype, attn_implementation="sdpa", trust_remote_code=False).eval()
         if precision.dtype not in stock:
             stock[precision.dtype] = _evaluate(loaded, processor, items)
         ours = _evaluate(qvl_model.accelerate(loaded, weights=precision.weights), processor, items)

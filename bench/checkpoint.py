@@ -99,7 +99,7 @@ def write_random(directory: Path, family: "Family", sizes: dict | None = None) -
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     torch.manual_seed(SEED)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     model.save_pretrained(temporary)
     for file in source.iterdir():
         if file.name not in WEIGHT_FILES and file.suffix != ".safetensors":

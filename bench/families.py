@@ -118,7 +118,7 @@ class QVL(Family):
         from qvl_model.qvl import QVLConfig
         from qvl_model.qvl.processing import QVLImageProcessor
 
-        QVLImageProcessor(QVLConfig.from_pretrained(directory).vision_patch_size).save_pretrained(directory)
+        QVLImageProcessor(QVLConfig.from_pretrained(directory, trust_remote_code=False).vision_patch_size).save_pretrained(directory)
 
     def image_size(self, model: nn.Module, prompt: dict[str, Tensor]) -> tuple[int, int]:
         config, (height, width) = model.config, prompt["pixel_values"].shape[-2:]

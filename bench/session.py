@@ -25,7 +25,9 @@ class Session:
 
         from qvl_model.processing import load_processor
 
-        self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa").eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=DTYPES[dtype], attn_implementation="sdpa", trust_remote_code=False
+        ).eval()
         if variant != "stock":
             import qvl_model
 

@@ -38,9 +38,11 @@ def _shallow(path: str, layers: int, dtype: torch.dtype, accelerated: bool) -> I
     """The first ``layers`` layers of the text model and of the vision model."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     family_of(config).shallow(config, layers)
-    model = AutoModelForImageTextToText.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa").eval()
+    model = AutoModelForImageTextToText.from_pretrained(
+        path, config=config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+    ).eval()
     if accelerated:
         import qvl_model
 

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from qvl_model.loading import load_config, one_line
+
 __all__ = ["main"]
 
 RANDOM_KEY = "qvl_random_weights"  # set in the config of checkpoints that were never trained
@@ -75,17 +77,10 @@ def _checkpoint(path: str | None) -> Path:
 
 
 def _config(checkpoint: Path):
-    from transformers import AutoConfig, Qwen3VLConfig
-
-    from qvl_model.qvl import QVLConfig
-
     try:
-        config = AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError, KeyError) as error:
-        raise CommandError(f"{checkpoint}/config.json cannot be read: {_one_line(error)}") from error
-    if not isinstance(config, (Qwen3VLConfig, QVLConfig)):
-        raise CommandError(f"{checkpoint} is a {config.model_type} model; qvl runs qwen3_vl and qvl")
-    return config
+        return load_config(checkpoint)
+    except (OSError, ValueError) as error:
+        raise CommandError(one_line(error)) from error
 
 
 def _images(files: list[str]) -> list:
@@ -97,19 +92,18 @@ def _images(files: list[str]) -> list:
             with Image.open(file) as image:
                 images.append(image.convert("RGB"))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise CommandError(f"cannot read picture {file}: {_one_line(error)}") from error
+            raise CommandError(f"cannot read picture {file}: {one_line(error)}") from error
     return images
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _reading_errors() -> tuple[type[Exception], ...]:
     """transformers checks little of what it reads: a file of the wrong shape surfaces as any of these."""
+    from pickle import UnpicklingError
+
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    return (OSError, ValueError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
+    return (OSError, ValueError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError, StrictDataclassError, UnpicklingError)
 
 
 def _weights(checkpoint: Path):
@@ -123,10 +117,10 @@ def _weights(checkpoint: Path):
         if is_packed_checkpoint(checkpoint):
             return packed_checkpoint.load(checkpoint, output_loading_info=True)
         return AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+            checkpoint, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, local_files_only=True
         )
     except _reading_errors() as error:
-        raise CommandError(f"{checkpoint} cannot be loaded: {_one_line(error)}") from error
+        raise CommandError(f"{checkpoint} cannot be loaded: {one_line(error)}") from error
 
 
 def _load(checkpoint: Path):
@@ -136,7 +130,7 @@ def _load(checkpoint: Path):
     try:
         processor = load_processor(checkpoint)
     except _reading_errors() as error:
-        raise CommandError(f"{checkpoint} cannot be loaded: {_one_line(error)}") from error
+        raise CommandError(f"{checkpoint} cannot be loaded: {one_line(error)}") from error
     model, info = _weights(checkpoint)
     # transformers fills such weights with random numbers and goes on; the answer would be noise.
     for problem, keys in (("lacks", info["missing_keys"]), ("has another size than config.json says for", info["mismatched_keys"])):
@@ -176,6 +170,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     config = _config(checkpoint)
     import torch
     import transformers
+    from jinja2 import TemplateError
 
     import qvl_model
     from qvl_model.quantization import is_packed_checkpoint
@@ -191,8 +186,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": arguments.prompt}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
         inputs = processor(images=images or None, text=[prompt], return_tensors="pt")
+    except TemplateError as error:  # also what transformers' sandbox keeps a template from doing
+        raise CommandError(f"the chat template of {checkpoint} cannot be used: {one_line(error)}") from error
     except (ValueError, TypeError) as error:  # what accelerate refuses; pictures and prompts that the processor refuses
-        raise CommandError(_one_line(error)) from error
+        raise CommandError(one_line(error)) from error
     streamer = _TimedStreamer(processor.tokenizer)
     start = time.perf_counter()
     with torch.inference_mode():
@@ -223,7 +220,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
         formats = quantization.formats_of(_weight_formats(arguments.weights))
         packed_checkpoint.quantize(checkpoint, arguments.out, formats, arguments.group)
     except _reading_errors() as error:
-        raise CommandError(_one_line(error)) from error
+        raise CommandError(one_line(error)) from error
     before, after = (sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) for path in (checkpoint, arguments.out))
     print(f"{arguments.out}: {after / 1e9:.2f} GB of weights, from {before / 1e9:.2f} GB, in {time.perf_counter() - start:.0f} s")
 
@@ -251,7 +248,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         print(qvl_model.report(_weights(checkpoint)[0]))
         return
     with torch.device("meta"):  # the structure is enough: no weight is read
-        model = AutoModelForImageTextToText.from_config(config)
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     print(qvl_model.report(model))
 
 
@@ -275,7 +272,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     try:
         report = capacity.examine(model, capacity.CapacitySpec.from_config(spec, type(model), name))
     except TypeError as error:
-        raise CommandError(_one_line(error)) from error
+        raise CommandError(one_line(error)) from error
     for key in sorted(info["missing_keys"]):
         report.add(key.rpartition(".")[0], f"{key.rpartition('.')[2]} is not in the checkpoint")
     for key, found, _ in sorted(info["mismatched_keys"]):
@@ -290,7 +287,7 @@ def _train(arguments: argparse.Namespace) -> int:
     try:
         from qvl_model import capacity, training
     except ImportError as error:  # the Trainer's own needs
-        raise CommandError(f"training needs more packages: pip install 'qvl[train]' ({_one_line(error)})") from error
+        raise CommandError(f"training needs more packages: pip install 'qvl[train]' ({one_line(error)})") from error
     if arguments.keys:
         print(training.describe_keys())
         return 0

@@ -22,9 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from qvl_kernels import checks, quant
+from qvl_model.loading import load_config
 from qvl_model.modules.packed import PackedEmbedding, PackedLinear
 from qvl_model.modules.packed_weight import PackedWeight
 from qvl_model.quantization import METHOD, base_modules, is_packed, is_packed_checkpoint, packed_elements, part_of, section_of, tied_pairs, without_weights
@@ -216,9 +217,11 @@ def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[st
         raise ValueError("quantize: no part is to be packed")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists; give a directory that does not")
-    model_class = _class_of(AutoConfig.from_pretrained(source))
+    model_class = _class_of(load_config(source))
     # As stock loads it: accelerating it first would move weights that are about to be packed to huge pages, which packing cannot give back.
-    model, info = super(model_class, model_class).from_pretrained(source, dtype="auto", output_loading_info=True)
+    model, info = super(model_class, model_class).from_pretrained(
+        source, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True
+    )
     if info["missing_keys"]:
         raise ValueError(f"{source} lacks {len(info['missing_keys'])} of the model's weights, such as {min(info['missing_keys'])}")
     save(accelerate(model, weights=formats, group=group), out, files_of=source)
@@ -257,7 +260,7 @@ def load(
     unknown = sorted(set(kwargs) - _ABOUT_DOWNLOADS)
     if unknown:
         raise TypeError(f"from_pretrained: a packed checkpoint takes dtype, device_map and attn_implementation, not {', '.join(unknown)}")
-    config = AutoConfig.from_pretrained(path) if config is None else copy.deepcopy(config)
+    config = load_config(path) if config is None else copy.deepcopy(config)
     vars(config).pop("quantization_config", None)  # it is about the files, and these are read here
     tensors, shared = _read(path, section_of(path))
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
@@ -267,7 +270,7 @@ def load(
         model = (model_class or _class_of(config))._from_config(config, dtype=dtype, **chosen)
     _fill(model, tensors, shared, dtype, path)
     if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+        model.generation_config = GenerationConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     model = accelerate(model.eval())
     if device_map is not None:
         model = model.to(_one_device(device_map))

@@ -4,10 +4,10 @@ import json
 import os
 from pathlib import Path
 
-from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor as StockProcessor
 
+from qvl_model.loading import load_tokenizer
 from qvl_model.qvl.processing import QVLProcessor
 
 __all__ = ["Qwen3VLProcessor", "load_processor"]
@@ -34,18 +34,19 @@ def load_processor(path: str | os.PathLike) -> Qwen3VLProcessor | QVLProcessor:
     Args:
         path: directory with tokenizer.json, preprocessor_config.json and a chat template (chat_template.jinja, in
             tokenizer_config.json, or in the chat_template.json of older checkpoints).
-    Raises: OSError if files are missing.
+    Raises: OSError if files are missing; ValueError for files of another model, and if code from the directory would have to run.
     Example:
         >>> processor = load_processor(path)
         >>> inputs = processor(images=[image], text=[prompt], return_tensors="pt")
     """
     if _model_type(path) == "qvl":
         return QVLProcessor.from_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     # By name: AutoImageProcessor of transformers 5.17 asks for torchvision whatever backend it is given.
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     # The template of the processor goes first, as in transformers; the tokenizer does not read chat_template.json.
-    chat_template = Qwen3VLProcessor.get_processor_dict(path)[0].get("chat_template") or tokenizer.chat_template
+    settings, _ = Qwen3VLProcessor.get_processor_dict(path, trust_remote_code=False, local_files_only=True)
+    chat_template = settings.get("chat_template") or tokenizer.chat_template
     return Qwen3VLProcessor(image_processor=image_processor, tokenizer=tokenizer, chat_template=chat_template)
 
 

@@ -185,7 +185,7 @@ def unpack_model(model: PreTrainedModel) -> None:
         raise ValueError(
             f"restore: the weights were packed, and the checkpoint that they came from is not known{where}; load the model again with from_pretrained"
         )
-    source = dict(_stock_class(model).from_pretrained(path, dtype=packed[0][1].weight.dtype).named_modules())
+    source = dict(_stock_class(model).from_pretrained(path, dtype=packed[0][1].weight.dtype, trust_remote_code=False).named_modules())
     for name, module in packed:
         weight = getattr(source.get(name), "weight", None)
         if not isinstance(weight, Tensor) or weight.shape != module.weight.shape or not _same(weight, module):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, Qwen3VLConfig
 
+from qvl_model.loading import load_config
 from qvl_model.qvl import QVLConfig
 
 __all__ = ["SPECS", "CapacitySpec", "heads_of", "innermost"]
@@ -113,9 +114,7 @@ class CapacitySpec:
     @classmethod
     def from_file(cls, path: Path) -> "CapacitySpec":
         """The specification in a config.json (or the directory of one)."""
-        from transformers import AutoConfig
-
-        return cls.from_config(AutoConfig.from_pretrained(path), name=str(path))
+        return cls.from_config(load_config(path), name=str(path))
 
 
 def sizes_of(module: nn.Module) -> dict[str, object]:

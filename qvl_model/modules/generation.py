@@ -25,7 +25,7 @@ class Qwen3VLForConditionalGeneration(packed_checkpoint.PackedSaving, stock.Qwen
 
         if is_packed_checkpoint(pretrained_model_name_or_path):
             return packed_checkpoint.load(pretrained_model_name_or_path, cls, **kwargs)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs})
         if isinstance(loaded, tuple):  # output_loading_info=True
             return accelerate(loaded[0]), *loaded[1:]
         return accelerate(loaded)

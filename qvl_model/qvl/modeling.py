@@ -202,7 +202,7 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
 
         if is_packed_checkpoint(pretrained_model_name_or_path):
             return packed_checkpoint.load(pretrained_model_name_or_path, cls, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs})
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, BatchEncoding
+from transformers import BatchEncoding
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from qvl_model.loading import load_tokenizer
 
 __all__ = ["QVLImageProcessor", "QVLProcessor"]
 
@@ -88,7 +90,7 @@ class QVLProcessor:
     @classmethod
     def from_pretrained(cls, path: str | PathLike) -> "QVLProcessor":
         """Reads a checkpoint directory. Raises: OSError for missing files, ValueError for those of another model."""
-        return cls(QVLImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path))
+        return cls(QVLImageProcessor.from_pretrained(path), load_tokenizer(path))
 
     def save_pretrained(self, path: str | PathLike) -> None:
         self.tokenizer.chat_template = self.chat_template

@@ -173,12 +173,15 @@ def open_rows(path: str, *, images: str | None = None, split: str | None = None)
     """The source at ``path``: a JSONL file, or a directory that ``datasets`` wrote with save_to_disk or can load, such as a
     Hugging Face dataset's repository with its Parquet files.
 
-    Raises: DataError if there is nothing there, the datasets library is missing, or the split is.
+    Raises: DataError if there is nothing there, the datasets library is missing, or the split is, and for a loading script.
     """
     if os.path.isfile(path):
         return JsonlRows(path, images)
     if not os.path.isdir(path):
         raise DataError(f"{path} does not exist; give a JSONL file or the directory of a dataset")
+    script = Path(path) / f"{Path(path).resolve().name}.py"
+    if script.is_file():
+        raise DataError(f"{script} is a loading script, and qvl runs no code of data; give the files themselves: Parquet, JSONL, save_to_disk")
     try:
         import datasets
     except ImportError as error:

@@ -8,16 +8,18 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, TrainingArguments
+from transformers import AutoModelForImageTextToText, TrainingArguments
 
 import qvl_model
 from qvl_model import capacity
 from qvl_model.compat import CHECKPOINTING
+from qvl_model.loading import load_config, one_line
 from qvl_model.training.checkpoints import RunRecord, last_complete, locked
 from qvl_model.training.config import ConfigError, TrainConfig
 from qvl_model.training.data import Rows, open_rows
@@ -67,16 +69,17 @@ def load_model(config: TrainConfig) -> tuple[nn.Module, capacity.CapacitySpec, t
     """
     path = _checkpoint_of(config)
     try:
-        settings = AutoConfig.from_pretrained(path)
+        settings = load_config(path)
         dtype = settings.dtype if isinstance(settings.dtype, torch.dtype) else torch.float32  # loading in fp32 changes it
         _set_dropout(settings, config)
         if config.model.random_weights:
             torch.manual_seed(config.run.seed)
-            model = AutoModelForImageTextToText.from_config(settings, dtype=torch.float32)
+            model = AutoModelForImageTextToText.from_config(settings, dtype=torch.float32, trust_remote_code=False)
         else:
             model, info = AutoModelForImageTextToText.from_pretrained(
-                path, config=settings, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+                path, config=settings, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
+                trust_remote_code=False, local_files_only=True,
+            )  # fmt: skip
             for keys in (info["missing_keys"], info["mismatched_keys"]):
                 if keys:
                     first = min(key if isinstance(key, str) else key[0] for key in keys)
@@ -86,8 +89,8 @@ def load_model(config: TrainConfig) -> tuple[nn.Module, capacity.CapacitySpec, t
             model = qvl_model.accelerate(model)
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"model.path: {path} cannot be trained: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
+        raise ConfigError(f"model.path: {path} cannot be trained: {one_line(error)}") from error
     return model, capacity.CapacitySpec.of(model.config, type(model)), dtype
 
 
@@ -212,10 +215,10 @@ def _train(config: TrainConfig, path: Path, directory: Path, main: bool) -> Trai
 
     try:
         processor = load_processor(path)
-        settings = AutoConfig.from_pretrained(path)
+        settings = load_config(path)
         encoder = Encoder(processor, config.data.max_length, getattr(settings, "max_num_images", None))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: config or processor of {path} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"model.path: config or processor of {path} cannot be loaded: {one_line(error)}") from error
     rows = _rows("train", config, encoder, main)
     validation = _rows("validation", config, encoder, main) if config.data.validation is not None else None
     mixed = 0 < len(rows.without_pictures) < len(rows)
@@ -241,7 +244,10 @@ def _train(config: TrainConfig, path: Path, directory: Path, main: bool) -> Trai
     if main and checkpoint is None:
         record.write(directory)
     trainer.add_callback(_ProcessorCallback(path))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    except UnpicklingError as error:  # the Trainer reads tensors and numbers only
+        raise ConfigError(f"{checkpoint} holds files that are damaged, or more than data; delete it to go on from the one before") from error
     _save_final(trainer, path, directory / FINAL, dtype)
     return TrainResult(directory / FINAL, trainer.state.global_step, step, len(rows.skipped.rows))
 

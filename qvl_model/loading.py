@@ -1,0 +1,99 @@
+"""Reading the files of a checkpoint directory: as data, never as code, and without asking a server for what is not there.
+
+transformers runs Python files that a checkpoint names (``auto_map``) if the user agrees, and asks on the terminal. Besides, whatever
+class of transformers a tokenizer's config names is asked to load the directory, and some of these ask again.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+__all__ = ["load_config", "load_tokenizer", "one_line"]
+
+MODEL_TYPES = ("qwen3_vl", "qvl")
+_ANY = (AttributeError, IndexError, KeyError, TypeError, StrictDataclassError)  # transformers checks little of what it reads
+
+
+def load_config(path: str | os.PathLike) -> PreTrainedConfig:
+    """The config of a checkpoint directory.
+
+    Raises: OSError without config.json; ValueError for another model, for settings that are none of the model, and if code from
+        elsewhere would have to run.
+    Example:
+        >>> load_config(path).model_type
+        'qwen3_vl'
+    """
+    file = Path(path) / "config.json"
+    values = _mapping(file)
+    model_type = values.get("model_type")
+    if model_type not in MODEL_TYPES:
+        needs = (
+            " Its own Python code (auto_map) would build it, and qvl runs no code from checkpoints: load it with transformers if you trust it"
+            if "auto_map" in values else ""
+        )  # fmt: skip
+        raise ValueError(f"{path} is a {model_type} model; qvl runs {' and '.join(MODEL_TYPES)}.{needs}")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except _ANY as error:
+        raise ValueError(f"{file} does not fit a {model_type} model: {one_line(error)}") from error
+    attention = config._attn_implementation
+    if attention is not None and "/" in attention:
+        raise ValueError(
+            f"{file} asks for attention code from elsewhere ({attention}), and qvl runs no code that a checkpoint names; "
+            "take attn_implementation out of it"
+        )
+    return config
+
+
+def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint directory, as AutoTokenizer finds it.
+
+    Raises: OSError for missing files; ValueError for files of the wrong shape, and if code from the checkpoint would have to run.
+    """
+    for file in (Path(path) / "tokenizer_config.json", Path(path) / "config.json"):
+        name = _mapping(file).get("tokenizer_class") if file.is_file() else None
+        if isinstance(name, str):
+            _check_tokenizer_class(file, name)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except _ANY as error:
+        raise ValueError(f"the tokenizer of {path} cannot be read: {one_line(error)}") from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"the tokenizer of {path} is Python code in the checkpoint (auto_map in tokenizer_config.json), and qvl runs no code from "
+            "checkpoints; put a tokenizer.json there, and a tokenizer_class of transformers"
+        ) from error
+
+
+def _check_tokenizer_class(file: Path, name: str) -> None:
+    """Raises ValueError for a class of transformers that is no tokenizer: it would load whatever else the directory holds."""
+    for candidate in (name, name.removesuffix("Fast")):
+        found = getattr(transformers, candidate, None)
+        if found is not None and not (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)):
+            raise ValueError(f"{file} names the tokenizer_class {name}, which is no tokenizer that can be loaded here")
+
+
+def _mapping(file: Path) -> dict:
+    try:
+        values = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold a mapping, got a {type(values).__name__}")
+    return values
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error on one line, without the advice to look for a local directory on a server, or to run what a pickle holds."""
+    if isinstance(error, UnpicklingError):
+        return "its weights are pickled with more than tensors, and qvl runs no code from checkpoints; save them as safetensors"
+    sentences = re.split(r"(?<=[.!?])\s+", " ".join(str(error).split()))
+    return " ".join(sentence for sentence in sentences if not re.search(r"huggingface\.co|hf\.co", sentence))
