@@ -8,12 +8,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForImageTextToText
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
 import models
 import qvl_model
 import qvl_models
-from qvl_model import capacity
+from qvl_model import capacity, digits
 from qvl_model.capacity.weights import storage_of
 
 TEXT = "model.language_model.layers"
@@ -143,6 +144,31 @@ def _zero_norm(model):
         model.model.language_model.layers[2].input_layernorm.weight.zero_()
 
 
+def _scale_in(path, factor, rows=slice(None), columns=slice(None)):
+    def damage(model):
+        with torch.no_grad():
+            model.get_submodule(path).weight[rows, columns] *= factor
+
+    return damage
+
+
+def _fill_in(path, value, place=slice(None), own_name="weight"):
+    def damage(model):
+        with torch.no_grad():
+            getattr(model.get_submodule(path), own_name)[place] = value
+
+    return damage
+
+
+def _attribute(path, **values):
+    return lambda model: vars(model.get_submodule(path)).update(values)
+
+
+def _small_norm(model):
+    with torch.no_grad():
+        model.model.language_model.layers[2].input_layernorm.weight.mul_(1e-20)
+
+
 DAMAGE = {
     "zeroed query head": (_zero_in(f"{TEXT}.2.self_attn.q_proj", slice(72, 96)), f"{TEXT}.2.self_attn.q_proj", "head 3 is pruned"),
     "zeroed value head": (_zero_in(f"{TEXT}.0.self_attn.v_proj", slice(24, 48)), f"{TEXT}.0.self_attn.v_proj", "head 1 of the key/value"),
@@ -174,6 +200,29 @@ DAMAGE = {
     "shared weight": (_tied_weight, f"{TEXT}.4.mlp.up_proj", f"the same tensor as {TEXT}.1.mlp.up_proj.weight"),
     "duplicated weight": (_copied_weight, f"{VISION}.3.mlp.linear_fc1", f"has the weights of {VISION}.0.mlp.linear_fc1"),
     "added layer": (_extra_layer, f"{TEXT}.5", "does not belong here"),
+    "NaN": (_fill_in(f"{TEXT}.2.mlp.up_proj", float("nan"), (7, 5)), f"{TEXT}.2.mlp.up_proj", "weight holds NaN or Inf in 1 of 100 rows"),
+    "Inf in a bias": (_fill_in(f"{VISION}.1.attn.qkv", float("inf"), 3, "bias"), f"{VISION}.1.attn.qkv", "bias holds NaN or Inf"),
+    "NaN in a norm": (_fill_in(f"{TEXT}.0.self_attn.k_norm", float("nan"), 1), f"{TEXT}.0.self_attn.k_norm", "weight holds NaN or Inf"),
+    "NaN in a table": (_fill_in("model.language_model.rotary_emb", float("nan"), 0, "inv_freq"), "model.language_model.rotary_emb", "inv_freq holds"),
+    "-Inf in a token": (_fill_in("model.language_model.embed_tokens", -float("inf"), (9, 9)), "model.language_model.embed_tokens", "in 1 of 160 rows"),
+    "faint query head": (_scale_in(f"{TEXT}.2.self_attn.q_proj", 1e-20, slice(72, 96)), f"{TEXT}.2.self_attn.q_proj", "head 3 is pruned: its 24 rows are next"),
+    "faint head output": (_scale_in(f"{TEXT}.4.self_attn.o_proj", 1e-20, columns=slice(0, 24)), f"{TEXT}.4.self_attn.o_proj", "its 24 columns are next"),
+    "faint vision values": (_scale_in(f"{VISION}.1.attn.qkv", 1e-20, slice(120, 140)), f"{VISION}.1.attn.qkv", "head 0 of the values"),
+    "most heads faint": (_scale_in(f"{TEXT}.2.self_attn.q_proj", 1e-20, slice(0, 96)), f"{TEXT}.2.self_attn.q_proj", "head 0 is pruned"),
+    "faint MLP channel": (_scale_in(f"{TEXT}.1.mlp.up_proj", 1e-20, 17), f"{TEXT}.1.mlp.up_proj", "output channel 17 of 100 is next to nothing"),
+    "faint layer": (_scale_in(f"{TEXT}.1.mlp.down_proj", 1e-20), f"{TEXT}.1.mlp.down_proj", "its weight is next to nothing"),
+    "faint merger": (_scale_in("model.visual.merger.linear_fc2", 1e-20), "model.visual.merger.linear_fc2", "its weight is next to nothing"),
+    "faint norm": (_small_norm, f"{TEXT}.2.input_layernorm", "its weight is next to nothing"),
+    "constant weight": (_fill_in(f"{TEXT}.3.mlp.gate_proj", 0.125), f"{TEXT}.3.mlp.gate_proj", "weight [100, 72] is constant: all of it is 0.125"),
+    "constant patches": (_fill_in("model.visual.patch_embed.proj", -1.0), "model.visual.patch_embed.proj", "is constant: all of it is -1"),
+    "no scaling": (_attribute(f"{TEXT}.3.self_attn", scaling=0.0), f"{TEXT}.3.self_attn", "scaling is 0.0, the specification says 0.204"),
+    "no vision scaling": (_attribute(f"{VISION}.0.attn", scaling=0), f"{VISION}.0.attn", "scaling is 0, the specification says 0.22"),
+    "no rotation": (_attribute("model.language_model.rotary_emb", attention_scaling=0.0), "model.language_model.rotary_emb", "attention_scaling is 0.0"),
+    "a norm of nothing": (_attribute(f"{TEXT}.1.input_layernorm", variance_epsilon=1e30), f"{TEXT}.1.input_layernorm", "variance_epsilon is 1e+30"),
+    "dead tokens": (_zero_in("model.language_model.embed_tokens", slice(30, 50)), "model.language_model.embed_tokens", "and 12 more of 160 are all zero"),
+    "faint token": (_scale_in("model.language_model.embed_tokens", 1e-20, 77), "model.language_model.embed_tokens", "row 77 of 160 is next to nothing"),
+    "dead end of the vocabulary": (_zero_in("model.language_model.embed_tokens", slice(80, 160)), "model.language_model.embed_tokens", "of 160 are all zero"),
+    "dead position": (_zero_in("model.visual.pos_embed", 5), "model.visual.pos_embed", "row 5 of 64 is all zero"),
 }
 
 
@@ -246,6 +295,12 @@ QVL_DAMAGE = {
     "fewer queries": (_fewer_queries, "model.connector", "queries is [4, 20], the specification says [5, 20]"),
     "zeroed image channel": (_zero_in("model.image_embed", columns=2), "model.image_embed", "channel 2 of 20"),
     "removed decoder layer": (lambda model: model.model.language_model.layers.__delitem__(1), "model.language_model.layers", "has 2 entries"),
+    "gate next to closed": (lambda model: _fusion(model).gate.data.fill_(1e-30), FUSION, "gate is closed (1e-30)"),
+    "gate of NaN": (lambda model: _fusion(model).gate.data.fill_(float("nan")), FUSION, "gate holds NaN or Inf"),
+    "faint cross-attention head": (_scale_in(f"{FUSION}.attn.q_proj", 1e-20, slice(9, 18)), f"{FUSION}.attn.q_proj", "head 1 is pruned: its 9 rows are next"),
+    "no scaling": (_attribute(f"{FUSION}.attn", scaling=0.0), f"{FUSION}.attn", "scaling is 0.0"),
+    "constant queries": (_fill_in("model.connector", 0.5, own_name="queries"), "model.connector", "queries [5, 20] is constant"),
+    "faint query": (lambda model: model.model.connector.queries.data[3].mul_(1e-20), "model.connector", "queries: row 3 of 5 is next to nothing"),
     "zeroed decoder head": (_zero_in("model.language_model.layers.0.self_attn.v_proj", slice(10, 20)), "model.language_model.layers.0.self_attn.v_proj", "head 1 is pruned"),
     "zeroed vision head": (_zero_in("model.visual.blocks.0.attn.proj", columns=slice(12, 24)), "model.visual.blocks.0.attn.proj", "head 1 is pruned"),
 }  # fmt: skip
@@ -266,6 +321,59 @@ def test_gates_may_begin_closed_if_the_config_says_so():
     assert capacity.verify(model).ok
     model.config.cross_attention_gate_init = 0.5
     assert not capacity.examine(model).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1, 1e-7])
+def test_fresh_and_trained_models_pass(dtype, scale):
+    """As ``from_config`` makes them: zero biases, norms of one, a row of zeros for padding; and with much smaller first weights."""
+    for config in (models.config("small"), qvl_models.config("attention"), qvl_models.config("mlp")):
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            part.initializer_range = 0.02 * scale
+        if hasattr(config, "text_config"):
+            config.text_config.pad_token_id = 3
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config).to(dtype)
+        assert capacity.verify(model).ok and capacity.not_finite(model) == []
+
+
+@pytest.mark.parametrize("name", digits.SHIPPED)
+def test_shipped_models_pass(name):
+    model = AutoModelForImageTextToText.from_pretrained(digits.SHIPPED[name], dtype="auto")
+    assert capacity.verify(model).ok
+    assert capacity.verify(qvl_model.accelerate(model, weights="int8")).ok
+
+
+def test_a_vocabulary_may_be_rounded_up(whole):
+    model = copy.deepcopy(whole)
+    _zero_in("model.language_model.embed_tokens", 159)(model)  # one of 160, at the end
+    assert capacity.verify(model).ok
+    _zero_in("model.language_model.embed_tokens", 158)(model)
+    assert not capacity.examine(model).ok
+
+
+def test_a_quantised_model_is_read_too(whole):
+    model = copy.deepcopy(whole)
+    _scale_in(f"{TEXT}.2.self_attn.q_proj", 1e-20, slice(72, 96))(model)
+    model = qvl_model.accelerate(model, weights="int8")
+    assert any("head 3 is pruned" in str(violation) for violation in capacity.examine(model).violations)
+    layer = model.get_submodule(f"{TEXT}.0.mlp.up_proj")
+    layer.weight_scales[4] = float("nan")
+    assert capacity.not_finite(model) == [f"{TEXT}.0.mlp.up_proj.weight_scales"]
+    assert any("up_proj: weight holds NaN or Inf in 1 of 100 rows" in str(violation) for violation in capacity.examine(model).violations)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_not_finite(whole, dtype, value):
+    model = copy.deepcopy(whole).to(dtype)
+    assert capacity.not_finite(model) == []
+    names = [f"{TEXT}.1.mlp.down_proj.weight", f"{VISION}.0.norm1.bias", "model.visual.patch_embed.proj.weight"]
+    for name in names:
+        model.get_parameter(name).data.view(-1)[-1] = value
+    assert sorted(capacity.not_finite(model)) == sorted(names)
+    with torch.device("meta"):
+        assert capacity.not_finite(type(whole)(models.config("odd"))) == []
 
 
 def test_a_zeroed_head_is_reported_once(whole):

@@ -5,7 +5,7 @@
     >>> print(report)
 
 The specification is a config: the model that it describes is built without memory (on the meta device) and compared with the
-model at hand, module by module. Then the weights are read once: rows and columns of zeros are pruned heads and channels.
+model at hand, module by module. Then the weights are read once: NaN is found, and heads, rows and columns that are zero or next to it are pruned.
 Accelerated, quantised and sharded models are taken as they are.
 """
 
@@ -16,9 +16,11 @@ from transformers import PreTrainedConfig
 from qvl_model.capacity import structure, weights
 from qvl_model.capacity.spec import SPECS, CapacitySpec, innermost
 from qvl_model.capacity.report import CapacityError, CapacityReport, Violation
-from qvl_model.capacity.weights import weight_of
+from qvl_model.capacity.weights import check_finite, not_finite, weight_of
 
-__all__ = ["SPECS", "CapacityError", "CapacityReport", "CapacitySpec", "Violation", "examine", "verify", "weight_of"]
+__all__ = [
+    "SPECS", "CapacityError", "CapacityReport", "CapacitySpec", "Violation", "check_finite", "examine", "not_finite", "verify", "weight_of",
+]  # fmt: skip
 
 Spec = CapacitySpec | PreTrainedConfig | str | None
 
@@ -39,9 +41,11 @@ def examine(model: nn.Module, spec: Spec = None, *, training: bool = False, opti
 def verify(model: nn.Module, spec: Spec = None, *, training: bool = False, optimizer: Optimizer | None = None) -> CapacityReport:
     """Checks that nothing of the model was removed, pruned, shared, replaced or (in training) frozen.
 
-    Checked are: layer and head counts; the class, sizes and parameter shapes of every module; the number of parameters; that no
-    attention head, row or column of a weight is all zero; that no two layers or weights are one and the same; and, with
-    ``training``, that every parameter asks for a gradient and is known to the optimizer.
+    Checked are: layer and head counts; the class, sizes, factors and parameter shapes of every module; the number of parameters;
+    that no parameter or buffer holds NaN or Inf; that no attention head, row (of a vocabulary too) or column of a weight is zero, or
+    so small beside the others (a millionth of their median) that it does nothing; that no weight is constant and no gate closed;
+    that no two layers or weights are one and the same; and, with ``training``, that every parameter asks for a gradient and is known
+    to the optimizer. Rows of padding, and up to a hundredth of a vocabulary at its end, may be empty.
 
     Args:
         model: Qwen3-VL or QVL (with or without its head), stock, accelerated, quantised, inside DDP, or sharded by FSDP2 (then

@@ -17,6 +17,8 @@ __all__ = ["SPECS", "CapacitySpec", "heads_of", "innermost"]
 OWN_PACKAGES = ("transformers", "torch", "qvl_model")  # a class from elsewhere may do anything in its forward
 # Sizes that are no capacity: they follow the data, or only say where a row of zeros may be.
 _FREE_SIZES = ("padding_idx", "max_seq_len_cached", "original_max_seq_len")
+# Numbers that make a module do nothing if they are 0 or huge.
+_FACTORS = ("scaling", "attention_scaling", "eps", "variance_epsilon")
 
 
 def qwen3_vl_2b() -> Qwen3VLConfig:
@@ -59,7 +61,8 @@ class CapacitySpec:
 
     Attributes:
         name: how messages call it.
-        modules: module name -> (class, sizes): whole-number attributes such as num_heads, and how many entries a list has.
+        modules: module name -> (class, sizes): whole-number attributes such as num_heads, factors such as an attention's scaling, and
+            how many entries a list has.
         parameters: parameter name -> shape; a shared tensor is listed under each of its names.
         shared: parameter name -> the first name of the tensor, for those that share one by design (tied embeddings).
         count: number of parameters, each tensor once.
@@ -118,19 +121,19 @@ class CapacitySpec:
 
 
 def sizes_of(module: nn.Module) -> dict[str, object]:
-    """The attributes of a module that say how much of it there is."""
+    """The attributes of a module that say how much of it there is, and by what it multiplies."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return {"entries": len(module)}
 
-    def counts(value: object) -> bool:
+    def counts(key: str, value: object) -> bool:
         if isinstance(value, (list, tuple)):
             return bool(value) and all(type(item) is int for item in value)
-        return type(value) is int
+        return type(value) is int or key in _FACTORS
 
     return {
         key: tuple(value) if isinstance(value, (list, tuple)) else value
         for key, value in vars(module).items()
-        if not key.startswith("_") and key not in _FREE_SIZES and counts(value)
+        if not key.startswith("_") and key not in _FREE_SIZES and counts(key, value)
     }
 
 

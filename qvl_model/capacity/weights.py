@@ -1,5 +1,6 @@
-"""The weights themselves: heads, rows and columns of zeros; layers that repeat another one."""
+"""The weights themselves: NaN; heads, rows and columns that are zero or next to it; constant weights; layers that repeat another one."""
 
+import math
 import re
 
 import torch
@@ -9,9 +10,12 @@ from torch.distributed.tensor import DTensor
 from qvl_model.capacity.report import CapacityReport
 from qvl_model.capacity.spec import CapacitySpec, heads_of
 
-__all__ = ["is_packed", "read", "shape_of", "storage_of", "weight_of"]
+__all__ = ["check_finite", "is_finite", "is_packed", "not_finite", "read", "shape_of", "storage_of", "weight_of"]
 
 _CHUNK = 1 << 24  # elements looked at in one piece, so that no second copy of an embedding is made
+_LIVE = 1e-6  # of the median of its kind, or of 1 for a gate: what is smaller does nothing. Decay in training does not get there
+_FLOOR = 1e-12  # largest absolute value of a weight that is dead whatever the others are
+_UNUSED = 0.01  # share of a vocabulary that may stand empty at its end
 # Projections of attention modules: how many heads one row block (or, for the output, column block) belongs to.
 _ROW_HEADS = ("q_proj", "k_proj", "v_proj", "qkv")
 _COLUMN_HEADS = ("o_proj", "out_proj", "proj")
@@ -60,12 +64,46 @@ def storage_of(parameter: Tensor) -> tuple:
         return (id(parameter),)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf: one pass over its memory, nothing allocated."""
+    if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.element_size() == 1:  # float8: no arithmetic
+        tensor = tensor.float()
+    return all(math.isfinite(value) for value in (extreme.item() for extreme in tensor.aminmax()))
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the parameters and buffers with NaN or Inf in them.
+
+    Example:
+        >>> not_finite(model)
+        []
+    """
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return [name for name, tensor in tensors if not tensor.is_meta and not is_finite(_values(tensor))]
+
+
+def check_finite(model: nn.Module, source: object) -> None:
+    """Raises ValueError, naming ``source``, if a parameter or buffer holds NaN or Inf: what follows would be noise or NaN itself."""
+    names = not_finite(model)
+    if names:
+        raise ValueError(
+            f"{source} holds NaN or Inf in {len(names)} of the model's weights, such as {min(names)}; it is damaged, or was saved after "
+            "training went wrong: take an earlier or another copy"
+        )
+
+
 def read(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> None:
-    """Adds every head, row and column of zeros and every repeated weight to ``report``."""
+    """Adds NaN and Inf, every dead head, row and column, and every constant or repeated weight to ``report``."""
     prints: dict[tuple, list[str]] = {}
+    sizes: dict[str, dict[str, float]] = {}  # same place in other layers -> full name -> largest absolute value
     unread = 0
     modules = dict(model.named_modules())
     for name, module in modules.items():
+        for own_name, tensor in _other_tensors(module):
+            if not tensor.is_meta and not is_finite(_values(tensor)):
+                report.add(name, f"{own_name} holds NaN or Inf")
         for own_name, parameter in _matrices(module):
             full_name = f"{name}.{own_name}".lstrip(".")
             if full_name in spec.shared:
@@ -73,28 +111,50 @@ def read(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> None:
             values = weight_of(module) if parameter is None else _values(parameter)
             if values is None:
                 unread += 1
-            elif values.dim() < 2:
-                if not bool(values.any()):
-                    _add_zero_vector(name, own_name, model, report)
-            elif values.numel():
-                if own_name == "weight":
-                    values = values.reshape(values.shape[0], -1)
-                    _check_zeros(name, module, modules.get(name.rpartition(".")[0]), values, report, packed=parameter is None)
-                else:  # learned positions and queries: their channels come last
-                    values = values.reshape(-1, values.shape[-1])
-                    for what, alive in zip(("row", "channel"), _living(values)):
-                        _add_lines(name, f"{own_name}: {what}", alive, report)
-                prints.setdefault(_fingerprint(values), []).append(full_name)
+                continue
+            if values.numel() == 0:
+                continue
+            matrix = values.reshape(values.shape[0], -1) if own_name == "weight" and values.dim() > 1 else values.reshape(-1, values.shape[-1])
+            rows, columns = _magnitudes(matrix)
+            broken = int((~rows.isfinite()).sum())
+            if broken:
+                report.add(name, f"{own_name} holds NaN or Inf" + (f" in {broken} of {len(rows)} rows" if values.dim() > 1 else ""))
+                continue
+            size = rows.max().item()
+            if own_name == "gate":
+                _check_gate(name, size, model, report)
+                continue
+            sizes.setdefault(re.sub(r"\.\d+\.", ".*.", full_name), {})[full_name] = size
+            if values.dim() < 2 or size <= _FLOOR:
+                continue
+            if own_name == "weight":
+                _check_lines(name, module, modules.get(name.rpartition(".")[0]), rows, columns, report, packed=parameter is None)
+            else:  # learned positions and queries: their channels come last
+                for what, magnitudes in (("row", rows), ("channel", columns)):
+                    _add_lines(name, f"{own_name}: {what}", magnitudes, report)
+            if _is_constant(matrix, rows, columns):
+                report.add(name, f"{own_name} {list(values.shape)} is constant: all of it is {matrix[0, 0].item():.3g}")
+            prints.setdefault(_fingerprint(matrix), []).append(full_name)
     if unread:
         report.facts["weights"] = f"{unread} not read (meta device)"
+    _compare_sizes(sizes, report)
     _report_repeats(model, prints, report)
 
 
-def _add_zero_vector(name: str, own_name: str, model: nn.Module, report: CapacityReport) -> None:
-    if own_name != "gate":
-        report.add(name, "its weight is all zero")
-    elif getattr(model.config, "cross_attention_gate_init", None) != 0:  # models may begin with closed gates, if their config says so
-        report.add(name, "its gate is closed (0), so its cross-attention adds nothing")
+def _check_gate(name: str, size: float, model: nn.Module, report: CapacityReport) -> None:
+    begin = getattr(model.config, "cross_attention_gate_init", None)
+    if size < _LIVE and (begin is None or abs(begin) >= _LIVE):  # models may begin with closed gates, if their config says so
+        report.add(name, f"its gate is closed ({size:.3g}), so its cross-attention adds nothing")
+
+
+def _compare_sizes(sizes: dict[str, dict[str, float]], report: CapacityReport) -> None:
+    """Whole weights that are nothing, or next to nothing beside those in the same place of other layers."""
+    for names in sizes.values():
+        limit = max(_limit(torch.tensor(list(names.values()), dtype=torch.float64)), _FLOOR)
+        for name, size in names.items():
+            if size <= limit:
+                owner, _, own_name = name.rpartition(".")
+                report.add(owner, f"its {own_name} is all zero" if size == 0 else f"its {own_name} is next to nothing: at most {size:.1e}")
 
 
 def _matrices(module: nn.Module):
@@ -106,59 +166,96 @@ def _matrices(module: nn.Module):
             yield name, parameter
 
 
-def _living(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, columns) of matrix [N, K] with anything but zeros in them, bool on the CPU."""
-    rows, columns = [], torch.zeros(matrix.shape[1], dtype=torch.bool, device=matrix.device)
+def _other_tensors(module: nn.Module):
+    """(name, tensor) of the rest: biases and buffers."""
+    seen = {name for name, _ in _matrices(module)}
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and name not in seen:
+            yield name, tensor
+
+
+def _magnitudes(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest absolute values of the (rows, columns) of matrix [N, K], fp64 on the CPU; NaN where there is one."""
+    rows, columns = [], torch.zeros(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
     step = max(1, _CHUNK // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):
-        alive = matrix[start : start + step] != 0
-        rows.append(alive.any(1))
-        columns |= alive.any(0)
-    return torch.cat(rows).cpu(), columns.cpu()
+        sizes = matrix[start : start + step].abs()
+        rows.append(sizes.amax(1))
+        columns = torch.maximum(columns, sizes.amax(0))
+    return torch.cat(rows).cpu().double(), columns.cpu().double()
 
 
-def _check_zeros(name: str, module: nn.Module, parent: nn.Module | None, matrix: Tensor, report: CapacityReport, *, packed: bool) -> None:
-    rows, columns = _living(matrix)
-    if not bool(rows.any()):
-        report.add(name, f"its weight {list(matrix.shape)} is all zero")
-        return
+def _limit(sizes: Tensor) -> float:
+    """Up to which size one of ``sizes`` is dead: a millionth of the median; where most are dead, 1e-9 of the largest."""
+    return max(_LIVE * sizes.median().item(), _LIVE**1.5 * sizes.max().item())
+
+
+def _is_constant(matrix: Tensor, rows: Tensor, columns: Tensor) -> bool:
+    if matrix.numel() == 1 or rows.min() != rows.max() or columns.min() != columns.max():
+        return False
+    return not bool((matrix != matrix[0, 0]).any())
+
+
+def _check_lines(
+    name: str, module: nn.Module, parent: nn.Module | None, rows: Tensor, columns: Tensor, report: CapacityReport, *, packed: bool
+) -> None:
     heads = heads_of(parent) if parent is not None else None
     own_name = name.rpartition(".")[2]
     if heads is not None and own_name in _ROW_HEADS:
         rows = _without_dead_heads(name, rows, parent, "rows", report)
     elif heads is not None and own_name in _COLUMN_HEADS:
         columns = _without_dead_heads(name, columns, parent, "columns", report)
-    if packed:  # a column may be small beside its neighbours in every row, and round to zeros; a row has its own scale
-        columns = torch.ones_like(columns)
-    if not isinstance(module, nn.Embedding):  # tokens that never occur may well have no embedding
+    if isinstance(module, nn.Embedding):
+        _add_lines(name, "row", _without_unused(module, rows), report)
+    else:
         _add_lines(name, "output channel", rows, report)
-    _add_lines(name, "input channel" if not isinstance(module, nn.Embedding) else "channel", columns, report)
+    if not packed:  # a column may be small beside its neighbours in every row, and round to zeros; a row has its own scale
+        _add_lines(name, "input channel" if not isinstance(module, nn.Embedding) else "channel", columns, report)
 
 
-def _without_dead_heads(name: str, alive: Tensor, attention: nn.Module, what: str, report: CapacityReport) -> Tensor:
-    """Reports heads of which nothing lives; returns ``alive`` with these no longer dead, so that they are reported once."""
+def _without_unused(embedding: nn.Embedding, rows: Tensor) -> Tensor:
+    """The sizes of rows that tokens have: not that of padding, nor a few at the end that round the vocabulary up."""
+    rows = rows.clone()
+    if embedding.padding_idx is not None:
+        rows[embedding.padding_idx] = rows.max()
+    alive = (rows > _limit(rows)).nonzero().flatten()
+    end = int(alive[-1]) + 1
+    if len(rows) - end <= _UNUSED * len(rows):
+        rows[end:] = rows.max()
+    return rows
+
+
+def _without_dead_heads(name: str, sizes: Tensor, attention: nn.Module, what: str, report: CapacityReport) -> Tensor:
+    """Reports heads of which nothing lives; returns ``sizes`` with these no longer dead, so that they are reported once."""
     size = attention.head_dim
-    if alive.numel() % size:
-        return alive
-    blocks = alive.clone().view(-1, size)
-    heads = heads_of(attention)
-    for block in (~blocks.any(1)).nonzero().flatten().tolist():
+    if sizes.numel() % size:
+        return sizes
+    blocks = sizes.clone().view(-1, size)
+    heads, largest = heads_of(attention), blocks.amax(1)
+    groups = largest.split(heads) if name.endswith("qkv") else (largest,)
+    dead = torch.cat([group <= _limit(group) for group in groups])
+    for block in dead.nonzero().flatten().tolist():
         part = ""
         if name.endswith("qkv"):
             part = f" of the {('queries', 'keys', 'values')[block // heads % 3]}"
         elif name.endswith(("k_proj", "v_proj")) and blocks.shape[0] != heads:
             part = " of the key/value heads"
-        report.add(name, f"head {block % heads}{part} is pruned: its {size} {what} are all zero")
-        blocks[block] = True
+        report.add(name, f"head {block % heads}{part} is pruned: its {size} {what} are {_how_dead(largest[block])}")
+        blocks[block] = sizes.max()
     return blocks.view(-1)
 
 
-def _add_lines(name: str, what: str, alive: Tensor, report: CapacityReport) -> None:
-    dead = (~alive).nonzero().flatten().tolist()
+def _how_dead(size: Tensor) -> str:
+    return "all zero" if size == 0 else f"next to nothing (at most {size.item():.1e})"
+
+
+def _add_lines(name: str, what: str, sizes: Tensor, report: CapacityReport) -> None:
+    dead = (sizes <= _limit(sizes)).nonzero().flatten().tolist()
     if dead:
         more = f" and {len(dead) - _LISTED} more" if len(dead) > _LISTED else ""
         listed = ", ".join(map(str, dead[:_LISTED]))
-        report.add(name, f"{what}{'s' if len(dead) > 1 else ''} {listed}{more} of {len(alive)} {'are' if len(dead) > 1 else 'is'} all zero")
+        many = len(dead) > 1
+        report.add(name, f"{what}{'s' if many else ''} {listed}{more} of {len(sizes)} {'are' if many else 'is'} {_how_dead(sizes[dead].max())}")
 
 
 def _fingerprint(matrix: Tensor) -> tuple:
