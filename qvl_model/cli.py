@@ -124,7 +124,8 @@ def _weights(checkpoint: Path):
 
 
 def _load(checkpoint: Path):
-    """(model, processor) of a checkpoint directory; CommandError unless every weight of the model is in it."""
+    """(model, processor) of a checkpoint directory; CommandError unless every weight of the model is in it, and is a number."""
+    from qvl_model import capacity
     from qvl_model.processing import load_processor
 
     try:
@@ -137,6 +138,10 @@ def _load(checkpoint: Path):
         if keys:
             first = min(key if isinstance(key, str) else key[0] for key in keys)
             raise CommandError(f"{checkpoint} {problem} {len(keys)} of the model's weights, such as {first}; save it again")
+    try:
+        capacity.check_finite(model, checkpoint)
+    except ValueError as error:
+        raise CommandError(one_line(error)) from error
     if processor.chat_template is None:
         raise CommandError(f"{checkpoint} has no chat template; put its chat_template.jinja or chat_template.json there")
     return model.eval(), processor

@@ -204,10 +204,12 @@ def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[st
         out: directory that does not exist yet, or is empty.
         formats: by part, as ``qvl_model.quantization.formats_of`` gives them.
         group: inputs per int4 scale.
-    Raises: ValueError for weights that are missing or cannot be packed, a source that is packed already, and an ``out`` in use.
+    Raises: ValueError for weights that are missing, hold NaN or Inf, or cannot be packed, a source that is packed already, and an
+        ``out`` in use.
     Example:
         >>> quantize("qwen3-vl-2b", "qwen3-vl-2b-int8", formats_of("int8"))
     """
+    from qvl_model import capacity
     from qvl_model.accelerate import accelerate
 
     source, out = Path(source), Path(out)
@@ -224,7 +226,9 @@ def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[st
     )
     if info["missing_keys"]:
         raise ValueError(f"{source} lacks {len(info['missing_keys'])} of the model's weights, such as {min(info['missing_keys'])}")
-    save(accelerate(model, weights=formats, group=group), out, files_of=source)
+    model = accelerate(model, weights=formats, group=group)  # which looks at what it packs
+    capacity.check_finite(model, source)
+    save(model, out, files_of=source)
 
 
 def _class_of(config) -> type[PreTrainedModel]:

@@ -1,6 +1,7 @@
 """The qvl command as a user runs it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,48 @@ def _cut_weights(checkpoint):
 def _drop_a_layer(checkpoint):
     weights = {key: value for key, value in load_file(checkpoint / "model.safetensors").items() if "layers.1." not in key}
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+def _break_a_weight(name, value):
+    def edit(checkpoint):
+        weights = dict(load_file(checkpoint / "model.safetensors"))
+        weights[name].view(-1)[-1] = value
+        save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+# In a matrix that every format packs, an embedding, a norm and a bias.
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.language_model.layers.1.mlp.up_proj.weight", float("nan")),
+        ("model.language_model.embed_tokens.weight", float("inf")),
+        ("model.language_model.layers.0.self_attn.q_norm.weight", -float("inf")),
+        ("model.visual.blocks.2.mlp.linear_fc2.bias", float("nan")),
+    ],
+)
+def test_weights_that_are_not_finite_are_refused(name, value, checkpoint, tmp_path, capsys):
+    _break_a_weight(name, value)(checkpoint)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}))
+    settings = {
+        "model": {"path": str(checkpoint)}, "data": {"train": str(tmp_path / "rows.jsonl")}, "run": {"steps": 1, "device": "cpu"},
+        "output": {"directory": str(tmp_path / "out")},
+    }  # fmt: skip
+    (tmp_path / "train.yaml").write_text(json.dumps(settings))
+    for arguments in (
+        ["generate", "--model", str(checkpoint), "--prompt", "x"], ["generate", "--stock", "--model", str(checkpoint), "--prompt", "x"],
+        ["quantize", "--model", str(checkpoint), "--out", str(tmp_path / "packed")],
+        ["quantize", "--model", str(checkpoint), "--weights", "vision=int4", "--out", str(tmp_path / "packed")],
+        ["train", str(tmp_path / "train.yaml")],
+    ):  # fmt: skip
+        assert cli.main(arguments) == 2, arguments
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("qvl: ") and re.search("NaN or (Inf|infinite)", error) and (name in error or "lm_head.weight" in error), error
+    assert not (tmp_path / "packed").exists() and not list((tmp_path / "out").glob("checkpoint-*"))
+    assert cli.main(["verify", str(checkpoint)]) == 1
+    out = capsys.readouterr().out
+    assert f"{name.rpartition('.')[0]}: {name.rpartition('.')[2]} holds NaN or Inf" in out and "1 violation of" in out
 
 
 def _edit_config(**changes):

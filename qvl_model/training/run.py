@@ -65,7 +65,7 @@ def _checkpoint_of(config: TrainConfig) -> Path:
 def load_model(config: TrainConfig) -> tuple[nn.Module, capacity.CapacitySpec, torch.dtype]:
     """The model to train, in fp32 and accelerated if asked for; its specification; the dtype to save it in.
 
-    Raises: ConfigError if the checkpoint cannot be loaded or lacks weights.
+    Raises: ConfigError if the checkpoint cannot be loaded, lacks weights, or holds NaN or Inf.
     """
     path = _checkpoint_of(config)
     try:
@@ -84,6 +84,7 @@ def load_model(config: TrainConfig) -> tuple[nn.Module, capacity.CapacitySpec, t
                 if keys:
                     first = min(key if isinstance(key, str) else key[0] for key in keys)
                     raise ConfigError(f"model.path: {path} lacks {len(keys)} of the model's weights, or has them in another size, such as {first}")
+            capacity.check_finite(model, path)
         model.train()
         if config.model.accelerate:
             model = qvl_model.accelerate(model)
