@@ -1,9 +1,11 @@
 """QVLConfig: presets, the specification's YAML, and refusals."""
 
+import copy
 import json
 
 import pytest
 import torch
+import transformers
 import yaml
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
@@ -135,6 +137,10 @@ def test_yaml_in_nested_groups_and_documents(tmp_path):
 @pytest.mark.parametrize("text, message", [
     ("hidden_sizes: 3", "unknown keys hidden_sizes"),
     ("a: {hidden_size: 192}\nb: {hidden_size: 384}", "hidden_size is 192 and 384"),
+    ("hidden_size: 192\n---\nhidden_size: 192", "hidden_size is 192 and 192; keep one"),
+    ("hidden_size: 192\nnum_hidden_layers: 2\nhidden_size: 384", "'hidden_size' is given twice"),
+    ("a: {hidden_size: 192, hidden_size: 192}", "'hidden_size' is given twice"),
+    ("? [hidden_size]\n: 3", "cannot be a key"),
     ("model_type: bert", "model_type must be qwen3_vl"),
     ("- 1\n- 2", "keys and values"),
     ("a: [", "not YAML"),
@@ -176,9 +182,71 @@ def test_impossible_configs_are_refused(changes, message):
         tiny(**changes)
 
 
-def test_wrong_types_are_refused():
-    with pytest.raises(Exception, match="hidden_size"):
-        tiny(hidden_size="wide")
+@pytest.mark.parametrize("changes", [
+    dict(hidden_size="wide"), dict(hidden_size=192.0), dict(num_hidden_layers=True), dict(num_hidden_layers=None), dict(hidden_dropout_prob="0.1"),
+    dict(tie_word_embeddings=1), dict(cross_attention_layers=[1.0]), dict(eos_token_id="2"), dict(hidden_act=3),
+], ids=str)  # fmt: skip
+def test_wrong_types_are_refused(changes):
+    """As TypeError, as documented; it was huggingface_hub's own exception, of which only Exception is a base."""
+    (key, value), = changes.items()
+    with pytest.raises(TypeError, match=f"QVLConfig: .*{key}"):
+        tiny(**changes)
+    config = tiny()
+    with pytest.raises(TypeError, match=f"QVLConfig: .*{key}"):
+        setattr(config, key, value)
+    assert getattr(config, key) == getattr(tiny(), key)
+
+
+@pytest.mark.parametrize("key, nearest", [
+    ("hidden_sizes", "hidden_size"), ("num_layers_hidden", None), ("hidden_dropout", "hidden_dropout_prob"), ("tie_words_embeddings", "tie_word_embeddings"),
+    ("num_query_token", "num_query_tokens"), ("cross_attention_layer", "cross_attention_layers"), ("text_config", None), ("rope_scaling", None),
+])  # fmt: skip
+def test_unknown_keys_are_refused(key, nearest, tmp_path):
+    """Every one of these gave the model of the preset."""
+    hint = f"did you mean {nearest}" if nearest else "known are num_hidden_layers, "
+    for make in (QVLConfig, tiny):
+        with pytest.raises(ValueError, match=f"unknown key {key}; {hint}"):
+            make(**{key: 3})
+    tiny().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: 3}))
+    if nearest:
+        for load in (QVLConfig.from_pretrained, AutoConfig.from_pretrained):
+            with pytest.raises(ValueError, match=f"unknown key {key}; {hint}"):
+                load(tmp_path)
+        with pytest.raises(ValueError, match=f"unknown key {key}; {hint}"):
+            QVLConfig.from_json_file(file)
+        tiny().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=f"unknown key {key}; {hint}"):
+            QVLConfig.from_pretrained(tmp_path, **{key: 3})
+
+
+def test_what_config_files_hold_loads(tmp_path, caplog):
+    """What transformers writes, also of other versions, loads as before; a note of somebody's with a warning."""
+    transformers.utils.logging.enable_propagation()
+    stored = {
+        "_name_or_path": "x", "architectures": ["QVLForConditionalGeneration"], "torch_dtype": "bfloat16", "transformers_version": "5.99.0",
+        "id2label": {"0": "a"}, "label2id": {"a": 0}, "_commit_hash": None, "attn_implementation": "eager", "problem_type": None, "auto_map": {},
+        "max_length": 20, "num_beams": 1, "output_attentions": False, "use_cache": False, "is_encoder_decoder": False, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    tiny().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps({**written, **stored}))
+    try:
+        for loaded in (QVLConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+            assert loaded.dtype == torch.bfloat16 and loaded.use_cache is False and loaded.layer_norm_eps == 1e-5
+        assert not [record for record in caplog.records if "none of its keys" in record.message]
+        file.write_text(json.dumps({**written, "who_trained_it": "we"}))
+        config = QVLConfig.from_pretrained(tmp_path)
+        assert any("who_trained_it is none of its keys" in record.message for record in caplog.records)
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert config.who_trained_it == "we" and config.hidden_size == tiny().hidden_size
+    config.save_pretrained(tmp_path)
+    assert QVLConfig.from_pretrained(tmp_path, hidden_dropout_prob=0.3).hidden_dropout_prob == 0.3
+    assert type(tiny()).from_dict(config.to_dict()).who_trained_it == "we" and copy.deepcopy(config).who_trained_it == "we"
+    assert QVLConfig(**tiny().to_dict()).to_dict() == tiny().to_dict()
 
 
 def test_a_config_edited_into_nonsense_builds_no_model():

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from qvl_model.yaml_file import Loader
+
 if TYPE_CHECKING:
     from qvl_model.qvl.configuration import QVLConfig
 
@@ -33,8 +35,6 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 _KEYS = [key for keys in GROUPS.values() for part in keys for key in part]
-# What YAML 1.1 takes for text: 1e-12 has no dot.
-_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def read(source: str | PathLike) -> tuple[dict, list[str]]:
@@ -42,7 +42,7 @@ def read(source: str | PathLike) -> tuple[dict, list[str]]:
     text = Path(source).read_text()
     blocks = re.findall(r"^```ya?ml\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     try:
-        documents = [document for block in blocks or [text] for document in yaml.safe_load_all(block)]
+        documents = [document for block in blocks or [text] for document in yaml.load_all(block, Loader)]
     except yaml.YAMLError as error:
         raise ValueError(f"QVLConfig: {source} is not YAML: {' '.join(str(error).split())}") from error
     keys: dict = {}
@@ -51,9 +51,7 @@ def read(source: str | PathLike) -> tuple[dict, list[str]]:
             raise ValueError(f"QVLConfig: {source} must hold keys and values, got {document!r}")
         for key, value in (document or {}).items():
             for name, setting in value.items() if isinstance(value, dict) else [(key, value)]:
-                if isinstance(setting, str) and _NUMBER.fullmatch(setting):
-                    setting = float(setting)
-                if name in keys and keys[name] != setting:
+                if name in keys:
                     raise ValueError(f"QVLConfig: {source} says {name} is {keys[name]!r} and {setting!r}; keep one")
                 keys[name] = setting
     model_type = keys.pop("model_type", MODEL_TYPE)

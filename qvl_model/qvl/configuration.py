@@ -1,19 +1,44 @@
 """QVLConfig: the keys of the model's specification by their names, and the few that it leaves open."""
 
+import difflib
+import functools
 from os import PathLike
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.utils import logging
 
 from qvl_model.compat import CACHE_NAMES
-
 from qvl_model.qvl import config_file
 from qvl_model.qvl.presets import PRESETS
 
 __all__ = ["QVLConfig"]
 
+logger = logging.get_logger(__name__)
 
+
+def _standard_errors(cls: type) -> type:
+    """What a strict dataclass raises, an Exception of huggingface_hub, as the TypeError or ValueError that it was made of."""
+
+    def converting(method):
+        @functools.wraps(method)
+        def call(self, *args, **kwargs):
+            try:
+                return method(self, *args, **kwargs)
+            except StrictDataclassError as error:
+                kind = TypeError if isinstance(error.__cause__, TypeError) else ValueError
+                raise kind(f"{cls.__name__}: {' '.join(str(error).split())}") from error
+
+        return call
+
+    for name in ("__init__", "__setattr__", "validate"):
+        setattr(cls, name, converting(getattr(cls, name)))
+    return cls
+
+
+@_standard_errors
 @strict
 class QVLConfig(PreTrainedConfig):
     """Sizes and settings of a QVL model. The defaults are those of the preset ``qvl-2b``.
@@ -48,7 +73,9 @@ class QVLConfig(PreTrainedConfig):
         max_num_images: images per sample that are told apart by their order.
         image_token_id: token that stands for an image in the text (one per image).
 
-    Raises: ValueError for settings that contradict each other or cannot be built; TypeError for values of the wrong type.
+    Raises: ValueError for keys that it does not have (those that transformers keeps in a config.json are no such keys), and for settings
+        that contradict each other or cannot be built; TypeError for values of the wrong type. A key in a config.json that resembles
+        none of these is kept as an attribute, with a warning.
     Example:
         >>> config = QVLConfig.from_preset("qvl-2b", hidden_dropout_prob=0.0)
         >>> config.to_yaml("model.yaml")
@@ -107,8 +134,44 @@ class QVLConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.cross_attention_layers is None:
             self.cross_attention_layers = list(range(3, self.num_hidden_layers, 4)) or [max(0, self.num_hidden_layers - 1)]
+        for key in kwargs:
+            if not self._is_known(key):
+                nearest = self._nearest(key)
+                hint = f"did you mean {nearest}?" if nearest else f"known are {', '.join(self._own_keys())}"
+                raise ValueError(f"QVLConfig: unknown key {key}; {hint}")
         super().__post_init__(**kwargs)
         self.check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As PreTrainedConfig's; keys that no QVL has are kept if they cannot be a misspelt one. Raises: as the class."""
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        extra = {key: value for key, value in config_dict.items() if not cls._is_known(key)}
+        for key in (*extra, *kwargs):
+            if not cls._is_known(key) and cls._nearest(key):
+                raise ValueError(f"QVLConfig: unknown key {key}; did you mean {cls._nearest(key)}?")
+        known = {key: value for key, value in config_dict.items() if key not in extra}
+        config, unused = super().from_dict(known, return_unused_kwargs=True, **kwargs)
+        for key, value in extra.items():
+            logger.warning_once(f"QVLConfig: {key} is none of its keys, and changes nothing")
+            setattr(config, key, value)
+        return (config, unused) if return_unused else config
+
+    @classmethod
+    def from_json_file(cls, json_file: str | PathLike) -> "QVLConfig":
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    @classmethod
+    def _own_keys(cls) -> list[str]:
+        return [name for name in cls.__dataclass_fields__ if name not in PreTrainedConfig.__dataclass_fields__]
+
+    @classmethod
+    def _is_known(cls, key: str) -> bool:
+        return key in cls.__dataclass_fields__ or key in cls.attribute_map or key in _STORED or key in _generation_keys() or key.startswith("_")
+
+    @classmethod
+    def _nearest(cls, key: str) -> str | None:
+        return next(iter(difflib.get_close_matches(key, cls._own_keys(), n=1, cutoff=0.8)), None)
 
     @property
     def head_dim(self) -> int:
@@ -217,6 +280,19 @@ class QVLConfig(PreTrainedConfig):
             >>> print(config.to_yaml())
         """
         return config_file.write(self, path)
+
+
+# What transformers has kept in config.json files beside the fields of its base class, in any version, and bench in those of checkpoints
+# with random weights.
+_STORED = {
+    "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions",
+    "per_layer_config", "quantization_config", "qvl_random_weights", "tie_last_hidden_states", "torch_dtype", "use_return_dict",
+}  # fmt: skip
+
+
+@functools.cache
+def _generation_keys() -> frozenset[str]:
+    return frozenset(vars(GenerationConfig()))  # configs of old once held these; PreTrainedConfig takes them out
 
 
 _SIZES = (

@@ -1,5 +1,6 @@
 """QVLModel (vision, connector, decoder) and QVLForConditionalGeneration (with the language head)."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +10,12 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.utils import can_return_tuple
 
-from qvl_model.compat import CACHE, CacheOutput, takes_cache
+from qvl_model.compat import CACHE, CACHE_NAMES, CacheOutput, takes_cache
 from qvl_model.qvl.base import QVLPreTrainedModel
 from qvl_model.qvl.cache import holds_images
 from qvl_model.qvl.configuration import QVLConfig
 from qvl_model.qvl.connector import QVLAttentionConnector, QVLMLPConnector
+from qvl_model.qvl.inputs import check_prompt
 from qvl_model.qvl.text import QVLTextModel, Visual
 from qvl_model.qvl.vision import QVLVisionModel
 
@@ -133,7 +135,7 @@ class QVLModel(QVLPreTrainedModel):
 
         Args:
             input_ids: int64 [B, T]; or inputs_embeds [B, T, C].
-            attention_mask: [B, past + T], 0 on padding.
+            attention_mask: [B, past + T], 1 for tokens and 0 on padding; or [B, 1, T, keys] as attention takes it.
             position_ids: [B or 1, T]; counted from attention_mask if left out.
             cache: a cache; past_key_values is its older name. Keys and values of images are in it after the first call: give pixel_values once.
             token_type_ids: [B, T]; by default 1 where input_ids is image_token_id, else 0.
@@ -141,7 +143,8 @@ class QVLModel(QVLPreTrainedModel):
             pixel_attention_mask: [B, H, W] (or [B, images, H, W]), 0 on padding, which cannot change the result. An image that is
                 all padding is no image: samples without images are text only.
             output_hidden_states, output_attentions: see QVLModelOutput.
-        Raises: ValueError for shapes that do not fit, or a cache that already holds images.
+        Raises: ValueError for shapes that do not fit, a mask with other values, or a cache that already holds images. Text longer than
+            max_position_embeddings gets a warning, once, and the positions that follow.
         """
         text = input_ids if input_ids is not None else inputs_embeds
         visual = None
@@ -259,6 +262,13 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
             pooler_output=out.pooler_output, hidden_states=out.hidden_states, attentions=out.attentions,
             cross_attentions=out.cross_attentions,
         )  # fmt: skip
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs=None, *args, **kwargs):
+        text = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), inputs)
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        check_prompt(text, kwargs.get("attention_mask"), cache)
+        return super().generate(inputs, *args, **kwargs)
 
     @takes_cache
     def prepare_inputs_for_generation(self, input_ids, *args, cache=None, is_first_iteration=False, **kwargs):

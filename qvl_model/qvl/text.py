@@ -15,6 +15,7 @@ from qvl_model.compat import CACHE, takes_cache
 from qvl_model.qvl.base import QVLPreTrainedModel, attend, eager, eager_config, key_mask, rotary_tables
 from qvl_model.qvl.cache import add_visual_layer, visual_layer
 from qvl_model.qvl.configuration import QVLConfig
+from qvl_model.qvl.inputs import check_text
 
 __all__ = ["QVLCrossAttention", "QVLDecoderLayer", "QVLFusion", "QVLTextModel", "Visual"]
 
@@ -220,6 +221,7 @@ class QVLTextModel(QVLPreTrainedModel):
             token_type_ids = self._token_types(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        check_text(self.config, inputs_embeds, attention_mask, position_ids, token_type_ids, cache)
         hidden_states = self.dropout(inputs_embeds + self.embed_token_types(token_type_ids))
         if position_ids is None:
             position_ids = _positions(attention_mask, cache, inputs_embeds)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import types
 import typing
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from qvl_model import digits
+from qvl_model.yaml_file import Loader
 
 __all__ = ["ConfigError", "DataConfig", "ModelConfig", "OptimizerConfig", "OutputConfig", "RunConfig", "TrainConfig", "describe_keys"]
 
@@ -108,7 +108,7 @@ class TrainConfig:
         """
         file = Path(file)
         try:
-            values = yaml.load(file.read_text(), _Loader)
+            values = yaml.load(file.read_text(), Loader)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} cannot be read: {error}") from error
         except yaml.YAMLError as error:
@@ -143,24 +143,6 @@ class TrainConfig:
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers (1e-5 is one, which PyYAML reads as text), and no key twice in one mapping."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is given twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def _shown(value: object) -> str:

@@ -1,0 +1,82 @@
+"""What the text part of QVL is given: right in shape and values, or an error; longer than meant, a warning."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+
+from qvl_model.qvl.configuration import QVLConfig
+
+__all__ = ["check_prompt", "check_text"]
+
+logger = logging.get_logger(__name__)
+
+
+def check_text(
+    config: QVLConfig, embeddings: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, token_types: Tensor, cache: Cache | None
+) -> None:
+    """Checks what goes with embeddings [B, T, C]; as QVLModel.forward takes it.
+
+    Values of the mask are read where that waits for nothing: on the CPU, elsewhere with the first tokens of a cache only.
+    Raises: ValueError for shapes that do not fit, and a mask with other values than 0 and 1.
+    """
+    batch, queries = embeddings.shape[:2]
+    for name, tensor in (("position_ids", position_ids), ("token_type_ids", token_types)):
+        if tensor is not None and tuple(tensor.shape) not in ((batch, queries), (1, queries)):
+            raise ValueError(f"QVL: {name} must be [{batch}, {queries}], as the text, got {list(tensor.shape)}")
+    past = _past(cache)
+    if isinstance(attention_mask, Tensor):
+        _check_mask(attention_mask, batch, queries, past)
+    # As in stock Qwen3-VL, positions are computed as far as they are asked for, and generate gives the same warning.
+    if past is not None and past + queries > config.max_position_embeddings and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"QVL: the text is longer than max_position_embeddings ({config.max_position_embeddings}), the longest that the model is meant "
+            "for; positions go on beyond it, and what it makes of them it may never have learned"
+        )
+
+
+def _past(cache: Cache | None) -> int | None:
+    """Tokens in the cache; None if only a GPU knows, or a graph that is being compiled."""
+    past = cache.get_seq_length() if cache is not None else 0
+    if isinstance(past, Tensor):  # of static caches
+        past = int(past) if past.is_cpu and not torch.compiler.is_compiling() else None
+    return past
+
+
+def _check_mask(mask: Tensor, batch: int, queries: int, past: int | None) -> None:
+    if mask.dim() == 4:  # as attention takes it: generate makes such masks for static caches
+        if mask.shape[0] not in (1, batch) or mask.shape[2] != queries:
+            raise ValueError(f"QVL: an attention_mask of four dimensions must be [{batch}, 1, {queries}, keys], got {list(mask.shape)}")
+        return
+    length = mask.shape[-1] if past is None else past + queries
+    if tuple(mask.shape) != (batch, length):
+        tokens = f"{past} tokens in the cache and {queries} new ones" if past else f"{queries} tokens"
+        raise ValueError(f"QVL: attention_mask must be [{batch}, {length}] for {batch} rows of {tokens}, got {list(mask.shape)}")
+    if mask.is_cpu or past == 0:
+        _check_values(mask)
+
+
+def check_prompt(text: Tensor | None, attention_mask: Tensor | None, cache: Cache | None) -> None:
+    """Checks the mask that ``generate`` is given, which may drop it before a model sees it.
+
+    Args:
+        text: input_ids [B, T] or inputs_embeds [B, T, C]: all of the text, or what the cache does not have yet.
+        attention_mask: [B, T], or [B, past + T].
+    Raises: ValueError for other shapes, and other values than 0 and 1.
+    """
+    if not isinstance(attention_mask, Tensor) or not isinstance(text, Tensor):
+        return
+    (batch, length), past = text.shape[:2], _past(cache)
+    shape = tuple(attention_mask.shape)
+    if len(shape) != 2 or shape[0] != batch or (shape[1] not in (length, past + length) if past is not None else shape[1] < length):
+        raise ValueError(f"QVL: attention_mask must be [{batch}, {length}{' + what the cache holds' if past else ''}], as the prompt, got {list(shape)}")
+    _check_values(attention_mask)
+
+
+def _check_values(mask: Tensor) -> None:
+    if mask.dtype == torch.bool or mask.is_meta or torch.compiler.is_compiling():
+        return
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("QVL: attention_mask must hold 1 for tokens and 0 for padding, and has other values; a mask to be added has four dimensions")
