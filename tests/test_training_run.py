@@ -158,7 +158,7 @@ def test_another_run_is_not_resumed(shared, tmp_path):
         _train(shared, tmp_path / "out", data={"train": str(tmp_path / "other" / "train.jsonl")})
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+@pytest.mark.parametrize("sharding", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_ranks_are_one(shared, tmp_path, sharding):
     """Two gloo ranks with half the batch each: the losses of one rank, and a model that loads; FSDP2 gathers and saves shards."""
     out = tmp_path / "out"
@@ -199,7 +199,7 @@ def test_two_ranks_are_one_also(shared, tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+@pytest.mark.parametrize("sharding", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_ranks_resume_after_kill(shared, tmp_path, sharding):
     groups = {"model": {"attention_dropout": 0.1}, "run": {"steps": 40, "batch_size": 2, "sharding": sharding}}
     curves = []

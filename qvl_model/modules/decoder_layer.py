@@ -1,5 +1,6 @@
 """A decoder layer as one fused call at inference, together with those that follow it while tokens are decoded."""
 
+import functools
 import weakref
 
 import torch
@@ -99,10 +100,19 @@ class Plan:
 _plans: "weakref.WeakKeyDictionary[nn.Module, Plan | None]" = weakref.WeakKeyDictionary()
 
 
+@functools.cache
+def watch_sees_dtypes() -> bool:
+    """Whether a watch notices another dtype in the same memory: not with PyTorch 2.9. Plans are made anew in every call then."""
+    x = torch.zeros(1)
+    watch = dispatch.extension().Watch(entries=[], absent=[], empty=[], types=[], tensors=[x])
+    x.data = x.data.view(torch.int32)
+    return not watch.all_hold([watch])
+
+
 def plan_of(layer: "Qwen3VLTextDecoderLayer") -> Plan | None:
     """The plan of a layer as it is now, or None if one fused call is not what its modules compute."""
     plan = _plans.get(layer)
-    if plan is None or not plan.holds():
+    if plan is None or not watch_sees_dtypes() or not plan.holds():
         plan = _plans[layer] = Plan.of(layer)
     return plan
 
@@ -158,8 +168,8 @@ def _plan_and_chain(layer: "Qwen3VLTextDecoderLayer") -> tuple[Plan | None, Chai
     if plan is not None and plan.chain is not None and plan.chain.holds():
         return plan, plan.chain
     plan = plan_of(layer)
-    if plan is None:
-        return None, None
+    if plan is None or not watch_sees_dtypes():
+        return plan, None
     chain = Chain(layer)
     plan.chain = chain if chain.layers else None
     return plan, plan.chain
