@@ -333,3 +333,12 @@ def test_packing_frees_what_was_planned(models):
     qvl_model.accelerate(fast, weights="int8")
     gc.collect()
     assert weight() is None
+
+
+@pytest.mark.parametrize("cache", [(), []], ids=str)
+def test_what_is_no_cache_is_refused_as_by_stock(cache):
+    for model in pair("small"):
+        layer = model.model.language_model.layers[0]
+        x, angles = torch.randn(1, 1, layer.hidden_size), torch.randn(1, 1, layer.self_attn.head_dim)
+        with torch.no_grad(), pytest.raises(AttributeError, match="update"):
+            layer(x, position_embeddings=(angles.cos(), angles.sin()), attention_mask=None, **{CACHE: cache})

@@ -150,7 +150,7 @@ def output_ahead(layer: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or len(args) != 1:
         return None
     cache = kwargs.get(CACHE)
-    state = None if cache is None else _states.get(cache)
+    state = _states.get(cache) if isinstance(cache, Cache) else None
     if state is None or not state.waiting:
         return None
     return state.find(layer, args[0], kwargs.get("position_embeddings"), kwargs.get("attention_mask"))
