@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qvl_kernels import pages, quant
+from qvl_model.capacity.weights import is_finite
 from qvl_model.modules import head, linear
 from qvl_model.modules.packed import FORMATS, PackedEmbedding, PackedLinear
 
@@ -159,9 +160,8 @@ def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64)
 
 
 def _check_finite(name: str, weight: Tensor) -> None:
-    for piece in weight.detach().split(max(1, (1 << 22) // max(1, weight.shape[1]))):
-        if not bool(torch.isfinite(piece).all()):
-            raise ValueError(f"accelerate: {name}.weight has NaN or infinite elements, which no packed format can hold; nothing was packed")
+    if not is_finite(weight.detach()):
+        raise ValueError(f"accelerate: {name}.weight has NaN or infinite elements, which no packed format can hold; nothing was packed")
     pages.release(weight)
 
 
