@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 import qvl_kernels
-from qvl_model.decoding import MODES, why_never
+from qvl_model import decoding
+from qvl_model.generation import loop
 from qvl_model.modules.decoder_layer import forget_plan
 from qvl_model.modules.head import set_skip_logits
 from qvl_model.modules.packed import PackedEmbedding, PackedLinear
 from qvl_model.modules.parts import check_rows, set_rows
-from qvl_model.modules.plain import FAST_DTYPES
-from qvl_model.modules.text import Qwen3VLTextMLP
-from qvl_model.modules.vision import Qwen3VLVisionMLP, give_memory_back
+from qvl_model.modules.plain import FAST_DTYPES, FLASH
+from qvl_model.modules.text import Qwen3VLTextAttention, Qwen3VLTextMLP
+from qvl_model.modules.vision import Qwen3VLVisionAttention, Qwen3VLVisionMLP, give_memory_back
 from qvl_model.modules.vision_tables import provide_tables
 from qvl_model.quantization import formats_of, pack_model, part_of, unpack_model
 from qvl_model.replacements import MODEL_CLASSES, STOCK_CLASSES, replacement
@@ -37,6 +38,14 @@ _KEPT_REASONS = {
     "QVLMLPConnector": "its MLP is replaced",
 }
 
+_ATTENTION = {  # (part, implementation) -> what computes it
+    ("text", "sdpa"): "in the fused layers; by the attention kernels where layers are not fused (training)",
+    ("text", "eager"): "in the fused layers; by stock's formula where layers are not fused (training, or attentions are asked for)",
+    **{("text", name): "in the fused layers; by its own functions where layers are not fused (training)" for name in FLASH},
+    ("text", "flex_attention"): "by its own functions for prompts and in training; in the fused layers for tokens that generate makes",
+    **{("vision", name): "in the fused blocks, and by the attention kernels where blocks are not fused (training)" for name in ("sdpa", *FLASH)},
+}
+
 
 @dataclass
 class Report:
@@ -46,10 +55,12 @@ class Report:
         accelerated: whether the model is accelerated now.
         replaced: (module name, stock class, our class).
         kept: (module name, class, reason).
+        attention: what computes it, by the implementation that the config names.
         decoding: how ``generate`` makes tokens on the model's device.
     """
 
     accelerated: bool
+    attention: str
     decoding: str
     replaced: list[tuple[str, str, str]] = field(default_factory=list)
     kept: list[tuple[str, str, str]] = field(default_factory=list)
@@ -59,7 +70,7 @@ class Report:
         lines += _summary((stock_class, f"-> {ours}") for _, stock_class, ours in self.replaced)
         lines.append("kept:")
         lines += _summary((name, reason) for _, name, reason in self.kept)
-        lines.append(f"decoding: {self.decoding}")
+        lines += [f"attention: {self.attention}", f"decoding: {self.decoding}"]
         return "\n".join(lines)
 
 
@@ -227,7 +238,7 @@ def report(model: nn.Module) -> Report:
         >>> print(qvl_model.report(model))
     """
     inner = _base_model(model)
-    result = Report(accelerated=is_accelerated(inner), decoding=_decoding(inner))
+    result = Report(accelerated=is_accelerated(inner), attention=_attention(inner), decoding=_decoding(inner))
     for name, module in inner.named_modules():
         cls = type(module)
         if isinstance(module, PackedLinear | PackedEmbedding):
@@ -241,11 +252,29 @@ def report(model: nn.Module) -> Report:
     return result
 
 
+def _attention(model: nn.Module) -> str:
+    parts = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (Qwen3VLTextAttention, Qwen3VLVisionAttention)):
+            parts["vision" if part_of(model, name) == "vision" else "text"] = module.config._attn_implementation
+    if not is_accelerated(model) or not parts:
+        return "stock's own"
+    return "; ".join(f"{part}, {name}: {_ATTENTION.get((part, name), 'by its own functions, nothing fused')}" for part, name in parts.items())
+
+
 def _decoding(model: nn.Module) -> str:
-    reason = why_never(model, next(model.parameters()).device)
+    if not is_accelerated(model):
+        return "transformers' own loop"
+    device = next(model.parameters()).device
+    if decoding.graphs_possible(device) is None:
+        reason = decoding.why_never(model, device)
+        if reason is not None:
+            return f"one fused call per layer and token ({reason})"
+        return f"whole steps as CUDA graphs for {decoding.MODES}; one fused call per layer and token for all else"
+    reason = loop.model_why_not(model)
     if reason is not None:
-        return f"one fused call per layer and token ({reason})"
-    return f"whole steps as CUDA graphs for {MODES}; one fused call per layer and token for all else"
+        return f"transformers' own loop over fused layers ({reason})"
+    return "all layers of a token in one call for greedy and sampling; one fused call per layer and token for all else"
 
 
 def _kept_reason(module: nn.Module) -> str:

@@ -152,7 +152,7 @@ def fused_calls(model: nn.Module) -> Iterator[Calls]:
 
     text, vision = model.model.language_model, model.model.visual
     handles = [
-        text.register_forward_pre_hook(expects("decoder_layer", len(text.layers))),
+        text.embed_tokens.register_forward_pre_hook(expects("decoder_layer", len(text.layers))),  # once a forward, and once a step of ``generate``
         vision.register_forward_pre_hook(expects("vision_block", len(vision.blocks))),
     ]
     known = dispatch.fallbacks()

@@ -10,7 +10,6 @@ from transformers import DynamicCache
 
 import qvl_model
 from qvl_model.compat import CACHE
-from qvl_model.modules import decoder_layer
 
 BATCH = inputs([5, (1, 4, 6), 3])
 IDS = torch.tensor([[3], [14], [15], [92], [65]])
@@ -172,13 +171,6 @@ CHANGES = {
     "float64": lambda model: model.double(),
     "bfloat16": lambda model: model.bfloat16(),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["in place", "new data", "bfloat16"])
-def test_a_change_counts_where_dtypes_are_not_seen(name, monkeypatch):
-    """As with PyTorch 2.9."""
-    monkeypatch.setattr(decoder_layer, "watch_sees_dtypes", lambda: False)
-    test_a_change_counts(name)
 
 
 @pytest.mark.parametrize("name", CHANGES)

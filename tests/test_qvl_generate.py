@@ -5,11 +5,12 @@ import pickle
 
 import pytest
 import torch
-from models import fused_calls
+from models import assert_close, fused_calls
 from qvl_models import inputs, pad_pixels, pair
 from transformers import DynamicCache, StaticCache
 
 from qvl_model.compat import CACHE
+from qvl_model.generation.step_cpu import CpuStep
 from qvl_model.qvl.cache import VisualLayer, holds_images
 
 NAMES = ["mlp", "attention"]
@@ -265,3 +266,21 @@ def test_generation_stops_at_the_end_token(model):
     end = tokens[2]
     out = model.generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=end)
     assert out[0, 5:].tolist() == tokens[: tokens.index(end) + 1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_tokens_are_steps(models, monkeypatch, name, batch):
+    """All layers between two cross-attentions are one call; logits and caches as the plain model's."""
+    seen, run = [], CpuStep.run
+    monkeypatch.setattr(CpuStep, "run", lambda *args: seen.append(1) or run(*args))
+    outs = [
+        models[name, kind].generate(**batch, max_new_tokens=9, do_sample=False, return_dict_in_generate=True, output_logits=True) for kind in KINDS
+    ]
+    plain, ours = outs
+    assert torch.equal(ours.sequences, plain.sequences) and len(seen) == len(ours.logits) - 1
+    assert_close(torch.stack(ours.logits), torch.stack(plain.logits))
+    for got, expected in zip(ours[CACHE].layers, plain[CACHE].layers, strict=True):
+        assert type(got) is type(expected) and got.get_seq_length() == expected.get_seq_length()
+        if expected.keys is not None:
+            assert_close(got.keys, expected.keys)

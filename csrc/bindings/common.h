@@ -30,6 +30,5 @@ void bind_rope(py::module_& m);
 void bind_activation(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_layers(py::module_& m);
-void bind_watch(py::module_& m);
 
 }  // namespace qvl

@@ -25,5 +25,4 @@ PYBIND11_MODULE(_C, m) {
   bind_activation(m);
   bind_attention(m);
   bind_layers(m);
-  bind_watch(m);
 }

@@ -4,6 +4,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 from qvl_model import decoding, packed_checkpoint
+from qvl_model.generation import loop
 from qvl_model.modules.head import causal_loss
 from qvl_model.quantization import is_packed_checkpoint
 
@@ -43,9 +44,11 @@ class Qwen3VLForConditionalGeneration(packed_checkpoint.PackedSaving, stock.Qwen
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **options):
         """Greedy and sampling: ``generate`` calls this once everything is prepared."""
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if decoding.why_not(self, *arguments, options) is not None:
-            return super()._sample(*arguments, **options)
-        return decoding.decode(self, super()._sample, *arguments, **options)
+        if decoding.why_not(self, *arguments, options) is None:
+            return decoding.decode(self, super()._sample, *arguments, **options)
+        if loop.why_not(self, input_ids, generation_config, options) is None:
+            return loop.sample(self, *arguments, **options)
+        return super()._sample(*arguments, **options)
 
 
 def __getattr__(name: str):  # transformers looks functions up in the module of a class

@@ -10,8 +10,9 @@ from transformers.utils import output_capturing
 
 from qvl_kernels import dispatch, gpu
 
-__all__ = ["FAST_DTYPES", "autocast_dtype", "dropout_fits", "is_plain", "kernels_take", "only_capture_hooks"]
+__all__ = ["FAST_DTYPES", "FLASH", "autocast_dtype", "dropout_fits", "is_plain", "kernels_take", "only_capture_hooks"]
 
+FLASH = ("flash_attention_2", "flash_attention_3")  # implementations of attention that mean the same
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 
@@ -31,8 +32,8 @@ def no_global_hooks() -> bool:
     return not nn_module._global_forward_hooks and not nn_module._global_forward_pre_hooks
 
 
-def only_capture_hooks(module: nn.Module) -> bool:
-    """Every forward hook is transformers' own recorder of attentions, and nobody asked for them in this call."""
+def only_capture_hooks(module: nn.Module, recorded: str) -> bool:
+    """Every forward hook is transformers' own recorder, of ``recorded`` ("attentions" or "hidden_states"), and nobody asked for these in this call."""
     if module._forward_pre_hooks:
         return False
     if not module._forward_hooks:
@@ -40,7 +41,7 @@ def only_capture_hooks(module: nn.Module) -> bool:
     for hook in module._forward_hooks.values():
         if getattr(hook, "__module__", None) != output_capturing.__name__:
             return False
-    return "attentions" not in (output_capturing._active_collector.get() or ())
+    return recorded not in (output_capturing._active_collector.get() or ())
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

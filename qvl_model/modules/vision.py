@@ -10,7 +10,7 @@ from qvl_kernels.quant import QuantizedWeight
 from qvl_model.modules.linear import LayerNorm, Linear
 from qvl_model.modules.packed import PackedLinear
 from qvl_model.modules.parts import in_parts, splits
-from qvl_model.modules.plain import is_plain, kernels_take, no_global_hooks, only_capture_hooks
+from qvl_model.modules.plain import FLASH, is_plain, kernels_take, no_global_hooks, only_capture_hooks
 
 __all__ = [
     "Qwen3VLVisionAttention", "Qwen3VLVisionBlock", "Qwen3VLVisionMLP", "Qwen3VLVisionPatchEmbed", "give_memory_back", "is_gelu_tanh",
@@ -65,7 +65,7 @@ class Qwen3VLVisionAttention(stock.Qwen3VLVisionAttention):
         **kwargs,
     ) -> Tensor:
         dropout = self.attention_dropout if self.training else 0.0
-        if self.config._attn_implementation != "sdpa" or dropout > 0.0 or not kernels_take(hidden_states, cast=False):
+        if self.config._attn_implementation not in ("sdpa", *FLASH) or dropout > 0.0 or not kernels_take(hidden_states, cast=False):
             return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
         tokens = hidden_states.shape[0]
         q, k, v = self.qkv(hidden_states).view(tokens, 3, self.num_heads, -1).unbind(1)
@@ -105,8 +105,8 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
             or position_embeddings[0].dtype is not torch.float32
             or type(attention) is not Qwen3VLVisionAttention
             or "forward" in attention.__dict__
-            or not only_capture_hooks(attention)
-            or attention.config._attn_implementation != "sdpa"
+            or not only_capture_hooks(attention, "attentions")
+            or attention.config._attn_implementation not in ("sdpa", *FLASH)
             or (self.training and attention.attention_dropout > 0.0)
             or not is_plain(mlp, Qwen3VLVisionMLP)
             or not is_gelu_tanh(mlp.act_fn)

@@ -8,6 +8,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 import qvl_kernels
 from qvl_model import packed_checkpoint
 from qvl_model.compat import CACHE, takes_cache
+from qvl_model.generation import loop
 from qvl_model.modules.decoder_layer import Qwen3VLTextDecoderLayer
 from qvl_model.modules.head import causal_loss
 from qvl_model.modules.plain import dropout_fits, is_plain, kernels_take, no_global_hooks
@@ -22,11 +23,6 @@ __all__ = [
 
 class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
     """Cross-attention from single kernels, then the rest of the layer in one fused call if it is plain."""
-
-    def __call__(self, *args, **kwargs) -> Tensor:
-        if self.fusion is None:
-            return super().__call__(*args, **kwargs)
-        return text.QVLDecoderLayer.__call__(self, *args, **kwargs)  # what is ahead of it is not known before cross-attention
 
     @takes_cache
     def forward(
@@ -58,9 +54,6 @@ class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
     def infers(self) -> bool:
         dropout = self._modules["dropout"]
         return is_plain(dropout, nn.Dropout) and not (dropout.training and dropout.p > 0.0) and super().infers()
-
-    def random_places(self) -> list[tuple[dict, str]]:
-        return [*super().random_places(), (self._modules, "dropout")]
 
 
 class QVLCrossAttention(text.QVLCrossAttention):
@@ -112,7 +105,7 @@ class QVLPatchEmbed(vision.QVLPatchEmbed):
 
 
 class QVLForConditionalGeneration(packed_checkpoint.PackedSaving, modeling.QVLForConditionalGeneration):
-    """The loss without logits where nobody reads them, and packed weights saved; all else is the plain class."""
+    """The loss without logits where nobody reads them, packed weights saved, and tokens generated step by step; all else is the plain class."""
 
     @property
     def loss_function(self):
@@ -122,6 +115,13 @@ class QVLForConditionalGeneration(packed_checkpoint.PackedSaving, modeling.QVLFo
     @loss_function.setter
     def loss_function(self, value):
         modeling.QVLForConditionalGeneration.loss_function.fset(self, value)
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **options):
+        """Greedy and sampling: ``generate`` calls this once everything is prepared."""
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if loop.why_not(self, input_ids, generation_config, options) is not None:
+            return super()._sample(*arguments, **options)
+        return loop.sample(self, *arguments, **options)
 
 
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {

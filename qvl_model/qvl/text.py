@@ -222,7 +222,7 @@ class QVLTextModel(QVLPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         check_text(self.config, inputs_embeds, attention_mask, position_ids, token_type_ids, cache)
-        hidden_states = self.dropout(inputs_embeds + self.embed_token_types(token_type_ids))
+        hidden_states = self._with_types(inputs_embeds, token_type_ids)
         if position_ids is None:
             position_ids = _positions(attention_mask, cache, inputs_embeds)
         attentions = bool(kwargs.pop("output_attentions", self.config.output_attentions))
@@ -232,9 +232,7 @@ class QVLTextModel(QVLPreTrainedModel):
         )  # fmt: skip
         if attentions and mask is not None and mask.dtype == torch.bool:  # one that came with four dimensions is left as it is
             mask = torch.zeros(mask.shape, dtype=hidden_states.dtype, device=mask.device).masked_fill(~mask, torch.finfo(hidden_states.dtype).min)
-        angles = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
-        angles = torch.cat((angles, angles), -1)
-        tables = angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+        tables = self.rotary_emb(hidden_states, position_ids)
         tokens = None if visual is None else visual.tokens
         for layer in self.layers:
             hidden_states = layer(
@@ -242,6 +240,19 @@ class QVLTextModel(QVLPreTrainedModel):
                 **{CACHE: cache}, use_cache=use_cache, visual=visual, output_attentions=attentions, **kwargs,
             )  # fmt: skip
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+
+    def embed_text(self, input_ids: Tensor) -> Tensor:
+        """What the first layer is given [B, T, C] for input_ids [B, T]."""
+        return self._with_types(self.embed_tokens(input_ids), self._token_types(input_ids, None))
+
+    def _with_types(self, embeddings: Tensor, token_types: Tensor) -> Tensor:
+        return self.dropout(embeddings + self.embed_token_types(token_types))
+
+    def rotary_emb(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B or 1, T, D] of positions [B or 1, T], dtype of x."""
+        angles = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
+        angles = torch.cat((angles, angles), -1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
     def _token_types(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """1 for tokens that stand for an image, else 0."""

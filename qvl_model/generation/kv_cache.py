@@ -5,7 +5,6 @@ that the next tokens have room. Nothing of ours is kept in caches or layers, whe
 """
 
 import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from qvl_kernels import PreparedCache, pages
 
-__all__ = ["Store", "open_stores"]
+__all__ = ["Store", "open_store"]
 
 _ROOM = 64  # tokens of room to grow at least; a thirty-second of the length when that is more
 
@@ -66,36 +65,26 @@ class Store:
             layer.cumulative_length.add_(queries)
 
 
-def open_stores(cache: Cache | None, indices: Iterable[int], x: Tensor, kv_heads: int, head_dim: int) -> list[Store]:
-    """Room for the keys and values of x [B, T, C] in layers ``indices`` of the cache, up to the first that is not known or holds more or fewer
-    keys than the others. Of an empty cache only the first: the next ones are for the layers to make."""
+def open_store(cache: Cache | None, index: int, x: Tensor, kv_heads: int, head_dim: int) -> Store | None:
+    """Room for the keys and values of x [B, T, C] in layer ``index`` of the cache, or None where stock code must keep them."""
     batch, queries, _ = x.shape
     if cache is None:
         keys = x.new_empty(batch, kv_heads, queries, head_dim)
-        return [Store(PreparedCache(keys, torch.empty_like(keys)), 0, queries)]
+        return Store(PreparedCache(keys, torch.empty_like(keys)), 0, queries)
     if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
-        return []
+        return None
     if type(cache).update is not Cache.update or "update" in cache.__dict__:  # a cache that evicts, quantises, counts, ...
-        return []
-    stores: list[Store] = []
+        return None
     layers, sizes = cache.layers, (x.dtype, batch, kv_heads, head_dim)
-    for index in indices:
-        while index >= len(layers) and cache.layer_class_to_replicate is DynamicLayer:
-            layers.append(DynamicLayer())
-        if index >= len(layers):
-            break
-        layer = layers[index]
-        kind = type(layer)
-        if kind is DynamicLayer:
-            store = _dynamic_store(layer, x, sizes)
-        else:
-            store = _static_store(layer, x, sizes) if kind is StaticLayer else None
-        if store is None or stores and (store.past != stores[0].past or store.visible_capacity != stores[0].visible_capacity):
-            break
-        stores.append(store)
-        if store.past == 0:
-            break
-    return stores
+    while index >= len(layers) and cache.layer_class_to_replicate is DynamicLayer:
+        layers.append(DynamicLayer())
+    if index >= len(layers):
+        return None
+    layer = layers[index]
+    kind = type(layer)
+    if kind is DynamicLayer:
+        return _dynamic_store(layer, x, sizes)
+    return _static_store(layer, x, sizes) if kind is StaticLayer else None
 
 
 def _matches(layer: DynamicLayer | StaticLayer, x: Tensor, sizes: tuple) -> bool:

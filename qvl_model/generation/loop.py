@@ -1,0 +1,133 @@
+"""Greedy and sampling: a prompt through the model as it is, then every token through a step, on the CPU or as a CUDA graph.
+
+``generate`` stays transformers' own: it prepares the inputs and calls ``_sample``. Whether a step computes what the model's modules would
+is judged once per call; all else (beams, assisted decoding, other caches, hooks, ...) stays with stock code.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
+
+from qvl_model.compat import CACHE
+from qvl_model.generation import step_cpu
+from qvl_model.generation.choosing import Chooser
+from qvl_model.generation.step_cpu import CpuStep
+from qvl_model.modules import head
+from qvl_model.modules.plain import is_plain, no_global_hooks
+from qvl_model.qvl import modeling as qvl
+from qvl_model.qvl.cache import VisualLayer
+
+__all__ = ["model_why_not", "sample", "why_not"]
+
+# Arguments of the model that count for the prompt alone, or that a step follows.
+_ARGUMENTS = {
+    CACHE, "attention_mask", "position_ids", "use_cache", "logits_to_keep", "inputs_embeds", "pixel_values", "pixel_values_videos", "image_grid_thw",
+    "video_grid_thw", "mm_token_type_ids", "mm_encoder_outputs", "pixel_attention_mask", "skip_logits", "second_per_grid_ts",
+}  # fmt: skip
+_CACHE_LAYERS = {DynamicCache: (DynamicLayer, VisualLayer), StaticCache: (StaticLayer, VisualLayer)}
+
+
+def why_not(model: nn.Module, input_ids: Tensor, config: GenerationConfig, options: dict) -> str | None:
+    """Why this call of ``_sample`` stays with stock code, or None. ``options``: its keyword arguments, the model's among them."""
+    if input_ids.device.type != "cpu":
+        return f"tensors on {input_ids.device.type}"
+    if options.get("synced_gpus") or torch.is_grad_enabled() or input_ids.numel() == 0 and options.get("inputs_embeds") is None:
+        return "several GPUs step together, gradients are on, or there is no prompt"
+    if config.output_attentions or config.output_hidden_states:
+        return "attentions or hidden states were asked for"
+    other = [name for name, value in options.items() if value is not None and name not in _ARGUMENTS | {"synced_gpus", "streamer"}]
+    if other:
+        return f"the argument {other[0]}"
+    cache, mask = options.get(CACHE), options.get("attention_mask")
+    kinds = _CACHE_LAYERS.get(type(cache))
+    if not options.get("use_cache") or kinds is None or getattr(cache, "offloading", False) or any(type(x) not in kinds for x in cache.layers):
+        return f"the cache is a {type(cache).__name__} that is offloaded, or has other layers" if kinds else f"the cache is a {type(cache).__name__}"
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        return "the attention mask is not [B, L]"
+    if model._valid_auto_compile_criteria(options, config):
+        return "transformers compiles the model"
+    return model_why_not(model)
+
+
+def model_why_not(model: nn.Module) -> str | None:
+    """Why the model as it is now has no step, or None."""
+    if not isinstance(model, (stock.Qwen3VLForConditionalGeneration, qvl.QVLForConditionalGeneration)):
+        return f"{type(model).__name__} is no model that generates"
+    for module in (model, model.model, model.model.language_model):
+        if not is_plain(module, type(module), head.Forwards):
+            return f"{type(module).__name__} has hooks or another forward"
+    if not no_global_hooks() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "global hooks, or the call is traced"
+    return step_cpu.why_not(model)
+
+
+def sample(model: nn.Module, input_ids: Tensor, processors, criteria, config: GenerationConfig, *, streamer=None, synced_gpus=False, **kwargs):
+    """``_sample`` of a call that ``why_not`` has nothing against."""
+    chooser = Chooser(input_ids, processors, criteria, config, streamer)
+    outputs = model._prefill(input_ids, config, kwargs, is_first_iteration=not config.is_assistant)
+    kwargs = model._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=False)
+    ended = chooser.choose(outputs.logits[:, -1])
+    del outputs  # the logits of a long prompt are large
+    cache = kwargs[CACHE]
+    if not ended:
+        foreign = _foreign(streamer, *processors, *criteria)
+        step = _begin(model, chooser, kwargs)
+        begun = step.length
+        try:
+            while not ended:
+                if foreign and not (step.holds() and model_why_not(model) is None):
+                    step.end(step.length)
+                    kwargs = model._update_model_kwargs_for_generation({}, kwargs, is_encoder_decoder=False, num_new_tokens=step.length - begun)
+                    step, foreign = StockStep(model, chooser, kwargs), False
+                ended = chooser.choose(step.run(chooser.tokens))
+        finally:  # a streamer may raise: what was computed is in the cache, as in stock code
+            step.end(step.length)
+    sequences = chooser.finish()
+    if streamer is not None:
+        streamer.end()
+    return chooser.result(sequences, cache)
+
+
+def _foreign(*parts) -> bool:
+    """Whether any of them is not transformers' own: it may do anything to the model between two tokens."""
+    return any(part is not None and not type(part).__module__.startswith("transformers.") for part in parts)
+
+
+def _begin(model: nn.Module, chooser: Chooser, kwargs: dict) -> "CpuStep | StockStep":
+    """The step that goes on from the prompt, at the positions that stock code would give the next token."""
+    inputs = model.prepare_inputs_for_generation(chooser.sequences, next_sequence_length=1, **kwargs)
+    positions, mask, cache = inputs.get("position_ids"), kwargs.get("attention_mask"), kwargs[CACHE]
+    past = int(cache.get_seq_length())
+    qwen = isinstance(model, stock.Qwen3VLForConditionalGeneration)
+    if positions is not None and qwen:  # as the text model reads them: the first row of four is not rotary
+        positions = positions[None].expand(3, -1, -1) if positions.dim() == 2 else positions[-3:]
+    expected = (*((3,) if qwen else ()), chooser.sequences.shape[0], 1)
+    if positions is None or tuple(positions.shape) != expected or mask is not None and tuple(mask.shape) != (expected[-2], past + 1):
+        return StockStep(model, chooser, kwargs)
+    hidden = mask is not None and not bool(mask.all())
+    return CpuStep(model, cache, positions, mask.bool() if hidden else None)
+
+
+class StockStep:
+    """A token by the model's own forward, for a call that turns out to be none for the other steps after its prompt."""
+
+    def __init__(self, model: nn.Module, chooser: Chooser, kwargs: dict) -> None:
+        self._model, self._chooser, self._kwargs = model, chooser, kwargs
+
+    def run(self, tokens: Tensor) -> Tensor:
+        inputs = self._model.prepare_inputs_for_generation(self._chooser.sequences, next_sequence_length=1, **self._kwargs)
+        outputs = self._model(**inputs, return_dict=True)
+        self._kwargs = self._model._update_model_kwargs_for_generation(outputs, self._kwargs, is_encoder_decoder=False)
+        return outputs.logits[:, -1]
+
+    @property
+    def length(self) -> int:
+        return int(self._kwargs[CACHE].get_seq_length())
+
+    def holds(self) -> bool:
+        return True
+
+    def end(self, length: int) -> None:
+        """The model has kept the cache as it must be."""

@@ -1,0 +1,106 @@
+"""A token on the CPU: one call of the extension for all decoder layers that follow one another, one each for embedding, norm and head."""
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from qvl_kernels import PreparedCache, PreparedDecoderLayer, dispatch
+from qvl_model.generation.inputs import token_inputs
+from qvl_model.generation.kv_cache import Store, open_store
+from qvl_model.modules.decoder_layer import plan_of
+from qvl_model.modules.packed import PackedEmbedding
+from qvl_model.modules.plain import kernels_take, only_capture_hooks
+
+__all__ = ["CpuStep", "why_not"]
+
+_ROOM = 256  # positions by which the mask grows
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why the layers of a model cannot be one call as they are now, or None."""
+    if dispatch.forced() not in (None, "cpp"):
+        return f"the backend {dispatch.forced()} is forced"
+    body = model.model.language_model
+    if not kernels_take(body.norm.weight):
+        return "weights or autocast are not what the kernels take"
+    if type(body.embed_tokens) not in (nn.Embedding, PackedEmbedding) or body.embed_tokens._parameters["weight"].dtype is not body.norm.weight.dtype:
+        return "the embedding is not plain"
+    for index, layer in enumerate(body.layers):
+        hooked = layer._forward_pre_hooks or not only_capture_hooks(layer, "hidden_states") or "forward" in layer.__dict__
+        plan = None if hooked else plan_of(layer)
+        if plan is None or not layer.infers() or plan.prepared.dtype is not body.norm.weight.dtype:
+            return f"decoder layer {index} is not plain"
+    return None
+
+
+class CpuStep:
+    """The tokens of one call of ``generate`` after the first; see ``loop``.
+
+    Args:
+        model: whose layers ``why_not`` has nothing against.
+        cache: keys and values of all tokens before the next one; a DynamicCache, or a StaticCache with room for all.
+        positions: int64 [3, B, 1] (QVL: [B, 1]), of the next token.
+        visible: bool [B, keys], the next one included: False at padding; None if there is none.
+    Attributes:
+        length: tokens in the cache.
+    """
+
+    def __init__(self, model: nn.Module, cache: Cache, positions: Tensor, visible: Tensor | None) -> None:
+        self._model, self._body, self._cache = model, model.model.language_model, cache
+        self._positions, self._visible = positions.clone(), None if visible is None else visible[:, None, None]
+        self._layers = list(self._body.layers)
+        self._calls = [plan_of(layer).prepared for layer in self._layers]
+        self._stores: list[Store] = []
+        self.length = self._capacity = int(cache.get_seq_length())  # room is made with the first token
+
+    def run(self, tokens: Tensor) -> Tensor:
+        """The logits [B, V] after ``tokens`` int64 [B, 1]."""
+        hidden, cos, sin = token_inputs(self._body, tokens, self._positions)
+        if self.length == self._capacity:
+            self._open(hidden)
+        mask = self._mask()
+        for layer, calls, memories in self._stretches:
+            if layer is not None:
+                hidden = layer.fuse(hidden, None, None, self._cache, False)
+            hidden = PreparedDecoderLayer.run(calls, hidden, cos, sin, memories, past=self.length, mask=mask)[-1]
+        self.length += 1
+        self._positions += 1
+        return self._model.lm_head(self._body.norm(hidden))[:, -1]
+
+    def holds(self) -> bool:
+        """Whether the model's layers are still those that this step runs."""
+        return why_not(self._model) is None and all(plan_of(layer).prepared is call for layer, call in zip(self._body.layers, self._calls))
+
+    def end(self, length: int) -> None:
+        """Leaves the cache with the first ``length`` tokens, as stock code does."""
+        for store in self._stores:
+            store.commit(length - store.past)
+
+    def _open(self, x: Tensor) -> None:
+        self.end(self.length)
+        self._stores = [
+            open_store(self._cache, layer.self_attn.layer_idx, x, call.kv_heads, call.head_dim) for layer, call in zip(self._layers, self._calls)
+        ]
+        if any(store is None or store.past != self.length for store in self._stores):
+            raise RuntimeError("qvl_model: the key/value cache was changed while tokens were generated; generate leaves no room for that")
+        self._capacity = min(store.memory.capacity for store in self._stores)
+        self._stretches = _stretches(self._layers, self._calls, [store.memory for store in self._stores])
+
+    def _mask(self) -> Tensor | None:
+        if self._visible is None:
+            return None
+        keys = self.length + 1
+        if self._visible.shape[3] < keys:
+            self._visible = nn.functional.pad(self._visible, (0, _ROOM), value=True)
+        return self._visible[..., :keys]
+
+
+def _stretches(layers: list, calls: list, memories: list[PreparedCache]) -> list[tuple]:
+    """(layer that begins with cross-attention or None, calls, memories): layers that are one call, as far as cross-attention lets them."""
+    found = []
+    for layer, call, memory in zip(layers, calls, memories):
+        fuses = getattr(layer, "fusion", None) is not None
+        if fuses or not found or found[-1][1][-1].sizes != call.sizes:
+            found.append((layer if fuses else None, [], []))
+        found[-1][1].append(call)
+        found[-1][2].append(memory)
+    return found
