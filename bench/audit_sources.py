@@ -14,6 +14,7 @@ from bench.variants import COMBINATIONS, plain, using
 from qvl_kernels.gemv import cases as gemv
 from qvl_kernels.ops.decoder_layer import DecoderWeights
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
+from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
 from qvl_kernels.quant import QuantizedWeight
 from qvl_kernels.testing import Case, random_tensor
 
@@ -30,7 +31,7 @@ class Source:
 
 
 C, H, HKV, D, F = 2048, 16, 8, 128, 6144  # of a decoder layer
-CAPACITY = 1024
+KEYS = 1024  # of each row: what its FLOPs and bytes count; kernels do not depend on it
 
 
 def _weight(n: int, k: int, bits: int, dtype: torch.dtype):
@@ -51,21 +52,20 @@ def _decode_step_case(rows: int, bits: int) -> Case:
         q, kv = _weight(H * D, C, bits, dtype), _weight(HKV * D, C, bits, dtype)
         up, o, down = _weight(F, C, bits, dtype), _weight(C, H * D, bits, dtype), _weight(C, F, bits, dtype)
         weights = DecoderWeights(tensor(C), q, kv, kv, tensor(D), tensor(D), o, tensor(C), up, up, down)
-        cache = (rows, HKV, CAPACITY, D)
         return {
-            "x": tensor(rows, 1, C), "weights": weights, "cos": tensor(rows, 1, D), "sin": tensor(rows, 1, D), "k_cache": tensor(*cache),
-            "v_cache": tensor(*cache), "lengths": torch.zeros(rows, dtype=torch.int32), "filled": torch.ones(rows, dtype=torch.int32),
-            "visible": torch.ones(rows, 1, 1, CAPACITY, dtype=torch.bool),
+            "x": tensor(rows, 1, C), "weights": weights, "cos": tensor(rows, 1, D), "sin": tensor(rows, 1, D),
+            "lengths": torch.zeros(rows, dtype=torch.int32), "filled": torch.ones(rows, dtype=torch.int32),
         }  # fmt: skip
 
     parameters = C * (H + 2 * HKV) * D + H * D * C + 3 * C * F
-    return Case(f"{rows}_rows_{bits}_bits", make, flops=2.0 * rows * parameters + 4.0 * rows * CAPACITY * H * D,
-                bytes=lambda size: parameters * bits / 8 + 2.0 * rows * HKV * CAPACITY * D * size, model=True)  # fmt: skip
+    return Case(f"{rows}_rows_{bits}_bits", make, flops=2.0 * rows * parameters + 4.0 * rows * KEYS * H * D,
+                bytes=lambda size: parameters * bits / 8 + 2.0 * rows * HKV * KEYS * D * size, model=True)  # fmt: skip
 
 
-def _decode_step(*, weights, **arguments):
+def _decode_step(*, x, weights, **arguments):
     layer = SimpleNamespace(weights=weights, num_heads=H, kv_heads=HKV, head_dim=D, eps=1e-6, scale=D**-0.5)
-    return decode_step(layer=layer, **arguments)
+    caches = GrowingCaches(1, x.shape[0], HKV, D, x.dtype, x.device)  # empty: kernels are given its table only
+    return decode_step(x, layer, caches=caches, index=0, **arguments)
 
 
 def _benchmarked(op: str) -> list[Case]:

@@ -256,11 +256,12 @@ def attention_backward_keys(keys: int, head_dim: int, size: int, arch: str, drop
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
 
-def decode_attention(heads: int, rows: int, head_dim: int, size: int, capacity: int, arch: str, int8: bool = False) -> dict:
+def decode_attention(heads: int, rows: int, head_dim: int, size: int, capacity: int | None, arch: str, int8: bool = False) -> dict:
     """``heads``: kv heads of all sequences; ``rows``: queries times query heads of each; ``size``: bytes per element of q; ``int8``: the cache.
 
     Four programs a processor hide the latency of memory and even out sequences of different lengths, up to 64 splits; none
     is smaller than a block of keys. A function of the capacity, not of the lengths: the launch is the same at every step of a graph.
+    None: of a cache that may grow to any.
     """
     block_d = max(16, next_power_of_2(head_dim))
     largest = 16 if block_d > 128 or size == 4 or arch.startswith("gfx") else 64
@@ -268,7 +269,7 @@ def decode_attention(heads: int, rows: int, head_dim: int, size: int, capacity: 
     block_n = 16 if size == 4 or block_d > 256 else (64 if block_d <= 128 else 32)
     programs = heads * -(-rows // block_m)
     splits = next_power_of_2(-(-4 * PROCESSORS[arch] // max(1, programs)))
-    splits = max(1, min(64, splits, next_power_of_2(-(-capacity // block_n))))
+    splits = max(1, min(64, splits if capacity is None else min(splits, next_power_of_2(-(-capacity // block_n)))))
     stage = 2 * block_n * block_d * size
     # fp32 products need their registers for operands; with prefetched addresses on top they spill. So does the third stage of an
     # int8 cache, whose scales are fetched too, on sm_100.

@@ -18,8 +18,9 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
-from qvl_kernels import PreparedDecoderLayer, dispatch, gpu, tuning
+from qvl_kernels import dispatch, gpu, tuning
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
+from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
 from qvl_model.compat import CACHE
 from qvl_model.modules import head, text
 from qvl_model.modules.decoder_layer import plan_of
@@ -51,10 +52,9 @@ class Step:
             self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
             self.positions = torch.zeros(3, rows, 1, dtype=torch.long, device=device)
             self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)  # keys in the cache
-            self.visible = torch.ones(rows, 1, 1, capacity, dtype=torch.bool, device=device)
             self.logits = torch.zeros(rows, lm_head.out_features, dtype=dtype, device=device)
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        first = self.layers[0]
+        self.caches = GrowingCaches(len(self.layers), rows, first.kv_heads, first.head_dim, dtype, device)
         self.samplers: dict[tuple, tuple[Sampler, Callable[[], None]]] = {}
         self.replay: Callable[[], None] | None = None
         self.pointers = self._pointers()
@@ -66,8 +66,8 @@ class Step:
         cos, sin = language_model.rotary_emb(hidden, self.positions)
         filled = self.lengths + 1
         with tuning.decoding():
-            for layer, keys, values in zip(self.layers, self.keys, self.values):
-                hidden = decode_step(hidden, layer, cos, sin, keys, values, self.lengths, filled, self.visible)
+            for index, layer in enumerate(self.layers):
+                hidden = decode_step(hidden, layer, cos, sin, self.caches, index, self.lengths, filled)
         self.logits.copy_(model.lm_head(language_model.norm(hidden))[:, 0])
         self.lengths.add_(1)
         self.positions.add_(1)
@@ -101,8 +101,7 @@ class Step:
 
     def prepare(self) -> None:
         """Memory and graph, without anything to go on from."""
-        for prepared in self.layers[len(self.keys) :]:
-            self._allocate(prepared)
+        self.caches.reserve(self.capacity)
         if self.replay is None:
             self.replay = _captured(self._run, self.tokens.device)
 
@@ -110,12 +109,8 @@ class Step:
         """Takes over the keys and values of ``cache`` [B rows of length L] and the positions [3, B] of the next token. ``release``: the
         cache is empty afterwards."""
         batch, length = positions.shape[1], cache.get_seq_length()
-        for index, prepared in enumerate(self.layers):
-            layer = cache.layers[index]
-            if index == len(self.keys):
-                self._allocate(prepared)
-            self.keys[index][:batch, :, :length].copy_(layer.keys)
-            self.values[index][:batch, :, :length].copy_(layer.values)
+        for index, layer in enumerate(cache.layers[: len(self.layers)]):
+            self.caches.take(index, layer.keys, layer.values, length=self.capacity)
             if release:
                 cache.layers[index] = layer = DynamicLayer()
         self._set(batch, length, positions, visible)
@@ -123,26 +118,17 @@ class Step:
             self.prepare()
             self._set(batch, length, positions, visible)  # the runs before the capture went on; what they wrote is written again
 
-    def _allocate(self, layer: PreparedDecoderLayer) -> None:
-        shape = (self.rows, layer.kv_heads, self.capacity, layer.head_dim)
-        with _ordinary_tensors():
-            keys, values = (torch.zeros(shape, dtype=self.logits.dtype, device=self.logits.device) for _ in range(2))
-        self.values.append(values)
-        self.keys.append(keys)
-
     def _set(self, batch: int, length: int, positions: Tensor, visible: Tensor | None) -> None:
         self.lengths.zero_()
         self.lengths[:batch] = length
         self.positions.zero_()
         self.positions[:, :batch, 0] = positions
-        self.visible.fill_(True)
-        if visible is not None:
-            self.visible[:batch, 0, 0, :length] = visible[:, :length]
+        self.caches.show(None if visible is None else visible[:, :length])
 
     def end(self, cache: DynamicCache, batch: int, length: int) -> None:
         """Gives the first ``length`` keys and values back to ``cache``."""
-        for layer, keys, values in zip(cache.layers, self.keys, self.values):
-            layer.keys, layer.values = keys[:batch, :, :length].clone(), values[:batch, :, :length].clone()
+        for index, layer in enumerate(cache.layers[: len(self.layers)]):
+            layer.keys, layer.values = self.caches.give(index, batch, length)
 
 
 def _ordinary_tensors() -> torch.inference_mode:

@@ -151,7 +151,7 @@ def test_a_failed_capture_keeps_no_memory(models, monkeypatch):
     ours, buffers = models[1], []
 
     def fail(function, device):
-        buffers.extend(map(weakref.ref, function.__self__.keys))
+        buffers.extend(map(weakref.ref, function.__self__.caches.keys))
         raise torch.OutOfMemoryError("no memory for a graph")
 
     original = ours.model.language_model.forward

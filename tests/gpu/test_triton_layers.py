@@ -7,6 +7,7 @@ import qvl_kernels
 from qvl_kernels import quant
 from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
+from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
 from qvl_kernels.ops.decoder_layer.reference import decoder_layer_reference
 from qvl_kernels.testing import assert_close_to_truth, random_tensor
 
@@ -83,11 +84,14 @@ def test_decode_step(bits, dtype, device):
     truth = _truth(*(t.double() for t in tensors), truth_weights, visible)
     baseline = _truth(*(t.clone() for t in tensors), exact, visible)
     moved = [t.clone().to(device) for t in tensors]
+    caches = GrowingCaches(1, len(LENGTHS), KV_HEADS, HEAD_DIM, dtype, device)
+    caches.take(0, *moved[3:], length=CAPACITY)
+    caches.show(visible[:, 0, 0].to(device))
     weights = _map(lambda w: quant.QuantizedWeight(w.values.to(device), w.scales.to(device), w.in_features) if isinstance(w, quant.QuantizedWeight) else w.to(device), weights)
     lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
-        out = decode_step(moved[0], _Layer(weights), *moved[1:], lengths, lengths + 1, visible.to(device))
-    for ours, plain, true in zip((out, *moved[3:]), baseline, truth):
+        out = decode_step(moved[0], _Layer(weights), *moved[1:3], caches, 0, lengths, lengths + 1)
+    for ours, plain, true in zip((out, *caches.give(0, len(LENGTHS), CAPACITY)), baseline, truth):
         assert_close_to_truth(ours.cpu().nan_to_num(), plain.nan_to_num(), true.nan_to_num())
 
 

@@ -7,7 +7,7 @@ __all__ = ["decode_attention_cpu"]
 
 def decode_attention_cpu(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor | None,
-    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, scale: float,
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, scale: float, table: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The C++ attention with one number of keys per row; keys and values of an int8 cache are widened first, the used ones only."""
     if k_scale is not None:

@@ -7,9 +7,10 @@ from qvl_kernels.ops.decode_attention.cpu import decode_attention_cpu
 
 __all__ = ["decode_attention_op"]
 
+# ``table``: the caches' row of GrowingCaches.table, which a GPU asks where they and the mask are.
 decode_attention_op = register(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? mask, Tensor? k_scale, Tensor? v_scale,"
-    " float scale) -> Tensor",
+    " float scale, Tensor? table=None) -> Tensor",
     cpu=decode_attention_cpu,
     triton="qvl_kernels.ops.decode_attention.triton_decode:launch_decode_attention",
     fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device),

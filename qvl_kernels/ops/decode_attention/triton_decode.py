@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from qvl_kernels import gpu, tuning
-from qvl_kernels.triton_lib import await_inputs, launch
+from qvl_kernels.triton_lib import await_inputs, caches_of_table, launch, visible_of_table
 
 __all__ = ["launch_decode_attention"]
 
@@ -30,22 +30,27 @@ def _length_of(lengths_ptr, stride_length, batch, S):
 
 @triton.jit
 def _decode_attention_kernel(
-    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, mask_ptr, lengths_ptr, out_ptr, partial_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, mask_ptr, lengths_ptr, table_ptr, out_ptr, partial_ptr, lse_ptr,
     T, H, S, D, scale, stride_qb, stride_qt, stride_qh, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ksb, stride_ksh, stride_kss, stride_vsb, stride_vsh, stride_vss, stride_mb, stride_mh, stride_mt, stride_ms,
     stride_length, ROW_BLOCKS,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_SCALES: tl.constexpr, MASK: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
+    HAS_SCALES: tl.constexpr, HAS_TABLE: tl.constexpr, MASK: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T scale + mask) v over the keys of one split; the GROUP query heads of a kv head and their T queries are rows.
 
     Row r is query r // GROUP of head r % GROUP. MASK: 0 causal, 1 bool, 2 additive. The split's result is normalised; its
-    log-sum-exp (base 2) weighs it in the join.
+    log-sum-exp (base 2) weighs it in the join. HAS_TABLE: where caches and mask lie, and S, stands in a row of GrowingCaches.table.
     """
     await_inputs(DEPENDENT_LAUNCH)
     split = tl.program_id(0)
     kv_head, row_block = tl.program_id(1) // ROW_BLOCKS, tl.program_id(1) % ROW_BLOCKS
     batch = tl.program_id(2).to(tl.int64)
+    if HAS_TABLE:
+        k_ptr, v_ptr, S = caches_of_table(table_ptr, q_ptr)
+        mask_ptr, stride_mb = visible_of_table(table_ptr)
+        stride_kb, stride_kh, stride_ks = H // GROUP * S * D, S * D, D
+        stride_vb, stride_vh, stride_vs = stride_kb, stride_kh, stride_ks
     length = _length_of(lengths_ptr, stride_length, batch, S)
     size = _split_size(length, SPLITS, BLOCK_N)
     begin = split * size
@@ -113,12 +118,15 @@ def _decode_attention_kernel(
 
 @triton.jit
 def _decode_attention_join_kernel(
-    partial_ptr, lse_ptr, lengths_ptr, out_ptr, rows_per_batch, S, D, stride_length,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
+    partial_ptr, lse_ptr, lengths_ptr, table_ptr, out_ptr, rows_per_batch, S, D, stride_length,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr, HAS_TABLE: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """out = sum_s 2^(lse_s) partial_s / sum_s 2^(lse_s) of one row [B, T, H], over the splits that have keys."""
     await_inputs(DEPENDENT_LAUNCH)
     row = tl.program_id(0).to(tl.int64)
+    if HAS_TABLE:
+        S = tl.load(table_ptr + 2)
     length = _length_of(lengths_ptr, stride_length, row // rows_per_batch, S)
     used = tl.cdiv(length, _split_size(length, SPLITS, BLOCK_N))
     splits = tl.arange(0, SPLITS)
@@ -140,22 +148,25 @@ def _decode_attention_join_kernel(
 
 def launch_decode_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor | None,
-    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, scale: float,
+    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, scale: float, table: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     batch, queries, heads, head_dim = q.shape
     kv_heads, capacity = k_cache.shape[1], k_cache.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = heads // kv_heads
     arch = gpu.architecture(q.device)
-    tile = tuning.decode_attention(batch * kv_heads, group * queries, head_dim, q.element_size(), capacity, arch, k_scale is not None)
+    tile = tuning.decode_attention(batch * kv_heads, group * queries, head_dim, q.element_size(), capacity if table is None else None, arch, k_scale is not None)
     join_step, flags = tile.pop("JOIN_STEP"), tuning.variants("decoding", arch)
     splits, row_blocks = tile["SPLITS"], tuning.cdiv(group * queries, tile["BLOCK_M"])
     partial = lse = out
     if splits > 1:
         partial = torch.empty((batch, queries, heads, splits, head_dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((batch, queries, heads, splits), dtype=torch.float32, device=q.device)
-    kind, full, mask_strides = 0, q, (0, 0, 0, 0)
-    if mask is not None:
+    kind, full, mask_strides, entry = 0, q, (0, 0, 0, 0), q
+    if table is not None:  # a graph must not hold addresses and sizes of today
+        kind, mask_strides, entry = 1, (0, 0, 0, 1), table
+        k_cache, v_cache, capacity = q, q, 0
+    elif mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
         full = (mask.view(torch.uint8) if kind == 1 else mask).expand(batch, heads, queries, capacity)
         mask_strides = full.stride()
@@ -163,14 +174,14 @@ def launch_decode_attention(
     scale_strides = (0, 0, 0, 0, 0, 0) if k_scale is None else (*k_scale.stride(), *v_scale.stride())
     launch(
         _decode_attention_kernel, (splits, kv_heads * row_blocks, batch),
-        q, k_cache, v_cache, *scales, full, lengths, out, partial, lse, queries, heads, capacity, head_dim, scale,
+        q, k_cache, v_cache, *scales, full, lengths, entry, out, partial, lse, queries, heads, capacity, head_dim, scale,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *scale_strides, *mask_strides, lengths.stride(0), row_blocks,
-        GROUP=group, HAS_SCALES=k_scale is not None, MASK=kind, **flags, **tile,
+        GROUP=group, HAS_SCALES=k_scale is not None, HAS_TABLE=table is not None, MASK=kind, **flags, **tile,
     )  # fmt: skip
     if splits > 1:
         launch(
             _decode_attention_join_kernel, (batch * queries * heads,),
-            partial, lse, lengths, out, queries * heads, capacity, head_dim, lengths.stride(0),
-            BLOCK_N=tile["BLOCK_N"], BLOCK_D=tile["BLOCK_D"], SPLITS=splits, STEP=join_step, num_warps=4, **flags,
+            partial, lse, lengths, entry, out, queries * heads, capacity, head_dim, lengths.stride(0),
+            BLOCK_N=tile["BLOCK_N"], BLOCK_D=tile["BLOCK_D"], SPLITS=splits, STEP=join_step, HAS_TABLE=table is not None, num_warps=4, **flags,
         )  # fmt: skip
     return out

@@ -37,7 +37,7 @@ def qk_norm_rope_cpu(q, k, q_weight, k_weight, cos, sin, eps):
     return q_out, k_out
 
 
-def qk_norm_rope_to_cache_cpu(q, k, v, q_weight, k_weight, cos, sin, k_cache, v_cache, lengths, past, eps):
+def qk_norm_rope_to_cache_cpu(q, k, v, q_weight, k_weight, cos, sin, k_cache, v_cache, lengths, past, eps, table=None):
     q, k = qk_norm_rope_cpu(q, k, q_weight, k_weight, cos, sin, eps)
     time, capacity = k.shape[1], k_cache.shape[2]
     if lengths is None and 0 <= past <= capacity - time:

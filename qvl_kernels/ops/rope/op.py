@@ -75,10 +75,11 @@ qk_norm_rope_op = register(
     backward_again=_backward_again,
     setup_context=_setup,
 )
-# The rotated q; k and v go to positions past + lengths[b] + t of the caches [B, Hkv, S_cap, D], or nowhere if those are outside.
+# The rotated q; k and v go to positions past + lengths[b] + t of the caches [B, Hkv, S_cap, D], or nowhere if those are outside. ``table``: the
+# caches' row of GrowingCaches.table, which a GPU asks where they are.
 qk_norm_rope_to_cache_op = register(
     "qk_norm_rope_to_cache(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor(a!) k_cache,"
-    " Tensor(b!) v_cache, Tensor? lengths, int past, float eps) -> Tensor",
+    " Tensor(b!) v_cache, Tensor? lengths, int past, float eps, Tensor? table=None) -> Tensor",
     cpu=qk_norm_rope_to_cache_cpu,
     triton=f"{_TRITON}:launch_qk_norm_rope_to_cache",
     fake=lambda q, *rest: _like(q),

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from qvl_kernels import gpu, tuning
-from qvl_kernels.triton_lib import await_inputs, launch
+from qvl_kernels.triton_lib import await_inputs, caches_of_table, launch
 
 __all__ = [
     "launch_qk_norm_rope",
@@ -65,13 +65,16 @@ def _rotate_heads(
 
 @triton.jit(do_not_specialize=["past"])
 def _rope_kernel(
-    q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, lengths_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
+    q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, lengths_ptr, q_out_ptr, k_out_ptr, v_out_ptr, table_ptr,
     T, H, HKV, S, half, eps, past, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_cb, stride_ct, stride_sb, stride_st, stride_kob, stride_koh, stride_kos, stride_vob, stride_voh, stride_vos, stride_length,
-    HAS_NORM: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_V: tl.constexpr, HAS_LENGTHS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    DEPENDENT_LAUNCH: tl.constexpr,
+    HAS_NORM: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_V: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_TABLE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
 ):  # fmt: skip
-    """q and k of one token, rotated; k, and v as it is, go to position past + length of the row + t, or nowhere if that is outside [0, S)."""
+    """q and k of one token, rotated; k, and v as it is, go to position past + length of the row + t, or nowhere if that is outside [0, S).
+
+    HAS_TABLE: where they lie, and S, stands in a row of GrowingCaches.table.
+    """
     await_inputs(DEPENDENT_LAUNCH)
     token = tl.program_id(0).to(tl.int64)
     batch, t = token // T, token % T
@@ -85,6 +88,10 @@ def _rope_kernel(
         )  # fmt: skip
     else:
         first = (block - q_blocks) * ROWS
+        if HAS_TABLE:
+            k_out_ptr, v_out_ptr, S = caches_of_table(table_ptr, q_ptr)
+            stride_kob, stride_koh, stride_kos = HKV * S * 2 * half, S * 2 * half, 2 * half
+            stride_vob, stride_voh, stride_vos = stride_kob, stride_koh, stride_kos
         position = past + t
         if HAS_LENGTHS:
             position += tl.load(lengths_ptr + batch * stride_length).to(tl.int64)
@@ -167,21 +174,24 @@ def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _forward(q, k, v, weights, cos, sin, k_out, v_out, lengths, past, eps, *, transposed=False) -> torch.Tensor:
-    """q, k, v: [B, T, heads, D]; k_out, v_out: [B, heads, S, D]. Returns the rotated q."""
+def _forward(q, k, v, weights, cos, sin, k_out, v_out, lengths, past, eps, *, transposed=False, table=None) -> torch.Tensor:
+    """q, k, v: [B, T, heads, D]; k_out, v_out: [B, heads, S, D], or as ``table`` says at the time of the run. Returns the rotated q."""
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     batch, time, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     tile = tuning.rope(heads, kv_heads, head_dim // 2)
     values, v_out = (k, k_out) if v is None else (v, v_out)
+    if table is not None:  # a graph must not hold addresses and sizes of today
+        k_out = v_out = q
     q_weight, k_weight = (q, k) if weights is None else weights
     launch(
         _rope_kernel, (batch * time, tuning.cdiv(heads, tile["ROWS"]) + tuning.cdiv(kv_heads, tile["ROWS"])),
         q, k, values, q_weight, k_weight, cos, sin, q if lengths is None else lengths, q_out, k_out, v_out,
+        q if table is None else table,
         time, heads, kv_heads, k_out.shape[2], head_dim // 2, eps, past, *q.stride()[:3], *k.stride()[:3], *values.stride()[:3],
         *_table_strides(cos), *_table_strides(sin), *k_out.stride()[:3], *v_out.stride()[:3], 0 if lengths is None else lengths.stride(0),
         HAS_NORM=weights is not None, TRANSPOSED=transposed, HAS_V=v is not None, HAS_LENGTHS=lengths is not None,
-        **tuning.variants("decoding", gpu.architecture(q.device)), **tile,
+        HAS_TABLE=table is not None, **tuning.variants("decoding", gpu.architecture(q.device)), **tile,
     )  # fmt: skip
     return q_out
 
@@ -196,8 +206,9 @@ def launch_qk_norm_rope(
 def launch_qk_norm_rope_to_cache(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
     k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor | None, past: int, eps: float,
+    table: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    return _forward(q, k, v, (q_weight, k_weight), cos, sin, k_cache, v_cache, lengths, past, eps)
+    return _forward(q, k, v, (q_weight, k_weight), cos, sin, k_cache, v_cache, lengths, past, eps, table=table)
 
 
 def launch_vision_rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

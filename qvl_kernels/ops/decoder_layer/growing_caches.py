@@ -1,0 +1,141 @@
+"""Key/value caches that grow while a captured CUDA graph goes on using them."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ["GrowingCaches"]
+
+GRAIN = 64  # capacities are multiples of it
+KEYS, VALUES, CAPACITY, VISIBLE, VISIBLE_STRIDE = range(5)  # columns of the table, which triton_lib reads
+COLUMNS = 8  # a row begins at a multiple of 64 bytes
+
+
+@contextlib.contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Inside, new tensors are none of inference mode's: caches that were made there serve calls outside of it, too."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class GrowingCaches:
+    """Keys and values of all layers, and the table on the device that tells kernels where they lie: ``decode_step``'s caches.
+
+    A captured graph holds the table's address only, so it stays valid while the caches grow. All calls, the graph's replays included, must
+    come from one stream or be ordered by events: then the table changes, and old memory is used again, after what was queued before.
+
+    Args:
+        layers, rows: how many. kv_heads, head_dim, dtype, device: of every layer's keys and values.
+    Attributes:
+        keys, values: of each layer [rows, Hkv, its capacity, D]. Growth replaces them: do not keep them.
+        visible: bool [rows, capacity or more], False at keys that stand for padding, shared by the layers; growth replaces it, too.
+        table: int64 [layers, 8] on the device. entries: its rows; a layer's addresses of keys and values, capacity, address and row stride of
+            ``visible``.
+    Example:
+        >>> caches = GrowingCaches(28, 1, 8, 128, torch.bfloat16, torch.device("cuda"))
+        >>> for index, layer in enumerate(cache.layers):
+        ...     caches.take(index, layer.keys, layer.values, length=300)
+        >>> caches.show(None)
+        >>> caches.reserve(301)
+    """
+
+    def __init__(self, layers: int, rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows, self.kv_heads, self.head_dim = rows, kv_heads, head_dim
+        with _ordinary_tensors():
+            self.keys, self.values = ([torch.empty((rows, kv_heads, 0, head_dim), dtype=dtype, device=device) for _ in range(layers)] for _ in range(2))
+            self.visible = torch.empty((rows, 0), dtype=torch.bool, device=device)
+            self.table = torch.zeros((layers, COLUMNS), dtype=torch.int64, device=device)
+            self.entries = [self.table[index] for index in range(layers)]
+
+    @property
+    def capacity(self) -> int:
+        """Positions that all layers have room for."""
+        return min(keys.shape[2] for keys in self.keys)
+
+    @_ordinary_tensors()
+    def reserve(self, length: int, *, limit: int | None = None) -> None:
+        """Room for ``length`` positions in every layer. What grows grows by half, or to ``length`` if that is more; not beyond ``limit``, the
+        length that is known to be enough.
+
+        Layer by layer, so that at most one layer's keys and values are there twice. New positions are not initialised: kernels read those
+        below a row's length only. Raises RuntimeError (torch.OutOfMemoryError included) with all that was there still there, and valid.
+        """
+        before = self.capacity
+        if length <= before:
+            return
+        half_more = before + before // 2
+        if limit is not None:
+            half_more = min(half_more, _rounded(limit))
+        wanted = max(_rounded(length), half_more // GRAIN * GRAIN)
+        self._widen_visible(wanted)
+        for index in range(len(self.keys)):
+            self._grow(index, wanted)
+
+    @_ordinary_tensors()
+    def take(self, index: int, keys: torch.Tensor, values: torch.Tensor, *, length: int) -> None:
+        """Copies keys and values [B <= rows, Hkv, L, D] to the first positions of a layer, which gets room for ``length`` >= L; what it had is
+        lost."""
+        batch, taken = keys.shape[0], keys.shape[2]
+        shape = (batch, self.kv_heads, taken, self.head_dim)
+        if keys.shape != shape or values.shape != shape or batch > self.rows or taken > length:
+            raise ValueError(
+                f"GrowingCaches: keys and values must be [B <= {self.rows}, {self.kv_heads}, L <= {length}, {self.head_dim}], got "
+                f"{tuple(keys.shape)} and {tuple(values.shape)}"
+            )
+        wanted = _rounded(length)
+        self._widen_visible(wanted)
+        if self.keys[index].shape[2] < wanted:
+            small = self.keys[index][:, :, :0].clone()
+            self._set(index, small, small)  # frees the old memory first
+            self._set(index, _longer(small, wanted), _longer(small, wanted))
+        self.keys[index][:batch, :, :taken].copy_(keys)
+        self.values[index][:batch, :, :taken].copy_(values)
+
+    @_ordinary_tensors()
+    def show(self, visible: torch.Tensor | None) -> None:
+        """Which keys are seen: bool [B <= rows, L] of the first ones; all others are, and all of None."""
+        self.visible.fill_(True)
+        if visible is not None:
+            self.visible[: visible.shape[0], : visible.shape[1]].copy_(visible)
+
+    def give(self, index: int, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the first ``length`` keys and values of the first ``batch`` rows of a layer, [B, Hkv, L, D] each."""
+        return self.keys[index][:batch, :, :length].clone(), self.values[index][:batch, :, :length].clone()
+
+    def _widen_visible(self, wanted: int) -> None:
+        """Before the layers grow, so that they are never longer."""
+        before = self.visible.shape[1]
+        if before < wanted:
+            visible = torch.ones((self.rows, wanted), dtype=torch.bool, device=self.visible.device)
+            visible[:, :before].copy_(self.visible)
+            self.visible = visible
+            self.table[:, VISIBLE].fill_(visible.data_ptr())
+            self.table[:, VISIBLE_STRIDE].fill_(wanted)
+
+    def _grow(self, index: int, wanted: int) -> None:
+        old = self.keys[index], self.values[index]
+        before = old[0].shape[2]
+        if before < wanted:  # not after a growth that failed half way
+            new = [_longer(x, wanted) for x in old]
+            for longer, x in zip(new, old):
+                longer[:, :, :before].copy_(x)
+            self._set(index, *new)
+
+    def _set(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """A layer's memory from here on. The table is filled by kernels in the stream's order: replays that are queued already still see the old
+        entries, and the old memory, which PyTorch's allocator gives to later work of the same stream only."""
+        self.keys[index], self.values[index] = keys, values
+        entry = self.entries[index]
+        entry[KEYS].fill_(keys.data_ptr())
+        entry[VALUES].fill_(values.data_ptr())
+        entry[CAPACITY].fill_(keys.shape[2])
+
+
+def _rounded(length: int) -> int:
+    return -(-length // GRAIN) * GRAIN
+
+
+def _longer(x: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Uninitialised memory for so many positions."""
+    return torch.empty((*x.shape[:2], capacity, x.shape[3]), dtype=x.dtype, device=x.device)
