@@ -79,6 +79,10 @@ def _rope_kernel(
     token = tl.program_id(0).to(tl.int64)
     batch, t = token // T, token % T
     block, q_blocks = tl.program_id(1), tl.cdiv(H, ROWS)
+    if HAS_TABLE:  # not in the branch below, which must not change types of what it shares
+        k_out_ptr, v_out_ptr, S = caches_of_table(table_ptr, q_ptr)
+        stride_kob, stride_koh, stride_kos = HKV * S * 2 * half, S * 2 * half, 2 * half
+        stride_vob, stride_voh, stride_vos = stride_kob, stride_koh, stride_kos
     cos_ptr += batch * stride_cb + t * stride_ct
     sin_ptr += batch * stride_sb + t * stride_st
     if block < q_blocks:
@@ -88,10 +92,6 @@ def _rope_kernel(
         )  # fmt: skip
     else:
         first = (block - q_blocks) * ROWS
-        if HAS_TABLE:
-            k_out_ptr, v_out_ptr, S = caches_of_table(table_ptr, q_ptr)
-            stride_kob, stride_koh, stride_kos = HKV * S * 2 * half, S * 2 * half, 2 * half
-            stride_vob, stride_voh, stride_vos = stride_kob, stride_koh, stride_kos
         position = past + t
         if HAS_LENGTHS:
             position += tl.load(lengths_ptr + batch * stride_length).to(tl.int64)
