@@ -29,8 +29,12 @@ def decode_step(
     Returns:
         [B, 1, C]. Nothing here waits for the device, every shape is fixed, and none depends on the caches' capacity: a graph of it stays
         valid while they grow.
+    Raises: ValueError for caches of another dtype, or for other rows or heads.
     """
     w, batch, eps = layer.weights, x.shape[0], layer.eps
+    sizes = (x.dtype, batch, layer.kv_heads, layer.head_dim)
+    if caches.sizes != sizes:  # kernels go by an address and could not tell
+        raise ValueError(f"decode_step: caches must be of (dtype, rows, key/value heads, head_dim) {sizes}, got {caches.sizes}")
     q, k, v = normed_products(x, w.input_norm, eps, [w.q, w.k, w.v], [w.q_bias, w.k_bias, w.v_bias])
     q, k, v = (heads.view(batch, 1, -1, layer.head_dim) for heads in (q, k, v))
     keys, values, entry = caches.keys[index], caches.values[index], caches.entries[index]

@@ -28,6 +28,7 @@ class GrowingCaches:
     Args:
         layers, rows: how many. kv_heads, head_dim, dtype, device: of every layer's keys and values.
     Attributes:
+        sizes: (dtype, rows, Hkv, D).
         keys, values: of each layer [rows, Hkv, its capacity, D]. Growth replaces them: do not keep them.
         visible: bool [rows, capacity or more], False at keys that stand for padding, shared by the layers; growth replaces it, too.
         table: int64 [layers, 8] on the device. entries: its rows; a layer's addresses of keys and values, capacity, address and row stride of
@@ -41,7 +42,7 @@ class GrowingCaches:
     """
 
     def __init__(self, layers: int, rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.rows, self.kv_heads, self.head_dim = rows, kv_heads, head_dim
+        self.sizes = (dtype, rows, kv_heads, head_dim)
         with _ordinary_tensors():
             self.keys, self.values = ([torch.empty((rows, kv_heads, 0, head_dim), dtype=dtype, device=device) for _ in range(layers)] for _ in range(2))
             self.visible = torch.empty((rows, 0), dtype=torch.bool, device=device)
@@ -75,12 +76,13 @@ class GrowingCaches:
     @_ordinary_tensors()
     def take(self, index: int, keys: torch.Tensor, values: torch.Tensor, *, length: int) -> None:
         """Copies keys and values [B <= rows, Hkv, L, D] to the first positions of a layer, which gets room for ``length`` >= L; what it had is
-        lost."""
+        lost. Raises ValueError for other shapes, RuntimeError without memory: the layer is empty then."""
+        _, rows, kv_heads, head_dim = self.sizes
         batch, taken = keys.shape[0], keys.shape[2]
-        shape = (batch, self.kv_heads, taken, self.head_dim)
-        if keys.shape != shape or values.shape != shape or batch > self.rows or taken > length:
+        shape = (batch, kv_heads, taken, head_dim)
+        if keys.shape != shape or values.shape != shape or batch > rows or taken > length:
             raise ValueError(
-                f"GrowingCaches: keys and values must be [B <= {self.rows}, {self.kv_heads}, L <= {length}, {self.head_dim}], got "
+                f"GrowingCaches: keys and values must be [B <= {rows}, {kv_heads}, L <= {length}, {head_dim}], got "
                 f"{tuple(keys.shape)} and {tuple(values.shape)}"
             )
         wanted = _rounded(length)
@@ -100,14 +102,19 @@ class GrowingCaches:
             self.visible[: visible.shape[0], : visible.shape[1]].copy_(visible)
 
     def give(self, index: int, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the first ``length`` keys and values of the first ``batch`` rows of a layer, [B, Hkv, L, D] each."""
+        """Copies of the first ``length`` keys and values of the first ``batch`` rows of a layer, [B, Hkv, L, D] each. Raises ValueError where
+        there are not so many."""
+        if batch > self.sizes[1] or length > self.keys[index].shape[2]:
+            raise ValueError(
+                f"GrowingCaches: layer {index} has {self.sizes[1]} rows of {self.keys[index].shape[2]} positions, got batch {batch}, length {length}"
+            )
         return self.keys[index][:batch, :, :length].clone(), self.values[index][:batch, :, :length].clone()
 
     def _widen_visible(self, wanted: int) -> None:
         """Before the layers grow, so that they are never longer."""
         before = self.visible.shape[1]
         if before < wanted:
-            visible = torch.ones((self.rows, wanted), dtype=torch.bool, device=self.visible.device)
+            visible = torch.ones((self.sizes[1], wanted), dtype=torch.bool, device=self.visible.device)
             visible[:, :before].copy_(self.visible)
             self.visible = visible
             self.table[:, VISIBLE].fill_(visible.data_ptr())
