@@ -95,6 +95,20 @@ def test_variants_become_their_instructions(op, case, variants, arch, stage, ins
     assert all(launches.values())
 
 
+@pytest.mark.parametrize(("arch", "stage", "wide"), [("sm_90", "ptx", "cp.async.cg.shared.global"), ("gfx942", "amdgcn", "_load_dwordx4")])
+def test_keys_behind_an_address_are_loaded_16_bytes_at_once(arch, stage, wide):
+    """Where they lie a table says, which the compiler cannot see through: as many wide loads as from caches that are arguments."""
+    found = {}
+    for op, name in (("decode_step", "32_rows_16_bits"), ("decode_attention", "decode_attention 32 x 2k")):
+        source = sources()[op]
+        forward, _ = record(source.function, next(c for c in source.cases if c.name == name), torch.bfloat16, arch)
+        launches = [launch for call in forward for launch in call.launches if launch.kernel.__name__ == "_decode_attention_kernel"]
+        assert [launch.meta["HAS_TABLE"] for launch in launches] == [op == "decode_step"]
+        made = specialise(launches[0], arch)
+        found[op] = triton.compile(made.source, target=target(arch), options=made.options).asm[stage]
+    assert found["decode_step"].count(wide) >= found["decode_attention"].count(wide) > 0
+
+
 def test_variants_count_only_where_they_are_on():
     result = command.audit(names=["attention+DESCRIPTORS"], plan=[("sm_80", "bf16")])
     assert result.rows == result.failures == result.work == []
