@@ -49,11 +49,11 @@ def extension():
     return _extension
 
 
-def _unavailable(backend: str) -> str | None:
-    """Why ``backend`` cannot run here, or None."""
+def _unavailable(backend: str, device: torch.device | None = None) -> str | None:
+    """Why ``backend`` cannot run here, or on a device, or None."""
     if backend == "cpp":
         return _extension_error
-    return gpu.unavailable() if backend == "triton" else None
+    return gpu.unavailable(device) if backend == "triton" else None
 
 
 def _runs_on(backend: str, device: torch.device) -> bool:
@@ -116,7 +116,7 @@ def choose(op: str, device: torch.device, unsupported: str | None = None) -> str
     if _forced == "reference":
         return "reference"
     if _forced is not None:
-        reason = _unavailable(_forced)
+        reason = _unavailable(_forced, device)
         if reason is None and not _runs_on(_forced, device):
             reason = f"it does not run on {device.type} tensors"
         reason = reason or unsupported
@@ -128,7 +128,7 @@ def choose(op: str, device: torch.device, unsupported: str | None = None) -> str
         return _forced
     if fast == "cpp" and _extension is None:
         extension()
-    reason = f"there are no fast kernels for {device.type} tensors" if fast is None else _unavailable(fast) or unsupported
+    reason = f"there are no fast kernels for {device.type} tensors" if fast is None else _unavailable(fast, device) or unsupported
     if reason is None:
         return fast
     if not torch.compiler.is_compiling():

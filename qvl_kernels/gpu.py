@@ -15,6 +15,7 @@ __all__ = ["ARCHITECTURES", "architecture", "assume", "nearest", "unavailable"]
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")  # checked by bench.audit
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)  # Ampere
+NO_GPU = "there is no GPU that this PyTorch can use"
 
 _assumed: str | None = None
 
@@ -69,31 +70,52 @@ def nearest(name: str) -> str:
     return {"sm_87": "sm_80", "sm_101": "sm_100", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120"}.get(name, "sm_89")
 
 
-def unavailable() -> str | None:
-    """Why the Triton kernels cannot run in this process, or None."""
-    return None if _assumed is not None else _unavailable()
+def unavailable(device: torch.device | None = None) -> str | None:
+    """Why the Triton kernels cannot run on a GPU (None: the current one), or None."""
+    if _assumed is not None:
+        return None
+    reason = _without_triton()
+    if reason is not None or config.interpreted():
+        return reason
+    index = None if device is None else device.index
+    if index is None:
+        if not torch.cuda.is_available():
+            return NO_GPU
+        index = torch.cuda.current_device()
+    if torch.compiler.is_compiling():  # no launch in the middle of a trace, so what is found is not remembered either
+        return _unsupported(index)
+    return _unrunnable(index)
 
 
 @functools.cache
-def _unavailable() -> str | None:
+def _without_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     found = tuple(int(part) for part in version("triton").split(".")[:2])
     if found < OLDEST_TRITON:
         return f"Triton {version('triton')} is too old; install 3.6 or newer"
-    if config.interpreted():
-        return None
+    return None
+
+
+def _unsupported(index: int) -> str | None:
     if not torch.cuda.is_available():
-        return "there is no GPU that this PyTorch can use"
-    capability = torch.cuda.get_device_capability()
+        return NO_GPU
+    capability = torch.cuda.get_device_capability(index)
     if not torch.version.hip and capability < OLDEST_CAPABILITY:
         return f"the GPU is sm_{capability[0]}{capability[1]}; the kernels need sm_80 (Ampere) or newer"
-    if torch.compiler.is_compiling():
-        return None
+    return None
+
+
+@functools.cache
+def _unrunnable(index: int) -> str | None:
+    reason = _unsupported(index)
+    if reason is not None:
+        return reason
     try:  # no compiler for Triton's launchers, a driver too old, ...: said here once, not in the middle of a model
         from qvl_kernels.gpu_probe import probe
 
-        probe(torch.device("cuda"))
+        with torch.cuda.device(index):
+            probe(torch.device("cuda", index))
     except Exception as error:
         return f"Triton cannot run a kernel here ({type(error).__name__}: {error})"
     return None

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import os
 import re
@@ -85,6 +86,20 @@ def test_unsupported_cases_fall_back_with_one_warning_each(no_fallbacks):
     assert names == ["rms_norm", "swiglu"]
 
 
+def _gpus(monkeypatch, capabilities: list[tuple[int, int]], probe) -> None:
+    """GPUs of these compute capabilities; ``probe`` stands for the launch of a kernel."""
+    from qvl_kernels import gpu_probe
+
+    monkeypatch.setattr(gpu, "version", lambda package: "3.6.0")  # an older PyTorch brings an older Triton
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(gpu_probe, "probe", probe)
+    for function in ("_without_triton", "_unrunnable"):
+        monkeypatch.setattr(gpu, function, functools.cache(getattr(gpu, function).__wrapped__))
+
+
 @pytest.mark.parametrize(
     ("capability", "error", "reason"),
     [((7, 5), None, "the GPU is sm_75; the kernels need sm_80"), ((9, 0), None, None),
@@ -93,7 +108,6 @@ def test_unsupported_cases_fall_back_with_one_warning_each(no_fallbacks):
 )  # fmt: skip
 def test_gpus_that_cannot_run_the_kernels(capability, error, reason, monkeypatch):
     """One warning, and stock code."""
-    from qvl_kernels import gpu, gpu_probe
     from qvl_model.modules import plain
 
     def probe(device):
@@ -101,13 +115,9 @@ def test_gpus_that_cannot_run_the_kernels(capability, error, reason, monkeypatch
             raise error
 
     class OnGpu:
-        is_cpu, is_cuda, dtype = False, True, torch.float64  # a dtype that no kernel takes: the tensor is not looked at further
+        is_cpu, is_cuda, device, dtype = False, True, torch.device("cuda", 0), torch.float64  # a dtype that no kernel takes: the tensor is not looked at further
 
-    monkeypatch.setattr(gpu, "version", lambda package: "3.6.0")  # an older PyTorch brings an older Triton
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(gpu_probe, "probe", probe)
-    monkeypatch.setattr(gpu, "_unavailable", functools.cache(gpu._unavailable.__wrapped__))
+    _gpus(monkeypatch, [capability], probe)
     monkeypatch.setattr(plain, "_say_once", functools.cache(plain._say_once.__wrapped__))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -117,6 +127,27 @@ def test_gpus_that_cannot_run_the_kernels(capability, error, reason, monkeypatch
     assert len(caught) == (reason is not None)
     if reason is not None:
         assert re.search(reason, str(caught[0].message)) and "stock code" in str(caught[0].message)
+
+
+def test_every_gpu_is_asked_for_itself(monkeypatch):
+    _gpus(monkeypatch, [(7, 5), (9, 0)], lambda device: None)
+    old, new = (gpu.unavailable(torch.device("cuda", index)) for index in (0, 1))
+    assert "sm_75" in old and new is None and gpu.unavailable() == old  # the current one is 0
+
+
+def test_a_trace_does_not_decide_for_later(monkeypatch):
+    """While PyTorch compiles nothing may be launched, so nothing is found out."""
+    probed = []
+
+    def probe(device):
+        probed.append(device)
+        raise RuntimeError("no compiler")
+
+    _gpus(monkeypatch, [(9, 0)], probe)
+    with monkeypatch.context() as compiling:
+        compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert gpu.unavailable() is None and not probed
+    assert "no compiler" in gpu.unavailable() and len(probed) == 1
 
 
 def test_cpu_info():

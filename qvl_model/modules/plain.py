@@ -54,8 +54,8 @@ def dropout_fits(p: float, x: torch.Tensor) -> bool:
     return p == 0.0 or x.is_cuda or dispatch.forced() == "triton"
 
 
-def _gpu_takes() -> bool:
-    reason = gpu.unavailable()
+def _gpu_takes(device: torch.device) -> bool:
+    reason = gpu.unavailable(device)
     if reason is not None and not torch.compiler.is_compiling():
         _say_once(reason)
     return reason is None
@@ -71,7 +71,7 @@ def kernels_take(*tensors: torch.Tensor | None, cast: bool = True) -> bool:
     that they know, rows contiguous. ``cast``: autocast, where it is on, would cast this op's inputs, and must find nothing to do."""
     first = tensors[0]
     on_cpu = first.is_cpu
-    if not (on_cpu or first.is_cuda and _gpu_takes()) or first.dtype not in FAST_DTYPES:
+    if not (on_cpu or first.is_cuda and _gpu_takes(first.device)) or first.dtype not in FAST_DTYPES:
         return False
     if cast and autocast_dtype(first.device) not in (None, first.dtype):
         return False

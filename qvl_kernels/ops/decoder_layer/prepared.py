@@ -195,7 +195,7 @@ def _is_plain(layers, x, cos, sin, caches, past, mask) -> bool:
         and cos.stride()[2] == sin.stride()[2] == 1
         and (mask is None or mask.dim() == 4 and _broadcasts(mask.shape, (batch, heads, time, past + time)))
         and dispatch.forced() in (None, "cpp" if on_cpu else "triton")
-        and (on_cpu or gpu.unavailable() is None)
+        and (on_cpu or gpu.unavailable(device) is None)
     ):
         return False
     sizes, rows, cached = layers[0].sizes, batch * time, (dtype, batch, kv_heads, head_dim)
