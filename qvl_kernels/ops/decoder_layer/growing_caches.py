@@ -110,6 +110,12 @@ class GrowingCaches:
             )
         return self.keys[index][:batch, :, :length].clone(), self.values[index][:batch, :, :length].clone()
 
+    @_ordinary_tensors()
+    def clear(self) -> None:
+        """Frees keys and values; ``take`` of every layer must come before the next run."""
+        for memory in (self.keys, self.values):
+            memory[:] = [x[:, :, :0].clone() for x in memory]
+
     def _widen_visible(self, wanted: int) -> None:
         """Before the layers grow, so that they are never longer."""
         before = self.visible.shape[1]
