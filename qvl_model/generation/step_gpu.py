@@ -1,0 +1,384 @@
+"""A token on a GPU: the model's step as one CUDA graph over buffers that stay where they are and key/value caches that may grow."""
+
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
+
+from qvl_kernels import config, dispatch, gpu, tuning
+from qvl_kernels.ops.decoder_layer.decode_step import decode_step
+from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
+from qvl_model.generation import graphs, sampling
+from qvl_model.generation.choosing import Chooser
+from qvl_model.generation.inputs import token_inputs
+from qvl_model.generation.sampling import Sampler
+from qvl_model.modules import head, text
+from qvl_model.modules.decoder_layer import plan_of
+from qvl_model.modules.packed import PackedLinear
+from qvl_model.modules.plain import autocast_dtype, is_plain, kernels_take, only_capture_hooks
+
+__all__ = ["DEPENDS_ON", "GpuStep", "StepFailed", "release", "why_no_graphs", "why_not"]
+
+KEPT_STEPS = 2  # captured steps kept per model while nobody uses them, those used last
+KEPT_SAMPLERS = 4  # captured choices kept per step, likewise
+FIRST_ROOM = 256  # positions that a step has room for beyond its prompt, at least, before its caches grow
+
+
+class StepFailed(RuntimeError):
+    """Memory, or the driver, did not allow a captured step."""
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    return [*model.model.language_model.modules(), model.lm_head]
+
+
+def _attributes(model: nn.Module, *names: str) -> tuple:
+    return tuple((name, getattr(module, name)) for module in _modules(model) for name in names if hasattr(module, name))
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [x for module in _modules(model) for own in (module._parameters, module._buffers) for x in own.values() if x is not None]
+
+
+# Whatever a captured step would compute wrongly after a change: as it is now, in values that can be compared. The contents of tensors are read
+# at every replay, so they are not among them.
+DEPENDS_ON: dict[str, Callable[[nn.Module], object]] = {
+    "classes": lambda model: [type(module) for module in _modules(model)],
+    "replaced forwards": lambda model: [id(module.__dict__.get("forward")) for module in _modules(model)],
+    "hooks": lambda model: [(*module._forward_pre_hooks, *module._forward_hooks) for module in _modules(model)],
+    "memory": lambda model: [x.data_ptr() for x in _tensors(model)],
+    "shapes": lambda model: [(x.shape, x.stride()) for x in _tensors(model)],
+    "dtypes": lambda model: [x.dtype for x in _tensors(model)],
+    "devices": lambda model: [x.device for x in _tensors(model)],
+    "epsilons": lambda model: _attributes(model, "variance_epsilon"),
+    "rotary positions": lambda model: _attributes(model, "attention_scaling", "mrope_section", "rope_type"),
+    "attention": lambda model: _attributes(model, "scaling", "is_causal", "head_dim"),
+    "attention implementation": lambda model: [layer.self_attn.config._attn_implementation for layer in model.model.language_model.layers],
+    "dropout": lambda model: _attributes(model, "training", "attention_dropout"),
+    "autocast": lambda model: autocast_dtype(model.model.language_model.norm.weight.device),
+    "backend": lambda model: dispatch.forced(),
+    "precision of matmuls": lambda model: (
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+    ),
+}  # fmt: skip
+
+
+def _state(model: nn.Module) -> dict[str, object]:
+    return {name: state_of(model) for name, state_of in DEPENDS_ON.items()}
+
+
+def why_no_graphs(device: torch.device) -> str | None:
+    """Why tokens on ``device`` cannot be run by captured steps now, whatever the model, or None."""
+    if dispatch.forced() not in (None, "triton"):
+        return f"the backend {dispatch.forced()} is forced"
+    if device.type == "cuda":
+        return gpu.unavailable(device)
+    if device.type == "cpu" and dispatch.forced() == "triton" and config.interpreted():  # tests
+        return gpu.unavailable(device)
+    return f"tensors on {device.type} have no CUDA graphs"
+
+
+def why_not(model: nn.Module, batch: int | None = None, length: int | None = None) -> str | None:
+    """Why the tokens of a model cannot be run by captured steps as it is now, or None. ``batch``, ``length``: of the prompt, if it is known."""
+    if not isinstance(model, stock.Qwen3VLForConditionalGeneration):
+        return f"{type(model).__name__} has no captured steps"
+    body, lm_head = model.model.language_model, model.lm_head
+    device = body.norm.weight.device
+    reason = why_no_graphs(device)
+    if reason is not None:
+        return reason
+    if any(x.device != device for x in _tensors(model)):
+        return "the language model lies on several devices"
+    if "dynamic" in body.rotary_emb.rope_type or body.rotary_emb.rope_type == "longrope":
+        return f"rotary frequencies of {body.rotary_emb.rope_type} change with the length"
+    if any(not is_plain(module, type(module)) for module in (body.embed_tokens, body.norm, body.rotary_emb, lm_head)):
+        return "hooks, which a graph would not call"
+    if type(lm_head) not in (head.Linear, PackedLinear) or type(body.norm) is not text.Qwen3VLTextRMSNorm:
+        return "the head or the last norm is not plain"
+    if not kernels_take(body.norm.weight):
+        return "weights or autocast are not what the kernels take"
+    for index, layer in enumerate(body.layers):
+        hooked = layer._forward_pre_hooks or not only_capture_hooks(layer, "hidden_states") or "forward" in layer.__dict__
+        if hooked or plan_of(layer) is None or not layer.infers():
+            return f"decoder layer {index} is not plain"
+    pool = _pools.get(model)
+    return None if pool is None or batch is None else pool.failure(_rows(batch), length + 1)
+
+
+def release(model: nn.Module) -> None:
+    """Frees the captured steps of a model and forgets what failed. Steps in use now are freed when their call ends."""
+    with _lock:
+        pool = _pools.pop(model, None)
+    if pool is not None:
+        pool.clear()
+
+
+class _Pool:
+    """The captured steps of a model that nobody uses now, those used last at the end, and the sizes that failed."""
+
+    def __init__(self) -> None:
+        self._lock, self._idle, self._failed, self._open = threading.Lock(), [], {}, True
+
+    def check_out(self, model: nn.Module, rows: int) -> "GpuStep | None":
+        """A step for so many rows that is nobody else's until it is checked in; those that are of no use any more are freed."""
+        state = _state(model)
+        with self._lock:
+            self._idle = [step for step in self._idle if step.state == state]
+            step = next((step for step in reversed(self._idle) if step.rows == rows), None)
+            if step is not None:
+                self._idle.remove(step)
+            return step
+
+    def check_in(self, step: "GpuStep") -> None:
+        with self._lock:
+            if self._open:
+                self._idle = [*self._idle, step][-KEPT_STEPS:]
+
+    def clear(self) -> None:
+        """For good: a step that is checked in later is freed."""
+        with self._lock:
+            self._idle, self._open = [], False
+
+    def free_idle(self) -> bool:
+        """Whether there were any."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+            return bool(idle)
+
+    def failed(self, rows: int, length: int, reason: str) -> None:
+        with self._lock:
+            self._failed[rows, length] = reason
+
+    def failure(self, rows: int, length: int) -> str | None:
+        """Why a step of so many rows and keys, or a smaller one, failed, or None."""
+        with self._lock:
+            found = (reason for (r, n), reason in self._failed.items() if r <= rows and n <= length)
+            return next((f"{reason} (for {rows} x {length} keys or fewer)" for reason in found), None)
+
+
+_pools: "weakref.WeakKeyDictionary[nn.Module, _Pool]" = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def _pool(model: nn.Module) -> _Pool:
+    with _lock:
+        return _pools.setdefault(model, _Pool())
+
+
+def _rows(batch: int) -> int:
+    """What a step is captured for: 1, 2, 4, 8, 16, 24, 32, ..."""
+    return 1 << (batch - 1).bit_length() if batch <= 16 else -(-batch // 8) * 8
+
+
+def _reason(error: BaseException) -> str | None:
+    """What is to be said of an error that is memory's or the capture's, or None: all others are the caller's."""
+    if isinstance(error, (torch.OutOfMemoryError, graphs.CaptureFailed)):
+        return str(error)
+    message = str(error)
+    short = "out of memory" in message or "ALLOC_FAILED" in message or "can't allocate memory" in message
+    return message if isinstance(error, RuntimeError) and short else None
+
+
+def _attempt(pool: _Pool, device: graphs.Device, function: Callable):
+    """(what ``function`` returns, None), or (None, why not) where there is no memory, idle steps being freed first, or no graph."""
+    while True:
+        try:
+            return function(), None
+        except RuntimeError as error:
+            reason = _reason(error)
+            if reason is None:
+                raise
+        # Out here the error, whose traceback holds buffers, is gone.
+        freed = pool.free_idle()
+        device.give_memory_back()
+        if not freed:
+            return None, reason
+
+
+class GpuStep:
+    """The tokens of one call of ``generate`` after the first; made by ``begin``, and used by nobody else until ``end``.
+
+    Attributes:
+        length: keys and values that it holds of every row.
+    """
+
+    def __init__(self, model: nn.Module, rows: int, state: dict) -> None:
+        self.rows, self.state, self.length = rows, state, 0
+        self._model = weakref.ref(model)  # the pool, which belongs to the model, holds this
+        body, lm_head = model.model.language_model, model.lm_head
+        self._layers = [plan_of(layer).prepared for layer in body.layers]
+        first, weight = self._layers[0], body.norm.weight
+        self._device, self._stream, self._graph = graphs.of(weight.device), None, None
+        self._samplers: OrderedDict[tuple, Sampler | None] = OrderedDict()
+        with torch.inference_mode(False):  # serves calls outside of inference mode, too
+            self._tokens = torch.zeros(rows, 1, dtype=torch.long, device=weight.device)
+            self._positions = torch.zeros(3, rows, 1, dtype=torch.long, device=weight.device)
+            self._lengths = torch.zeros(rows, dtype=torch.int32, device=weight.device)
+            self._logits = torch.zeros(rows, lm_head.out_features, dtype=weight.dtype, device=weight.device)
+        self._caches = GrowingCaches(len(self._layers), rows, first.kv_heads, first.head_dim, weight.dtype, weight.device)
+
+    @classmethod
+    def begin(
+        cls, model: nn.Module, cache: DynamicCache, positions: Tensor, visible: Tensor | None, *, limit: int, release: bool = False
+    ) -> "GpuStep":
+        """A step that goes on from a cache of L keys.
+
+        Args:
+            model: one that ``why_not`` has nothing against.
+            cache: of B rows. positions: int64 [3, B, 1], of the next token; every run adds 1.
+            visible: bool [B, L + 1], of the keys that the next token sees, or None if it sees all. limit: keys that there will be at the end
+                at most.
+            release: nobody reads the cache afterwards; its memory is freed layer by layer.
+        Raises: StepFailed where there is no memory, or no graph can hold the step; the cache is as it was. Of the size that failed
+            ``why_not`` tells from then on, until ``release``.
+        """
+        rows, length, pool, device = _rows(positions.shape[1]), cache.get_seq_length(), _pool(model), graphs.of(positions.device)
+
+        def begun() -> GpuStep:
+            step = pool.check_out(model, rows) or cls(model, rows, _state(model))
+            try:
+                step._begin(pool, cache, positions, visible, limit, release)
+            except BaseException:
+                step._hand_over(step._emptied, length)
+                raise
+            return step
+
+        with device.active():
+            step, reason = _attempt(pool, device, begun)
+        if reason is not None:
+            pool.failed(rows, length + 1, reason)
+            raise StepFailed(reason)
+        return step
+
+    def _begin(self, pool: _Pool, cache: DynamicCache, positions: Tensor, visible: Tensor | None, limit: int, release: bool) -> None:
+        self._pool, self._cache, self._limit, self._batch = pool, cache, limit, positions.shape[1]
+        self._release, self._emptied, self._failed = release, 0, False
+        self.length = cache.get_seq_length()
+        self._follow()
+        room = max(self.length + 1, min(limit, self.length + max(FIRST_ROOM, self.length // 2)))
+        for index, layer in enumerate(self._cache_layers()):
+            self._caches.take(index, layer.keys, layer.values, length=room)
+            if release:
+                self._emptied = index + 1
+                layer.keys, layer.values = (x.new_empty((*x.shape[:2], 0, x.shape[3])) for x in (layer.keys, layer.values))
+        self._set(positions, visible)
+        if self._graph is None:
+            self._graph = self._device.captured(self._token)
+            self._set(positions, visible)  # runs before the capture went on; what they wrote is written again
+
+    def _cache_layers(self) -> list:
+        return self._cache.layers[: len(self._layers)]
+
+    def _set(self, positions: Tensor, visible: Tensor | None) -> None:
+        self._tokens.zero_()
+        self._lengths.zero_()
+        self._lengths[: self._batch] = self.length
+        self._positions.zero_()
+        self._positions[:, : self._batch] = positions
+        self._caches.show(visible)
+
+    def _follow(self) -> None:
+        """Whatever stream this call comes on, it waits for what the step did before."""
+        self._stream = self._device.follow(self._stream, self._tensors)
+
+    def _tensors(self) -> list[Tensor]:
+        caches = self._caches
+        samplers = [x for sampler in self._samplers.values() if sampler is not None for x in sampler.tensors()]
+        small = [self._tokens, self._positions, self._lengths, self._logits, caches.table, caches.visible]
+        return small + caches.keys + caches.values + samplers
+
+    def run(self, tokens: Tensor) -> Tensor:
+        """The logits [B, V] after ``tokens`` int64 [B, 1], in a buffer that the next run overwrites.
+
+        Raises: StepFailed if there is no memory for one more key; nothing has changed then, and ``end`` gives all back, what was released
+            included.
+        """
+        with self._device.active():
+            self._follow()
+            if self.length >= self._caches.capacity:
+                self._grow()
+            if tokens.data_ptr() != self._tokens.data_ptr():
+                self._tokens[: self._batch].copy_(tokens)
+            self._graph.replay()
+        self.length += 1
+        return self._logits[: self._batch]
+
+    def _grow(self) -> None:
+        needed = self.length + 1
+        _, reason = _attempt(self._pool, self._device, lambda: self._caches.reserve(needed, limit=self._limit))
+        if reason is not None:
+            self._pool.failed(self.rows, needed, reason)
+            self._failed = True
+            raise StepFailed(reason)
+
+    def _token(self) -> None:
+        """What is captured: from the tokens to the logits."""
+        model = self._model()
+        body = model.model.language_model
+        hidden, cos, sin = token_inputs(body, self._tokens, self._positions)
+        filled = self._lengths + 1
+        with tuning.decoding():
+            for index, layer in enumerate(self._layers):
+                hidden = decode_step(hidden, layer, cos, sin, self._caches, index, self._lengths, filled)
+        self._logits.copy_(model.lm_head(body.norm(hidden))[:, 0])
+        self._lengths.add_(1)
+        self._positions.add_(1)
+
+    def sampler(self, chooser: Chooser) -> Sampler | None:
+        """What chooses as ``chooser`` would without waiting for the device, or None if it cannot. ``chooser``: has chosen one token."""
+        if sampling.why_not(chooser) is not None or chooser.sequences.device != self._logits.device:
+            return None
+        key, reason = Sampler.key(chooser), None
+        with self._device.active():
+            if key not in self._samplers:
+                self._samplers[key], reason = _attempt(self._pool, self._device, lambda: self._new_sampler(chooser))
+            self._samplers.move_to_end(key)
+            while len(self._samplers) > KEPT_SAMPLERS:
+                self._samplers.popitem(last=False)
+            sampler = self._samplers[key]
+            if sampler is not None:
+                sampler.begin(chooser)
+        if reason is not None:
+            warnings.warn(f"qvl_model: tokens are chosen without a CUDA graph: {reason}", RuntimeWarning, stacklevel=2)
+        return sampler
+
+    def _new_sampler(self, chooser: Chooser) -> Sampler:
+        logits, tokens, embedding = self._logits[: self._batch], self._tokens[: self._batch], self._model().model.language_model.embed_tokens
+        return Sampler(chooser, logits, tokens, embedding.num_embeddings, self._device, self._graph.pool)
+
+    def end(self, length: int) -> None:
+        """Gives the first ``length`` keys and values back to the cache that ``begin`` got, unless it was released, and the step to others."""
+        if self._cache is None:
+            return
+        with self._device.active():
+            self._follow()
+            sound = not self._failed and (self._release or self._copied_back(length))
+            if not sound:
+                self._hand_over(len(self._layers), length)
+        pool, self._pool, self._cache = self._pool, None, None
+        if sound:
+            self._caches.clear()
+            pool.check_in(self)
+
+    def _copied_back(self, length: int) -> bool:
+        """Whether there was memory for it."""
+        for index, layer in enumerate(self._cache_layers()):
+            try:
+                layer.keys, layer.values = self._caches.give(index, self._batch, length)
+            except RuntimeError as error:
+                if _reason(error) is None:
+                    raise
+                return False
+        return True
+
+    def _hand_over(self, layers: int, length: int) -> None:
+        """Gives keys and values of the first layers back in this step's own memory, without copies; the step is of no use any more."""
+        for layer, keys, values in zip(self._cache_layers()[:layers], self._caches.keys, self._caches.values):
+            layer.keys, layer.values = keys[: self._batch, :, :length], values[: self._batch, :, :length]

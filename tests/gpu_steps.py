@@ -1,0 +1,151 @@
+"""The GPU's step run without a GPU: on CPU tensors, as it is or under a recorded fake of ``torch.cuda``."""
+
+import contextlib
+
+import torch
+
+from qvl_model.compat import CACHE
+from qvl_model.generation import graphs, step_gpu
+from qvl_model.generation.choosing import Chooser
+from qvl_model.generation.step_gpu import GpuStep
+from qvl_model.modules.generation import Qwen3VLForConditionalGeneration
+
+INDEX = torch.device("cuda", 1)  # of the fake GPU, which is not the current one
+
+
+class FakeStream:
+    def __init__(self, cuda: "FakeCuda", name: str) -> None:
+        self.cuda, self.name = cuda, name
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.cuda.calls.append(f"{self.name} waits for {other.name}")
+
+
+class FakeCuda:
+    """``torch.cuda`` for tensors of the CPU: notes what is asked, with the device and stream that are current then."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.devices, self.streams = [0], [FakeStream(self, "caller")]
+        self.capturing, self.fails, self.made = False, None, 0
+
+    def replayed(self) -> list[str]:
+        return [call for call in self.calls if call.startswith("replay")]
+
+    @contextlib.contextmanager
+    def device(self, device):
+        self.devices.append(device.index)
+        try:
+            yield
+        finally:
+            self.devices.pop()
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.streams.append(stream)
+        try:
+            yield
+        finally:
+            self.streams.pop()
+
+    def current_stream(self, device):
+        return self.streams[-1]
+
+    def Stream(self, device):  # noqa: N802
+        self.made += 1
+        self.calls.append(f"new stream on {device.index}")
+        return FakeStream(self, f"capture stream {self.made}")
+
+    def CUDAGraph(self):  # noqa: N802
+        return FakeGraph(self)
+
+    @contextlib.contextmanager
+    def graph(self, graph, *, pool, stream, capture_error_mode):
+        self.calls.append(f"capture on {self.devices[-1]}, {stream.name}, {capture_error_mode}, {'own' if pool is None else 'shared'} memory")
+        with self.stream(stream):
+            if self.fails is not None:
+                raise self.fails
+            yield
+
+    def get_rng_state(self, device):
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state, device):
+        torch.set_rng_state(state)
+
+    def empty_cache(self):
+        self.calls.append(f"empty the allocator of {self.devices[-1]}")
+
+
+class FakeGraph:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda, self.function = cuda, None
+
+    def pool(self):
+        return id(self)
+
+    def replay(self):
+        self.cuda.calls.append(f"replay on {self.cuda.devices[-1]}, {self.cuda.streams[-1].name}")
+        self.function()
+
+
+class Recorded(graphs.Cuda):
+    """A ``Cuda`` over the fake: what was to be captured runs at each replay."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        super().__init__(INDEX)
+        self.cuda = cuda
+
+    def captured(self, function, pool=None):
+        def ran():
+            self.cuda.calls.append(f"run on {self.cuda.devices[-1]}, {self.cuda.streams[-1].name}")
+            function()
+
+        captured = super().captured(ran, pool)
+        captured.replay.__self__.function = function
+        return captured
+
+
+def record(monkeypatch) -> FakeCuda:
+    """From here on, steps run under a fake of ``torch.cuda``."""
+    cuda = FakeCuda()
+    device = Recorded(cuda)
+    monkeypatch.setattr(graphs, "cuda", cuda)
+    monkeypatch.setattr(graphs, "of", lambda device_: device)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: cuda.calls.append(f"memory used on {stream.name}"))
+    return cuda
+
+
+def offer(monkeypatch) -> None:
+    """From here on, accelerated models run tokens by ``GpuStep`` wherever they are."""
+    monkeypatch.setattr(step_gpu, "why_no_graphs", lambda device: None)
+    monkeypatch.setattr(step_gpu, "_pools", type(step_gpu._pools)())
+    monkeypatch.setattr(Qwen3VLForConditionalGeneration, "_sample", _sample)
+
+
+def _sample(model, input_ids, logits_processor, stopping_criteria, generation_config, *, streamer=None, synced_gpus=False, **kwargs):
+    chooser = Chooser(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+    assert step_gpu.why_not(model) is None
+    outputs = model._prefill(input_ids, generation_config, kwargs, is_first_iteration=True)
+    kwargs = model._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=False)
+    ended, cache = chooser.choose(outputs.logits[:, -1]), kwargs[CACHE]
+    sequences, step = chooser.sequences, None
+    if not ended:
+        inputs = model.prepare_inputs_for_generation(sequences, next_sequence_length=1, **kwargs)
+        mask, returned = kwargs.get("attention_mask"), generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        step = GpuStep.begin(
+            model, cache, inputs["position_ids"][-3:], None if mask is None else mask.bool(), limit=stopping_criteria.max_length - 1, release=not returned
+        )
+        begun = step.length - sequences.shape[1]
+        try:
+            choice = step.sampler(chooser) or chooser
+            while not ended:
+                ended = choice.choose(step.run(choice.tokens))
+            sequences = choice.finish()
+        except BaseException:
+            step.end(step.length)
+            raise
+        step.end(begun + sequences.shape[1])
+    if streamer is not None:
+        streamer.end()
+    return chooser.result(sequences, cache)

@@ -1,0 +1,338 @@
+"""Tokens as captured steps run them, here without graphs on CPU tensors: what stock code gives, in every use of ``generate``."""
+
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from gpu_steps import offer
+from models import assert_close, inputs, pair
+from transformers.generation.streamers import BaseStreamer
+
+from qvl_model.compat import CACHE
+from qvl_model.generation import graphs, step_gpu
+from qvl_model.generation.step_gpu import GpuStep, StepFailed
+
+GREEDY = dict(do_sample=False, max_new_tokens=12)
+ENDS = dict(eos_token_id=list(range(0, 160, 7)), pad_token_id=0)
+ROWS = {
+    "text": [[9]],
+    "ends with an image": [[3, (1, 4, 6)]],
+    "video": [[3, (3, 4, 6), 4]],
+    "batch 3, padding and images": [[3, (1, 4, 6), 5], [4], [2, (1, 2, 2), 3, (1, 8, 4), 1]],
+}
+OPTIONS = {
+    "greedy": GREEDY,
+    "ends early": GREEDY | ENDS,
+    "repetition penalty": GREEDY | dict(repetition_penalty=1.7),
+    "minimum length": GREEDY | dict(min_new_tokens=6, eos_token_id=list(range(0, 160, 2)), pad_token_id=0),
+    "sampling": dict(do_sample=True, temperature=1.3, top_k=40, top_p=0.95, max_new_tokens=12),
+    "sampling, ends early": dict(do_sample=True, temperature=2.5, top_k=0, min_p=0.01, max_new_tokens=30) | ENDS,
+}
+
+
+@pytest.fixture(scope="module")
+def odd_pair():
+    return pair("odd")
+
+
+@pytest.fixture
+def models(odd_pair, monkeypatch):
+    offer(monkeypatch)
+    for model in odd_pair:
+        model.model.rope_deltas = None
+    return odd_pair
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Every step that began."""
+    begun, begin = [], GpuStep._begin
+    monkeypatch.setattr(GpuStep, "_begin", lambda step, *args: begun.append(step) or begin(step, *args))
+    return begun
+
+
+def _generate(model, batch, **options):
+    torch.manual_seed(3)
+    return model.generate(**batch, **options)
+
+
+def _idle(model) -> list[GpuStep]:
+    return step_gpu._pools[model]._idle
+
+
+def _same_cache(ours, stock, strides: bool = True) -> None:
+    for layer, expected in zip(ours.layers, stock.layers):
+        for name in ("keys", "values"):
+            assert_close(getattr(layer, name), getattr(expected, name))
+            assert not strides or getattr(layer, name).stride() == getattr(expected, name).stride()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_same_as_stock(models, steps, rows, options):
+    """Tokens, the returned cache, and the random numbers that come next."""
+    batch, outs = inputs(*ROWS[rows]), []
+    for model in models:
+        out = _generate(model, batch, return_dict_in_generate=True, **OPTIONS[options])
+        outs.append((out.sequences, out[CACHE], torch.rand(3)))
+    (expected, expected_cache, expected_next), (sequences, cache, following) = outs
+    assert torch.equal(sequences, expected) and torch.equal(following, expected_next)
+    _same_cache(cache, expected_cache)
+    assert len(steps) <= 1 and (steps or options.endswith("ends early"))
+
+
+class _Tokens(BaseStreamer):
+    """Notes tokens; ``at`` the second of them calls a function."""
+
+    def __init__(self, at=lambda: None):
+        self.values, self.ended, self.at = [], 0, at
+
+    def put(self, value):
+        self.values.append(value.reshape(-1).tolist())
+        if len(self.values) == 3:
+            self.at()
+
+    def end(self):
+        self.ended += 1
+
+
+def test_streamer_sees_the_same(models):
+    streamers = [_Tokens(), _Tokens()]
+    for model, streamer in zip(models, streamers):
+        _generate(model, inputs([5]), streamer=streamer, do_sample=True, max_new_tokens=40, **ENDS)
+    assert streamers[1].values == streamers[0].values and streamers[1].ended == streamers[0].ended == 1
+
+
+def test_a_streamer_that_generates_has_a_step_of_its_own(models, steps):
+    stock, ours = models
+    first, second, inner = inputs([5]), inputs([8], seed=1), []
+    streamer = _Tokens(lambda: inner.append(ours.generate(**second, **GREEDY)))
+    out = ours.generate(**first, streamer=streamer, **GREEDY)
+    assert torch.equal(out, stock.generate(**first, **GREEDY)) and torch.equal(inner[0], stock.generate(**second, **GREEDY))
+    assert len({id(step) for step in steps}) == 2 == len(_idle(ours))
+
+
+def test_two_threads_have_steps_of_their_own(models, steps):
+    """Both are in the middle of their tokens at the same time."""
+    stock, ours = models
+    batches, outs, barrier = [inputs([5]), inputs([8], seed=1)], {}, threading.Barrier(2, timeout=60)
+
+    def work(index):
+        outs[index] = ours.generate(**batches[index], streamer=_Tokens(barrier.wait), **GREEDY)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, batch in enumerate(batches):
+        assert torch.equal(outs[index], stock.generate(**batch, **GREEDY))
+    assert len({id(step) for step in steps}) == 2
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["returned cache", "released cache"])
+def test_an_exception_of_a_streamer_leaves_cache_and_model_usable(models, kept):
+    stock, ours = models
+    results = []
+
+    def stop():
+        raise KeyboardInterrupt
+
+    for model in models:
+        cache = step_gpu.DynamicCache(config=model.config.text_config) if kept else None
+        with pytest.raises(KeyboardInterrupt):
+            _generate(model, inputs([5]), streamer=_Tokens(stop), **GREEDY, **({CACHE: cache} if kept else {}))
+        results.append((cache, _generate(model, inputs([7]), **GREEDY)))
+    (expected_cache, expected), (cache, out) = results
+    assert torch.equal(out, expected) and len(_idle(ours)) == 1
+    if kept:
+        _same_cache(cache, expected_cache)
+
+
+def test_steps_serve_again_and_few_are_kept(models, steps):
+    stock, ours = models
+    for rows in ([[3]], [[20]], [[7], [2]], [[4], [4], [4]], [[40]]):
+        batch = inputs(*rows)
+        assert torch.equal(_generate(ours, batch, **GREEDY), _generate(stock, batch, **GREEDY))
+    assert steps[0] is steps[1] and len({id(step) for step in steps}) == 4  # the last one had to be made anew
+    assert [step.rows for step in _idle(ours)] == [4, 1] and len(_idle(ours)) == step_gpu.KEPT_STEPS
+    assert all(step._caches.capacity == 0 for step in _idle(ours))  # keys and values are nobody's
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (16, 16), (17, 24), (32, 32), (33, 40)])
+def test_rows_of_a_step(batch, rows):
+    assert step_gpu._rows(batch) == rows
+
+
+def test_memory_follows_the_tokens_and_not_their_limit(models, steps):
+    sizes = []
+
+    def stop():
+        sizes.append(sum(x.nbytes for x in steps[0]._tensors()))
+        raise KeyboardInterrupt
+
+    for limit in (200, 100_000):
+        with pytest.raises(KeyboardInterrupt):
+            _generate(models[1], inputs([5]), streamer=_Tokens(stop), max_new_tokens=limit, do_sample=True)
+    assert sizes[1] <= 1.5 * sizes[0]
+
+
+def test_capacity_grows_by_half_at_most(models, steps, monkeypatch):
+    stock, ours = models
+    monkeypatch.setattr(step_gpu, "FIRST_ROOM", 8)
+    capacities, run = [], GpuStep.run
+    monkeypatch.setattr(GpuStep, "run", lambda step, tokens: (run(step, tokens), capacities.append(step._caches.capacity))[0])
+    options = dict(do_sample=False, max_new_tokens=170, repetition_penalty=1.5)
+    batch = inputs([5], [90])
+    assert torch.equal(_generate(ours, batch, **options), _generate(stock, batch, **options))
+    grown = sorted(set(capacities))
+    assert len(grown) > 2 and all(after <= max(1.5 * before, before + 64) for before, after in zip(grown, grown[1:])) and grown[-1] < 90 + 170 + 64
+
+
+def _failing(monkeypatch, error, name="captured"):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(graphs.Device, name, fail)
+
+
+def _begun(model, length=5, release=False):
+    """(arguments of ``begin``, a copy of the cache) after a prompt."""
+    cache = step_gpu.DynamicCache(config=model.config.text_config)
+    with torch.no_grad():
+        model(**inputs([length]), **{CACHE: cache})
+    positions = torch.full((3, 1, 1), length)
+    return dict(model=model, cache=cache, positions=positions, visible=None, limit=length + 300, release=release), copy.deepcopy(cache)
+
+
+@pytest.mark.parametrize("release", [True, False])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), graphs.CaptureFailed("no graph"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")])
+@torch.no_grad()
+def test_a_failure_is_remembered_for_its_size(models, monkeypatch, error, release):
+    ours = models[1]
+    arguments, before = _begun(ours, release=release)
+    with monkeypatch.context() as patched:
+        _failing(patched, error)
+        with pytest.raises(StepFailed, match=str(error)):
+            GpuStep.begin(**arguments)
+    _same_cache(arguments["cache"], before, strides=not release)
+    assert str(error) in step_gpu.why_not(ours, 1, 5) and str(error) in step_gpu.why_not(ours, 2, 9)
+    assert step_gpu.why_not(ours, 1, 4) is None and step_gpu.why_not(ours) is None
+    step_gpu.release(ours)
+    assert step_gpu.why_not(ours, 1, 5) is None
+    GpuStep.begin(**arguments).end(5)
+
+
+@pytest.mark.parametrize("release", [True, False])
+@pytest.mark.parametrize("error", [RuntimeError("The size of tensor a (3) must match"), TypeError("not callable"), KeyboardInterrupt()])
+@torch.no_grad()
+def test_an_error_that_is_not_of_memory_reaches_the_user(models, monkeypatch, error, release):
+    ours = models[1]
+    arguments, before = _begun(ours, release=release)
+    with monkeypatch.context() as patched, pytest.raises(type(error)) as raised:
+        _failing(patched, error)
+        GpuStep.begin(**arguments)
+    assert raised.value is error and step_gpu.why_not(ours, 1, 5) is None
+    _same_cache(arguments["cache"], before, strides=not release)
+
+
+@torch.no_grad()
+def test_idle_steps_give_their_memory_to_a_new_one(models, monkeypatch):
+    ours = models[1]
+    for rows in ([[4]], [[4], [4]]):
+        _generate(ours, inputs(*rows), **GREEDY)
+    captured = graphs.Device.captured
+
+    def fail(*args):
+        if _idle(ours):
+            raise torch.OutOfMemoryError("no memory")
+        return captured(*args)
+
+    monkeypatch.setattr(graphs.Device, "captured", fail)
+    batch = inputs([5], [5], [2])
+    assert torch.equal(_generate(ours, batch, **GREEDY), _generate(models[0], batch, **GREEDY))
+    assert step_gpu.why_not(ours, 3, 5) is None
+
+
+@pytest.mark.parametrize("release", [True, False])
+@torch.no_grad()
+def test_growth_that_fails_gives_all_back(models, monkeypatch, release):
+    stock, ours = models
+    monkeypatch.setattr(step_gpu, "FIRST_ROOM", 1)
+    arguments, _ = _begun(ours, release=release)
+    step, tokens = GpuStep.begin(**arguments), torch.randint(1, 150, (70, 1, 1))
+    room, run = step._caches.capacity - 5, 0
+    monkeypatch.setattr(type(step._caches), "_grow", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    with pytest.raises(StepFailed, match="no memory"):
+        for token in tokens:
+            logits = step.run(token).clone()
+            run += 1
+    assert run == room and step.length == 5 + room
+    step.end(step.length)
+    expected = step_gpu.DynamicCache(config=stock.config.text_config)
+    ids = torch.cat((inputs([5])["input_ids"], tokens[:room].reshape(1, -1)), 1)
+    out = stock(input_ids=ids, **{CACHE: expected}).logits[:, -1]
+    assert_close(logits, out, 1e-4)
+    for layer, other in zip(arguments["cache"].layers, expected.layers):
+        assert_close(layer.keys, other.keys, 1e-4)
+        assert_close(layer.values, other.values, 1e-4)
+    assert not _idle(ours) and "no memory" in step_gpu.why_not(ours, 1, 5 + room)
+
+
+@torch.no_grad()
+def test_a_full_memory_at_the_end_costs_no_keys(models, monkeypatch):
+    arguments, before = _begun(models[1])
+    step = GpuStep.begin(**arguments)
+    monkeypatch.setattr(type(step._caches), "give", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    step.end(5)
+    for layer, expected in zip(arguments["cache"].layers, before.layers):
+        assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
+    assert not _idle(models[1])
+
+
+def _alive(references) -> list:
+    gc.collect()
+    return [x for reference in references if (x := reference()) is not None]
+
+
+def test_release_frees_steps_and_old_weights(models):
+    stock, ours = pair("odd")
+    _generate(ours, inputs([5]), **GREEDY)
+    step = _idle(ours)[0]
+    weight = ours.model.language_model.layers[0].mlp.down_proj.weight
+    held = [weakref.ref(x) for x in (step, step._logits, weight)]
+    del step
+    step_gpu.release(ours)
+    ours.model.language_model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(weight.detach() * 2)
+    step_gpu.plan_of(ours.model.language_model.layers[0])  # the layer's own plan, which lives on its own
+    del weight
+    assert not _alive(held) and ours not in step_gpu._pools
+    step_gpu.release(ours)  # once more does nothing
+
+
+def test_a_step_in_use_is_freed_when_its_call_ends(models, steps):
+    stock, ours = models
+    out = ours.generate(**inputs([5]), streamer=_Tokens(lambda: step_gpu.release(ours)), **GREEDY)
+    assert torch.equal(out, stock.generate(**inputs([5]), **GREEDY))
+    steps[:] = map(weakref.ref, steps)
+    assert not _alive(steps) and ours not in step_gpu._pools
+
+
+def test_steps_do_not_keep_the_model(models):
+    stock, ours = pair("odd")
+    _generate(ours, inputs([5]), **GREEDY)
+    held = [weakref.ref(ours), weakref.ref(_idle(ours)[0])]
+    del ours
+    assert not _alive(held)
+
+
+def test_a_step_of_inference_mode_serves_outside_of_it(models, steps):
+    stock, ours = models
+    with torch.inference_mode():
+        _generate(ours, inputs([6]), do_sample=True, max_new_tokens=5)
+    batch, options = inputs([7]), dict(do_sample=True, max_new_tokens=9)
+    assert torch.equal(_generate(ours, batch, **options), _generate(stock, batch, **options))
+    assert steps[0] is steps[1]
