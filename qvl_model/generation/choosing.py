@@ -17,7 +17,7 @@ class Chooser:
     Args:
         sequences: int64 [B, L], the prompt. processors, criteria, config: of the call. streamer: gets every token, or None.
     Attributes:
-        sequences: int64 [B, L + tokens chosen].
+        sequences: int64 [B, L + tokens chosen]. unfinished: int64 [B], 1 for rows that have not ended.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Chooser:
         self.sequences, self.processors, self.criteria, self.config, self.streamer = sequences, processors, criteria, config, streamer
         self._ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self._pad = None if config._pad_token_tensor is None else config._pad_token_tensor.to(sequences.device)
-        self._unfinished = torch.ones(sequences.shape[0], dtype=torch.long, device=sequences.device)
+        self.unfinished = torch.ones(sequences.shape[0], dtype=torch.long, device=sequences.device)
         wanted = config.return_dict_in_generate
         self._scores = () if wanted and config.output_scores else None
         self._logits = () if wanted and config.output_logits else None
@@ -49,12 +49,12 @@ class Chooser:
         else:
             tokens = torch.argmax(scores, dim=-1)
         if self._ends:
-            tokens = tokens * self._unfinished + self._pad * (1 - self._unfinished)
+            tokens = tokens * self.unfinished + self._pad * (1 - self.unfinished)
         self.sequences = torch.cat([self.sequences, tokens[:, None]], dim=-1)
-        self._unfinished = self._unfinished & ~self.criteria(self.sequences, self._scores)
+        self.unfinished = self.unfinished & ~self.criteria(self.sequences, self._scores)
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())
-        return bool(self._unfinished.max() == 0)
+        return bool(self.unfinished.max() == 0)
 
     def finish(self) -> Tensor:
         """The sequences [B, L]."""

@@ -184,7 +184,7 @@ def why_not(chooser: Chooser) -> str | None:
 
 
 class Sampler:
-    """What a ``Chooser`` does, from its second token on, without waiting for the device: see there for ``choose``, ``tokens`` and ``finish``.
+    """What a ``Chooser`` does, without waiting for the device: see there for ``choose``, ``tokens`` and ``finish``.
 
     Args:
         chooser: one that ``why_not`` has nothing against. Those of one ``key`` can follow each other, each after ``begin``.
@@ -197,6 +197,7 @@ class Sampler:
         self.inverse = logits.is_cuda
         self.tokens, self._logits, self._embeddings, self._device = tokens, logits, embeddings, device
         self._buffers: list[Tensor] = []
+        self.leave()
         self._do_sample = bool(chooser.config.do_sample)
         self._forms = [_FORMS[type(processor)](processor, self) for processor in chooser.processors]
         self._penalties = [form for form in self._forms if type(form) is _RepetitionPenalty]
@@ -226,15 +227,15 @@ class Sampler:
         return len(chooser.sequences), bool(chooser.config.do_sample), forms
 
     def begin(self, chooser: Chooser) -> None:
-        """Goes on from the sequences of ``chooser``, which has chosen one token of each."""
-        sequences, self._streamer = chooser.sequences, chooser.streamer
+        """Goes on from where ``chooser`` is, which has chosen a token."""
+        self._chooser, sequences = chooser, chooser.sequences
         ends = [criterion.eos_token_id for criterion in chooser.criteria if type(criterion) is EosTokenCriteria]
         self._max_length = min(criterion.max_length for criterion in chooser.criteria if type(criterion) is MaxLengthCriteria)
-        self._sequences, self._steps, self._chunks = sequences, 0, []
+        self._begun, self._steps, self._chunks = sequences.shape[1], 0, []
         _mark(self._ends, ends)
         if ends:
             self._pad.copy_(chooser.config._pad_token_tensor)
-        self._finished.copy_(self._ends[sequences[:, -1]])
+        self._finished.copy_(chooser.unfinished == 0)
         self._count.zero_()
         self._length.fill_(sequences.shape[1])
         self._invalid.fill_(NEVER)
@@ -253,11 +254,12 @@ class Sampler:
         if self._steps % CHUNK == 0:
             self._chunks.append(self._produced.clone())
             self._count.zero_()
-        if self._streamer is not None:
-            self._streamer.put(self._last().cpu())
-        if len(self._sequences[0]) + self._steps >= self._max_length:
+        streamer = self._chooser.streamer
+        if streamer is not None:
+            streamer.put(self._last().cpu())
+        if self._begun + self._steps >= self._max_length:
             return True
-        if self._streamer is None and self._steps % self._device.look_every:
+        if streamer is None and self._steps % self._device.look_every:
             return False
         ended = bool(self._finished.all())
         if not ended:
@@ -266,7 +268,7 @@ class Sampler:
         return ended
 
     def finish(self) -> Tensor:
-        """The sequences, without what was chosen after all rows had ended."""
+        """The sequences, without what was chosen after all rows had ended; ``chooser`` can go on from them."""
         chosen = torch.cat((*self._chunks, self._produced[:, : self._steps % CHUNK]), 1)
         used = self._used(chosen)
         self._check(used)
@@ -274,8 +276,14 @@ class Sampler:
             self._device.set_generator_state(self._marked[1])
             for _ in range(used - self._marked[0]):
                 self._noise.exponential_(1.0)
-        self._sequences, self._chunks = torch.cat((self._sequences, chosen[:, :used]), 1), []
-        return self._sequences
+        chooser = self._chooser
+        chooser.sequences, chooser.unfinished = torch.cat((chooser.sequences, chosen[:, :used]), 1), (~self._finished).long()
+        self.leave()
+        return chooser.sequences
+
+    def leave(self) -> None:
+        """Keeps nothing of the call."""
+        self._chooser, self._chunks = None, []
 
     def _last(self) -> Tensor:
         if self._steps % CHUNK == 0:
@@ -288,12 +296,13 @@ class Sampler:
 
     def _used(self, chosen: Tensor) -> int:
         """How many of the chosen tokens there are until every row has ended."""
-        ended = self._ends[torch.cat((self._sequences[:, -1:], chosen), 1).clamp(0, self.vocabulary - 1)].cumsum(1) > 0
+        before, ends = (self._chooser.unfinished == 0)[:, None], self._ends[chosen.clamp(0, self.vocabulary - 1)]
+        ended = torch.cat((before, ends), 1).cumsum(1) > 0
         running = int((~ended.all(0)).sum())  # columns after which some row goes on
         return min(running, self._steps)
 
     def _check(self, used: int) -> None:
-        if self._do_sample and int(self._invalid) < self._sequences.shape[1] + used:
+        if self._do_sample and int(self._invalid) < self._begun + used:
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")  # as torch.multinomial says it
 
     def _run_next(self, tokens: Tensor) -> Tensor:

@@ -332,7 +332,7 @@ class GpuStep:
         self._positions.add_(1)
 
     def sampler(self, chooser: Chooser) -> Sampler | None:
-        """What chooses as ``chooser`` would without waiting for the device, or None if it cannot. ``chooser``: has chosen one token."""
+        """What chooses as ``chooser`` would without waiting for the device, or None if it cannot. ``chooser``: has chosen a token."""
         if sampling.why_not(chooser) is not None or chooser.sequences.device != self._logits.device:
             return None
         key, reason = Sampler.key(chooser), None
@@ -353,6 +353,10 @@ class GpuStep:
         logits, tokens, embedding = self._logits[: self._batch], self._tokens[: self._batch], self._model().model.language_model.embed_tokens
         return Sampler(chooser, logits, tokens, embedding.num_embeddings, self._device, self._graph.pool)
 
+    def holds(self) -> bool:
+        """Whether nothing that the step depends on has changed since it was captured."""
+        return self.state == _state(self._model())
+
     def end(self, length: int) -> None:
         """Gives the first ``length`` keys and values back to the cache that ``begin`` got, unless it was released, and the step to others."""
         if self._cache is None:
@@ -363,6 +367,9 @@ class GpuStep:
             if not sound:
                 self._hand_over(len(self._layers), length)
         pool, self._pool, self._cache = self._pool, None, None
+        for sampler in self._samplers.values():
+            if sampler is not None:
+                sampler.leave()
         if sound:
             self._caches.clear()
             pool.check_in(self)
