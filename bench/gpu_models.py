@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from bench.checkpoint import FULL_CONFIG, special_token_ids
 from bench.gpu_timing import compare, synchronize
@@ -116,15 +117,19 @@ def _per_token(models: dict[str, nn.Module], prompt: dict, sizes: Sizes, device:
 
 def _replays(model: nn.Module, rows: int, length: int, device: torch.device) -> dict[str, dict]:
     """Milliseconds on the device of the graph of a decoding step over ``length`` keys; also with dependent launches, or without where they are on."""
-    from qvl_model.decoding import SMALLEST_CAPACITY, Step
+    from qvl_model.generation import step_gpu
 
+    step_gpu.release(model)  # what the calls before have captured
     steps, on = {}, tuning.FASTER.get(("decoding", gpu.architecture(device)), ())
     for name, variants in (("ours", on), ("plain", ()) if on else ("DEPENDENT_LAUNCH", ("DEPENDENT_LAUNCH",))):
         with tuning.trying("decoding", *variants):
-            steps[name] = Step(model, rows, SMALLEST_CAPACITY)
-            steps[name].prepare()
-        steps[name].lengths.fill_(length)
-    return compare({name: step.replay for name, step in steps.items()}, device)
+            cache, config = DynamicCache(config=model.config.text_config), model.config.text_config
+            for index in range(config.num_hidden_layers):
+                shape = rows, config.num_key_value_heads, length, config.head_dim
+                cache.update(*(torch.randn(shape, dtype=model.dtype, device=device) for _ in range(2)), index)
+            positions = torch.full((3, rows, 1), length, device=device)
+            steps[name] = step_gpu.GpuStep.begin(model, cache, positions, None, limit=None)
+    return compare({name: step.graph.replay for name, step in steps.items()}, device)
 
 
 def _bytes_per_token(model: nn.Module, rows: int, length: int) -> int:

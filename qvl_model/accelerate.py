@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 import qvl_kernels
-from qvl_model import decoding
-from qvl_model.generation import loop
+from qvl_model.generation import loop, step_gpu
+from qvl_model.generation.sampling import MODES
 from qvl_model.modules.decoder_layer import forget_plan
 from qvl_model.modules.head import set_skip_logits
 from qvl_model.modules.packed import PackedEmbedding, PackedLinear
@@ -183,7 +183,8 @@ def _replace_modules(model: nn.Module) -> None:
 
 
 def _forget_plans(model: nn.Module) -> None:
-    """Lets go of weights that are about to be replaced."""
+    """Lets go of weights that are about to be replaced, and of captured steps over them."""
+    step_gpu.release(model)
     for module in model.modules():
         forget_plan(module)
 
@@ -265,15 +266,11 @@ def _attention(model: nn.Module) -> str:
 def _decoding(model: nn.Module) -> str:
     if not is_accelerated(model):
         return "transformers' own loop"
-    device = next(model.parameters()).device
-    if decoding.graphs_possible(device) is None:
-        reason = decoding.why_never(model, device)
-        if reason is not None:
-            return f"one fused call per layer and token ({reason})"
-        return f"whole steps as CUDA graphs for {decoding.MODES}; one fused call per layer and token for all else"
     reason = loop.model_why_not(model)
     if reason is not None:
         return f"transformers' own loop over fused layers ({reason})"
+    if step_gpu.why_not(model) is None:
+        return f"whole steps as CUDA graphs, and the choice of tokens for {MODES}; one fused call per layer and token for other loops"
     return "all layers of a token in one call for greedy and sampling; one fused call per layer and token for all else"
 
 

@@ -4,11 +4,7 @@ import contextlib
 
 import torch
 
-from qvl_model.compat import CACHE
 from qvl_model.generation import graphs, step_gpu
-from qvl_model.generation.choosing import Chooser
-from qvl_model.generation.step_gpu import GpuStep
-from qvl_model.modules.generation import Qwen3VLForConditionalGeneration
 
 INDEX = torch.device("cuda", 1)  # of the fake GPU, which is not the current one
 
@@ -120,32 +116,3 @@ def offer(monkeypatch) -> None:
     """From here on, accelerated models run tokens by ``GpuStep`` wherever they are."""
     monkeypatch.setattr(step_gpu, "why_no_graphs", lambda device: None)
     monkeypatch.setattr(step_gpu, "_pools", type(step_gpu._pools)())
-    monkeypatch.setattr(Qwen3VLForConditionalGeneration, "_sample", _sample)
-
-
-def _sample(model, input_ids, logits_processor, stopping_criteria, generation_config, *, streamer=None, synced_gpus=False, **kwargs):
-    chooser = Chooser(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    assert step_gpu.why_not(model) is None
-    outputs = model._prefill(input_ids, generation_config, kwargs, is_first_iteration=True)
-    kwargs = model._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=False)
-    ended, cache = chooser.choose(outputs.logits[:, -1]), kwargs[CACHE]
-    sequences, step = chooser.sequences, None
-    if not ended:
-        inputs = model.prepare_inputs_for_generation(sequences, next_sequence_length=1, **kwargs)
-        mask, returned = kwargs.get("attention_mask"), generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-        step = GpuStep.begin(
-            model, cache, inputs["position_ids"][-3:], None if mask is None else mask.bool(), limit=stopping_criteria.max_length - 1, release=not returned
-        )
-        begun = step.length - sequences.shape[1]
-        try:
-            choice = step.sampler(chooser) or chooser
-            while not ended:
-                ended = choice.choose(step.run(choice.tokens))
-            sequences = choice.finish()
-        except BaseException:
-            step.end(step.length)
-            raise
-        step.end(begun + sequences.shape[1])
-    if streamer is not None:
-        streamer.end()
-    return chooser.result(sequences, cache)

@@ -3,14 +3,19 @@
 import copy
 import gc
 import threading
+import warnings
 import weakref
 
 import pytest
 import torch
 from gpu_steps import offer
 from models import assert_close, inputs, pair
+from transformers import StaticCache
+from transformers.generation import LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList
+from transformers.generation import logits_process as processors
 from transformers.generation.streamers import BaseStreamer
 
+import qvl_model
 from qvl_model.compat import CACHE
 from qvl_model.generation import graphs, step_gpu
 from qvl_model.generation.step_gpu import GpuStep, StepFailed
@@ -85,7 +90,7 @@ def test_same_as_stock(models, steps, rows, options):
 
 
 class _Tokens(BaseStreamer):
-    """Notes tokens; ``at`` the second of them calls a function."""
+    """Notes tokens; with the second of them calls a function."""
 
     def __init__(self, at=lambda: None):
         self.values, self.ended, self.at = [], 0, at
@@ -104,6 +109,85 @@ def test_streamer_sees_the_same(models):
     for model, streamer in zip(models, streamers):
         _generate(model, inputs([5]), streamer=streamer, do_sample=True, max_new_tokens=40, **ENDS)
     assert streamers[1].values == streamers[0].values and streamers[1].ended == streamers[0].ended == 1
+
+
+CHOSEN_BY_PROCESSORS = {
+    "scores and logits": dict(output_scores=True, output_logits=True),
+    "a limit of time": dict(stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(1000.0)])),
+    "another processor": dict(logits_processor=LogitsProcessorList([processors.NoRepeatNGramLogitsProcessor(2)])),
+    "several sequences": dict(num_return_sequences=3, do_sample=True, output_scores=True),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN_BY_PROCESSORS)
+def test_tokens_that_no_graph_chooses(models, steps, name):
+    batch, options = inputs([5], [3]), GREEDY | CHOSEN_BY_PROCESSORS[name]
+    expected, out = (_generate(model, batch, **options, return_dict_in_generate=True) for model in models)
+    assert len(steps) == 1 and torch.equal(out.sequences, expected.sequences)
+    for values in ("scores", "logits"):
+        assert (getattr(out, values) is None) == (getattr(expected, values) is None)
+        for ours, stock in zip(getattr(out, values) or (), getattr(expected, values) or ()):
+            torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)  # -inf of top-k among them
+
+
+def test_other_calls_stay_with_stock_code(models, steps):
+    stock, ours = models
+    batch = inputs([5])
+    expected = _generate(stock, batch, **GREEDY)
+    static = StaticCache(config=ours.config.text_config, max_cache_len=20)
+    handle = ours.model.language_model.norm.register_forward_hook(lambda *_: None)
+    assert torch.equal(_generate(ours, batch, **GREEDY), expected)
+    handle.remove()
+    for options in ({CACHE: static}, dict(use_cache=False)):
+        assert torch.equal(_generate(ours, batch, **options, **GREEDY), expected)
+    assert not steps
+
+
+def test_returned_cache_goes_on_to_the_next_turn(models, steps):
+    """With the whole text, and with the new tokens only."""
+    for whole in (True, False):
+        results = []
+        for model in models:
+            out = _generate(model, inputs([3, (1, 4, 6), 4]), return_dict_in_generate=True, **GREEDY)
+            turn = torch.cat((out.sequences, torch.tensor([[5, 6, 7]])), 1)
+            new = turn if whole else turn[:, out[CACHE].get_seq_length() :]
+            again = _generate(
+                model, dict(input_ids=new, attention_mask=torch.ones_like(turn)), **{CACHE: out[CACHE]}, do_sample=False, max_new_tokens=6,
+                return_dict_in_generate=True,
+            )
+            results.append((out.sequences, again.sequences, again[CACHE]))
+        (expected, expected_again, expected_cache), (sequences, again, cache) = results
+        assert torch.equal(sequences, expected) and torch.equal(again, expected_again)
+        _same_cache(cache, expected_cache)
+    assert len(steps) == 4
+
+
+def test_keys_and_values_are_there_once(models, monkeypatch):
+    """A cache that nobody asked for is empty once the step has taken over."""
+    seen, begin = [], GpuStep._begin
+    monkeypatch.setattr(GpuStep, "_begin", lambda step, pool, cache, *args: (begin(step, pool, cache, *args), seen.append(cache.get_seq_length()))[0])
+    _generate(models[1], inputs([5]), **GREEDY)
+    kept = _generate(models[1], inputs([5]), return_dict_in_generate=True, **GREEDY)[CACHE]
+    assert seen == [0, 5] and kept.get_seq_length() == 4 + GREEDY["max_new_tokens"]
+
+
+def test_a_model_changed_between_tokens(models, steps):
+    """By a streamer of the user's: stock code goes on from there."""
+    outs = []
+    for model in map(copy.deepcopy, models):
+        norm = model.model.language_model.norm
+        changed = _Tokens(lambda norm=norm: setattr(norm, "weight", torch.nn.Parameter(-norm.weight)))
+        outs.append(_generate(model, inputs([5], [2]), streamer=changed, return_dict_in_generate=True, **GREEDY))
+    assert torch.equal(outs[0].sequences, outs[1].sequences) and len(steps) == 1
+    _same_cache(outs[1][CACHE], outs[0][CACHE], strides=False)
+
+
+def test_report_says_which_modes_are_captured(models, monkeypatch):
+    text = qvl_model.report(models[1]).decoding
+    assert text.startswith("whole steps as CUDA graphs") and "greedy and sampling" in text and "for other loops" in text
+    assert "CUDA graphs" not in qvl_model.report(models[1].model).decoding
+    monkeypatch.undo()
+    assert "CUDA graphs" not in qvl_model.report(models[1]).decoding
 
 
 def test_a_streamer_that_generates_has_a_step_of_its_own(models, steps):
@@ -219,10 +303,10 @@ def test_a_failure_is_remembered_for_its_size(models, monkeypatch, error, releas
         with pytest.raises(StepFailed, match=str(error)):
             GpuStep.begin(**arguments)
     _same_cache(arguments["cache"], before, strides=not release)
-    assert str(error) in step_gpu.why_not(ours, 1, 5) and str(error) in step_gpu.why_not(ours, 2, 9)
-    assert step_gpu.why_not(ours, 1, 4) is None and step_gpu.why_not(ours) is None
+    assert str(error) in step_gpu.why_failed(ours, 1, 5) and str(error) in step_gpu.why_failed(ours, 2, 9)
+    assert step_gpu.why_failed(ours, 1, 4) is None and step_gpu.why_not(ours) is None
     step_gpu.release(ours)
-    assert step_gpu.why_not(ours, 1, 5) is None
+    assert step_gpu.why_failed(ours, 1, 5) is None
     GpuStep.begin(**arguments).end(5)
 
 
@@ -235,7 +319,7 @@ def test_an_error_that_is_not_of_memory_reaches_the_user(models, monkeypatch, er
     with monkeypatch.context() as patched, pytest.raises(type(error)) as raised:
         _failing(patched, error)
         GpuStep.begin(**arguments)
-    assert raised.value is error and step_gpu.why_not(ours, 1, 5) is None
+    assert raised.value is error and step_gpu.why_failed(ours, 1, 5) is None
     _same_cache(arguments["cache"], before, strides=not release)
 
 
@@ -254,7 +338,14 @@ def test_idle_steps_give_their_memory_to_a_new_one(models, monkeypatch):
     monkeypatch.setattr(graphs.Device, "captured", fail)
     batch = inputs([5], [5], [2])
     assert torch.equal(_generate(ours, batch, **GREEDY), _generate(models[0], batch, **GREEDY))
-    assert step_gpu.why_not(ours, 3, 5) is None
+    assert step_gpu.why_failed(ours, 3, 5) is None
+
+
+def _refuse_growth(monkeypatch) -> None:
+    def fail(*args):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(step_gpu.GrowingCaches, "_grow", fail)
 
 
 @pytest.mark.parametrize("release", [True, False])
@@ -265,7 +356,7 @@ def test_growth_that_fails_gives_all_back(models, monkeypatch, release):
     arguments, _ = _begun(ours, release=release)
     step, tokens = GpuStep.begin(**arguments), torch.randint(1, 150, (70, 1, 1))
     room, run = step._caches.capacity - 5, 0
-    monkeypatch.setattr(type(step._caches), "_grow", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    _refuse_growth(monkeypatch)
     with pytest.raises(StepFailed, match="no memory"):
         for token in tokens:
             logits = step.run(token).clone()
@@ -279,7 +370,7 @@ def test_growth_that_fails_gives_all_back(models, monkeypatch, release):
     for layer, other in zip(arguments["cache"].layers, expected.layers):
         assert_close(layer.keys, other.keys, 1e-4)
         assert_close(layer.values, other.values, 1e-4)
-    assert not _idle(ours) and "no memory" in step_gpu.why_not(ours, 1, 5 + room)
+    assert not _idle(ours) and "no memory" in step_gpu.why_failed(ours, 1, 5 + room)
 
 
 @torch.no_grad()
@@ -291,6 +382,65 @@ def test_a_full_memory_at_the_end_costs_no_keys(models, monkeypatch):
     for layer, expected in zip(arguments["cache"].layers, before.layers):
         assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
     assert not _idle(models[1])
+
+
+def _refused(monkeypatch, at="captured"):
+    """From here on there is no memory for a step."""
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("no memory for a graph")
+
+    monkeypatch.setattr(graphs.Device, at, fail)
+
+
+def test_generation_goes_on_where_a_step_cannot_begin(models, monkeypatch):
+    """From the prompt that is there: each token is in the cache, drawn and streamed once; one warning."""
+    outs = []
+    _refused(monkeypatch)
+    for model in models:
+        streamer = _Tokens()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                out = _generate(
+                    model, inputs([3, (1, 4, 6), 4]), streamer=streamer, do_sample=True, temperature=2.0, max_new_tokens=8, return_dict_in_generate=True
+                )
+        outs.append((out, streamer, [str(each.message) for each in caught if "CUDA graphs" in str(each.message)]))
+    (expected, expected_streamer, none), (out, streamer, said) = outs
+    assert torch.equal(out.sequences, expected.sequences) and streamer.values == expected_streamer.values and streamer.ended == 2
+    _same_cache(out[CACHE], expected[CACHE], strides=False)
+    assert not none and len(said) == 1 and "goes on without CUDA graphs: no memory for a graph" in said[0]
+
+
+def test_what_could_not_begin_keeps_no_memory(models, steps, monkeypatch):
+    """The slower path needs it."""
+    held, alive, call = [], [], type(models[1].model).__call__
+
+    def looked(model, *args, **kwargs):
+        held.extend(map(weakref.ref, steps))
+        steps.clear()
+        alive.append(len(_alive(held)))
+        return call(model, *args, **kwargs)
+
+    monkeypatch.setattr(type(models[1].model), "__call__", looked)
+    _refused(monkeypatch)
+    with pytest.warns(RuntimeWarning, match="without CUDA graphs"):
+        _generate(models[1], inputs([5]), **GREEDY)
+    assert held and alive == [0] * GREEDY["max_new_tokens"]
+
+
+@pytest.mark.parametrize("options", [GREEDY, GREEDY | ENDS, dict(do_sample=True, max_new_tokens=30, temperature=2.0) | ENDS], ids=str)
+def test_generation_goes_on_where_a_step_cannot_grow(models, monkeypatch, options):
+    """Whether tokens were streamed, or chosen ahead of the question whether all rows have ended."""
+    monkeypatch.setattr(step_gpu, "FIRST_ROOM", 1)
+    monkeypatch.setattr(graphs.Device, "look_every", 8)
+    _refuse_growth(monkeypatch)
+    for returned in (True, False):
+        expected, out = (_generate(model, inputs([60], [9]), return_dict_in_generate=returned, **options) for model in models)
+        assert torch.equal(out.sequences if returned else out, expected.sequences if returned else expected)
+        if returned:
+            assert_close(out[CACHE].layers[1].keys, expected[CACHE].layers[1].keys, 1e-4)
+    step_gpu.release(models[1])
 
 
 def _alive(references) -> list:

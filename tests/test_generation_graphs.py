@@ -112,12 +112,13 @@ def test_another_stream_waits_for_the_last_one(models, cuda):
 
 def test_a_capture_that_fails_is_told_from_an_error_of_the_model(models, cuda, monkeypatch):
     """What ran before and cannot be captured is the capture's fault; what does not run is not."""
-    ours = models[1]
+    stock, ours = models
     cuda.fails = RuntimeError("operation not permitted when stream is capturing")
-    with pytest.raises(step_gpu.StepFailed, match="not permitted"):
-        _generate(ours, inputs([5]), **GREEDY)
+    with pytest.warns(RuntimeWarning, match="goes on without CUDA graphs: operation not permitted"):
+        out = _generate(ours, inputs([5]), **GREEDY)
+    assert torch.equal(out, _generate(stock, inputs([5]), **GREEDY))
     assert "empty the allocator of 1" in cuda.calls and cuda.devices == [0] and len(cuda.streams) == 1
-    assert "not permitted" in step_gpu.why_not(ours, 1, 5)
+    assert "not permitted" in step_gpu.why_failed(ours, 1, 5)
     step_gpu.release(ours)
     cuda.fails = None
 
@@ -127,7 +128,7 @@ def test_a_capture_that_fails_is_told_from_an_error_of_the_model(models, cuda, m
     monkeypatch.setattr(step_gpu, "decode_step", broken)
     with pytest.raises(RuntimeError, match="shapes do not match") as raised:
         _generate(ours, inputs([5]), **GREEDY)
-    assert type(raised.value) is RuntimeError and step_gpu.why_not(ours, 1, 5) is None
+    assert type(raised.value) is RuntimeError and step_gpu.why_failed(ours, 1, 5) is None
     assert cuda.calls[-1] == "caller waits for capture stream 1"
 
 
@@ -138,7 +139,7 @@ def test_a_choice_that_cannot_be_captured_is_made_by_the_processors(models, cuda
     with pytest.warns(RuntimeWarning, match="chosen without a CUDA graph: not permitted"):
         out = _generate(ours, inputs([5]), **SAMPLING)
     assert torch.equal(out, _generate(stock, inputs([5]), **SAMPLING))
-    assert step_gpu.why_not(ours, 1, 5) is None
+    assert step_gpu.why_failed(ours, 1, 5) is None
 
 
 def test_a_device_has_one_object():

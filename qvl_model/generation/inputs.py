@@ -1,10 +1,27 @@
-"""What the first decoder layer is given for one new token per row."""
+"""What steps of the CPU and of GPUs share: which layers they can run, and what the first one is given for one new token per row."""
 
 from torch import Tensor, nn
 
+from qvl_model.modules.decoder_layer import plan_of
+from qvl_model.modules.packed import PackedEmbedding
+from qvl_model.modules.plain import kernels_take, only_capture_hooks
 from qvl_model.qvl.text import QVLTextModel
 
-__all__ = ["token_inputs"]
+__all__ = ["body_why_not", "token_inputs"]
+
+
+def body_why_not(body: nn.Module) -> str | None:
+    """Why the layers of a language model are no fused calls as they are now, or None."""
+    if not kernels_take(body.norm.weight):
+        return "weights or autocast are not what the kernels take"
+    if type(body.embed_tokens) not in (nn.Embedding, PackedEmbedding) or body.embed_tokens._parameters["weight"].dtype is not body.norm.weight.dtype:
+        return "the embedding is not plain"
+    for index, layer in enumerate(body.layers):
+        hooked = layer._forward_pre_hooks or not only_capture_hooks(layer, "hidden_states") or "forward" in layer.__dict__
+        plan = None if hooked else plan_of(layer)
+        if plan is None or not layer.infers() or plan.prepared.dtype is not body.norm.weight.dtype:
+            return f"decoder layer {index} is not plain"
+    return None
 
 
 def token_inputs(body: nn.Module, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,8 @@
 is judged once per call; all else (beams, assisted decoding, other caches, hooks, ...) stays with stock code.
 """
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
@@ -11,9 +13,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 from qvl_model.compat import CACHE
-from qvl_model.generation import step_cpu
+from qvl_model.generation import step_cpu, step_gpu
 from qvl_model.generation.choosing import Chooser
 from qvl_model.generation.step_cpu import CpuStep
+from qvl_model.generation.step_gpu import GpuStep, StepFailed
 from qvl_model.modules import head
 from qvl_model.modules.plain import is_plain, no_global_hooks
 from qvl_model.qvl import modeling as qvl
@@ -31,8 +34,6 @@ _CACHE_LAYERS = {DynamicCache: (DynamicLayer, VisualLayer), StaticCache: (Static
 
 def why_not(model: nn.Module, input_ids: Tensor, config: GenerationConfig, options: dict) -> str | None:
     """Why this call of ``_sample`` stays with stock code, or None. ``options``: its keyword arguments, the model's among them."""
-    if input_ids.device.type != "cpu":
-        return f"tensors on {input_ids.device.type}"
     if options.get("synced_gpus") or torch.is_grad_enabled() or input_ids.numel() == 0 and options.get("inputs_embeds") is None:
         return "several GPUs step together, gradients are on, or there is no prompt"
     if config.output_attentions or config.output_hidden_states:
@@ -48,7 +49,12 @@ def why_not(model: nn.Module, input_ids: Tensor, config: GenerationConfig, optio
         return "the attention mask is not [B, L]"
     if model._valid_auto_compile_criteria(options, config):
         return "transformers compiles the model"
-    return model_why_not(model)
+    reason = model_why_not(model)
+    if reason is not None or not _on_gpu(model):
+        return reason
+    if type(cache) is not DynamicCache:
+        return f"the cache is a {type(cache).__name__}, which no graph writes to"
+    return step_gpu.why_failed(model, input_ids.shape[0], int(cache.get_seq_length()) + input_ids.shape[1])
 
 
 def model_why_not(model: nn.Module) -> str | None:
@@ -60,7 +66,19 @@ def model_why_not(model: nn.Module) -> str | None:
             return f"{type(module).__name__} has hooks or another forward"
     if not no_global_hooks() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "global hooks, or the call is traced"
-    return step_cpu.why_not(model)
+    if _on_gpu(model):
+        return step_gpu.why_not(model)
+    device = _device(model)
+    return step_cpu.why_not(model) if device.type == "cpu" else step_gpu.why_no_graphs(device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return model.model.language_model.norm.weight.device
+
+
+def _on_gpu(model: nn.Module) -> bool:
+    """Whether tokens are run by captured steps, as far as the device goes."""
+    return step_gpu.why_no_graphs(_device(model)) is None
 
 
 def sample(model: nn.Module, input_ids: Tensor, processors, criteria, config: GenerationConfig, *, streamer=None, synced_gpus=False, **kwargs):
@@ -73,21 +91,44 @@ def sample(model: nn.Module, input_ids: Tensor, processors, criteria, config: Ge
     cache = kwargs[CACHE]
     if not ended:
         foreign = _foreign(streamer, *processors, *criteria)
-        step = _begin(model, chooser, kwargs)
-        begun = step.length
+        returned = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        step = _begin(model, chooser, kwargs, release=not returned and not foreign)
+        choice = (step.sampler(chooser) if isinstance(step, GpuStep) else None) or chooser
+        begun, prompt = step.length, chooser.sequences.shape[1]
         try:
             while not ended:
-                if foreign and not (step.holds() and model_why_not(model) is None):
-                    step.end(step.length)
-                    kwargs = model._update_model_kwargs_for_generation({}, kwargs, is_encoder_decoder=False, num_new_tokens=step.length - begun)
-                    step, foreign = StockStep(model, chooser, kwargs), False
-                ended = chooser.choose(step.run(chooser.tokens))
-        finally:  # a streamer may raise: what was computed is in the cache, as in stock code
+                logits = _next_logits(model, step, choice, foreign)
+                if logits is not None:
+                    ended = choice.choose(logits)
+                    continue
+                choice.finish()
+                ended, chosen = not bool(chooser.unfinished.any()), chooser.sequences.shape[1] - prompt
+                step.end(begun + chosen)
+                kwargs = model._update_model_kwargs_for_generation({}, kwargs, is_encoder_decoder=False, num_new_tokens=chosen)
+                step, choice, foreign = StockStep(model, chooser, kwargs), chooser, False
+            choice.finish()
+        except BaseException:  # a streamer may raise: what was computed is in the cache, as in stock code
             step.end(step.length)
-    sequences = chooser.finish()
+            raise
+        step.end(begun + chooser.sequences.shape[1] - prompt)
     if streamer is not None:
         streamer.end()
-    return chooser.result(sequences, cache)
+    return chooser.result(chooser.sequences, cache)
+
+
+def _next_logits(model: nn.Module, step, choice, foreign: bool) -> Tensor | None:
+    """Of the tokens chosen last; None where stock code has to go on: the model was changed between two tokens, or memory is short."""
+    if foreign and not (step.holds() and model_why_not(model) is None):
+        return None
+    try:
+        return step.run(choice.tokens)
+    except StepFailed as error:
+        _warn(error)
+        return None
+
+
+def _warn(error: StepFailed) -> None:
+    warnings.warn(f"qvl_model: decoding goes on without CUDA graphs: {error}", RuntimeWarning, stacklevel=4)
 
 
 def _foreign(*parts) -> bool:
@@ -95,19 +136,29 @@ def _foreign(*parts) -> bool:
     return any(part is not None and not type(part).__module__.startswith("transformers.") for part in parts)
 
 
-def _begin(model: nn.Module, chooser: Chooser, kwargs: dict) -> "CpuStep | StockStep":
-    """The step that goes on from the prompt, at the positions that stock code would give the next token."""
+def _begin(model: nn.Module, chooser: Chooser, kwargs: dict, *, release: bool) -> "CpuStep | GpuStep | StockStep":
+    """The step that goes on from the prompt, at the positions that stock code would give the next token. ``release``: see ``GpuStep``."""
     inputs = model.prepare_inputs_for_generation(chooser.sequences, next_sequence_length=1, **kwargs)
     positions, mask, cache = inputs.get("position_ids"), kwargs.get("attention_mask"), kwargs[CACHE]
     past = int(cache.get_seq_length())
     qwen = isinstance(model, stock.Qwen3VLForConditionalGeneration)
-    if positions is not None and qwen:  # as the text model reads them: the first row of four is not rotary
-        positions = positions[None].expand(3, -1, -1) if positions.dim() == 2 else positions[-3:]
+    if positions is not None and qwen:  # as the text model reads them: the first row of four is not rotary, one row is that of all axes
+        positions = positions[None] if positions.dim() == 2 else positions[-3:]
+        positions = positions.expand(3, -1, -1) if positions.shape[0] == 1 else positions
     expected = (*((3,) if qwen else ()), chooser.sequences.shape[0], 1)
     if positions is None or tuple(positions.shape) != expected or mask is not None and tuple(mask.shape) != (expected[-2], past + 1):
         return StockStep(model, chooser, kwargs)
     hidden = mask is not None and not bool(mask.all())
-    return CpuStep(model, cache, positions, mask.bool() if hidden else None)
+    visible = mask.bool() if hidden else None
+    if not _on_gpu(model):
+        return CpuStep(model, cache, positions, visible)
+    longest = chooser.criteria.max_length
+    limit = None if longest is None else past + longest - chooser.sequences.shape[1]
+    try:
+        return GpuStep.begin(model, cache, positions, visible, limit=limit, release=release)
+    except StepFailed as error:
+        _warn(error)
+        return StockStep(model, chooser, kwargs)
 
 
 class StockStep:

@@ -4,11 +4,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from qvl_kernels import PreparedCache, PreparedDecoderLayer, dispatch
-from qvl_model.generation.inputs import token_inputs
+from qvl_model.generation.inputs import body_why_not, token_inputs
 from qvl_model.generation.kv_cache import Store, open_store
 from qvl_model.modules.decoder_layer import plan_of
-from qvl_model.modules.packed import PackedEmbedding
-from qvl_model.modules.plain import kernels_take, only_capture_hooks
 
 __all__ = ["CpuStep", "why_not"]
 
@@ -19,17 +17,7 @@ def why_not(model: nn.Module) -> str | None:
     """Why the layers of a model cannot be one call as they are now, or None."""
     if dispatch.forced() not in (None, "cpp"):
         return f"the backend {dispatch.forced()} is forced"
-    body = model.model.language_model
-    if not kernels_take(body.norm.weight):
-        return "weights or autocast are not what the kernels take"
-    if type(body.embed_tokens) not in (nn.Embedding, PackedEmbedding) or body.embed_tokens._parameters["weight"].dtype is not body.norm.weight.dtype:
-        return "the embedding is not plain"
-    for index, layer in enumerate(body.layers):
-        hooked = layer._forward_pre_hooks or not only_capture_hooks(layer, "hidden_states") or "forward" in layer.__dict__
-        plan = None if hooked else plan_of(layer)
-        if plan is None or not layer.infers() or plan.prepared.dtype is not body.norm.weight.dtype:
-            return f"decoder layer {index} is not plain"
-    return None
+    return body_why_not(model.model.language_model)
 
 
 class CpuStep:

@@ -16,14 +16,14 @@ from qvl_kernels.ops.decoder_layer.decode_step import decode_step
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
 from qvl_model.generation import graphs, sampling
 from qvl_model.generation.choosing import Chooser
-from qvl_model.generation.inputs import token_inputs
+from qvl_model.generation.inputs import body_why_not, token_inputs
 from qvl_model.generation.sampling import Sampler
 from qvl_model.modules import head, text
 from qvl_model.modules.decoder_layer import plan_of
 from qvl_model.modules.packed import PackedLinear
-from qvl_model.modules.plain import autocast_dtype, is_plain, kernels_take, only_capture_hooks
+from qvl_model.modules.plain import autocast_dtype, is_plain
 
-__all__ = ["DEPENDS_ON", "GpuStep", "StepFailed", "release", "why_no_graphs", "why_not"]
+__all__ = ["DEPENDS_ON", "GpuStep", "StepFailed", "release", "why_failed", "why_no_graphs", "why_not"]
 
 KEPT_STEPS = 2  # captured steps kept per model while nobody uses them, those used last
 KEPT_SAMPLERS = 4  # captured choices kept per step, likewise
@@ -85,8 +85,8 @@ def why_no_graphs(device: torch.device) -> str | None:
     return f"tensors on {device.type} have no CUDA graphs"
 
 
-def why_not(model: nn.Module, batch: int | None = None, length: int | None = None) -> str | None:
-    """Why the tokens of a model cannot be run by captured steps as it is now, or None. ``batch``, ``length``: of the prompt, if it is known."""
+def why_not(model: nn.Module) -> str | None:
+    """Why the tokens of a model cannot be run by captured steps as it is now, or None."""
     if not isinstance(model, stock.Qwen3VLForConditionalGeneration):
         return f"{type(model).__name__} has no captured steps"
     body, lm_head = model.model.language_model, model.lm_head
@@ -100,16 +100,17 @@ def why_not(model: nn.Module, batch: int | None = None, length: int | None = Non
         return f"rotary frequencies of {body.rotary_emb.rope_type} change with the length"
     if any(not is_plain(module, type(module)) for module in (body.embed_tokens, body.norm, body.rotary_emb, lm_head)):
         return "hooks, which a graph would not call"
-    if type(lm_head) not in (head.Linear, PackedLinear) or type(body.norm) is not text.Qwen3VLTextRMSNorm:
-        return "the head or the last norm is not plain"
-    if not kernels_take(body.norm.weight):
-        return "weights or autocast are not what the kernels take"
-    for index, layer in enumerate(body.layers):
-        hooked = layer._forward_pre_hooks or not only_capture_hooks(layer, "hidden_states") or "forward" in layer.__dict__
-        if hooked or plan_of(layer) is None or not layer.infers():
-            return f"decoder layer {index} is not plain"
+    if type(body.norm) is not text.Qwen3VLTextRMSNorm or type(lm_head) not in (head.Linear, PackedLinear):
+        return "the last norm or the head is not plain"
+    if lm_head._parameters["weight"].dtype is not body.norm.weight.dtype:
+        return "the head has another dtype"
+    return body_why_not(body)
+
+
+def why_failed(model: nn.Module, batch: int, length: int) -> str | None:
+    """Why a step for ``batch`` rows that goes on from ``length`` keys, or a smaller one, failed before, or None."""
     pool = _pools.get(model)
-    return None if pool is None or batch is None else pool.failure(_rows(batch), length + 1)
+    return None if pool is None else pool.failure(_rows(batch), length + 1)
 
 
 def release(model: nn.Module) -> None:
@@ -207,6 +208,7 @@ class GpuStep:
 
     Attributes:
         length: keys and values that it holds of every row.
+        graph: what runs a token.
     """
 
     def __init__(self, model: nn.Module, rows: int, state: dict) -> None:
@@ -215,7 +217,7 @@ class GpuStep:
         body, lm_head = model.model.language_model, model.lm_head
         self._layers = [plan_of(layer).prepared for layer in body.layers]
         first, weight = self._layers[0], body.norm.weight
-        self._device, self._stream, self._graph = graphs.of(weight.device), None, None
+        self._device, self._stream, self.graph = graphs.of(weight.device), None, None
         self._samplers: OrderedDict[tuple, Sampler | None] = OrderedDict()
         with torch.inference_mode(False):  # serves calls outside of inference mode, too
             self._tokens = torch.zeros(rows, 1, dtype=torch.long, device=weight.device)
@@ -226,7 +228,7 @@ class GpuStep:
 
     @classmethod
     def begin(
-        cls, model: nn.Module, cache: DynamicCache, positions: Tensor, visible: Tensor | None, *, limit: int, release: bool = False
+        cls, model: nn.Module, cache: DynamicCache, positions: Tensor, visible: Tensor | None, *, limit: int | None, release: bool = False
     ) -> "GpuStep":
         """A step that goes on from a cache of L keys.
 
@@ -234,10 +236,10 @@ class GpuStep:
             model: one that ``why_not`` has nothing against.
             cache: of B rows. positions: int64 [3, B, 1], of the next token; every run adds 1.
             visible: bool [B, L + 1], of the keys that the next token sees, or None if it sees all. limit: keys that there will be at the end
-                at most.
+                at most, if that is known.
             release: nobody reads the cache afterwards; its memory is freed layer by layer.
         Raises: StepFailed where there is no memory, or no graph can hold the step; the cache is as it was. Of the size that failed
-            ``why_not`` tells from then on, until ``release``.
+            ``why_failed`` tells from then on, until ``release``.
         """
         rows, length, pool, device = _rows(positions.shape[1]), cache.get_seq_length(), _pool(model), graphs.of(positions.device)
 
@@ -257,20 +259,23 @@ class GpuStep:
             raise StepFailed(reason)
         return step
 
-    def _begin(self, pool: _Pool, cache: DynamicCache, positions: Tensor, visible: Tensor | None, limit: int, release: bool) -> None:
+    def _begin(
+        self, pool: _Pool, cache: DynamicCache, positions: Tensor, visible: Tensor | None, limit: int | None, release: bool
+    ) -> None:
         self._pool, self._cache, self._limit, self._batch = pool, cache, limit, positions.shape[1]
         self._release, self._emptied, self._failed = release, 0, False
         self.length = cache.get_seq_length()
         self._follow()
-        room = max(self.length + 1, min(limit, self.length + max(FIRST_ROOM, self.length // 2)))
+        room = self.length + max(FIRST_ROOM, self.length // 2)
+        room = room if limit is None else max(self.length + 1, min(limit, room))
         for index, layer in enumerate(self._cache_layers()):
             self._caches.take(index, layer.keys, layer.values, length=room)
             if release:
                 self._emptied = index + 1
                 layer.keys, layer.values = (x.new_empty((*x.shape[:2], 0, x.shape[3])) for x in (layer.keys, layer.values))
         self._set(positions, visible)
-        if self._graph is None:
-            self._graph = self._device.captured(self._token)
+        if self.graph is None:
+            self.graph = self._device.captured(self._token)
             self._set(positions, visible)  # runs before the capture went on; what they wrote is written again
 
     def _cache_layers(self) -> list:
@@ -306,7 +311,7 @@ class GpuStep:
                 self._grow()
             if tokens.data_ptr() != self._tokens.data_ptr():
                 self._tokens[: self._batch].copy_(tokens)
-            self._graph.replay()
+            self.graph.replay()
         self.length += 1
         return self._logits[: self._batch]
 
@@ -351,7 +356,7 @@ class GpuStep:
 
     def _new_sampler(self, chooser: Chooser) -> Sampler:
         logits, tokens, embedding = self._logits[: self._batch], self._tokens[: self._batch], self._model().model.language_model.embed_tokens
-        return Sampler(chooser, logits, tokens, embedding.num_embeddings, self._device, self._graph.pool)
+        return Sampler(chooser, logits, tokens, embedding.num_embeddings, self._device, self.graph.pool)
 
     def holds(self) -> bool:
         """Whether nothing that the step depends on has changed since it was captured."""

@@ -3,8 +3,8 @@
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
-from qvl_model import decoding, packed_checkpoint
-from qvl_model.generation import loop
+from qvl_model import packed_checkpoint
+from qvl_model.generation import loop, step_gpu
 from qvl_model.modules.head import causal_loss
 from qvl_model.quantization import is_packed_checkpoint
 
@@ -41,11 +41,14 @@ class Qwen3VLForConditionalGeneration(packed_checkpoint.PackedSaving, stock.Qwen
     def loss_function(self, value):
         stock.Qwen3VLForConditionalGeneration.loss_function.fset(self, value)
 
+    def train(self, mode: bool = True):
+        if mode:  # captured steps hold memory that training needs
+            step_gpu.release(self)
+        return super().train(mode)
+
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **options):
         """Greedy and sampling: ``generate`` calls this once everything is prepared."""
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if decoding.why_not(self, *arguments, options) is None:
-            return decoding.decode(self, super()._sample, *arguments, **options)
         if loop.why_not(self, input_ids, generation_config, options) is None:
             return loop.sample(self, *arguments, **options)
         return super()._sample(*arguments, **options)

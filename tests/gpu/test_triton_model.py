@@ -12,7 +12,7 @@ import torch
 import qvl_kernels
 import qvl_model
 from qvl_kernels import dispatch, triton_lib
-from qvl_model import decoding
+from qvl_model.generation import step_gpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models  # noqa: E402
@@ -103,7 +103,6 @@ def test_a_step_of_fp16_with_a_scaled_loss(pair, device):
 def test_generate(pair, device, weights, monkeypatch):
     """Prefill, then whole decoding steps: the same tokens as stock's loop over the same weights."""
     batch, (stock, ours) = _batch(device), pair
-    monkeypatch.setattr(decoding, "SMALLEST_CAPACITY", 16)
     if weights is not None:
         batch = _batch(device, [5], [3])  # more than 16 rows would be rounded to int8 in prefill
         ours = qvl_model.accelerate(ours, weights=weights)
@@ -114,5 +113,5 @@ def test_generate(pair, device, weights, monkeypatch):
     launched, known = _launched(monkeypatch), dispatch.fallbacks()
     with qvl_kernels.use_backend("triton"):
         assert torch.equal(ours.generate(**batch, **options), expected)
-    assert ours in decoding._steps and dispatch.fallbacks() == known
+    assert ours in step_gpu._pools and dispatch.fallbacks() == known
     assert any("gemv" in name for name in launched) and any("decode" in name for name in launched)
