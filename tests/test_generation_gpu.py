@@ -217,7 +217,7 @@ def test_two_threads_have_steps_of_their_own(models, steps):
     assert len({id(step) for step in steps}) == 2
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["returned cache", "released cache"])
+@pytest.mark.parametrize("kept", [True, False], ids=["the caller's cache", "no cache of the caller's"])
 def test_an_exception_of_a_streamer_leaves_cache_and_model_usable(models, kept):
     stock, ours = models
     results = []
@@ -461,6 +461,19 @@ def test_release_frees_steps_and_old_weights(models):
     del weight
     assert not _alive(held) and ours not in step_gpu._pools
     step_gpu.release(ours)  # once more does nothing
+
+
+@pytest.mark.parametrize(
+    "change", [qvl_model.restore, lambda model: qvl_model.accelerate(model, weights="int8"), lambda model: model.train()], ids=["restore", "accelerate", "train"]
+)
+def test_steps_are_freed_where_they_are_of_no_use(models, change):
+    ours = copy.deepcopy(models[1])
+    _generate(ours, inputs([5]), **GREEDY)
+    held = [weakref.ref(step) for step in _idle(ours)]
+    ours.eval()
+    assert len(_alive(held)) == 1
+    change(ours)
+    assert not _alive(held)
 
 
 def test_a_step_in_use_is_freed_when_its_call_ends(models, steps):
