@@ -219,3 +219,15 @@ def test_a_step_refuses_caches_of_other_sizes(dtype, rows, heads):
 
     with pytest.raises(ValueError, match="caches must be of"):
         decode_step(torch.ones(rows, 1, 8, dtype=dtype), Layer, None, None, _caches(), 0, None, None)
+
+
+def test_what_is_cleared_is_freed_and_can_be_taken_again():
+    caches, _ = _taken(2, 30, 100)
+    held = [weakref.ref(x) for x in caches.keys + caches.values]
+    caches.clear()
+    assert caches.capacity == 0 and not any(reference() is not None for reference in held)
+    given = [(_random(3, 40, seed), _random(3, 40, seed + 10)) for seed in range(LAYERS)]
+    for index, (keys, values) in enumerate(given):
+        caches.take(index, keys, values, length=41)
+    _check_table(caches)
+    _check_content(caches, given)
