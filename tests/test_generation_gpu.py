@@ -464,8 +464,9 @@ def test_release_frees_steps_and_old_weights(models):
 
 
 @pytest.mark.parametrize(
-    "change", [qvl_model.restore, lambda model: qvl_model.accelerate(model, weights="int8"), lambda model: model.train()], ids=["restore", "accelerate", "train"]
-)
+    "change", [qvl_model.restore, lambda model: qvl_model.accelerate(model, weights="int8"), lambda model: model.train()],
+    ids=["restore", "accelerate", "train"],
+)  # fmt: skip
 def test_steps_are_freed_where_they_are_of_no_use(models, change):
     ours = copy.deepcopy(models[1])
     _generate(ours, inputs([5]), **GREEDY)

@@ -9,7 +9,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 from qvl_model.compat import CACHE
