@@ -144,7 +144,8 @@ def test_lengths_beyond_the_capacity(device, monkeypatch):
     visible = (torch.rand(rows, 64, generator=generator) > 0.3).to(device)
     caches.show(visible)
     lengths = torch.tensor([64, 63, -1, 2**31 - 2, 70], dtype=torch.int32, device=device)
-    q, k, v, norm, cos, sin = rand(rows, 1, 4, head_dim), rand(rows, 1, 2, head_dim), rand(rows, 1, 2, head_dim), rand(head_dim), *rand(2, rows, 1, head_dim)
+    q, k, v = (rand(rows, 1, heads, head_dim) for heads in (4, kv_heads, kv_heads))
+    norm, cos, sin = rand(head_dim), *rand(2, rows, 1, head_dim)
     stale = torch.empty(rows, kv_heads, 0, head_dim, dtype=dtype, device=device)
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
         turned = qk_norm_rope_to_cache_op(q, k, v, norm, norm, cos, sin, stale, stale, lengths, 0, 1e-6, caches.entries[0])

@@ -155,7 +155,8 @@ def launch_decode_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = heads // kv_heads
     arch = gpu.architecture(q.device)
-    tile = tuning.decode_attention(batch * kv_heads, group * queries, head_dim, q.element_size(), capacity if table is None else None, arch, k_scale is not None)
+    planned = capacity if table is None else None
+    tile = tuning.decode_attention(batch * kv_heads, group * queries, head_dim, q.element_size(), planned, arch, k_scale is not None)
     join_step, flags = tile.pop("JOIN_STEP"), tuning.variants("decoding", arch)
     splits, row_blocks = tile["SPLITS"], tuning.cdiv(group * queries, tile["BLOCK_M"])
     partial = lse = out
