@@ -226,6 +226,7 @@ def test_what_is_cleared_is_freed_and_can_be_taken_again():
     held = [weakref.ref(x) for x in caches.keys + caches.values]
     caches.clear()
     assert caches.capacity == 0 and not any(reference() is not None for reference in held)
+    _check_table(caches)  # a kernel that ran now would neither read nor write freed memory
     given = [(_random(3, 40, seed), _random(3, 40, seed + 10)) for seed in range(LAYERS)]
     for index, (keys, values) in enumerate(given):
         caches.take(index, keys, values, length=41)

@@ -88,9 +88,8 @@ class GrowingCaches:
         wanted = _rounded(length)
         self._widen_visible(wanted)
         if self.keys[index].shape[2] < wanted:
-            small = self.keys[index][:, :, :0].clone()
-            self._set(index, small, small)  # frees the old memory first
-            self._set(index, _longer(small, wanted), _longer(small, wanted))
+            self._empty(index)  # frees the old memory first
+            self._set(index, *(_longer(x, wanted) for x in (self.keys[index], self.values[index])))
         self.keys[index][:batch, :, :taken].copy_(keys)
         self.values[index][:batch, :, :taken].copy_(values)
 
@@ -112,9 +111,9 @@ class GrowingCaches:
 
     @_ordinary_tensors()
     def clear(self) -> None:
-        """Frees keys and values; ``take`` of every layer must come before the next run."""
-        for memory in (self.keys, self.values):
-            memory[:] = [x[:, :, :0].clone() for x in memory]
+        """Frees keys and values: every layer is empty then, for kernels, too."""
+        for index in range(len(self.keys)):
+            self._empty(index)
 
     def _widen_visible(self, wanted: int) -> None:
         """Before the layers grow, so that they are never longer."""
@@ -125,6 +124,9 @@ class GrowingCaches:
             self.visible = visible
             self.table[:, VISIBLE].fill_(visible.data_ptr())
             self.table[:, VISIBLE_STRIDE].fill_(wanted)
+
+    def _empty(self, index: int) -> None:
+        self._set(index, *(x[index][:, :, :0].clone() for x in (self.keys, self.values)))
 
     def _grow(self, index: int, wanted: int) -> None:
         old = self.keys[index], self.values[index]
