@@ -36,7 +36,7 @@ MUTATIONS = [
     Mutation(TEXT, "self.gate.tanh() * self.dropout(out)", "self.gate.tanh() * out", DROPOUT),
     Mutation(TEXT, "values, mask, self.attention_dropout)", "values, mask)", f"{DROPOUT}\n{SDPA_DROPOUT}"),
     Mutation(TEXT, "self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))", "self.mlp(self.post_attention_layernorm(hidden_states))", DROPOUT),
-    Mutation(TEXT, "self.dropout(inputs_embeds + self.embed_token_types(token_type_ids))", "inputs_embeds + self.embed_token_types(token_type_ids)", DROPOUT),
+    Mutation(TEXT, "self.dropout(embeddings + self.embed_token_types(token_types))", "embeddings + self.embed_token_types(token_types)", DROPOUT),
     Mutation(TEXT, "self.scaling, self.is_causal = self.head_dim**-0.5, False", "self.scaling, self.is_causal = 1.0, False", EXACT_MLP),
     Mutation(TEXT, "self.gate.tanh() *", "self.gate *", EXACT_MLP),
     Mutation(CONNECTOR, "queries = queries + self.attn(", "queries = self.attn(", EXACT_ATTENTION),
