@@ -205,6 +205,7 @@ CHANGES = {  # what changes each entry
     "rotary positions": _set(_rotary, "attention_scaling", lambda value: value + 0.5),
     "attention": _set(_attention, "scaling", lambda value: 2 * value),
     "attention implementation": lambda model, patch: patch.setattr(_attention(model).config, "_attn_implementation", "eager"),
+    "numbers of QVL's config": lambda model, patch: patch.setattr(model.model.language_model.config, "image_token_id", 7, raising=False),
     "dropout": _set(_attention, "attention_dropout", lambda value: value + 0.1),
     "autocast": _inside(lambda: torch.autocast("cpu", torch.bfloat16)),
     "backend": _inside(lambda: qvl_kernels.use_backend("reference")),

@@ -14,14 +14,16 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from qvl_kernels import config, dispatch, gpu, tuning
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
-from qvl_model.generation import graphs, sampling
+from qvl_model.generation import graphs, images, sampling
 from qvl_model.generation.choosing import Chooser
+from qvl_model.generation.images import Images
 from qvl_model.generation.inputs import body_why_not, token_inputs
 from qvl_model.generation.sampling import Sampler
 from qvl_model.modules import head, text
 from qvl_model.modules.decoder_layer import plan_of
 from qvl_model.modules.packed import PackedLinear
 from qvl_model.modules.plain import autocast_dtype, is_plain
+from qvl_model.qvl import QVLForConditionalGeneration, QVLTextModel
 
 __all__ = ["DEPENDS_ON", "GpuStep", "StepFailed", "release", "why_failed", "why_no_graphs", "why_not"]
 
@@ -59,7 +61,10 @@ DEPENDS_ON: dict[str, Callable[[nn.Module], object]] = {
     "epsilons": lambda model: _attributes(model, "variance_epsilon"),
     "rotary positions": lambda model: _attributes(model, "attention_scaling", "mrope_section", "rope_type"),
     "attention": lambda model: _attributes(model, "scaling", "is_causal", "head_dim"),
-    "attention implementation": lambda model: [layer.self_attn.config._attn_implementation for layer in model.model.language_model.layers],
+    "attention implementation": lambda model: [module.config._attn_implementation for module in _modules(model) if hasattr(module, "config")],
+    "numbers of QVL's config": lambda model: [
+        getattr(model.model.language_model.config, name, None) for name in ("rope_theta", "head_dim", "image_token_id")
+    ],
     "dropout": lambda model: _attributes(model, "training", "attention_dropout"),
     "autocast": lambda model: autocast_dtype(model.model.language_model.norm.weight.device),
     "backend": lambda model: dispatch.forced(),
@@ -87,7 +92,7 @@ def why_no_graphs(device: torch.device) -> str | None:
 
 def why_not(model: nn.Module) -> str | None:
     """Why the tokens of a model cannot be run by captured steps as it is now, or None."""
-    if not isinstance(model, stock.Qwen3VLForConditionalGeneration):
+    if not isinstance(model, (stock.Qwen3VLForConditionalGeneration, QVLForConditionalGeneration)):
         return f"{type(model).__name__} has no captured steps"
     body, lm_head = model.model.language_model, model.lm_head
     device = body.norm.weight.device
@@ -96,15 +101,21 @@ def why_not(model: nn.Module) -> str | None:
         return reason
     if any(x.device != device for x in _tensors(model)):
         return "the language model lies on several devices"
-    if "dynamic" in body.rotary_emb.rope_type or body.rotary_emb.rope_type == "longrope":
-        return f"rotary frequencies of {body.rotary_emb.rope_type} change with the length"
-    if any(not is_plain(module, type(module)) for module in (body.embed_tokens, body.norm, body.rotary_emb, lm_head)):
+    if isinstance(body, QVLTextModel):
+        parts = (body.embed_tokens, body.embed_token_types, body.dropout)
+        if body.dropout.training and body.dropout.p > 0.0:
+            return "dropout is on"
+    else:
+        parts, kind = (body.embed_tokens, body.rotary_emb), body.rotary_emb.rope_type
+        if "dynamic" in kind or kind == "longrope":
+            return f"rotary frequencies of {kind} change with the length"
+    if any(not is_plain(module, type(module)) for module in (*parts, body.norm, lm_head)):
         return "hooks, which a graph would not call"
     if type(body.norm) is not text.Qwen3VLTextRMSNorm or type(lm_head) not in (head.Linear, PackedLinear):
         return "the last norm or the head is not plain"
     if lm_head._parameters["weight"].dtype is not body.norm.weight.dtype:
         return "the head has another dtype"
-    return body_why_not(body)
+    return body_why_not(body) or images.why_not(body)
 
 
 def why_failed(model: nn.Module, batch: int, length: int) -> str | None:
@@ -127,12 +138,13 @@ class _Pool:
     def __init__(self) -> None:
         self._lock, self._idle, self._failed, self._open = threading.Lock(), [], {}, True
 
-    def check_out(self, model: nn.Module, rows: int) -> "GpuStep | None":
-        """A step for so many rows that is nobody else's until it is checked in; those that are of no use any more are freed."""
+    def check_out(self, model: nn.Module, rows: int, layers: tuple[int, ...] = ()) -> "GpuStep | None":
+        """A step for so many rows, and images in these layers, that is nobody else's until it is checked in; those that are of no use any more
+        are freed."""
         state = _state(model)
         with self._lock:
             self._idle = [step for step in self._idle if step.state == state]
-            step = next((step for step in reversed(self._idle) if step.rows == rows), None)
+            step = next((step for step in reversed(self._idle) if (step.rows, step.layers_with_images) == (rows, layers)), None)
             if step is not None:
                 self._idle.remove(step)
             return step
@@ -208,11 +220,12 @@ class GpuStep:
 
     Attributes:
         length: keys and values that it holds of every row.
+        layers_with_images: indices of the decoder layers that read images. Without any, a text's graph does nothing for them.
         graph: what runs a token.
     """
 
-    def __init__(self, model: nn.Module, rows: int, state: dict) -> None:
-        self.rows, self.state, self.length = rows, state, 0
+    def __init__(self, model: nn.Module, rows: int, state: dict, layers_with_images: tuple[int, ...] = ()) -> None:
+        self.rows, self.state, self.layers_with_images, self.length = rows, state, layers_with_images, 0
         self._model = weakref.ref(model)  # the pool, which belongs to the model, holds this
         body, lm_head = model.model.language_model, model.lm_head
         self._layers = [plan_of(layer).prepared for layer in body.layers]
@@ -221,10 +234,12 @@ class GpuStep:
         self._samplers: OrderedDict[tuple, Sampler | None] = OrderedDict()
         with torch.inference_mode(False):  # serves calls outside of inference mode, too
             self._tokens = torch.zeros(rows, 1, dtype=torch.long, device=weight.device)
-            self._positions = torch.zeros(3, rows, 1, dtype=torch.long, device=weight.device)
+            axes = () if isinstance(body, QVLTextModel) else (3,)
+            self._positions = torch.zeros(*axes, rows, 1, dtype=torch.long, device=weight.device)
             self._lengths = torch.zeros(rows, dtype=torch.int32, device=weight.device)
             self._logits = torch.zeros(rows, lm_head.out_features, dtype=weight.dtype, device=weight.device)
         self._caches = GrowingCaches(len(self._layers), rows, first.kv_heads, first.head_dim, weight.dtype, weight.device)
+        self._images = Images(body, layers_with_images, rows) if layers_with_images else None
 
     @classmethod
     def begin(
@@ -234,17 +249,18 @@ class GpuStep:
 
         Args:
             model: one that ``why_not`` has nothing against.
-            cache: of B rows. positions: int64 [3, B, 1], of the next token; every run adds 1.
+            cache: of B rows. positions: int64 [3, B, 1] (QVL: [B, 1]), of the next token; every run adds 1.
             visible: bool [B, L + 1], of the keys that the next token sees, or None if it sees all. limit: keys that there will be at the end
                 at most, if that is known.
             release: nobody reads the cache afterwards; its memory is freed layer by layer.
         Raises: StepFailed where there is no memory, or no graph can hold the step; the cache is as it was. Of the size that failed
             ``why_failed`` tells from then on, until ``release``.
         """
-        rows, length, pool, device = _rows(positions.shape[1]), cache.get_seq_length(), _pool(model), graphs.of(positions.device)
+        rows, length, pool, device = _rows(positions.shape[-2]), cache.get_seq_length(), _pool(model), graphs.of(positions.device)
+        layers = images.layers_with_images(model.model.language_model, cache)
 
         def begun() -> GpuStep:
-            step = pool.check_out(model, rows) or cls(model, rows, _state(model))
+            step = pool.check_out(model, rows, layers) or cls(model, rows, _state(model), layers)
             try:
                 step._begin(pool, cache, positions, visible, limit, release)
             except BaseException:
@@ -262,7 +278,7 @@ class GpuStep:
     def _begin(
         self, pool: _Pool, cache: DynamicCache, positions: Tensor, visible: Tensor | None, limit: int | None, release: bool
     ) -> None:
-        self._pool, self._cache, self._limit, self._batch = pool, cache, limit, positions.shape[1]
+        self._pool, self._cache, self._limit, self._batch = pool, cache, limit, positions.shape[-2]
         self._release, self._emptied, self._failed = release, 0, False
         self.length = cache.get_seq_length()
         self._follow()
@@ -273,6 +289,8 @@ class GpuStep:
             if release:
                 self._emptied = index + 1
                 layer.keys, layer.values = (x.new_empty((*x.shape[:2], 0, x.shape[3])) for x in (layer.keys, layer.values))
+        if self._images is not None:
+            self._images.load(cache, self._batch)
         self._set(positions, visible)
         if self.graph is None:
             self.graph = self._device.captured(self._token)
@@ -286,7 +304,7 @@ class GpuStep:
         self._lengths.zero_()
         self._lengths[: self._batch] = self.length
         self._positions.zero_()
-        self._positions[:, : self._batch] = positions
+        self._positions[..., : self._batch, :] = positions
         self._caches.show(visible)
 
     def _follow(self) -> None:
@@ -297,7 +315,8 @@ class GpuStep:
         caches = self._caches
         samplers = [x for sampler in self._samplers.values() if sampler is not None for x in sampler.tensors()]
         small = [self._tokens, self._positions, self._lengths, self._logits, caches.table, caches.visible]
-        return small + caches.keys + caches.values + samplers
+        seen = [] if self._images is None else self._images.tensors()
+        return small + caches.keys + caches.values + seen + samplers
 
     def run(self, tokens: Tensor) -> Tensor:
         """The logits [B, V] after ``tokens`` int64 [B, 1], in a buffer that the next run overwrites.
@@ -331,6 +350,8 @@ class GpuStep:
         filled = self._lengths + 1
         with tuning.decoding():
             for index, layer in enumerate(self._layers):
+                if self._images is not None:
+                    hidden = self._images.add(index, hidden)
                 hidden = decode_step(hidden, layer, cos, sin, self._caches, index, self._lengths, filled)
         self._logits.copy_(model.lm_head(body.norm(hidden))[:, 0])
         self._lengths.add_(1)
@@ -377,6 +398,8 @@ class GpuStep:
                 sampler.leave()
         if sound:
             self._caches.clear()
+            if self._images is not None:
+                self._images.clear()
             pool.check_in(self)
 
     def _copied_back(self, length: int) -> bool:

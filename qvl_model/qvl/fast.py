@@ -8,7 +8,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 import qvl_kernels
 from qvl_model import packed_checkpoint
 from qvl_model.compat import CACHE, takes_cache
-from qvl_model.generation import loop
+from qvl_model.generation import loop, step_gpu
 from qvl_model.modules.decoder_layer import Qwen3VLTextDecoderLayer
 from qvl_model.modules.head import causal_loss
 from qvl_model.modules.plain import dropout_fits, is_plain, kernels_take, no_global_hooks
@@ -115,6 +115,11 @@ class QVLForConditionalGeneration(packed_checkpoint.PackedSaving, modeling.QVLFo
     @loss_function.setter
     def loss_function(self, value):
         modeling.QVLForConditionalGeneration.loss_function.fset(self, value)
+
+    def train(self, mode: bool = True):
+        if mode:  # captured steps hold memory that training needs
+            step_gpu.release(self)
+        return super().train(mode)
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **options):
         """Greedy and sampling: ``generate`` calls this once everything is prepared."""

@@ -9,7 +9,7 @@ import qvl_kernels
 from qvl_kernels import triton_lib, tuning
 from qvl_kernels.ops.decode_attention import decode_attention
 from qvl_kernels.ops.decode_attention.op import decode_attention_op
-from qvl_kernels.ops.decoder_layer.decode_step import decode_step
+from qvl_kernels.ops.decoder_layer.decode_step import cross_attention_step, decode_step
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
 from qvl_kernels.ops.decoder_layer.parts import add_product, gated, normed_products
 from qvl_kernels.ops.rope.op import qk_norm_rope_to_cache_op
@@ -127,6 +127,32 @@ def test_a_recorded_step_outlives_growth(dtype, device, monkeypatch):
             expected = add_product(y, gated(y, w.post_norm, eps, w.gate, w.up), w.down, None)
             assert torch.equal(out, expected) and out.isfinite().all() and out.any()
             model.check_caches()
+
+
+def test_recorded_cross_attention_reads_whatever_is_there(dtype, device, monkeypatch):
+    """Images of other sizes, fewer rows, and none; bit for bit as attention over memory of their own."""
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+    rows, heads, kv_heads, head_dim = 4, 6, 3, 10
+    model = _Model(1, rows, kv_heads, head_dim, dtype, device)
+    q, caches = model.buffer(rows, 1, heads, head_dim), model.caches
+    with torch.no_grad(), qvl_kernels.use_backend("triton"):
+        with triton_lib.record() as launches:
+            out = cross_attention_step(q, caches, 0, model.lengths, 0.5)
+        for batch, size, lengths in ((4, 40, [40, 0, 17, 1]), (3, 130, [130, 129, 0, 0]), (1, 3, [3, 0, 0, 0]), (0, 0, [0, 0, 0, 0])):
+            keys, values = (model.rand(batch, kv_heads, size, head_dim) for _ in range(2))
+            caches.clear()
+            caches.take(0, keys, values, length=size)
+            model.lengths.copy_(torch.tensor(lengths))
+            q.copy_(model.rand(*q.shape))
+            _replay(launches)
+            for row, length in enumerate(lengths):
+                if length:
+                    one = (x[row : row + 1] for x in (q, keys, values))
+                    assert torch.equal(out[row : row + 1], decode_attention(*one, lengths=length, scale=0.5)) and out[row].any()
+                else:
+                    assert not out[row].any()
+        with pytest.raises(ValueError, match="do not fit q"):
+            cross_attention_step(q[:2], caches, 0, model.lengths, 0.5)
 
 
 def test_lengths_beyond_the_capacity(device, monkeypatch):

@@ -9,9 +9,10 @@ import torch
 
 import qvl_kernels
 import qvl_model
-from qvl_kernels import config, dispatch
+from qvl_kernels import config, dispatch, tuning
 from qvl_kernels.ops.attention import triton_attention
 from qvl_model.compat import CACHE
+from qvl_model.generation import step_gpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qvl_models import inputs, pad_pixels, plain_model  # noqa: E402
@@ -47,6 +48,25 @@ def test_prefill_and_a_step(device, dtype, name):
         out = run(model)
     assert ((out - expected).norm() / expected.norm()).item() <= LIMITS[dtype]
     assert dispatch.fallbacks() == known
+
+
+def test_generate(device, monkeypatch):
+    """Whole steps; one for all images."""
+    plain_tiles = tuning.decode_attention
+    monkeypatch.setattr(tuning, "decode_attention", lambda *args: {**plain_tiles(*args), "SPLITS": 2, "JOIN_STEP": 2})  # the interpreter is slow
+    plain = plain_model("attention", **SMALL).to(device)
+    model, known = qvl_model.accelerate(copy.deepcopy(plain)), dispatch.fallbacks()
+    pixels = [torch.randn(3, *size, generator=torch.Generator().manual_seed(0)) for size in ((4, 8), (0, 0), (4, 4))]
+    for batch in (inputs(2, 1, image=None) | pad_pixels(*pixels[:2]), inputs(2, 2, image=None) | pad_pixels(*pixels[1:])):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        options = dict(do_sample=False, max_new_tokens=3, return_dict_in_generate=True, output_logits=True)
+        expected = plain.generate(**batch, **options)
+        with qvl_kernels.use_backend("triton"):
+            out = model.generate(**batch, **options)
+        assert torch.equal(out.sequences, expected.sequences)
+        torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
+    (step,) = step_gpu._pools[model]._idle
+    assert step.layers_with_images == (0,) and dispatch.fallbacks() == known
 
 
 def test_training_drops_attention_weights_in_the_kernels(device, launches_of):

@@ -1,10 +1,12 @@
-"""A decoder layer for one new token per row whose positions only the device knows: what a CUDA graph of a decoding step holds."""
+"""A decoder layer, and cross-attention, for one new token per row whose positions only the device knows: what a CUDA graph of a decoding step
+holds."""
 
 import torch
 
 from qvl_kernels import dispatch
 from qvl_kernels.library import call
 from qvl_kernels.ops.attention import unsupported_heads
+from qvl_kernels.ops.cross_attention import cross_attention
 from qvl_kernels.ops.decode_attention import decode_attention
 from qvl_kernels.ops.decode_attention.op import decode_attention_op
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
@@ -12,7 +14,7 @@ from qvl_kernels.ops.decoder_layer.parts import add_product, gated, normed_produ
 from qvl_kernels.ops.decoder_layer.prepared import PreparedDecoderLayer
 from qvl_kernels.ops.rope.op import qk_norm_rope_to_cache_op
 
-__all__ = ["decode_step"]
+__all__ = ["cross_attention_step", "decode_step"]
 
 
 def decode_step(
@@ -46,3 +48,22 @@ def decode_step(
         attended = decode_attention(q, keys, values, lengths=filled, mask=visible, scale=layer.scale)
     x = add_product(x, attended.view(batch, 1, -1), w.o, w.o_bias)
     return add_product(x, gated(x, w.post_norm, eps, w.gate, w.up), w.down, None)
+
+
+def cross_attention_step(q: torch.Tensor, caches: GrowingCaches, index: int, lengths: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax(q k^T scale) v over keys and values that are in the caches already.
+
+    Args:
+        q: [B, 1, H, D], of one new token per row.
+        caches: with B rows; ``show`` has hidden none of their keys. index: the place in them. lengths: int32 [B] on q's device, keys of each row.
+    Returns:
+        [B, 1, H, D]; 0 for rows that have no keys. As in ``decode_step``, a graph of it does not depend on the caches' capacity.
+    Raises: ValueError for caches of another dtype, or for other rows or heads.
+    """
+    dtype, rows, kv_heads, head_dim = caches.sizes
+    if (dtype, rows, head_dim) != (q.dtype, q.shape[0], q.shape[3]) or q.shape[2] % kv_heads:
+        raise ValueError(f"cross_attention_step: caches of (dtype, rows, key/value heads, head_dim) {caches.sizes} do not fit q {q.dtype} {tuple(q.shape)}")
+    keys, values = caches.keys[index], caches.values[index]
+    if dispatch.choose("cross_attention_step", q.device, unsupported_heads(q, head_dim)) == "triton":
+        return call(decode_attention_op, q, keys, values, lengths, None, None, None, scale, caches.entries[index])
+    return cross_attention(q, keys.transpose(1, 2), values.transpose(1, 2), kv_lens=lengths, scale=scale)

@@ -1,0 +1,94 @@
+"""Cross-attention of QVL in a captured step: keys and values of images in memory whose size and place a graph does not depend on."""
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from qvl_kernels.ops.attention import unsupported_heads
+from qvl_kernels.ops.decoder_layer.decode_step import cross_attention_step
+from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
+from qvl_model.modules.linear import Linear
+from qvl_model.modules.packed import PackedLinear
+from qvl_model.modules.plain import is_plain, kernels_take, only_capture_hooks
+from qvl_model.modules.text import Qwen3VLTextRMSNorm
+from qvl_model.qvl import fast, text
+
+__all__ = ["Images", "layers_with_images", "why_not"]
+
+_IMPLEMENTATIONS = ("sdpa", "eager")  # of cross-attention: one formula
+
+
+def why_not(body: nn.Module) -> str | None:
+    """Why cross-attention cannot be part of a captured step as the model is now, or None; Qwen3-VL has none."""
+    for index, layer in enumerate(body.layers):
+        fusion = getattr(layer, "fusion", None)
+        if fusion is not None and not _fusion_is_plain(fusion, body.norm.weight.dtype):
+            return f"the cross-attention of decoder layer {index} is not plain"
+    return None
+
+
+def _fusion_is_plain(fusion: nn.Module, dtype: torch.dtype) -> bool:
+    attention, dropout = fusion.attn, fusion.dropout
+    if not is_plain(fusion, text.QVLFusion) or type(attention) is not fast.QVLCrossAttention or "forward" in attention.__dict__:
+        return False
+    if not only_capture_hooks(attention, "cross_attentions") or attention.config._attn_implementation not in _IMPLEMENTATIONS:
+        return False
+    if not is_plain(dropout, nn.Dropout) or dropout.training and dropout.p > 0.0 or attention.training and attention.attention_dropout > 0.0:
+        return False
+    norms, linears = (fusion.norm, attention.q_norm), (attention.q_proj, attention.o_proj)
+    if not all(is_plain(norm, Qwen3VLTextRMSNorm) for norm in norms):
+        return False
+    if not all(type(linear) in (Linear, PackedLinear) and is_plain(linear, type(linear)) for linear in linears):
+        return False
+    weights = [fusion.gate, *(norm.weight for norm in norms), *(linear.weight for linear in linears if type(linear) is Linear)]
+    weights += [linear.bias for linear in linears if linear.bias is not None]
+    return fusion.gate.dtype is dtype and kernels_take(*weights) and unsupported_heads(fusion.gate, attention.head_dim) is None
+
+
+def layers_with_images(body: nn.Module, cache: Cache) -> tuple[int, ...]:
+    """Indices of the decoder layers for which the cache has keys and values of images."""
+    fusions = [(index, getattr(layer, "fusion", None)) for index, layer in enumerate(body.layers)]
+    return tuple(index for index, fusion in fusions if fusion is not None and fusion.memory(None, cache) is not None)
+
+
+class Images:
+    """What some decoder layers of a step read of images; one graph serves all images, of any sizes and numbers.
+
+    Args:
+        body: the language model. layers: indices of these layers, one or more. rows: of the step.
+    """
+
+    def __init__(self, body: nn.Module, layers: tuple[int, ...], rows: int) -> None:
+        self._fusions = {index: body.layers[index].fusion for index in layers}
+        attention, weight = self._fusions[layers[0]].attn, body.norm.weight
+        kv_heads = attention.q_proj.out_features // attention.head_dim // attention.num_key_value_groups
+        self._caches = GrowingCaches(len(layers), rows, kv_heads, attention.head_dim, weight.dtype, weight.device)
+        with torch.inference_mode(False):  # serves calls outside of inference mode, too
+            self._lengths = torch.zeros(len(layers), rows, dtype=torch.int32, device=weight.device)  # 0: a row without images, and no row of the batch
+
+    def load(self, cache: Cache, batch: int) -> None:
+        """Copies keys, values and lengths from a cache of so many rows."""
+        self._lengths.zero_()
+        for place, fusion in enumerate(self._fusions.values()):
+            keys, values, lengths = fusion.memory(None, cache)
+            keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
+            self._caches.take(place, keys, values, length=keys.shape[2])
+            self._lengths[place, :batch] = keys.shape[2] if lengths is None else lengths
+
+    def add(self, index: int, hidden: Tensor) -> Tensor:
+        """What decoder layer ``index`` goes on with: hidden [B, 1, C], and what it reads of the images."""
+        if index not in self._fusions:
+            return hidden
+        fusion, place = self._fusions[index], [*self._fusions].index(index)
+        attention = fusion.attn
+        q = attention.q_norm(attention.q_proj(fusion.norm(hidden)).view(hidden.shape[0], 1, -1, attention.head_dim))
+        out = cross_attention_step(q, self._caches, place, self._lengths[place], attention.scaling)
+        return hidden + fusion.gate.tanh() * attention.o_proj(out.flatten(2))
+
+    def tensors(self) -> list[Tensor]:
+        caches = self._caches
+        return [self._lengths, caches.table, caches.visible, *caches.keys, *caches.values]
+
+    def clear(self) -> None:
+        """Frees keys and values."""
+        self._caches.clear()
