@@ -215,6 +215,7 @@ ALSO = {  # further changes of an entry
     "rotary sections": ("rotary positions", _set(_rotary, "mrope_section", lambda value: value[::-1])),
     "rotary frequencies": ("memory", _set(_rotary, "inv_freq", lambda value: value * 1.5)),
     "head": ("memory", lambda model, patch: patch.setattr(model.lm_head, "weight", nn.Parameter(model.lm_head.weight * 2))),
+    "index in the cache": ("attention", _set(_attention, "layer_idx", lambda value: value + 1)),
     "causal": ("attention", _set(_attention, "is_causal", lambda value: not value)),
     "training": ("dropout", lambda model, patch: patch.setattr(_attention(model), "training", True)),
     "pre-hook": ("hooks", lambda model, patch: patch.callback(_norm(model).register_forward_pre_hook(lambda *_: None).remove)),
@@ -264,6 +265,7 @@ VALUES = {  # changes after which tokens are still run by captured steps
     "attention scaling": lambda model: setattr(_rotary(model), "attention_scaling", 3.0),
     "frequencies": lambda model: setattr(_rotary(model), "inv_freq", _rotary(model).inv_freq.flip(0)),
     "scale of scores": lambda model: setattr(_attention(model), "scaling", 4.0),
+    "a layer less": lambda model: model.model.language_model.layers.__delitem__(1),
 }
 
 

@@ -60,7 +60,7 @@ DEPENDS_ON: dict[str, Callable[[nn.Module], object]] = {
     "devices": lambda model: [x.device for x in _tensors(model)],
     "epsilons": lambda model: _attributes(model, "variance_epsilon"),
     "rotary positions": lambda model: _attributes(model, "attention_scaling", "mrope_section", "rope_type"),
-    "attention": lambda model: _attributes(model, "scaling", "is_causal", "head_dim"),
+    "attention": lambda model: _attributes(model, "scaling", "is_causal", "head_dim", "layer_idx"),
     "attention implementation": lambda model: [module.config._attn_implementation for module in _modules(model) if hasattr(module, "config")],
     "numbers of QVL's config": lambda model: [
         getattr(model.model.language_model.config, name, None) for name in ("rope_theta", "head_dim", "image_token_id")
@@ -229,6 +229,7 @@ class GpuStep:
         self._model = weakref.ref(model)  # the pool, which belongs to the model, holds this
         body, lm_head = model.model.language_model, model.lm_head
         self._layers = [plan_of(layer).prepared for layer in body.layers]
+        self._cache_indices = [layer.self_attn.layer_idx for layer in body.layers]
         first, weight = self._layers[0], body.norm.weight
         self._device, self._stream, self.graph = graphs.of(weight.device), None, None
         self._samplers: OrderedDict[tuple, Sampler | None] = OrderedDict()
@@ -297,7 +298,7 @@ class GpuStep:
             self._set(positions, visible)  # runs before the capture went on; what they wrote is written again
 
     def _cache_layers(self) -> list:
-        return self._cache.layers[: len(self._layers)]
+        return [self._cache.layers[index] for index in self._cache_indices]
 
     def _set(self, positions: Tensor, visible: Tensor | None) -> None:
         self._tokens.zero_()
