@@ -1,10 +1,10 @@
 """Qwen3-VL and QVL made fast: ``accelerate`` a model in place, or import the drop-in class of Qwen3-VL."""
 
-from qvl_model.accelerate import Report, accelerate, is_accelerated, report, restore
+from qvl_model.accelerate import Report, accelerate, is_accelerated, release, report, restore
 from qvl_model.modules.generation import Qwen3VLForConditionalGeneration
 from qvl_model.qvl import QVLConfig, QVLForConditionalGeneration, QVLModel
 
 __all__ = [
     "QVLConfig", "QVLForConditionalGeneration", "QVLModel", "Qwen3VLForConditionalGeneration", "Report", "accelerate", "is_accelerated",
-    "report", "restore",
+    "release", "report", "restore",
 ]  # fmt: skip

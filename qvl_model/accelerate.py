@@ -22,7 +22,7 @@ from qvl_model.quantization import formats_of, pack_model, part_of, unpack_model
 from qvl_model.replacements import MODEL_CLASSES, STOCK_CLASSES, replacement
 from qvl_model.self_check import why_stock
 
-__all__ = ["Report", "accelerate", "is_accelerated", "report", "restore"]
+__all__ = ["Report", "accelerate", "is_accelerated", "release", "report", "restore"]
 
 _MLPS = (Qwen3VLTextMLP, Qwen3VLVisionMLP)  # QVL's too
 _KEPT_REASONS = {
@@ -219,6 +219,22 @@ def restore(model: nn.Module) -> nn.Module:
                 del hooks[handle]
                 module._forward_pre_hooks_with_kwargs.pop(handle, None)
     return model
+
+
+def release(model: nn.Module) -> None:
+    """Frees what ``generate`` keeps for the next call on a GPU: captured steps with their buffers, of this model or of the models that this one is
+    part of. The next call captures again. Calls that run now keep theirs until they end. On the CPU, and of a stock model, nothing is kept.
+
+    PyTorch's allocator has the memory then; ``torch.cuda.empty_cache()`` gives it to other processes.
+
+    Args:
+        model: what ``accelerate`` takes.
+    Raises: TypeError for another class.
+    Example:
+        >>> answer = model.generate(**inputs)
+        >>> qvl_model.release(model)
+    """
+    step_gpu.release(_base_model(model))
 
 
 def is_accelerated(model: nn.Module) -> bool:

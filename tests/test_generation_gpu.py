@@ -6,6 +6,7 @@ import threading
 import warnings
 import weakref
 
+import peft
 import pytest
 import torch
 from gpu_steps import offer
@@ -463,9 +464,41 @@ def test_release_frees_steps_and_old_weights(models):
     step_gpu.release(ours)  # once more does nothing
 
 
+def _adapted(model):
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("given", [
+    lambda model: model, lambda model: model.model, lambda model: model.model.language_model, lambda model: model.model.visual, _adapted,
+], ids=["model", "without head", "text part", "vision part", "adapters"])  # fmt: skip
+def test_the_public_release(models, given):
+    """Of the model, of the models that a part belongs to, and through a wrapper; of no other."""
+    ours, other = copy.deepcopy(models[1]), copy.deepcopy(models[1])
+    for model in (ours, other):
+        _generate(model, inputs([5]), **GREEDY)
+    step_gpu._pool(ours).failed(8, 100, "no memory")
+    held = [weakref.ref(step) for step in _idle(ours)]
+    assert len(_alive(held)) == 1 and step_gpu.why_failed(ours, 8, 100) is not None
+    qvl_model.release(given(ours))
+    assert not _alive(held) and step_gpu.why_failed(ours, 8, 100) is None and len(_idle(other)) == 1
+
+
+def test_release_where_nothing_is_kept(models):
+    stock, ours = models
+    step_gpu.release(ours)
+    for model in (stock, ours, stock.model.visual):
+        assert qvl_model.release(model) is None
+    assert torch.equal(_generate(ours, inputs([5]), **GREEDY), _generate(stock, inputs([5]), **GREEDY))
+    for wrong in (ours.lm_head, None, "model"):
+        with pytest.raises(TypeError, match="qvl_model takes Qwen3VLForConditionalGeneration, .* got "):
+            qvl_model.release(wrong)
+
+
 @pytest.mark.parametrize(
-    "change", [qvl_model.restore, lambda model: qvl_model.accelerate(model, weights="int8"), lambda model: model.train()],
-    ids=["restore", "accelerate", "train"],
+    "change", [
+        qvl_model.restore, lambda model: qvl_model.restore(model.model.language_model), lambda model: qvl_model.accelerate(model, weights="int8"),
+        lambda model: model.train(),
+    ], ids=["restore", "restore of a part", "accelerate", "train"],
 )  # fmt: skip
 def test_steps_are_freed_where_they_are_of_no_use(models, change):
     ours = copy.deepcopy(models[1])

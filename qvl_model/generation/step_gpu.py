@@ -125,10 +125,11 @@ def why_failed(model: nn.Module, batch: int, length: int) -> str | None:
 
 
 def release(model: nn.Module) -> None:
-    """Frees the captured steps of a model and forgets what failed. Steps in use now are freed when their call ends."""
+    """Frees the captured steps of a model, or of those that it is part of, and forgets what failed. Steps in use now are freed when their call
+    ends."""
     with _lock:
-        pool = _pools.pop(model, None)
-    if pool is not None:
+        pools = [_pools.pop(owner) for owner in list(_pools) if any(module is model for module in owner.modules())]
+    for pool in pools:
         pool.clear()
 
 
