@@ -129,8 +129,23 @@ def _epsilon(model):
     _layers(model)[4].input_layernorm.variance_epsilon = 0.5
 
 
+def _places(model):
+    one, other = _layers(model)[0].self_attn, _layers(model)[3].self_attn
+    one.layer_idx, other.layer_idx = other.layer_idx, one.layer_idx
+
+
+def _strides(model):
+    weight = _layers(model)[3].self_attn.o_proj.weight
+    weight.data = weight.data[:1].expand(weight.shape)
+
+
+def _turned(model):
+    weight = _layers(model)[3].mlp.down_proj.weight
+    weight.data = weight.data.t().contiguous().t()
+
+
 CHANGES = [_replace_output, _replace_input, _edit_in_place, _hook_inside, _hook_on_attention, _hook_before_attention, _forward_of_an_instance,
-           _constant, _swap, _weights, _data, _epsilon]  # fmt: skip
+           _constant, _swap, _weights, _data, _epsilon, _places, _strides, _turned]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
@@ -150,6 +165,39 @@ def test_in_inference_mode(models, calls):
     for model in models:
         _edit_in_place(model)
     assert_close(torch.cat(logits(fast), 1), torch.cat(logits(stock), 1))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_hidden_states_edited_in_place_between_layers(models, mode):
+    """In a loop over the layers of one's own, without hooks."""
+    outs = []
+    for model in models:
+        text, cache = model.model.language_model, DynamicCache()
+        with mode():
+            for position, token in enumerate(PROMPT):
+                x = text.embed_tokens(torch.tensor([[token]]))
+                tables = text.rotary_emb(x, torch.full((3, 1, 1), position))
+                for index, layer in enumerate(text.layers):
+                    x = layer(x, position_embeddings=tables, attention_mask=None, **{CACHE: cache})
+                    if index == 2:
+                        x.mul_(1.5)
+            outs.append(x.clone())
+    assert_close(outs[1], outs[0])
+
+
+@pytest.mark.parametrize("place", ["cache", "layer"])
+def test_an_update_of_ones_own(models, place):
+    plain = _logits(models[0], PROMPT, DynamicCache())
+
+    def cache(model):
+        kept = DynamicCache(config=model.config.text_config)
+        changed = kept if place == "cache" else kept.layers[1]
+        changed.update = lambda k, v, *args, update=changed.update, **kwargs: update(k * 0.5, v, *args, **kwargs)
+        return kept
+
+    expected, out = (_logits(model, PROMPT, cache(model)) for model in models)
+    assert_close(out, expected)
+    assert (expected - plain).abs().max() > 1e-3
 
 
 def test_hidden_states_are_captured(models):

@@ -7,21 +7,29 @@ from qvl_model.modules.packed import PackedEmbedding
 from qvl_model.modules.plain import kernels_take, only_capture_hooks
 from qvl_model.qvl.text import QVLTextModel
 
-__all__ = ["body_why_not", "token_inputs"]
+__all__ = ["body_why_not", "cache_places", "token_inputs"]
 
 
 def body_why_not(body: nn.Module) -> str | None:
     """Why the layers of a language model are no fused calls as they are now, or None."""
     if not kernels_take(body.norm.weight):
         return "weights or autocast are not what the kernels take"
-    if type(body.embed_tokens) not in (nn.Embedding, PackedEmbedding) or body.embed_tokens._parameters["weight"].dtype is not body.norm.weight.dtype:
+    weight = body.embed_tokens._parameters.get("weight") if type(body.embed_tokens) in (nn.Embedding, PackedEmbedding) else None
+    if weight is None or weight.dtype is not body.norm.weight.dtype:
         return "the embedding is not plain"
     for index, layer in enumerate(body.layers):
         hooked = layer._forward_pre_hooks or not only_capture_hooks(layer, "hidden_states") or "forward" in layer.__dict__
         plan = None if hooked else plan_of(layer)
         if plan is None or not layer.infers() or plan.prepared.dtype is not body.norm.weight.dtype:
             return f"decoder layer {index} is not plain"
+    if len(set(cache_places(body))) < len(body.layers):
+        return "decoder layers share a place in the cache"
     return None
+
+
+def cache_places(body: nn.Module) -> list[int]:
+    """Where in the cache each layer has its keys and values."""
+    return [layer.self_attn.layer_idx for layer in body.layers]
 
 
 def token_inputs(body: nn.Module, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:

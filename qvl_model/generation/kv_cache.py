@@ -13,9 +13,18 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from qvl_kernels import PreparedCache, pages
 
-__all__ = ["Store", "open_store"]
+__all__ = ["Store", "keeps_plainly", "open_store"]
 
 _ROOM = 64  # tokens of room to grow at least; a thirty-second of the length when that is more
+
+
+_UPDATES = {kind: kind.update for kind in (Cache, DynamicLayer, StaticLayer)}
+
+
+def keeps_plainly(kept: Cache | DynamicLayer | StaticLayer, kind: type) -> bool:
+    """Whether the ``update`` of a cache or of a layer is that of its class ``kind`` as transformers has it, and none that evicts, quantises,
+    counts, ..."""
+    return type(kept).update is _UPDATES[kind] and "update" not in kept.__dict__
 
 
 class _Grown:
@@ -73,7 +82,7 @@ def open_store(cache: Cache | None, index: int, x: Tensor, kv_heads: int, head_d
         return Store(PreparedCache(keys, torch.empty_like(keys)), 0, queries)
     if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
         return None
-    if type(cache).update is not Cache.update or "update" in cache.__dict__:  # a cache that evicts, quantises, counts, ...
+    if not keeps_plainly(cache, Cache):
         return None
     layers, sizes = cache.layers, (x.dtype, batch, kv_heads, head_dim)
     while index >= len(layers) and cache.layer_class_to_replicate is DynamicLayer:
@@ -82,9 +91,9 @@ def open_store(cache: Cache | None, index: int, x: Tensor, kv_heads: int, head_d
         return None
     layer = layers[index]
     kind = type(layer)
-    if kind is DynamicLayer:
-        return _dynamic_store(layer, x, sizes)
-    return _static_store(layer, x, sizes) if kind is StaticLayer else None
+    if kind not in (DynamicLayer, StaticLayer) or not keeps_plainly(layer, kind):
+        return None
+    return (_dynamic_store if kind is DynamicLayer else _static_store)(layer, x, sizes)
 
 
 def _matches(layer: DynamicLayer | StaticLayer, x: Tensor, sizes: tuple) -> bool:

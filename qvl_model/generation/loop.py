@@ -9,12 +9,13 @@ import warnings
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 from qvl_model.compat import CACHE
 from qvl_model.generation import step_cpu, step_gpu
 from qvl_model.generation.choosing import Chooser
+from qvl_model.generation.kv_cache import keeps_plainly
 from qvl_model.generation.step_cpu import CpuStep
 from qvl_model.generation.step_gpu import GpuStep, StepFailed
 from qvl_model.modules import head
@@ -45,6 +46,8 @@ def why_not(model: nn.Module, input_ids: Tensor, config: GenerationConfig, optio
     kinds = _CACHE_LAYERS.get(type(cache))
     if not options.get("use_cache") or kinds is None or getattr(cache, "offloading", False) or any(type(x) not in kinds for x in cache.layers):
         return f"the cache is a {type(cache).__name__} that is offloaded, or has other layers" if kinds else f"the cache is a {type(cache).__name__}"
+    if not _kept_plainly(cache):
+        return "the cache or a layer of it has another update"
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         return "the attention mask is not [B, L]"
     if model._valid_auto_compile_criteria(options, config):
@@ -55,6 +58,10 @@ def why_not(model: nn.Module, input_ids: Tensor, config: GenerationConfig, optio
     if type(cache) is not DynamicCache:
         return f"the cache is a {type(cache).__name__}, which no graph writes to"
     return step_gpu.why_failed(model, input_ids.shape[0], int(cache.get_seq_length()) + input_ids.shape[1])
+
+
+def _kept_plainly(cache: Cache) -> bool:
+    return keeps_plainly(cache, Cache) and all(type(layer) is VisualLayer or keeps_plainly(layer, type(layer)) for layer in cache.layers)
 
 
 def model_why_not(model: nn.Module) -> str | None:
@@ -97,7 +104,7 @@ def sample(model: nn.Module, input_ids: Tensor, processors, criteria, config: Ge
         begun, prompt = step.length, chooser.sequences.shape[1]
         try:
             while not ended:
-                logits = _next_logits(model, step, choice, foreign)
+                logits = _next_logits(model, cache, step, choice, foreign)
                 if logits is not None:
                     ended = choice.choose(logits)
                     continue
@@ -116,9 +123,9 @@ def sample(model: nn.Module, input_ids: Tensor, processors, criteria, config: Ge
     return chooser.result(chooser.sequences, cache)
 
 
-def _next_logits(model: nn.Module, step, choice, foreign: bool) -> Tensor | None:
-    """Of the tokens chosen last; None where stock code has to go on: the model was changed between two tokens, or memory is short."""
-    if foreign and not (step.holds() and model_why_not(model) is None):
+def _next_logits(model: nn.Module, cache: Cache, step, choice, foreign: bool) -> Tensor | None:
+    """Of the tokens chosen last; None where stock code has to go on: model or cache were changed between two tokens, or memory is short."""
+    if foreign and not (step.holds() and model_why_not(model) is None and _kept_plainly(cache)):
         return None
     try:
         return step.run(choice.tokens)
@@ -151,7 +158,7 @@ def _begin(model: nn.Module, chooser: Chooser, kwargs: dict, *, release: bool) -
     hidden = mask is not None and not bool(mask.all())
     visible = mask.bool() if hidden else None
     if not _on_gpu(model):
-        return CpuStep(model, cache, positions, visible)
+        return CpuStep.begin(model, cache, positions, visible) or StockStep(model, chooser, kwargs)
     longest = chooser.criteria.max_length
     limit = None if longest is None else past + longest - chooser.sequences.shape[1]
     try:

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from qvl_kernels import PreparedCache, PreparedDecoderLayer, dispatch
-from qvl_model.generation.inputs import body_why_not, token_inputs
+from qvl_model.generation.inputs import body_why_not, cache_places, token_inputs
 from qvl_model.generation.kv_cache import Store, open_store
 from qvl_model.modules.decoder_layer import plan_of
 
@@ -21,7 +21,7 @@ def why_not(model: nn.Module) -> str | None:
 
 
 class CpuStep:
-    """The tokens of one call of ``generate`` after the first; see ``loop``.
+    """The tokens of one call of ``generate`` after the first; see ``loop``. ``begin`` makes one.
 
     Args:
         model: whose layers ``why_not`` has nothing against.
@@ -36,15 +36,21 @@ class CpuStep:
         self._model, self._body, self._cache = model, model.model.language_model, cache
         self._positions, self._visible = positions.clone(), None if visible is None else visible[:, None, None]
         self._layers = list(self._body.layers)
-        self._calls = [plan_of(layer).prepared for layer in self._layers]
+        self._calls, self._places = [plan_of(layer).prepared for layer in self._layers], cache_places(self._body)
         self._stores: list[Store] = []
-        self.length = self._capacity = int(cache.get_seq_length())  # room is made with the first token
+        self.length = int(cache.get_seq_length())
+
+    @classmethod
+    def begin(cls, model: nn.Module, cache: Cache, positions: Tensor, visible: Tensor | None) -> "CpuStep | None":
+        """A step, or None if some layer of the cache is kept in another way, or has not as many tokens as the others."""
+        step = cls(model, cache, positions, visible)
+        return step if step._open() else None
 
     def run(self, tokens: Tensor) -> Tensor:
         """The logits [B, V] after ``tokens`` int64 [B, 1]."""
         hidden, cos, sin = token_inputs(self._body, tokens, self._positions)
-        if self.length == self._capacity:
-            self._open(hidden)
+        if self.length == self._capacity and not self._open():
+            raise RuntimeError("qvl_model: the key/value cache was changed while tokens were generated; generate leaves no room for that")
         mask = self._mask()
         for layer, calls, memories in self._stretches:
             if layer is not None:
@@ -56,22 +62,24 @@ class CpuStep:
 
     def holds(self) -> bool:
         """Whether the model's layers are still those that this step runs."""
-        return why_not(self._model) is None and all(plan_of(layer).prepared is call for layer, call in zip(self._body.layers, self._calls))
+        same = why_not(self._model) is None and cache_places(self._body) == self._places
+        return same and all(plan_of(layer).prepared is call for layer, call in zip(self._body.layers, self._calls))
 
     def end(self, length: int) -> None:
         """Leaves the cache with the first ``length`` tokens, as stock code does."""
         for store in self._stores:
             store.commit(length - store.past)
 
-    def _open(self, x: Tensor) -> None:
+    def _open(self) -> bool:
+        """Makes room for tokens, if the cache lets it."""
         self.end(self.length)
-        self._stores = [
-            open_store(self._cache, layer.self_attn.layer_idx, x, call.kv_heads, call.head_dim) for layer, call in zip(self._layers, self._calls)
-        ]
-        if any(store is None or store.past != self.length for store in self._stores):
-            raise RuntimeError("qvl_model: the key/value cache was changed while tokens were generated; generate leaves no room for that")
-        self._capacity = min(store.memory.capacity for store in self._stores)
-        self._stretches = _stretches(self._layers, self._calls, [store.memory for store in self._stores])
+        like = self._body.norm.weight.new_empty(self._positions.shape[-2], 1, 0)
+        stores = [open_store(self._cache, place, like, call.kv_heads, call.head_dim) for place, call in zip(self._places, self._calls)]
+        if any(store is None or store.past != self.length for store in stores):
+            return False
+        self._stores, self._capacity = stores, min(store.memory.capacity for store in stores)
+        self._stretches = _stretches(self._layers, self._calls, [store.memory for store in stores])
+        return True
 
     def _mask(self) -> Tensor | None:
         if self._visible is None:
