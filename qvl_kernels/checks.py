@@ -4,6 +4,8 @@ import numbers
 
 import torch
 
+from qvl_kernels.library import PLAIN, has_memory
+
 __all__ = [
     "DTYPE_CODES",
     "FLOAT_DTYPES",
@@ -47,13 +49,18 @@ def check_dtype(op: str, name: str, x: object, *dtypes: torch.dtype) -> None:
 
 
 def check_kind(op: str, name: str, x: object) -> None:
-    """TypeError unless ``x`` is a tensor; ValueError unless it is dense."""
+    """TypeError unless ``x`` is a tensor; ValueError unless it is dense and its memory is there."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
     if x.layout is not torch.strided:
         raise ValueError(f"{op}: {name} must be a dense tensor, got layout {x.layout}; call {name}.to_dense() first")
-    if not torch.compiler.is_compiling() and x._is_zerotensor():
+    if torch.compiler.is_compiling():
+        return
+    if x._is_zerotensor():
         raise ValueError(f"{op}: {name} stands for zeros and has no memory; call {name}.clone() first")
+    if type(x) in PLAIN and not torch._C._are_functorch_transforms_active() and not has_memory(x):
+        there = x.untyped_storage().nbytes()
+        raise ValueError(f"{op}: the memory of {name} was freed or cut: its storage has {there} bytes for shape {tuple(x.shape)}; fill it again first")
 
 
 def check_memory(op: str, name: str, x: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 from qvl_kernels import config, gpu
 
@@ -115,6 +116,8 @@ def choose(op: str, device: torch.device, unsupported: str | None = None) -> str
     fast = FAST_BACKEND.get(device.type)
     if _forced == "reference":
         return "reference"
+    if forward_ad._current_level >= 0:
+        unsupported = unsupported or "forward-mode AD is on (torch.autograd.forward_ad, torch.func.jvp), of which the kernels know nothing"
     if _forced is not None:
         reason = _unavailable(_forced, device)
         if reason is None and not _runs_on(_forced, device):

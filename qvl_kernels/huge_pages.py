@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from qvl_kernels import config, dispatch
-from qvl_kernels.library import is_plain
+from qvl_kernels.library import has_memory, is_plain
 
 __all__ = ["use_huge_pages"]
 
@@ -53,7 +53,7 @@ def _spans(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
     for x in tensors:
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"use_huge_pages: tensors must be an iterable of tensors, got {type(x).__name__}")
-    ranges = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors if is_plain(x, "cpu") and x.is_contiguous() and x.nbytes)
+    ranges = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors if is_plain(x, "cpu") and x.is_contiguous() and x.nbytes and has_memory(x))
     spans: list[tuple[int, int]] = []
     for begin, end in ranges:
         if spans and begin <= spans[-1][1]:

@@ -5,17 +5,19 @@ import importlib
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from qvl_kernels import config, dispatch
 
-__all__ = ["FORMULAS", "LAUNCHERS", "call", "derivative_again", "is_plain", "register", "watched"]
+__all__ = ["FORMULAS", "LAUNCHERS", "PLAIN", "call", "derivative_again", "has_memory", "is_plain", "ops_are_seen", "register", "watched"]
 
 _LIBRARY = torch.library.Library("qvl", "DEF")
 LAUNCHERS: dict[str, Callable] = {}  # op name -> its Triton launcher
 FORMULAS: dict[str, tuple[Callable, Callable | None]] = {}  # op name -> (backward, setup_context), for bench.audit
 _CPU: dict[Callable, Callable] = {}  # op -> its CPU kernel
 _GPU: dict[Callable, Callable] = {}  # op -> its Triton launcher
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _keys(x: torch.Tensor) -> int:
@@ -38,7 +40,28 @@ _plain_keys("cpu")  # while nothing traces or compiles
 
 def is_plain(x: torch.Tensor, device: str) -> bool:
     """Whether kernels may take a tensor's memory on a "cpu" or "cuda" as it is: dense, not fake, not negated when read, no subclass, ..."""
-    return type(x) in _PLAIN and _keys(x) in _plain_keys(device)
+    return type(x) in PLAIN and _keys(x) in _plain_keys(device)
+
+
+def has_memory(x: torch.Tensor) -> bool:
+    """Whether the storage of a plain tensor has room for all of it: sharding libraries free memory without another word."""
+    there = x.untyped_storage().nbytes()
+    if x.is_contiguous():
+        return there >= x.storage_offset() * x.itemsize + x.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return not x.nbytes or there >= (x.storage_offset() + last + 1) * x.itemsize
+
+
+def ops_are_seen() -> bool:
+    """Whether something in this thread must see PyTorch's own operations: a mode, torch.func (grad, vmap, ...), or forward-mode AD.
+    A mode of where new tensors lie, as of ``torch.set_default_device``, is none."""
+    modes = torch._C._len_torch_function_stack()
+    return bool(
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+        or modes and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(modes))
+    )
 
 
 def register(
@@ -117,6 +140,7 @@ def watched() -> bool:
     return bool(
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
@@ -138,7 +162,7 @@ def call(op: Callable, *args):
         if isinstance(x, torch.Tensor):
             if x.is_cuda:
                 kernels = _GPU
-            if type(x) not in _PLAIN or _keys(x) not in _plain_keys("cuda" if x.is_cuda else "cpu"):
+            if type(x) not in PLAIN or _keys(x) not in _plain_keys("cuda" if x.is_cuda else "cpu"):
                 return op(*args)
     return kernels[op](*args)
 

@@ -2,16 +2,19 @@
 parameter, not a tensor inside a tuple of weights."""
 
 import contextlib
+import functools
 import inspect
 import re
 
 import pytest
 import torch
 from public_calls import CALLS, INFERENCE_ONLY, SIZES, decoder_weights, public_names, quantised_weights, rand, sizes
-from torch.utils._pytree import tree_flatten
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import qvl_kernels
 from qvl_kernels import quant
+from qvl_kernels.library import has_memory
 from qvl_kernels.testing import relative_error
 
 n = sizes()
@@ -54,6 +57,13 @@ class _Subclass(torch.Tensor):
     pass
 
 
+def _cut(x: torch.Tensor, size: int) -> torch.Tensor:
+    """x after its storage was left ``size`` bytes, or that many fewer."""
+    storage = x.untyped_storage()
+    storage.resize_(size if size >= 0 else storage.nbytes() + size)
+    return x
+
+
 TYPES = {"None", "text", "bool", "tuple", "list", "object", "complex", "plain tuple"}  # of which nothing else is taken, bool for int included
 NAMES = {"use_backend": "backend"}
 OTHERS = {"None": None, "text": "text", "bool": True, "huge": 2**70, "minus": -1, "nan": float("nan"), "infinite": float("inf"), "tuple": (1, 2),
@@ -79,6 +89,10 @@ TENSORS = {
     "zeros without memory": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
     "parameter": lambda x: torch.nn.Parameter(x, requires_grad=False),
     "subclass": lambda x: x.as_subclass(_Subclass),
+    "freed": lambda x: _cut(x, 0),
+    "a freed part": lambda x: _cut(torch.cat((x, x))[len(x) :], 0),
+    "cut": lambda x: _cut(x, -1),
+    "cut rows apart": lambda x: _cut(torch.cat((x, x), -1)[..., : x.shape[-1]], -x.shape[-1] * x.itemsize - 1),
     "misaligned": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
 }  # fmt: skip
 
@@ -101,10 +115,14 @@ def _results(call, arguments: dict) -> list[torch.Tensor]:
     return [x.to_dense() if x.layout is not torch.strided else x for x in found if isinstance(x, torch.Tensor)]
 
 
+def _can_be_cloned(x) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_contiguous() and (x.layout is not torch.strided or has_memory(x))
+
+
 def _copied(value):
     """Fresh memory under whatever is written to; else as it is."""
     if isinstance(value, dict):
-        return {name: x.clone() if name.endswith("_cache") and isinstance(x, torch.Tensor) and x.is_contiguous() else _copied(x) for name, x in value.items()}
+        return {name: x.clone() if name.endswith("_cache") and _can_be_cloned(x) else _copied(x) for name, x in value.items()}
     if isinstance(value, list):
         return [qvl_kernels.PreparedCache(x.k_cache.clone(), x.v_cache.clone()) if type(x) is qvl_kernels.PreparedCache else x for x in value]
     return value
@@ -207,6 +225,43 @@ def test_every_gradient_is_right_or_refused(name):
         elif ours is None and name in INFERENCE_ONLY:
             faults.append(f"{path}: no gradient, without a word")
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith(("quant.", "use_", "Prepared", "Quantized"))])
+def test_forward_mode_derivatives_are_right_or_refused(name):
+    """Tangents of everything at once, beside a difference quotient in fp64."""
+    call, make = CALLS[name]
+    leaves, structure = tree_flatten(make(n))
+    floats = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    tangents = {i: torch.randn(leaves[i].shape, generator=torch.Generator().manual_seed(i)).to(leaves[i].dtype) for i in floats}
+
+    def outs(change) -> list[torch.Tensor]:
+        changed = tree_unflatten([change(x, tangents[i]) if i in tangents else x for i, x in enumerate(leaves)], structure)
+        return [out for out in tree_flatten(call(**_copied(changed)))[0] if isinstance(out, torch.Tensor)]
+
+    step = 1e-5
+    with torch.no_grad(), qvl_kernels.use_backend("reference"):
+        expected = [(high - low) / (2 * step) for high, low in zip(*(outs(lambda x, t, s=s: x.double() + s * t.double()) for s in (step, -step)))]
+    with torch.no_grad(), forward_ad.dual_level():
+        got = [forward_ad.unpack_dual(out).tangent for out in outs(forward_ad.make_dual)]
+        if got:
+            with qvl_kernels.use_backend("cpp"), pytest.raises(RuntimeError, match="forward-mode AD"):
+                outs(forward_ad.make_dual)
+    for tangent, truth in zip(got, expected, strict=True):
+        assert tangent is not None and relative_error(tangent, truth) < 1e-3
+
+
+@pytest.mark.parametrize("kind", [qvl_kernels.PreparedDecoderLayer, qvl_kernels.QuantizedDecoderLayer])
+def test_prepared_layers_have_the_tangents_of_the_function(kind):
+    good = CALLS["decoder_layer"][1](n)
+    weights, heads, eps, scale = (good.pop(name) for name in ("weights", "num_heads", "eps", "scale"))
+    made = kind(weights, num_heads=heads, kv_heads=n.HKV, eps=eps, scale=scale)
+    tangents = []
+    with torch.no_grad(), forward_ad.dual_level():
+        for call in (made, functools.partial(qvl_kernels.decoder_layer, weights=weights, num_heads=heads, eps=eps, scale=scale)):
+            x = forward_ad.make_dual(good["x"], good["x"].flip(0))
+            tangents.append(forward_ad.unpack_dual(call(**{**_copied(good), "x": x})).tangent)
+    assert torch.equal(*tangents)
 
 
 # What a right result cannot tell from an error, and what the error says.

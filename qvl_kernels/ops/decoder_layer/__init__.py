@@ -94,7 +94,8 @@ def check_call(x, weights: DecoderWeights, cos, sin, k_cache, v_cache, past: int
     checks.check_same(OP, x=x, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
     checks.check_last_contiguous(OP, cos=cos, sin=sin)
     if mask is not None:
-        if isinstance(mask, torch.Tensor) and mask.layout is torch.strided and mask.dim() > 0:
+        checks.check_kind(OP, "mask", mask)
+        if mask.dim() > 0:
             mask = mask[..., : past + time]
         check_mask(OP, mask, x, (batch, num_heads, time, past + time))
     check_apart(OP, k_cache, v_cache, x=x, cos=cos, sin=sin, mask=mask)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from qvl_kernels import checks, dispatch, gpu
-from qvl_kernels.library import is_plain, watched
+from qvl_kernels.library import has_memory, is_plain, watched
 from qvl_kernels.ops.attention import unsupported_heads
 from qvl_kernels.ops.decoder_layer import OP, DecoderWeights, check_type, check_weights, decoder_layer
 from qvl_kernels.ops.decoder_layer.caches import check_caches
@@ -180,7 +180,7 @@ def _is_plain(layers, x, cos, sin, caches, past, mask) -> bool:
         return False
     kind, storages = "cpu" if on_cpu else "cuda", set()
     for tensor in (x, cos, sin) if mask is None else (x, cos, sin, mask):
-        if not is_plain(tensor, kind) or tensor.device != device or tensor.requires_grad:
+        if not is_plain(tensor, kind) or tensor.device != device or tensor.requires_grad or not has_memory(tensor):
             return False
         if tensor.dtype is not dtype and (tensor is not mask or tensor.dtype is not torch.bool):
             return False
