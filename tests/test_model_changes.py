@@ -7,6 +7,7 @@ import torch
 from models import assert_close, inputs, pair, relative, stock_model
 from torch import nn
 from transformers import DynamicCache
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 import qvl_model
 from qvl_model.compat import CACHE
@@ -120,16 +121,23 @@ def _replace_frequencies(rotary):
     rotary.inv_freq = rotary.inv_freq * 0.5
 
 
-def _eps(model):
+def _eps(model, value=0.3):
     text, visual = model.model.language_model, model.model.visual
     for norm in (text.layers[1].input_layernorm, text.layers[2].self_attn.k_norm, text.norm):
-        norm.variance_epsilon = 0.3
-    visual.blocks[1].norm2.eps = visual.merger.norm.eps = 0.3
+        norm.variance_epsilon = value
+    visual.blocks[1].norm1.eps = visual.blocks[1].norm2.eps = visual.merger.norm.eps = value
 
 
-def _scaling(model):
-    model.model.language_model.layers[1].self_attn.scaling *= 2
-    model.model.visual.blocks[0].attn.scaling *= 2
+def _scaling(model, kind=float):
+    for attention in (model.model.language_model.layers[1].self_attn, model.model.visual.blocks[0].attn):
+        attention.scaling = kind(attention.scaling * 2)
+
+
+def _vision_heads(model):
+    """head_dim is written down there, and read by nobody but who made the scaling."""
+    _eps(model)
+    attention = model.model.visual.blocks[0].attn
+    attention.head_dim, attention.scaling = 4, 4**-0.5
 
 
 def _activation(model):
@@ -150,6 +158,26 @@ def _hooked(*names, pre=False):
 
 
 LAYER, BLOCK = "model.language_model.layers.1", "model.visual.blocks.1"
+def _not_parameters(keep):
+    """Weights that are no parameters of their modules, as hypernetworks and parameter-sharding have them, changed once more after a call."""
+
+    def changed(model):
+        modules = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in TENSORS[:-1]]
+        modules.append((model.model.language_model.layers[0].mlp.gate_proj, "bias"))
+        base = [None if getattr(module, name) is None else getattr(module, name).detach() for module, name in modules]
+        for seed in (0, 100):
+            for i, ((module, name), x) in enumerate(zip(modules, base)):
+                if x is None:
+                    x = torch.zeros(module.out_features)
+                module._parameters.pop(name, None)
+                module._buffers.pop(name, None)
+                keep(module, name, (x * _noise(x, seed + i)) if x.any() else _noise(x, seed + i) - 1)
+            if seed == 0:
+                _run(model)
+
+    return changed
+
+
 CHANGES = {
     "in place": _in_place, "data": _data, "new data": _new_data, "numpy": _numpy, "fused step": _fused_step, "load": _load, "assign": _assign,
     "ema swap": _ema_swap, "new parameters": _new_parameters, "new linear": _new_linear,
@@ -159,6 +187,10 @@ CHANGES = {
     "inv_freq": _frequencies(_replace_frequencies),
     "attention_scaling": _frequencies(lambda rotary: setattr(rotary, "attention_scaling", 1.3)),
     "eps": _eps, "scaling": _scaling, "activation": _activation,
+    "plain tensors": _not_parameters(setattr), "buffers": _not_parameters(nn.Module.register_buffer),
+    "plain tensors over parameters": lambda model: model.model.language_model.layers[1].mlp.up_proj.__dict__.update(weight=_noise(torch.empty(100, 72), 1) / 8),
+    "eps as tensors": lambda model: _eps(model, torch.tensor(0.3)), "scaling as tensors": lambda model: _scaling(model, torch.tensor),
+    "head_dim and scaling of the vision": _vision_heads,
     "hook on a norm": _hooked(f"{LAYER}.post_attention_layernorm", f"{BLOCK}.norm1"),
     "hook on a linear": _hooked(f"{LAYER}.self_attn.o_proj", f"{BLOCK}.mlp.linear_fc1"),
     "hook before a linear": _hooked(f"{LAYER}.mlp.gate_proj", f"{BLOCK}.attn.qkv", pre=True),
@@ -207,6 +239,90 @@ def test_autocast_comes_and_goes(dtype, lower, first):
             got, expected = run(ours, rows, enabled), run(stock, rows, enabled)
             assert got.dtype is expected.dtype
             assert relative(got, truth) <= 1.5 * relative(expected, truth) + 2e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("place", ["model.language_model.layers.1.self_attn", "model.visual.blocks.1.attn"])
+def test_groups_changed_by_hand(place, attention):
+    """Stock code serves them or does not."""
+    results = []
+    for model in pair("small", attention=attention):
+        model.get_submodule(place).num_key_value_groups = 4
+        try:
+            with torch.no_grad():
+                results.append(model(**BATCH).logits)
+        except RuntimeError as error:
+            results.append(str(error))
+    if isinstance(results[0], str):
+        assert results[0] == results[1]
+    else:
+        assert_close(results[1], results[0])
+
+
+GRADIENTS = {
+    "text": ["layers.1.mlp.up_proj.weight", "layers.0.input_layernorm.weight", "layers.1.self_attn.q_norm.weight", "layers.1.self_attn.v_proj.weight"],
+    "vision": ["blocks.1.mlp.linear_fc1.weight", "blocks.0.norm1.bias", "blocks.1.attn.qkv.bias", "patch_embed.proj.weight", "merger.norm.weight"],
+    "head": ["weight"],
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("part", GRADIENTS)
+def test_gradients_of_what_plain_tensors_are_made_of(part, training):
+    """base + delta in place of frozen weights, as hypernetworks and meta-learning make them."""
+    found = []
+    for model in pair("untied_bias"):
+        model.requires_grad_(False).train(training)
+        deltas = []
+        for path in GRADIENTS[part]:
+            module, _, name = path.rpartition(".")
+            module = {"text": model.model.language_model, "vision": model.model.visual, "head": model.lm_head}[part].get_submodule(module)
+            base = getattr(module, name).detach().clone()
+            delattr(module, name)
+            deltas.append(torch.zeros_like(base, requires_grad=True))
+            setattr(module, name, base + deltas[-1])
+        loss = model(**BATCH, labels=BATCH["input_ids"]).loss
+        loss.backward()
+        found.append([loss.detach(), *(delta.grad for delta in deltas)])
+    for expected, got in zip(*found, strict=True):
+        assert expected.abs().sum() > 0
+        assert_close(got, expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+@pytest.mark.parametrize("own", ["text", "vision", "both"])
+def test_an_attention_function_registered_anew(name, own, monkeypatch):
+    """Under a name that transformers uses, of which it calls whatever is registered last."""
+    functions = modeling_qwen3_vl.ALL_ATTENTION_FUNCTIONS
+    theirs = functions.get(name, modeling_qwen3_vl.eager_attention_forward)
+    plain = _run(pair("small", attention=name)[0])
+
+    def halved(module, q, k, v, *args, **kwargs):
+        taken = own == "both" or own == ("vision" if "Vision" in type(module).__name__ else "text")
+        return theirs(module, q, k, v * 0.5 if taken else v, *args, **kwargs)
+
+    monkeypatch.setattr(functions, "_local_mapping", {**functions._local_mapping, name: halved})
+    assert functions[name] is halved
+    stock, ours = pair("small", attention=name)
+    for got, expected, before in zip(_run(ours), _run(stock), plain, strict=True):
+        assert_close(got, expected)
+        assert own == "vision" or relative(expected, before) > 1e-3
+    assert relative(expected, before) > 1e-3  # generate, with an image
+
+
+@pytest.mark.parametrize("path", ["language_model.layers.1.mlp.up_proj.weight", "visual.blocks.1.attn.qkv.weight", "language_model.layers.0.self_attn.k_proj.weight"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("when", ["before a call", "after a call"])
+def test_freed_weights_are_stocks_error(path, when, grad):
+    errors = []
+    for model in pair("small"):
+        if when == "after a call":
+            _run(model)
+        model.model.get_parameter(path).untyped_storage().resize_(0)
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError) as caught:
+            model(**BATCH)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1] and "setStorage" in errors[0]
 
 
 def _quantised(weights):

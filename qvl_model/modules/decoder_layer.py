@@ -14,7 +14,7 @@ from qvl_model.generation.kv_cache import Store, open_store
 from qvl_model.modules.linear import Linear
 from qvl_model.modules.packed import PackedLinear
 from qvl_model.modules.parts import splits
-from qvl_model.modules.plain import FLASH, is_plain, kernels_take, no_global_hooks, only_capture_hooks
+from qvl_model.modules.plain import FLASH, attends_as_stock, is_number, is_plain, kernels_take, no_global_hooks, only_capture_hooks
 from qvl_model.modules.text import SILU, Qwen3VLTextAttention, Qwen3VLTextMLP, Qwen3VLTextRMSNorm, has_special_arguments, tables_fit
 
 __all__ = ["Plan", "Qwen3VLTextDecoderLayer", "forget_plan", "plan_of"]
@@ -45,10 +45,7 @@ class Plan:
         kind = qvl_kernels.QuantizedDecoderLayer if quantised else qvl_kernels.PreparedDecoderLayer
         attention = layer.self_attn
         self.state, self.implementation = state, attention.config._attn_implementation
-        self.prepared = kind(
-            weights, num_heads=linears[0].out_features // attention.head_dim, kv_heads=linears[1].out_features // attention.head_dim,
-            eps=norms[0].variance_epsilon, scale=attention.scaling,
-        )  # fmt: skip
+        self.prepared = kind(weights, **_heads(layer), eps=norms[0].variance_epsilon, scale=attention.scaling)
 
 
 def layer_state(layer: nn.Module) -> tuple | None:
@@ -62,26 +59,26 @@ def layer_state(layer: nn.Module) -> tuple | None:
     if type(attention) is not Qwen3VLTextAttention or not is_plain(mlp, Qwen3VLTextMLP) or not is_plain(activation, SILU):
         return None
     implementation = attention.config._attn_implementation
-    if implementation not in _IMPLEMENTATIONS or "forward" in attention.__dict__ or not attention.is_causal:
+    if implementation not in _IMPLEMENTATIONS or not attends_as_stock(implementation) or "forward" in attention.__dict__ or not attention.is_causal:
         return None
     if not (is_plain(attention, Qwen3VLTextAttention) if implementation == "eager" else only_capture_hooks(attention, "attentions")):
         return None  # a recorder of attentions finds none in a fused call
-    state = [implementation, attention.scaling, attention.head_dim]
-    epsilon = norms[0].variance_epsilon
+    epsilon, scaling = norms[0].variance_epsilon, attention.scaling
+    if not is_number(epsilon, scaling):
+        return None
+    state = [implementation, scaling, attention.head_dim, attention.num_key_value_groups, epsilon]
     for norm in norms:
-        if not is_plain(norm, Qwen3VLTextRMSNorm) or norm.variance_epsilon != epsilon:
+        weight = norm._parameters.get("weight")
+        if weight is None or not is_plain(norm, Qwen3VLTextRMSNorm) or norm.variance_epsilon != epsilon:
             return None
-        state += _tensor_state(norm.weight)
+        state += _tensor_state(weight)
     for linear in linears:
-        kind = type(linear)
-        if kind is not Linear and kind is not PackedLinear or not is_plain(linear, kind):
+        kind, held = type(linear), linear._parameters
+        if kind is not Linear and kind is not PackedLinear or not is_plain(linear, kind) or held.get("weight") is None or "bias" not in held:
             return None
-        for x in linear._parameters.values():
+        for x in (*held.values(), *linear._buffers.values()):
             if x is not None:
                 state += _tensor_state(x)
-        for x in linear._buffers.values():
-            state += _tensor_state(x)
-    state.append(epsilon)
     return tuple(state)
 
 
@@ -96,8 +93,9 @@ def _norms_and_linears(layer: nn.Module) -> tuple[tuple[nn.Module, ...], tuple[n
 
 
 def _tensor_state(x: Tensor) -> tuple:
-    """Which object, and what memory it shows: ``x.data = ...`` keeps the object, a new parameter may get the memory of an old one."""
-    return id(x), x.data_ptr(), x.dtype, x.shape, x.is_contiguous()
+    """Which object, and what memory it shows: ``x.data = ...`` keeps the object, a new parameter may get the memory of an old one, and memory
+    may be freed under it."""
+    return id(x), x.data_ptr(), x.untyped_storage().nbytes(), x.dtype, x.shape, x.is_contiguous()
 
 
 _plans: "weakref.WeakKeyDictionary[nn.Module, Plan]" = weakref.WeakKeyDictionary()
@@ -115,8 +113,21 @@ def plan_of(layer: nn.Module) -> Plan | None:
     return plan
 
 
+def _heads(layer: nn.Module) -> dict[str, int]:
+    """Query and key/value heads, as the weights have them."""
+    head_dim = layer.self_attn.head_dim
+    _, (q, k, *_) = _norms_and_linears(layer)
+    return {"num_heads": len(q._parameters["weight"]) // head_dim, "kv_heads": len(k._parameters["weight"]) // head_dim}
+
+
 def _weights_fit(layer: nn.Module) -> bool:
     norms, linears = _norms_and_linears(layer)
+    attention = layer.self_attn
+    if attention.head_dim != len(attention.q_norm.weight):  # changed by hand, which stock code takes at its word
+        return False
+    heads = _heads(layer)
+    if heads["num_heads"] != heads["kv_heads"] * attention.num_key_value_groups:
+        return False
     plain = [norm.weight for norm in norms]
     plain += [linear.weight for linear in linears if type(linear) is not PackedLinear]
     plain += [linear.bias for linear in linears[:4] if linear.bias is not None]

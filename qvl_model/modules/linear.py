@@ -2,7 +2,7 @@ from torch import Tensor, nn
 
 import qvl_kernels
 from qvl_kernels.ops.linear import few_rows
-from qvl_model.modules.plain import autocast_dtype, kernels_take
+from qvl_model.modules.plain import autocast_dtype, is_number, kernels_take
 
 __all__ = ["LayerNorm", "Linear"]
 
@@ -23,6 +23,6 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         plain = len(self.normalized_shape) == 1 and self.bias is not None and autocast_dtype(input.device) is None  # which asks for fp32
-        if plain and kernels_take(input, self.weight, self.bias):
+        if plain and is_number(self.eps) and kernels_take(input, self.weight, self.bias):
             return qvl_kernels.layer_norm(input, self.weight, self.bias, eps=self.eps)
         return super().forward(input)

@@ -1,4 +1,4 @@
-"""Is a module plain enough for our kernels? Checked at every call: adapters, hooks and casts may come at any time."""
+"""Is a module plain enough for our kernels? Checked at every call: adapters, hooks, modes and casts may come at any time."""
 
 import functools
 import warnings
@@ -6,25 +6,52 @@ import warnings
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
+from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from transformers.utils import output_capturing
 
 from qvl_kernels import dispatch, gpu
+from qvl_kernels.library import PLAIN, has_memory, ops_are_seen
 
-__all__ = ["FAST_DTYPES", "FLASH", "autocast_dtype", "dropout_fits", "is_plain", "kernels_take", "only_capture_hooks"]
+__all__ = [
+    "FAST_DTYPES", "FLASH", "attends_as_stock", "autocast_dtype", "dropout_fits", "is_number", "is_plain", "kernels_take", "no_global_hooks",
+    "only_capture_hooks",
+]  # fmt: skip
 
 FLASH = ("flash_attention_2", "flash_attention_3")  # implementations of attention that mean the same
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
+
+
+def _attention_function(implementation: str):
+    return stock.ALL_ATTENTION_FUNCTIONS.get(implementation, stock.eager_attention_forward)
+
+
+_ATTENTION_FUNCTIONS = {
+    name: function if function.__module__.startswith("transformers.") else None  # registered before this module was imported
+    for name in ("eager", "sdpa", "flex_attention", *FLASH) for function in [_attention_function(name)]
+}  # fmt: skip
+
+
+def attends_as_stock(implementation: str) -> bool:
+    """Whether what the config names is the function that transformers has under that name, and none that was registered in its place."""
+    return _attention_function(implementation) is _ATTENTION_FUNCTIONS.get(implementation)
+
+
+def is_number(*values) -> bool:
+    """A tensor, say, may be a setting as well: stock code takes it."""
+    return all(type(value) is float or type(value) is int for value in values)
 
 
 def is_plain(module: nn.Module, kind: type, own_hook: type | None = None) -> bool:
-    """Exactly ``kind`` (an adapter wraps or replaces it), no forward hook but pre-hooks of our own class ``own_hook``, ``forward`` not
-    replaced on the instance."""
+    """Exactly ``kind`` (an adapter wraps or replaces it), no forward hook but pre-hooks of our own class ``own_hook``; neither ``forward``
+    nor weight or bias replaced on the instance."""
+    own = module.__dict__
     return (
         type(module) is kind
         and not module._forward_hooks
         and (not module._forward_pre_hooks or all(type(hook) is own_hook for hook in module._forward_pre_hooks.values()))
-        and "forward" not in module.__dict__
+        and "forward" not in own
+        and "weight" not in own
+        and "bias" not in own
     )
 
 
@@ -63,27 +90,37 @@ def _gpu_takes(device: torch.device) -> bool:
 
 @functools.cache
 def _say_once(reason: str) -> None:
-    warnings.warn(f"qvl_model: the model runs on stock code: {reason}", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"qvl_model: the model runs on stock code: {reason}", RuntimeWarning, stacklevel=5)
 
 
 def kernels_take(*tensors: torch.Tensor | None, cast: bool = True) -> bool:
     """Plain tensors (no subclass: it may hold its values elsewhere) on one CPU or GPU that the kernels run on, of one dtype
-    that they know, rows contiguous. ``cast``: autocast, where it is on, would cast this op's inputs, and must find nothing to do."""
+    that they know, rows contiguous, memory not freed; and nothing must see stock's own operations. ``cast``: autocast, where it is on, would
+    cast this op's inputs, and must find nothing to do."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and ops_are_seen():
+        return False
+    if compiling or not torch._C._len_torch_function_stack():
+        return _fit(tensors, cast, compiling)
+    with torch._C.DisableTorchFunction():  # a default device has no say in what is asked here, and takes a microsecond for each question
+        return _fit(tensors, cast, compiling)
+
+
+def _fit(tensors: tuple[torch.Tensor | None, ...], cast: bool, compiling: bool) -> bool:
     first = tensors[0]
     on_cpu = first.is_cpu
     if not (on_cpu or first.is_cuda and _gpu_takes(first.device)) or first.dtype not in FAST_DTYPES:
         return False
     if cast and autocast_dtype(first.device) not in (None, first.dtype):
         return False
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():  # torch.func.grad, vmap, ...
-        return False
     dtype = first.dtype
     for x in tensors:  # a plain loop: this runs for every layer and token
         if x is not None and not (
-            type(x) in _PLAIN_TENSORS
+            type(x) in PLAIN
             and x.dtype is dtype
             and (x.is_cpu if on_cpu else x.device == first.device)
             and (x.stride(-1) == 1 or x.shape[-1] <= 1)
+            and (compiling or has_memory(x))
         ):
             return False
     return True

@@ -7,7 +7,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 import qvl_kernels
 from qvl_model.compat import takes_cache, update_cache
 from qvl_model.modules.parts import in_parts
-from qvl_model.modules.plain import autocast_dtype, dropout_fits, is_plain, kernels_take, no_global_hooks
+from qvl_model.modules.plain import attends_as_stock, autocast_dtype, dropout_fits, is_number, is_plain, kernels_take, no_global_hooks
 
 __all__ = ["Qwen3VLTextAttention", "Qwen3VLTextMLP", "Qwen3VLTextRMSNorm", "SILU", "has_special_arguments", "tables_fit"]
 
@@ -28,7 +28,7 @@ def has_special_arguments(kwargs: dict) -> bool:
 
 class Qwen3VLTextRMSNorm(stock.Qwen3VLTextRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if kernels_take(hidden_states, self.weight, cast=False):
+        if is_number(self.variance_epsilon) and kernels_take(hidden_states, self.weight, cast=False):
             return qvl_kernels.rms_norm(hidden_states, self.weight, eps=self.variance_epsilon)
         return super().forward(hidden_states)
 
@@ -60,11 +60,13 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
         lower = autocast_dtype(hidden_states.device)
         if (
             self.config._attn_implementation != "sdpa"
+            or not attends_as_stock("sdpa")
             or not dropout_fits(dropout, hidden_states)
             or not self.is_causal
             or has_special_arguments(kwargs)
             or not (attention_mask is None or isinstance(attention_mask, Tensor))
             or not (is_plain(self.q_norm, Qwen3VLTextRMSNorm) and is_plain(self.k_norm, Qwen3VLTextRMSNorm))
+            or not is_number(self.scaling, self.q_norm.variance_epsilon)
             or self.q_norm.variance_epsilon != self.k_norm.variance_epsilon
             or not no_global_hooks()
             or not tables_fit(position_embeddings, hidden_states)
@@ -90,7 +92,8 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
             q, k, v = q.to(lower), k.to(lower), v.to(lower)
         queries, keys = q.shape[2], k.shape[2]
         # Without a mask sdpa is causal from the first key on; ours from the last. They agree for equal lengths.
-        if kernels_take(q, k, v) and (attention_mask is not None or queries in (1, keys)) and _mask_fits(attention_mask, q, k):
+        fits = q.shape[1] == k.shape[1] * self.num_key_value_groups and _mask_fits(attention_mask, q, k)
+        if fits and kernels_take(q, k, v) and (attention_mask is not None or queries in (1, keys)):
             out = qvl_kernels.attention(
                 q.transpose(1, 2),
                 k.transpose(1, 2),

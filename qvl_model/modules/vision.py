@@ -10,7 +10,7 @@ from qvl_kernels.quant import QuantizedWeight
 from qvl_model.modules.linear import LayerNorm, Linear
 from qvl_model.modules.packed import PackedLinear
 from qvl_model.modules.parts import in_parts, splits
-from qvl_model.modules.plain import FLASH, is_plain, kernels_take, no_global_hooks, only_capture_hooks
+from qvl_model.modules.plain import FLASH, attends_as_stock, is_number, is_plain, kernels_take, no_global_hooks, only_capture_hooks
 
 __all__ = [
     "Qwen3VLVisionAttention", "Qwen3VLVisionBlock", "Qwen3VLVisionMLP", "Qwen3VLVisionPatchEmbed", "give_memory_back", "is_gelu_tanh",
@@ -65,13 +65,19 @@ class Qwen3VLVisionAttention(stock.Qwen3VLVisionAttention):
         **kwargs,
     ) -> Tensor:
         dropout = self.attention_dropout if self.training else 0.0
-        if self.config._attn_implementation not in ("sdpa", *FLASH) or dropout > 0.0 or not kernels_take(hidden_states, cast=False):
+        if not _attends_plainly(self) or dropout > 0.0 or not kernels_take(hidden_states, cast=False):
             return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
         tokens = hidden_states.shape[0]
         q, k, v = self.qkv(hidden_states).view(tokens, 3, self.num_heads, -1).unbind(1)
         q, k = qvl_kernels.vision_rope(q, k, *position_embeddings)
         out = qvl_kernels.attention(q, k, v, cu_seqlens=cu_seqlens.int().contiguous(), scale=self.scaling)
         return self.proj(out.reshape(tokens, -1))
+
+
+def _attends_plainly(attention: nn.Module) -> bool:
+    """Whether its function is one that the kernels stand for, of heads and scale that are plain."""
+    name = attention.config._attn_implementation
+    return name in ("sdpa", *FLASH) and attends_as_stock(name) and attention.num_key_value_groups == 1 and is_number(attention.scaling)
 
 
 class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
@@ -106,15 +112,16 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
             or type(attention) is not Qwen3VLVisionAttention
             or "forward" in attention.__dict__
             or not only_capture_hooks(attention, "attentions")
-            or attention.config._attn_implementation not in ("sdpa", *FLASH)
+            or not _attends_plainly(attention)
             or (self.training and attention.attention_dropout > 0.0)
             or not is_plain(mlp, Qwen3VLVisionMLP)
             or not is_gelu_tanh(mlp.act_fn)
             or not no_global_hooks()
             or not hidden_states.is_contiguous()
             or splits(mlp, hidden_states)
+            or not is_number(self.norm1.eps, self.norm2.eps)
             or self.norm1.eps != self.norm2.eps
-            or attention.scaling != attention.head_dim**-0.5
+            or attention.scaling != (hidden_states.shape[-1] // attention.num_heads) ** -0.5
         ):
             return None
         modules = (self.norm1, attention.qkv, attention.proj, self.norm2, mlp.linear_fc1, mlp.linear_fc2)
@@ -123,7 +130,7 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
             if not is_plain(module, kind):
                 return None
         weights = qvl_kernels.VisionWeights(
-            *(tensor for m in modules for tensor in (m.quantized if type(m) is PackedLinear else m._parameters["weight"], m._parameters["bias"]))
+            *(tensor for m in modules for tensor in (m.quantized if type(m) is PackedLinear else m._parameters.get("weight"), m._parameters.get("bias")))
         )
         plain = [weight for weight in weights if not isinstance(weight, QuantizedWeight)]
         if any(weight is None for weight in plain) or not kernels_take(hidden_states, *plain):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_attention_seqlens, get_vision_interpolation_indices_and_weights
 
+from qvl_kernels.library import ops_are_seen
+
 __all__ = ["provide_tables"]
 
 KEPT = 16  # sets of image sizes per model, those used last
@@ -21,7 +23,7 @@ _kept: "weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple, dict]]" = weakre
 def provide_tables(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Forward pre-hook of a stock vision model: hands it the tables that it would compute from ``grid_thw``."""
     grid = args[1] if len(args) > 1 else kwargs.get("grid_thw")
-    if torch.compiler.is_compiling() or not isinstance(grid, Tensor) or any(name in kwargs for name in _NAMES):
+    if torch.compiler.is_compiling() or ops_are_seen() or not isinstance(grid, Tensor) or any(name in kwargs for name in _NAMES):
         return None
     sizes, merge = tuple(map(tuple, grid.tolist())), model.spatial_merge_size
     if any(len(size) != 3 or min(size) < 1 or size[1] % merge or size[2] % merge for size in sizes):

@@ -11,7 +11,7 @@ from qvl_model.compat import CACHE, takes_cache
 from qvl_model.generation import loop, step_gpu
 from qvl_model.modules.decoder_layer import Qwen3VLTextDecoderLayer
 from qvl_model.modules.head import causal_loss
-from qvl_model.modules.plain import dropout_fits, is_plain, kernels_take, no_global_hooks
+from qvl_model.modules.plain import attends_as_stock, dropout_fits, is_number, is_plain, kernels_take, no_global_hooks
 from qvl_model.modules.vision import Qwen3VLVisionBlock, is_gelu_tanh
 from qvl_model.qvl import connector, modeling, text, vision
 
@@ -59,7 +59,7 @@ class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
 class QVLCrossAttention(text.QVLCrossAttention):
     def read(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         dropout = self.attention_dropout if self.training else 0.0
-        if not _reads_plainly(self) or not dropout_fits(dropout, q) or not kernels_take(q, keys, values):
+        if not _reads_plainly(self, q, keys) or not dropout_fits(dropout, q) or not kernels_take(q, keys, values):
             return super().read(q, keys, values, lengths)
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
         return qvl_kernels.cross_attention(q, k, v, kv_lens=lengths, scale=self.scaling, dropout_p=dropout), None
@@ -67,13 +67,19 @@ class QVLCrossAttention(text.QVLCrossAttention):
 
 class QVLConnectorAttention(connector.QVLConnectorAttention):
     def read(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        if not _reads_plainly(self) or not kernels_take(q, k, v):
+        if not _reads_plainly(self, q, k.transpose(1, 2)) or not kernels_take(q, k, v):
             return super().read(q, k, v, lengths)
         return qvl_kernels.cross_attention(q, k, v, kv_lens=lengths, scale=self.scaling)
 
 
-def _reads_plainly(attention: nn.Module) -> bool:
-    return attention.config._attn_implementation == "sdpa"
+def _reads_plainly(attention: nn.Module, q: Tensor, keys: Tensor) -> bool:
+    """Whether attention of q [B, T, H, D] over keys [B, Hkv, S, D] is the function that the kernel stands for, with settings that fit them."""
+    return (
+        attention.config._attn_implementation == "sdpa"
+        and attends_as_stock("sdpa")
+        and is_number(attention.scaling)
+        and q.shape[2] == keys.shape[1] * attention.num_key_value_groups
+    )
 
 
 class QVLConnectorMLP(connector.QVLConnectorMLP):
