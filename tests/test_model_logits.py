@@ -343,3 +343,60 @@ def test_autograd_functions_and_compiled_losses(pair):
         return loss
 
     assert_same(pair, step)
+
+
+class _Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.mark_dirty(logits)
+        return logits.mul_(3)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 3
+
+
+class _Returned(_Tripled):
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.mark_dirty(logits)
+        with torch.no_grad():
+            logits.mul_(3)
+        return logits
+
+
+class _Out(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        return logits * 3
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 3
+
+
+WAYS = {
+    "at once": lambda logits, f: f(logits),
+    "after it was read": lambda logits, f: (logits.sum(), f(logits))[1],
+    "after an edit": lambda logits, f: (logits.mul_(0.5), f(logits))[1],
+    "after an edit of a part": lambda logits, f: (logits[:, ::2].mul_(0.5), logits.sum(), f(logits))[-1],
+    "after two edits": lambda logits, f: (logits.mul_(0.5), logits.clamp_(-2, 2), f(logits))[-1],
+    "before an edit": lambda logits, f: f(logits).mul_(0.5),
+    "twice": lambda logits, f: f(f(logits)),
+    "between edits": lambda logits, f: f(f(logits.mul_(0.5)).clamp_(-4, 4)),
+    "beside what was read": lambda logits, f: logits.square().detach() + f(logits),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("function", [_Tripled, _Returned, _Out])
+@pytest.mark.parametrize("loss_first", [False, True])
+def test_autograd_functions_that_edit(pair, function, way, loss_first):
+    def step(model):
+        out = model(**BATCH, labels=LABELS)
+        result = WAYS[way](out.logits, function.apply)
+        loss = result.square().mean()
+        ((out.loss + loss) if loss_first else loss).backward()
+        return loss, out.logits, result
+
+    assert_same(pair, step)

@@ -157,7 +157,8 @@ class LazyLogits(_Wrapper):
         return Tensor._make_wrapper_subclass(cls, cell.shape, dtype=cell.dtype, device=cell.device)
 
     def __init__(self, cell: _Cell) -> None:
-        self.cell, self._value, self._read = cell, None, None
+        self.cell, self._value = cell, None
+        self._read = self._own = self._followed = None  # nodes: of the value as it was read, of this tensor then, of the value that this tensor follows
 
     @property
     def source(self) -> _Source:
@@ -174,18 +175,29 @@ class LazyLogits(_Wrapper):
         return self.cell.alias()
 
     def value(self) -> Tensor:
-        """The logits themselves: one tensor in the graph, edits of which count, whatever grad mode its first reader is in."""
-        if self._value is None:
+        """The logits themselves: one tensor in the graph, edits of which count, whatever grad mode its first reader is in. Another one once
+        an autograd function that writes to its input was given this tensor, and has its place in the graph."""
+        if not self._is_read():
             with torch.inference_mode(False), torch.enable_grad():
                 self._value = _Read.apply(self, self.cell.alias)
-            self._read = self._value.grad_fn
+            self._read, self._own = self._value.grad_fn, _native_node(self)
             if _natively(Tensor.retains_grad.__get__, (self,), {}):
                 self._value.retain_grad()  # for after an edit, which takes it over
         return self._value
 
     def node(self) -> Tensor:
         """What stands for the logits in the graph: this tensor, to which the loss goes back, until its value is edited with gradients."""
-        return self if self._value is None or self._value.grad_fn is self._read else self._value
+        return self._value if self._is_read() and self._value.grad_fn is not self._read else self
+
+    def _is_read(self) -> bool:
+        return self._value is not None and self._own is _native_node(self)
+
+    def _follow(self) -> None:
+        """After an edit of its value: autograd functions, which are given this tensor, see the edit in the graph as well."""
+        if self._is_read() and self._value.grad_fn not in (self._read, self._followed):
+            with torch.inference_mode(False), torch.enable_grad():
+                _Follow.apply(self, self._value)
+            self._own, self._followed = _native_node(self), self._value.grad_fn
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -194,7 +206,15 @@ class LazyLogits(_Wrapper):
             return _in_graph(func, *tree_map_only(LazyLogits, lambda x: x.node(), (args, kwargs)))
         if args and isinstance(args[0], LazyLogits) and not args[0].computed and _widens(func, args, kwargs):
             return args[0] if args[0].cell.dtype == torch.float32 else _Widen.apply(args[0])
-        return super().__torch_function__(func, types, args, kwargs)
+        if func in _METADATA:
+            return _natively(func, args, kwargs)
+        read = [(x, x.value(), x.value()._version) for x in tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)]
+        out = func(*_values(args), **_values(kwargs))
+        for logits, value, version in read:
+            logits._follow()
+            if out is value and value._version != version:  # what is edited in place is returned itself
+                out = logits
+        return out
 
 
 class _LazyGradient(_Wrapper):
@@ -230,6 +250,11 @@ class _LazyGradient(_Wrapper):
 def _natively(func, args: tuple, kwargs: dict):
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
+
+
+def _native_node(x: Tensor):
+    """The node of the graph that a wrapper itself comes from."""
+    return _natively(Tensor.grad_fn.__get__, (x,), {})
 
 
 def _values(tree, detached: bool = False):
@@ -307,6 +332,19 @@ class _Read(Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, None
+
+
+class _Follow(Function):
+    """Lazy logits, their edited value -> the lazy logits, at the place of the value in the graph"""
+
+    @staticmethod
+    def forward(ctx, logits, value):
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
 
 
 class _Widen(Function):
