@@ -143,7 +143,8 @@ def accelerate(
     Returns:
         model.
     Raises: TypeError for another class or type; ValueError for meta weights, foreign quantisation, unsupported dtypes, unknown formats,
-        parts or groups, and for packing weights that are not finite or have an adapter merged into them. The model is then as it was.
+        parts or groups, and for packing weights that are not finite, have an adapter merged into them, or are packed in another format. The
+        model is then as it was.
     Example:
         >>> model = Qwen3VLForConditionalGeneration.from_pretrained(path)
         >>> model = qvl_model.accelerate(model)

@@ -129,7 +129,8 @@ def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64)
     Only what the class of the model builds: adapters, also copies that train in place of a layer, and modules that a user attached stay.
     One layer after the other, each freed before the next: memory peaks at what is packed plus what is not yet. Weights that are
     mapped from a file leave memory as well.
-    Raises: ValueError for other groups, merged adapters and weights that are not finite; the model is then as it was.
+    Raises: ValueError for other groups, layers that are packed in another format, merged adapters and weights that are not finite; the model
+    is then as it was.
     """
     if group not in quant.GROUPS:
         raise ValueError(f"accelerate: group must be {', '.join(map(str, quant.GROUPS))}, got {group}")
@@ -141,6 +142,13 @@ def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64)
         for name, module in modules.items()
         if type(module) in _LINEAR and "weight" in module._parameters and part_of(model, name) in formats
     ]
+    for name, module in modules.items():
+        asked = formats.get(part_of(model, name))
+        if isinstance(module, PackedLinear) and asked is not None and _packed_as(module) != (asked, group if asked == "int4" else None):
+            raise ValueError(
+                f"accelerate: {name} is packed as {_spelt(*_packed_as(module))} already, which {_spelt(asked, group)} cannot be made of; restore the model "
+                "first, or load it again with from_pretrained"
+            )
     merged = [name for name, module in model.named_modules() if _without_adapters(module) is not module and getattr(module, "merged", False)]
     if chosen and merged:
         raise ValueError(f"accelerate: an adapter is merged into {merged[0]}; call unmerge_adapter first, or merge_and_unload to keep it in the weights")
@@ -157,6 +165,17 @@ def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64)
         pages.release(weight)
         del weight
         pages.trim()
+
+
+def _packed_as(module: PackedLinear) -> tuple[str, int | None]:
+    """Format and, of int4, the group."""
+    quantized = module.quantized
+    name = next(name for name, bits in FORMATS.items() if bits == quantized.bits)
+    return name, quantized.group if name == "int4" else None
+
+
+def _spelt(name: str, group: int | None) -> str:
+    return f"{name} in groups of {group}" if name == "int4" else name
 
 
 def _check_finite(name: str, weight: Tensor) -> None:

@@ -49,8 +49,9 @@ def test_every_linear_layer_is_packed_once():
     assert sum(isinstance(module, PackedLinear) for module in fast.modules()) == linears
     embedding, head = fast.get_input_embeddings(), fast.lm_head
     assert type(embedding) is PackedEmbedding and embedding.weight_values is head.weight_values
-    qvl_model.accelerate(fast, weights="int4")  # what is packed stays as it is
-    assert head.quantized.bits == 8
+    values = head.weight_values
+    qvl_model.accelerate(fast, weights="int8")  # what is packed stays as it is
+    assert head.quantized.bits == 8 and head.weight_values is values
     report = str(qvl_model.report(fast))
     assert "PackedLinear (int8)" in report and "PackedEmbedding (int8)" in report
 
@@ -395,3 +396,55 @@ def test_two_models_in_one_process():
     _at_once(*(_generates(model, batch, 3, outs) for model, outs in zip(loaded, results)))
     for outs, alone in zip(results, expected):
         assert len(outs) == 5 and all(torch.equal(out, alone) for out in outs)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"weights": "int8"}, {"weights": "int4"}),
+        ({"weights": "int4"}, {"weights": {"text": "int8"}}),
+        ({"weights": "int4", "group": 32}, {"weights": "int4", "group": 64}),
+        ({"weights": {"text": "int8"}}, {"weights": "int4"}),
+    ],
+)
+def test_packing_again_in_another_format_is_refused(first, then):
+    model = qvl_model.accelerate(models.stock_model("small"), **first)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"packed as int\d.* already, which int\d.* cannot be made of; restore the model first, or load it again"):
+        qvl_model.accelerate(model, **then)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], x) for name, x in before.items())
+
+
+def test_packing_again_in_the_same_format_or_what_is_left_is_fine():
+    model = qvl_model.accelerate(models.stock_model("small"), weights={"text": "int4"}, group=32)
+    up = model.model.language_model.layers[0].mlp.up_proj.weight_values
+    qvl_model.accelerate(model, weights={"text": "int4", "vision": "int8"}, group=32)
+    assert model.model.language_model.layers[0].mlp.up_proj.weight_values is up
+    assert isinstance(model.model.visual.blocks[0].attn.qkv, PackedLinear)
+    qvl_model.accelerate(model)
+    assert model.model.language_model.layers[0].mlp.up_proj.weight_values is up
+
+
+class _Twice(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+TAKERS = {
+    "weight_norm": lambda layer: nn.utils.parametrizations.weight_norm(layer),
+    "spectral_norm": lambda layer: nn.utils.parametrizations.spectral_norm(layer),
+    "one of one's own": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", _Twice()),
+    "deleted": lambda layer: delattr(layer, "weight"),
+}
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_a_packed_weight_cannot_be_parametrized(taker):
+    model = qvl_model.accelerate(models.stock_model("small"), weights="int8")
+    batch = inputs(*FEW)
+    with torch.no_grad():
+        before = model(**batch).logits
+        with pytest.raises(TypeError, match="cannot be taken out of it, as parametrizations and adapters with target_parameters do"):
+            TAKERS[taker](model.model.language_model.layers[0].mlp.up_proj)
+        assert torch.equal(model(**batch).logits, before)

@@ -342,3 +342,9 @@ def test_bf16(method):
     loss = packed.train()(**batch, labels=batch["input_ids"]).loss
     loss.backward()
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in packed.parameters() if p.requires_grad)
+
+
+def test_target_parameters_of_a_packed_layer_are_refused():
+    model = qvl_model.accelerate(models.stock_model("small"), weights="int8")
+    with pytest.raises(TypeError, match="train an adapter of its layer .target_modules."):
+        peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=[], target_parameters=["q_proj.weight"]))(input_ids=torch.tensor([[3, 4]]))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import qvl_kernels
 from qvl_kernels import quant
 from qvl_kernels.quant import QuantizedWeight
-from qvl_model.modules.packed_weight import Kept, PackedWeight, copied_to_train, merge_in_progress
+from qvl_model.modules.packed_weight import TAKEN_OUT, Kept, PackedWeight, copied_to_train, merge_in_progress
 from qvl_model.modules.plain import autocast_dtype
 
 __all__ = ["FORMATS", "PackedEmbedding", "PackedLinear"]
@@ -42,6 +42,11 @@ class _Packed:
             self.unpack(value)
         else:
             raise TypeError(f"the weight of a quantised layer takes an nn.Parameter, got {type(value).__name__}; write other values to weight.data")
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            raise TypeError(TAKEN_OUT)
+        super().__delattr__(name)
 
     def __deepcopy__(self, memo: dict) -> nn.Module:
         """A packed copy; one that an adapter trains in place of the original (``modules_to_save``) has a plain weight."""

@@ -11,7 +11,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qvl_kernels.quant import QuantizedWeight
 
-__all__ = ["Kept", "Merge", "PackedWeight", "copied_to_train", "merge_in_progress"]
+__all__ = ["TAKEN_OUT", "Kept", "Merge", "PackedWeight", "copied_to_train", "merge_in_progress"]
+
+
+TAKEN_OUT = (
+    "the weight of a quantised layer cannot be taken out of it, as parametrizations and adapters with target_parameters do; train an adapter of its "
+    "layer (target_modules), or quantise (accelerate) without this part"
+)
 
 
 class PackedWeight(Tensor):
@@ -23,6 +29,8 @@ class PackedWeight(Tensor):
 
     @staticmethod
     def __new__(cls, module: nn.Module, views: tuple[Callable[[Tensor], Tensor], ...] = ()) -> "PackedWeight":
+        if "weight" not in module._parameters:
+            raise TypeError(TAKEN_OUT)
         shape = (module.weight_values.shape[0], module.quantized.in_features)
         like = _through(views, torch.empty(shape, dtype=module._parameters["weight"].dtype, device="meta"))
         return Tensor._make_wrapper_subclass(
