@@ -28,6 +28,9 @@ DEFAULTS = "tests/test_qvl_pins.py::test_every_default_of_every_preset"
 ATTENTIONS = "tests/test_qvl_attentions.py"
 GENERATE = "tests/test_qvl_generate.py"
 PRECISION = "tests/test_training_precision.py"
+LOOP, CHOOSING, STEP_CPU, STEP_GPU, IMAGES = (f"qvl_model/generation/{name}.py" for name in ("loop", "choosing", "step_cpu", "step_gpu", "images"))
+ON_CPU, ON_GPU, IMAGES_ON_GPU = "tests/test_generation.py", "tests/test_generation_gpu.py", "tests/test_qvl_generate_gpu.py"
+PADDED, PADDED_ENDS = (f"{ON_CPU}::test_as_stock[batch 3, left padding-{options}]" for options in ("greedy", "ends early"))
 
 MUTATIONS = [
     # Passed every test once, when accelerated QVL was compared with plain QVL only.
@@ -89,6 +92,20 @@ MUTATIONS = [
     Mutation(f"{MODULES}/decoder_layer.py", "num_heads=linears[0].out_features // attention.head_dim", "num_heads=linears[1].out_features // attention.head_dim", EPSILON),
     Mutation(f"{MODULES}/text.py", "hidden_states, self.weight, eps=self.variance_epsilon", "hidden_states, self.weight, eps=1e-6", EPSILON),
     Mutation(f"{MODULES}/text.py", "causal=attention_mask is None and queries > 1", "causal=False", f"{REFERENCE}::test_gradients\n{REFERENCE}::test_fp32"),
+    # Tokens, step by step.
+    Mutation(LOOP, "positions[None] if positions.dim() == 2 else positions[-3:]", "positions[None] if positions.dim() == 2 else positions[:3]", f"{ON_CPU}::test_as_stock[image-greedy]"),
+    Mutation(LOOP, "visible = mask.bool() if hidden else None", "visible = None", PADDED),
+    Mutation(LOOP, "release=not returned and not foreign)", "release=True)", f"{ON_GPU}::test_returned_cache_goes_on_to_the_next_turn"),
+    Mutation(CHOOSING, "tokens = tokens * self.unfinished + self._pad * (1 - self.unfinished)", "pass", PADDED_ENDS),
+    Mutation(CHOOSING, "self.unfinished.max() == 0", "self.unfinished.min() == 0", PADDED_ENDS),
+    Mutation(STEP_CPU, "self._positions += 1", "pass", f"{ON_CPU}::test_as_stock[text-greedy]"),
+    Mutation(STEP_CPU, "(0, _ROOM), value=True)", "(0, _ROOM), value=False)", PADDED),
+    Mutation(STEP_CPU, "hidden = layer.fuse(hidden, None, None, self._cache, False)", "pass", f"{GENERATE}::test_tokens_are_steps"),
+    Mutation(STEP_GPU, "self._positions.add_(1)", "pass", f"{ON_GPU}::test_same_as_stock[text-greedy]"),
+    Mutation(STEP_GPU, "self._idle.remove(step)", "pass", f"{ON_GPU}::test_a_streamer_that_generates_has_a_step_of_its_own"),
+    Mutation(STEP_GPU, "[x.data_ptr() for x in _tensors(model)]", "[]", "tests/test_generation_graphs.py::test_a_change_is_noticed"),
+    Mutation(STEP_GPU, "if (step.rows, step.layers_with_images) == (rows, layers)", "if step.rows == rows", f"{IMAGES_ON_GPU}::test_one_step_serves_all_images"),
+    Mutation(IMAGES, "= keys.shape[2] if lengths is None else lengths", "= keys.shape[2]", f"{IMAGES_ON_GPU}::test_as_the_plain_model"),
     # Training.
     Mutation(f"{TRAINING}/trainer.py", "if parameter.dim() >= 2", "if parameter.dim() >= 1", "tests/test_training_run.py::test_weight_decay_is_for_matrices"),
     Mutation(f"{TRAINING}/run.py", 'bf16=precision == "bf16"', "bf16=False", f"{PRECISION}::test_flags"),

@@ -192,11 +192,13 @@ def test_report_says_which_modes_are_captured(models, monkeypatch):
 
 
 def test_a_streamer_that_generates_has_a_step_of_its_own(models, steps):
+    """Whether new steps are made, or those of before serve again."""
     stock, ours = models
-    first, second, inner = inputs([5]), inputs([8], seed=1), []
-    streamer = _Tokens(lambda: inner.append(ours.generate(**second, **GREEDY)))
-    out = ours.generate(**first, streamer=streamer, **GREEDY)
-    assert torch.equal(out, stock.generate(**first, **GREEDY)) and torch.equal(inner[0], stock.generate(**second, **GREEDY))
+    first, second = inputs([5]), inputs([8], seed=1)
+    for _ in range(2):
+        inner = []
+        out = ours.generate(**first, streamer=_Tokens(lambda: inner.append(ours.generate(**second, **GREEDY))), **GREEDY)
+        assert torch.equal(out, stock.generate(**first, **GREEDY)) and torch.equal(inner[0], stock.generate(**second, **GREEDY))
     assert len({id(step) for step in steps}) == 2 == len(_idle(ours))
 
 
