@@ -64,14 +64,14 @@ class Store:
     past: int
     visible_capacity: int  # keys that the cache returns to stock attention after the update
     layer: DynamicLayer | StaticLayer | None = None
+    grown: _Grown | None = None  # of a DynamicLayer
 
     def commit(self, queries: int) -> None:
         """Tells the cache layer that ``queries`` positions were written."""
-        layer = self.layer
-        if type(layer) is DynamicLayer:
-            _grown[layer].show(layer, self.past + queries)
-        elif layer is not None:
-            layer.cumulative_length.add_(queries)
+        if self.grown is not None:
+            self.grown.show(self.layer, self.past + queries)
+        elif self.layer is not None:
+            self.layer.cumulative_length.add_(queries)
 
 
 def open_store(cache: Cache | None, index: int, x: Tensor, kv_heads: int, head_dim: int) -> Store | None:
@@ -124,7 +124,7 @@ def _dynamic_store(layer: DynamicLayer, x: Tensor, sizes: tuple) -> Store | None
         elif not layer.is_initialized:
             layer.lazy_initialization(keys, keys)
         _grown[layer] = grown
-    return Store(grown.memory, past, end, layer)
+    return Store(grown.memory, past, end, layer, grown)
 
 
 def _static_store(layer: StaticLayer, x: Tensor, sizes: tuple) -> Store | None:
