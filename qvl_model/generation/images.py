@@ -9,7 +9,7 @@ from qvl_kernels.ops.decoder_layer.decode_step import cross_attention_step
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
 from qvl_model.modules.linear import Linear
 from qvl_model.modules.packed import PackedLinear
-from qvl_model.modules.plain import is_plain, kernels_take, only_capture_hooks
+from qvl_model.modules.plain import attends_as_stock, is_number, is_plain, kernels_take, only_capture_hooks
 from qvl_model.modules.text import Qwen3VLTextRMSNorm
 from qvl_model.qvl import fast, text
 
@@ -31,12 +31,17 @@ def _fusion_is_plain(fusion: nn.Module, dtype: torch.dtype) -> bool:
     attention, dropout = fusion.attn, fusion.dropout
     if not is_plain(fusion, text.QVLFusion) or type(attention) is not fast.QVLCrossAttention or "forward" in attention.__dict__:
         return False
-    if not only_capture_hooks(attention, "cross_attentions") or attention.config._attn_implementation not in _IMPLEMENTATIONS:
+    implementation = attention.config._attn_implementation
+    if not only_capture_hooks(attention, "cross_attentions") or implementation not in _IMPLEMENTATIONS or not attends_as_stock(implementation):
+        return False
+    if "gate" not in fusion._parameters or not is_number(attention.scaling):
+        return False
+    if attention.q_proj.out_features != attention.k_proj.out_features * attention.num_key_value_groups:
         return False
     if not is_plain(dropout, nn.Dropout) or dropout.training and dropout.p > 0.0 or attention.training and attention.attention_dropout > 0.0:
         return False
     norms, linears = (fusion.norm, attention.q_norm), (attention.q_proj, attention.o_proj)
-    if not all(is_plain(norm, Qwen3VLTextRMSNorm) for norm in norms):
+    if not all(is_plain(norm, Qwen3VLTextRMSNorm) and is_number(norm.variance_epsilon) for norm in norms):
         return False
     if not all(type(linear) in (Linear, PackedLinear) and is_plain(linear, type(linear)) for linear in linears):
         return False

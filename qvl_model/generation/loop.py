@@ -15,6 +15,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from qvl_model.compat import CACHE
 from qvl_model.generation import step_cpu, step_gpu
 from qvl_model.generation.choosing import Chooser
+from qvl_model.generation.inputs import cache_places
 from qvl_model.generation.kv_cache import keeps_plainly
 from qvl_model.generation.step_cpu import CpuStep
 from qvl_model.generation.step_gpu import GpuStep, StepFailed
@@ -155,6 +156,8 @@ def _begin(model: nn.Module, chooser: Chooser, kwargs: dict, *, release: bool) -
     expected = (*((3,) if qwen else ()), chooser.sequences.shape[0], 1)
     if positions is None or tuple(positions.shape) != expected or mask is not None and tuple(mask.shape) != (expected[-2], past + 1):
         return StockStep(model, chooser, kwargs)
+    if any(int(cache.layers[place].get_seq_length()) != past for place in cache_places(model.model.language_model)):
+        return StockStep(model, chooser, kwargs)  # as of a model that lost its first layer
     hidden = mask is not None and not bool(mask.all())
     visible = mask.bool() if hidden else None
     if not _on_gpu(model):

@@ -42,7 +42,7 @@ class CpuStep:
 
     @classmethod
     def begin(cls, model: nn.Module, cache: Cache, positions: Tensor, visible: Tensor | None) -> "CpuStep | None":
-        """A step, or None if some layer of the cache is kept in another way, or has not as many tokens as the others."""
+        """A step, or None if some layer of the cache is kept in another way."""
         step = cls(model, cache, positions, visible)
         return step if step._open() else None
 

@@ -60,7 +60,7 @@ DEPENDS_ON: dict[str, Callable[[nn.Module], object]] = {
     "devices": lambda model: [x.device for x in _tensors(model)],
     "epsilons": lambda model: _attributes(model, "variance_epsilon"),
     "rotary positions": lambda model: _attributes(model, "attention_scaling", "mrope_section", "rope_type"),
-    "attention": lambda model: _attributes(model, "scaling", "is_causal", "head_dim", "layer_idx"),
+    "attention": lambda model: _attributes(model, "scaling", "is_causal", "head_dim", "num_key_value_groups", "layer_idx"),
     "attention implementation": lambda model: [module.config._attn_implementation for module in _modules(model) if hasattr(module, "config")],
     "numbers of QVL's config": lambda model: [
         getattr(model.model.language_model.config, name, None) for name in ("rope_theta", "head_dim", "image_token_id")
@@ -109,10 +109,12 @@ def why_not(model: nn.Module) -> str | None:
         parts, kind = (body.embed_tokens, body.rotary_emb), body.rotary_emb.rope_type
         if "dynamic" in kind or kind == "longrope":
             return f"rotary frequencies of {kind} change with the length"
-    if any(not is_plain(module, type(module)) for module in (*parts, body.norm, lm_head)):
-        return "hooks, which a graph would not call"
+    if any(not is_plain(module, type(module)) for module in (*parts, body.norm, lm_head)) or any("inv_freq" in vars(part) for part in parts):
+        return "hooks, which a graph would not call, or tensors that are no parameters or buffers"
     if type(body.norm) is not text.Qwen3VLTextRMSNorm or type(lm_head) not in (head.Linear, PackedLinear):
         return "the last norm or the head is not plain"
+    if lm_head._parameters.get("weight") is None:
+        return "the head is not plain"
     if lm_head._parameters["weight"].dtype is not body.norm.weight.dtype:
         return "the head has another dtype"
     return body_why_not(body) or images.why_not(body)
