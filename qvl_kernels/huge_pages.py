@@ -26,13 +26,13 @@ def use_huge_pages(tensors: Iterable[torch.Tensor]) -> int:
         tensors: any; those that are not plain CPU tensors are left alone.
     Returns:
         Bytes that lie on huge pages now.
-    Raises: TypeError for what is no iterable of tensors.
+    Raises: TypeError for what is no iterable of tensors; ValueError if QVL_HUGE_PAGES is neither 0 nor 1.
     Example:
         >>> qvl_kernels.use_huge_pages(model.parameters())
         3439329280
     """
-    spans = _spans(tensors)
-    if not spans or not config.huge_pages_wanted() or not _enabled():
+    wanted, spans = config.huge_pages_wanted(), _spans(tensors)
+    if not spans or not wanted or not _enabled():
         return 0
     pieces = [
         (begin, end, is_file, writable)

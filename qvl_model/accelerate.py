@@ -156,6 +156,7 @@ def accelerate(
         raise TypeError(f"accelerate: skip_logits must be a bool, got {skip_logits!r}")
     inner = _base_model(model)
     _check(inner)
+    qvl_kernels.use_huge_pages(())  # says what is wrong with QVL_HUGE_PAGES before anything is changed
     reason = why_stock(inner, _replace_modules)
     if reason is not None:
         warnings.warn(f"qvl_model: the model stays stock: {reason}", stacklevel=2)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import stock_model
 
 import qvl_kernels
+import qvl_model
 from qvl_kernels import huge_pages, pages, quant
 
 HUGE = 1 << 21
@@ -97,6 +99,17 @@ def test_shared_map_is_left_alone(file):
     assert qvl_kernels.use_huge_pages([whole]) == 0
     whole[0] ^= 255  # still the file itself
     assert file.read_bytes()[0] == whole[0].item()
+
+
+@pytest.mark.parametrize("value", ["no", "2", "false", " 0"])
+def test_a_variable_that_says_nothing(monkeypatch, value):
+    monkeypatch.setenv("QVL_HUGE_PAGES", value)
+    with pytest.raises(ValueError, match=f"QVL_HUGE_PAGES={value} means nothing; 0 leaves"):
+        qvl_kernels.use_huge_pages([torch.ones(3)])
+    model = stock_model("small")
+    with pytest.raises(ValueError, match="QVL_HUGE_PAGES"):
+        qvl_model.accelerate(model)
+    assert not qvl_model.is_accelerated(model)
 
 
 @pytest.mark.parametrize("reason", ["variable", "memory", "never", "small", "none"])
