@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import qvl_models
 import torch
 from models import assert_close, inputs, pair, relative, stock_model
 from torch import nn
@@ -323,6 +324,18 @@ def test_freed_weights_are_stocks_error(path, when, grad):
             model(**BATCH)
         errors.append(str(caught.value))
     assert errors[0] == errors[1] and "setStorage" in errors[0]
+
+
+@pytest.mark.parametrize("family", [pair, qvl_models.pair])
+@pytest.mark.parametrize("shape", [(2, 0), (0, 20)])
+def test_no_tokens_are_stocks_error(shape, family):
+    errors = []
+    for model in family("small" if family is pair else "mlp"):
+        for text in ({"input_ids": torch.zeros(shape, dtype=torch.long)}, {"inputs_embeds": torch.zeros(*shape, model.config.get_text_config().hidden_size)}):
+            with torch.no_grad(), pytest.raises(RuntimeError) as caught:
+                model(**text)
+            errors.append(str(caught.value))
+    assert errors[:2] == errors[2:] and "cannot reshape tensor of 0 elements" in errors[0]
 
 
 def _quantised(weights):

@@ -217,6 +217,7 @@ def _call_is_plain(x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None
         and not torch.jit.is_tracing()  # a trace would hold the results as constants
         and no_global_hooks()
         and x.dim() == 3
+        and x.numel() > 0
         and x.is_contiguous()
         and (mask is None or (isinstance(mask, Tensor) and (mask.dim() == 4 and mask.dtype in (torch.bool, x.dtype) or mask.dim() == 2)))
         and not has_special_arguments(kwargs)

@@ -117,6 +117,7 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
             or not is_plain(mlp, Qwen3VLVisionMLP)
             or not is_gelu_tanh(mlp.act_fn)
             or not no_global_hooks()
+            or hidden_states.numel() == 0
             or not hidden_states.is_contiguous()
             or splits(mlp, hidden_states)
             or not is_number(self.norm1.eps, self.norm2.eps)
