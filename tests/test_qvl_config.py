@@ -197,6 +197,16 @@ def test_wrong_types_are_refused(changes):
     assert getattr(config, key) == getattr(tiny(), key)
 
 
+@pytest.mark.parametrize(("alias", "key"), QVLConfig.attribute_map.items())
+def test_wrong_types_under_another_name(alias, key):
+    with pytest.raises(TypeError, match=f"QVLConfig: .*{key}"):
+        tiny(**{alias: "1e-6"})
+    config = tiny(**{alias: 0.25})
+    with pytest.raises(TypeError, match=f"QVLConfig: .*{key}"):
+        setattr(config, alias, "1e-6")
+    assert getattr(config, key) == getattr(config, alias) == 0.25
+
+
 @pytest.mark.parametrize("key, nearest", [
     ("hidden_sizes", "hidden_size"), ("num_layers_hidden", None), ("hidden_dropout", "hidden_dropout_prob"), ("tie_words_embeddings", "tie_word_embeddings"),
     ("num_query_token", "num_query_tokens"), ("cross_attention_layer", "cross_attention_layers"), ("text_config", None), ("rope_scaling", None),

@@ -149,3 +149,44 @@ def test_a_decoding_step_elsewhere_reads_no_mask():
     with pytest.raises(ValueError, match="must be"):
         _check_mask(mask, 2, 1, 9)
     _check_mask(torch.full((2, 9), 3, device="meta"), 2, 9, 0)
+
+
+KEYWORDS = {
+    "pixel_valuess": "did you mean pixel_values?", "pixel_mask": "pixel_attention_mask|pixel_values", "token_types": "did you mean token_type_ids?",
+    "label": "did you mean labels?", "image_grid_thw": "known are attention_mask, ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_keywords_that_nobody_reads(model, name):
+    for part in (model, model.model, model.model.language_model):
+        with pytest.raises(TypeError, match=f"QVL: {name} is no argument of the model; .*({KEYWORDS[name]})"):
+            part(input_ids=_ids(model), **{name: torch.ones(2, 3, 8, 8)})
+
+
+def test_keywords_that_transformers_passes(model):
+    with torch.no_grad():
+        plain = model(input_ids=_ids(model)).logits
+        out = model(
+            input_ids=_ids(model), return_dict=True, output_attentions=False, output_hidden_states=False, use_cache=True, cache_position=torch.arange(7),
+            num_items_in_batch=3, labels=_ids(model), logits_to_keep=0, skip_logits=False, **{CACHE: None},
+        )  # fmt: skip
+    assert torch.equal(out.logits, plain)
+
+
+PIXELS = {
+    "a list": (dict(pixel_values=[1]), TypeError, "pixel_values must be a torch.Tensor, got list"),
+    "a mask that is a list": (dict(pixel_values=torch.ones(2, 3, 8, 8), pixel_attention_mask=[[1]]), TypeError, "pixel_attention_mask must be a torch.Tensor"),
+    "values of 2": (dict(pixel_values=torch.ones(2, 3, 8, 8), pixel_attention_mask=torch.full((2, 8, 8), 2)), ValueError, "must hold 1 for pixels"),
+    "a mask to be added": (dict(pixel_values=torch.ones(2, 3, 8, 8), pixel_attention_mask=torch.full((2, 8, 8), -1e4)), ValueError, "must hold 1 for pixels"),
+}
+
+
+@pytest.mark.parametrize("kind", PIXELS)
+def test_wrong_pixels_are_refused(model, kind):
+    arguments, error, message = PIXELS[kind]
+    for call in (model, model.model):
+        with pytest.raises(error, match=f"QVL: .*{message}"):
+            call(input_ids=_ids(model), **arguments)
+    with pytest.raises(error, match=f"QVL: .*{message}"):
+        model.get_image_features(**arguments)

@@ -33,6 +33,8 @@ def _standard_errors(cls: type) -> type:
 
         return call
 
+    assign = cls.__setattr__
+    cls.__setattr__ = lambda self, name, value: assign(self, cls.attribute_map.get(name, name), value)  # values are checked by a field's own name
     for name in ("__init__", "__setattr__", "validate"):
         setattr(cls, name, converting(getattr(cls, name)))
     return cls

@@ -1,15 +1,38 @@
 """What the text part of QVL is given: right in shape and values, or an error; longer than meant, a warning."""
 
+import difflib
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.utils import logging
+from transformers.utils import TransformersKwargs, logging
 
+from qvl_model.compat import CACHE_NAMES
 from qvl_model.qvl.configuration import QVLConfig
 
-__all__ = ["check_prompt", "check_text"]
+__all__ = ["check_keywords", "check_pixel_mask", "check_prompt", "check_text"]
 
 logger = logging.get_logger(__name__)
+
+
+# What a call may have beside the arguments that ``forward`` names: for attention functions, and what transformers, trainers and qvl pass along.
+_PASSED_ALONG = {
+    *TransformersKwargs.__annotations__, *CACHE_NAMES, "cache_position", "position_bias", "return_dict", "s_aux", "skip_logits", "sliding_window",
+    "softcap",
+}  # fmt: skip
+_ARGUMENTS = (
+    "attention_mask", "cache", "input_ids", "inputs_embeds", "labels", "logits_to_keep", "output_attentions", "output_hidden_states",
+    "pixel_attention_mask", "pixel_values", "position_ids", "token_type_ids", "use_cache",
+)  # fmt: skip
+
+
+def check_keywords(kwargs: dict) -> None:
+    """TypeError for keyword arguments of a call that nobody reads."""
+    for name, value in kwargs.items():
+        if value is not None and name not in _PASSED_ALONG:
+            nearest = next(iter(difflib.get_close_matches(name, _ARGUMENTS, n=1)), None)
+            hint = f"did you mean {nearest}?" if nearest else f"known are {', '.join(_ARGUMENTS)}"
+            raise TypeError(f"QVL: {name} is no argument of the model; {hint}")
 
 
 def check_text(
@@ -53,7 +76,12 @@ def _check_mask(mask: Tensor, batch: int, queries: int, past: int | None) -> Non
         tokens = f"{past} tokens in the cache and {queries} new ones" if past else f"{queries} tokens"
         raise ValueError(f"QVL: attention_mask must be [{batch}, {length}] for {batch} rows of {tokens}, got {list(mask.shape)}")
     if mask.is_cpu or past == 0:
-        _check_values(mask)
+        _check_values("attention_mask", mask, "for tokens and 0 for padding, and has other values; a mask to be added has four dimensions")
+
+
+def check_pixel_mask(mask: Tensor) -> None:
+    """ValueError for other values than 0 and 1."""
+    _check_values("pixel_attention_mask", mask, "for pixels of the image and 0 for padding, and has other values")
 
 
 def check_prompt(text: Tensor | None, attention_mask: Tensor | None, cache: Cache | None) -> None:
@@ -70,13 +98,13 @@ def check_prompt(text: Tensor | None, attention_mask: Tensor | None, cache: Cach
     shape = tuple(attention_mask.shape)
     if len(shape) != 2 or shape[0] != batch or (shape[1] not in (length, past + length) if past is not None else shape[1] < length):
         raise ValueError(f"QVL: attention_mask must be [{batch}, {length}{' + what the cache holds' if past else ''}], as the prompt, got {list(shape)}")
-    _check_values(attention_mask)
+    _check_values("attention_mask", attention_mask, "for tokens and 0 for padding, and has other values; a mask to be added has four dimensions")
 
 
-def _check_values(mask: Tensor) -> None:
+def _check_values(name: str, mask: Tensor, meaning: str) -> None:
     if mask.dtype == torch.bool or mask.is_meta or torch.compiler.is_compiling():
         return
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError("QVL: attention_mask must hold 1 for tokens and 0 for padding, and has other values; a mask to be added has four dimensions")
+        raise ValueError(f"QVL: {name} must hold 1 {meaning}")

@@ -15,7 +15,7 @@ from qvl_model.qvl.base import QVLPreTrainedModel
 from qvl_model.qvl.cache import holds_images
 from qvl_model.qvl.configuration import QVLConfig
 from qvl_model.qvl.connector import QVLAttentionConnector, QVLMLPConnector
-from qvl_model.qvl.inputs import check_prompt
+from qvl_model.qvl.inputs import check_keywords, check_pixel_mask, check_prompt
 from qvl_model.qvl.text import QVLTextModel, Visual
 from qvl_model.qvl.vision import QVLVisionModel
 
@@ -86,7 +86,7 @@ class QVLModel(QVLPreTrainedModel):
         """The visual tokens of each sample; None if no pixel belongs to an image.
 
         Args: as ``forward``.
-        Raises: ValueError for shapes that do not fit.
+        Raises: ValueError for shapes that do not fit and a mask with other values; TypeError for what are no tensors.
         """
         pixels, mask, samples, per_sample = self._images(pixel_values, pixel_attention_mask)
         features, lengths = self.visual(pixels, mask)
@@ -102,6 +102,9 @@ class QVLModel(QVLPreTrainedModel):
 
     def _images(self, pixel_values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int, int]:
         """Pixels and mask as one row of images; samples; images per sample."""
+        for name, value in (("pixel_values", pixel_values), ("pixel_attention_mask", mask)):
+            if not isinstance(value, Tensor) and not (value is None and name == "pixel_attention_mask"):
+                raise TypeError(f"QVL: {name} must be a torch.Tensor, got {type(value).__name__}")
         channels = self.config.vision_num_channels
         if pixel_values.dim() not in (4, 5) or pixel_values.shape[-3] != channels or 0 in pixel_values.shape:
             raise ValueError(
@@ -114,6 +117,8 @@ class QVLModel(QVLPreTrainedModel):
         expected = (*pixel_values.shape[:-3], *pixel_values.shape[-2:])
         if mask is not None and mask.shape != expected:
             raise ValueError(f"QVL: pixel_attention_mask must be {list(expected)} for these pixel_values, got {list(mask.shape)}")
+        if mask is not None:
+            check_pixel_mask(mask)
         return pixel_values.flatten(0, -4), None if mask is None else mask.flatten(0, -3), samples, per_sample
 
     @takes_cache
@@ -143,9 +148,11 @@ class QVLModel(QVLPreTrainedModel):
             pixel_attention_mask: [B, H, W] (or [B, images, H, W]), 0 on padding, which cannot change the result. An image that is
                 all padding is no image: samples without images are text only.
             output_hidden_states, output_attentions: see QVLModelOutput.
-        Raises: ValueError for shapes that do not fit, a mask with other values, or a cache that already holds images. Text longer than
-            max_position_embeddings gets a warning, once, and the positions that follow.
+        Raises: ValueError for shapes that do not fit, a mask with other values, or a cache that already holds images; TypeError for pixels
+            that are no tensors, and keywords that nobody reads. Text longer than max_position_embeddings gets a warning, once, and the
+            positions that follow.
         """
+        check_keywords(kwargs)
         text = input_ids if input_ids is not None else inputs_embeds
         visual = None
         if pixel_values is not None:

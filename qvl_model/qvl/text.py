@@ -15,7 +15,7 @@ from qvl_model.compat import CACHE, takes_cache
 from qvl_model.qvl.base import QVLPreTrainedModel, attend, eager, eager_config, key_mask, rotary_tables
 from qvl_model.qvl.cache import add_visual_layer, visual_layer
 from qvl_model.qvl.configuration import QVLConfig
-from qvl_model.qvl.inputs import check_text
+from qvl_model.qvl.inputs import check_keywords, check_text
 
 __all__ = ["QVLCrossAttention", "QVLDecoderLayer", "QVLFusion", "QVLTextModel", "Visual"]
 
@@ -210,6 +210,7 @@ class QVLTextModel(QVLPreTrainedModel):
         visual: Visual | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
+        check_keywords(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("QVL: give either input_ids or inputs_embeds")
         use_cache = self.config.use_cache if use_cache is None else use_cache
