@@ -89,7 +89,7 @@ MUTATIONS = [
     Mutation(FAST, "return qvl_kernels.cross_attention(q, k, v, kv_lens=lengths, scale=self.scaling)\n", "return qvl_kernels.cross_attention(q, k, v, scale=self.scaling)\n", f"{REFERENCE}::test_fp32[attention]"),
     Mutation(FAST, "not (dropout.training and dropout.p > 0.0)", "True", DROPOUT),
     Mutation(FAST, "return self.fc2(qvl_kernels.gelu_tanh(wide))", "return self.fc2(nn.functional.gelu(wide))", f"{REFERENCE}::test_fp32[attention]"),
-    Mutation(f"{MODULES}/decoder_layer.py", '"num_heads": len(q._parameters["weight"])', '"num_heads": len(k._parameters["weight"])', EPSILON),
+    Mutation(f"{MODULES}/decoder_layer.py", '"num_heads": len(q._parameters["weight"])', '"num_heads": len(k._parameters["weight"])', f"{GENERATE}::test_every_decoding_step_is_fused"),
     Mutation(f"{MODULES}/text.py", "hidden_states, self.weight, eps=self.variance_epsilon", "hidden_states, self.weight, eps=1e-6", EPSILON),
     Mutation(f"{MODULES}/text.py", "causal=attention_mask is None and queries > 1", "causal=False", f"{REFERENCE}::test_gradients\n{REFERENCE}::test_fp32"),
     # Tokens, step by step.

@@ -163,6 +163,21 @@ def test_returned_cache_goes_on_to_the_next_turn(models, steps):
     assert len(steps) == 4
 
 
+def test_a_layer_with_fewer_keys_than_the_others(models, steps):
+    """As one turn of a single token leaves it, for which stock needs no mask."""
+    outs = []
+    for model in models:
+        cache = step_gpu.DynamicCache(config=model.config.text_config)
+        with torch.no_grad():
+            model(**inputs([6]), **{CACHE: cache})
+        layer = cache.layers[2]
+        layer.keys, layer.values = layer.keys[:, :, :4], layer.values[:, :, :4]
+        turn = dict(input_ids=torch.tensor([[7]]), attention_mask=torch.ones(1, 7, dtype=torch.long))
+        outs.append(_generate(model, turn, **{CACHE: cache}, return_dict_in_generate=True, output_logits=True, **GREEDY))
+    assert torch.equal(outs[0].sequences, outs[1].sequences) and not steps
+    assert_close(torch.stack(outs[1].logits), torch.stack(outs[0].logits))
+
+
 def test_keys_and_values_are_there_once(models, monkeypatch):
     """A cache that nobody asked for is empty once the step has taken over."""
     seen, begin = [], GpuStep._begin

@@ -11,13 +11,14 @@ from models import assert_close, relative
 from qvl_models import IMAGE, VOCABULARY, inputs, pad_pixels, pair
 from torch import nn
 from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
 
 import qvl_model
 from qvl_kernels.testing import poisoned_empty
 from qvl_model.compat import CACHE
 from qvl_model.generation import images, step_gpu
 from qvl_model.generation.step_gpu import GpuStep
-from qvl_model.qvl.cache import VisualLayer
+from qvl_model.qvl.cache import VisualLayer, add_visual_layer
 
 NAMES = ["mlp", "attention"]
 GREEDY = dict(do_sample=False, max_new_tokens=9)
@@ -138,6 +139,42 @@ def test_rows_that_fill_up_a_step_see_nothing(models, steps, monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned_empty)
     _same(models, BATCHES["a row without"])
     assert steps[0].rows == 4 and steps[0]._images._lengths[0].tolist()[1::2] == [0, 0]
+
+
+class _At(BaseStreamer):
+    """Calls a function with the third token."""
+
+    def __init__(self, function):
+        self.count, self.function = 0, function
+
+    def put(self, value):
+        self.count += 1
+        if self.count == 4:
+            self.function()
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("image", [(14, 19), None], ids=["another image", "the first image"])
+def test_images_that_a_streamer_changes(models, image):
+    outs = []
+    for model in models:
+        cache, other = (DynamicCache(config=model.config) for _ in range(2))
+        with torch.no_grad():
+            model(**inputs(5, seed=7), **{CACHE: other})
+
+        def change(cache=cache, other=other, model=model):
+            fused = range(len(model.config.cross_attention_layers))
+            for index in fused:
+                layer = other.layers[model.config.num_hidden_layers + index]
+                add_visual_layer(cache, index, model.config.num_hidden_layers).update(layer.keys * 3, layer.values.flip(2), layer.lengths)
+
+        out = _generate(model, inputs(5, image=image), **{CACHE: cache}, streamer=_At(change), return_dict_in_generate=True, output_logits=True)
+        outs.append(torch.stack(out.logits))
+    assert_close(outs[1], outs[0])
+    unchanged = torch.stack(_generate(models[0], inputs(5, image=image), return_dict_in_generate=True, output_logits=True).logits)
+    assert relative(outs[0], unchanged) > 1e-3
 
 
 def test_failures_leave_images_where_they_are(models, monkeypatch):

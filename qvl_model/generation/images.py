@@ -64,7 +64,7 @@ class Images:
     """
 
     def __init__(self, body: nn.Module, layers: tuple[int, ...], rows: int) -> None:
-        self._fusions = {index: body.layers[index].fusion for index in layers}
+        self._fusions, self._loaded = {index: body.layers[index].fusion for index in layers}, []
         attention, weight = self._fusions[layers[0]].attn, body.norm.weight
         kv_heads = attention.q_proj.out_features // attention.head_dim // attention.num_key_value_groups
         self._caches = GrowingCaches(len(layers), rows, kv_heads, attention.head_dim, weight.dtype, weight.device)
@@ -74,11 +74,18 @@ class Images:
     def load(self, cache: Cache, batch: int) -> None:
         """Copies keys, values and lengths from a cache of so many rows."""
         self._lengths.zero_()
-        for place, fusion in enumerate(self._fusions.values()):
-            keys, values, lengths = fusion.memory(None, cache)
+        self._loaded = self._of(cache)
+        for place, (keys, values, lengths) in enumerate(self._loaded):
             keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
             self._caches.take(place, keys, values, length=keys.shape[2])
             self._lengths[place, :batch] = keys.shape[2] if lengths is None else lengths
+
+    def are_in(self, cache: Cache) -> bool:
+        """Whether the cache has the tensors still that ``load`` found."""
+        return all(x is y for old, new in zip(self._loaded, self._of(cache)) for x, y in zip(old, new))
+
+    def _of(self, cache: Cache) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        return [fusion.memory(None, cache) for fusion in self._fusions.values()]
 
     def add(self, index: int, hidden: Tensor) -> Tensor:
         """What decoder layer ``index`` goes on with: hidden [B, 1, C], and what it reads of the images."""
@@ -97,3 +104,4 @@ class Images:
     def clear(self) -> None:
         """Frees keys and values."""
         self._caches.clear()
+        self._loaded = []

@@ -17,7 +17,7 @@ from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
 from qvl_model.generation import graphs, images, sampling
 from qvl_model.generation.choosing import Chooser
 from qvl_model.generation.images import Images
-from qvl_model.generation.inputs import body_why_not, token_inputs
+from qvl_model.generation.inputs import body_why_not, cache_places, token_inputs
 from qvl_model.generation.sampling import Sampler
 from qvl_model.modules import head, text
 from qvl_model.modules.decoder_layer import plan_of
@@ -232,7 +232,7 @@ class GpuStep:
         self._model = weakref.ref(model)  # the pool, which belongs to the model, holds this
         body, lm_head = model.model.language_model, model.lm_head
         self._layers = [plan_of(layer).prepared for layer in body.layers]
-        self._cache_indices = [layer.self_attn.layer_idx for layer in body.layers]
+        self._places = cache_places(body)
         first, weight = self._layers[0], body.norm.weight
         self._device, self._stream, self.graph = graphs.of(weight.device), None, None
         self._samplers: OrderedDict[tuple, Sampler | None] = OrderedDict()
@@ -301,7 +301,7 @@ class GpuStep:
             self._set(positions, visible)  # runs before the capture went on; what they wrote is written again
 
     def _cache_layers(self) -> list:
-        return [self._cache.layers[index] for index in self._cache_indices]
+        return [self._cache.layers[index] for index in self._places]
 
     def _set(self, positions: Tensor, visible: Tensor | None) -> None:
         self._tokens.zero_()
@@ -384,8 +384,10 @@ class GpuStep:
         return Sampler(chooser, logits, tokens, embedding.num_embeddings, self._device, self.graph.pool)
 
     def holds(self) -> bool:
-        """Whether nothing that the step depends on has changed since it was captured."""
-        return self.state == _state(self._model())
+        """Whether nothing that the step depends on has changed since it was captured, nor the images since it began."""
+        model = self._model()
+        layers = images.layers_with_images(model.model.language_model, self._cache)
+        return self.state == _state(model) and layers == self.layers_with_images and (self._images is None or self._images.are_in(self._cache))
 
     def end(self, length: int) -> None:
         """Gives the first ``length`` keys and values back to the cache that ``begin`` got, unless it was released, and the step to others."""
