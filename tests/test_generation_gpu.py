@@ -11,10 +11,12 @@ import pytest
 import torch
 from gpu_steps import offer
 from models import assert_close, inputs, pair
-from transformers import StaticCache
+from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache, StaticCache
 from transformers.generation import LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList
 from transformers.generation import logits_process as processors
 from transformers.generation.streamers import BaseStreamer
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 import qvl_model
 from qvl_model.compat import CACHE
@@ -550,3 +552,62 @@ def test_a_step_of_inference_mode_serves_outside_of_it(models, steps):
     batch, options = inputs([7]), dict(do_sample=True, max_new_tokens=9)
     assert torch.equal(_generate(ours, batch, **options), _generate(stock, batch, **options))
     assert steps[0] is steps[1]
+
+
+def _own_update(model, cache):
+    cache.layers[1].update = lambda k, v, *args, update=cache.layers[1].update, **kwargs: update(k * 0.5, v, *args, **kwargs)
+
+
+def _own_attention(model, cache):
+    functions = modeling_qwen3_vl.ALL_ATTENTION_FUNCTIONS
+    theirs = functions["sdpa"]
+    functions["sdpa"] = lambda module, q, k, v, *args, **kwargs: theirs(module, q, k, v * 0.5, *args, **kwargs)
+
+
+def _plain_tensor(model, cache):
+    norm = model.model.language_model.norm
+    value = norm.weight.detach() * 1.5
+    del norm.weight
+    norm.weight = value
+
+
+def _plain_frequencies(model, cache):
+    rotary = model.model.language_model.rotary_emb
+    value = rotary.inv_freq * 0.5
+    del rotary.inv_freq
+    rotary.inv_freq = value
+
+
+def _first_layer_lost(model, cache):
+    del model.model.language_model.layers[0]
+
+
+@pytest.mark.parametrize("change", [_own_update, _own_attention, _plain_tensor, _plain_frequencies, _first_layer_lost])
+def test_what_no_graph_can_follow_stays_with_stock_code(monkeypatch, steps, change):
+    offer(monkeypatch)
+    mapping = modeling_qwen3_vl.ALL_ATTENTION_FUNCTIONS
+    outs = []
+    for model in pair("odd"):
+        before = _generate(model, inputs([9]), **GREEDY, return_dict_in_generate=True, output_logits=True)
+        begun = len(steps)
+        cache = DynamicCache(config=model.config.text_config)
+        with monkeypatch.context() as patch:
+            patch.setattr(mapping, "_local_mapping", dict(mapping._local_mapping))
+            change(model, cache)
+            outs.append(_generate(model, inputs([9]), **GREEDY, **{CACHE: cache}, return_dict_in_generate=True, output_logits=True))
+    assert torch.equal(outs[0].sequences, outs[1].sequences) and begun and len(steps) == begun
+    assert_close(torch.stack(outs[1].logits), torch.stack(outs[0].logits))
+    assert (torch.stack(outs[0].logits) - torch.stack(before.logits)).abs().max() > 1e-3
+
+
+def test_under_a_mode(models, steps):
+    class Halved(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            return out * 0.5 if function is torch.nn.functional.linear else out
+
+    _generate(models[1], inputs([9]), **GREEDY)
+    with Halved():
+        stock, ours = (_generate(model, inputs([9]), **GREEDY, return_dict_in_generate=True, output_logits=True) for model in models)
+    assert torch.equal(ours.sequences, stock.sequences) and len(steps) == 1
+    assert_close(torch.stack(ours.logits), torch.stack(stock.logits))

@@ -5,6 +5,7 @@ import io
 import pickle
 import threading
 
+import gpu_steps
 import models
 import pytest
 import torch
@@ -16,7 +17,7 @@ import qvl_model
 import qvl_models
 from bench.truth import fake_quantised
 from qvl_kernels import quant
-from qvl_model import decoding
+from qvl_model.generation.step_gpu import GpuStep
 from qvl_model.modules.packed import PackedEmbedding, PackedLinear
 from qvl_model.quantization import formats_of
 
@@ -329,15 +330,15 @@ def test_hooks_and_adapters_stay_and_train():
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_decoding_loop_of_gpus(weights, monkeypatch):
+def test_steps_of_gpus(weights, monkeypatch):
     _, fast = pair()
     qvl_model.accelerate(fast, weights=weights)
     batch = inputs([5], [2])
     expected = fast.generate(**batch, max_new_tokens=8, do_sample=False)
-    monkeypatch.setattr(decoding, "graphs_possible", lambda device: None)
-    calls, original = [], decoding.decode
-    monkeypatch.setattr(decoding, "decode", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
-    assert torch.equal(fast.generate(**batch, max_new_tokens=8, do_sample=False), expected) and calls
+    gpu_steps.offer(monkeypatch)
+    calls, original = [], GpuStep.run
+    monkeypatch.setattr(GpuStep, "run", lambda *args: calls.append(1) or original(*args))
+    assert torch.equal(fast.generate(**batch, max_new_tokens=8, do_sample=False), expected) and len(calls) == 7
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
