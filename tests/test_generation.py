@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from models import assert_close, inputs, pair, relative
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, masking_utils
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -436,3 +436,146 @@ def test_report_says_why_not():
     assert "hooks" in qvl_model.report(ours).decoding
     _set_implementation(ours, "paged|sdpa")
     assert "nothing fused" in qvl_model.report(ours).attention
+
+
+class _Flipped:
+    """A mix-in of a user's: whatever the class computes, upside down."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            return out * 0.5
+        out[0].copy_(out[0].flip(-1))
+        return out
+
+
+@pytest.mark.parametrize("place", ["model", "model.language_model", "model.language_model.layers.2"])
+def test_a_forward_that_a_subclass_overrides_counts(place):
+    outs, options = [], GREEDY | dict(return_dict_in_generate=True, output_logits=True)
+    for model in pair("odd"):
+        before = _generate(model, inputs([9]), **options)
+        module = model.get_submodule(place)
+        module.__class__ = type("Flipped", (_Flipped, type(module)), {"__module__": __name__})
+        out = _generate(model, inputs([9]), **options)
+        with torch.no_grad():
+            outs.append((torch.stack(out.logits), model(**inputs([6])).logits))
+    for ours, stock in zip(outs[1], outs[0]):
+        assert_close(ours, stock)
+    assert relative(outs[0][0], torch.stack(before.logits)) > 1e-3
+
+
+def test_inputs_that_somebody_else_prepares_count():
+    """As PEFT's prefix tuning does: the method is replaced on the model."""
+    outs = []
+    for model in pair("odd"):
+        prepare = model.prepare_inputs_for_generation
+
+        def prepared(*args, prepare=prepare, **kwargs):
+            found = prepare(*args, **kwargs)
+            found["attention_mask"] = found["attention_mask"].clone()
+            found["attention_mask"][:, 2:4] = 0
+            return found
+
+        model.prepare_inputs_for_generation = prepared
+        outs.append(_generate(model, inputs([9], [4]), **GREEDY, return_dict_in_generate=True, output_logits=True))
+    assert_close(torch.stack(outs[1].logits), torch.stack(outs[0].logits))
+
+
+def test_a_mask_function_registered_anew_counts(models, monkeypatch):
+    functions = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    known = functions["sdpa"]
+
+    def mask(*args, **kwargs):
+        out = known(*args, **kwargs | {"allow_is_causal_skip": False}).clone()
+        out[..., 2:4] = False
+        return out
+
+    monkeypatch.setitem(functions._global_mapping, "sdpa", mask)
+    outs = [_generate(model, inputs([9]), **GREEDY, return_dict_in_generate=True, output_logits=True) for model in models]
+    assert_close(torch.stack(outs[1].logits), torch.stack(outs[0].logits))
+
+
+def _swap_weights(model):
+    for parameter in model.model.language_model.layers.parameters():
+        parameter.data = parameter.data * 0.5
+
+
+@pytest.mark.parametrize("where", ["a function of prefixes", "a hook on the head"])
+def test_functions_of_ones_own_that_change_the_model(where):
+    outs = []
+    for model in pair("odd"):
+        calls = []
+
+        def change(*_, model=model, calls=calls):
+            calls.append(1)
+            if len(calls) == 4:
+                _swap_weights(model)
+
+        options = GREEDY | dict(return_dict_in_generate=True, output_logits=True)
+        if where == "a hook on the head":
+            model.lm_head.register_forward_hook(change)
+        else:
+            options["prefix_allowed_tokens_fn"] = lambda batch, ids, change=change: (change(), list(range(160)))[1]
+        outs.append(_generate(model, inputs([9]), **options))
+    assert_close(torch.stack(outs[1].logits), torch.stack(outs[0].logits))
+
+
+def test_memory_of_weights_that_are_swapped_meanwhile_stays():
+    """By another thread, say: what a step reads is not freed under it."""
+    _, ours = pair("odd")
+    weight = _layer(ours, 1).mlp.up_proj.weight
+    step = CpuStep.begin(ours, _filled(ours), torch.full((3, 1, 1), 5), None)
+    address, expected = weight.data_ptr(), weight.clone()
+    weight.data = weight.data * 0.5
+    (kept,) = [x for x in step._alive if x.data_ptr() == address]
+    assert torch.equal(kept, expected)
+
+
+def _filled(model) -> DynamicCache:
+    cache = DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6, 7, 8, 9]]), **{CACHE: cache})
+    return cache
+
+
+class _Looks(StoppingCriteria):
+    def __init__(self, cache):
+        self.cache, self.seen = cache, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen.append(int(self.cache.get_seq_length()))
+        if len(self.seen) == 3:
+            self.cache.layers[1].values.zero_()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+def test_a_criterion_that_looks_into_the_users_cache(models):
+    results = []
+    for model in models:
+        cache = DynamicCache(config=model.config.get_text_config())
+        looks = _Looks(cache)
+        out = _generate(model, inputs([9]), **GREEDY, **{CACHE: cache}, stopping_criteria=[looks], return_dict_in_generate=True, output_logits=True)
+        results.append((torch.stack(out.logits), looks.seen))
+    assert results[0][1] == results[1][1]
+    assert_close(results[1][0], results[0][0])
+
+
+def test_a_static_cache_that_is_too_short(models):
+    results = []
+    for model in models:
+        cache = StaticCache(config=model.config.text_config, max_cache_len=12)
+        with pytest.raises((RuntimeError, IndexError, ValueError)) as caught:
+            _generate(model, inputs([9]), **GREEDY, **{CACHE: cache})
+        results.append((caught.type, int(cache.get_seq_length())))
+    assert results[0] == results[1]
+
+
+def test_gradients_of_a_kept_cache():
+    grads = []
+    for model in pair("odd"):
+        model.requires_grad_(False)
+        cache = _filled(model)
+        keys = [layer.keys.requires_grad_(True) for layer in cache.layers]
+        model(input_ids=torch.tensor([[5]]), **{CACHE: cache}).logits.square().sum().backward()
+        grads.append(torch.stack([x.grad for x in keys]))
+    assert_close(grads[1], grads[0])

@@ -20,7 +20,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 import qvl_model
 from qvl_model.compat import CACHE
-from qvl_model.generation import graphs, step_gpu
+from qvl_model.generation import graphs, kv_cache, step_gpu
 from qvl_model.generation.step_gpu import GpuStep, StepFailed
 
 GREEDY = dict(do_sample=False, max_new_tokens=12)
@@ -253,7 +253,7 @@ def test_an_exception_of_a_streamer_leaves_cache_and_model_usable(models, kept):
     (expected_cache, expected), (cache, out) = results
     assert torch.equal(out, expected) and len(_idle(ours)) == 1
     if kept:
-        _same_cache(cache, expected_cache)
+        _same_cache(cache, expected_cache, strides=False)
 
 
 def test_steps_serve_again_and_few_are_kept(models, steps):
@@ -442,6 +442,7 @@ def test_what_could_not_begin_keeps_no_memory(models, steps, monkeypatch):
         alive.append(len(_alive(held)))
         return call(model, *args, **kwargs)
 
+    looked.__module__ = "transformers"  # a method of a user's would be stock code's to call
     monkeypatch.setattr(type(models[1].model), "__call__", looked)
     _refused(monkeypatch)
     with pytest.warns(RuntimeWarning, match="without CUDA graphs"):
@@ -611,3 +612,28 @@ def test_under_a_mode(models, steps):
         stock, ours = (_generate(model, inputs([9]), **GREEDY, return_dict_in_generate=True, output_logits=True) for model in models)
     assert torch.equal(ours.sequences, stock.sequences) and len(steps) == 1
     assert_close(torch.stack(ours.logits), torch.stack(stock.logits))
+
+
+def test_memory_of_the_prompt_is_freed_once_it_is_taken_over(models, monkeypatch):
+    held, alive, make, run = [], [], kv_cache._Grown.__init__, GpuStep.run
+    monkeypatch.setattr(kv_cache._Grown, "__init__", lambda grown, memory: held.append(weakref.ref(memory.k_cache)) or make(grown, memory))
+    monkeypatch.setattr(GpuStep, "run", lambda *args: alive.append(sum(memory() is not None for memory in held)) or run(*args))
+    _generate(models[1], inputs([20]), **GREEDY)
+    assert held and alive == [0] * (GREEDY["max_new_tokens"] - 1)
+
+
+def test_a_custom_loop_finds_its_cache_whole(models):
+    """A ``custom_generate`` that keeps the cache which ``generate`` made."""
+    results = []
+    for model in models:
+        kept = []
+
+        def custom(model, input_ids, logits_processor, stopping_criteria, generation_config, kept=kept, **options):
+            kept.append(options[CACHE])
+            return model._sample(input_ids, logits_processor, stopping_criteria, generation_config, **options)
+
+        out = _generate(model, inputs([9], [4]), **GREEDY, custom_generate=custom)
+        results.append((out, kept[0]))
+    (expected, expected_cache), (out, cache) = results
+    assert torch.equal(out, expected)
+    _same_cache(cache, expected_cache, strides=False)

@@ -1,10 +1,11 @@
 """What steps of the CPU and of GPUs share: which layers they can run, and what the first one is given for one new token per row."""
 
 from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from qvl_model.modules.decoder_layer import plan_of
 from qvl_model.modules.packed import PackedEmbedding
-from qvl_model.modules.plain import kernels_take, only_capture_hooks
+from qvl_model.modules.plain import kernels_take, only_capture_hooks, runs_library_code
 from qvl_model.qvl.text import QVLTextModel
 
 __all__ = ["body_why_not", "cache_places", "token_inputs"]
@@ -17,8 +18,11 @@ def body_why_not(body: nn.Module) -> str | None:
     weight = body.embed_tokens._parameters.get("weight") if type(body.embed_tokens) in (nn.Embedding, PackedEmbedding) else None
     if weight is None or weight.dtype is not body.norm.weight.dtype:
         return "the embedding is not plain"
+    mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(body.config._attn_implementation)
+    if mask_function is not None and not mask_function.__module__.startswith("transformers."):
+        return "another function makes attention masks"
     for index, layer in enumerate(body.layers):
-        hooked = layer._forward_pre_hooks or not only_capture_hooks(layer, "hidden_states") or "forward" in layer.__dict__
+        hooked = layer._forward_pre_hooks or not only_capture_hooks(layer, "hidden_states") or not runs_library_code(layer, "forward", "__call__")
         plan = None if hooked else plan_of(layer)
         if plan is None or not layer.infers() or plan.prepared.dtype is not body.norm.weight.dtype:
             return f"decoder layer {index} is not plain"

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from qvl_kernels import PreparedCache, pages
 
-__all__ = ["Store", "keeps_plainly", "open_store"]
+__all__ = ["Store", "forget", "keeps_plainly", "open_store"]
 
 _ROOM = 64  # tokens of room to grow at least; a thirty-second of the length when that is more
 
@@ -56,6 +56,11 @@ _grown: "weakref.WeakKeyDictionary[DynamicLayer, _Grown]" = weakref.WeakKeyDicti
 _static: "weakref.WeakKeyDictionary[StaticLayer, PreparedCache]" = weakref.WeakKeyDictionary()
 
 
+def forget(layer: DynamicLayer) -> None:
+    """Frees the memory of a layer whose keys and values somebody else has taken over."""
+    _grown.pop(layer, None)
+
+
 @dataclass(slots=True)
 class Store:
     """Where a layer's new keys and values go: positions [past, past + T) of ``memory``."""
@@ -92,6 +97,8 @@ def open_store(cache: Cache | None, index: int, x: Tensor, kv_heads: int, head_d
     layer = layers[index]
     kind = type(layer)
     if kind not in (DynamicLayer, StaticLayer) or not keeps_plainly(layer, kind):
+        return None
+    if torch.is_grad_enabled() and layer.is_initialized and (layer.keys.requires_grad or layer.values.requires_grad):
         return None
     return (_dynamic_store if kind is DynamicLayer else _static_store)(layer, x, sizes)
 

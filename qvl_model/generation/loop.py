@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 from qvl_model.compat import CACHE
@@ -20,7 +21,7 @@ from qvl_model.generation.kv_cache import keeps_plainly
 from qvl_model.generation.step_cpu import CpuStep
 from qvl_model.generation.step_gpu import GpuStep, StepFailed
 from qvl_model.modules import head
-from qvl_model.modules.plain import is_plain, no_global_hooks
+from qvl_model.modules.plain import is_plain, no_global_hooks, runs_library_code
 from qvl_model.qvl import modeling as qvl
 from qvl_model.qvl.cache import VisualLayer
 
@@ -70,8 +71,10 @@ def model_why_not(model: nn.Module) -> str | None:
     if not isinstance(model, (stock.Qwen3VLForConditionalGeneration, qvl.QVLForConditionalGeneration)):
         return f"{type(model).__name__} is no model that generates"
     for module in (model, model.model, model.model.language_model):
-        if not is_plain(module, type(module), head.Forwards):
+        if not is_plain(module, type(module), head.Forwards) or not runs_library_code(module, "forward", "__call__"):
             return f"{type(module).__name__} has hooks or another forward"
+    if not runs_library_code(model, "prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill"):
+        return "another function prepares the inputs of a token"
     if not no_global_hooks() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "global hooks, or the call is traced"
     if _on_gpu(model):
@@ -98,12 +101,17 @@ def sample(model: nn.Module, input_ids: Tensor, processors, criteria, config: Ge
     del outputs  # the logits of a long prompt are large
     cache = kwargs[CACHE]
     if not ended:
-        foreign = _foreign(streamer, *processors, *criteria)
-        returned = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-        step = _begin(model, chooser, kwargs, release=not returned and not foreign)
-        choice = (step.sampler(chooser) if isinstance(step, GpuStep) else None) or chooser
-        begun, prompt = step.length, chooser.sequences.shape[1]
+        foreign = _foreign(model, streamer, *processors, *criteria)
+        users = getattr(cache, "_is_user_defined", False)
+        if foreign and users:  # somebody may look into the cache between two tokens
+            step = StockStep(model, chooser, kwargs)
+        else:
+            step = _begin(model, chooser, kwargs, release=not (users or foreign or config.return_dict_in_generate))
+        foreign = foreign and not isinstance(step, StockStep)
+        choice, begun, prompt = chooser, step.length, chooser.sequences.shape[1]
         try:
+            if isinstance(step, GpuStep):
+                choice = step.sampler(chooser) or chooser
             while not ended:
                 logits = _next_logits(model, cache, step, choice, foreign)
                 if logits is not None:
@@ -139,9 +147,14 @@ def _warn(error: StepFailed) -> None:
     warnings.warn(f"qvl_model: decoding goes on without CUDA graphs: {error}", RuntimeWarning, stacklevel=4)
 
 
-def _foreign(*parts) -> bool:
-    """Whether any of them is not transformers' own: it may do anything to the model between two tokens."""
-    return any(part is not None and not type(part).__module__.startswith("transformers.") for part in parts)
+def _foreign(model: nn.Module, *parts) -> bool:
+    """Whether any streamer, processor or criterion, or a hook that a step calls, is not transformers' own: it may do anything to the model
+    between two tokens."""
+    body = model.model.language_model
+    modules = [module for module in (body.embed_tokens, body.rotary_emb, body.norm, model.lm_head) if isinstance(module, nn.Module)]
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules) or any(
+        part is not None and (not type(part).__module__.startswith("transformers.") or type(part) is PrefixConstrainedLogitsProcessor) for part in parts
+    )
 
 
 def _begin(model: nn.Module, chooser: Chooser, kwargs: dict, *, release: bool) -> "CpuStep | GpuStep | StockStep":

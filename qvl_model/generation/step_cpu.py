@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from qvl_kernels import PreparedCache, PreparedDecoderLayer, dispatch
+from qvl_kernels.ops.linear.weights import tensors_of
 from qvl_model.generation.inputs import body_why_not, cache_places, token_inputs
 from qvl_model.generation.kv_cache import Store, open_store
 from qvl_model.modules.decoder_layer import plan_of
@@ -37,6 +38,8 @@ class CpuStep:
         self._positions, self._visible = positions.clone(), None if visible is None else visible[:, None, None]
         self._layers = list(self._body.layers)
         self._calls, self._places = [plan_of(layer).prepared for layer in self._layers], cache_places(self._body)
+        # Who swaps a weight's data meanwhile frees what the calls read.
+        self._alive = [x.detach() for call in self._calls for weight in call.weights if weight is not None for x in tensors_of(weight)]
         self._stores: list[Store] = []
         self.length = int(cache.get_seq_length())
 
@@ -46,11 +49,11 @@ class CpuStep:
         step = cls(model, cache, positions, visible)
         return step if step._open() else None
 
-    def run(self, tokens: Tensor) -> Tensor:
-        """The logits [B, V] after ``tokens`` int64 [B, 1]."""
+    def run(self, tokens: Tensor) -> Tensor | None:
+        """The logits [B, V] after ``tokens`` int64 [B, 1]; None where a static cache is full."""
         hidden, cos, sin = token_inputs(self._body, tokens, self._positions)
         if self.length == self._capacity and not self._open():
-            raise RuntimeError("qvl_model: the key/value cache was changed while tokens were generated; generate leaves no room for that")
+            return None
         mask = self._mask()
         for layer, calls, memories in self._stretches:
             if layer is not None:
@@ -62,7 +65,7 @@ class CpuStep:
 
     def holds(self) -> bool:
         """Whether the model's layers are still those that this step runs."""
-        same = why_not(self._model) is None and cache_places(self._body) == self._places
+        same = self._model.model.language_model is self._body and why_not(self._model) is None and cache_places(self._body) == self._places
         return same and all(plan_of(layer).prepared is call for layer, call in zip(self._body.layers, self._calls))
 
     def end(self, length: int) -> None:
@@ -73,6 +76,7 @@ class CpuStep:
     def _open(self) -> bool:
         """Makes room for tokens, if the cache lets it."""
         self.end(self.length)
+        self._stores = []
         like = self._body.norm.weight.new_empty(self._positions.shape[-2], 1, 0)
         stores = [open_store(self._cache, place, like, call.kv_heads, call.head_dim) for place, call in zip(self._places, self._calls)]
         if any(store is None or store.past != self.length for store in stores):

@@ -18,6 +18,7 @@ from qvl_model.generation import graphs, images, sampling
 from qvl_model.generation.choosing import Chooser
 from qvl_model.generation.images import Images
 from qvl_model.generation.inputs import body_why_not, cache_places, token_inputs
+from qvl_model.generation.kv_cache import forget
 from qvl_model.generation.sampling import Sampler
 from qvl_model.modules import head, text
 from qvl_model.modules.decoder_layer import plan_of
@@ -285,6 +286,7 @@ class GpuStep:
         self._pool, self._cache, self._limit, self._batch = pool, cache, limit, positions.shape[-2]
         self._release, self._emptied, self._failed = release, 0, False
         self.length = cache.get_seq_length()
+        self._alive = [x.detach() for x in _tensors(self._model())]  # who swaps a weight's data meanwhile frees what the graph reads
         self._follow()
         room = self.length + max(FIRST_ROOM, self.length // 2)
         room = room if limit is None else max(self.length + 1, min(limit, room))
@@ -293,6 +295,7 @@ class GpuStep:
             if release:
                 self._emptied = index + 1
                 layer.keys, layer.values = (x.new_empty((*x.shape[:2], 0, x.shape[3])) for x in (layer.keys, layer.values))
+                forget(layer)
         if self._images is not None:
             self._images.load(cache, self._batch)
         self._set(positions, visible)
@@ -396,9 +399,9 @@ class GpuStep:
         with self._device.active():
             self._follow()
             sound = not self._failed and (self._release or self._copied_back(length))
-            if not sound:
+            if self._release or not sound:
                 self._hand_over(len(self._layers), length)
-        pool, self._pool, self._cache = self._pool, None, None
+        pool, self._pool, self._cache, self._alive = self._pool, None, None, None
         for sampler in self._samplers.values():
             if sampler is not None:
                 sampler.leave()

@@ -152,7 +152,8 @@ def forget_plan(layer: nn.Module) -> None:
 class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
     def __call__(self, *args, **kwargs) -> Tensor:
         """A plain layer at inference goes past ``nn.Module``'s own call and all that decorates ``forward``: a third of a token's time here."""
-        if len(args) == 1 and CACHE in kwargs and not torch.is_grad_enabled() and is_plain(self, type(self)):
+        ours = type(self).forward is Qwen3VLTextDecoderLayer.forward  # and not overridden by a subclass
+        if ours and len(args) == 1 and CACHE in kwargs and not torch.is_grad_enabled() and is_plain(self, type(self)):
             out = self._fused(args[0], **kwargs)
             if out is not None:
                 return out

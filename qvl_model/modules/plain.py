@@ -14,7 +14,7 @@ from qvl_kernels.library import PLAIN, has_memory, ops_are_seen
 
 __all__ = [
     "FAST_DTYPES", "FLASH", "attends_as_stock", "autocast_dtype", "dropout_fits", "is_number", "is_plain", "kernels_take", "no_global_hooks",
-    "only_capture_hooks",
+    "only_capture_hooks", "runs_library_code",
 ]  # fmt: skip
 
 FLASH = ("flash_attention_2", "flash_attention_3")  # implementations of attention that mean the same
@@ -52,6 +52,14 @@ def is_plain(module: nn.Module, kind: type, own_hook: type | None = None) -> boo
         and "forward" not in own
         and "weight" not in own
         and "bias" not in own
+    )
+
+
+def runs_library_code(module: nn.Module, *names: str) -> bool:
+    """Whether the methods of these names are those of a library's class: none replaced on the instance, none overridden in a user's subclass."""
+    return all(
+        name not in module.__dict__ and getattr(type(module), name).__module__.partition(".")[0] in ("torch", "transformers", "qvl_model")
+        for name in names
     )
 
 
