@@ -61,7 +61,7 @@ mutate: setup
 	$(VENV)/bin/python tests/mutate.py $(ARGS)
 
 # The extension in the source tree serves all environments: it is built against Python only.
-VERSION_TESTS := tests/test_model_*.py tests/test_capacity.py tests/test_training*.py tests/test_qvl*.py tests/test_packed_checkpoint.py
+VERSION_TESTS := tests/test_model_*.py tests/test_generation*.py tests/test_capacity.py tests/test_training*.py tests/test_qvl*.py tests/test_packed_checkpoint.py
 
 test-oldest: setup $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -m "not slow" $(VERSION_TESTS)

