@@ -79,7 +79,7 @@ OPTIONS = {
     "several sequences": dict(do_sample=True, num_return_sequences=2, max_new_tokens=8),
     "max time": GREEDY | dict(max_time=60.0),
     "static cache": GREEDY | dict(cache_implementation="static", disable_compile=True),
-    "many tokens": GREEDY | dict(max_new_tokens=150),
+    "many tokens": GREEDY | dict(max_new_tokens=80),
 }
 
 

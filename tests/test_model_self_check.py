@@ -76,7 +76,7 @@ def test_other_results_keep_the_model_stock(untested, monkeypatch):
 
 def test_wrong_tokens_alone_are_seen(untested, monkeypatch):
     monkeypatch.setattr(text.Qwen3VLTextRMSNorm, "forward", lambda self, x: stock.Qwen3VLTextRMSNorm.forward(self, x) * (1.01 if x.shape[1] == 1 else 1))
-    monkeypatch.setattr("qvl_model.modules.decoder_layer.layer_state", lambda layer: None)
+    monkeypatch.setattr("qvl_model.modules.decoder_layer.Plan.of", lambda layer: None)
     with pytest.warns(UserWarning, match="logits of tokens differ"):
         assert not qvl_model.is_accelerated(qvl_model.accelerate(models.stock_model("small")))
 
