@@ -1,5 +1,5 @@
 # make bench     speed, memory and accuracy of stock against accelerated Qwen3-VL (FAMILY=qvl: of QVL; MODEL=PATH: of a real checkpoint; ARGS=... for options)
-# make test      the tests that fit into 15 minutes on 2 cores
+# make test      the tests that fit into 20 minutes on 2 cores
 # make setup     only the environment (.venv) and the C++ extension; the two above do it themselves
 # make test-all  every test, also on older supported transformers and, under emulation, on aarch64; and make mutate
 # make test-torch TORCH=2.14.1  the tests on another PyTorch
