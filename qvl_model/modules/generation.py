@@ -8,10 +8,26 @@ from qvl_model.generation import loop, step_gpu
 from qvl_model.modules.head import causal_loss
 from qvl_model.quantization import is_packed_checkpoint
 
-__all__ = ["Qwen3VLForConditionalGeneration"]
+__all__ = ["GeneratesByStep", "Qwen3VLForConditionalGeneration"]
 
 
-class Qwen3VLForConditionalGeneration(packed_checkpoint.PackedSaving, stock.Qwen3VLForConditionalGeneration):
+class GeneratesByStep:
+    """For models that generate: tokens by the steps of ``generation.loop`` where they compute what the model's modules would."""
+
+    def train(self, mode: bool = True):
+        if mode:  # captured steps hold memory that training needs
+            step_gpu.release(self)
+        return super().train(mode)
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **options):
+        """Greedy and sampling: ``generate`` calls this once everything is prepared."""
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if loop.why_not(self, input_ids, generation_config, options) is None:
+            return loop.sample(self, *arguments, **options)
+        return super()._sample(*arguments, **options)
+
+
+class Qwen3VLForConditionalGeneration(GeneratesByStep, packed_checkpoint.PackedSaving, stock.Qwen3VLForConditionalGeneration):
     """The stock class whose ``from_pretrained`` returns an accelerated model, also from a directory of packed weights. Saved configs
     name the stock class.
 
@@ -40,18 +56,6 @@ class Qwen3VLForConditionalGeneration(packed_checkpoint.PackedSaving, stock.Qwen
     @loss_function.setter
     def loss_function(self, value):
         stock.Qwen3VLForConditionalGeneration.loss_function.fset(self, value)
-
-    def train(self, mode: bool = True):
-        if mode:  # captured steps hold memory that training needs
-            step_gpu.release(self)
-        return super().train(mode)
-
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **options):
-        """Greedy and sampling: ``generate`` calls this once everything is prepared."""
-        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if loop.why_not(self, input_ids, generation_config, options) is None:
-            return loop.sample(self, *arguments, **options)
-        return super()._sample(*arguments, **options)
 
 
 def __getattr__(name: str):  # transformers looks functions up in the module of a class

@@ -8,8 +8,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 import qvl_kernels
 from qvl_model import packed_checkpoint
 from qvl_model.compat import CACHE, takes_cache
-from qvl_model.generation import loop, step_gpu
 from qvl_model.modules.decoder_layer import Qwen3VLTextDecoderLayer
+from qvl_model.modules.generation import GeneratesByStep
 from qvl_model.modules.head import causal_loss
 from qvl_model.modules.plain import attends_as_stock, dropout_fits, is_number, is_plain, kernels_take, no_global_hooks
 from qvl_model.modules.vision import Qwen3VLVisionBlock, is_gelu_tanh
@@ -110,7 +110,7 @@ class QVLPatchEmbed(vision.QVLPatchEmbed):
         return qvl_kernels.patch_embed(patches, weight.unsqueeze(2), bias).view(images, rows, columns, -1)
 
 
-class QVLForConditionalGeneration(packed_checkpoint.PackedSaving, modeling.QVLForConditionalGeneration):
+class QVLForConditionalGeneration(GeneratesByStep, packed_checkpoint.PackedSaving, modeling.QVLForConditionalGeneration):
     """The loss without logits where nobody reads them, packed weights saved, and tokens generated step by step; all else is the plain class."""
 
     @property
@@ -121,18 +121,6 @@ class QVLForConditionalGeneration(packed_checkpoint.PackedSaving, modeling.QVLFo
     @loss_function.setter
     def loss_function(self, value):
         modeling.QVLForConditionalGeneration.loss_function.fset(self, value)
-
-    def train(self, mode: bool = True):
-        if mode:  # captured steps hold memory that training needs
-            step_gpu.release(self)
-        return super().train(mode)
-
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **options):
-        """Greedy and sampling: ``generate`` calls this once everything is prepared."""
-        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if loop.why_not(self, input_ids, generation_config, options) is not None:
-            return super()._sample(*arguments, **options)
-        return loop.sample(self, *arguments, **options)
 
 
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
