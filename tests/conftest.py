@@ -1,10 +1,28 @@
-"""Where the time of a run goes: seconds of each part of the tests beside its budget for `make test` on 2 cores."""
+"""The pair of models that several files share, and where the time of a run goes: seconds of each part of the tests beside its budget for
+`make test` on 2 cores."""
 
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 # Seconds; together about 20 minutes with what the set-up takes. What does not fit is marked slow.
 BUDGETS = {"kernels": 420, "model": 330, "training": 60, "digits": 60, "bench": 90}
+
+
+@pytest.fixture(scope="module")
+def odd_pair():
+    from models import pair  # needs transformers, which not every environment that runs some of the tests has
+
+    return pair("odd")
+
+
+@pytest.fixture
+def models(odd_pair):
+    """(stock, accelerated) of odd sizes."""
+    for model in odd_pair:
+        model.model.rope_deltas = None  # stock keeps those of the last images, and uses them for the next text
+    return odd_pair
 
 
 def part_of(file: str) -> str:

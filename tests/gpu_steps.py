@@ -116,3 +116,10 @@ def offer(monkeypatch) -> None:
     """From here on, accelerated models run tokens by ``GpuStep`` wherever they are."""
     monkeypatch.setattr(step_gpu, "why_no_graphs", lambda device: None)
     monkeypatch.setattr(step_gpu, "_pools", type(step_gpu._pools)())
+
+
+def begun(monkeypatch) -> list[step_gpu.GpuStep]:
+    """Every step that begins from here on."""
+    steps, begin = [], step_gpu.GpuStep._begin
+    monkeypatch.setattr(step_gpu.GpuStep, "_begin", lambda step, *args: steps.append(step) or begin(step, *args))
+    return steps

@@ -29,18 +29,6 @@ GREEDY = dict(do_sample=False, max_new_tokens=12)
 ENDS = dict(eos_token_id=list(range(0, 160, 7)), pad_token_id=0)
 
 
-@pytest.fixture(scope="module")
-def odd_pair():
-    return pair("odd")
-
-
-@pytest.fixture
-def models(odd_pair):
-    for model in odd_pair:
-        model.model.rope_deltas = None
-    return odd_pair
-
-
 @pytest.fixture
 def tokens(monkeypatch):
     """The number of tokens that steps of the CPU have run."""

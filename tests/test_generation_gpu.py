@@ -9,7 +9,7 @@ import weakref
 import peft
 import pytest
 import torch
-from gpu_steps import offer
+from gpu_steps import begun, offer
 from models import assert_close, inputs, pair
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, StaticCache
@@ -41,25 +41,16 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def odd_pair():
-    return pair("odd")
-
-
 @pytest.fixture
-def models(odd_pair, monkeypatch):
+def models(models, monkeypatch):
     offer(monkeypatch)
-    for model in odd_pair:
-        model.model.rope_deltas = None
-    return odd_pair
+    return models
 
 
 @pytest.fixture
 def steps(monkeypatch):
     """Every step that began."""
-    begun, begin = [], GpuStep._begin
-    monkeypatch.setattr(GpuStep, "_begin", lambda step, *args: begun.append(step) or begin(step, *args))
-    return begun
+    return begun(monkeypatch)
 
 
 def _generate(model, batch, **options):

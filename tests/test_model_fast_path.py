@@ -30,18 +30,6 @@ MODES = {
 }
 
 
-@pytest.fixture(scope="module")
-def odd_pair():
-    return pair("odd")
-
-
-@pytest.fixture
-def models(odd_pair):
-    for model in odd_pair:
-        model.model.rope_deltas = None  # stock keeps those of the last images, and uses them for the next text
-    return odd_pair
-
-
 def _generate(model, batch, *, static: bool = False, new_tokens: int = 6, **options):
     torch.manual_seed(7)
     if static:

@@ -18,18 +18,6 @@ from qvl_model.compat import CACHE
 MIXED = ([3, (1, 4, 6), 5], [2, (1, 2, 4), 3, (2, 4, 4), 1])
 
 
-@pytest.fixture(scope="module")
-def odd_pair():
-    return pair("odd")
-
-
-@pytest.fixture
-def models(odd_pair):
-    for model in odd_pair:
-        model.model.rope_deltas = None  # stock keeps those of the last images, and uses them for the next text
-    return odd_pair
-
-
 @pytest.fixture
 def fresh():
     return pair("small")

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from gpu_steps import offer, record
+from gpu_steps import begun, offer, record
 from models import assert_close, relative
 from qvl_models import IMAGE, VOCABULARY, inputs, pad_pixels, pair
 from torch import nn
@@ -17,7 +17,6 @@ import qvl_model
 from qvl_kernels.testing import poisoned_empty
 from qvl_model.compat import CACHE
 from qvl_model.generation import images, step_gpu
-from qvl_model.generation.step_gpu import GpuStep
 from qvl_model.qvl.cache import VisualLayer, add_visual_layer
 
 NAMES = ["mlp", "attention"]
@@ -52,9 +51,7 @@ def models(request, pairs, monkeypatch):
 @pytest.fixture
 def steps(monkeypatch):
     """Every step that began."""
-    begun, begin = [], GpuStep._begin
-    monkeypatch.setattr(GpuStep, "_begin", lambda step, *args: begun.append(step) or begin(step, *args))
-    return begun
+    return begun(monkeypatch)
 
 
 def _generate(model, batch, **options):
