@@ -17,9 +17,18 @@ except ImportError:
     sys.exit("qvl: building needs pybind11: pip install pybind11")
 
 X86_ONLY = tuple(f"csrc/cpu/targets/{isa}.cpp" for isa in ("avx2", "avx512", "avx512_vnni", "avx512_bf16"))
-COMPILE = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi", "-fvisibility=hidden",
-           # GCC 12 warns inside its own AVX-512 headers.
-           "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+COMPILE = [
+    "-O3",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wno-psabi",
+    "-fvisibility=hidden",
+    # GCC 12 warns inside its own AVX-512 headers.
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]
 LINK = ["-fopenmp"]
 if os.environ.get("QVL_SANITIZE") == "1":
     SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -28,7 +37,9 @@ if os.environ.get("QVL_SANITIZE") == "1":
 
 
 def sources() -> list[str]:
-    found = sorted(glob.glob("csrc/bindings/*.cpp") + glob.glob("csrc/ops/*.cpp") + glob.glob("csrc/cpu/**/*.cpp", recursive=True))
+    found = sorted(
+        glob.glob("csrc/bindings/*.cpp") + glob.glob("csrc/ops/*.cpp") + glob.glob("csrc/cpu/**/*.cpp", recursive=True)
+    )
     if platform.machine().lower() in ("x86_64", "amd64"):
         return found
     return [path for path in found if path not in X86_ONLY]

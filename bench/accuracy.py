@@ -1,9 +1,9 @@
 """Does acceleration change answers? ``python -m bench.accuracy [--model PATH --questions FILE.jsonl]``
 
 Stock against accelerated on a trained checkpoint, for every weight precision that exists: exact answers (generated,
-greedy), mean log-likelihood and perplexity of the reference answers, and agreement of the generated answers. Default: the
-models that ship, one of each family, on the held-out questions of the digits scenes. FILE.jsonl has one ``{"image": path or list of paths, "question": text,
-"answer": text}`` per line, paths relative to the file.
+greedy), mean log-likelihood and perplexity of the reference answers, and agreement of the generated answers. Default:
+the models that ship, one of each family, on the held-out questions of the digits scenes. FILE.jsonl has one ``{"image":
+path or list of paths, "question": text, "answer": text}`` per line, paths relative to the file.
 """
 
 import argparse
@@ -27,7 +27,8 @@ class Precision:
 
     Attributes:
         weights: of ``accelerate``; None leaves them in ``dtype``.
-        agreement: the share of generated answers that must be stock's own; None where weights are rounded and answers near a tie may turn.
+        agreement: the share of generated answers that must be stock's own; None where weights are rounded and answers
+            near a tie may turn.
         exact_loss: how much smaller the share of right answers may be.
         perplexity_ratio: at most.
     """
@@ -91,7 +92,9 @@ def _batches(processor, items: list[Item], with_answers: bool) -> Iterator[tuple
         texts, answer_tokens = [], []
         for item in part:
             content = [{"type": "image"} for _ in item.images] + [{"type": "text", "text": item.question}]
-            prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+            prompt = processor.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
             answer = item.answer + processor.tokenizer.eos_token
             answer_tokens.append(len(processor.tokenizer(answer).input_ids))
             texts.append(prompt + answer if with_answers else prompt)
@@ -129,7 +132,8 @@ def run(model: str = "digits", questions: str | None = None, limit: int | None =
         questions: JSONL file; needed with a model that does not ship.
         limit: use that many questions only.
     Returns:
-        {"model": str, "passed": bool, "questions": int, "precisions": {name: metrics}, "rows": rows of the benchmark's table}.
+        {"model": str, "passed": bool, "questions": int, "precisions": {name: metrics}, "rows": rows of the benchmark's
+        table}.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -147,7 +151,9 @@ def run(model: str = "digits", questions: str | None = None, limit: int | None =
     stock: dict[torch.dtype, dict] = {}
     precisions, rows = {}, []
     for name, precision in PRECISIONS.items():
-        loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=precision.dtype, attn_implementation="sdpa", trust_remote_code=False).eval()
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=precision.dtype, attn_implementation="sdpa", trust_remote_code=False
+        ).eval()
         if precision.dtype not in stock:
             stock[precision.dtype] = _evaluate(loaded, processor, items)
         ours = _evaluate(qvl_model.accelerate(loaded, weights=precision.weights), processor, items)
@@ -167,11 +173,15 @@ def _compare(stock: dict, ours: dict, items: list[Item]) -> dict:
     agreement = sum(a == b for a, b in zip(stock["answers"], ours["answers"])) / len(items)
     mean_stock, mean_ours = (side["log_likelihood"] / side["tokens"] for side in (stock, ours))
     return {
-        "exact_stock": exact(stock["answers"]), "exact_ours": exact(ours["answers"]), "agreement": agreement,
-        "log_likelihood_stock": mean_stock, "log_likelihood_ours": mean_ours,
-        "perplexity_stock": math.exp(-mean_stock), "perplexity_ours": math.exp(-mean_ours),
+        "exact_stock": exact(stock["answers"]),
+        "exact_ours": exact(ours["answers"]),
+        "agreement": agreement,
+        "log_likelihood_stock": mean_stock,
+        "log_likelihood_ours": mean_ours,
+        "perplexity_stock": math.exp(-mean_stock),
+        "perplexity_ours": math.exp(-mean_ours),
         "perplexity_ratio": math.exp(mean_stock - mean_ours),
-    }  # fmt: skip
+    }
 
 
 def _rows(name: str, m: dict, precision: Precision) -> list[list[str]]:
@@ -182,14 +192,43 @@ def _rows(name: str, m: dict, precision: Precision) -> list[list[str]]:
 
     loss, agreement, ratio = precision.exact_loss, precision.agreement, precision.perplexity_ratio
     return [
-        [f"answers exact, {name}", f"{m['exact_stock']:.2%}", f"{m['exact_ours']:.2%}", "", "", f"≥ stock − {100 * loss:g} points",
-         verdict(m["exact_ours"] >= m["exact_stock"] - loss)],
-        [f"log-likelihood per token, {name}", f"{m['log_likelihood_stock']:.5f}", f"{m['log_likelihood_ours']:.5f}", "", "", "", ""],
-        [f"answers agree, {name}", "", "", f"{m['agreement']:.2%}", "", f"≥ {agreement:.1%}" if agreement else "",
-         verdict(m["agreement"] >= agreement) if agreement else ""],
-        [f"perplexity, {name}", f"{m['perplexity_stock']:.5f}", f"{m['perplexity_ours']:.5f}", f"{m['perplexity_ratio']:.5f}×", "",
-         f"≤ {ratio:g}×", verdict(m["perplexity_ratio"] <= ratio)],
-    ]  # fmt: skip
+        [
+            f"answers exact, {name}",
+            f"{m['exact_stock']:.2%}",
+            f"{m['exact_ours']:.2%}",
+            "",
+            "",
+            f"≥ stock − {100 * loss:g} points",
+            verdict(m["exact_ours"] >= m["exact_stock"] - loss),
+        ],
+        [
+            f"log-likelihood per token, {name}",
+            f"{m['log_likelihood_stock']:.5f}",
+            f"{m['log_likelihood_ours']:.5f}",
+            "",
+            "",
+            "",
+            "",
+        ],
+        [
+            f"answers agree, {name}",
+            "",
+            "",
+            f"{m['agreement']:.2%}",
+            "",
+            f"≥ {agreement:.1%}" if agreement else "",
+            verdict(m["agreement"] >= agreement) if agreement else "",
+        ],
+        [
+            f"perplexity, {name}",
+            f"{m['perplexity_stock']:.5f}",
+            f"{m['perplexity_ours']:.5f}",
+            f"{m['perplexity_ratio']:.5f}×",
+            "",
+            f"≤ {ratio:g}×",
+            verdict(m["perplexity_ratio"] <= ratio),
+        ],
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -201,7 +240,10 @@ def main(argv: list[str] | None = None) -> int:
     from qvl_model import digits
 
     try:
-        results = [run(model, arguments.questions, arguments.limit) for model in ([arguments.model] if arguments.model else digits.SHIPPED)]
+        results = [
+            run(model, arguments.questions, arguments.limit)
+            for model in ([arguments.model] if arguments.model else digits.SHIPPED)
+        ]
     except (ValueError, OSError) as error:
         print(f"bench.accuracy: {error}", file=sys.stderr)
         return 2

@@ -36,7 +36,8 @@ __all__ = ["Audit", "audit", "main"]
 RESULTS = Path(__file__).resolve().parent / "results"
 # bf16 is what models run in; the others differ in tile sizes and instructions, so one architecture shows them.
 PLAN = [("sm_90", "fp16"), ("sm_80", "fp32")] + [(arch, "bf16") for arch in gpu.ARCHITECTURES]
-# FLOPs of a backward pass in forward passes: two products for each of the forward's, and the scores or logits once more.
+# FLOPs of a backward pass in forward passes: two products for each of the forward's, and the scores or logits once
+# more.
 BACKWARD_FLOPS = {"attention": 2.5, "cross_attention": 2.5, "linear_cross_entropy": 3.0}
 
 
@@ -60,18 +61,27 @@ class Audit:
 
 
 def _work(op: str, case: Case, backward: list[Call], training: list[Call]) -> list[dict]:
-    """FLOPs, bytes and roofline times of a case in bf16; the backward's bytes are its ops' inputs and outputs. Training: a forward that
-    makes the gradients too."""
+    """FLOPs, bytes and roofline times of a case in bf16; the backward's bytes are its ops' inputs and outputs.
+    Training: a forward that makes the gradients too.
+    """
     sides = [("forward", case.flops, case.bytes(2))]
     if backward:
-        sides.append(("backward", case.flops * BACKWARD_FLOPS.get(op, 2.0), float(sum(call.bytes for call in backward))))
+        sides.append(
+            ("backward", case.flops * BACKWARD_FLOPS.get(op, 2.0), float(sum(call.bytes for call in backward)))
+        )
     if training:
         sides.append(("training", case.flops * 3.0, float(sum(call.bytes for call in training))))
     return [
-        {"op": op, "case": case.name, "direction": direction, "flops": flops, "bytes": bytes,
-         "microseconds": {name: round(1e6 * chip.seconds(flops, bytes), 2) for name, chip in ROOFLINES.items()}}
+        {
+            "op": op,
+            "case": case.name,
+            "direction": direction,
+            "flops": flops,
+            "bytes": bytes,
+            "microseconds": {name: round(1e6 * chip.seconds(flops, bytes), 2) for name, chip in ROOFLINES.items()},
+        }
         for direction, flops, bytes in sides
-    ]  # fmt: skip
+    ]
 
 
 class _Collector:
@@ -88,13 +98,19 @@ class _Collector:
         try:
             forward, backward = record(source.function, case, DTYPES[dtype], arch)
             training = record_training(source.function, case, DTYPES[dtype], arch) if op in GRADIENTS_WITH_LOSS else []
-            launches = [(direction, launch) for direction, calls in (("forward", forward), ("backward", backward), ("training", training))
-                        for call in calls for launch in call.launches
-                        if not source.variants or any(launch.meta.get(name) for name in source.variants)]  # fmt: skip
+            launches = [
+                (direction, launch)
+                for direction, calls in (("forward", forward), ("backward", backward), ("training", training))
+                for call in calls
+                for launch in call.launches
+                if not source.variants or any(launch.meta.get(name) for name in source.variants)
+            ]
             made = [(direction, specialise(launch, arch)) for direction, launch in launches]
         except Exception as error:  # a launcher that cannot run on this architecture is what the audit is for
             if wanted is None:
-                self.result.failures.append(f"{op} {case.name}, {arch}, {dtype}: cannot be launched: {type(error).__name__}: {error}")
+                self.result.failures.append(
+                    f"{op} {case.name}, {arch}, {dtype}: cannot be launched: {type(error).__name__}: {error}"
+                )
             return
         if case.model and made and not source.variants and (op, case.name) not in self._worked:
             self._worked.add((op, case.name))
@@ -116,7 +132,12 @@ def _name(specialisation: Specialisation) -> str:
 
 def _collect(result: Audit, names: list[str] | None, plan: list[tuple[str, str]]) -> list[_Kernel]:
     collector, known = _Collector(result), kernels(qvl_kernels, qvl_model)
-    cases = [(name, source, case) for name, source in sources().items() if names is None or name in names for case in source.cases]
+    cases = [
+        (name, source, case)
+        for name, source in sources().items()
+        if names is None or name in names
+        for case in source.cases
+    ]
     for arch, dtype in plan:
         for op, source, case in cases:
             if case.model:
@@ -132,17 +153,29 @@ def _collect(result: Audit, names: list[str] | None, plan: list[tuple[str, str]]
             if (arch, name) not in collector.reached:
                 unreached.setdefault(name, []).append(arch)
     if names is None:
-        result.failures += [f"{name.split(':')[1]}: no case of any op launches it on {', '.join(archs)}, so nothing is known about it"
-                            for name, archs in sorted(unreached.items())]  # fmt: skip
+        result.failures += [
+            f"{name.split(':')[1]}: no case of any op launches it on {', '.join(archs)}, so nothing is known about it"
+            for name, archs in sorted(unreached.items())
+        ]
     return list(collector.found.values())
 
 
 def _row(kernel: _Kernel, found: dict) -> dict:
     specialisation = kernel.specialisation
     names = specialisation.kernel.arg_names
-    constants = {names[place[0]]: str(value) for place, value in specialisation.source.constants.items() if names[place[0]].isupper()}
-    return {"kernel": specialisation.kernel.__name__, "arch": specialisation.arch, "dtype": kernel.dtype, "cases": kernel.cases,
-            "constants": constants, **found}  # fmt: skip
+    constants = {
+        names[place[0]]: str(value)
+        for place, value in specialisation.source.constants.items()
+        if names[place[0]].isupper()
+    }
+    return {
+        "kernel": specialisation.kernel.__name__,
+        "arch": specialisation.arch,
+        "dtype": kernel.dtype,
+        "cases": kernel.cases,
+        "constants": constants,
+        **found,
+    }
 
 
 def _judge(result: Audit, row: dict, waivers: list[Waiver], used: set[Waiver]) -> None:
@@ -151,7 +184,9 @@ def _judge(result: Audit, row: dict, waivers: list[Waiver], used: set[Waiver]) -
     row["violations"] = []
     for kind, sentence in wrong:
         text = f"{row['kernel']}, {row['arch']}, {row['dtype']} ({row['cases'][0]}): {sentence}"
-        waiver = next((w for w in waivers if w.covers(row["kernel"], row["arch"], row["dtype"], kind, triton.__version__)), None)
+        waiver = next(
+            (w for w in waivers if w.covers(row["kernel"], row["arch"], row["dtype"], kind, triton.__version__)), None
+        )
         row["violations"].append({"kind": kind, "text": sentence, "waiver": waiver.reason if waiver else None})
         if waiver is None:
             result.failures.append(text)
@@ -162,9 +197,13 @@ def _judge(result: Audit, row: dict, waivers: list[Waiver], used: set[Waiver]) -
 
 
 def audit(
-    *, names: list[str] | None = None, plan: list[tuple[str, str]] = PLAN, waivers: list[Waiver] = WAIVERS, jobs: int = 2,
+    *,
+    names: list[str] | None = None,
+    plan: list[tuple[str, str]] = PLAN,
+    waivers: list[Waiver] = WAIVERS,
+    jobs: int = 2,
     console: Console | None = None,
-) -> Audit:  # fmt: skip
+) -> Audit:
     """Compiles and judges the kernels of ops ``names`` (default all) for ``plan``, pairs of architecture and dtype.
 
     Example:
@@ -185,24 +224,42 @@ def audit(
         by_key = {kernel.specialisation.key: kernel for kernel in found}
         progress.update(bar, description=f"compiling, {jobs} at a time", total=len(found))
         used: set[Waiver] = set()
-        for specialisation, inspected in compile_all([k.specialisation for k in found], jobs=jobs, tick=progress.refresh):
+        for specialisation, inspected in compile_all(
+            [k.specialisation for k in found], jobs=jobs, tick=progress.refresh
+        ):
             _judge(result, _row(by_key[specialisation.key], inspected), waivers, used)
             progress.advance(bar)
         progress.refresh()
     result.rows.sort(key=lambda row: (row["kernel"], row["dtype"], row["arch"], row["cases"]))
     if names is None and {arch for arch, _ in plan} == set(gpu.ARCHITECTURES):
-        result.failures += [f"unused waiver: {w.kernel}, {w.arch}, {w.dtype}, {w.kind} ({w.reason})" for w in waivers
-                            if w not in used and triton.__version__.startswith(w.triton)]  # fmt: skip
+        result.failures += [
+            f"unused waiver: {w.kernel}, {w.arch}, {w.dtype}, {w.kind} ({w.reason})"
+            for w in waivers
+            if w not in used and triton.__version__.startswith(w.triton)
+        ]
     return result
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.audit", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--op", action="append", choices=list(sources()), help="only this op (may be repeated); writes no files")
-    parser.add_argument("--arch", action="append", choices=gpu.ARCHITECTURES, help="only this architecture (may be repeated); writes no files")
-    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype (may be repeated); writes no files")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilations at a time (default: one per core)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of audit.json and audit.md (default bench/results)")
+    parser.add_argument(
+        "--op", action="append", choices=list(sources()), help="only this op (may be repeated); writes no files"
+    )
+    parser.add_argument(
+        "--arch",
+        action="append",
+        choices=gpu.ARCHITECTURES,
+        help="only this architecture (may be repeated); writes no files",
+    )
+    parser.add_argument(
+        "--dtype", action="append", choices=list(DTYPES), help="only this dtype (may be repeated); writes no files"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilations at a time (default: one per core)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder of audit.json and audit.md (default bench/results)"
+    )
     parser.add_argument("--no-write", action="store_true", help="only print")
     return parser.parse_args(argv)
 
@@ -210,10 +267,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """0: clean, 1: violations, 2: nothing to do."""
     arguments = _arguments(argv)
-    plan = [(arch, dtype) for arch, dtype in PLAN
-            if (not arguments.arch or arch in arguments.arch) and (not arguments.dtype or dtype in arguments.dtype)]  # fmt: skip
+    plan = [
+        (arch, dtype)
+        for arch, dtype in PLAN
+        if (not arguments.arch or arch in arguments.arch) and (not arguments.dtype or dtype in arguments.dtype)
+    ]
     if not plan:
-        print("bench.audit: that dtype is not compiled for that architecture: see PLAN in bench/audit.py", file=sys.stderr)
+        print(
+            "bench.audit: that dtype is not compiled for that architecture: see PLAN in bench/audit.py", file=sys.stderr
+        )
         return 2
     cache = Path(os.environ.get("QVL_CACHE") or Path.home() / ".cache" / "qvl") / f"audit-triton-{triton.__version__}"
     os.environ["TRITON_CACHE_DIR"] = str(cache)  # a cache of its own: what models compile is neither used nor touched

@@ -8,18 +8,37 @@ from qvl_kernels.tuning import SHARED_MEMORY
 
 __all__ = ["data", "markdown", "print_tables", "summary", "summary_markdown"]
 
-SUMMARY_HEADER = ("", "dtype", "compiled", "spills", "most registers", "most shared memory", "fewest resident warps", "matrix instructions", "violations", "waived")
+SUMMARY_HEADER = (
+    "",
+    "dtype",
+    "compiled",
+    "spills",
+    "most registers",
+    "most shared memory",
+    "fewest resident warps",
+    "matrix instructions",
+    "violations",
+    "waived",
+)
 
 
 def data(result, versions: dict[str, str]) -> dict:
     """What audit.json holds."""
-    return {"versions": versions, "rows": result.rows, "work": result.work, "failures": result.failures, "waived": result.waived}
+    return {
+        "versions": versions,
+        "rows": result.rows,
+        "work": result.work,
+        "failures": result.failures,
+        "waived": result.waived,
+    }
 
 
 def _matrix(row: dict) -> str:
-    """"HGMMA 12": matrix instructions inside loops, or "(HMMA 4)" where none is in a loop."""
+    """ "HGMMA 12": matrix instructions inside loops, or "(HMMA 4)" where none is in a loop."""
     inside = [f"{name} {count}" for name, count in sorted(row["matrix_in_loops"].items())]
-    outside = [f"({name} {count})" for name, count in sorted(row["matrix"].items()) if name not in row["matrix_in_loops"]]
+    outside = [
+        f"({name} {count})" for name, count in sorted(row["matrix"].items()) if name not in row["matrix_in_loops"]
+    ]
     return ", ".join(inside + outside)
 
 
@@ -28,7 +47,7 @@ def _spills(row: dict) -> int:
 
 
 def _cell(row: dict) -> str:
-    """"64 r, 48 KB, 32 w, HGMMA 12", with what is wrong."""
+    """ "64 r, 48 KB, 32 w, HGMMA 12", with what is wrong."""
     if "error" in row:
         return "**does not compile**"
     parts = [f"{row['registers']} r", f"{row['shared'] / 1024:.3g} KB", f"{row['resident_warps']} w", _matrix(row)]
@@ -46,11 +65,17 @@ def summary(rows: list[dict]) -> Iterator[tuple[str, ...]]:
         families = sorted({name for row in good for name in row["matrix_in_loops"]})
         shared = max((row["shared"] for row in good), default=0)
         yield (
-            arch, dtype, str(len(mine)), str(sum(bool(_spills(row)) for row in good)), str(max((row["registers"] for row in good), default=0)),
+            arch,
+            dtype,
+            str(len(mine)),
+            str(sum(bool(_spills(row)) for row in good)),
+            str(max((row["registers"] for row in good), default=0)),
             f"{shared / 1024:.3g} of {SHARED_MEMORY[arch] >> 10} KB",
-            f"{min((row['resident_warps'] for row in good), default=0)} of {LIMITS[arch].warps}", ", ".join(families),
-            str(sum(v["waiver"] is None for v in wrong)), str(sum(v["waiver"] is not None for v in wrong)),
-        )  # fmt: skip
+            f"{min((row['resident_warps'] for row in good), default=0)} of {LIMITS[arch].warps}",
+            ", ".join(families),
+            str(sum(v["waiver"] is None for v in wrong)),
+            str(sum(v["waiver"] is not None for v in wrong)),
+        )
 
 
 def print_tables(result, console) -> None:
@@ -59,7 +84,12 @@ def print_tables(result, console) -> None:
     from rich.table import Table
 
     archs = [arch for arch in ARCHITECTURES if any(row["arch"] == arch for row in result.rows)]
-    table = Table("kernel", "dtype", *archs, title="registers, KB of shared memory, resident warps, matrix instructions in loops: the worst case each")
+    table = Table(
+        "kernel",
+        "dtype",
+        *archs,
+        title="registers, KB of shared memory, resident warps, matrix instructions in loops: the worst case each",
+    )
     for kernel, dtype in sorted({(row["kernel"], row["dtype"]) for row in result.rows}):
         cells = []
         for arch in archs:
@@ -70,8 +100,11 @@ def print_tables(result, console) -> None:
             elif len(good) < len(mine):
                 cells.append("[red]does not compile[/]")
             else:
-                text = (f"{max(r['registers'] for r in mine)}r {max(r['shared'] for r in mine) / 1024:.0f}K {min(r['resident_warps'] for r in mine)}w "
-                        f"{' '.join(sorted({name for r in mine for name in r['matrix_in_loops']}))}")  # fmt: skip
+                text = (
+                    f"{max(r['registers'] for r in mine)}r {max(r['shared'] for r in mine) / 1024:.0f}K "
+                    f"{min(r['resident_warps'] for r in mine)}w "
+                    f"{' '.join(sorted({name for r in mine for name in r['matrix_in_loops']}))}"
+                )
                 failed = any(v["waiver"] is None for row in mine for v in row["violations"])
                 cells.append(f"[red]{text}[/]" if failed else text)
         table.add_row(escape(kernel), dtype, *cells)
@@ -89,37 +122,91 @@ def print_tables(result, console) -> None:
 
 
 def _table(header: tuple[str, ...], rows) -> list[str]:
-    return ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows), ""]
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
 
 
 def summary_markdown(data: dict) -> str:
     """The summary table with one line above it."""
     rows = data["rows"]
     kernels = len({row["kernel"] for row in rows})
-    line = f"{kernels} kernels, {len(rows)} compilations with Triton {data['versions']['triton']}, {len(data['failures'])} violations, {len(data['waived'])} waived."
+    line = (
+        f"{kernels} kernels, {len(rows)} compilations with Triton {data['versions']['triton']}, "
+        f"{len(data['failures'])} violations, {len(data['waived'])} waived."
+    )
     return "\n".join([line, "", *_table(SUMMARY_HEADER, summary(rows))]).rstrip()
 
 
 def markdown(data: dict) -> str:
     """The whole of audit.md."""
-    lines = ["# Audit of the Triton kernels", "", "Written by `python -m bench.audit`; do not edit.", "", summary_markdown(data), ""]
+    lines = [
+        "# Audit of the Triton kernels",
+        "",
+        "Written by `python -m bench.audit`; do not edit.",
+        "",
+        summary_markdown(data),
+        "",
+    ]
     if data["failures"]:
         lines += ["## Violations", "", *(f"- {text}" for text in data["failures"]), ""]
     if data["waived"]:
         lines += ["## Waived", "", *(f"- {text}" for text in data["waived"]), ""]
-    lines += ["## Work and rooflines", "", "16-bit data. Forward FLOPs and bytes as the case counts them; a backward's bytes are its ops' inputs and outputs. "
-              "The roofline is the longer of computing at the peak of dense 16-bit matrix arithmetic and moving at the peak of memory, in µs.", ""]
-    lines += _table(("op", "case", "", "GFLOP", "MB", *(f"{name}, µs" for name in ROOFLINES)),
-                    ((w["op"], w["case"], w["direction"], f"{w['flops'] / 1e9:.4g}", f"{w['bytes'] / 1e6:.4g}",
-                      *(f"{time:g}" for time in w["microseconds"].values())) for w in data["work"]))  # fmt: skip
-    lines += ["## Kernels", "", "r: registers of a thread; KB: shared memory of a block; w: warps resident on a multiprocessor; then the matrix instructions inside loops "
-              "(in parentheses: outside).", ""]  # fmt: skip
+    lines += [
+        "## Work and rooflines",
+        "",
+        "16-bit data. Forward FLOPs and bytes as the case counts them; a backward's bytes are its ops' inputs and "
+        "outputs. "
+        "The roofline is the longer of computing at the peak of dense 16-bit matrix arithmetic and moving at the "
+        "peak of memory, in µs.",
+        "",
+    ]
+    lines += _table(
+        ("op", "case", "", "GFLOP", "MB", *(f"{name}, µs" for name in ROOFLINES)),
+        (
+            (
+                w["op"],
+                w["case"],
+                w["direction"],
+                f"{w['flops'] / 1e9:.4g}",
+                f"{w['bytes'] / 1e6:.4g}",
+                *(f"{time:g}" for time in w["microseconds"].values()),
+            )
+            for w in data["work"]
+        ),
+    )
+    lines += [
+        "## Kernels",
+        "",
+        "r: registers of a thread; KB: shared memory of a block; w: warps resident on a multiprocessor; then the "
+        "matrix instructions inside loops "
+        "(in parentheses: outside).",
+        "",
+    ]
     for kernel in sorted({row["kernel"] for row in data["rows"]}):
         mine = [row for row in data["rows"] if row["kernel"] == kernel]
         archs = [arch for arch in ARCHITECTURES if any(row["arch"] == arch for row in mine)]
         keys = dict.fromkeys((row["dtype"], case) for row in mine for case in row["cases"])
         lines += [f"### `{kernel}`", ""]
-        lines += _table(("case", "dtype", *archs), ((case, dtype, *(
-            "<br>".join(_cell(row) for row in mine if row["arch"] == arch and row["dtype"] == dtype and case in row["cases"]) for arch in archs
-        )) for dtype, case in sorted(keys)))  # fmt: skip
+        lines += _table(
+            ("case", "dtype", *archs),
+            (
+                (
+                    case,
+                    dtype,
+                    *(
+                        "<br>".join(
+                            _cell(row)
+                            for row in mine
+                            if row["arch"] == arch and row["dtype"] == dtype and case in row["cases"]
+                        )
+                        for arch in archs
+                    ),
+                )
+                for dtype, case in sorted(keys)
+            ),
+        )
     return "\n".join(lines)

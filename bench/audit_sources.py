@@ -1,5 +1,6 @@
-"""What the audit runs: every public op over its shared cases and over the sizes of the GPU benchmark, the internal steps of decoding, all
-of them plain, and the variants of kernels."""
+"""What the audit runs: every public op over its shared cases and over the sizes of the GPU benchmark, the internal
+steps of decoding, all of them plain, and the variants of kernels.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +24,9 @@ __all__ = ["Source", "sources"]
 
 @dataclass(frozen=True)
 class Source:
-    """A function of keyword arguments and its cases; of a kernel with ``variants`` only the launches that use one of them count."""
+    """A function of keyword arguments and its cases; of a kernel with ``variants`` only the launches that use one of
+    them count.
+    """
 
     function: Callable
     cases: list[Case]
@@ -53,13 +56,22 @@ def _decode_step_case(rows: int, bits: int) -> Case:
         up, o, down = _weight(F, C, bits, dtype), _weight(C, H * D, bits, dtype), _weight(C, F, bits, dtype)
         weights = DecoderWeights(tensor(C), q, kv, kv, tensor(D), tensor(D), o, tensor(C), up, up, down)
         return {
-            "x": tensor(rows, 1, C), "weights": weights, "cos": tensor(rows, 1, D), "sin": tensor(rows, 1, D),
-            "lengths": torch.zeros(rows, dtype=torch.int32), "filled": torch.ones(rows, dtype=torch.int32),
-        }  # fmt: skip
+            "x": tensor(rows, 1, C),
+            "weights": weights,
+            "cos": tensor(rows, 1, D),
+            "sin": tensor(rows, 1, D),
+            "lengths": torch.zeros(rows, dtype=torch.int32),
+            "filled": torch.ones(rows, dtype=torch.int32),
+        }
 
     parameters = C * (H + 2 * HKV) * D + H * D * C + 3 * C * F
-    return Case(f"{rows}_rows_{bits}_bits", make, flops=2.0 * rows * parameters + 4.0 * rows * KEYS * H * D,
-                bytes=lambda size: parameters * bits / 8 + 2.0 * rows * HKV * KEYS * D * size, model=True)  # fmt: skip
+    return Case(
+        f"{rows}_rows_{bits}_bits",
+        make,
+        flops=2.0 * rows * parameters + 4.0 * rows * KEYS * H * D,
+        bytes=lambda size: parameters * bits / 8 + 2.0 * rows * HKV * KEYS * D * size,
+        model=True,
+    )
 
 
 def _decode_step(*, x, weights, **arguments):
@@ -72,7 +84,13 @@ def _benchmarked(op: str) -> list[Case]:
     """The cases of the GPU benchmark in the form of shared ones."""
 
     def shared(case: gpu_kernels.KernelCase) -> Case:
-        return Case(case.name, lambda dtype, generator: case.make(torch.device("cpu"), dtype), case.flops, lambda size: case.bytes, model=True)
+        return Case(
+            case.name,
+            lambda dtype, generator: case.make(torch.device("cpu"), dtype),
+            case.flops,
+            lambda size: case.bytes,
+            model=True,
+        )
 
     return [shared(case) for case in gpu_kernels.CASES if case.op == op]
 
@@ -83,14 +101,29 @@ def _with_dropout() -> tuple[Case, Case]:
 
     def made(keys: int, heads: int, **others) -> Callable[[torch.dtype, torch.Generator], dict]:
         return lambda dtype, generator: {
-            "q": random_tensor((b, t, h, d), dtype, generator), "k": random_tensor((b, keys, heads, d), dtype, generator),
-            "v": random_tensor((b, keys, heads, d), dtype, generator), "dropout_p": 0.1, **others,
-        }  # fmt: skip
+            "q": random_tensor((b, t, h, d), dtype, generator),
+            "k": random_tensor((b, keys, heads, d), dtype, generator),
+            "v": random_tensor((b, keys, heads, d), dtype, generator),
+            "dropout_p": 0.1,
+            **others,
+        }
 
     lens = torch.tensor([s, s, 100, 0], dtype=torch.int32)
     return (
-        Case("dropout", made(t, hkv, causal=True), flops=2.0 * b * t * t * h * d, bytes=lambda size: 2.0 * b * t * (h + hkv) * d * size, model=True),
-        Case("dropout", made(s, h, kv_lens=lens), flops=4.0 * b * t * s * h * d, bytes=lambda size: 2.0 * b * (t + s) * h * d * size, model=True),
+        Case(
+            "dropout",
+            made(t, hkv, causal=True),
+            flops=2.0 * b * t * t * h * d,
+            bytes=lambda size: 2.0 * b * t * (h + hkv) * d * size,
+            model=True,
+        ),
+        Case(
+            "dropout",
+            made(s, h, kv_lens=lens),
+            flops=4.0 * b * t * s * h * d,
+            bytes=lambda size: 2.0 * b * (t + s) * h * d * size,
+            model=True,
+        ),
     )
 
 
@@ -100,9 +133,13 @@ def sources() -> dict[str, Source]:
     for op, case in zip(("attention", "cross_attention"), _with_dropout()):
         found[op].cases.append(case)
     found["gemv"] = Source(lambda **arguments: gemv.op_of(arguments)(**arguments), gemv.CASES)
-    found["decode_step"] = Source(_decode_step, [_decode_step_case(rows, bits) for rows in (1, 4, 16, 32) for bits in (16, 8, 4)])
+    found["decode_step"] = Source(
+        _decode_step, [_decode_step_case(rows, bits) for rows in (1, 4, 16, 32) for bits in (16, 8, 4)]
+    )
     varied = {
-        "+".join((op, *names)): Source(using(found[op].function, kernel, names), [case for case in found[op].cases if case.model], names)
+        "+".join((op, *names)): Source(
+            using(found[op].function, kernel, names), [case for case in found[op].cases if case.model], names
+        )
         for op, kernel, names in COMBINATIONS
     }
     return {name: replace(source, function=plain(source.function)) for name, source in found.items()} | varied

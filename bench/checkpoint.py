@@ -1,6 +1,7 @@
-"""The default model of the benchmark: a family's architecture at full size with seeded random bf16 weights, written once.
+"""The default model of the benchmark: a family's architecture at full size with seeded random bf16 weights, written
+once.
 
-    python -m bench.checkpoint [--family qvl] [DIRECTORY]    writes it (4.3 GB) where it is missing and prints where it is
+python -m bench.checkpoint [--family qvl] [DIRECTORY]    writes it (4.3 GB) where it is missing and prints where it is
 """
 
 import argparse
@@ -14,7 +15,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bench.families import Family
 
-__all__ = ["FULL_CONFIG", "IMAGE_PROCESSOR", "RANDOM_KEY", "cache_directory", "cached_checkpoint", "special_token_ids", "write_json", "write_random"]
+__all__ = [
+    "FULL_CONFIG",
+    "IMAGE_PROCESSOR",
+    "RANDOM_KEY",
+    "cache_directory",
+    "cached_checkpoint",
+    "special_token_ids",
+    "write_json",
+    "write_random",
+]
 
 RANDOM_KEY = "qvl_random_weights"  # in config.json: says that answers are noise
 SEED = 0
@@ -33,7 +43,12 @@ FULL_CONFIG = {
         "vocab_size": 151936,
         "max_position_embeddings": 262144,
         "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [24, 20, 20],
+            "mrope_interleaved": True,
+        },
         "tie_word_embeddings": True,
     },
     "vision_config": {
@@ -76,7 +91,10 @@ def _digits_directory() -> Path:
 
 def special_token_ids() -> dict[str, int]:
     """Config key -> id of each token in SPECIAL_TOKENS, in the tokenizer of the shipped digits model."""
-    added = {token["content"]: token["id"] for token in json.loads((_digits_directory() / "tokenizer.json").read_text())["added_tokens"]}
+    added = {
+        token["content"]: token["id"]
+        for token in json.loads((_digits_directory() / "tokenizer.json").read_text())["added_tokens"]
+    }
     return {key: added[token] for key, token in SPECIAL_TOKENS.items()}
 
 

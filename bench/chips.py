@@ -1,4 +1,6 @@
-"""What the GPUs offer: limits that decide how many warps are resident, and peaks for rooflines. From the vendors' manuals."""
+"""What the GPUs offer: limits that decide how many warps are resident, and peaks for rooflines. From the vendors'
+manuals.
+"""
 
 from dataclasses import dataclass
 

@@ -30,11 +30,19 @@ class Worker:
         self.name = name
         self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            command or [sys.executable, "-m", "bench.worker"], cwd=ROOT, env={**os.environ, **(environment or {})}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
+            command or [sys.executable, "-m", "bench.worker"],
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+        )
 
     def ask(self, operation: str, **arguments):
-        """Runs one operation in the worker and returns its value. Raises WorkerError if it failed or the worker died."""
+        """Runs one operation in the worker and returns its value. Raises WorkerError if it failed or the
+        worker died.
+        """
         try:
             self._process.stdin.write(json.dumps({"operation": operation, "arguments": arguments}) + "\n")
             self._process.stdin.flush()
@@ -43,8 +51,10 @@ class Worker:
             line = ""
         if not line:
             code = self._process.wait()
-            raise WorkerError(f"the {self.name} worker ended with exit code {code} during {operation!r} "
-                              f"(-9 usually means that memory ran out)\n{self._tail()}")
+            raise WorkerError(
+                f"the {self.name} worker ended with exit code {code} during {operation!r} "
+                f"(-9 usually means that memory ran out)\n{self._tail()}"
+            )
         answer = json.loads(line)
         if "error" in answer:
             raise WorkerError(f"{operation!r} failed in the {self.name} worker:\n{answer['error']}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import triton
 
 from bench import sass
-from bench.chips import LIMITS, resident_warps
+from bench.chips import resident_warps
 from bench.isolated import run_all
 from bench.launches import Specialisation, target
 from qvl_kernels.tuning import SHARED_MEMORY
@@ -28,30 +28,46 @@ def inspect(specialisation: Specialisation) -> dict:
         resources, code = sass.amd_resources(compiled.asm["amdgcn"])
     return {
         **resources,
-        "local_loads": code.local_loads, "local_stores": code.local_stores,
-        "shared": metadata.shared, "tensor_memory": getattr(metadata, "tmem_size", None) or 0,
-        "warps": metadata.num_warps, "stages": getattr(metadata, "num_stages", None),
+        "local_loads": code.local_loads,
+        "local_stores": code.local_stores,
+        "shared": metadata.shared,
+        "tensor_memory": getattr(metadata, "tmem_size", None) or 0,
+        "warps": metadata.num_warps,
+        "stages": getattr(metadata, "num_stages", None),
         "resident_warps": resident_warps(arch, resources["registers"], metadata.shared, metadata.num_warps),
-        "matrix": code.matrix, "matrix_in_loops": code.matrix_in_loops, "has_loop": code.has_loop,
+        "matrix": code.matrix,
+        "matrix_in_loops": code.matrix_in_loops,
+        "has_loop": code.has_loop,
         "dots": [vars(dot) for dot in sass.dots(compiled.asm["ttir"])],
-    }  # fmt: skip
+    }
 
 
 def _family(arch: str, dot: dict) -> str | None:
-    """The matrix instructions that a dot must become, or None where any will do (fp32 in full precision has none on NVIDIA)."""
+    """The matrix instructions that a dot must become, or None where any will do (fp32 in full precision has none on
+    NVIDIA).
+    """
     wide = dot["m"] >= WIDE
     if dot["dtype"] in ("f16", "bf16"):
-        return {"sm_90": "HGMMA" if wide else "HMMA", "sm_100": "UTCHMMA" if wide else "HMMA", "gfx942": "MFMA"}.get(arch, "HMMA")
+        return {"sm_90": "HGMMA" if wide else "HMMA", "sm_100": "UTCHMMA" if wide else "HMMA", "gfx942": "MFMA"}.get(
+            arch, "HMMA"
+        )
     if dot["dtype"] == "i8":
-        return {"sm_90": "IGMMA" if wide else "IMMA", "sm_100": "UTCIMMA" if wide else "IMMA", "gfx942": "MFMA"}.get(arch, "IMMA")
+        return {"sm_90": "IGMMA" if wide else "IMMA", "sm_100": "UTCIMMA" if wide else "IMMA", "gfx942": "MFMA"}.get(
+            arch, "IMMA"
+        )
     return None
 
 
 def violations(arch: str, found: dict) -> list[tuple[str, str]]:
     """(kind, sentence) for everything that must not be, of what ``inspect`` found."""
     wrong = []
-    for name, label in (("stack", "bytes of stack"), ("local_loads", "LDL"), ("local_stores", "STL"), ("vgpr_spills", "VGPR spills"),
-                        ("sgpr_spills", "SGPR spills")):  # fmt: skip
+    for name, label in (
+        ("stack", "bytes of stack"),
+        ("local_loads", "LDL"),
+        ("local_stores", "STL"),
+        ("vgpr_spills", "VGPR spills"),
+        ("sgpr_spills", "SGPR spills"),
+    ):
         if found.get(name):
             wrong.append(("spill", f"{found[name]} {label}"))
     if found["shared"] > SHARED_MEMORY[arch]:
@@ -59,12 +75,20 @@ def violations(arch: str, found: dict) -> list[tuple[str, str]]:
     if found["tensor_memory"] > TENSOR_MEMORY:
         wrong.append(("shared", f"{found['tensor_memory']} columns of tensor memory, the limit is {TENSOR_MEMORY}"))
     if found["resident_warps"] == 0 and found["shared"] <= SHARED_MEMORY[arch]:
-        wrong.append(("registers", f"a block of {found['warps']} warps with {found['registers']} registers a thread does not fit"))
+        wrong.append(
+            (
+                "registers",
+                f"a block of {found['warps']} warps with {found['registers']} registers a thread does not fit",
+            )
+        )
     expected = {(family, dot["in_loop"]) for dot in found["dots"] if (family := _family(arch, dot)) is not None}
     for family, in_loop in sorted(expected):
         looped = in_loop and found["has_loop"]  # without a loop the compiler unrolled it all
         if not found["matrix_in_loops" if looped else "matrix"].get(family):
-            present = ", ".join(f"{count} {name}" for name, count in found["matrix"].items()) or "no matrix instruction at all"
+            present = (
+                ", ".join(f"{count} {name}" for name, count in found["matrix"].items())
+                or "no matrix instruction at all"
+            )
             wrong.append(("matrix", f"no {family} in {'the loop' if looped else 'the kernel'}: {present}"))
     return wrong
 
@@ -79,7 +103,9 @@ def compile_all(
     tasks = ((index, functools.partial(inspect, item), timeout) for index, item in enumerate(specialisations))
     for index, answer in run_all(tasks, jobs=jobs, tick=tick):
         if "error" in answer:
-            error = answer["error"] if "exit code" not in answer["error"] else f"{answer['error']}: {answer['log'][-300:]}"
+            error = (
+                answer["error"] if "exit code" not in answer["error"] else f"{answer['error']}: {answer['log'][-300:]}"
+            )
             yield specialisations[index], {"error": error}
         else:
             yield specialisations[index], answer["value"]

@@ -61,7 +61,11 @@ class Family(Protocol):
 
 
 class Qwen3VL(Family):
-    name, title, architecture = "qwen3-vl", "Qwen3-VL: stock transformers (sdpa, bf16) and accelerated", "Qwen3-VL-2B architecture"
+    name, title, architecture = (
+        "qwen3-vl",
+        "Qwen3-VL: stock transformers (sdpa, bf16) and accelerated",
+        "Qwen3-VL-2B architecture",
+    )
     shipped, targets, notes = "digits", [*TARGETS, *PACKED_TARGETS, *PEER_TARGETS], [*NOTES, *PEER_NOTES]
 
     def full_config(self) -> dict:
@@ -118,7 +122,9 @@ class QVL(Family):
         from qvl_model.qvl import QVLConfig
         from qvl_model.qvl.processing import QVLImageProcessor
 
-        QVLImageProcessor(QVLConfig.from_pretrained(directory, trust_remote_code=False).vision_patch_size).save_pretrained(directory)
+        QVLImageProcessor(
+            QVLConfig.from_pretrained(directory, trust_remote_code=False).vision_patch_size
+        ).save_pretrained(directory)
 
     def image_size(self, model: nn.Module, prompt: dict[str, Tensor]) -> tuple[int, int]:
         config, (height, width) = model.config, prompt["pixel_values"].shape[-2:]
@@ -131,16 +137,27 @@ class QVL(Family):
 
     def bytes_per_token(self, model: nn.Module, prompt: dict[str, Tensor]) -> int:
         text, config = model.model.language_model, model.config
-        once = [proj for layer in text.layers if layer.fusion is not None for proj in (layer.fusion.attn.k_proj, layer.fusion.attn.v_proj)]
+        once = [
+            proj
+            for layer in text.layers
+            if layer.fusion is not None
+            for proj in (layer.fusion.attn.k_proj, layer.fusion.attn.v_proj)
+        ]
         keys = config.num_hidden_layers * config.head_dim * prompt["input_ids"].shape[1]
         visual_dim = config.language_projection_dim // config.num_attention_heads
         keys += len(config.cross_attention_layers) * visual_dim * self.image_size(model, prompt)[1]
-        return _bytes(text.layers, text.norm, model.lm_head) - _bytes(*once) + 2 * config.num_key_value_heads * keys * model.dtype.itemsize
+        return (
+            _bytes(text.layers, text.norm, model.lm_head)
+            - _bytes(*once)
+            + 2 * config.num_key_value_heads * keys * model.dtype.itemsize
+        )
 
     def shallow(self, config: Any, layers: int) -> None:
         config.num_hidden_layers = min(layers, config.num_hidden_layers)
         config.vision_num_hidden_layers = min(layers, config.vision_num_hidden_layers)
-        config.cross_attention_layers = [layer for layer in config.cross_attention_layers if layer < config.num_hidden_layers]
+        config.cross_attention_layers = [
+            layer for layer in config.cross_attention_layers if layer < config.num_hidden_layers
+        ]
 
     def greedy(self) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
         return greedy.qvl_models()

@@ -1,9 +1,12 @@
-"""python -m bench.gpu: the GPU tests, then every kernel and the whole model against stock and other libraries, on the GPU of this machine.
+"""python -m bench.gpu: the GPU tests, then every kernel and the whole model against stock and other libraries, on the
+GPU of this machine.
 
-Each case is a process of its own with a time limit, so that a crash or a hang costs one row. The tests come first, and beside them
-everything that is compiled: what is measured then finds Triton's cache filled and the machine idle. bench/results/<gpu>.json is
-written after every case, a chart at the end. Needs PyTorch, Triton, transformers, pybind11 and a C++ compiler, nothing else,
-and no network. Without a GPU every case is built instead: its kernels are compiled for sm_90, its model code runs tiny on the CPU.
+Each case is a process of its own with a time limit, so that a crash or a hang costs one row. The tests come first, and
+beside them
+everything that is compiled: what is measured then finds Triton's cache filled and the machine idle.
+bench/results/<gpu>.json is written after every case, a chart at the end. Needs PyTorch, Triton, transformers, pybind11
+and a C++ compiler, nothing else, and no network. Without a GPU every case is built instead: its kernels are compiled
+for sm_90, its model code runs tiny on the CPU.
 """
 
 import argparse
@@ -71,14 +74,20 @@ def _cuda() -> torch.device:
 
 def _kernel(case: gpu_kernels.KernelCase) -> Entry:
     return Entry(
-        case.name, 30.0, lambda: gpu_kernels.run(case, _cuda()), lambda: gpu_kernels.build(case), compile=lambda: gpu_kernels.run(case, _cuda(), seconds=0.0)
+        case.name,
+        30.0,
+        lambda: gpu_kernels.run(case, _cuda()),
+        lambda: gpu_kernels.build(case),
+        compile=lambda: gpu_kernels.run(case, _cuda(), seconds=0.0),
     )
 
 
 def _model(name: str, seconds: float, function: Callable[..., dict], *, needs: str | None = None, **options) -> Entry:
     case = functools.partial(function, **options)
     once = dataclasses.replace(gpu_models.FULL, rounds=1, tokens=2)
-    compiles = (lambda: case(once, _cuda())) if function in (gpu_models.generate, gpu_models.decode) else None  # the others need more memory
+    compiles = (
+        (lambda: case(once, _cuda())) if function in (gpu_models.generate, gpu_models.decode) else None
+    )  # the others need more memory
     return Entry(name, seconds, lambda: case(gpu_models.FULL, _cuda()), lambda: gpu_models.build(case), needs, compiles)
 
 
@@ -89,8 +98,15 @@ class _Pytest:
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *arguments]
         self._file, self.killed = tempfile.TemporaryFile("w+"), False
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, cwd=root, env=environment, stdout=self._file, stderr=subprocess.STDOUT, text=True,
-                                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+        self.process = subprocess.Popen(
+            command,
+            cwd=root,
+            env=environment,
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
 
     def stop_at(self, deadline: float) -> None:
         """One that runs on after the deadline is told to stop, and sums up what it did until then."""
@@ -113,15 +129,29 @@ class _Pytest:
 
 
 def _counts(output: str) -> dict[str, int]:
-    """"3 failed, 70 passed, 1 skipped in 2.1s" -> numbers; errors count as failures."""
-    last = next((line for line in reversed(output.splitlines()) if " in " in line and re.search(r"\d+ (passed|failed|error|skipped)", line)), "")
+    """ "3 failed, 70 passed, 1 skipped in 2.1s" -> numbers; errors count as failures."""
+    last = next(
+        (
+            line
+            for line in reversed(output.splitlines())
+            if " in " in line and re.search(r"\d+ (passed|failed|error|skipped)", line)
+        ),
+        "",
+    )
     found = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", last)}
-    return {"passed": found.get("passed", 0), "failed": found.get("failed", 0) + found.get("error", 0), "skipped": found.get("skipped", 0)}
+    return {
+        "passed": found.get("passed", 0),
+        "failed": found.get("failed", 0) + found.get("error", 0),
+        "skipped": found.get("skipped", 0),
+    }
 
 
-def run_tests(folder: str = "tests/gpu", root: Path = ROOT, jobs: int | None = None, seconds: float = TEST_SECONDS) -> dict:
-    """Runs the GPU tests in several processes, since most of their time is compilation. {"passed", "failed", "skipped", "not_run": those that
-    ``seconds`` did not suffice for, "failures", "crashed"}."""
+def run_tests(
+    folder: str = "tests/gpu", root: Path = ROOT, jobs: int | None = None, seconds: float = TEST_SECONDS
+) -> dict:
+    """Runs the GPU tests in several processes, since most of their time is compilation. {"passed", "failed", "skipped",
+    "not_run": those that ``seconds`` did not suffice for, "failures", "crashed"}.
+    """
     deadline = time.monotonic() + seconds
     collected = _Pytest(root, "--collect-only", folder)
     collected.stop_at(deadline)
@@ -138,7 +168,11 @@ def run_tests(folder: str = "tests/gpu", root: Path = ROOT, jobs: int | None = N
     counts = [_counts(output) for output in outputs]
     failures = [line for output in outputs for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     total = {word: sum(count[word] for count in counts) for word in ("passed", "failed", "skipped")}
-    crashed = [output[-300:] for one, output in zip(running, outputs) if one.process.returncode not in (0, 1, INTERRUPTED, 5) and not one.killed]
+    crashed = [
+        output[-300:]
+        for one, output in zip(running, outputs)
+        if one.process.returncode not in (0, 1, INTERRUPTED, 5) and not one.killed
+    ]
     return {**total, "not_run": len(tests) - sum(total.values()), "failures": failures[:50], "crashed": crashed}
 
 
@@ -151,7 +185,12 @@ def _build_tests() -> dict:
 
 
 def _copy_entry() -> Entry:
-    return Entry("copy", 30.0, lambda: gpu_kernels.copy_bandwidth(_cuda()), lambda: gpu_kernels.copy_bandwidth(torch.device("cpu"), 1 << 20))
+    return Entry(
+        "copy",
+        30.0,
+        lambda: gpu_kernels.copy_bandwidth(_cuda()),
+        lambda: gpu_kernels.copy_bandwidth(torch.device("cpu"), 1 << 20),
+    )
 
 
 # In order of importance: what the time does not allow comes last.
@@ -187,20 +226,28 @@ def _versions() -> dict[str, str]:
 
 
 def _preload() -> None:
-    """Imports in the driver what its cases would import one by one, seconds each. Nothing of it may touch CUDA, or no forked process
-    could use it; ``probe`` notices if something does."""
+    """Imports in the driver what its cases would import one by one, seconds each. Nothing of it may touch CUDA, or no
+    forked process could use it; ``probe`` notices if something does.
+    """
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # is_available() without initialising CUDA
     for name in ("triton", "transformers.models.qwen3_vl.modeling_qwen3_vl", "qvl_model"):
         importlib.import_module(name)
 
 
 def probe() -> dict | None:
-    """The GPU and the versions, or None without one. In a process of its own: the driver must stay free of CUDA to fork."""
+    """The GPU and the versions, or None without one. In a process of its own: the driver must stay free of CUDA to
+    fork.
+    """
     if not torch.cuda.is_available():
         return None
     torch.zeros(1, device="cuda").item()  # raises if CUDA was initialised before the fork
     properties = torch.cuda.get_device_properties(0)
-    return {"name": properties.name, "memory": properties.total_memory, "capability": list(torch.cuda.get_device_capability(0)), "versions": _versions()}
+    return {
+        "name": properties.name,
+        "memory": properties.total_memory,
+        "capability": list(torch.cuda.get_device_capability(0)),
+        "versions": _versions(),
+    }
 
 
 def _slug(name: str) -> str:
@@ -221,9 +268,12 @@ def _scheduled(entries: list[Entry], deadline: float, result: dict, say: Callabl
         yield entry.name, entry.run, min(entry.seconds, left)
 
 
-def _compile(entries: list[Entry], deadline: float, result: dict, say: Callable[[str], None], save: Callable[[], None]) -> list[Entry]:
-    """Does what is early, and beside it what compiles kernels, as long as that lasts; returns what is left to measure. What fails to compile
-    fails there again."""
+def _compile(
+    entries: list[Entry], deadline: float, result: dict, say: Callable[[str], None], save: Callable[[], None]
+) -> list[Entry]:
+    """Does what is early, and beside it what compiles kernels, as long as that lasts; returns what is left to measure.
+    What fails to compile fails there again.
+    """
     early = list(_scheduled([entry for entry in entries if entry.early], deadline, result, say))
     later = [entry for entry in entries if not entry.early]
     end = min(deadline, time.monotonic() + COMPILE_SECONDS)
@@ -284,11 +334,15 @@ def _build(entries: list[Entry]) -> int:
         if not entry.installed:
             print(f"{entry.name}: left out, {entry.needs} is not installed")
     entries = [entry for entry in entries if entry.installed]
-    for name, answer in run_all((entry.name, functools.partial(_in_one_thread, entry.build), BUILD_SECONDS) for entry in entries):
+    for name, answer in run_all(
+        (entry.name, functools.partial(_in_one_thread, entry.build), BUILD_SECONDS) for entry in entries
+    ):
         value = answer.get("value", {})
         wrong = answer.get("error") or "; ".join(value.get("violations", []))
         failed += bool(wrong)
-        built = ", ".join(value.get("kernels", [])) or ("the reference, which has no kernel of its own" if "kernels" in value else "built")
+        built = ", ".join(value.get("kernels", [])) or (
+            "the reference, which has no kernel of its own" if "kernels" in value else "built"
+        )
         print(f"{name}: {wrong or built}", flush=True)
     print(f"no GPU: {len(entries) - failed} of {len(entries)} cases built")
     return 1 if failed else 0
@@ -299,8 +353,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--case", action="append", help="only cases whose name contains this (may be repeated)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"time for everything (default {MINUTES:g})")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result files (default bench/results)")
-    parser.add_argument("--no-preload", action="store_true", help="let every case import for itself (chosen by itself where importing touches the GPU)")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder of the result files (default bench/results)"
+    )
+    parser.add_argument(
+        "--no-preload",
+        action="store_true",
+        help="let every case import for itself (chosen by itself where importing touches the GPU)",
+    )
     arguments = parser.parse_args(argv)
     start = time.monotonic()
     entries = [entry for entry in ENTRIES if not arguments.case or any(part in entry.name for part in arguments.case)]
@@ -310,7 +370,10 @@ def main(argv: list[str] | None = None) -> int:
         _preload()
     ((_, probed),) = run_all([("probe", probe, 60.0)])
     if "error" in probed and not arguments.no_preload:
-        os.execv(sys.executable, [sys.executable, "-m", "bench.gpu", *(sys.argv[1:] if argv is None else argv), "--no-preload"])
+        os.execv(
+            sys.executable,
+            [sys.executable, "-m", "bench.gpu", *(sys.argv[1:] if argv is None else argv), "--no-preload"],
+        )
     if "error" in probed:
         print(f"bench.gpu: the GPU does not answer: {probed['error']}\n{probed['log']}", file=sys.stderr)
         return 1

@@ -1,4 +1,6 @@
-"""The kernels at sizes that fill a GPU: a training batch of 4 x 2048 tokens, long prompts, images, and decoding steps."""
+"""The kernels at sizes that fill a GPU: a training batch of 4 x 2048 tokens, long prompts, images, and
+decoding steps.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,8 +45,13 @@ def _normal(device, dtype, *shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def _elementwise(name: str, op: str, shapes: dict[str, tuple[int, ...]], moved: float) -> KernelCase:
-    return KernelCase(name, op, lambda device, dtype: {key: _normal(device, dtype, *shape) for key, shape in shapes.items()},
-                      lambda: gpu_rivals.plain_rivals(op), 2.0 * moved)  # fmt: skip
+    return KernelCase(
+        name,
+        op,
+        lambda device, dtype: {key: _normal(device, dtype, *shape) for key, shape in shapes.items()},
+        lambda: gpu_rivals.plain_rivals(op),
+        2.0 * moved,
+    )
 
 
 def _tables(device, dtype, *shape: int) -> dict[str, torch.Tensor]:
@@ -54,48 +61,99 @@ def _tables(device, dtype, *shape: int) -> dict[str, torch.Tensor]:
 
 def _qk_norm_rope(b: int, t: int, h: int, hkv: int, d: int) -> KernelCase:
     def make(device, dtype):
-        return {"q": _normal(device, dtype, b, t, h, d), "k": _normal(device, dtype, b, t, hkv, d), "q_weight": _normal(device, dtype, d),
-                "k_weight": _normal(device, dtype, d), **_tables(device, dtype, b, t, d)}  # fmt: skip
+        return {
+            "q": _normal(device, dtype, b, t, h, d),
+            "k": _normal(device, dtype, b, t, hkv, d),
+            "q_weight": _normal(device, dtype, d),
+            "k_weight": _normal(device, dtype, d),
+            **_tables(device, dtype, b, t, d),
+        }
 
-    return KernelCase("qk_norm_rope", "qk_norm_rope", make, lambda: gpu_rivals.plain_rivals("qk_norm_rope"),
-                      2.0 * b * t * d * (2 * (h + hkv) + 2))  # fmt: skip
+    return KernelCase(
+        "qk_norm_rope",
+        "qk_norm_rope",
+        make,
+        lambda: gpu_rivals.plain_rivals("qk_norm_rope"),
+        2.0 * b * t * d * (2 * (h + hkv) + 2),
+    )
 
 
 def _vision_rope(n: int, h: int, d: int) -> KernelCase:
     def make(device, dtype):
-        return {"q": _normal(device, dtype, n, h, d), "k": _normal(device, dtype, n, h, d), **_tables(device, torch.float32, n, d)}
+        return {
+            "q": _normal(device, dtype, n, h, d),
+            "k": _normal(device, dtype, n, h, d),
+            **_tables(device, torch.float32, n, d),
+        }
 
-    return KernelCase("vision_rope", "vision_rope", make, lambda: gpu_rivals.plain_rivals("vision_rope"), n * d * (2.0 * 4 * h + 8))
+    return KernelCase(
+        "vision_rope", "vision_rope", make, lambda: gpu_rivals.plain_rivals("vision_rope"), n * d * (2.0 * 4 * h + 8)
+    )
 
 
-def _attention(name: str, b: int, t: int, h: int, hkv: int, d: int, *, causal: bool, packed: bool = False) -> KernelCase:
+def _attention(
+    name: str, b: int, t: int, h: int, hkv: int, d: int, *, causal: bool, packed: bool = False
+) -> KernelCase:
     def make(device, dtype):
         lead = (b * t,) if packed else (b, t)
-        arguments = {"q": _normal(device, dtype, *lead, h, d), "k": _normal(device, dtype, *lead, hkv, d), "v": _normal(device, dtype, *lead, hkv, d),
-                     "causal": causal}  # fmt: skip
+        arguments = {
+            "q": _normal(device, dtype, *lead, h, d),
+            "k": _normal(device, dtype, *lead, hkv, d),
+            "v": _normal(device, dtype, *lead, hkv, d),
+            "causal": causal,
+        }
         if packed:
             arguments["cu_seqlens"] = torch.arange(0, b * t + 1, t, dtype=torch.int32, device=device)
         return arguments
 
-    return KernelCase(name, "attention", make, lambda: gpu_rivals.attention_rivals(causal=causal, lengths=(b, t) if packed else None),
-                      2.0 * b * t * d * (2 * h + 2 * hkv), 4.0 * b * t * t * h * d * (0.5 if causal else 1.0))  # fmt: skip
+    return KernelCase(
+        name,
+        "attention",
+        make,
+        lambda: gpu_rivals.attention_rivals(causal=causal, lengths=(b, t) if packed else None),
+        2.0 * b * t * d * (2 * h + 2 * hkv),
+        4.0 * b * t * t * h * d * (0.5 if causal else 1.0),
+    )
 
 
 def _cross_attention(b: int, t: int, s: int, h: int, d: int) -> KernelCase:
     def make(device, dtype):
-        return {"q": _normal(device, dtype, b, t, h, d), "k": _normal(device, dtype, b, s, h, d), "v": _normal(device, dtype, b, s, h, d),
-                "kv_lens": torch.full((b,), s, dtype=torch.int32, device=device) - 7 * torch.arange(b, dtype=torch.int32, device=device)}  # fmt: skip
+        return {
+            "q": _normal(device, dtype, b, t, h, d),
+            "k": _normal(device, dtype, b, s, h, d),
+            "v": _normal(device, dtype, b, s, h, d),
+            "kv_lens": torch.full((b,), s, dtype=torch.int32, device=device)
+            - 7 * torch.arange(b, dtype=torch.int32, device=device),
+        }
 
-    return KernelCase("cross_attention", "cross_attention", make, gpu_rivals.cross_attention_rivals, 4.0 * b * (t + s) * h * d,
-                      4.0 * b * t * s * h * d)  # fmt: skip
+    return KernelCase(
+        "cross_attention",
+        "cross_attention",
+        make,
+        gpu_rivals.cross_attention_rivals,
+        4.0 * b * (t + s) * h * d,
+        4.0 * b * t * s * h * d,
+    )
 
 
 def _decode_attention(name: str, b: int, s: int, h: int = 16, hkv: int = 8, d: int = 128) -> KernelCase:
     def make(device, dtype):
-        return {"q": _normal(device, dtype, b, 1, h, d), "k_cache": _normal(device, dtype, b, hkv, s, d), "v_cache": _normal(device, dtype, b, hkv, s, d),
-                "lengths": torch.full((b,), s, dtype=torch.int32, device=device)}  # fmt: skip
+        return {
+            "q": _normal(device, dtype, b, 1, h, d),
+            "k_cache": _normal(device, dtype, b, hkv, s, d),
+            "v_cache": _normal(device, dtype, b, hkv, s, d),
+            "lengths": torch.full((b,), s, dtype=torch.int32, device=device),
+        }
 
-    return KernelCase(name, "decode_attention", make, gpu_rivals.decode_attention_rivals, 4.0 * b * s * hkv * d, 4.0 * b * s * h * d, backward=False)
+    return KernelCase(
+        name,
+        "decode_attention",
+        make,
+        gpu_rivals.decode_attention_rivals,
+        4.0 * b * s * hkv * d,
+        4.0 * b * s * h * d,
+        backward=False,
+    )
 
 
 def _linear(name: str, m: int, n: int, k: int, *, bits: int = 16) -> KernelCase:
@@ -111,30 +169,56 @@ def _linear(name: str, m: int, n: int, k: int, *, bits: int = 16) -> KernelCase:
             scales = torch.full((n, k // 64), k**-0.5 / 4, dtype=torch.bfloat16, device=device)
         return {"x": x, "weight": QuantizedWeight(values, scales, k)}
 
-    op, rivals = ("linear", lambda: gpu_rivals.plain_rivals("linear")) if bits == 16 else ("quantized_linear", gpu_rivals.quantized_rivals)
+    op, rivals = (
+        ("linear", lambda: gpu_rivals.plain_rivals("linear"))
+        if bits == 16
+        else ("quantized_linear", gpu_rivals.quantized_rivals)
+    )
     return KernelCase(name, op, make, rivals, n * k * bits / 8 + 2.0 * m * (n + k), 2.0 * m * n * k, backward=False)
 
 
 def _linear_cross_entropy(m: int, v: int, c: int) -> KernelCase:
     def make(device, dtype):
-        return {"hidden": _normal(device, dtype, m, c), "weight": _normal(device, dtype, v, c, scale=c**-0.5),
-                "labels": torch.randint(0, v, (m,), device=device)}  # fmt: skip
+        return {
+            "hidden": _normal(device, dtype, m, c),
+            "weight": _normal(device, dtype, v, c, scale=c**-0.5),
+            "labels": torch.randint(0, v, (m,), device=device),
+        }
 
-    return KernelCase("linear_cross_entropy", "linear_cross_entropy", make, gpu_rivals.linear_cross_entropy_rivals, 2.0 * (m + v) * c, 2.0 * m * v * c,
-                      memory=True, step=True)  # fmt: skip
+    return KernelCase(
+        "linear_cross_entropy",
+        "linear_cross_entropy",
+        make,
+        gpu_rivals.linear_cross_entropy_rivals,
+        2.0 * (m + v) * c,
+        2.0 * m * v * c,
+        memory=True,
+        step=True,
+    )
 
 
 def _patch_embed(n: int, e: int) -> KernelCase:
     kernel = (3, 2, 16, 16)
 
     def make(device, dtype):
-        return {"pixels": _normal(device, dtype, n, 1536), "weight": _normal(device, dtype, e, *kernel, scale=1536**-0.5), "bias": _normal(device, dtype, e)}
+        return {
+            "pixels": _normal(device, dtype, n, 1536),
+            "weight": _normal(device, dtype, e, *kernel, scale=1536**-0.5),
+            "bias": _normal(device, dtype, e),
+        }
 
     def convolution(pixels, weight, bias):
         return torch.nn.functional.conv3d(pixels.view(-1, *kernel), weight, bias, stride=kernel[1:]).flatten(1)
 
-    return KernelCase("patch_embed", "patch_embed", make, lambda: {"conv3d": convolution}, 2.0 * (n * 1536 + e * 1536 + n * e), 2.0 * n * e * 1536,
-                      backward=False)  # fmt: skip
+    return KernelCase(
+        "patch_embed",
+        "patch_embed",
+        make,
+        lambda: {"conv3d": convolution},
+        2.0 * (n * 1536 + e * 1536 + n * e),
+        2.0 * n * e * 1536,
+        backward=False,
+    )
 
 
 T, C, F = 8192, 2048, 6144  # tokens of a training batch, hidden size, MLP width
@@ -143,7 +227,9 @@ CASES = [
     _elementwise("rms_norm", "rms_norm", {"x": (T, C), "weight": (C,)}, 2 * T * C),
     _elementwise("add_rms_norm", "add_rms_norm", {"x": (T, C), "residual": (T, C), "weight": (C,)}, 4 * T * C),
     _elementwise("layer_norm", "layer_norm", {"x": (P, E), "weight": (E,), "bias": (E,)}, 2 * P * E),
-    _elementwise("add_layer_norm", "add_layer_norm", {"x": (P, E), "residual": (P, E), "weight": (E,), "bias": (E,)}, 4 * P * E),
+    _elementwise(
+        "add_layer_norm", "add_layer_norm", {"x": (P, E), "residual": (P, E), "weight": (E,), "bias": (E,)}, 4 * P * E
+    ),
     _qk_norm_rope(4, 2048, 16, 8, 128),
     _vision_rope(P, 16, 64),
     _elementwise("swiglu", "swiglu", {"gate": (T, F), "up": (T, F)}, 3 * T * F),
@@ -180,8 +266,14 @@ def _own(arguments: dict, backward: bool) -> dict:
     """A copy of the arguments for one contestant: some libraries write gradients over their inputs."""
 
     def copy(name, x):
-        return tree_map(lambda t: t.clone().requires_grad_(backward and t.is_floating_point() and name not in CONSTANTS)
-                        if isinstance(t, torch.Tensor) else t, x)  # fmt: skip
+        return tree_map(
+            lambda t: (
+                t.clone().requires_grad_(backward and t.is_floating_point() and name not in CONSTANTS)
+                if isinstance(t, torch.Tensor)
+                else t
+            ),
+            x,
+        )
 
     return {name: copy(name, value) for name, value in arguments.items()}
 
@@ -206,11 +298,12 @@ def _step(function: Callable, arguments: dict) -> Callable[[], object]:
 
 
 def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloat16, seconds: float = 0.4) -> dict:
-    """Errors against fp32, then milliseconds forward and backward of ours and of each rival, then memory if the case asks for it; the
-    forward also of ours with other variants than those that are on, and of a copy of as many bytes where that is what bounds it.
+    """Errors against fp32, then milliseconds forward and backward of ours and of each rival, then memory if the case
+    asks for it; the forward also of ours with other variants than those that are on, and of a copy of as many bytes
+    where that is what bounds it.
 
-    Returns {"errors", "forward", "backward", "memory": by contestant, "variants": those of ours among them, "unavailable": {rival: why},
-    "bytes", "flops"}.
+    Returns {"errors", "forward", "backward", "memory": by contestant, "variants": those of ours among them,
+    "unavailable": {rival: why}, "bytes", "flops"}.
     """
     torch.manual_seed(SEED)
     made = case.make(device, dtype)
@@ -235,26 +328,45 @@ def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloa
         if not case.flops:  # bound by memory: the copy of as many bytes is what it is held against
             timed["copy"] = _copy(int(case.bytes) // 2, device)
         forward = compare(timed, device, seconds=seconds)
-    result = {"errors": errors, "forward": forward, "variants": [*variants], "unavailable": unavailable, "bytes": case.bytes, "flops": case.flops}
+    result = {
+        "errors": errors,
+        "forward": forward,
+        "variants": [*variants],
+        "unavailable": unavailable,
+        "bytes": case.bytes,
+        "flops": case.flops,
+    }
     for name in variants:
         contestants.pop(name, None)
     if case.backward:
         measured = _step if case.step else _gradient
-        result["backward"] = compare({name: measured(function, arguments[name]) for name, function in contestants.items()}, device, seconds=seconds)
+        result["backward"] = compare(
+            {name: measured(function, arguments[name]) for name, function in contestants.items()},
+            device,
+            seconds=seconds,
+        )
     if case.memory:
-        result["memory"] = {name: peak_bytes(_step(function, arguments[name]), device) for name, function in contestants.items()}
+        result["memory"] = {
+            name: peak_bytes(_step(function, arguments[name]), device) for name, function in contestants.items()
+        }
     return result
 
 
 def build(case: KernelCase, arch: str = "sm_90") -> dict:
-    """Without a GPU: the rivals are made, the arguments are fake CUDA tensors, and every kernel launched on them is compiled."""
+    """Without a GPU: the rivals are made, the arguments are fake CUDA tensors, and every kernel launched on them is
+    compiled.
+    """
     from bench.compiled import inspect, violations
     from bench.launches import record_call, specialise
 
     ours = getattr(qvl_kernels, case.op)
     case.rivals()
-    calls = [call for function in (ours, *offered(case.op, ours, arch).values())
-             for side in record_call(function, lambda: case.make(torch.device("cuda"), torch.bfloat16), arch) for call in side]  # fmt: skip
+    calls = [
+        call
+        for function in (ours, *offered(case.op, ours, arch).values())
+        for side in record_call(function, lambda: case.make(torch.device("cuda"), torch.bfloat16), arch)
+        for call in side
+    ]
     made = {s.key: s for call in calls for launch in call.launches for s in [specialise(launch, arch)]}
     wrong = [f"{s.kernel.__name__}: {text}" for s in made.values() for _, text in violations(arch, inspect(s))]
     return {"kernels": sorted({s.kernel.__name__ for s in made.values()}), "violations": wrong}

@@ -1,4 +1,6 @@
-"""The whole model on a GPU, stock against accelerated: first token, decoding, vision, training, memory. Random weights, made there."""
+"""The whole model on a GPU, stock against accelerated: first token, decoding, vision, training, memory. Random weights,
+made there.
+"""
 
 import copy
 import itertools
@@ -71,15 +73,28 @@ def _image_prompt(model: nn.Module, sizes: Sizes, pixels: int, device: torch.dev
     side = pixels // vision.patch_size
     visual = (side // vision.spatial_merge_size) ** 2
     generator = torch.Generator().manual_seed(SEED)
-    text = torch.randint(max(special_token_ids().values()) + 1, config.text_config.vocab_size, (sizes.text - 2,), generator=generator)
+    text = torch.randint(
+        max(special_token_ids().values()) + 1, config.text_config.vocab_size, (sizes.text - 2,), generator=generator
+    )
     half = len(text) // 2
     image = torch.full((visual,), config.image_token_id)
-    ids = torch.cat((text[:half], torch.tensor([config.vision_start_token_id]), image, torch.tensor([config.vision_end_token_id]), text[half:]))[None]
+    ids = torch.cat(
+        (
+            text[:half],
+            torch.tensor([config.vision_start_token_id]),
+            image,
+            torch.tensor([config.vision_end_token_id]),
+            text[half:],
+        )
+    )[None]
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     prompt = {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == config.image_token_id).int(),
-        "pixel_values": torch.rand(side * side, patch, generator=generator) * 2 - 1, "image_grid_thw": torch.tensor([[1, side, side]]),
-    }  # fmt: skip
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == config.image_token_id).int(),
+        "pixel_values": torch.rand(side * side, patch, generator=generator) * 2 - 1,
+        "image_grid_thw": torch.tensor([[1, side, side]]),
+    }
     return {name: x.to(device) for name, x in prompt.items()}
 
 
@@ -109,14 +124,24 @@ def _in_turn(functions: dict[str, Callable[[], object]], device: torch.device, r
 
 def _per_token(models: dict[str, nn.Module], prompt: dict, sizes: Sizes, device: torch.device) -> tuple[dict, dict]:
     """(milliseconds to the first token, milliseconds per token after it) of each model."""
-    first = _in_turn({name: lambda m=model: _generate(m, prompt, 1) for name, model in models.items()}, device, sizes.rounds)
-    whole = _in_turn({name: lambda m=model: _generate(m, prompt, sizes.tokens + 1) for name, model in models.items()}, device, sizes.rounds)
-    decoded = {name: summary([(t - first[name]["median"]) / sizes.tokens for t in whole[name]["values"]]) for name in models}
+    first = _in_turn(
+        {name: lambda m=model: _generate(m, prompt, 1) for name, model in models.items()}, device, sizes.rounds
+    )
+    whole = _in_turn(
+        {name: lambda m=model: _generate(m, prompt, sizes.tokens + 1) for name, model in models.items()},
+        device,
+        sizes.rounds,
+    )
+    decoded = {
+        name: summary([(t - first[name]["median"]) / sizes.tokens for t in whole[name]["values"]]) for name in models
+    }
     return first, decoded
 
 
 def _replays(model: nn.Module, rows: int, length: int, device: torch.device) -> dict[str, dict]:
-    """Milliseconds on the device of the graph of a decoding step over ``length`` keys; also with dependent launches, or without where they are on."""
+    """Milliseconds on the device of the graph of a decoding step over ``length`` keys; also with dependent launches, or
+    without where they are on.
+    """
     from qvl_model.generation import step_gpu
 
     step_gpu.release(model)  # what the calls before have captured
@@ -135,8 +160,19 @@ def _replays(model: nn.Module, rows: int, length: int, device: torch.device) -> 
 def _bytes_per_token(model: nn.Module, rows: int, length: int) -> int:
     """Decoder and head once, and the keys and values of all rows."""
     text, config = model.model.language_model, model.config.text_config
-    weights = sum(p.numel() * p.element_size() for module in (text.layers, text.norm, model.lm_head) for p in module.parameters())
-    return weights + 2 * rows * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length * model.dtype.itemsize
+    weights = sum(
+        p.numel() * p.element_size() for module in (text.layers, text.norm, model.lm_head) for p in module.parameters()
+    )
+    return (
+        weights
+        + 2
+        * rows
+        * config.num_hidden_layers
+        * config.num_key_value_heads
+        * config.head_dim
+        * length
+        * model.dtype.itemsize
+    )
 
 
 def generate(sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict:
@@ -147,17 +183,30 @@ def generate(sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bflo
     with torch.no_grad():
         first, decoded = _per_token(models, prompt, sizes, device)
         pixels = prompt["pixel_values"].to(dtype)
-        vision = _in_turn({name: lambda m=m: m.model.visual(pixels, grid_thw=prompt["image_grid_thw"]) for name, m in models.items()}, device, sizes.rounds)
+        vision = _in_turn(
+            {name: lambda m=m: m.model.visual(pixels, grid_thw=prompt["image_grid_thw"]) for name, m in models.items()},
+            device,
+            sizes.rounds,
+        )
         logits = {name: model(**prompt).logits for name, model in models.items()}
         truth = copy.deepcopy(stock).float()(**prompt).logits
         errors = {name: relative_error(values, truth) for name, values in logits.items()}
         length = prompt["input_ids"].shape[1] + sizes.tokens // 2
         replay = _replays(models["ours"], 1, length, device)
-    return {"first": first, "decode": decoded, "vision": vision, "replay": replay, "variants": [name for name in replay if name != "ours"], "errors": errors,
-            "bytes_per_token": _bytes_per_token(stock, 1, length)}  # fmt: skip
+    return {
+        "first": first,
+        "decode": decoded,
+        "vision": vision,
+        "replay": replay,
+        "variants": [name for name in replay if name != "ours"],
+        "errors": errors,
+        "bytes_per_token": _bytes_per_token(stock, 1, length),
+    }
 
 
-def decode(sizes: Sizes, device: torch.device, *, rows: int, weights: str | None = None, dtype: torch.dtype = torch.bfloat16) -> dict:
+def decode(
+    sizes: Sizes, device: torch.device, *, rows: int, weights: str | None = None, dtype: torch.dtype = torch.bfloat16
+) -> dict:
     """Text prompts: the first token of ``rows`` rows and decoding them together, with weights in 16 bits or packed."""
     stock = _model(sizes, device, dtype)
     twin = copy.deepcopy(stock) if weights else _twin(stock)  # packing takes the weights away
@@ -165,8 +214,13 @@ def decode(sizes: Sizes, device: torch.device, *, rows: int, weights: str | None
     with torch.no_grad():
         first, decoded = _per_token(models, _text_prompt(stock, rows, sizes.prompt, device), sizes, device)
         replay = _replays(models["ours"], rows, sizes.prompt + sizes.tokens // 2, device)
-    return {"first": first, "decode": decoded, "replay": replay, "variants": [name for name in replay if name != "ours"],
-            "bytes_per_token": _bytes_per_token(stock, rows, sizes.prompt + sizes.tokens // 2)}  # fmt: skip
+    return {
+        "first": first,
+        "decode": decoded,
+        "replay": replay,
+        "variants": [name for name in replay if name != "ours"],
+        "bytes_per_token": _bytes_per_token(stock, rows, sizes.prompt + sizes.tokens // 2),
+    }
 
 
 def compiled(sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict:
@@ -175,11 +229,15 @@ def compiled(sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bflo
     models = {"stock": stock, "ours": _accelerated(_twin(stock)), "compile": torch.compile(_twin(stock))}
     prompt = _image_prompt(stock, sizes, sizes.image, device)
     with torch.no_grad():
-        return {"forward": _in_turn({name: lambda m=m: m(**prompt, logits_to_keep=1) for name, m in models.items()}, device, sizes.rounds)}
+        return {
+            "forward": _in_turn(
+                {name: lambda m=m: m(**prompt, logits_to_keep=1) for name, m in models.items()}, device, sizes.rounds
+            )
+        }
 
 
 def _variant(sizes: Sizes, device: torch.device, dtype: torch.dtype, variant: str) -> nn.Module:
-    """"stock", "ours", "liger", or a weight format of ours."""
+    """ "stock", "ours", "liger", or a weight format of ours."""
     model = _model(sizes, device, dtype)
     if variant == "liger":
         from liger_kernel.transformers import apply_liger_kernel_to_qwen3_vl
@@ -208,7 +266,9 @@ class _Peak:
 
 
 def memory(sizes: Sizes, device: torch.device, variant: str, dtype: torch.dtype = torch.bfloat16) -> dict:
-    """Bytes of the weights and the peak of answering about a large image. A process of its own: nothing else was ever allocated."""
+    """Bytes of the weights and the peak of answering about a large image. A process of its own: nothing else was ever
+    allocated.
+    """
     model = _variant(sizes, device, dtype, variant)
     peak = _Peak(device)
     weights = peak.reset()
@@ -218,9 +278,13 @@ def memory(sizes: Sizes, device: torch.device, variant: str, dtype: torch.dtype 
 
 
 def fits(sizes: Sizes, device: torch.device, limit: int) -> dict:
-    """Whether accelerated fp16 answers about an image within ``limit`` bytes of device memory, the context's own left out."""
+    """Whether accelerated fp16 answers about an image within ``limit`` bytes of device memory, the context's own left
+    out.
+    """
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory, device)
+        torch.cuda.set_per_process_memory_fraction(
+            limit / torch.cuda.get_device_properties(device).total_memory, device
+        )
     model = _variant(sizes, device, torch.float16, "ours")
     peak = _Peak(device)
     with torch.no_grad():
@@ -250,31 +314,71 @@ def train(sizes: Sizes, device: torch.device, variant: str, dtype: torch.dtype =
     peak = _Peak(device)
     peak.reset()
     steps = list(_steps(model, sizes, device, sizes.steps + 2))
-    return {"step": summary([1e3 * seconds for seconds, _ in steps[2:]]), "peak": peak.read(), "losses": [loss.item() for _, loss in steps]}
+    return {
+        "step": summary([1e3 * seconds for seconds, _ in steps[2:]]),
+        "peak": peak.read(),
+        "losses": [loss.item() for _, loss in steps],
+    }
 
 
 TINY = {
     "tie_word_embeddings": True,
-    "text_config": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-                    "head_dim": 64, "vocab_size": 2048, "tie_word_embeddings": True,
-                    "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [12, 10, 10], "mrope_interleaved": True}},
-    "vision_config": {"depth": 2, "hidden_size": 128, "num_heads": 2, "intermediate_size": 256, "out_hidden_size": 256,
-                      "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
-}  # fmt: skip
+    "text_config": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 2048,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [12, 10, 10],
+            "mrope_interleaved": True,
+        },
+    },
+    "vision_config": {
+        "depth": 2,
+        "hidden_size": 128,
+        "num_heads": 2,
+        "intermediate_size": 256,
+        "out_hidden_size": 256,
+        "deepstack_visual_indexes": [0, 1],
+        "num_position_embeddings": 64,
+    },
+}
 
 
 def parity(sizes: Sizes, device: torch.device) -> dict:
-    """Losses of a tiny model in fp32, trained with stock code and accelerated from the same weights: the largest relative difference."""
+    """Losses of a tiny model in fp32, trained with stock code and accelerated from the same weights: the largest
+    relative difference.
+    """
     tiny = Sizes(config=TINY, batch=2, length=64, learning_rate=1e-3)
     losses = {}
     for variant in ("stock", "ours"):
         model = _variant(tiny, device, torch.float32, variant)
-        losses[variant] = torch.stack([loss for _, loss in _steps(model, tiny, device, sizes.parity_steps)]).double().cpu()
+        losses[variant] = (
+            torch.stack([loss for _, loss in _steps(model, tiny, device, sizes.parity_steps)]).double().cpu()
+        )
     difference = ((losses["ours"] - losses["stock"]).abs() / losses["stock"].abs().clamp_min(0.1)).max().item()
     return {"difference": difference, "first_loss": losses["stock"][0].item(), "last_loss": losses["stock"][-1].item()}
 
 
-SMALL = Sizes(config=TINY, image=64, large_image=96, text=20, prompt=16, tokens=4, batch=2, length=24, rounds=1, steps=1, parity_steps=5)
+SMALL = Sizes(
+    config=TINY,
+    image=64,
+    large_image=96,
+    text=20,
+    prompt=16,
+    tokens=4,
+    batch=2,
+    length=24,
+    rounds=1,
+    steps=1,
+    parity_steps=5,
+)
 
 
 def build(run: Callable[[Sizes, torch.device], dict]) -> dict:

@@ -1,7 +1,7 @@
 """Shows results of `make bench-gpu`: tables, charts, and the GPU section of the README.
 
-    python -m bench.gpu_report RESULT.json     prints the tables of a result
-    python -m bench.gpu_report --readme        writes the README's section from the files in bench/results
+python -m bench.gpu_report RESULT.json     prints the tables of a result
+python -m bench.gpu_report --readme        writes the README's section from the files in bench/results
 """
 
 import argparse
@@ -24,7 +24,9 @@ RIVALS = ("stock", "eager", "compile", "sdpa", "flash", "cudnn", "flash-attn", "
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     """A Markdown table, padded so that it reads well on a terminal too."""
     widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in [header, *rows]]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in [header, *rows]
+    ]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
@@ -37,8 +39,17 @@ def target_rows(result: dict) -> list[tuple[str, ...]]:
     cases, rows = _measured(result), []
     for item in TARGETS:
         value = item.value(cases)
-        shown = "not measured" if value is None else f"{100 * value:.1f} %" if item.target.unit == "%" else f"{value:.2f}×"
-        rows.append((item.target.label, shown, item.target.text + (" (stretch)" if item.stretch else ""), verdict(item.target, value)))
+        shown = (
+            "not measured" if value is None else f"{100 * value:.1f} %" if item.target.unit == "%" else f"{value:.2f}×"
+        )
+        rows.append(
+            (
+                item.target.label,
+                shown,
+                item.target.text + (" (stretch)" if item.stretch else ""),
+                verdict(item.target, value),
+            )
+        )
     return rows
 
 
@@ -66,10 +77,15 @@ def timing_rows(result: dict) -> list[tuple[str, ...]]:
 def memory_rows(result: dict) -> list[tuple[str, ...]]:
     """Case, peak GB, weights GB, milliseconds of a training step."""
     return [
-        (name, f"{value['peak'] / 1e9:.2f}", f"{value['weights'] / 1e9:.2f}" if "weights" in value else "",
-         _milliseconds(value["step"]) if "step" in value else "")
-        for name, value in _measured(result).items() if "peak" in value
-    ]  # fmt: skip
+        (
+            name,
+            f"{value['peak'] / 1e9:.2f}",
+            f"{value['weights'] / 1e9:.2f}" if "weights" in value else "",
+            _milliseconds(value["step"]) if "step" in value else "",
+        )
+        for name, value in _measured(result).items()
+        if "peak" in value
+    ]
 
 
 def problems(result: dict) -> list[str]:
@@ -92,7 +108,10 @@ def tables(result: dict) -> str:
     tests = result["cases"].get("GPU tests", {}).get("value")
     if tests:
         unknown = f", {tests['not_run']} not run for lack of time" if tests.get("not_run") else ""
-        lines += [f"GPU tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped{unknown}.", ""]
+        lines += [
+            f"GPU tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped{unknown}.",
+            "",
+        ]
     lines += [*_table(("", "measured", "target", "result"), target_rows(result)), ""]
     if memory_rows(result):
         lines += [*_table(("", "peak, GB", "weights, GB", "step, ms"), memory_rows(result)), ""]
@@ -112,7 +131,12 @@ def chart(result: dict, file: Path) -> bool:
     from matplotlib import pyplot
 
     cases = _measured(result)
-    parts = [(name, side) for name, value in cases.items() for side in SIDES if len(value.get(side, {})) > 1 and "ours" in value[side]]
+    parts = [
+        (name, side)
+        for name, value in cases.items()
+        for side in SIDES
+        if len(value.get(side, {})) > 1 and "ours" in value[side]
+    ]
     figure, axis = pyplot.subplots(figsize=(11, 1.5 + 0.42 * max(1, len(parts))))
     rivals = [rival for rival in RIVALS if any(rival in cases[name][side] for name, side in parts)]
     colours = dict(zip(RIVALS, pyplot.colormaps["tab10"].colors))
@@ -146,13 +170,19 @@ def readme_section(folder: Path = RESULTS) -> str:
     results, audit = _gpu_results(folder), folder / "audit.json"
     lines = ["`make bench-gpu` measured:", *map(tables, results)]
     if not results:
-        lines = ["**GPU figures are not measured yet.** The kernels have run under Triton's interpreter only, against their references; `make bench-gpu` "
-                 "tests and measures them on a machine with a GPU and writes its table here."]
+        lines = [
+            "**GPU figures are not measured yet.** The kernels have run under Triton's interpreter only, against "
+            "their references; `make bench-gpu` "
+            "tests and measures them on a machine with a GPU and writes its table here."
+        ]
     if audit.is_file():
         from bench.audit_report import summary_markdown
 
-        lines += ["What a compiler can show has been checked (`make audit`, [all of it](bench/results/audit.md)): every kernel at the model's real "
-                  "shapes, compiled for each architecture. " + summary_markdown(json.loads(audit.read_text()))]
+        lines += [
+            "What a compiler can show has been checked (`make audit`, [all of it](bench/results/audit.md)): every "
+            "kernel at the model's real "
+            "shapes, compiled for each architecture. " + summary_markdown(json.loads(audit.read_text()))
+        ]
     return "\n\n".join(lines)
 
 
@@ -168,7 +198,9 @@ def write_readme(folder: Path = RESULTS, file: Path = ROOT / "README.md") -> Non
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_report", description=__doc__.split("\n\n")[0])
     parser.add_argument("result", type=Path, nargs="?", help="a result file of make bench-gpu")
-    parser.add_argument("--readme", action="store_true", help="write the README's GPU section from the files in bench/results")
+    parser.add_argument(
+        "--readme", action="store_true", help="write the README's GPU section from the files in bench/results"
+    )
     arguments = parser.parse_args(argv)
     if arguments.result is not None:
         print(tables(json.loads(arguments.result.read_text())))

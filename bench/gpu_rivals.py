@@ -1,4 +1,6 @@
-"""What the kernels are compared with on a GPU: PyTorch eager and compiled, its attention backends, and libraries where installed."""
+"""What the kernels are compared with on a GPU: PyTorch eager and compiled, its attention backends, and libraries where
+installed.
+"""
 
 import functools
 from collections.abc import Callable
@@ -10,8 +12,14 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 import qvl_kernels
 from qvl_kernels.quant import dequantize
 
-__all__ = ["attention_rivals", "cross_attention_rivals", "decode_attention_rivals", "linear_cross_entropy_rivals", "plain_rivals",
-           "quantized_rivals"]  # fmt: skip
+__all__ = [
+    "attention_rivals",
+    "cross_attention_rivals",
+    "decode_attention_rivals",
+    "linear_cross_entropy_rivals",
+    "plain_rivals",
+    "quantized_rivals",
+]
 
 Rivals = dict[str, Callable[..., object]]
 
@@ -35,10 +43,14 @@ def _liger() -> dict[str, Callable[..., object]]:
         return {}
     return {
         "rms_norm": lambda x, weight: liger.liger_rms_norm(x, weight, 1e-6, 0.0, "llama", False),
-        "add_rms_norm": lambda x, residual, weight: liger.liger_fused_add_rms_norm(x, residual, weight, 1e-6, 0.0, "llama", False),
+        "add_rms_norm": lambda x, residual, weight: liger.liger_fused_add_rms_norm(
+            x, residual, weight, 1e-6, 0.0, "llama", False
+        ),
         "layer_norm": lambda x, weight, bias: liger.liger_layer_norm(x, weight, bias, 1e-6),
         "swiglu": lambda gate, up: liger.liger_swiglu(gate, up),
-        "linear_cross_entropy": lambda hidden, weight, labels: liger.liger_fused_linear_cross_entropy(hidden, weight, labels),
+        "linear_cross_entropy": lambda hidden, weight, labels: liger.liger_fused_linear_cross_entropy(
+            hidden, weight, labels
+        ),
     }
 
 
@@ -59,7 +71,9 @@ def _sdpa(q, k, v, **options):
     """[B, T, H, D] in and out."""
     if q.dtype == torch.float32:  # the truth: with grouped queries SDPA would hold all scores
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-    out = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=q.shape[2] != k.shape[2], **options)
+    out = scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=q.shape[2] != k.shape[2], **options
+    )
     return out.transpose(1, 2)
 
 
@@ -72,14 +86,20 @@ def _with_backend(backend: SDPBackend, function: Callable[..., object]) -> Calla
 
 
 def attention_rivals(*, causal: bool, lengths: tuple[int, int] | None = None) -> Rivals:
-    """SDPA as stock calls it, its FLASH and CUDNN backends, and flash-attn. ``lengths``: (sequences, tokens of each) of packed inputs."""
+    """SDPA as stock calls it, its FLASH and CUDNN backends, and flash-attn. ``lengths``: (sequences, tokens of each) of
+    packed inputs.
+    """
 
     def sdpa(q, k, v, **_):
         if lengths is None:
             return _sdpa(q, k, v, is_causal=causal)
         return _sdpa(*(x.view(*lengths, *x.shape[1:]) for x in (q, k, v)), is_causal=causal).reshape(q.shape)
 
-    rivals = {"sdpa": sdpa, "flash": _with_backend(SDPBackend.FLASH_ATTENTION, sdpa), "cudnn": _with_backend(SDPBackend.CUDNN_ATTENTION, sdpa)}
+    rivals = {
+        "sdpa": sdpa,
+        "flash": _with_backend(SDPBackend.FLASH_ATTENTION, sdpa),
+        "cudnn": _with_backend(SDPBackend.CUDNN_ATTENTION, sdpa),
+    }
     try:
         from flash_attn import flash_attn_func, flash_attn_varlen_func
     except ImportError:
@@ -88,7 +108,8 @@ def attention_rivals(*, causal: bool, lengths: tuple[int, int] | None = None) ->
         rivals["flash-attn"] = lambda q, k, v, **_: flash_attn_func(q, k, v, causal=causal)
     else:
         rivals["flash-attn"] = lambda q, k, v, cu_seqlens, **_: flash_attn_varlen_func(
-            q, k, v, cu_seqlens, cu_seqlens, lengths[1], lengths[1], causal=causal)
+            q, k, v, cu_seqlens, cu_seqlens, lengths[1], lengths[1], causal=causal
+        )
     return rivals
 
 
@@ -111,7 +132,9 @@ def decode_attention_rivals() -> Rivals:
 
 
 def quantized_rivals() -> Rivals:
-    """The definition, and the product with the same weight in 16 bits, rounded beforehand: what a user has without quantisation."""
+    """The definition, and the product with the same weight in 16 bits, rounded beforehand: what a user has without
+    quantisation.
+    """
     kept: dict[int, torch.Tensor] = {}
 
     def dequantised(x, weight):

@@ -1,4 +1,6 @@
-"""What `make bench-gpu` must show on an H100 in bf16, in one place: how each metric follows from the measured cases, and its bound."""
+"""What `make bench-gpu` must show on an H100 in bf16, in one place: how each metric follows from the measured cases,
+and its bound.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +10,15 @@ from bench.targets import Target
 __all__ = ["BANDWIDTH_KERNELS", "TARGETS", "GpuTarget", "bandwidth_share", "speed"]
 
 # Held against the bandwidth of a copy: norms, rotary embeddings, SwiGLU.
-BANDWIDTH_KERNELS = ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "qk_norm_rope", "vision_rope", "swiglu")
+BANDWIDTH_KERNELS = (
+    "rms_norm",
+    "add_rms_norm",
+    "layer_norm",
+    "add_layer_norm",
+    "qk_norm_rope",
+    "vision_rope",
+    "swiglu",
+)
 ATTENTION_KERNELS = ("attention train", "attention 16k", "attention full", "attention vision")
 
 Cases = dict[str, dict]  # name -> value of a case that was measured
@@ -21,7 +31,9 @@ def speed(cases: Cases, case: str, side: str, rival: str) -> float | None:
 
 
 def bandwidth_share(cases: Cases, case: str) -> float | None:
-    """Bytes per second of our forward pass over those of a copy: of as many bytes, in turns with it, where that was timed, else a large one."""
+    """Bytes per second of our forward pass over those of a copy: of as many bytes, in turns with it, where that was
+    timed, else a large one.
+    """
     if "copy" in cases.get(case, {}).get("forward", {}):
         return speed(cases, case, "forward", "copy")
     if case not in cases or "copy" not in cases:
@@ -38,7 +50,9 @@ def _peak_ratio(ours: str, stock: str, *, above_weights: bool = False) -> Callab
     def value(cases: Cases) -> float | None:
         if ours not in cases or stock not in cases:
             return None
-        mine, theirs = (cases[name]["peak"] - (cases[name]["weights"] if above_weights else 0) for name in (ours, stock))
+        mine, theirs = (
+            cases[name]["peak"] - (cases[name]["weights"] if above_weights else 0) for name in (ours, stock)
+        )
         return mine / theirs if theirs else None
 
     return value
@@ -70,9 +84,15 @@ def _fits(cases: Cases) -> float | None:
 
 
 def _error_ratio(cases: Cases) -> float | None:
-    """The worst of our errors over the rival's, both against fp32; a floor of one unit in the last place of bf16 where the rival is exact."""
-    ratios = [value["errors"]["ours"] / max(2**-8, next(e for name, e in value["errors"].items() if name not in ("ours", *value.get("variants", ()))))
-              for value in cases.values() if len(value.get("errors", {})) > 1 and "ours" in value["errors"]]  # fmt: skip
+    """The worst of our errors over the rival's, both against fp32; a floor of one unit in the last place of bf16 where
+    the rival is exact.
+    """
+    ratios = [
+        value["errors"]["ours"]
+        / max(2**-8, next(e for name, e in value["errors"].items() if name not in ("ours", *value.get("variants", ()))))
+        for value in cases.values()
+        if len(value.get("errors", {})) > 1 and "ours" in value["errors"]
+    ]
     return max(ratios, default=None)
 
 
@@ -93,28 +113,60 @@ TARGETS = [
     GpuTarget(Target("first", "first token, image + text, batch 1", at_least=1.25), _over("generate", "first")),
     GpuTarget(Target("decode_1", "decode, batch 1", at_least=4.0), _over("generate", "decode")),
     GpuTarget(Target("decode_32", "decode, batch 32", at_least=2.0), _over("decode 32", "decode")),
-    GpuTarget(Target("memory", "inference peak memory above weights", at_most=0.85),
-              _peak_ratio("memory accelerated", "memory stock", above_weights=True)),
-    GpuTarget(Target("memory_int8", "inference peak memory, int8 weights", at_most=0.6), _peak_ratio("memory int8", "memory stock")),
+    GpuTarget(
+        Target("memory", "inference peak memory above weights", at_most=0.85),
+        _peak_ratio("memory accelerated", "memory stock", above_weights=True),
+    ),
+    GpuTarget(
+        Target("memory_int8", "inference peak memory, int8 weights", at_most=0.6),
+        _peak_ratio("memory int8", "memory stock"),
+    ),
     GpuTarget(Target("fits", "fp16 inference, share of 8 GB", at_most=1.0), _fits),
     GpuTarget(Target("train", "training step, 4 x 2048, AdamW", at_least=1.25), _step_ratio),
-    GpuTarget(Target("train_memory", "training peak memory", at_most=0.7), _peak_ratio("train accelerated", "train stock")),
-    GpuTarget(Target("bandwidth", "norms, RoPE, SwiGLU: share of copy bandwidth, the worst", at_least=0.85, unit="%"),
-              lambda cases: _worst(bandwidth_share(cases, name) for name in BANDWIDTH_KERNELS)),
-    GpuTarget(Target("liger", "norms, SwiGLU against Liger, forward, the worst", at_least=1.0),
-              lambda cases: _worst(speed(cases, name, "forward", "liger") for name in BANDWIDTH_KERNELS)),
-    GpuTarget(Target("flash_forward", "attention against FLASH, forward, the worst", at_least=1.0),
-              lambda cases: _worst(speed(cases, name, "forward", "flash") for name in ATTENTION_KERNELS)),
-    GpuTarget(Target("flash_backward", "attention against FLASH, backward, the worst", at_least=0.9),
-              lambda cases: _worst(speed(cases, name, "backward", "flash") for name in ATTENTION_KERNELS)),
-    GpuTarget(Target("cross", "cross_attention against SDPA with a mask", at_least=1.0), _over("cross_attention", "forward", "sdpa")),
-    GpuTarget(Target("lce", "linear_cross_entropy against Liger, backward included", at_least=1.0),
-              lambda cases: _worst(speed(cases, "linear_cross_entropy", side, "liger") for side in ("forward", "backward"))),
-    GpuTarget(Target("lce_memory", "linear_cross_entropy, memory against Liger", at_most=1.0), _memory_ratio("linear_cross_entropy", "liger")),
+    GpuTarget(
+        Target("train_memory", "training peak memory", at_most=0.7), _peak_ratio("train accelerated", "train stock")
+    ),
+    GpuTarget(
+        Target("bandwidth", "norms, RoPE, SwiGLU: share of copy bandwidth, the worst", at_least=0.85, unit="%"),
+        lambda cases: _worst(bandwidth_share(cases, name) for name in BANDWIDTH_KERNELS),
+    ),
+    GpuTarget(
+        Target("liger", "norms, SwiGLU against Liger, forward, the worst", at_least=1.0),
+        lambda cases: _worst(speed(cases, name, "forward", "liger") for name in BANDWIDTH_KERNELS),
+    ),
+    GpuTarget(
+        Target("flash_forward", "attention against FLASH, forward, the worst", at_least=1.0),
+        lambda cases: _worst(speed(cases, name, "forward", "flash") for name in ATTENTION_KERNELS),
+    ),
+    GpuTarget(
+        Target("flash_backward", "attention against FLASH, backward, the worst", at_least=0.9),
+        lambda cases: _worst(speed(cases, name, "backward", "flash") for name in ATTENTION_KERNELS),
+    ),
+    GpuTarget(
+        Target("cross", "cross_attention against SDPA with a mask", at_least=1.0),
+        _over("cross_attention", "forward", "sdpa"),
+    ),
+    GpuTarget(
+        Target("lce", "linear_cross_entropy against Liger, backward included", at_least=1.0),
+        lambda cases: _worst(speed(cases, "linear_cross_entropy", side, "liger") for side in ("forward", "backward")),
+    ),
+    GpuTarget(
+        Target("lce_memory", "linear_cross_entropy, memory against Liger", at_most=1.0),
+        _memory_ratio("linear_cross_entropy", "liger"),
+    ),
     GpuTarget(Target("error", "error against fp32, over PyTorch's own, the worst", at_most=2.0), _error_ratio),
-    GpuTarget(Target("decode_share", "graph of a decoding step, batch 1, share of copy bandwidth", at_least=0.8, unit="%"), _decode_share, stretch=True),
+    GpuTarget(
+        Target("decode_share", "graph of a decoding step, batch 1, share of copy bandwidth", at_least=0.8, unit="%"),
+        _decode_share,
+        stretch=True,
+    ),
     GpuTarget(Target("decode_12", "decode, batch 1", at_least=12.0), _over("generate", "decode"), stretch=True),
-    GpuTarget(Target("cudnn", "attention against cuDNN, forward, the worst", at_least=1.0),
-              lambda cases: _worst(speed(cases, name, "forward", "cudnn") for name in ATTENTION_KERNELS), stretch=True),
-    GpuTarget(Target("first_18", "first token, image + text, batch 1", at_least=1.8), _over("generate", "first"), stretch=True),
-]  # fmt: skip
+    GpuTarget(
+        Target("cudnn", "attention against cuDNN, forward, the worst", at_least=1.0),
+        lambda cases: _worst(speed(cases, name, "forward", "cudnn") for name in ATTENTION_KERNELS),
+        stretch=True,
+    ),
+    GpuTarget(
+        Target("first_18", "first token, image + text, batch 1", at_least=1.8), _over("generate", "first"), stretch=True
+    ),
+]

@@ -1,4 +1,6 @@
-"""Times and memory on a GPU; on other devices the same with the wall clock, so that every case can be tried without one."""
+"""Times and memory on a GPU; on other devices the same with the wall clock, so that every case can be tried without
+one.
+"""
 
 import time
 from collections.abc import Callable
@@ -9,8 +11,8 @@ from bench.timing import summary
 
 __all__ = ["compare", "peak_bytes", "synchronize", "wall_seconds"]
 
-# Larger than any L2 cache: inputs come from memory, as in a model. And long enough (0.3 ms on an H100) that what is timed next has
-# been launched in full before it begins: it is the device's time.
+# Larger than any L2 cache: inputs come from memory, as in a model. And long enough (0.3 ms on an H100) that what is
+# timed next has been launched in full before it begins: it is the device's time.
 FLUSH_BYTES = 1 << 30
 FLUSH_BYTES_CPU = 1 << 20
 
@@ -29,7 +31,9 @@ def wall_seconds(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def compare(functions: dict[str, Callable[[], object]], device: torch.device, *, seconds: float = 0.4, most: int = 50) -> dict[str, dict]:
+def compare(
+    functions: dict[str, Callable[[], object]], device: torch.device, *, seconds: float = 0.4, most: int = 50
+) -> dict[str, dict]:
     """Milliseconds of each function: medians and ranges of rounds in which all take turns, after a flush of the caches.
 
     ``seconds`` bounds the time of all rounds together, ``most`` their number; five are always done.
@@ -74,5 +78,3 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     function()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
-
-

@@ -11,7 +11,8 @@ __all__ = ["CONFIGS", "QVL_CONFIGS", "compare", "qvl_models", "qwen3_vl_models",
 TOKENS = 64
 MARGIN = 10.0  # tokens may differ only where the two best logits are closer than this many times the error
 
-# text: layers, hidden, MLP, heads, key/value heads, head_dim, M-RoPE sections; vision: depth, hidden, MLP, heads; image grid
+# text: layers, hidden, MLP, heads, key/value heads, head_dim, M-RoPE sections; vision: depth, hidden, MLP, heads; image
+# grid
 CONFIGS = [
     ((5, 96, 200, 6, 3, 24, (4, 4, 4)), (4, 48, 100, 3), (1, 2, 2)),
     ((5, 144, 250, 6, 3, 24, (4, 4, 4)), (4, 48, 100, 3), (1, 34, 18)),
@@ -22,8 +23,8 @@ CONFIGS = [
     ((3, 130, 257, 2, 2, 72, (12, 12, 12)), (5, 60, 120, 3), (1, 8, 8)),
     ((2, 256, 384, 4, 2, 128, (24, 20, 20)), (4, 64, 128, 1), (1, 16, 14)),
 ]
-# text: layers, hidden, MLP, heads, key/value heads, cross-attention layers, width of their queries; vision: layers, hidden, MLP, heads,
-# width of visual tokens; query tokens (0: MLP connector); pixels of the image, patches of 4
+# text: layers, hidden, MLP, heads, key/value heads, cross-attention layers, width of their queries; vision: layers,
+# hidden, MLP, heads, width of visual tokens; query tokens (0: MLP connector); pixels of the image, patches of 4
 QVL_CONFIGS = [
     ((4, 72, 50, 6, 3, [1, 3], 96), (3, 36, 44, 3, 28), 0, (14, 19)),
     ((3, 40, 66, 4, 4, [0, 2], 36), (2, 24, 30, 2, 20), 5, (8, 33)),
@@ -42,17 +43,39 @@ def tiny_config(text: tuple, vision: tuple) -> dict:
     return {
         "tie_word_embeddings": True,
         "text_config": {
-            "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": mlp, "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads, "head_dim": head_dim, "vocab_size": VOCABULARY, "initializer_range": 0.1,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": list(sections), "mrope_interleaved": True},
+            "num_hidden_layers": layers,
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "vocab_size": VOCABULARY,
+            "initializer_range": 0.1,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": list(sections),
+                "mrope_interleaved": True,
+            },
             "tie_word_embeddings": True,
         },
         "vision_config": {
-            "depth": depth, "hidden_size": vision_hidden, "intermediate_size": vision_mlp, "num_heads": vision_heads,
-            "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2, "out_hidden_size": hidden,
-            "deepstack_visual_indexes": [0, depth - 1], "num_position_embeddings": 64, "initializer_range": 0.1,
+            "depth": depth,
+            "hidden_size": vision_hidden,
+            "intermediate_size": vision_mlp,
+            "num_heads": vision_heads,
+            "patch_size": 16,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "out_hidden_size": hidden,
+            "deepstack_visual_indexes": [0, depth - 1],
+            "num_position_embeddings": 64,
+            "initializer_range": 0.1,
         },
-        "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END,
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
     }
 
 
@@ -74,8 +97,8 @@ def _prompt(grid: tuple[int, int, int], generator: torch.Generator) -> dict[str,
 def compare(stock, ours, prompt: dict[str, torch.Tensor], tokens: int = TOKENS) -> tuple[int, int]:
     """(tokens that must agree, tokens of those that do).
 
-    The first difference ends the comparison, since the texts go separate ways after it. It counts as a failure if stock's
-    margin between its two best logits exceeds MARGIN times the largest difference of the logits at that step.
+    The first difference ends the comparison, since the texts go separate ways after it. It counts as a failure if
+    stock's margin between its two best logits exceeds MARGIN times the largest difference of the logits at that step.
     """
     options = {"max_new_tokens": tokens, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     one, other = stock.generate(**prompt, **options), ours.generate(**prompt, **options)
@@ -107,17 +130,43 @@ def qvl_models() -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
         layers, hidden, mlp, heads, kv_heads, fused, fused_width = text
         depth, vision_hidden, vision_mlp, vision_heads, visual_width = vision
         torch.manual_seed(index)
-        model = QVLForConditionalGeneration(QVLConfig(
-            num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=kv_heads,
-            cross_attention_layers=fused, language_projection_dim=fused_width, vision_num_hidden_layers=depth, vision_hidden_size=vision_hidden,
-            vision_intermediate_size=vision_mlp, vision_num_attention_heads=vision_heads, vision_projection_dim=visual_width,
-            connector_type="attention" if queries else "mlp", num_query_tokens=queries, vision_patch_size=4, vision_image_size=16,
-            vocab_size=VOCABULARY, image_token_id=IMAGE, pad_token_id=0, eos_token_id=None, initializer_range=0.1, rope_theta=10000.0,
-        )).eval()  # fmt: skip
+        model = QVLForConditionalGeneration(
+            QVLConfig(
+                num_hidden_layers=layers,
+                hidden_size=hidden,
+                intermediate_size=mlp,
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
+                cross_attention_layers=fused,
+                language_projection_dim=fused_width,
+                vision_num_hidden_layers=depth,
+                vision_hidden_size=vision_hidden,
+                vision_intermediate_size=vision_mlp,
+                vision_num_attention_heads=vision_heads,
+                vision_projection_dim=visual_width,
+                connector_type="attention" if queries else "mlp",
+                num_query_tokens=queries,
+                vision_patch_size=4,
+                vision_image_size=16,
+                vocab_size=VOCABULARY,
+                image_token_id=IMAGE,
+                pad_token_id=0,
+                eos_token_id=None,
+                initializer_range=0.1,
+                rope_theta=10000.0,
+            )
+        ).eval()
         generator = torch.Generator().manual_seed(index)
         ids = torch.randint(5, VOCABULARY, (1, 13), generator=generator)
         ids[0, 4] = IMAGE
-        yield model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, *image, generator=generator)}
+        yield (
+            model,
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "pixel_values": torch.randn(1, 3, *image, generator=generator),
+            },
+        )
 
 
 def run(models: Iterable[tuple[nn.Module, dict[str, Tensor]]]) -> dict[str, object]:

@@ -8,8 +8,10 @@ import torch
 __all__ = ["batch_prompt", "image_prompt", "load", "photographs", "save", "text_prompt"]
 
 TEXT = (
-    "Look at this photograph carefully and describe what you can see in it: the main subject, the background, the colours, "
-    "the light, and anything that seems unusual. Say where the picture may have been taken, at what time of the day, and "
+    "Look at this photograph carefully and describe what you can see in it: the main subject, the background, the "
+    "colours, "
+    "the light, and anything that seems unusual. Say where the picture may have been taken, at what time of the "
+    "day, and "
     "what makes you think so. If there are people, buildings or plants, count them and compare their sizes. "
 )
 
@@ -19,8 +21,10 @@ def photographs(size: int) -> list:
     from PIL import Image
     from sklearn.datasets import load_sample_image
 
-    return [Image.fromarray(load_sample_image(name)).resize((size, size), Image.Resampling.BICUBIC)
-            for name in ("china.jpg", "flower.jpg")]
+    return [
+        Image.fromarray(load_sample_image(name)).resize((size, size), Image.Resampling.BICUBIC)
+        for name in ("china.jpg", "flower.jpg")
+    ]
 
 
 def _text_of_length(count: Callable[[str], int], tokens: int) -> str:
@@ -41,7 +45,9 @@ def image_prompt(processor, images: list, text_tokens: int) -> dict[str, torch.T
 
     def chat(text: str) -> str:
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
 
     def count(text: str) -> int:  # every image is still one placeholder here
         return len(processor.tokenizer(chat(text))["input_ids"]) - len(images)
@@ -68,8 +74,10 @@ def batch_prompt(processor, rows: int, tokens: int) -> dict[str, torch.Tensor]:
     """``rows`` chat turns without images, of ``tokens`` tokens down to about half of that, padded on the left."""
     prompts = [text_prompt(processor, tokens - row * tokens // (2 * rows)) for row in range(rows)]
     width = max(prompt["input_ids"].shape[1] for prompt in prompts)
-    return {key: torch.cat([torch.nn.functional.pad(prompt[key], (width - prompt[key].shape[1], 0)) for prompt in prompts])
-            for key in ("input_ids", "attention_mask")}
+    return {
+        key: torch.cat([torch.nn.functional.pad(prompt[key], (width - prompt[key].shape[1], 0)) for prompt in prompts])
+        for key in ("input_ids", "attention_mask")
+    }
 
 
 # What every implementation of Qwen3-VL takes; our transformers adds mm_token_type_ids, which older ones refuse.
@@ -80,7 +88,15 @@ def save(prompts: dict[str, dict[str, torch.Tensor]], file: Path) -> None:
     """Writes prompts, each under its name, to a safetensors file."""
     from safetensors.torch import save_file
 
-    save_file({f"{name}.{key}": prompt[key].contiguous() for name, prompt in prompts.items() for key in SAVED if key in prompt}, file)
+    save_file(
+        {
+            f"{name}.{key}": prompt[key].contiguous()
+            for name, prompt in prompts.items()
+            for key in SAVED
+            if key in prompt
+        },
+        file,
+    )
 
 
 def load(file: Path) -> dict[str, dict[str, torch.Tensor]]:

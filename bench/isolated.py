@@ -37,10 +37,11 @@ def _child(function: Callable[[], object], connection, log) -> None:
 def run_all(
     tasks: Iterable[Task], *, jobs: int = 1, tick: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Hashable, dict]]:
-    """(key, {"value": ...} or {"error": sentence, "log": its last output}) in order of completion; at most ``jobs`` at a time.
+    """(key, {"value": ...} or {"error": sentence, "log": its last output}) in order of completion; at most ``jobs`` at
+    a time.
 
-    Tasks are taken from the iterable when there is room for them, and ``tick`` is called several times a second. The caller
-    must have started no threads, and no CUDA, before.
+    Tasks are taken from the iterable when there is room for them, and ``tick`` is called several times a second. The
+    caller must have started no threads, and no CUDA, before.
 
     Example:
         >>> dict(run_all([("a", lambda: 1 + 1, 10.0)]))

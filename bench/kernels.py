@@ -3,9 +3,9 @@
     python -m bench.kernels [-k EXPRESSION] [any pytest-benchmark option]
     QVL_BENCH_DTYPE=fp32 python -m bench.kernels        (default bf16; or fp16)
 
-The floor is what a perfect kernel needs on this machine: bytes at the read bandwidth, or floating-point operations at the
-fastest GEMM measured here (ours or PyTorch's, in any dtype), whichever takes longer. Outputs that stay in the caches can
-beat it. The result is compared with the reference before it is timed.
+The floor is what a perfect kernel needs on this machine: bytes at the read bandwidth, or floating-point operations at
+the fastest GEMM measured here (ours or PyTorch's, in any dtype), whichever takes longer. Outputs that stay in the
+caches can beat it. The result is compared with the reference before it is timed.
 """
 
 import functools
@@ -36,7 +36,11 @@ MAX_COPIES = 32
 def ops() -> dict[str, object]:
     """Public functions of qvl_kernels that are ops, by name."""
     named = {name: getattr(qvl_kernels, name) for name in qvl_kernels.__all__}
-    return {name: value for name, value in named.items() if inspect.isfunction(value) and value.__module__.startswith("qvl_kernels.ops.")}
+    return {
+        name: value
+        for name, value in named.items()
+        if inspect.isfunction(value) and value.__module__.startswith("qvl_kernels.ops.")
+    }
 
 
 def cases_of(op: str) -> list[Case]:
@@ -73,6 +77,7 @@ MODEL_CASES = [pytest.param(op, case, id=f"{op}-{case.name}") for op in ops() fo
 
 def _check(op: str, case: Case) -> None:
     """The op against its reference; both may differ by the rounding of DTYPE."""
+
     def first(backend: str) -> torch.Tensor:
         with qvl_kernels.use_backend(backend):
             result = getattr(qvl_kernels, op)(**case.make(DTYPE, torch.Generator().manual_seed(0)))
@@ -90,8 +95,14 @@ def test_speed(op, case, backend, benchmark):
     copies = min(MAX_COPIES, max(1, math.ceil(COLD_BYTES / max(1.0, case.bytes(DTYPE.itemsize)))))
     inputs = itertools.cycle([case.make(DTYPE, torch.Generator().manual_seed(seed)) for seed in range(copies)])
     function = getattr(qvl_kernels, op)
-    benchmark.extra_info.update(op=op, case=case.name, backend=backend, floor=FLOORS.of(case),
-                                bytes=case.bytes(DTYPE.itemsize), flops=case.flops)
+    benchmark.extra_info.update(
+        op=op,
+        case=case.name,
+        backend=backend,
+        floor=FLOORS.of(case),
+        bytes=case.bytes(DTYPE.itemsize),
+        flops=case.flops,
+    )
     with torch.inference_mode(), qvl_kernels.use_backend(backend):
         function(**next(inputs))
         once = seconds(lambda: function(**next(inputs)))
@@ -111,15 +122,36 @@ class _Summary:
         for bench in config._benchmarksession.benchmarks:
             info = bench.extra_info
             rows.setdefault((info["op"], info["case"]), {"info": info})[info["backend"]] = bench.stats
-        table = Table("op", "case", "median", "fastest", "floor", "of floor", "reference", "ratio", "GB/s", "GFLOP/s",
-                      title=f"{DTYPE}: {FLOORS.gb_s:.1f} GB/s, {FLOORS.gflop_s:.0f} GFLOP/s, {torch.get_num_threads()} threads, "
-                            f"{qvl_kernels.cpu_info()['isa']}")
+        table = Table(
+            "op",
+            "case",
+            "median",
+            "fastest",
+            "floor",
+            "of floor",
+            "reference",
+            "ratio",
+            "GB/s",
+            "GFLOP/s",
+            title=f"{DTYPE}: {FLOORS.gb_s:.1f} GB/s, {FLOORS.gflop_s:.0f} GFLOP/s, {torch.get_num_threads()} threads, "
+            f"{qvl_kernels.cpu_info()['isa']}",
+        )
         for (op, case), row in rows.items():
             if "cpp" not in row or "reference" not in row:
                 continue
             ours, reference, info = row["cpp"].median, row["reference"].median, row["info"]
-            table.add_row(op, case, _time(ours), _time(row["cpp"].min), _time(info["floor"]), f"{info['floor'] / ours:.0%}", _time(reference),
-                          f"{reference / ours:.2f}×", f"{info['bytes'] / ours / 1e9:.1f}", f"{info['flops'] / ours / 1e9:.0f}")
+            table.add_row(
+                op,
+                case,
+                _time(ours),
+                _time(row["cpp"].min),
+                _time(info["floor"]),
+                f"{info['floor'] / ours:.0%}",
+                _time(reference),
+                f"{reference / ours:.2f}×",
+                f"{info['bytes'] / ours / 1e9:.1f}",
+                f"{info['flops'] / ours / 1e9:.0f}",
+            )
         Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 

@@ -1,7 +1,9 @@
-"""Which kernels a call of a public op launches on a GPU that is not there, and what Triton's JIT would compile for them.
+"""Which kernels a call of a public op launches on a GPU that is not there, and what Triton's JIT would compile for
+them.
 
 The op runs on fake CUDA tensors of a case's shapes, strides and dtypes; its launchers choose tiles for an assumed
-architecture, and ``triton_lib.launch`` notes what it was given. Backward passes run as their autograd formulas say, without
+architecture, and ``triton_lib.launch`` notes what it was given. Backward passes run as their autograd formulas say,
+without
 the engine: it would need a CUDA runtime.
 """
 
@@ -27,8 +29,18 @@ from triton.runtime.jit import create_function_from_signature
 from qvl_kernels import gpu, library, triton_lib
 from qvl_kernels.testing import Case
 
-__all__ = ["Call", "GRADIENTS_WITH_LOSS", "Specialisation", "allow_fake_cuda", "kernels", "record", "record_call", "record_training", "specialise",
-           "target"]  # fmt: skip
+__all__ = [
+    "Call",
+    "GRADIENTS_WITH_LOSS",
+    "Specialisation",
+    "allow_fake_cuda",
+    "kernels",
+    "record",
+    "record_call",
+    "record_training",
+    "specialise",
+    "target",
+]
 
 GRADIENTS_WITH_LOSS = {"linear_cross_entropy"}  # ops whose forward is another one where gradients are wanted
 
@@ -81,7 +93,7 @@ class _Launchers(TorchDispatchMode):
             out = library.LAUNCHERS[name](*args, **(kwargs or {}))
         self.calls.append(Call(name, _bytes(args, out), self.launches[before:]))
         if name in library.FORMULAS:
-            defaults = [argument.default_value for argument in function._schema.arguments[len(args):]]
+            defaults = [argument.default_value for argument in function._schema.arguments[len(args) :]]
             self.differentiable.append((name, (*args, *defaults), out))
         return out
 
@@ -99,7 +111,11 @@ class _Launchers(TorchDispatchMode):
                 setup(context, args, out)
             outputs = out if isinstance(out, tuple) else (out,)
             gradients = [
-                torch.empty_like(x) if x.dtype == outputs[0].dtype else torch.zeros_like(x) if context.materialize else None
+                torch.empty_like(x)
+                if x.dtype == outputs[0].dtype
+                else torch.zeros_like(x)
+                if context.materialize
+                else None
                 for x in outputs
             ]
             formula(context, *gradients)
@@ -110,7 +126,9 @@ def _like(x, device: str):
     """A tensor with the shape, strides, dtype and storage offset of ``x`` on another device; anything else as it is."""
     if not isinstance(x, torch.Tensor):
         return x
-    span = x.storage_offset() + (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) if x.numel() else 0)
+    span = x.storage_offset() + (
+        1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) if x.numel() else 0
+    )
     return torch.empty(span, dtype=x.dtype, device=device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
@@ -127,8 +145,10 @@ def _arguments(case: Case, dtype: torch.dtype):
 
 @functools.cache
 def allow_fake_cuda() -> None:
-    """Gives a PyTorch without CUDA a device guard for CUDA that does nothing, as PyTorch itself does (ensureCUDADeviceGuardSet)
-    where it has CUDA but finds no GPU. Without one, indexing a fake CUDA tensor fails. The guard of the meta device is such a one."""
+    """Gives a PyTorch without CUDA a device guard for CUDA that does nothing, as PyTorch itself does
+    (ensureCUDADeviceGuardSet) where it has CUDA but finds no GPU. Without one, indexing a fake CUDA tensor fails. The
+    guard of the meta device is such a one.
+    """
     cuda, meta = 1, 14  # c10::DeviceType
     library = ctypes.CDLL(next((Path(torch.__file__).parent / "lib").glob("libc10.*")))
     guards = (ctypes.c_void_p * (meta + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
@@ -137,10 +157,17 @@ def allow_fake_cuda() -> None:
 
 
 def record_call(function: Callable, make: Callable[[], dict], arch: str) -> tuple[list[Call], list[Call]]:
-    """(calls of the forward, calls of the backward) of ``function(**make())`` as on a GPU of architecture ``arch``; ``make`` and
-    ``function`` may create CUDA tensors, which are fake."""
+    """(calls of the forward, calls of the backward) of ``function(**make())`` as on a GPU of architecture ``arch``;
+    ``make`` and ``function`` may create CUDA tensors, which are fake.
+    """
     allow_fake_cuda()
-    with torch.no_grad(), FakeTensorMode(), gpu.assume(arch), triton_lib.record() as launches, warnings.catch_warnings():
+    with (
+        torch.no_grad(),
+        FakeTensorMode(),
+        gpu.assume(arch),
+        triton_lib.record() as launches,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # fake tensors have no address and say so
         arguments = make()
         with _Launchers(launches) as launchers:
@@ -167,7 +194,9 @@ def record_training(function: Callable, case: Case, dtype: torch.dtype, arch: st
 
     def make():
         made = tree_map(lambda x: _like(x, "cuda"), arguments)
-        return tree_map(lambda x: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, made)
+        return tree_map(
+            lambda x: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, made
+        )
 
     return record_call(torch.enable_grad()(function), make, arch)[0]
 
@@ -204,11 +233,15 @@ class Specialisation:
 
 
 def specialise(launch: triton_lib.Launch, arch: str) -> Specialisation:
-    """Signature, constants and attributes by Triton's own binder, so that alignment, ones and do_not_specialize count as in a real launch."""
+    """Signature, constants and attributes by Triton's own binder, so that alignment, ones and do_not_specialize count
+    as in a real launch.
+    """
     kernel, meta = launch.kernel, {**launch.meta, "debug": False}
     backend = make_backend(target(arch))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialisation, options = bind(*(_Pointer(x) if isinstance(x, torch.Tensor) else x for x in launch.args), **meta)
+    bound, specialisation, options = bind(
+        *(_Pointer(x) if isinstance(x, torch.Tensor) else x for x in launch.args), **meta
+    )
     options, signature, constants, attributes = kernel._pack_args(backend, meta, bound, specialisation, options)
     source = ASTSource(kernel, signature, constants, attributes)
     key = f"{kernel.__module__}:{kernel.__name__} {arch} {signature} {constants} {attributes} {launch.meta}"
@@ -223,6 +256,11 @@ def kernels(*packages: ModuleType) -> set[str]:
             if not module.name.rsplit(".", 1)[1].startswith("triton_"):
                 continue
             loaded = importlib.import_module(module.name)
-            names |= {f"{module.name}:{name}" for name, value in vars(loaded).items()
-                      if isinstance(value, triton.JITFunction) and value.__module__ == module.name and name.endswith("_kernel")}
+            names |= {
+                f"{module.name}:{name}"
+                for name, value in vars(loaded).items()
+                if isinstance(value, triton.JITFunction)
+                and value.__module__ == module.name
+                and name.endswith("_kernel")
+            }
     return names

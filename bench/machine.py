@@ -9,8 +9,20 @@ from pathlib import Path
 __all__ = ["commit", "describe", "peak_rss_bytes"]
 
 # The processor features that decide which kernels run; the full list would bury them.
-CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8",
-             "avx_vnni")
+CPU_FLAGS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "avx_vnni",
+)
 PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
 
 
@@ -33,8 +45,12 @@ def commit() -> str:
     """The short name of the checked-out commit, with a note if files differ from it."""
     root = Path(__file__).resolve().parent.parent
     try:
-        name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True)
+        name = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name.stdout.strip() + (" with local changes" if dirty.stdout.strip() else "")

@@ -11,7 +11,9 @@ def _metric(value: float, stock: str, ours: str, low: float | None = None, high:
 
 def _speed(times: dict[str, list[float]], show, variant: str = "ours", baseline: str = "stock") -> dict:
     ratio = paired_ratio(times[baseline], times[variant])
-    return _metric(ratio["median"], show(median(times[baseline])), show(median(times[variant])), ratio["low"], ratio["high"])
+    return _metric(
+        ratio["median"], show(median(times[baseline])), show(median(times[variant])), ratio["low"], ratio["high"]
+    )
 
 
 def _seconds(value: float) -> str:
@@ -41,12 +43,17 @@ def _best_dtype(raw: dict, operation: str) -> dict:
 def _decode_share(raw: dict, variant: str) -> dict:
     """Of the bandwidth that was read around the same tokens, round by round."""
     shares = {
-        who: [raw["bytes_per_token"][who] / seconds / (gb_s * 1e9) for seconds, gb_s in zip(raw["times"]["decode"][who], raw["bandwidth"][who])]
+        who: [
+            raw["bytes_per_token"][who] / seconds / (gb_s * 1e9)
+            for seconds, gb_s in zip(raw["times"]["decode"][who], raw["bandwidth"][who])
+        ]
         for who in ("stock", variant)
     }
     stock, ours = (f"{100 * median(shares[who]):.1f} %" for who in ("stock", variant))
     bandwidth = median(raw["bandwidth"][variant])
-    return _metric(median(shares[variant]), stock, ours, min(shares[variant]), max(shares[variant]), bandwidth_gb_s=bandwidth)
+    return _metric(
+        median(shares[variant]), stock, ours, min(shares[variant]), max(shares[variant]), bandwidth_gb_s=bandwidth
+    )
 
 
 def _main_phase(raw: dict, sizes: dict, variant: str) -> dict[str, dict]:
@@ -71,13 +78,21 @@ def _main_phase(raw: dict, sizes: dict, variant: str) -> dict[str, dict]:
 
 
 def _peers(times: dict[str, dict], sizes: dict) -> dict[str, dict]:
-    """Ours against each peer, "decode_int8_openvino_int8" for example, and against the peer of an engine with the fastest prefill."""
-    shows = {"decode": _rate, "ttft": _seconds, "prefill": lambda value: f"{sizes['text_only_tokens'] / value:.1f} tok/s"}
+    """Ours against each peer, "decode_int8_openvino_int8" for example, and against the peer of an engine with the
+    fastest prefill.
+    """
+    shows = {
+        "decode": _rate,
+        "ttft": _seconds,
+        "prefill": lambda value: f"{sizes['text_only_tokens'] / value:.1f} tok/s",
+    }
     result, best = {}, {}
     for name, measured in times.items():
         for operation, values in measured.items():
             for variant in values.keys() - {"peer"}:
-                result[f"{operation}_{variant}_{name.replace(' ', '_')}"] = _speed(values, shows[operation], variant, "peer")
+                result[f"{operation}_{variant}_{name.replace(' ', '_')}"] = _speed(
+                    values, shows[operation], variant, "peer"
+                )
         engine = name.split()[0]
         fastest = best.get(engine)
         if fastest is None or median(measured["prefill"]["peer"]) < median(times[fastest]["prefill"]["peer"]):
@@ -92,9 +107,11 @@ def _scientific(value: float) -> str:
 
 
 def from_raw(raw: dict, sizes: dict) -> dict[str, dict]:
-    """Metrics by key: {"value", "low", "high", "stock", "ours"}; the last two are for people, ``value`` meets the target.
+    """Metrics by key: {"value", "low", "high", "stock", "ours"}; the last two are for people, ``value`` meets the
+    target.
 
-    Keys of other variants than "ours" end in their name, as in "decode_int8", and those against peers in the peer's after it.
+    Keys of other variants than "ours" end in their name, as in "decode_int8", and those against peers in the peer's
+    after it.
     """
     result = _main_phase(raw, sizes, "ours")
     for variant in raw["peak_rss"].keys() - {"stock", "ours"}:
@@ -108,6 +125,8 @@ def from_raw(raw: dict, sizes: dict) -> dict[str, dict]:
     if "other_dtypes" in raw:
         result |= {f"{operation}_best": _best_dtype(raw, operation) for operation in ("vision", "ttft")}
         for dtype, limited in raw["avx2"].items():
-            result |= {f"avx2_{operation}_{dtype}": _speed(limited[operation], _rate if operation == "decode" else _seconds)
-                       for operation in ("vision", "ttft", "decode")}
+            result |= {
+                f"avx2_{operation}_{dtype}": _speed(limited[operation], _rate if operation == "decode" else _seconds)
+                for operation in ("vision", "ttft", "decode")
+            }
     return result

@@ -18,7 +18,13 @@ __all__ = ["AVX2", "Options", "run", "steps"]
 # An AVX2 machine, simulated: our kernels, PyTorch's own and oneDNN's.
 AVX2 = {"QVL_CPU_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 PACKED = ("int8", "int4")
-MATCHING = {"bf16": "ours", "Q8_0": "int8", "Q4_0": "int4", "int8": "int8", "int4": "int4"}  # formats of peers, and our weights of the same size
+MATCHING = {
+    "bf16": "ours",
+    "Q8_0": "int8",
+    "Q4_0": "int4",
+    "int8": "int8",
+    "int4": "int4",
+}  # formats of peers, and our weights of the same size
 PROBE_BYTES = 1 << 30  # far larger than any cache
 
 
@@ -26,8 +32,8 @@ PROBE_BYTES = 1 << 30  # far larger than any cache
 class Options:
     """What to measure. The sizes are those of the targets; tests take smaller ones.
 
-    ``packed``: int8 and int4 weights too, and a batch of ``batch`` prompts. ``peers``: other engines too (see bench/peers). ``all``: stock in
-    other dtypes and on an AVX2 machine too.
+    ``packed``: int8 and int4 weights too, and a batch of ``batch`` prompts. ``peers``: other engines too (see
+    bench/peers). ``all``: stock in other dtypes and on an AVX2 machine too.
     """
 
     model: str
@@ -49,7 +55,9 @@ class Options:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Those that take turns: "stock" and keys of ``session.ACCELERATED``, "ours" (accelerated, weights as stored) among them."""
+        """Those that take turns: "stock" and keys of ``session.ACCELERATED``, "ours" (accelerated, weights as stored)
+        among them.
+        """
         return ("stock", "ours", *(PACKED if self.packed else ()))
 
 
@@ -71,10 +79,17 @@ def _append(times: dict, name: str, answers: dict) -> None:
         times.setdefault(name, {}).setdefault(variant, []).append(value)
 
 
-def _rounds(workers: Workers, options: Options, step: Callable[[str], None], label: str,
-            read_bandwidth: Callable[[], float] | None = None) -> dict:
-    """Times of the single-image row and of text prefill: {"vision": {"stock": [...], "ours": [...]}, ...}. "bandwidth": GB/s read right
-    before and right after each variant decoded, their mean: shared memory changes its speed between minutes."""
+def _rounds(
+    workers: Workers,
+    options: Options,
+    step: Callable[[str], None],
+    label: str,
+    read_bandwidth: Callable[[], float] | None = None,
+) -> dict:
+    """Times of the single-image row and of text prefill: {"vision": {"stock": [...], "ours": [...]}, ...}. "bandwidth":
+    GB/s read right
+    before and right after each variant decoded, their mean: shared memory changes its speed between minutes.
+    """
     times: dict = {}
     for index in range(options.rounds):
         step(f"{label}: round {index + 1} of {options.rounds}")
@@ -95,8 +110,16 @@ def _rounds(workers: Workers, options: Options, step: Callable[[str], None], lab
 
 
 def _load(worker: Worker, options: Options, variant: str, dtype: str) -> dict:
-    return worker.ask("load", path=options.model, variant=variant, dtype=dtype, image_size=options.image_size,
-                      long_size=options.long_size, text_tokens=options.text_tokens, batch=options.batch)
+    return worker.ask(
+        "load",
+        path=options.model,
+        variant=variant,
+        dtype=dtype,
+        image_size=options.image_size,
+        long_size=options.long_size,
+        text_tokens=options.text_tokens,
+        batch=options.batch,
+    )
 
 
 def _main_phase(options: Options, probe: Worker, folder: Path, step: Callable[[str], None]) -> dict:
@@ -138,11 +161,15 @@ def _full_model_errors(options: Options, folder: Path) -> dict[str, float]:
         _load(worker, options, "stock", "fp32")
         worker.ask("logits", file=str(folder / "truth.npy"))
     truth = np.load(folder / "truth.npy").astype(np.float64)
-    return {variant: float(np.linalg.norm(np.load(folder / f"{variant}.npy") - truth) / np.linalg.norm(truth)) for variant in options.variants}
+    return {
+        variant: float(np.linalg.norm(np.load(folder / f"{variant}.npy") - truth) / np.linalg.norm(truth))
+        for variant in options.variants
+    }
 
 
-def _other_dtypes(options: Options, step: Callable[[str], None], dtypes: tuple[str, ...], label: str,
-                  environment: dict[str, str]) -> dict[str, dict]:
+def _other_dtypes(
+    options: Options, step: Callable[[str], None], dtypes: tuple[str, ...], label: str, environment: dict[str, str]
+) -> dict[str, dict]:
     """Times of accelerated bf16 against stock in each of ``dtypes``."""
     times = {}
     with Worker(f"accelerated bf16 {label}", environment) as ours:
@@ -158,7 +185,9 @@ def _other_dtypes(options: Options, step: Callable[[str], None], dtypes: tuple[s
 
 
 def _peers(options: Options, folder: Path, step: Callable[[str], None]) -> dict:
-    """Times of each peer beside those of ours with the same weights, and with int8: {"times": by peer, "skipped": reasons, "versions"}."""
+    """Times of each peer beside those of ours with the same weights, and with int8: {"times": by peer, "skipped":
+    reasons, "versions"}.
+    """
     ready, skipped = prepared(peers_of(Path(options.model)), lambda text: None)
     times: dict = {}
     with ExitStack() as stack:
@@ -215,13 +244,24 @@ def run(options: Options, step: Callable[[str], None]) -> dict[str, object]:
             raw["peers"] = _peers(options, folder, step)
     with Worker("truth") as worker:
         step(f"error of {options.layers} layers against float64")
-        errors = worker.ask("errors", path=options.model, layers=options.layers, image_size=options.image_size,
-                            text_tokens=options.text_tokens)
+        errors = worker.ask(
+            "errors",
+            path=options.model,
+            layers=options.layers,
+            image_size=options.image_size,
+            text_tokens=options.text_tokens,
+        )
         raw["errors"] |= {f"{dtype}_float64": pair for dtype, pair in errors.items()}
         if options.packed:
             step("layers of packed weights against the same rounded numbers")
-            raw["layer_cosines"] = worker.ask("cosines", path=options.model, weights=PACKED, layers=options.layers,
-                                              image_size=options.image_size, text_tokens=options.text_tokens)
+            raw["layer_cosines"] = worker.ask(
+                "cosines",
+                path=options.model,
+                weights=PACKED,
+                layers=options.layers,
+                image_size=options.image_size,
+                text_tokens=options.text_tokens,
+            )
         step("greedy tokens of odd configs")
         raw["greedy"] = worker.ask("greedy", family=family.name)
     if options.all:
@@ -233,4 +273,11 @@ def run(options: Options, step: Callable[[str], None]) -> dict[str, object]:
         with Worker("accuracy") as worker:
             accuracy = worker.ask("accuracy", model=family.shipped, limit=options.accuracy_limit)
     sizes = raw.pop("sizes")
-    return {"machine": machine, "cpu_info": cpu, "sizes": sizes, "metrics": metrics.from_raw(raw, sizes), "accuracy": accuracy, "raw": raw}
+    return {
+        "machine": machine,
+        "cpu_info": cpu,
+        "sizes": sizes,
+        "metrics": metrics.from_raw(raw, sizes),
+        "accuracy": accuracy,
+        "raw": raw,
+    }

@@ -1,4 +1,5 @@
-"""The worker's side of the protocol: one JSON request per line on standard input, one JSON answer per line on standard output.
+"""The worker's side of the protocol: one JSON request per line on standard input, one JSON answer per line on standard
+output.
 
 Standard library only, for peers' workers run it in environments of their own; bench/client.py is the driver's side.
 """

@@ -1,7 +1,7 @@
 """Shows a result: table on the terminal, JSON file, PNG chart, and the table of the README.
 
-    python -m bench.report RESULT.json             prints the table of a committed result
-    python -m bench.report --readme RESULT.json    writes it into README.md between the markers of its family
+python -m bench.report RESULT.json             prints the table of a committed result
+python -m bench.report --readme RESULT.json    writes it into README.md between the markers of its family
 """
 
 import argparse
@@ -13,7 +13,17 @@ from pathlib import Path
 from bench.families import FAMILIES, Family
 from bench.targets import Target, verdict
 
-__all__ = ["accuracy_passed", "family_of_result", "machine_line", "markers", "print_table", "readme_table", "rows", "save", "write_readme"]
+__all__ = [
+    "accuracy_passed",
+    "family_of_result",
+    "machine_line",
+    "markers",
+    "print_table",
+    "readme_table",
+    "rows",
+    "save",
+    "write_readme",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = ("", "stock", "accelerated", "ratio", "range", "target", "")
@@ -48,9 +58,19 @@ def rows(result: dict) -> Iterator[tuple[str, ...]]:
         metric = result["metrics"].get(target.key)
         if metric is None or not _asked(result, target):
             continue
-        low, high = (metric[end] if target.unit != "%" or metric[end] is None else 100 * metric[end] for end in ("low", "high"))
+        low, high = (
+            metric[end] if target.unit != "%" or metric[end] is None else 100 * metric[end] for end in ("low", "high")
+        )
         spread = f"{low:.2f} to {high:.2f}" if low is not None else ""
-        yield (target.label, metric["stock"], metric["ours"], _number(target, metric["value"]), spread, target.text, verdict(target, metric["value"]))
+        yield (
+            target.label,
+            metric["stock"],
+            metric["ours"],
+            _number(target, metric["value"]),
+            spread,
+            target.text,
+            verdict(target, metric["value"]),
+        )
 
 
 def accuracy_rows(result: dict) -> list[tuple[str, ...]]:
@@ -68,11 +88,17 @@ def accuracy_passed(result: dict) -> bool:
 def machine_line(result: dict) -> str:
     """One line that says what was measured where."""
     machine, sizes = result["machine"], result["sizes"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if name in ("torch", "transformers"))
+    versions = ", ".join(
+        f"{name} {version}" for name, version in machine["versions"].items() if name in ("torch", "transformers")
+    )
     bandwidth = result["metrics"]["decode_share"]["bandwidth_gb_s"]
-    return (f"{machine['cpu']}, {machine['cores']} cores, {sizes['threads']} threads, {' '.join(machine['cpu_flags'])}; kernels for "
-            f"{result['cpu_info']['isa']}; read bandwidth {bandwidth:.1f} GB/s; {versions}; image of {sizes['patches']} patches = "
-            f"{sizes['visual_tokens']} tokens + {sizes['text_tokens']} text tokens; {result['model']['description']}")
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {sizes['threads']} threads, {' '.join(machine['cpu_flags'])}; "
+        f"kernels for "
+        f"{result['cpu_info']['isa']}; read bandwidth {bandwidth:.1f} GB/s; {versions}; image of {sizes['patches']} "
+        f"patches = "
+        f"{sizes['visual_tokens']} tokens + {sizes['text_tokens']} text tokens; {result['model']['description']}"
+    )
 
 
 def print_table(result: dict, console) -> None:
@@ -86,13 +112,20 @@ def print_table(result: dict, console) -> None:
     console.print(table)
     console.print(machine_line(result), style="dim", highlight=False)
     if result["model"]["random"]:
-        console.print("The weights are random: speed and memory are those of the real model, its answers would be noise.", style="dim")
+        console.print(
+            "The weights are random: speed and memory are those of the real model, its answers would be noise.",
+            style="dim",
+        )
     for case in result["raw"]["fallbacks"]:
         console.print(f"slow path taken: {case}", style="yellow")
     for name, reason in result["raw"].get("peers", {}).get("skipped", {}).items():
         console.print(f"peer {name} left out: {reason}", style="yellow")
     for option in ("packed", "peers", "all"):
-        unmeasured = [target.label for target in family_of_result(result).targets if target.needs == option and not _asked(result, target)]
+        unmeasured = [
+            target.label
+            for target in family_of_result(result).targets
+            if target.needs == option and not _asked(result, target)
+        ]
         if unmeasured:
             console.print(f"Not measured without --{option}: {'; '.join(unmeasured)}.", style="dim")
 
@@ -114,9 +147,15 @@ def _chart(result: dict, file: Path) -> None:
     from matplotlib import pyplot
 
     family = family_of_result(result)
-    measured = [target for target in family.targets if target.key in result["metrics"] and target.unit == "x" and _asked(result, target)]
-    panels = [("times as fast as stock", [t for t in measured if t.at_least is not None]),
-              ("of stock's (less is better)", [t for t in measured if t.at_most is not None])]
+    measured = [
+        target
+        for target in family.targets
+        if target.key in result["metrics"] and target.unit == "x" and _asked(result, target)
+    ]
+    panels = [
+        ("times as fast as stock", [t for t in measured if t.at_least is not None]),
+        ("of stock's (less is better)", [t for t in measured if t.at_most is not None]),
+    ]
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 1.6 + 0.42 * max(len(targets) for _, targets in panels)))
     for axis, (title, targets) in zip(axes, panels):
         for place, target in enumerate(reversed(targets)):
@@ -125,7 +164,14 @@ def _chart(result: dict, file: Path) -> None:
             good = verdict(target, metric["value"]) == "pass"
             axis.barh(place, metric["value"], color="#3a7d44" if good else "#c98b2b", height=0.6)
             axis.plot([bound, bound], [place - 0.4, place + 0.4], color="black", linewidth=2)
-            axis.annotate(_number(target, metric["value"]), (0, place), xytext=(6, 0), textcoords="offset points", va="center", color="white")
+            axis.annotate(
+                _number(target, metric["value"]),
+                (0, place),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                color="white",
+            )
         axis.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
         axis.set_yticks(range(len(targets)), [target.label for target in reversed(targets)])
         axis.set_xlabel(f"{title}; black: target")
@@ -145,8 +191,11 @@ def readme_table(result: dict) -> str:
     command += "" if family_of_result(result).name == "qwen3-vl" else f" FAMILY={family_of_result(result).name}"
     extra = [f"--{option}" for option in ("packed", "peers") if result["options"].get(option)]
     command += f' ARGS="{" ".join(extra)}"' if extra and not result["options"]["all"] else ""
-    lines += ["", f"`{command}` on {machine_line(result)}. Commit {result['machine']['commit']}, {result['date']}. "
-              "Medians of alternating pairs; the range is over pairs."]
+    lines += [
+        "",
+        f"`{command}` on {machine_line(result)}. Commit {result['machine']['commit']}, {result['date']}. "
+        "Medians of alternating pairs; the range is over pairs.",
+    ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,6 @@
-"""Reads compiled kernels: registers, stack, spills and the matrix instructions inside loops, of cubins and AMD assembly."""
+"""Reads compiled kernels: registers, stack, spills and the matrix instructions inside loops, of cubins and AMD
+assembly.
+"""
 
 import re
 import subprocess
@@ -178,7 +180,9 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def nvidia_resources(cubin: bytes) -> tuple[dict, Instructions]:
-    """({"registers", "stack"}, instructions) of a cubin. LOCAL of cuobjdump stays 0 even with spills, so it is not read."""
+    """({"registers", "stack"}, instructions) of a cubin. LOCAL of cuobjdump stays 0 even with spills, so it is not
+    read.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -192,7 +196,9 @@ def nvidia_resources(cubin: bytes) -> tuple[dict, Instructions]:
 
 
 def amd_resources(assembly: str) -> tuple[dict, Instructions]:
-    """({"registers", "stack", "vgpr_spills", "sgpr_spills"}, instructions) of ``.amdgcn`` text; stack is the private segment."""
+    """({"registers", "stack", "vgpr_spills", "sgpr_spills"}, instructions) of ``.amdgcn`` text; stack is the private
+    segment.
+    """
 
     def field(name: str) -> int:
         match = re.search(rf"^\s+(?:- )?\.{name}:\s+(\d+)", assembly, re.MULTILINE)
@@ -201,7 +207,9 @@ def amd_resources(assembly: str) -> tuple[dict, Instructions]:
         return int(match[1])
 
     resources = {
-        "registers": field("vgpr_count"), "stack": field("private_segment_fixed_size"),
-        "vgpr_spills": field("vgpr_spill_count"), "sgpr_spills": field("sgpr_spill_count"),
-    }  # fmt: skip
+        "registers": field("vgpr_count"),
+        "stack": field("private_segment_fixed_size"),
+        "vgpr_spills": field("vgpr_spill_count"),
+        "sgpr_spills": field("sgpr_spill_count"),
+    }
     return resources, amd_instructions(assembly)

@@ -19,7 +19,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Session:
     """One variant of a model in one dtype, loaded from disk, with the benchmark's inputs."""
 
-    def load(self, path: str, variant: str, dtype: str, image_size: int, long_size: int, text_tokens: int, batch: int) -> dict:
+    def load(
+        self, path: str, variant: str, dtype: str, image_size: int, long_size: int, text_tokens: int, batch: int
+    ) -> dict:
         """Loads the model and makes the inputs. Returns their sizes and the bytes that one decoded token must read."""
         from transformers import AutoModelForImageTextToText
 
@@ -56,7 +58,9 @@ class Session:
         return timing.seconds(lambda: self.family.encode(self.model, self.image))
 
     def generate(self, prompt: str, tokens: int) -> dict[str, float | None]:
-        """Greedy generation after a prompt ("image", "text", "long" or "batch"): seconds to the first token and per step after it."""
+        """Greedy generation after a prompt ("image", "text", "long" or "batch"): seconds to the first token and per
+        step after it.
+        """
         return timed_generate(self.model, getattr(self, prompt), tokens)
 
     def warm_up(self) -> None:

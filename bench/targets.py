@@ -2,7 +2,17 @@
 
 from dataclasses import dataclass
 
-__all__ = ["NOTES", "PACKED_TARGETS", "PEER_NOTES", "PEER_TARGETS", "QVL_NOTES", "QVL_TARGETS", "TARGETS", "Target", "verdict"]
+__all__ = [
+    "NOTES",
+    "PACKED_TARGETS",
+    "PEER_NOTES",
+    "PEER_TARGETS",
+    "QVL_NOTES",
+    "QVL_TARGETS",
+    "TARGETS",
+    "Target",
+    "verdict",
+]
 
 
 @dataclass(frozen=True)
@@ -61,8 +71,20 @@ PACKED_TARGETS = [
     Target("batch_int8", "decode, batch of 8, int8", at_least=4.0, needs="packed"),
     Target("peak_rss_long_int8", "peak RSS of the whole run, int8", at_most=0.6, needs="packed"),
     Target("peak_rss_long_int4", "peak RSS of the whole run, int4", at_most=0.5, needs="packed"),
-    Target("layer_cosine_int8", "int8 layers, least cosine with the same rounded numbers", at_least=0.9999, unit="cosine", needs="packed"),
-    Target("layer_cosine_int4", "int4 layers, least cosine with the same rounded numbers", at_least=0.9999, unit="cosine", needs="packed"),
+    Target(
+        "layer_cosine_int8",
+        "int8 layers, least cosine with the same rounded numbers",
+        at_least=0.9999,
+        unit="cosine",
+        needs="packed",
+    ),
+    Target(
+        "layer_cosine_int4",
+        "int4 layers, least cosine with the same rounded numbers",
+        at_least=0.9999,
+        unit="cosine",
+        needs="packed",
+    ),
 ]
 PEER_TARGETS = [
     Target("decode_int8_openvino_int8", "decode, int8, against OpenVINO int8", at_least=1.1, needs="peers"),
@@ -105,13 +127,15 @@ QVL_TARGETS = [
     Target("ttft_int8", "time to first token, image + text, int8", at_least=3.5, needs="packed"),
 ]
 QVL_NOTES = [
-    Target("decode_share", "decode, share of read bandwidth", unit="%"), Target("vision", "vision encode, one image"),
-    Target("ttft_long", "time to first token, two large images"), *NOTES,
-]  # fmt: skip
+    Target("decode_share", "decode, share of read bandwidth", unit="%"),
+    Target("vision", "vision encode, one image"),
+    Target("ttft_long", "time to first token, two large images"),
+    *NOTES,
+]
 
 
 def verdict(target: Target, value: float | None) -> str:
-    """"pass", "miss", "" without a bound, or "–" when the metric was not measured.
+    """ "pass", "miss", "" without a bound, or "–" when the metric was not measured.
 
     Example:
         >>> verdict(Target("decode", "decode", at_least=1.6), 1.7)

@@ -1,4 +1,6 @@
-"""Error of stock and accelerated logits against a truth, on a shallow model of full width: float64, or for packed weights the same rounded numbers."""
+"""Error of stock and accelerated logits against a truth, on a shallow model of full width: float64, or for packed
+weights the same rounded numbers.
+"""
 
 import contextlib
 import copy
@@ -16,7 +18,9 @@ __all__ = ["KeepDouble", "cosines_of_packed", "errors_against_float64", "fake_qu
 
 
 class KeepDouble(TorchFunctionMode):
-    """Lets stock code run in float64 throughout: its casts of activations to float32 are left out for float64 tensors."""
+    """Lets stock code run in float64 throughout: its casts of activations to float32 are left out for
+    float64 tensors.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -69,7 +73,9 @@ def errors_against_float64(path: str, layers: int, image_size: int, text_tokens:
 
 
 def fake_quantised(stock: nn.Module, packed: nn.Module) -> nn.Module:
-    """A copy of the stock model with the weights and the activations that the packed one multiplies, in the stock model's dtype."""
+    """A copy of the stock model with the weights and the activations that the packed one multiplies, in the stock
+    model's dtype.
+    """
     from qvl_kernels import quant
     from qvl_model.modules.packed import PackedEmbedding, PackedLinear
 
@@ -85,11 +91,14 @@ def fake_quantised(stock: nn.Module, packed: nn.Module) -> nn.Module:
     return exact
 
 
-def cosines_of_packed(path: str, weights: list[str], layers: int, image_size: int, text_tokens: int) -> dict[str, float]:
-    """{format: the least cosine between what a packed layer and stock with the same rounded weights and activations, both in fp32, make of one input}.
+def cosines_of_packed(
+    path: str, weights: list[str], layers: int, image_size: int, text_tokens: int
+) -> dict[str, float]:
+    """{format: the least cosine between what a packed layer and stock with the same rounded weights and activations,
+    both in fp32, make of one input}.
 
-    Layer by layer, for whole models drift apart at ties: a packed embedding's rows are whole numbers times a scale, and so many of the first layer's
-    activations lie halfway between two integers, where the last bit of a norm decides.
+    Layer by layer, for whole models drift apart at ties: a packed embedding's rows are whole numbers times a scale, and
+    so many of the first layer's activations lie halfway between two integers, where the last bit of a norm decides.
     """
     import qvl_model
     from qvl_model.processing import load_processor

@@ -1,4 +1,6 @@
-"""Which variants of kernels (``tuning.OFFERED``) are compiled by the audit and measured by the GPU benchmark, beside the form that is on."""
+"""Which variants of kernels (``tuning.OFFERED``) are compiled by the audit and measured by the GPU benchmark, beside
+the form that is on.
+"""
 
 import contextlib
 from collections.abc import Callable
@@ -44,12 +46,21 @@ def plain(function: Callable) -> Callable:
 
 
 def offered(op: str, function: Callable, arch: str) -> dict[str, Callable]:
-    """Name of a combination -> the op with it, for those that an architecture has and that are not on; "plain" where one is.
+    """Name of a combination -> the op with it, for those that an architecture has and that are not on; "plain" where
+    one is.
 
     Example:
-        >>> list(offered("attention", qvl_kernels.attention, "sm_100")), list(offered("attention", qvl_kernels.attention, "sm_90"))
-        (['DESCRIPTORS'], ['plain'])
+        >>> list(offered("attention", qvl_kernels.attention, "sm_100")), list(offered("attention",
+        qvl_kernels.attention, "sm_90")) (['DESCRIPTORS'], ['plain'])
     """
-    there = [(kernel, names) for owner, kernel, names in COMBINATIONS if owner == op and all(arch in tuning.OFFERED[kernel][name] for name in names)]
-    found = {"+".join(names): using(function, kernel, names) for kernel, names in there if kernel == "decoding" or names != tuning.FASTER.get((kernel, arch))}
+    there = [
+        (kernel, names)
+        for owner, kernel, names in COMBINATIONS
+        if owner == op and all(arch in tuning.OFFERED[kernel][name] for name in names)
+    ]
+    found = {
+        "+".join(names): using(function, kernel, names)
+        for kernel, names in there
+        if kernel == "decoding" or names != tuning.FASTER.get((kernel, arch))
+    }
     return found if len(found) == len(there) else {"plain": plain(function), **found}

@@ -1,4 +1,6 @@
-"""Violations of the audit that are accepted, each with its reason. Nothing else may spill or miss its matrix instructions."""
+"""Violations of the audit that are accepted, each with its reason. Nothing else may spill or miss its matrix
+instructions.
+"""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -27,17 +29,22 @@ class Waiver:
         """Whether it accepts violations of that kind there.
 
         Example:
-            >>> Waiver("_a_kernel", "sm_*", "fp32", "spill", "because").covers("_a_kernel", "sm_80", "fp32", "spill", "3.9.0")
-            True
+            >>> Waiver("_a_kernel", "sm_*", "fp32", "spill", "because").covers("_a_kernel", "sm_80", "fp32", "spill",
+            "3.9.0") True
         """
         return (
-            kind == self.kind and kind in WAIVABLE and triton.startswith(self.triton) and fnmatchcase(kernel, self.kernel)
-            and fnmatchcase(arch, self.arch) and fnmatchcase(dtype, self.dtype)
-        )  # fmt: skip
+            kind == self.kind
+            and kind in WAIVABLE
+            and triton.startswith(self.triton)
+            and fnmatchcase(kernel, self.kernel)
+            and fnmatchcase(arch, self.arch)
+            and fnmatchcase(dtype, self.dtype)
+        )
 
 
-# Tiles and warps are chosen for Triton 3.9, with which next to nothing spills (see below). 3.6 allocates registers differently: so many bytes of stack there (gfx942: spilled
-# registers), mostly outside the loops. The kernels are right, and a little slower than they could be.
+# Tiles and warps are chosen for Triton 3.9, with which next to nothing spills (see below). 3.6 allocates registers
+# differently: so many bytes of stack there (gfx942: spilled registers), mostly outside the loops. The kernels are
+# right, and a little slower than they could be.
 _SPILLS_WITH_3_6 = [
     ("_attention_kernel", "sm_80", "fp32", "8 bytes"),
     ("_attention_kernel", "gfx942", "bf16", "2 scalar registers"),
@@ -59,9 +66,21 @@ _SPILLS_WITH_3_6 = [
     ("gemv_fma_kernel", "sm_100", "bf16", "32 bytes"),
     ("gemv_int4_kernel", "sm_100", "bf16", "24 bytes"),
 ]
-WAIVERS = [Waiver(kernel, arch, dtype, "spill", f"tuned for Triton 3.9; with 3.6 {much}", triton="3.6") for kernel, arch, dtype, much in _SPILLS_WITH_3_6]
+WAIVERS = [
+    Waiver(kernel, arch, dtype, "spill", f"tuned for Triton 3.9; with 3.6 {much}", triton="3.6")
+    for kernel, arch, dtype, much in _SPILLS_WITH_3_6
+]
 WAIVERS += [
-    Waiver("_attention_backward_keys_kernel", "sm_90", dtype, "spill", "16 to 32 bytes of tiles that an H100 runs faster than those without spills", triton="3.9")
+    Waiver(
+        "_attention_backward_keys_kernel",
+        "sm_90",
+        dtype,
+        "spill",
+        "16 to 32 bytes of tiles that an H100 runs faster than those without spills",
+        triton="3.9",
+    )
     for dtype in ("bf16", "fp16")
 ]
-WAIVERS.append(Waiver("_int8_matmul_kernel", "sm_100", "bf16", "matrix", "Triton 3.6 makes IMMA of it, not tcgen05", triton="3.6"))
+WAIVERS.append(
+    Waiver("_int8_matmul_kernel", "sm_100", "bf16", "matrix", "Triton 3.6 makes IMMA of it, not tcgen05", triton="3.6")
+)

@@ -7,8 +7,12 @@ namespace qvl {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
 inline int64_t dtype_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
@@ -51,7 +55,7 @@ inline void from_float(float x, f16& out) {
     out.bits = uint16_t(sign | 0x7e00u);
   } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
     out.bits = uint16_t(sign | 0x7c00u);
-  } else if (magnitude < 0x38800000u) {   // subnormal: let the float adder round to nearest even
+  } else if (magnitude < 0x38800000u) {  // subnormal: let the float adder round to nearest even
     const float shifted = bits_to_float(magnitude) + 0.5f;
     out.bits = uint16_t(sign | (float_to_bits(shifted) - 0x3f000000u));
   } else {

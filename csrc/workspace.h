@@ -1,5 +1,5 @@
-// Scratch memory: 64-byte aligned, grown on demand, kept per thread. No kernel allocates in a loop. What large images needed is not
-// kept for the text that follows.
+// Scratch memory: 64-byte aligned, grown on demand, kept per thread. No kernel allocates in a loop. What large images
+// needed is not kept for the text that follows.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -41,7 +41,8 @@ class Workspace {
  private:
   static constexpr size_t kHugePage = size_t(2) << 20, kKept = size_t(16) << 20;
 #if defined(__SANITIZE_ADDRESS__)
-  static constexpr bool kExact = true;  // room left over from a larger request would hide what runs past the end of this one
+  static constexpr bool kExact =
+      true;  // room left over from a larger request would hide what runs past the end of this one
 #else
   static constexpr bool kExact = false;
 #endif

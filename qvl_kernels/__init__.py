@@ -1,4 +1,6 @@
-"""Kernels for Qwen3-VL on CPU and GPU: public functions, each with a reference and fast backends. Knows tensors, not models."""
+"""Kernels for Qwen3-VL on CPU and GPU: public functions, each with a reference and fast backends. Knows tensors, not
+models.
+"""
 
 from qvl_kernels.dispatch import backends, cpu_info, fallbacks, use_backend
 from qvl_kernels.huge_pages import use_huge_pages

@@ -45,7 +45,10 @@ def check_dtype(op: str, name: str, x: object, *dtypes: torch.dtype) -> None:
     """TypeError unless ``x`` is a tensor of one of ``dtypes``; ValueError unless it is dense."""
     check_kind(op, name, x)
     if x.dtype not in dtypes:
-        raise TypeError(f"{op}: {name} must be a tensor of {' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, got {x.dtype}")
+        raise TypeError(
+            f"{op}: {name} must be a tensor of "
+            f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, got {x.dtype}"
+        )
 
 
 def check_kind(op: str, name: str, x: object) -> None:
@@ -60,16 +63,24 @@ def check_kind(op: str, name: str, x: object) -> None:
         raise ValueError(f"{op}: {name} stands for zeros and has no memory; call {name}.clone() first")
     if type(x) in PLAIN and not torch._C._are_functorch_transforms_active() and not has_memory(x):
         there = x.untyped_storage().nbytes()
-        raise ValueError(f"{op}: the memory of {name} was freed or cut: its storage has {there} bytes for shape {tuple(x.shape)}; fill it again first")
+        raise ValueError(
+            f"{op}: the memory of {name} was freed or cut: its storage has {there} bytes for shape "
+            f"{tuple(x.shape)}; fill it again first"
+        )
 
 
 def check_memory(op: str, name: str, x: torch.Tensor) -> None:
-    """ValueError unless an op that is handed lists of tensors, of which PyTorch prepares none, may read or write ``x`` as it lies."""
+    """ValueError unless an op that is handed lists of tensors, of which PyTorch prepares none, may read or write ``x``
+    as it lies.
+    """
     check_kind(op, name, x)
     if not torch.compiler.is_compiling() and x.is_neg():
         raise ValueError(f"{op}: {name} is negated when it is read; call {name}.resolve_neg() first")
     if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(f"{op}: the last dimension of {name} must be contiguous, got strides {tuple(x.stride())}; call {name}.contiguous() first")
+        raise ValueError(
+            f"{op}: the last dimension of {name} must be contiguous, got strides {tuple(x.stride())}; call "
+            f"{name}.contiguous() first"
+        )
 
 
 def _untraced(value: object) -> object:
@@ -90,7 +101,9 @@ def check_int(op: str, name: str, value: object, low: int, high: int = 2**63 - 1
 
 
 def check_number(op: str, name: str, value: object, low: float, high: float) -> float:
-    """``value`` as a float; TypeError unless it is a number (bool is none), ValueError unless low <= value <= high, which NaN is not."""
+    """``value`` as a float; TypeError unless it is a number (bool is none), ValueError unless low <= value <= high,
+    which NaN is not.
+    """
     if type(value) is not float:
         value = _untraced(value)
         if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
@@ -125,7 +138,9 @@ def check_bool(op: str, name: str, value: object) -> bool:
 
 
 def check_no_gradient(op: str, advice: str, *tensors: object) -> None:
-    """RuntimeError if one of the tensors (anything else is skipped) wants a gradient, which ``op`` could only leave out."""
+    """RuntimeError if one of the tensors (anything else is skipped) wants a gradient, which ``op`` could only leave
+    out.
+    """
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
         raise RuntimeError(f"{op} {advice}")
 
@@ -151,7 +166,9 @@ def check_same(op: str, **tensors: torch.Tensor | None) -> None:
                 f"for example {name}.to({first_name}.dtype)"
             )
         if x.device != first.device:
-            raise ValueError(f"{op}: {name} is on {x.device} but {first_name} is on {first.device}; move both to one device")
+            raise ValueError(
+                f"{op}: {name} is on {x.device} but {first_name} is on {first.device}; move both to one device"
+            )
 
 
 def check_last_contiguous(op: str, **tensors: torch.Tensor | None) -> None:

@@ -30,8 +30,10 @@ def _load_extension():
         found = [spec.origin for finder in sys.meta_path if (spec := finder.find_spec(name, folders)) is not None]
         if found:
             raise ImportError(
-                f"{here} has no built extension and hides the qvl_kernels installed in {Path(found[0]).parents[1]}: run Python from another "
-                f"folder (and without {here.parent} in PYTHONPATH), or build the extension there: python setup.py build_ext --inplace"
+                f"{here} has no built extension and hides the qvl_kernels installed in {Path(found[0]).parents[1]}: "
+                f"run Python from another "
+                f"folder (and without {here.parent} in PYTHONPATH), or build the extension there: python setup.py "
+                f"build_ext --inplace"
             )
         return None, "the C++ extension qvl_kernels._C is not built; build it with: pip install -e ."
     try:
@@ -58,7 +60,9 @@ def _unavailable(backend: str, device: torch.device | None = None) -> str | None
 
 
 def _runs_on(backend: str, device: torch.device) -> bool:
-    return FAST_BACKEND.get(device.type) == backend or (backend == "triton" and device.type == "cpu" and config.interpreted())
+    return FAST_BACKEND.get(device.type) == backend or (
+        backend == "triton" and device.type == "cpu" and config.interpreted()
+    )
 
 
 def forced() -> str | None:
@@ -107,7 +111,7 @@ if _environment_backend is not None:
 
 
 def fallbacks() -> list[str]:
-    """"op: reason" of every case that fell back to the reference in this process."""
+    """ "op: reason" of every case that fell back to the reference in this process."""
     return list(_fallbacks)
 
 
@@ -117,7 +121,10 @@ def choose(op: str, device: torch.device, unsupported: str | None = None) -> str
     if _forced == "reference":
         return "reference"
     if forward_ad._current_level >= 0:
-        unsupported = unsupported or "forward-mode AD is on (torch.autograd.forward_ad, torch.func.jvp), of which the kernels know nothing"
+        unsupported = (
+            unsupported
+            or "forward-mode AD is on (torch.autograd.forward_ad, torch.func.jvp), of which the kernels know nothing"
+        )
     if _forced is not None:
         reason = _unavailable(_forced, device)
         if reason is None and not _runs_on(_forced, device):
@@ -131,7 +138,11 @@ def choose(op: str, device: torch.device, unsupported: str | None = None) -> str
         return _forced
     if fast == "cpp" and _extension is None:
         extension()
-    reason = f"there are no fast kernels for {device.type} tensors" if fast is None else _unavailable(fast, device) or unsupported
+    reason = (
+        f"there are no fast kernels for {device.type} tensors"
+        if fast is None
+        else _unavailable(fast, device) or unsupported
+    )
     if reason is None:
         return fast
     if not torch.compiler.is_compiling():

@@ -40,7 +40,9 @@ def assume(name: str) -> Iterator[None]:
 
 
 def architecture(device: torch.device) -> str:
-    """The one of ARCHITECTURES that says how to compile for a device; for the interpreter's CPU tensors one with the smallest shared memory."""
+    """The one of ARCHITECTURES that says how to compile for a device; for the interpreter's CPU tensors one with the
+    smallest shared memory.
+    """
     if _assumed is not None:
         return _assumed
     if device.type != "cuda":
@@ -66,8 +68,11 @@ def nearest(name: str) -> str:
         return name
     if name.startswith("gfx"):
         return "gfx942"  # whose 64 KB of shared memory the others have too
-    # 87: Jetson Orin has A100's shared memory. 101, 103, 110: the tensor memory of 100. Others, older or newer, get the smallest tiles.
-    return {"sm_87": "sm_80", "sm_101": "sm_100", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120"}.get(name, "sm_89")
+    # 87: Jetson Orin has A100's shared memory. 101, 103, 110: the tensor memory of 100. Others, older or newer, get the
+    # smallest tiles.
+    return {"sm_87": "sm_80", "sm_101": "sm_100", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120"}.get(
+        name, "sm_89"
+    )
 
 
 def unavailable(device: torch.device | None = None) -> str | None:

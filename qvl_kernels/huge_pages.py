@@ -16,11 +16,12 @@ _SPARE = 1 << 30  # bytes of memory that stay available
 
 
 def use_huge_pages(tensors: Iterable[torch.Tensor]) -> int:
-    """Puts CPU tensors of private memory, such as those of a mapped checkpoint, on 2 MB pages. Linux; elsewhere nothing happens.
+    """Puts CPU tensors of private memory, such as those of a mapped checkpoint, on 2 MB pages. Linux; elsewhere nothing
+    happens.
 
-    Pages are exchanged under the tensors: addresses, contents, views and sharing stay what they are, the file is not touched.
-    Nothing may write to the tensors meanwhile. What has no whole 2 MB block, or finds no huge page, stays as it is; so does
-    everything if memory is short, for pages of a file can be dropped by the system, and these cannot.
+    Pages are exchanged under the tensors: addresses, contents, views and sharing stay what they are, the file is not
+    touched. Nothing may write to the tensors meanwhile. What has no whole 2 MB block, or finds no huge page, stays as
+    it is; so does everything if memory is short, for pages of a file can be dropped by the system, and these cannot.
 
     Args:
         tensors: any; those that are not plain CPU tensors are left alone.
@@ -44,7 +45,9 @@ def use_huge_pages(tensors: Iterable[torch.Tensor]) -> int:
     if needed + _SPARE > _available():
         return 0
     extension = dispatch.extension()
-    return sum(extension.use_huge_pages(begin, end - begin, is_file, writable) for begin, end, is_file, writable in pieces)
+    return sum(
+        extension.use_huge_pages(begin, end - begin, is_file, writable) for begin, end, is_file, writable in pieces
+    )
 
 
 def _spans(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
@@ -53,7 +56,11 @@ def _spans(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
     for x in tensors:
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"use_huge_pages: tensors must be an iterable of tensors, got {type(x).__name__}")
-    ranges = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors if is_plain(x, "cpu") and x.is_contiguous() and x.nbytes and has_memory(x))
+    ranges = sorted(
+        (x.data_ptr(), x.data_ptr() + x.nbytes)
+        for x in tensors
+        if is_plain(x, "cpu") and x.is_contiguous() and x.nbytes and has_memory(x)
+    )
     spans: list[tuple[int, int]] = []
     for begin, end in ranges:
         if spans and begin <= spans[-1][1]:
@@ -71,11 +78,17 @@ def _enabled() -> bool:
 
 
 def _private_maps() -> list[tuple[int, int, bool, bool]]:
-    """(first address, last, whether it is a file's, whether it is writable) of the process's readable private memory."""
+    """(first address, last, whether it is a file's, whether it is writable) of the process's readable
+    private memory.
+    """
     maps = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         match = _MAP.match(line)
-        if match and match[4] == "p" and (match[5] != "0" or match[6] in ("", "[heap]") or match[6].startswith("[anon")):
+        if (
+            match
+            and match[4] == "p"
+            and (match[5] != "0" or match[6] in ("", "[heap]") or match[6].startswith("[anon"))
+        ):
             maps.append((int(match[1], 16), int(match[2], 16), match[5] != "0", match[3] == "w"))
     return maps
 

@@ -10,7 +10,18 @@ from torch.utils._device import DeviceContext
 
 from qvl_kernels import config, dispatch
 
-__all__ = ["FORMULAS", "LAUNCHERS", "PLAIN", "call", "derivative_again", "has_memory", "is_plain", "ops_are_seen", "register", "watched"]
+__all__ = [
+    "FORMULAS",
+    "LAUNCHERS",
+    "PLAIN",
+    "call",
+    "derivative_again",
+    "has_memory",
+    "is_plain",
+    "ops_are_seen",
+    "register",
+    "watched",
+]
 
 _LIBRARY = torch.library.Library("qvl", "DEF")
 LAUNCHERS: dict[str, Callable] = {}  # op name -> its Triton launcher
@@ -39,12 +50,16 @@ _plain_keys("cpu")  # while nothing traces or compiles
 
 
 def is_plain(x: torch.Tensor, device: str) -> bool:
-    """Whether kernels may take a tensor's memory on a "cpu" or "cuda" as it is: dense, not fake, not negated when read, no subclass, ..."""
+    """Whether kernels may take a tensor's memory on a "cpu" or "cuda" as it is: dense, not fake, not negated when read,
+    no subclass, ...
+    """
     return type(x) in PLAIN and _keys(x) in _plain_keys(device)
 
 
 def has_memory(x: torch.Tensor) -> bool:
-    """Whether the storage of a plain tensor has room for all of it: sharding libraries free memory without another word."""
+    """Whether the storage of a plain tensor has room for all of it: sharding libraries free memory without another
+    word.
+    """
     there = x.untyped_storage().nbytes()
     if x.is_contiguous():
         return there >= x.storage_offset() * x.itemsize + x.nbytes
@@ -53,14 +68,16 @@ def has_memory(x: torch.Tensor) -> bool:
 
 
 def ops_are_seen() -> bool:
-    """Whether something in this thread must see PyTorch's own operations: a mode, torch.func (grad, vmap, ...), or forward-mode AD.
-    A mode of where new tensors lie, as of ``torch.set_default_device``, is none."""
+    """Whether something in this thread must see PyTorch's own operations: a mode, torch.func (grad, vmap, ...), or
+    forward-mode AD. A mode of where new tensors lie, as of ``torch.set_default_device``, is none.
+    """
     modes = torch._C._len_torch_function_stack()
     return bool(
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
-        or modes and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(modes))
+        or modes
+        and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(modes))
     )
 
 
@@ -77,8 +94,8 @@ def register(
     """Registers an op: schema as in ``torch.library``, its CPU kernel, its fake kernel and, if trained, its backward.
 
     ``triton``: "module:function" of the Triton launcher, imported at its first call (Triton is not needed on CPU).
-    ``backward_again``: takes the place of ``backward`` where its results are differentiated themselves (``create_graph=True``).
-    Ops named ``*_backward`` are once differentiable: a derivative of their results raises.
+    ``backward_again``: takes the place of ``backward`` where its results are differentiated themselves
+    (``create_graph=True``). Ops named ``*_backward`` are once differentiable: a derivative of their results raises.
     Returns the callable op (``torch.ops.qvl.<name>.default``).
     """
     name = schema.split("(", 1)[0]
@@ -92,7 +109,9 @@ def register(
     torch.library.register_fake(f"qvl::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         FORMULAS[name] = backward, setup_context
-        torch.library.register_autograd(f"qvl::{name}", _either_order(backward, backward_again), setup_context=setup_context, lib=_LIBRARY)
+        torch.library.register_autograd(
+            f"qvl::{name}", _either_order(backward, backward_again), setup_context=setup_context, lib=_LIBRARY
+        )
     elif name.endswith("_backward"):
         torch.library.register_autograd(f"qvl::{name}", _once_differentiable(name), lib=_LIBRARY)
     op = getattr(torch.ops.qvl, name).default
@@ -111,16 +130,19 @@ def _either_order(backward: Callable, backward_again: Callable | None) -> Callab
 def _once_differentiable(name: str) -> Callable:
     def refuse(ctx, *grads):
         raise RuntimeError(
-            f"qvl::{name} is once differentiable: there is no second derivative of {name.removesuffix('_backward')} here. "
+            f"qvl::{name} is once differentiable: there is no second derivative of {name.removesuffix('_backward')} "
+            f"here. "
             'Run its forward inside qvl_kernels.use_backend("reference"), which has derivatives of every order'
         )
 
     return refuse
 
 
-def derivative_again(function: Callable, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Gradients of ``function``, of PyTorch operations, as functions of its inputs and ``grads`` that can be differentiated themselves;
-    None for inputs that need none.
+def derivative_again(
+    function: Callable, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """Gradients of ``function``, of PyTorch operations, as functions of its inputs and ``grads`` that can be
+    differentiated themselves; None for inputs that need none.
 
     Example:
         >>> derivative_again(swiglu_reference, (gate, up), (grad,))
@@ -131,12 +153,18 @@ def derivative_again(function: Callable, inputs: Sequence[torch.Tensor], grads: 
     pairs = [(out, grad) for out, grad in zip(outs, grads) if grad is not None and out.requires_grad]
     wanted = [x for x in inputs if x.requires_grad]
     ends, grads = [out for out, _ in pairs], [grad for _, grad in pairs]
-    found = iter(torch.autograd.grad(ends, wanted, grads, create_graph=True, allow_unused=True) if pairs else [None] * len(wanted))
+    found = iter(
+        torch.autograd.grad(ends, wanted, grads, create_graph=True, allow_unused=True)
+        if pairs
+        else [None] * len(wanted)
+    )
     return [next(found) if x.requires_grad else None for x in inputs]
 
 
 def watched() -> bool:
-    """Whether PyTorch must see every op: it differentiates, compiles, transforms or traces in this thread, or a dispatch mode does as it likes."""
+    """Whether PyTorch must see every op: it differentiates, compiles, transforms or traces in this thread, or a
+    dispatch mode does as it likes.
+    """
     return bool(
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
@@ -148,9 +176,10 @@ def watched() -> bool:
 
 
 def call(op: Callable, *args):
-    """``op(*args)``, past PyTorch's dispatcher where it has nothing to do: inference on plain tensors. On CPUs for ops of every decoded token,
-    whose weights have pushed the dispatcher out of the processor's caches: it takes 0.1 ms there. On GPUs because a prompt's many small
-    kernels take the host longer than the device. Not for ops that write to an argument.
+    """``op(*args)``, past PyTorch's dispatcher where it has nothing to do: inference on plain tensors. On CPUs for ops
+    of every decoded token, whose weights have pushed the dispatcher out of the processor's caches: it takes 0.1 ms
+    there. On GPUs because a prompt's many small kernels take the host longer than the device. Not for ops that write to
+    an argument.
 
     Example:
         >>> y = call(rms_norm_op, x, weight, 1e-6)

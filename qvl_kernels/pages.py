@@ -13,7 +13,11 @@ import torch
 __all__ = ["empty", "release", "trim"]
 
 _HUGE_PAGE = 1 << 21
-_SMALL, _SHARED, _ALIGNED = 1 << 16, 8 * _HUGE_PAGE, 64  # bytes: of tensors left to the allocator, of memory that several share, between these
+_SMALL, _SHARED, _ALIGNED = (
+    1 << 16,
+    8 * _HUGE_PAGE,
+    64,
+)  # bytes: of tensors left to the allocator, of memory that several share, between these
 _MADV_PAGEOUT = 21
 
 
@@ -23,8 +27,8 @@ def empty(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, sha
     Memory of its own, as what an allocator hands out again keeps the pages that it has, and begins between them.
 
     Args:
-        shared: tensors of 64 KB to 2 MB lie one after the other in such memory too, which goes back when the last of them does:
-            for what lives as long as a model.
+        shared: tensors of 64 KB to 2 MB lie one after the other in such memory too, which goes back when the last of
+            them does: for what lives as long as a model.
     Example:
         >>> values = empty(weight, (2048, 6144), torch.int8)
     """
@@ -66,13 +70,18 @@ _shared = _Shared()
 
 
 def release(tensor: torch.Tensor) -> None:
-    """Lets the pages of a tensor that was read from a mapped file leave memory, though the map lives on. Values do not change,
-    and tensors that are no part of a file stay where they are.
+    """Lets the pages of a tensor that was read from a mapped file leave memory, though the map lives on. Values do not
+    change, and tensors that are no part of a file stay where they are.
 
     Example:
         >>> release(weight)  # read, and not needed soon
     """
-    if tensor.device.type != "cpu" or not sys.platform.startswith("linux") or not tensor.is_contiguous() or not _is_mapped_file(tensor.data_ptr()):
+    if (
+        tensor.device.type != "cpu"
+        or not sys.platform.startswith("linux")
+        or not tensor.is_contiguous()
+        or not _is_mapped_file(tensor.data_ptr())
+    ):
         return
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -81,7 +90,8 @@ def release(tensor: torch.Tensor) -> None:
 
 
 def trim() -> None:
-    """Gives memory that was freed back to the system, where the C library can (glibc): it may keep a tenth of what passed through it.
+    """Gives memory that was freed back to the system, where the C library can (glibc): it may keep a tenth of what
+    passed through it.
 
     Example:
         >>> trim()

@@ -1,24 +1,32 @@
 """Helpers for tests and benchmarks: relative error against a float64 truth, seeded random inputs, poisoned memory."""
 
 import contextlib
-from dataclasses import dataclass
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
 from qvl_kernels import dispatch
 
 __all__ = [
-    "Case", "GuardedEmpty", "assert_close_to_truth", "instruction_set", "poisoned_empty", "random_tensor", "relative_error", "surrounded",
-]  # fmt: skip
+    "Case",
+    "GuardedEmpty",
+    "assert_close_to_truth",
+    "instruction_set",
+    "poisoned_empty",
+    "random_tensor",
+    "relative_error",
+    "surrounded",
+]
 
 
 @dataclass(frozen=True)
 class Case:
     """One input of an op, shared by tests and benchmarks.
 
-    ``make(dtype, generator)`` returns the keyword arguments of the public function; ``flops`` and ``bytes`` count what a
-    perfect kernel must do (``bytes`` takes the element size in bytes). ``model`` marks real model shapes (benchmarked).
+    ``make(dtype, generator)`` returns the keyword arguments of the public function; ``flops`` and ``bytes`` count what
+    a perfect kernel must do (``bytes`` takes the element size in bytes). ``model`` marks real model shapes
+    (benchmarked).
     """
 
     name: str

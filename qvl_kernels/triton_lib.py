@@ -11,7 +11,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["Launch", "as_rows", "await_inputs", "caches_of_table", "describe", "launch", "record", "visible_of_table"]
 
-# Contracting a * b + c rounds once instead of twice: never less accurate, and what PyTorch's own kernels are built with.
+# Contracting a * b + c rounds once instead of twice: never less accurate, and what PyTorch's own kernels are built
+# with.
 FP_FUSION = True
 
 
@@ -72,8 +73,9 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def await_inputs(DEPENDENT_LAUNCH: tl.constexpr):
-    """Before it, a kernel that may be launched while the one before it still runs touches weights at most: lets the next one come, then
-    waits for the results of the one before."""
+    """Before it, a kernel that may be launched while the one before it still runs touches weights at most: lets the
+    next one come, then waits for the results of the one before.
+    """
     if DEPENDENT_LAUNCH:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -81,7 +83,8 @@ def await_inputs(DEPENDENT_LAUNCH: tl.constexpr):
 
 @triton.jit
 def caches_of_table(table_ptr, like_ptr):
-    """(keys, values, capacity) of a layer from its row of GrowingCaches.table; the caches' dtype is that of ``like_ptr``.
+    """(keys, values, capacity) of a layer from its row of GrowingCaches.table; the caches' dtype is that of
+    ``like_ptr``.
 
     Alignment that the compiler cannot see behind an address is promised here: without it loads are not of 16 bytes.
     """
@@ -93,13 +96,22 @@ def caches_of_table(table_ptr, like_ptr):
 @triton.jit
 def visible_of_table(table_ptr):
     """(mask, stride of its rows), as ``caches_of_table``."""
-    return tl.multiple_of(tl.load(table_ptr + 3).to(tl.pointer_type(tl.uint8)), 16), tl.multiple_of(tl.load(table_ptr + 4), 16)
+    return tl.multiple_of(tl.load(table_ptr + 3).to(tl.pointer_type(tl.uint8)), 16), tl.multiple_of(
+        tl.load(table_ptr + 4), 16
+    )
 
 
 def describe(*tensors: tuple[torch.Tensor, list[int]]) -> tuple[TensorDescriptor, ...] | None:
-    """Tensor descriptors of (tensor, shape of the blocks to copy); None if the hardware does not take all of their places and strides."""
+    """Tensor descriptors of (tensor, shape of the blocks to copy); None if the hardware does not take all of their
+    places and strides.
+    """
     for x, _ in tensors:
         size = x.element_size()
-        if x.numel() == 0 or x.stride(-1) != 1 or any(stride <= 0 or stride * size % 16 for stride in x.stride()[:-1]) or x.data_ptr() % 16:
+        if (
+            x.numel() == 0
+            or x.stride(-1) != 1
+            or any(stride <= 0 or stride * size % 16 for stride in x.stride()[:-1])
+            or x.data_ptr() % 16
+        ):
             return None
     return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x, block in tensors)

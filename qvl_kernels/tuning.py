@@ -1,7 +1,8 @@
-"""Tile choices of the Triton kernels: pure functions of shapes, dtype and architecture. No sweep at a user's first call.
+"""Tile choices of the Triton kernels: pure functions of shapes, dtype and architecture. No sweep at a user's first
+call.
 
-Each function returns the constexpr arguments and launch options (num_warps, num_stages) of one kernel; ``variants`` says what it does
-beyond its plain form.
+Each function returns the constexpr arguments and launch options (num_warps, num_stages) of one kernel; ``variants``
+says what it does beyond its plain form.
 """
 
 import contextlib
@@ -37,27 +38,52 @@ __all__ = [
     "whole_rows",
 ]
 
-PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}  # of the largest chip of each
+PROCESSORS = {
+    "sm_80": 108,
+    "sm_89": 128,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+    "gfx942": 304,
+}  # of the largest chip of each
 
 # Bytes of shared memory that one thread block may use.
-SHARED_MEMORY = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
+SHARED_MEMORY = {
+    "sm_80": 163 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
 
 GEMV_ROWS = 16  # up to so many rows a linear layer is bound by reading its weight; one tile of the tensor cores has 16
 
 PARTIAL_SUMS = 256  # programs that each sum a part of a weight's gradient: two per multiprocessor of large GPUs
 
-# What kernels can do beyond their plain form, and where the audit finds that sound (Triton 3.9 and 3.6 fail to specialise the warps of attention).
-# DESCRIPTORS: tiles are copied by tensor descriptors (TMA). PERSISTENT: one program a processor works through all tiles.
-# WARP_SPECIALIZE: some warps copy while others multiply. DEPENDENT_LAUNCH: a kernel is launched while the one before it still runs, and waits
-# for its results itself (programmatic dependent launch); "decoding" are the kernels of a decoding step.
+# What kernels can do beyond their plain form, and where the audit finds that sound (Triton 3.9 and 3.6 fail to
+# specialise the warps of attention).
+# DESCRIPTORS: tiles are copied by tensor descriptors (TMA). PERSISTENT: one program a processor works through all
+# tiles.
+# WARP_SPECIALIZE: some warps copy while others multiply. DEPENDENT_LAUNCH: a kernel is launched while the one before it
+# still runs, and waits for its results itself (programmatic dependent launch); "decoding" are the kernels of a decoding
+# step.
 OFFERED = {
     "attention": {"DESCRIPTORS": ("sm_90", "sm_100")},
-    "int8_matmul": {"DESCRIPTORS": ("sm_90", "sm_100"), "PERSISTENT": ("sm_90", "sm_100", "sm_120"), "WARP_SPECIALIZE": ("sm_100",)},
+    "int8_matmul": {
+        "DESCRIPTORS": ("sm_90", "sm_100"),
+        "PERSISTENT": ("sm_90", "sm_100", "sm_120"),
+        "WARP_SPECIALIZE": ("sm_100",),
+    },
     "decoding": {"DEPENDENT_LAUNCH": ("sm_90", "sm_100", "sm_120")},
 }
 
-# (kernel, architecture) -> variants that a device has shown to be faster there than the plain form (make bench-gpu measures both).
-FASTER: dict[tuple[str, str], tuple[str, ...]] = {("attention", "sm_90"): ("DESCRIPTORS",), ("decoding", "sm_90"): ("DEPENDENT_LAUNCH",)}
+# (kernel, architecture) -> variants that a device has shown to be faster there than the plain form (make bench-gpu
+# measures both).
+FASTER: dict[tuple[str, str], tuple[str, ...]] = {
+    ("attention", "sm_90"): ("DESCRIPTORS",),
+    ("decoding", "sm_90"): ("DEPENDENT_LAUNCH",),
+}
 
 # Rows of a call from which on: a descriptor costs the host 5 us, more than it saves the device before.
 FASTER_FROM = {"attention": 2048}
@@ -68,8 +94,8 @@ _thread = threading.local()
 
 @contextlib.contextmanager
 def decoding() -> Iterator[None]:
-    """Inside the block kernels are steps of decoding: one after the other in this thread, over weights that none of them writes. That is what
-    the variants of "decoding" need; elsewhere they are off.
+    """Inside the block kernels are steps of decoding: one after the other in this thread, over weights that none of
+    them writes. That is what the variants of "decoding" need; elsewhere they are off.
 
     Example:
         >>> with tuning.decoding():
@@ -111,7 +137,11 @@ def variants(kernel: str, arch: str, rows: int | None = None) -> dict[str, bool]
     on = _tried.get(kernel)
     if on is None:
         enough = rows is None or rows >= FASTER_FROM.get(kernel, 0)
-        on = FASTER.get((kernel, arch), ()) if enough and (kernel != "decoding" or getattr(_thread, "decoding", False)) else ()
+        on = (
+            FASTER.get((kernel, arch), ())
+            if enough and (kernel != "decoding" or getattr(_thread, "decoding", False))
+            else ()
+        )
     return {name: name in on and arch in where for name, where in OFFERED[kernel].items()}
 
 
@@ -131,7 +161,9 @@ def elementwise(size: int) -> dict:
 
 
 def whole_rows(size: int) -> dict:
-    """Rows of ``size`` elements that stay in registers: 16 to 32 elements a thread, several rows a program if they are short."""
+    """Rows of ``size`` elements that stay in registers: 16 to 32 elements a thread, several rows a program if they are
+    short.
+    """
     block = next_power_of_2(size)
     rows = max(1, min(16, 2048 // block))
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(2, rows * block // 512))}
@@ -152,19 +184,23 @@ def gemv_fma(rows: int, n: int, k: int, size: int, bits: int, pair: bool, arch: 
 
     ``size``: bytes per element of x; ``bits``: 8 or 4 if quantised, else 0; ``pair``: gate and up weights.
     """
-    # Tiles of the tensor cores have 16 rows whatever the number; on FMA units each row costs. At 3.35 TB/s an H100 has 18
-    # instruction slots per bf16 weight, 9 per int8 and 4.5 per int4 weight. fp32 has no tensor cores of its accuracy.
+    # Tiles of the tensor cores have 16 rows whatever the number; on FMA units each row costs. At 3.35 TB/s an H100 has
+    # 18 instruction slots per bf16 weight, 9 per int8 and 4.5 per int4 weight. fp32 has no tensor cores of its
+    # accuracy.
     limit = {0: 4, 8: 3, 4: 1}[bits]
     if rows > limit and (size == 2 or bits == 4):
         return None
     per_block = {0: 16 // size, 8: 16, 4: 32}[bits]  # inputs in 16 bytes of a weight row
     lanes = 64 if arch.startswith("gfx") else 32
-    # Twice as many of 16-bit weights, whose rows are long; half of it where more rows of x need registers. Of three sizes the one
-    # that covers k with the fewest idle lanes.
+    # Twice as many of 16-bit weights, whose rows are long; half of it where more rows of x need registers. Of three
+    # sizes the one that covers k with the fewest idle lanes.
     largest = 4 * lanes * (2 if bits == 0 and rows <= 2 else 1)
-    blocks = min((largest, largest // 2, largest // 4), key=lambda count: (-(-k // (per_block * count)) * count, -count))
-    # 8 loads of 16 bytes in flight per thread, and at least 512 programs (4 per processor of an H100) while n allows it. Measured on an H100:
-    # fewer loads, the next ones under way, and more threads are better, but for int4, whose pairs want 16.
+    blocks = min(
+        (largest, largest // 2, largest // 4), key=lambda count: (-(-k // (per_block * count)) * count, -count)
+    )
+    # 8 loads of 16 bytes in flight per thread, and at least 512 programs (4 per processor of an H100) while n allows
+    # it. Measured on an H100: fewer loads, the next ones under way, and more threads are better, but for int4, whose
+    # pairs want 16.
     measured = arch == "sm_90"
     loads, each, most = {0: (2, 1, 8), 8: (4, 2, 4), 4: (8 * (2 if pair else 1), 1, 4)}[bits] if measured else (8, 1, 4)
     warps = max(1, min(most, blocks // each // lanes))
@@ -175,9 +211,12 @@ def gemv_fma(rows: int, n: int, k: int, size: int, bits: int, pair: bool, arch: 
 
 
 def gemv_dot(size: int, bits: int, group: int, pair: bool, arch: str) -> dict:
-    """Up to 16 rows times a weight in tiles of 16 rows: 16 outputs a program, so that a layer's 1,024 still fill half the chip."""
+    """Up to 16 rows times a weight in tiles of 16 rows: 16 outputs a program, so that a layer's 1,024 still fill half
+    the chip.
+    """
     block_n, parts = 16, 4
-    # Columns of w, 64 to 128 bytes of a row; or those of one int4 group. Two 16-bit weights at once spill 16 bytes on sm_120 with 64.
+    # Columns of w, 64 to 128 bytes of a row; or those of one int4 group. Two 16-bit weights at once spill 16 bytes on
+    # sm_120 with 64.
     block = group // 2 if bits == 4 else 32 if bits == 0 and size == 2 and pair and arch == "sm_120" else 64
     stage = parts * block * (block_n * (2 if pair else 1) * (1 if bits else size) + 16 * size * (2 if bits == 4 else 1))
     # A third of shared memory, so that two programs and more run on a processor.
@@ -193,8 +232,9 @@ def _attention_stages(resident: int, stage: int, most: int, arch: str) -> int:
 
 
 def attention(queries: int, head_dim: int, size: int, arch: str, dropout: bool = False) -> dict:
-    """Forward: blocks of queries stay, keys and values stream. The largest tiles of 16-bit data that the audit finds without spills;
-    ``dropout``: its random numbers need registers too."""
+    """Forward: blocks of queries stay, keys and values stream. The largest tiles of 16-bit data that the audit finds
+    without spills; ``dropout``: its random numbers need registers too.
+    """
     block_d = max(16, next_power_of_2(head_dim))
     if size == 4:  # products of full precision keep their operands in registers
         block_m, block_n, warps = (16, 16, 4) if block_d > 64 else (32, 32, 8 if dropout else 4)
@@ -256,12 +296,15 @@ def attention_backward_keys(keys: int, head_dim: int, size: int, arch: str, drop
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
 
-def decode_attention(heads: int, rows: int, head_dim: int, size: int, capacity: int | None, arch: str, int8: bool = False) -> dict:
-    """``heads``: kv heads of all sequences; ``rows``: queries times query heads of each; ``size``: bytes per element of q; ``int8``: the cache.
+def decode_attention(
+    heads: int, rows: int, head_dim: int, size: int, capacity: int | None, arch: str, int8: bool = False
+) -> dict:
+    """``heads``: kv heads of all sequences; ``rows``: queries times query heads of each; ``size``: bytes per element of
+    q; ``int8``: the cache.
 
-    Four programs a processor hide the latency of memory and even out sequences of different lengths, up to 64 splits; none
-    is smaller than a block of keys. A function of the capacity, not of the lengths: the launch is the same at every step of a graph.
-    None: of a cache that may grow to any.
+    Four programs a processor hide the latency of memory and even out sequences of different lengths, up to 64 splits;
+    none is smaller than a block of keys. A function of the capacity, not of the lengths: the launch is the same at
+    every step of a graph. None: of a cache that may grow to any.
     """
     block_d = max(16, next_power_of_2(head_dim))
     largest = 16 if block_d > 128 or size == 4 or arch.startswith("gfx") else 64
@@ -271,20 +314,28 @@ def decode_attention(heads: int, rows: int, head_dim: int, size: int, capacity: 
     splits = next_power_of_2(-(-4 * PROCESSORS[arch] // max(1, programs)))
     splits = max(1, min(64, splits if capacity is None else min(splits, next_power_of_2(-(-capacity // block_n)))))
     stage = 2 * block_n * block_d * size
-    # fp32 products need their registers for operands; with prefetched addresses on top they spill. So does the third stage of an
-    # int8 cache, whose scales are fetched too, on sm_100.
+    # fp32 products need their registers for operands; with prefetched addresses on top they spill. So does the third
+    # stage of an int8 cache, whose scales are fetched too, on sm_100.
     most = 2 if int8 else 3
     stages = 1 if arch.startswith("gfx") or size == 4 else max(1, min(most, SHARED_MEMORY[arch] // 2 // stage))
     joined = 512 if arch == "sm_89" else 2048  # elements of partial results at once; sm_89 spills with more
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "SPLITS": splits, "JOIN_STEP": min(splits, max(1, joined // block_d)),
-            "num_warps": 4, "num_stages": stages}  # fmt: skip
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": block_d,
+        "SPLITS": splits,
+        "JOIN_STEP": min(splits, max(1, joined // block_d)),
+        "num_warps": 4,
+        "num_stages": stages,
+    }
 
 
 def quantized_linear_route(rows: int, bits: int) -> str:
-    """"gemv", "int8" or "dequantize" (once to x's dtype, then PyTorch's product). Measured on an H100 with 17 to 4,096 rows:
+    """ "gemv", "int8" or "dequantize" (once to x's dtype, then PyTorch's product). Measured on an H100 with 17 to 4,096
+    rows:
 
-    int8 tensor cores win whatever the rows. int4 has none; a product that unpacked its weights for each 128 rows was up to 3.8 times
-    slower than this, and faster (by 0.005 ms) only with fewer than 64 rows.
+    int8 tensor cores win whatever the rows. int4 has none; a product that unpacked its weights for each 128 rows was up
+    to 3.8 times slower than this, and faster (by 0.005 ms) only with fewer than 64 rows.
     """
     if rows <= GEMV_ROWS:
         return "gemv"
@@ -299,13 +350,20 @@ def quantize_rows(k: int) -> dict:
 
 def int8_matmul(m: int, n: int, arch: str) -> dict:
     """int8 [m, k] times int8 [n, k]: 128 bytes of k at a time."""
-    # Enough programs for every processor first, and for two rounds of them before tiles are as large as 128 x 128 (measured on an H100).
+    # Enough programs for every processor first, and for two rounds of them before tiles are as large as 128 x 128
+    # (measured on an H100).
     block_m = 32 if m <= 32 else 64 if m * n < 2 * PROCESSORS[arch] * 128 * 128 else 128
     block_n = 128 if m * n >= PROCESSORS[arch] * block_m * 128 else 64
     stage = (block_m + block_n) * 128
     most = 3 if block_m * block_n == 128 * 128 else 4
     stages = 2 if arch.startswith("gfx") else max(2, min(most, (SHARED_MEMORY[arch] - 2048) // stage))
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 8 if block_m * block_n >= 128 * 128 else 4, "num_stages": stages}
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": 128,
+        "num_warps": 8 if block_m * block_n >= 128 * 128 else 4,
+        "num_stages": stages,
+    }
 
 
 def cross_entropy(vocabulary: int) -> dict:
@@ -320,8 +378,9 @@ def cross_entropy_rows() -> int:
 
 
 def cross_entropy_columns(tokens: int, width: int, free: int) -> int:
-    """How many columns of logits [tokens, V] come next where ``free`` rows of dweight [V, width] are neither written nor needed: as many as fit
-    behind their own rows, a fifth of them with 8,192 tokens and 2,048 wide. 0 where these would be too few for a product.
+    """How many columns of logits [tokens, V] come next where ``free`` rows of dweight [V, width] are neither written
+    nor needed: as many as fit behind their own rows, a fifth of them with 8,192 tokens and 2,048 wide. 0 where these
+    would be too few for a product.
     """
     columns = free * width // (tokens + width) // 64 * 64
     return columns if columns >= 1024 else 0

@@ -5,6 +5,14 @@ from qvl_model.modules.generation import Qwen3VLForConditionalGeneration
 from qvl_model.qvl import QVLConfig, QVLForConditionalGeneration, QVLModel
 
 __all__ = [
-    "QVLConfig", "QVLForConditionalGeneration", "QVLModel", "Qwen3VLForConditionalGeneration", "Report", "accelerate", "is_accelerated",
-    "release", "report", "restore",
-]  # fmt: skip
+    "QVLConfig",
+    "QVLForConditionalGeneration",
+    "QVLModel",
+    "Qwen3VLForConditionalGeneration",
+    "Report",
+    "accelerate",
+    "is_accelerated",
+    "release",
+    "report",
+    "restore",
+]

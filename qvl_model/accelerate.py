@@ -40,10 +40,22 @@ _KEPT_REASONS = {
 
 _ATTENTION = {  # (part, implementation) -> what computes it
     ("text", "sdpa"): "in the fused layers; by the attention kernels where layers are not fused (training)",
-    ("text", "eager"): "in the fused layers; by stock's formula where layers are not fused (training, or attentions are asked for)",
-    **{("text", name): "in the fused layers; by its own functions where layers are not fused (training)" for name in FLASH},
-    ("text", "flex_attention"): "by its own functions for prompts and in training; in the fused layers for tokens that generate makes",
-    **{("vision", name): "in the fused blocks, and by the attention kernels where blocks are not fused (training)" for name in ("sdpa", *FLASH)},
+    (
+        "text",
+        "eager",
+    ): "in the fused layers; by stock's formula where layers are not fused (training, or attentions are asked for)",
+    **{
+        ("text", name): "in the fused layers; by its own functions where layers are not fused (training)"
+        for name in FLASH
+    },
+    (
+        "text",
+        "flex_attention",
+    ): "by its own functions for prompts and in training; in the fused layers for tokens that generate makes",
+    **{
+        ("vision", name): "in the fused blocks, and by the attention kernels where blocks are not fused (training)"
+        for name in ("sdpa", *FLASH)
+    },
 }
 
 
@@ -92,7 +104,10 @@ def _base_model(model: nn.Module) -> nn.Module:
 
 def _check(model: nn.Module) -> None:
     """Raises before anything is changed if the model cannot be accelerated."""
-    foreign = getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None
+    foreign = (
+        getattr(model, "hf_quantizer", None) is not None
+        or getattr(model.config, "quantization_config", None) is not None
+    )
     if foreign or any(".quantized" in type(module).__module__ for module in model.modules()):
         raise ValueError(
             "accelerate: the model is quantised by another library; load it unquantised (without quantization_config)"
@@ -107,7 +122,8 @@ def _check(model: nn.Module) -> None:
             raise ValueError(f"accelerate: {name} is on the meta device; load the weights first (from_pretrained)")
         if parameter.dtype not in FAST_DTYPES:
             raise ValueError(
-                f"accelerate: {name} is {parameter.dtype}; accepted are fp32, bf16 and fp16: call model.to(torch.bfloat16) first"
+                f"accelerate: {name} is {parameter.dtype}; accepted are fp32, bf16 and fp16: call "
+                f"model.to(torch.bfloat16) first"
             )
 
 
@@ -121,30 +137,34 @@ def accelerate(
 ) -> nn.Module:
     """Makes a stock Qwen3-VL model, or a QVL model, fast, in place; returns the same object.
 
-    Parameters are not replaced or re-laid, unless ``weights`` says so: ``state_dict``, ``save_pretrained``, ``.to()`` and PEFT stay what they
-    were. ``restore`` undoes it. On Linux CPUs the weights that every token reads come to lie on 2 MB pages, at the same
-    addresses (``qvl_kernels.use_huge_pages``; a second or two for 2 B parameters; QVL_HUGE_PAGES=0 leaves them where they are).
+    Parameters are not replaced or re-laid, unless ``weights`` says so: ``state_dict``, ``save_pretrained``, ``.to()``
+    and PEFT stay what they were. ``restore`` undoes it. On Linux CPUs the weights that every token reads come to lie on
+    2 MB pages, at the same addresses (``qvl_kernels.use_huge_pages``; a second or two for 2 B parameters;
+    QVL_HUGE_PAGES=0 leaves them where they are).
 
     Args:
-        model: Qwen3VLForConditionalGeneration, Qwen3VLModel or their text or vision part, or the same of QVL, in fp32, bf16 or
-            fp16; a PEFT model around one is taken too.
-        weights: None, to use weights as stored; "int8" or "int4" packs every linear layer, and an embedding tied to the head;
-            {"text": "int4", "vision": "int8", "lm_head": None} chooses by part. Packed weights are constants: adapters train
-            on top of them, they themselves do not, and an adapter is merged by quantising the sum. Adapters, and modules that you
-            attached to the model, are none of these parts and stay as they are. ``save_pretrained`` writes packed weights, ``from_pretrained``
-            of the drop-in classes reads them. In ``state_dict`` a packed layer has ``weight_values`` and ``weight_scales`` in place of ``weight``;
-            as an attribute ``weight`` is dequantised where it is read, and what is written to it is quantised.
+        model: Qwen3VLForConditionalGeneration, Qwen3VLModel or their text or vision part, or the same of QVL, in fp32,
+            bf16 or fp16; a PEFT model around one is taken too.
+        weights: None, to use weights as stored; "int8" or "int4" packs every linear layer, and an embedding tied to the
+            head; {"text": "int4", "vision": "int8", "lm_head": None} chooses by part. Packed weights are constants:
+            adapters train on top of them, they themselves do not, and an adapter is merged by quantising the sum.
+            Adapters, and modules that you attached to the model, are none of these parts and stay as they are.
+            ``save_pretrained`` writes packed weights, ``from_pretrained`` of the drop-in classes reads them. In
+            ``state_dict`` a packed layer has ``weight_values`` and ``weight_scales`` in place of ``weight``; as an
+            attribute ``weight`` is dequantised where it is read, and what is written to it is quantised.
         group: inputs that share an int4 scale: 32, 64 or 128.
-        mlp_rows: None, or how many tokens an MLP takes at a time, for memory: what it computes in between, several times as wide as
-            its input, exists for so many tokens only, and while training is computed again in the backward instead of kept.
-        skip_logits: whether a training step computes its logits only if they are read, which saves the largest tensors of the step. They
-            can be read until the backward, the next forward, or a change of weights; then reading raises RuntimeError. False: they are
-            computed in every forward. ``model(..., skip_logits=False)`` does so for one call.
+        mlp_rows: None, or how many tokens an MLP takes at a time, for memory: what it computes in between, several
+            times as wide as its input, exists for so many tokens only, and while training is computed again in the
+            backward instead of kept.
+        skip_logits: whether a training step computes its logits only if they are read, which saves the largest tensors
+            of the step. They can be read until the backward, the next forward, or a change of weights; then reading
+            raises RuntimeError. False: they are computed in every forward. ``model(..., skip_logits=False)`` does so
+            for one call.
     Returns:
         model.
-    Raises: TypeError for another class or type; ValueError for meta weights, foreign quantisation, unsupported dtypes, unknown formats,
-        parts or groups, and for packing weights that are not finite, have an adapter merged into them, or are packed in another format. The
-        model is then as it was.
+    Raises: TypeError for another class or type; ValueError for meta weights, foreign quantisation, unsupported dtypes,
+        unknown formats, parts or groups, and for packing weights that are not finite, have an adapter merged into them,
+        or are packed in another format. The model is then as it was.
     Example:
         >>> model = Qwen3VLForConditionalGeneration.from_pretrained(path)
         >>> model = qvl_model.accelerate(model)
@@ -199,10 +219,11 @@ def _read_by_every_token(model: nn.Module) -> Iterator[Tensor]:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Gives the stock model back, in place; a model that is not accelerated stays as it is. Packed weights are read again from
-    the checkpoint that the model was loaded from.
+    """Gives the stock model back, in place; a model that is not accelerated stays as it is. Packed weights are read
+    again from the checkpoint that the model was loaded from.
 
-    Raises: TypeError for another class than ``accelerate`` takes; ValueError for packed weights whose checkpoint is not known.
+    Raises: TypeError for another class than ``accelerate`` takes; ValueError for packed weights whose checkpoint is not
+    known.
     Example:
         >>> model = qvl_model.restore(model)
     """
@@ -224,8 +245,9 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def release(model: nn.Module) -> None:
-    """Frees what ``generate`` keeps for the next call on a GPU: captured steps with their buffers, of this model or of the models that this one is
-    part of. The next call captures again. Calls that run now keep theirs until they end. On the CPU, and of a stock model, nothing is kept.
+    """Frees what ``generate`` keeps for the next call on a GPU: captured steps with their buffers, of this model or of
+    the models that this one is part of. The next call captures again. Calls that run now keep theirs until they end. On
+    the CPU, and of a stock model, nothing is kept.
 
     PyTorch's allocator has the memory then; ``torch.cuda.empty_cache()`` gives it to other processes.
 
@@ -261,7 +283,9 @@ def report(model: nn.Module) -> Report:
     for name, module in inner.named_modules():
         cls = type(module)
         if isinstance(module, PackedLinear | PackedEmbedding):
-            result.replaced.append((name, cls.__mro__[2].__name__, f"{cls.__module__}.{cls.__name__} (int{module.quantized.bits})"))
+            result.replaced.append(
+                (name, cls.__mro__[2].__name__, f"{cls.__module__}.{cls.__name__} (int{module.quantized.bits})")
+            )
         elif cls in STOCK_CLASSES:
             result.replaced.append((name, STOCK_CLASSES[cls].__name__, f"{cls.__module__}.{cls.__name__}"))
         elif (ours := replacement(name, module)) is not None:
@@ -278,7 +302,10 @@ def _attention(model: nn.Module) -> str:
             parts["vision" if part_of(model, name) == "vision" else "text"] = module.config._attn_implementation
     if not is_accelerated(model) or not parts:
         return "stock's own"
-    return "; ".join(f"{part}, {name}: {_ATTENTION.get((part, name), 'by its own functions, nothing fused')}" for part, name in parts.items())
+    return "; ".join(
+        f"{part}, {name}: {_ATTENTION.get((part, name), 'by its own functions, nothing fused')}"
+        for part, name in parts.items()
+    )
 
 
 def _decoding(model: nn.Module) -> str:
@@ -288,7 +315,10 @@ def _decoding(model: nn.Module) -> str:
     if reason is not None:
         return f"transformers' own loop over fused layers ({reason})"
     if step_gpu.why_not(model) is None:
-        return f"whole steps as CUDA graphs, and the choice of tokens for {MODES}; one fused call per layer and token for other loops"
+        return (
+            f"whole steps as CUDA graphs, and the choice of tokens for {MODES}; one fused call per layer and "
+            f"token for other loops"
+        )
     return "all layers of a token in one call for greedy and sampling; one fused call per layer and token for all else"
 
 
@@ -296,7 +326,9 @@ def _kept_reason(module: nn.Module) -> str:
     if isinstance(module, MODEL_CLASSES):
         return "a model's own forward is never replaced"
     if any(True for _ in module.children()):
-        return _KEPT_REASONS.get(type(module).__name__, "not a class that qvl_model knows; its children are judged one by one")
+        return _KEPT_REASONS.get(
+            type(module).__name__, "not a class that qvl_model knows; its children are judged one by one"
+        )
     if not any(True for _ in module.parameters()) and type(module).__name__ not in _KEPT_REASONS:
         return "runs inside the fused calls, or is small"
     return _KEPT_REASONS.get(type(module).__name__, "not a class that qvl_model knows")

@@ -1,5 +1,7 @@
-"""The command line: ``qvl generate`` answers a question about pictures, ``qvl quantize`` packs the weights of a checkpoint,
-``qvl inspect`` says what would be replaced, ``qvl verify`` checks that nothing of a model is missing, ``qvl train`` trains one."""
+"""The command line: ``qvl generate`` answers a question about pictures, ``qvl quantize`` packs the weights of a
+checkpoint, ``qvl inspect`` says what would be replaced, ``qvl verify`` checks that nothing of a model is missing, ``qvl
+train`` trains one.
+"""
 
 import argparse
 import os
@@ -19,7 +21,8 @@ class CommandError(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 2 for a mistake in the arguments, 1 for a model without its full capacity.
+    """Runs the command line; returns the exit status: 2 for a mistake in the arguments, 1 for a model without its full
+    capacity.
 
     Example:
         >>> main(["generate", "--image", "digits.png", "--prompt", "Read the digits from left to right."])
@@ -36,24 +39,36 @@ def main(argv: list[str] | None = None) -> int:
     quantize = commands.add_parser("quantize", help="pack the weights of a checkpoint into int8 or int4")
     quantize.add_argument("--model", required=True, metavar="MODEL", help="checkpoint directory")
     quantize.add_argument(
-        "--weights", nargs="+", default=["int8"], metavar="FORMAT",
-        help="int8 or int4, or by part, as in: text=int4 vision=int8 lm_head=int8; parts not named keep their weights (default: int8)",
-    )  # fmt: skip
-    quantize.add_argument("--group", type=int, default=64, choices=(32, 64, 128), help="inputs that share an int4 scale (default: 64)")
+        "--weights",
+        nargs="+",
+        default=["int8"],
+        metavar="FORMAT",
+        help="int8 or int4, or by part, as in: text=int4 vision=int8 lm_head=int8; parts not named keep their "
+        "weights (default: int8)",
+    )
+    quantize.add_argument(
+        "--group", type=int, default=64, choices=(32, 64, 128), help="inputs that share an int4 scale (default: 64)"
+    )
     quantize.add_argument("--out", required=True, metavar="DIR", help="directory to write; it must not exist yet")
     quantize.set_defaults(run=_quantize)
     inspect = commands.add_parser("inspect", help="list what accelerate replaces in a checkpoint")
     inspect.add_argument("model", metavar="MODEL", help="checkpoint directory, or a model that ships: digits, qvl-tiny")
     inspect.set_defaults(run=_inspect)
-    verify = commands.add_parser("verify", help="check that no layer, head, channel or parameter of a checkpoint is missing or pruned")
+    verify = commands.add_parser(
+        "verify", help="check that no layer, head, channel or parameter of a checkpoint is missing or pruned"
+    )
     verify.add_argument("model", metavar="MODEL", help="checkpoint directory, or a model that ships: digits, qvl-tiny")
     verify.add_argument(
-        "--spec", metavar="SPEC", help="what it must be: a name (qwen3-vl-2b, qvl-2b) or the directory of another config.json (default: its own)"
+        "--spec",
+        metavar="SPEC",
+        help="what it must be: a name (qwen3-vl-2b, qvl-2b) or the directory of another config.json (default: its own)",
     )
     verify.set_defaults(run=_verify)
     train = commands.add_parser("train", help="train a model as a YAML file says, or go on with a run that was stopped")
     train.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="the configuration")
-    train.add_argument("--keys", action="store_true", help="print every key of the configuration with its default and meaning")
+    train.add_argument(
+        "--keys", action="store_true", help="print every key of the configuration with its default and meaning"
+    )
     train.set_defaults(run=_train)
     arguments = parser.parse_args(argv)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -70,7 +85,10 @@ def _checkpoint(path: str | None) -> Path:
     checkpoint = digits.checkpoint(path)
     if not checkpoint.is_dir():
         shipped = ", ".join(digits.SHIPPED)
-        raise CommandError(f"{checkpoint} is not a directory; give a checkpoint as save_pretrained writes it, or one that ships: {shipped}")
+        raise CommandError(
+            f"{checkpoint} is not a directory; give a checkpoint as save_pretrained writes it, or one that ships: "
+            f"{shipped}"
+        )
     if not (checkpoint / "config.json").is_file():
         raise CommandError(f"{checkpoint} has no config.json; give a checkpoint as save_pretrained writes it")
     return checkpoint
@@ -103,7 +121,17 @@ def _reading_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    return (OSError, ValueError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError, StrictDataclassError, UnpicklingError)
+    return (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+        StrictDataclassError,
+        UnpicklingError,
+    )
 
 
 def _weights(checkpoint: Path):
@@ -117,14 +145,21 @@ def _weights(checkpoint: Path):
         if is_packed_checkpoint(checkpoint):
             return packed_checkpoint.load(checkpoint, output_loading_info=True)
         return AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, local_files_only=True
+            checkpoint,
+            dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            local_files_only=True,
         )
     except _reading_errors() as error:
         raise CommandError(f"{checkpoint} cannot be loaded: {one_line(error)}") from error
 
 
 def _load(checkpoint: Path):
-    """(model, processor) of a checkpoint directory; CommandError unless every weight of the model is in it, and is a number."""
+    """(model, processor) of a checkpoint directory; CommandError unless every weight of the model is in it, and is a
+    number.
+    """
     from qvl_model import capacity
     from qvl_model.processing import load_processor
 
@@ -134,16 +169,23 @@ def _load(checkpoint: Path):
         raise CommandError(f"{checkpoint} cannot be loaded: {one_line(error)}") from error
     model, info = _weights(checkpoint)
     # transformers fills such weights with random numbers and goes on; the answer would be noise.
-    for problem, keys in (("lacks", info["missing_keys"]), ("has another size than config.json says for", info["mismatched_keys"])):
+    for problem, keys in (
+        ("lacks", info["missing_keys"]),
+        ("has another size than config.json says for", info["mismatched_keys"]),
+    ):
         if keys:
             first = min(key if isinstance(key, str) else key[0] for key in keys)
-            raise CommandError(f"{checkpoint} {problem} {len(keys)} of the model's weights, such as {first}; save it again")
+            raise CommandError(
+                f"{checkpoint} {problem} {len(keys)} of the model's weights, such as {first}; save it again"
+            )
     try:
         capacity.check_finite(model, checkpoint)
     except ValueError as error:
         raise CommandError(one_line(error)) from error
     if processor.chat_template is None:
-        raise CommandError(f"{checkpoint} has no chat template; put its chat_template.jinja or chat_template.json there")
+        raise CommandError(
+            f"{checkpoint} has no chat template; put its chat_template.jinja or chat_template.json there"
+        )
     return model.eval(), processor
 
 
@@ -189,7 +231,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         if not arguments.stock:
             model = qvl_model.accelerate(model)
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": arguments.prompt}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
         inputs = processor(images=images or None, text=[prompt], return_tensors="pt")
     except TemplateError as error:  # also what transformers' sandbox keeps a template from doing
         raise CommandError(f"the chat template of {checkpoint} cannot be used: {one_line(error)}") from error
@@ -226,8 +270,13 @@ def _quantize(arguments: argparse.Namespace) -> None:
         packed_checkpoint.quantize(checkpoint, arguments.out, formats, arguments.group)
     except _reading_errors() as error:
         raise CommandError(one_line(error)) from error
-    before, after = (sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) for path in (checkpoint, arguments.out))
-    print(f"{arguments.out}: {after / 1e9:.2f} GB of weights, from {before / 1e9:.2f} GB, in {time.perf_counter() - start:.0f} s")
+    before, after = (
+        sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) for path in (checkpoint, arguments.out)
+    )
+    print(
+        f"{arguments.out}: {after / 1e9:.2f} GB of weights, from {before / 1e9:.2f} GB, in "
+        f"{time.perf_counter() - start:.0f} s"
+    )
 
 
 def _weight_formats(words: list[str]) -> str | dict[str, str]:
@@ -269,7 +318,10 @@ def _verify(arguments: argparse.Namespace) -> int:
         spec, name = capacity.SPECS[arguments.spec](), arguments.spec
     elif arguments.spec is not None:
         if not Path(arguments.spec).is_dir():
-            raise CommandError(f"--spec {arguments.spec} is neither one of {', '.join(capacity.SPECS)} nor a directory with a config.json")
+            raise CommandError(
+                f"--spec {arguments.spec} is neither one of {', '.join(capacity.SPECS)} nor a directory with a "
+                f"config.json"
+            )
         spec, name = _config(_checkpoint(arguments.spec)), f"{arguments.spec}/config.json"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -283,7 +335,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     for key, found, _ in sorted(info["mismatched_keys"]):
         report.add(key.rpartition(".")[0], f"{key.rpartition('.')[2]} is {list(found)} in the checkpoint")
     for key in sorted(info["unexpected_keys"]):
-        report.add(key.rpartition(".")[0], f"{key.rpartition('.')[2]} is in the checkpoint, and config.json has no place for it")
+        report.add(
+            key.rpartition(".")[0],
+            f"{key.rpartition('.')[2]} is in the checkpoint, and config.json has no place for it",
+        )
     print(report)
     return 0 if report.ok else 1
 

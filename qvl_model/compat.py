@@ -1,7 +1,7 @@
 """All that differs between the supported versions of transformers, in one place.
 
-Up to 5.23 a KV cache is called ``past_key_values`` in layers, models, ``generate`` and outputs; from 5.24 on ``cache``, with the old
-name accepted under a warning. qvl's own code says ``cache``.
+Up to 5.23 a KV cache is called ``past_key_values`` in layers, models, ``generate`` and outputs; from 5.24 on ``cache``,
+with the old name accepted under a warning. qvl's own code says ``cache``.
 """
 
 import functools
@@ -20,7 +20,11 @@ __all__ = ["CACHE", "CACHE_NAMES", "CHECKPOINTING", "TESTED_TRANSFORMERS", "Cach
 TESTED_TRANSFORMERS = ("5.17.0", "5.23.0", "5.24.0")  # what the tests run on; accelerate tries itself out on others
 
 # TrainingArguments and models call recomputing activations in the backward one of these.
-CHECKPOINTING = "activation_checkpointing" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient_checkpointing"
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
 
 CACHE_NAMES = ("cache", "past_key_values")  # the newer one first
 _parameters = inspect.signature(stock.Qwen3VLTextModel.forward).parameters
@@ -28,8 +32,9 @@ CACHE = next((name for name in CACHE_NAMES if name in _parameters), CACHE_NAMES[
 
 
 def takes_cache(forward: Callable) -> Callable:
-    """A function with a ``cache`` argument that takes ``past_key_values`` too, as this version's stock functions do, and shows the name
-    of this version to whoever inspects its signature."""
+    """A function with a ``cache`` argument that takes ``past_key_values`` too, as this version's stock functions do,
+    and shows the name of this version to whoever inspects its signature.
+    """
     if CACHE == "cache":
         return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward)
 
@@ -47,7 +52,9 @@ def takes_cache(forward: Callable) -> Callable:
 
 
 def update_cache(cache: Cache, k: Tensor, v: Tensor, layer_idx: int, kwargs: dict) -> tuple[Tensor, Tensor]:
-    """What stock attention calls to put new keys and values [B, Hkv, T, D] into a cache; ``kwargs`` are those of the attention."""
+    """What stock attention calls to put new keys and values [B, Hkv, T, D] into a cache; ``kwargs`` are those of the
+    attention.
+    """
     return cache.update(k, v, layer_idx, kwargs=kwargs) if CACHE == "cache" else cache.update(k, v, layer_idx)
 
 
@@ -56,7 +63,9 @@ if CACHE == "cache":
 else:
 
     class CacheOutput(ModelOutput):
-        """Base of outputs with a field ``cache`` that can be read as ``past_key_values`` too, as ``generate`` of these versions does."""
+        """Base of outputs with a field ``cache`` that can be read as ``past_key_values`` too, as ``generate`` of these
+        versions does.
+        """
 
         @property
         def past_key_values(self) -> Cache | None:

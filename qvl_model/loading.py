@@ -1,7 +1,9 @@
-"""Reading the files of a checkpoint directory: as data, never as code, and without asking a server for what is not there.
+"""Reading the files of a checkpoint directory: as data, never as code, and without asking a server for what is not
+there.
 
-transformers runs Python files that a checkpoint names (``auto_map``) if the user agrees, and asks on the terminal. Besides, whatever
-class of transformers a tokenizer's config names is asked to load the directory, and some of these ask again.
+transformers runs Python files that a checkpoint names (``auto_map``) if the user agrees, and asks on the terminal.
+Besides, whatever class of transformers a tokenizer's config names is asked to load the directory, and some of these ask
+again.
 """
 
 import json
@@ -17,14 +19,20 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 __all__ = ["load_config", "load_tokenizer", "one_line"]
 
 MODEL_TYPES = ("qwen3_vl", "qvl")
-_ANY = (AttributeError, IndexError, KeyError, TypeError, StrictDataclassError)  # transformers checks little of what it reads
+_ANY = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    TypeError,
+    StrictDataclassError,
+)  # transformers checks little of what it reads
 
 
 def load_config(path: str | os.PathLike) -> PreTrainedConfig:
     """The config of a checkpoint directory.
 
-    Raises: OSError without config.json; ValueError for another model, for settings that are none of the model, and if code from
-        elsewhere would have to run.
+    Raises: OSError without config.json; ValueError for another model, for settings that are none of the model, and if
+        code from elsewhere would have to run.
     Example:
         >>> load_config(path).model_type
         'qwen3_vl'
@@ -34,9 +42,11 @@ def load_config(path: str | os.PathLike) -> PreTrainedConfig:
     model_type = values.get("model_type")
     if model_type not in MODEL_TYPES:
         needs = (
-            " Its own Python code (auto_map) would build it, and qvl runs no code from checkpoints: load it with transformers if you trust it"
-            if "auto_map" in values else ""
-        )  # fmt: skip
+            " Its own Python code (auto_map) would build it, and qvl runs no code from checkpoints: load it with "
+            "transformers if you trust it"
+            if "auto_map" in values
+            else ""
+        )
         raise ValueError(f"{path} is a {model_type} model; qvl runs {' and '.join(MODEL_TYPES)}.{needs}")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
@@ -45,7 +55,8 @@ def load_config(path: str | os.PathLike) -> PreTrainedConfig:
     attention = config._attn_implementation
     if attention is not None and "/" in attention:
         raise ValueError(
-            f"{file} asks for attention code from elsewhere ({attention}), and qvl runs no code that a checkpoint names; "
+            f"{file} asks for attention code from elsewhere ({attention}), and qvl runs no code that a checkpoint "
+            f"names; "
             "take attn_implementation out of it"
         )
     return config
@@ -54,7 +65,8 @@ def load_config(path: str | os.PathLike) -> PreTrainedConfig:
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint directory, as AutoTokenizer finds it.
 
-    Raises: OSError for missing files; ValueError for files of the wrong shape, and if code from the checkpoint would have to run.
+    Raises: OSError for missing files; ValueError for files of the wrong shape, and if code from the checkpoint would
+    have to run.
     """
     for file in (Path(path) / "tokenizer_config.json", Path(path) / "config.json"):
         name = _mapping(file).get("tokenizer_class") if file.is_file() else None
@@ -68,13 +80,16 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            f"the tokenizer of {path} is Python code in the checkpoint (auto_map in tokenizer_config.json), and qvl runs no code from "
+            f"the tokenizer of {path} is Python code in the checkpoint (auto_map in tokenizer_config.json), and qvl "
+            f"runs no code from "
             "checkpoints; put a tokenizer.json there, and a tokenizer_class of transformers"
         ) from error
 
 
 def _check_tokenizer_class(file: Path, name: str) -> None:
-    """Raises ValueError for a class of transformers that is no tokenizer: it would load whatever else the directory holds."""
+    """Raises ValueError for a class of transformers that is no tokenizer: it would load whatever else the directory
+    holds.
+    """
     for candidate in (name, name.removesuffix("Fast")):
         found = getattr(transformers, candidate, None)
         if found is not None and not (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)):
@@ -92,8 +107,13 @@ def _mapping(file: Path) -> dict:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error on one line, without the advice to look for a local directory on a server, or to run what a pickle holds."""
+    """The message of an error on one line, without the advice to look for a local directory on a server, or to run what
+    a pickle holds.
+    """
     if isinstance(error, UnpicklingError):
-        return "its weights are pickled with more than tensors, and qvl runs no code from checkpoints; save them as safetensors"
+        return (
+            "its weights are pickled with more than tensors, and qvl runs no code from checkpoints; save them as "
+            "safetensors"
+        )
     sentences = re.split(r"(?<=[.!?])\s+", " ".join(str(error).split()))
     return " ".join(sentence for sentence in sentences if not re.search(r"huggingface\.co|hf\.co", sentence))

@@ -1,7 +1,8 @@
-"""Packed models on disk: what ``save_pretrained`` writes for them, ``qvl quantize`` makes of a checkpoint, and ``from_pretrained`` maps.
+"""Packed models on disk: what ``save_pretrained`` writes for them, ``qvl quantize`` makes of a checkpoint, and
+``from_pretrained`` maps.
 
-A directory holds ``packed.safetensors`` with the packed and the other tensors under their names in ``state_dict``, one tensor
-under the first of its names, and ``config.json``, whose ``quantization_config`` says how to read them:
+A directory holds ``packed.safetensors`` with the packed and the other tensors under their names in ``state_dict``, one
+tensor under the first of its names, and ``config.json``, whose ``quantization_config`` says how to read them:
 
     {"quant_method": "qvl", "version": 1, "weights": {"text": "int4", "vision": "int8"}, "group": 64, "id": "5f0c..."}
 
@@ -28,17 +29,42 @@ from qvl_kernels import checks, quant
 from qvl_model.loading import load_config
 from qvl_model.modules.packed import PackedEmbedding, PackedLinear
 from qvl_model.modules.packed_weight import PackedWeight
-from qvl_model.quantization import METHOD, base_modules, is_packed, is_packed_checkpoint, packed_elements, part_of, section_of, tied_pairs, without_weights
+from qvl_model.quantization import (
+    METHOD,
+    base_modules,
+    is_packed,
+    is_packed_checkpoint,
+    packed_elements,
+    part_of,
+    section_of,
+    tied_pairs,
+    without_weights,
+)
 
 __all__ = ["PackedSaving", "load", "quantize", "save"]
 
 VERSION, FILE = 1, "packed.safetensors"
-_ABOUT_LAYOUT = ("max_shard_size", "save_original_format", "save_peft_format", "safe_serialization")  # of other checkpoints
+_ABOUT_LAYOUT = (
+    "max_shard_size",
+    "save_original_format",
+    "save_peft_format",
+    "safe_serialization",
+)  # of other checkpoints
 # What from_pretrained may be told about finding files, which are at hand here.
 _ABOUT_DOWNLOADS = {
-    "adapter_kwargs", "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
-    "trust_remote_code", "use_safetensors", "weights_only",
-}  # fmt: skip
+    "adapter_kwargs",
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
+}
 # Beside the weights: tokenizer, processor, chat template, licence.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "additional_chat_templates")
 _NOT_COPIED = ("config.json", "generation_config.json")
@@ -56,7 +82,9 @@ class PackedSaving:
         return self
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """As transformers' own, which makes a new head: that is quantised as the old one was. Rows that stay do so bit for bit."""
+        """As transformers' own, which makes a new head: that is quantised as the old one was. Rows that stay do so bit
+        for bit.
+        """
         head = self.get_output_embeddings()
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         new = self.get_output_embeddings()
@@ -70,26 +98,39 @@ class PackedSaving:
         return embeddings
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """As transformers' own, packed weights included, as many elements as they stand for; they are constants, so none of them trains."""
+        """As transformers' own, packed weights included, as many elements as they stand for; they are constants, so
+        none of them trains.
+        """
         count = super().num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
         return count if only_trainable else count + packed_elements(self, exclude_embeddings=exclude_embeddings)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
         """As transformers' own; a packed model is written as this module says, all at once."""
         if getattr(self, "_hf_peft_config_loaded", False) or not is_packed(self):
-            return super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+            return super().save_pretrained(
+                save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
+            )
         refused = sorted(name for name, value in kwargs.items() if value and name not in _ABOUT_LAYOUT)
         if refused:
-            raise TypeError(f"save_pretrained: packed weights are written as one file in a local directory; it takes no {', '.join(refused)}")
+            raise TypeError(
+                f"save_pretrained: packed weights are written as one file in a local directory; it takes no "
+                f"{', '.join(refused)}"
+            )
         if is_main_process:
             save(self, save_directory, state_dict=state_dict)
 
 
-def save(model: PreTrainedModel, directory: str | os.PathLike, *, state_dict: Mapping[str, Tensor] | None = None, files_of: Path | None = None) -> None:
+def save(
+    model: PreTrainedModel,
+    directory: str | os.PathLike,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    files_of: Path | None = None,
+) -> None:
     """Writes a packed model; a directory that did not exist appears complete or not at all.
 
-    In one that did, files are replaced one by one, config.json last: cut short, the old config does not fit the new tensors, and
-    is refused by ``load``.
+    In one that did, files are replaced one by one, config.json last: cut short, the old config does not fit the new
+    tensors, and is refused by ``load``.
 
     Args:
         state_dict: its tensors, if not ``model.state_dict()``.
@@ -104,7 +145,11 @@ def save(model: PreTrainedModel, directory: str | os.PathLike, *, state_dict: Ma
     config.dtype, config.architectures = str(model.dtype).removeprefix("torch."), [type(model).__name__]
     config.quantization_config = section
     with _published(Path(directory)) as temporary:
-        save_file(tensors, temporary / FILE, {"format": "pt", "qvl": str(VERSION), "id": section["id"], "shared": json.dumps(shared)})
+        save_file(
+            tensors,
+            temporary / FILE,
+            {"format": "pt", "qvl": str(VERSION), "id": section["id"], "shared": json.dumps(shared)},
+        )
         config.save_pretrained(temporary)
         if model.can_generate():
             model.generation_config.save_pretrained(temporary)
@@ -117,8 +162,10 @@ def _check_places(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
     foreign = sorted(name for name in state if name.rpartition(".")[0] not in places)
     if foreign:
         raise ValueError(
-            f"save: {foreign[0]} and {len(foreign) - 1} other tensors are no part of a plain {type(model).__name__}. Adapters: save them through PEFT, or "
-            "merge_and_unload first. Modules of your own: save their state_dict beside the model, and pass a state_dict without them"
+            f"save: {foreign[0]} and {len(foreign) - 1} other tensors are no part of a plain "
+            f"{type(model).__name__}. Adapters: save them through PEFT, or "
+            "merge_and_unload first. Modules of your own: save their state_dict beside the model, and pass a "
+            "state_dict without them"
         )
 
 
@@ -132,15 +179,22 @@ def _formats(model: nn.Module) -> dict:
             groups |= {quantized.group} if quantized.bits == 4 else set()
     if not formats:
         raise ValueError("save: the model has no packed layers; save_pretrained writes it")
-    return {"weights": {part: "/".join(sorted(found)) for part, found in formats.items()}, "group": min(groups, default=None)}
+    return {
+        "weights": {part: "/".join(sorted(found)) for part, found in formats.items()},
+        "group": min(groups, default=None),
+    }
 
 
 def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors on the CPU, each once; the other names of those that have several -> the first)."""
     tensors, shared, first = {}, {}, {}
     for name, tensor in state.items():
-        tensor = tensor.clone() if isinstance(tensor, PackedWeight) else tensor  # a plain layer that was tied to a packed one
-        known = first.setdefault((tensor.device, tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else name, name)
+        tensor = (
+            tensor.clone() if isinstance(tensor, PackedWeight) else tensor
+        )  # a plain layer that was tied to a packed one
+        known = first.setdefault(
+            (tensor.device, tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else name, name
+        )
         if known == name:
             tensors[name] = tensor.detach().cpu().contiguous()
         else:
@@ -197,15 +251,16 @@ def _umask() -> int:
 
 
 def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[str, str], group: int = 64) -> None:
-    """Packs a checkpoint directory into another one, layer by layer: in memory is what is packed, never the whole source.
+    """Packs a checkpoint directory into another one, layer by layer: in memory is what is packed, never the whole
+    source.
 
     Args:
         source: directory of a Qwen3-VL or QVL checkpoint in fp32, bf16 or fp16.
         out: directory that does not exist yet, or is empty.
         formats: by part, as ``qvl_model.quantization.formats_of`` gives them.
         group: inputs per int4 scale.
-    Raises: ValueError for weights that are missing, hold NaN or Inf, or cannot be packed, a source that is packed already, and an
-        ``out`` in use.
+    Raises: ValueError for weights that are missing, hold NaN or Inf, or cannot be packed, a source that is packed
+        already, and an ``out`` in use.
     Example:
         >>> quantize("qwen3-vl-2b", "qwen3-vl-2b-int8", formats_of("int8"))
     """
@@ -220,12 +275,15 @@ def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[st
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists; give a directory that does not")
     model_class = _class_of(load_config(source))
-    # As stock loads it: accelerating it first would move weights that are about to be packed to huge pages, which packing cannot give back.
+    # As stock loads it: accelerating it first would move weights that are about to be packed to huge pages, which
+    # packing cannot give back.
     model, info = super(model_class, model_class).from_pretrained(
         source, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True
     )
     if info["missing_keys"]:
-        raise ValueError(f"{source} lacks {len(info['missing_keys'])} of the model's weights, such as {min(info['missing_keys'])}")
+        raise ValueError(
+            f"{source} lacks {len(info['missing_keys'])} of the model's weights, such as {min(info['missing_keys'])}"
+        )
     model = accelerate(model, weights=formats, group=group)  # which looks at what it packs
     capacity.check_finite(model, source)
     save(model, out, files_of=source)
@@ -242,18 +300,26 @@ def _class_of(config) -> type[PreTrainedModel]:
 
 
 def load(
-    path: str | os.PathLike, model_class: type[PreTrainedModel] | None = None, *, dtype: torch.dtype | str | None = None, device_map=None,
-    attn_implementation: str | None = None, output_loading_info: bool = False, config=None, **kwargs,
-) -> PreTrainedModel | tuple[PreTrainedModel, dict]:  # fmt: skip
+    path: str | os.PathLike,
+    model_class: type[PreTrainedModel] | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map=None,
+    attn_implementation: str | None = None,
+    output_loading_info: bool = False,
+    config=None,
+    **kwargs,
+) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
     """The accelerated model of a packed directory, its tensors mapped from the file.
 
     Args:
-        model_class: Qwen3VLForConditionalGeneration or QVLForConditionalGeneration; None takes the one that config.json names.
+        model_class: Qwen3VLForConditionalGeneration or QVLForConditionalGeneration; None takes the one that config.json
+            names.
         dtype: of what is not packed; None or "auto" for the one it was saved in.
         device_map: one device for all of it; None leaves it mapped, on the CPU.
         attn_implementation, output_loading_info, config: as from_pretrained takes them.
-    Raises: ValueError for files that are damaged, incomplete, of another version, or do not belong together; TypeError for
-        arguments that it does not know.
+    Raises: ValueError for files that are damaged, incomplete, of another version, or do not belong together; TypeError
+        for arguments that it does not know.
     Example:
         >>> model = load("qwen3-vl-2b-int8")
     """
@@ -263,7 +329,10 @@ def load(
     dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
     unknown = sorted(set(kwargs) - _ABOUT_DOWNLOADS)
     if unknown:
-        raise TypeError(f"from_pretrained: a packed checkpoint takes dtype, device_map and attn_implementation, not {', '.join(unknown)}")
+        raise TypeError(
+            f"from_pretrained: a packed checkpoint takes dtype, device_map and attn_implementation, not "
+            f"{', '.join(unknown)}"
+        )
     config = load_config(path) if config is None else copy.deepcopy(config)
     vars(config).pop("quantization_config", None)  # it is about the files, and these are read here
     tensors, shared = _read(path, section_of(path))
@@ -296,20 +365,28 @@ def _read(path: Path, section: dict) -> tuple[dict[str, Tensor], dict[str, str]]
     """(tensors, mapped; other names -> the name of their tensor) of a directory whose config has ``section``."""
     file = path / FILE
     if section.get("version") != VERSION:
-        raise ValueError(f"{path} was packed in version {section.get('version')} of the format, this qvl reads version {VERSION}; pack it again, or update qvl")
+        raise ValueError(
+            f"{path} was packed in version {section.get('version')} of the format, this qvl reads version "
+            f"{VERSION}; pack it again, or update qvl"
+        )
     if not file.is_file():
         raise ValueError(f"{path} has no {FILE}; pack it again")
     try:
         with safe_open(file, "pt") as stream:
             metadata = stream.metadata() or {}
             if metadata.get("qvl") != str(VERSION) or metadata.get("id") != section.get("id"):
-                raise ValueError(f"{file} is not the one that {path}/config.json was written with (a save that was cut short?); pack it again")
+                raise ValueError(
+                    f"{file} is not the one that {path}/config.json was written with (a save that was cut short?); "
+                    f"pack it again"
+                )
             return {name: stream.get_tensor(name) for name in stream.keys()}, json.loads(metadata["shared"])
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}); pack it again") from error
 
 
-def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], shared: dict[str, str], dtype: torch.dtype, path: Path) -> None:
+def _fill(
+    model: PreTrainedModel, tensors: dict[str, Tensor], shared: dict[str, str], dtype: torch.dtype, path: Path
+) -> None:
     """Puts tensors into a model on the meta device, whose layers become packed where their tensors are."""
     tensors |= {name: tensors[first] for name, first in shared.items() if first in tensors}
     modules = dict(model.named_modules())
@@ -317,7 +394,10 @@ def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], shared: dict[str, 
         module, scales = modules.get(name), tensors.get(f"{name}.weight_scales")
         kind = PackedLinear if isinstance(module, nn.Linear) else PackedEmbedding
         if scales is None or not isinstance(module, nn.Linear | nn.Embedding):
-            raise ValueError(f"{path}: {name} is packed, and {'its scales are missing' if scales is None else 'config.json has no such layer'}")
+            raise ValueError(
+                f"{path}: {name} is packed, and "
+                f"{'its scales are missing' if scales is None else 'config.json has no such layer'}"
+            )
         quantized = quant.QuantizedWeight(tensors[f"{name}.weight_values"], scales, module.weight.shape[1])
         try:
             quant.check_weight(name, quantized, torch.device("cpu"))
@@ -329,9 +409,13 @@ def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], shared: dict[str, 
         embedding.weight = head.weight
     wanted = model.state_dict()
     for what, names in (
-        ("lacks", wanted.keys() - tensors.keys()), ("has, without a place for it in the model,", tensors.keys() - wanted.keys()),
-        ("has in another size than config.json says", {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape}),
-    ):  # fmt: skip
+        ("lacks", wanted.keys() - tensors.keys()),
+        ("has, without a place for it in the model,", tensors.keys() - wanted.keys()),
+        (
+            "has in another size than config.json says",
+            {name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape},
+        ),
+    ):
         if names:
             raise ValueError(f"{path} {what} {len(names)} tensors, such as {min(names)}; pack it again")
     placed = {}

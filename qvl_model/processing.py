@@ -34,7 +34,8 @@ def load_processor(path: str | os.PathLike) -> Qwen3VLProcessor | QVLProcessor:
     Args:
         path: directory with tokenizer.json, preprocessor_config.json and a chat template (chat_template.jinja, in
             tokenizer_config.json, or in the chat_template.json of older checkpoints).
-    Raises: OSError if files are missing; ValueError for files of another model, and if code from the directory would have to run.
+    Raises: OSError if files are missing; ValueError for files of another model, and if code from the directory would
+    have to run.
     Example:
         >>> processor = load_processor(path)
         >>> inputs = processor(images=[image], text=[prompt], return_tensors="pt")

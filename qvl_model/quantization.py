@@ -1,4 +1,6 @@
-"""Packing a model's linear layers into int8 or int4, in place and one by one, and back from the checkpoint they came from."""
+"""Packing a model's linear layers into int8 or int4, in place and one by one, and back from the checkpoint they came
+from.
+"""
 
 import copy
 import json
@@ -16,9 +18,20 @@ from qvl_model.modules import head, linear
 from qvl_model.modules.packed import FORMATS, PackedEmbedding, PackedLinear
 
 __all__ = [
-    "METHOD", "PARTS", "base_modules", "formats_of", "is_packed", "is_packed_checkpoint", "pack_model", "packed_elements", "part_of", "section_of",
-    "tied_pairs", "unpack_model", "without_weights",
-]  # fmt: skip
+    "METHOD",
+    "PARTS",
+    "base_modules",
+    "formats_of",
+    "is_packed",
+    "is_packed_checkpoint",
+    "pack_model",
+    "packed_elements",
+    "part_of",
+    "section_of",
+    "tied_pairs",
+    "unpack_model",
+    "without_weights",
+]
 
 PARTS = ("text", "vision", "lm_head")
 _LINEAR = (nn.Linear, linear.Linear, head.Linear)  # subclasses of others may compute something else
@@ -40,29 +53,41 @@ def formats_of(weights: Weights) -> dict[str, str]:
     if isinstance(weights, str):
         weights = dict.fromkeys(PARTS, weights)
     if not isinstance(weights, Mapping):
-        raise TypeError(f"accelerate: weights must be None, a format or a mapping from parts to formats, got {type(weights).__name__}")
+        raise TypeError(
+            f"accelerate: weights must be None, a format or a mapping from parts to formats, got "
+            f"{type(weights).__name__}"
+        )
     for part, name in weights.items():
         if part not in PARTS:
             raise ValueError(f"accelerate: weights names the part {part!r}; a model has {', '.join(PARTS)}")
         if name is not None and name not in FORMATS:
-            raise ValueError(f"accelerate: weights={name!r} is no format; accepted are None (as stored), {', '.join(FORMATS)}")
+            raise ValueError(
+                f"accelerate: weights={name!r} is no format; accepted are None (as stored), {', '.join(FORMATS)}"
+            )
     return {part: name for part, name in weights.items() if name is not None}
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """What the class of the model builds from its config, on the meta device: without adapters, or whatever else was attached."""
+    """What the class of the model builds from its config, on the meta device: without adapters, or whatever else was
+    attached.
+    """
     base = _stock_class(model)
     with torch.device("meta"):
         return base(copy.deepcopy(model.config))
 
 
 def _stock_class(model: nn.Module) -> type[PreTrainedModel]:
-    return next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("qvl_model.modules") and issubclass(cls, PreTrainedModel))
+    return next(
+        cls
+        for cls in type(model).__mro__
+        if not cls.__module__.startswith("qvl_model.modules") and issubclass(cls, PreTrainedModel)
+    )
 
 
 def base_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """(name without adapters, module) of the modules that the class of the model builds; adapters around them are looked through, and
-    neither they nor modules that a user attached are among them."""
+    """(name without adapters, module) of the modules that the class of the model builds; adapters around them are
+    looked through, and neither they nor modules that a user attached are among them.
+    """
     for name, _ in without_weights(model).named_modules():
         module = model
         for step in filter(None, name.split(".")):
@@ -80,15 +105,26 @@ def _without_adapters(module: nn.Module | None) -> nn.Module | None:
 
 def tied_pairs(model: nn.Module) -> list[tuple[PackedEmbedding, PackedLinear]]:
     """Packed embeddings and packed linear layers that have one weight."""
-    embeddings, linears = ([module for module in model.modules() if isinstance(module, kind)] for kind in (PackedEmbedding, PackedLinear))
-    return [(embedding, linear) for embedding in embeddings for linear in linears if linear.weight_values is embedding.weight_values]
+    embeddings, linears = (
+        [module for module in model.modules() if isinstance(module, kind)] for kind in (PackedEmbedding, PackedLinear)
+    )
+    return [
+        (embedding, linear)
+        for embedding in embeddings
+        for linear in linears
+        if linear.weight_values is embedding.weight_values
+    ]
 
 
 def packed_elements(model: nn.Module, *, exclude_embeddings: bool = False) -> int:
     """Elements of the packed weights, tied ones counted once, as those of the first module that has them."""
     packed = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
     first = {id(module.weight_values): module for module in reversed(packed)}
-    return sum(module.weight.numel() for module in first.values() if not (exclude_embeddings and isinstance(module, nn.Embedding)))
+    return sum(
+        module.weight.numel()
+        for module in first.values()
+        if not (exclude_embeddings and isinstance(module, nn.Embedding))
+    )
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -124,13 +160,14 @@ def part_of(model: nn.Module, name: str) -> str:
 
 
 def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64) -> None:
-    """Packs every linear layer of the named parts, int4 in groups of ``group`` inputs, and an embedding tied to a packed head.
+    """Packs every linear layer of the named parts, int4 in groups of ``group`` inputs, and an embedding tied to a
+    packed head.
 
-    Only what the class of the model builds: adapters, also copies that train in place of a layer, and modules that a user attached stay.
-    One layer after the other, each freed before the next: memory peaks at what is packed plus what is not yet. Weights that are
-    mapped from a file leave memory as well.
-    Raises: ValueError for other groups, layers that are packed in another format, merged adapters and weights that are not finite; the model
-    is then as it was.
+    Only what the class of the model builds: adapters, also copies that train in place of a layer, and modules that a
+    user attached stay. One layer after the other, each freed before the next: memory peaks at what is packed plus what
+    is not yet. Weights that are mapped from a file leave memory as well.
+    Raises: ValueError for other groups, layers that are packed in another format, merged adapters and weights that are
+    not finite; the model is then as it was.
     """
     if group not in quant.GROUPS:
         raise ValueError(f"accelerate: group must be {', '.join(map(str, quant.GROUPS))}, got {group}")
@@ -144,14 +181,26 @@ def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64)
     ]
     for name, module in modules.items():
         asked = formats.get(part_of(model, name))
-        if isinstance(module, PackedLinear) and asked is not None and _packed_as(module) != (asked, group if asked == "int4" else None):
+        if (
+            isinstance(module, PackedLinear)
+            and asked is not None
+            and _packed_as(module) != (asked, group if asked == "int4" else None)
+        ):
             raise ValueError(
-                f"accelerate: {name} is packed as {_spelt(*_packed_as(module))} already, which {_spelt(asked, group)} cannot be made of; restore the model "
+                f"accelerate: {name} is packed as {_spelt(*_packed_as(module))} already, which "
+                f"{_spelt(asked, group)} cannot be made of; restore the model "
                 "first, or load it again with from_pretrained"
             )
-    merged = [name for name, module in model.named_modules() if _without_adapters(module) is not module and getattr(module, "merged", False)]
+    merged = [
+        name
+        for name, module in model.named_modules()
+        if _without_adapters(module) is not module and getattr(module, "merged", False)
+    ]
     if chosen and merged:
-        raise ValueError(f"accelerate: an adapter is merged into {merged[0]}; call unmerge_adapter first, or merge_and_unload to keep it in the weights")
+        raise ValueError(
+            f"accelerate: an adapter is merged into {merged[0]}; call unmerge_adapter first, or merge_and_unload to "
+            f"keep it in the weights"
+        )
     for name, module, _ in chosen:
         _check_finite(name, module.weight)
     head, embedding = modules.get("lm_head"), _tied_embedding(modules)
@@ -180,7 +229,10 @@ def _spelt(name: str, group: int | None) -> str:
 
 def _check_finite(name: str, weight: Tensor) -> None:
     if not is_finite(weight.detach()):
-        raise ValueError(f"accelerate: {name}.weight has NaN or infinite elements, which no packed format can hold; nothing was packed")
+        raise ValueError(
+            f"accelerate: {name}.weight has NaN or infinite elements, which no packed format can hold; nothing was "
+            f"packed"
+        )
     pages.release(weight)
 
 
@@ -191,29 +243,40 @@ def _tied_embedding(modules: Mapping[str, nn.Module]) -> nn.Embedding | None:
 
 
 def unpack_model(model: PreTrainedModel) -> None:
-    """Puts the weights of the checkpoint that the model was loaded from back into its packed layers, under adapters frozen.
+    """Puts the weights of the checkpoint that the model was loaded from back into its packed layers, under adapters
+    frozen.
 
     Raises: ValueError if that checkpoint is not known, not there, or not what was packed; the model is then as it was.
     """
-    packed = [(name, module) for name, module in base_modules(model) if isinstance(module, PackedLinear | PackedEmbedding)]
+    packed = [
+        (name, module) for name, module in base_modules(model) if isinstance(module, PackedLinear | PackedEmbedding)
+    ]
     if not packed:
         return
     path = Path(model.name_or_path or "")
     if not model.name_or_path or not path.is_dir() or is_packed_checkpoint(path):
         where = f" ({path} has them packed)" if model.name_or_path and path.is_dir() else ""
         raise ValueError(
-            f"restore: the weights were packed, and the checkpoint that they came from is not known{where}; load the model again with from_pretrained"
+            f"restore: the weights were packed, and the checkpoint that they came from is not known{where}; load "
+            f"the model again with from_pretrained"
         )
-    source = dict(_stock_class(model).from_pretrained(path, dtype=packed[0][1].weight.dtype, trust_remote_code=False).named_modules())
+    source = dict(
+        _stock_class(model)
+        .from_pretrained(path, dtype=packed[0][1].weight.dtype, trust_remote_code=False)
+        .named_modules()
+    )
     for name, module in packed:
         weight = getattr(source.get(name), "weight", None)
         if not isinstance(weight, Tensor) or weight.shape != module.weight.shape or not _same(weight, module):
             raise ValueError(
-                f"restore: {name} was not packed from the checkpoint at {path} as it is now; unmerge its adapters, or load the model again with "
+                f"restore: {name} was not packed from the checkpoint at {path} as it is now; unmerge its adapters, "
+                f"or load the model again with "
                 "from_pretrained"
             )
     adapted = any(_without_adapters(module) is not module for module in model.modules())
-    frozen = adapted or not any(parameter.requires_grad for parameter in model.parameters())  # adapters need not be inside of the model
+    frozen = adapted or not any(
+        parameter.requires_grad for parameter in model.parameters()
+    )  # adapters need not be inside of the model
     weights: dict[int, nn.Parameter] = {}  # tied ones are one parameter in the source, and become one here
     for name, module in packed:
         weight = source[name].weight

@@ -13,24 +13,46 @@ from qvl_model.qvl import QVLConfig, QVLForConditionalGeneration
 
 __all__ = ["why_stock"]
 
-_LIMIT = 2e-5  # relative difference of fp32 results, as in the tests: both are a few 1e-7 from the exact ones, times the depth
+# relative difference of fp32 results, as in the tests: both are a few 1e-7 from the exact ones, times the depth
+_LIMIT = 2e-5
 
-# Sizes of the small model, under the names that both families use. All else, head_dim included, is as in the model at hand.
+# Sizes of the small model, under the names that both families use. All else, head_dim included, is as in the model at
+# hand.
 _IMAGE, _START, _END = 90, 92, 93
 _SIZES = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "depth": 2, "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0], "image_token_id": _IMAGE, "video_token_id": 91,
-    "vision_start_token_id": _START, "vision_end_token_id": _END, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
-    "cross_attention_layers": [1], "vision_num_hidden_layers": 2, "vision_num_attention_heads": 2, "vision_hidden_size": 64,
-    "vision_intermediate_size": 96, "vision_projection_dim": 48, "language_projection_dim": 64, "connector_num_layers": 1,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "depth": 2,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "deepstack_visual_indexes": [0],
+    "image_token_id": _IMAGE,
+    "video_token_id": 91,
+    "vision_start_token_id": _START,
+    "vision_end_token_id": _END,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "cross_attention_layers": [1],
+    "vision_num_hidden_layers": 2,
+    "vision_num_attention_heads": 2,
+    "vision_hidden_size": 64,
+    "vision_intermediate_size": 96,
+    "vision_projection_dim": 48,
+    "language_projection_dim": 64,
+    "connector_num_layers": 1,
+}
 
 _known: dict[tuple, str | None] = {}  # what was found in this process
 
 
 def why_stock(model: nn.Module, replace: Callable[[nn.Module], None]) -> str | None:
-    """Why a model must stay stock, or None: at once on tested versions, on others from the prompt and three tokens of a two-layer model
-    of its family and options. Random state, default dtype and grad mode stay as they are.
+    """Why a model must stay stock, or None: at once on tested versions, on others from the prompt and three tokens of a
+    two-layer model of its family and options. Random state, default dtype and grad mode stay as they are.
 
     Args:
         model: a stock model of either family, or a part of one.
@@ -49,7 +71,8 @@ def why_stock(model: nn.Module, replace: Callable[[nn.Module], None]) -> str | N
     if _known[key] is None:
         return None
     return (
-        f"on transformers {version}, which is not among those tested ({', '.join(TESTED_TRANSFORMERS)}), a small accelerated model does not "
+        f"on transformers {version}, which is not among those tested ({', '.join(TESTED_TRANSFORMERS)}), a small "
+        f"accelerated model does not "
         f"give what the stock one gives: {_known[key]}. Install one of those, or a newer qvl"
     )
 
@@ -59,9 +82,12 @@ def _difference(config: PreTrainedConfig, device: torch.device, replace: Callabl
     torch.set_default_dtype(torch.float32)
     try:
         with (
-            torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), torch.device(device),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+            torch.device(device),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-        ):  # fmt: skip
+        ):
             torch.manual_seed(0)
             stock = _small_model(config)
             ours = copy.deepcopy(stock)
@@ -86,7 +112,9 @@ def _small_model(config: PreTrainedConfig) -> nn.Module:
         for name, value in _SIZES.items():
             if name in vars(part):
                 setattr(part, name, copy.copy(value))
-    model = (QVLForConditionalGeneration if isinstance(config, QVLConfig) else Qwen3VLForConditionalGeneration)(config).eval()
+    model = (QVLForConditionalGeneration if isinstance(config, QVLConfig) else Qwen3VLForConditionalGeneration)(
+        config
+    ).eval()
     for parameter in model.parameters():
         noise = torch.randn_like(parameter)
         parameter.copy_(noise / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else 1 + 0.2 * noise)
@@ -97,7 +125,10 @@ def _answers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(what it is, its values) of a prompt with an image and of three tokens after it."""
     inputs, options = _inputs(model.config, next(model.parameters())), {"max_new_tokens": 3, "do_sample": False}
     yield "logits of a prompt", model(**inputs).logits
-    yield "logits of tokens", torch.stack(model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True).logits)
+    yield (
+        "logits of tokens",
+        torch.stack(model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True).logits),
+    )
     yield "tokens", model.generate(**inputs, **options)
 
 
@@ -112,4 +143,8 @@ def _inputs(config: PreTrainedConfig, like: Tensor) -> dict[str, Tensor]:
         shape = (side * side, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
         ids = torch.tensor([[3, _START, _IMAGE, _IMAGE, _IMAGE, _IMAGE, _END, 6, 5]])
         extra = {"mm_token_type_ids": (ids == _IMAGE).int(), "image_grid_thw": torch.tensor([[1, side, side]])}
-    return {"input_ids": ids, "pixel_values": torch.randn(shape, generator=generator, dtype=torch.float32).to(like.dtype), **extra}
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(shape, generator=generator, dtype=torch.float32).to(like.dtype),
+        **extra,
+    }

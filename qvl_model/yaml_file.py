@@ -8,8 +8,9 @@ __all__ = ["Loader"]
 
 
 class Loader(yaml.SafeLoader):
-    """yaml.SafeLoader with YAML 1.2's numbers (1e-5 is one, which PyYAML reads as text). Raises: yaml.YAMLError for a key given twice,
-    of which PyYAML would silently take the last."""
+    """yaml.SafeLoader with YAML 1.2's numbers (1e-5 is one, which PyYAML reads as text). Raises: yaml.YAMLError for a
+    key given twice, of which PyYAML would silently take the last.
+    """
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -18,7 +19,9 @@ class Loader(yaml.SafeLoader):
             try:
                 repeated = name in seen
             except TypeError as error:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} cannot be a key", key.start_mark) from error
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name!r} cannot be a key", key.start_mark
+                ) from error
             if repeated:
                 raise yaml.constructor.ConstructorError(None, None, f"{name!r} is given twice", key.start_mark)
             seen.add(name)

@@ -1,5 +1,6 @@
-"""The pair of models that several files share, and where the time of a run goes: seconds of each part of the tests beside its budget for
-`make test` on 2 cores."""
+"""The pair of models that several files share, and where the time of a run goes: seconds of each part of the tests
+beside its budget for `make test` on 2 cores.
+"""
 
 from collections import defaultdict
 from pathlib import Path
@@ -27,7 +28,12 @@ def models(odd_pair):
 
 def part_of(file: str) -> str:
     name = Path(file).stem
-    for part, prefixes in {"model": ("test_model", "test_generation", "test_qvl", "test_packed"), "training": ("test_training", "test_capacity"), "digits": ("test_digits", "test_cli", "test_processing"), "bench": ("test_bench", "test_peers", "test_structure")}.items():
+    for part, prefixes in {
+        "model": ("test_model", "test_generation", "test_qvl", "test_packed"),
+        "training": ("test_training", "test_capacity"),
+        "digits": ("test_digits", "test_cli", "test_processing"),
+        "bench": ("test_bench", "test_peers", "test_structure"),
+    }.items():
         if name.startswith(prefixes):
             return part
     return "kernels"

@@ -1,7 +1,9 @@
-"""Tensors whose neighbours are pages without access: reading or writing one byte beside them ends the process with SIGSEGV.
+"""Tensors whose neighbours are pages without access: reading or writing one byte beside them ends the process with
+SIGSEGV.
 
-Inputs cannot be written either, and gaps between their rows are NaN. Fresh outputs are NaN, and what lies between them and the far
-page must not change. Before it runs, each case is written to build/fuzz_case.txt, where it stays after a crash; to run it again:
+Inputs cannot be written either, and gaps between their rows are NaN. Fresh outputs are NaN, and what lies between them
+and the far page must not change. Before it runs, each case is written to build/fuzz_case.txt, where it stays after a
+crash; to run it again:
 
     PYTHONPATH=tests python -c "import test_fuzz; test_fuzz.check(*eval(open('build/fuzz_case.txt').read()))"
 """
@@ -34,7 +36,9 @@ def _set_access(address: int, size: int, access: int) -> None:
 
 
 class Placed(NamedTuple):
-    """Elements that begin right after a page without access, or end right before one; every byte 0xFF: NaN, or -1 in integers."""
+    """Elements that begin right after a page without access, or end right before one; every byte 0xFF: NaN, or -1 in
+    integers.
+    """
 
     memory: torch.Tensor  # uint8: all bytes between the two pages
     begin: int  # bytes of the elements in memory
@@ -60,14 +64,19 @@ def place(count: int, dtype: torch.dtype, *, at_end: bool) -> Placed:
 
 
 class Layouts:
-    """Copies of tensors between guard pages, with strides as a layout number draws them; 0: contiguous, before the last page."""
+    """Copies of tensors between guard pages, with strides as a layout number draws them; 0: contiguous, before the last
+    page.
+    """
 
     def __init__(self, number: int) -> None:
         self._plain, self._random = number == 0, random.Random(number)
 
-    def __call__(self, x: torch.Tensor, *, dense: int = 1, repeat: bool = False, writable: bool = False) -> torch.Tensor:
-        """``x`` with its last ``dense`` dimensions contiguous and the others in any order, with gaps. ``repeat``: one of those may be
-        cut to its first element and expanded, with stride 0."""
+    def __call__(
+        self, x: torch.Tensor, *, dense: int = 1, repeat: bool = False, writable: bool = False
+    ) -> torch.Tensor:
+        """``x`` with its last ``dense`` dimensions contiguous and the others in any order, with gaps. ``repeat``: one
+        of those may be cut to its first element and expanded, with stride 0.
+        """
         if x.numel() == 0:
             return x
         shape, free, repeated = list(x.shape), list(range(x.dim() - dense)), None
@@ -103,11 +112,18 @@ class Layouts:
 
     def all(self, tensors: NamedTuple, **options) -> NamedTuple:
         """Every tensor of a NamedTuple of weights, quantised ones among them."""
-        return type(tensors)(*(self.all(x) if isinstance(x, tuple) else self(x, **options) if isinstance(x, torch.Tensor) else x for x in tensors))
+        return type(tensors)(
+            *(
+                self.all(x) if isinstance(x, tuple) else self(x, **options) if isinstance(x, torch.Tensor) else x
+                for x in tensors
+            )
+        )
 
 
 class FreshOutputs:
-    """Stands in for ``torch.empty`` and ``torch.empty_like`` inside the block; ``check`` finds writes beside the outputs of the kernels."""
+    """Stands in for ``torch.empty`` and ``torch.empty_like`` inside the block; ``check`` finds writes beside the
+    outputs of the kernels.
+    """
 
     def __init__(self, number: int) -> None:
         self._random, self._placed, self._by_onednn = random.Random(number), [], False
@@ -125,14 +141,20 @@ class FreshOutputs:
     def __enter__(self) -> "FreshOutputs":
         functional = torch.nn.functional
         self._before = torch.empty, torch.empty_like, functional.linear
-        torch.empty, torch.empty_like, functional.linear = self._empty, lambda x: self._empty(x.shape, dtype=x.dtype), self._linear
+        torch.empty, torch.empty_like, functional.linear = (
+            self._empty,
+            lambda x: self._empty(x.shape, dtype=x.dtype),
+            self._linear,
+        )
         return self
 
     def __exit__(self, *_) -> None:
         torch.empty, torch.empty_like, torch.nn.functional.linear = self._before
 
     def check(self) -> None:
-        assert self._placed or self._by_onednn, "nothing was allocated: the outputs are not guarded"  # PyTorch allocates its own
+        assert self._placed or self._by_onednn, (
+            "nothing was allocated: the outputs are not guarded"
+        )  # PyTorch allocates its own
         assert all(placed.neighbours_unchanged() for placed in self._placed), "a kernel wrote beside its output"
 
 

@@ -57,7 +57,10 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def graph(self, graph, *, pool, stream, capture_error_mode):
-        self.calls.append(f"capture on {self.devices[-1]}, {stream.name}, {capture_error_mode}, {'own' if pool is None else 'shared'} memory")
+        self.calls.append(
+            f"capture on {self.devices[-1]}, {stream.name}, {capture_error_mode}, "
+            f"{'own' if pool is None else 'shared'} memory"
+        )
         with self.stream(stream):
             if self.fails is not None:
                 raise self.fails
@@ -108,7 +111,9 @@ def record(monkeypatch) -> FakeCuda:
     device = Recorded(cuda)
     monkeypatch.setattr(graphs, "cuda", cuda)
     monkeypatch.setattr(graphs, "of", lambda device_: device)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: cuda.calls.append(f"memory used on {stream.name}"))
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda x, stream: cuda.calls.append(f"memory used on {stream.name}")
+    )
     return cuda
 
 

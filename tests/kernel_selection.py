@@ -1,6 +1,7 @@
 """Every kernel selection of matmuls on the CPU, forced: the instruction sets that this machine has, and oneDNN.
 
-fp32, bf16 and fp16 take the fma or the dot instructions of an instruction set, as ``qvl_kernels.cpu_info()["gemm_route"]`` says.
+fp32, bf16 and fp16 take the fma or the dot instructions of an instruction set, as
+``qvl_kernels.cpu_info()["gemm_route"]`` says.
 """
 
 import contextlib
@@ -14,7 +15,13 @@ from qvl_kernels.ops.linear import onednn
 from qvl_kernels.testing import instruction_set
 
 ISAS = qvl_kernels.cpu_info()["supported"]
-MATMULS = {"linear", "patch_embed", "linear_cross_entropy", "decoder_layer", "vision_block"}  # ops that may go through oneDNN
+MATMULS = {
+    "linear",
+    "patch_embed",
+    "linear_cross_entropy",
+    "decoder_layer",
+    "vision_block",
+}  # ops that may go through oneDNN
 
 
 def selections(op: str, dtype: torch.dtype, *, amx: bool = False) -> list[str]:
@@ -24,7 +31,9 @@ def selections(op: str, dtype: torch.dtype, *, amx: bool = False) -> list[str]:
 
 @contextlib.contextmanager
 def select(name: str) -> Iterator[None]:
-    """Matmuls inside the block run on these kernels, whichever the machine would choose. "amx": oneDNN's, emulated where there is no AMX."""
+    """Matmuls inside the block run on these kernels, whichever the machine would choose. "amx": oneDNN's, emulated
+    where there is no AMX.
+    """
     by_onednn = name in ("onednn", "amx")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(onednn, "onednn_is_faster", lambda: by_onednn))

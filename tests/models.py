@@ -20,15 +20,37 @@ PATCH, TEMPORAL, MERGE = 4, 2, 2
 # The text part is what varies most; head sizes and groups are odd on purpose. sections sum to half of head_dim.
 CONFIGS = {
     "odd": dict(heads=6, kv_heads=3, head_dim=24, hidden=72, mlp=100, layers=5, sections=[4, 4, 4], vision=(60, 3, 76)),
-    "small": dict(heads=4, kv_heads=2, head_dim=16, hidden=64, mlp=96, layers=3, sections=[4, 2, 2], vision=(32, 2, 64)),
-    "multi_query": dict(heads=5, kv_heads=1, head_dim=12, hidden=40, mlp=33, layers=2, sections=[2, 2, 2], vision=(36, 3, 20)),
-    "multi_head": dict(heads=3, kv_heads=3, head_dim=20, hidden=52, mlp=47, layers=4, sections=[4, 3, 3], vision=(24, 1, 41)),
-    "one_head": dict(heads=1, kv_heads=1, head_dim=64, hidden=24, mlp=130, layers=3, sections=[24, 4, 4], vision=(16, 4, 9)),
-    "wide_head": dict(heads=4, kv_heads=2, head_dim=128, hidden=56, mlp=64, layers=2, sections=[24, 20, 20], vision=(88, 2, 50)),
-    "untied_bias": dict(heads=7, kv_heads=7, head_dim=8, hidden=33, mlp=65, layers=6, sections=[2, 1, 1], vision=(44, 11, 30),
-                        tied=False, bias=True),
-    "one_layer": dict(heads=9, kv_heads=3, head_dim=40, hidden=96, mlp=31, layers=1, sections=[8, 6, 6], vision=(28, 7, 17)),
-}  # fmt: skip
+    "small": dict(
+        heads=4, kv_heads=2, head_dim=16, hidden=64, mlp=96, layers=3, sections=[4, 2, 2], vision=(32, 2, 64)
+    ),
+    "multi_query": dict(
+        heads=5, kv_heads=1, head_dim=12, hidden=40, mlp=33, layers=2, sections=[2, 2, 2], vision=(36, 3, 20)
+    ),
+    "multi_head": dict(
+        heads=3, kv_heads=3, head_dim=20, hidden=52, mlp=47, layers=4, sections=[4, 3, 3], vision=(24, 1, 41)
+    ),
+    "one_head": dict(
+        heads=1, kv_heads=1, head_dim=64, hidden=24, mlp=130, layers=3, sections=[24, 4, 4], vision=(16, 4, 9)
+    ),
+    "wide_head": dict(
+        heads=4, kv_heads=2, head_dim=128, hidden=56, mlp=64, layers=2, sections=[24, 20, 20], vision=(88, 2, 50)
+    ),
+    "untied_bias": dict(
+        heads=7,
+        kv_heads=7,
+        head_dim=8,
+        hidden=33,
+        mlp=65,
+        layers=6,
+        sections=[2, 1, 1],
+        vision=(44, 11, 30),
+        tied=False,
+        bias=True,
+    ),
+    "one_layer": dict(
+        heads=9, kv_heads=3, head_dim=40, hidden=96, mlp=31, layers=1, sections=[8, 6, 6], vision=(28, 7, 17)
+    ),
+}
 
 
 def config(name: str = "odd") -> Qwen3VLConfig:
@@ -36,19 +58,41 @@ def config(name: str = "odd") -> Qwen3VLConfig:
     vision_hidden, vision_heads, vision_mlp = c["vision"]
     return Qwen3VLConfig(
         text_config=dict(
-            vocab_size=VOCABULARY, hidden_size=c["hidden"], intermediate_size=c["mlp"], num_hidden_layers=c["layers"],
-            num_attention_heads=c["heads"], num_key_value_heads=c["kv_heads"], head_dim=c["head_dim"],
-            max_position_embeddings=4096, attention_bias=c.get("bias", False),
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": c["sections"], "mrope_interleaved": True},
+            vocab_size=VOCABULARY,
+            hidden_size=c["hidden"],
+            intermediate_size=c["mlp"],
+            num_hidden_layers=c["layers"],
+            num_attention_heads=c["heads"],
+            num_key_value_heads=c["kv_heads"],
+            head_dim=c["head_dim"],
+            max_position_embeddings=4096,
+            attention_bias=c.get("bias", False),
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": c["sections"],
+                "mrope_interleaved": True,
+            },
         ),
         vision_config=dict(
-            depth=c.get("depth", 4), hidden_size=vision_hidden, intermediate_size=vision_mlp, num_heads=vision_heads, in_channels=3,
-            patch_size=PATCH, temporal_patch_size=TEMPORAL, spatial_merge_size=MERGE, out_hidden_size=c["hidden"],
-            num_position_embeddings=64, deepstack_visual_indexes=[0, 2][: c["layers"]],
+            depth=c.get("depth", 4),
+            hidden_size=vision_hidden,
+            intermediate_size=vision_mlp,
+            num_heads=vision_heads,
+            in_channels=3,
+            patch_size=PATCH,
+            temporal_patch_size=TEMPORAL,
+            spatial_merge_size=MERGE,
+            out_hidden_size=c["hidden"],
+            num_position_embeddings=64,
+            deepstack_visual_indexes=[0, 2][: c["layers"]],
         ),
-        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
         tie_word_embeddings=c.get("tied", True),
-    )  # fmt: skip
+    )
 
 
 def stock_model(
@@ -113,7 +157,10 @@ def inputs(*rows: list[Segment], padding: str = "left", seed: int = 0) -> dict[s
         "input_ids": torch.tensor([padded(row) for row in ids]),
         "attention_mask": torch.tensor([padded([1] * len(row)) for row in ids]),
     }
-    for token, pixels, grid in ((IMAGE, "pixel_values", "image_grid_thw"), (VIDEO, "pixel_values_videos", "video_grid_thw")):
+    for token, pixels, grid in (
+        (IMAGE, "pixel_values", "image_grid_thw"),
+        (VIDEO, "pixel_values_videos", "video_grid_thw"),
+    ):
         if grids[token]:
             batch[grid] = torch.tensor(grids[token])
             patches = int(batch[grid].prod(1).sum())
@@ -152,7 +199,9 @@ def fused_calls(model: nn.Module) -> Iterator[Calls]:
 
     text, vision = model.model.language_model, model.model.visual
     handles = [
-        text.embed_tokens.register_forward_pre_hook(expects("decoder_layer", len(text.layers))),  # once a forward, and once a step of ``generate``
+        text.embed_tokens.register_forward_pre_hook(
+            expects("decoder_layer", len(text.layers))
+        ),  # once a forward, and once a step of ``generate``
         vision.register_forward_pre_hook(expects("vision_block", len(vision.blocks))),
     ]
     known = dispatch.fallbacks()
@@ -191,7 +240,9 @@ class Elsewhere(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held):
-        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device, strides=held.stride())
+        return torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, dtype=held.dtype, device=held.device, strides=held.stride()
+        )
 
     def __init__(self, held):
         self.held = held

@@ -31,7 +31,9 @@ def mutated(text: str, mutation: Mutation) -> str:
     """Raises: ValueError if the expression is not there exactly once."""
     found = text.count(mutation.old)
     if found != 1:
-        raise ValueError(f"{mutation.file} has {mutation.old!r} {found} times; a mutation names an expression that stands there once")
+        raise ValueError(
+            f"{mutation.file} has {mutation.old!r} {found} times; a mutation names an expression that stands there once"
+        )
     return text.replace(mutation.old, mutation.new)
 
 
@@ -56,7 +58,9 @@ def main(mutations: list[Mutation] = MUTATIONS, options: list[str] | None = None
     parser.add_argument("--only", default="", help="mutations whose file or expression has this in it")
     parser.add_argument("--jobs", type=int, default=max(1, min(4, os.cpu_count() or 1)))
     arguments = parser.parse_args(options)
-    chosen = [mutation for mutation in mutations if arguments.only in f"{mutation.file} {mutation.old} -> {mutation.new}"]
+    chosen = [
+        mutation for mutation in mutations if arguments.only in f"{mutation.file} {mutation.old} -> {mutation.new}"
+    ]
     for mutation in chosen:
         mutated((ROOT / mutation.file).read_text(), mutation)
     start = time.monotonic()
@@ -86,7 +90,11 @@ def main(mutations: list[Mutation] = MUTATIONS, options: list[str] | None = None
 
         wrong = []
         for mutation, (word, output) in zip([None, *chosen], pool.map(check, [None, *chosen])):
-            name = "all tests without a fault" if mutation is None else f"{mutation.file}: {mutation.old.strip()} -> {mutation.new.strip()}"
+            name = (
+                "all tests without a fault"
+                if mutation is None
+                else f"{mutation.file}: {mutation.old.strip()} -> {mutation.new.strip()}"
+            )
             print(f"{word:12} {' '.join(name.split())}", flush=True)
             if word not in ("seen", "pass"):
                 wrong.append(f"\n{name}: {word}\n{output}")

@@ -64,28 +64,49 @@ def reference(function, arguments: dict):
 
 def differentiable(arguments: dict) -> dict:
     return {
-        name: value if name in CONSTANTS or isinstance(value, QuantizedWeight) else map_tensors(lambda x: x.detach().requires_grad_(), value)
+        name: value
+        if name in CONSTANTS or isinstance(value, QuantizedWeight)
+        else map_tensors(lambda x: x.detach().requires_grad_(), value)
         for name, value in arguments.items()
     }
 
 
 # A small case of every trained op, and those that its backward tells apart: what second derivatives are tested on.
 TWICE = [
-    ("attention", "causal_longer_keys"), ("attention", "packed_causal"), ("attention", "bool_mask"), ("attention", "additive_mask"),
-    ("attention", "left_padding"), ("cross_attention", "lengths"), ("rms_norm", "strided"), ("add_rms_norm", "rank_3_odd"),
-    ("layer_norm", "strided"), ("add_layer_norm", "rank_3_odd"), ("qk_norm_rope", "strided"), ("vision_rope", "odd"), ("swiglu", "strided"),
-    ("gelu_tanh", "odd_bias"), ("patch_embed", "odd"), ("linear", "rows_5"), ("quantized_linear", "int8_odd_rows_3"),
-    ("linear_cross_entropy", "mean"), ("linear_cross_entropy", "sum_smoothed"), ("linear_cross_entropy", "none"),
-]  # fmt: skip
+    ("attention", "causal_longer_keys"),
+    ("attention", "packed_causal"),
+    ("attention", "bool_mask"),
+    ("attention", "additive_mask"),
+    ("attention", "left_padding"),
+    ("cross_attention", "lengths"),
+    ("rms_norm", "strided"),
+    ("add_rms_norm", "rank_3_odd"),
+    ("layer_norm", "strided"),
+    ("add_layer_norm", "rank_3_odd"),
+    ("qk_norm_rope", "strided"),
+    ("vision_rope", "odd"),
+    ("swiglu", "strided"),
+    ("gelu_tanh", "odd_bias"),
+    ("patch_embed", "odd"),
+    ("linear", "rows_5"),
+    ("quantized_linear", "int8_odd_rows_3"),
+    ("linear_cross_entropy", "mean"),
+    ("linear_cross_entropy", "sum_smoothed"),
+    ("linear_cross_entropy", "none"),
+]
 
 
 def penalty_gradients(function, arguments: dict, cotangents) -> list[torch.Tensor]:
-    """Derivatives of the squared norm of the gradients, by inputs and cotangents: what a gradient penalty trains with."""
+    """Derivatives of the squared norm of the gradients, by inputs and cotangents: what a gradient penalty
+    trains with.
+    """
     inputs = [value for value in arguments.values() if isinstance(value, torch.Tensor) and value.requires_grad]
     results = [out for out in outputs(function(**arguments)) if out.requires_grad]
     cotangents = [cotangent.to(out.dtype).requires_grad_() for out, cotangent in zip(results, cotangents)]
     first = torch.autograd.grad(results, inputs, cotangents, create_graph=True)
-    return list(torch.autograd.grad(sum(x.square().sum() for x in first), [*inputs, *cotangents], materialize_grads=True))
+    return list(
+        torch.autograd.grad(sum(x.square().sum() for x in first), [*inputs, *cotangents], materialize_grads=True)
+    )
 
 
 def gradients(function, arguments: dict, cotangents) -> list[torch.Tensor]:

@@ -14,28 +14,62 @@ PATCH = 4
 # Sizes are odd on purpose; text ids are below IMAGE.
 CONFIGS = {
     "mlp": dict(
-        num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=3, hidden_size=72, intermediate_size=50, cross_attention_layers=[1, 3],
-        vision_num_hidden_layers=3, vision_num_attention_heads=3, vision_hidden_size=36, vision_intermediate_size=44,
-        connector_type="mlp", num_query_tokens=0, vision_projection_dim=28, language_projection_dim=96,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        hidden_size=72,
+        intermediate_size=50,
+        cross_attention_layers=[1, 3],
+        vision_num_hidden_layers=3,
+        vision_num_attention_heads=3,
+        vision_hidden_size=36,
+        vision_intermediate_size=44,
+        connector_type="mlp",
+        num_query_tokens=0,
+        vision_projection_dim=28,
+        language_projection_dim=96,
     ),
     "attention": dict(
-        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, hidden_size=40, intermediate_size=66, cross_attention_layers=[0, 2],
-        vision_num_hidden_layers=2, vision_num_attention_heads=2, vision_hidden_size=24, vision_intermediate_size=30,
-        connector_type="attention", num_query_tokens=5, connector_num_layers=2, vision_projection_dim=20, language_projection_dim=36,
-        attention_bias=True, tie_word_embeddings=False, hidden_act="silu",
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        hidden_size=40,
+        intermediate_size=66,
+        cross_attention_layers=[0, 2],
+        vision_num_hidden_layers=2,
+        vision_num_attention_heads=2,
+        vision_hidden_size=24,
+        vision_intermediate_size=30,
+        connector_type="attention",
+        num_query_tokens=5,
+        connector_num_layers=2,
+        vision_projection_dim=20,
+        language_projection_dim=36,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        hidden_act="silu",
     ),
-}  # fmt: skip
+}
 
 
 def config(name: str = "mlp", **changes) -> QVLConfig:
     shared = dict(
-        vocab_size=VOCABULARY, max_position_embeddings=512, rope_theta=10000.0, vision_patch_size=PATCH, vision_image_size=4 * PATCH,
-        image_token_id=IMAGE, pad_token_id=0, eos_token_id=None, max_num_images=3,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        max_position_embeddings=512,
+        rope_theta=10000.0,
+        vision_patch_size=PATCH,
+        vision_image_size=4 * PATCH,
+        image_token_id=IMAGE,
+        pad_token_id=0,
+        eos_token_id=None,
+        max_num_images=3,
+    )
     return QVLConfig(**{**shared, **CONFIGS[name], **changes})
 
 
-def plain_model(name: str = "mlp", dtype: torch.dtype = torch.float32, *, seed: int = 0, attention: str = "sdpa", **changes) -> QVLForConditionalGeneration:
+def plain_model(
+    name: str = "mlp", dtype: torch.dtype = torch.float32, *, seed: int = 0, attention: str = "sdpa", **changes
+) -> QVLForConditionalGeneration:
     """A plain model, in eval mode, whose random weights are large enough that every one of them matters."""
     settings = config(name, **changes)
     settings._attn_implementation = attention
@@ -62,11 +96,16 @@ def pair(name: str = "mlp", dtype: torch.dtype = torch.float32, **options) -> tu
     return plain, qvl_model.accelerate(copy.deepcopy(plain))
 
 
-def inputs(*lengths: int, image: tuple[int, int] | None = (14, 19), padding: str = "left", seed: int = 0) -> dict[str, torch.Tensor]:
+def inputs(
+    *lengths: int, image: tuple[int, int] | None = (14, 19), padding: str = "left", seed: int = 0
+) -> dict[str, torch.Tensor]:
     """Rows of so many tokens, padded to one length; each with an image token and a picture of ``image`` pixels."""
     generator = torch.Generator().manual_seed(seed)
     longest = max(lengths)
-    ids, mask = torch.zeros(len(lengths), longest, dtype=torch.long), torch.zeros(len(lengths), longest, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(lengths), longest, dtype=torch.long),
+        torch.zeros(len(lengths), longest, dtype=torch.long),
+    )
     for row, length in enumerate(lengths):
         place = slice(longest - length, None) if padding == "left" else slice(length)
         tokens = torch.randint(1, IMAGE, (length,), generator=generator)

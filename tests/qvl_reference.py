@@ -1,6 +1,7 @@
 """QVL in float64, written from the formulas of docs/qvl_formulas.md: what the model is held against.
 
-It shares no code with the package and none with transformers. Rows of text and images are computed one by one, without padding.
+It shares no code with the package and none with transformers. Rows of text and images are computed one by one, without
+padding.
 """
 
 import math
@@ -28,11 +29,13 @@ class Reference:
         drop: what dropout does to a tensor x with probability p; nothing by default.
     """
 
-    def __init__(self, state: dict[str, Tensor], config: dict, drop: Callable[[Tensor, float], Tensor] = lambda x, p: x):
+    def __init__(
+        self, state: dict[str, Tensor], config: dict, drop: Callable[[Tensor, float], Tensor] = lambda x, p: x
+    ):
         self.state = {name.removeprefix("model."): tensor.double() for name, tensor in state.items()}
         self.config, self.drop = SimpleNamespace(**config), drop
 
-    # --- parts -----------------------------------------------------------------------------------------------------------
+    # --- parts --------------------------------------------------------------------------------------------------------
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         y = x @ self.state[f"{name}.weight"].T
@@ -44,10 +47,16 @@ class Reference:
         return centred / scale * self.state[f"{name}.weight"] + self.state[f"{name}.bias"]
 
     def rms_norm(self, name: str, x: Tensor) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + self.config.layer_norm_eps).sqrt() * self.state[f"{name}.weight"]
+        return (
+            x / (x.square().mean(-1, keepdim=True) + self.config.layer_norm_eps).sqrt() * self.state[f"{name}.weight"]
+        )
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-        """[T, H * D] and weights [H, T, S] from q [T, H, D], k and v [S, Hkv, D]; causal: the last query sees every key."""
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, dropout: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """[T, H * D] and weights [H, T, S] from q [T, H, D], k and v [S, Hkv, D]; causal: the last query sees every
+        key.
+        """
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = torch.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[-1])
         if causal:
@@ -63,22 +72,32 @@ class Reference:
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
-    # --- images ----------------------------------------------------------------------------------------------------------
+    # --- images -------------------------------------------------------------------------------------------------------
 
     def tower(self, pixels: Tensor, mask: Tensor | None) -> Tensor | None:
         """Features [patches, E] of one image [C, H, W]; None if all of it is padding (mask [H, W] zero)."""
         c, side = self.config, self.config.vision_patch_size
         seen = torch.ones(pixels.shape[1:], dtype=torch.bool) if mask is None else mask != 0
         rows, columns = (math.ceil(size / side) for size in seen.shape)
-        canvas, touched = torch.zeros(pixels.shape[0], rows * side, columns * side).double(), torch.zeros(rows * side, columns * side)
+        canvas, touched = (
+            torch.zeros(pixels.shape[0], rows * side, columns * side).double(),
+            torch.zeros(rows * side, columns * side),
+        )
         canvas[:, : seen.shape[0], : seen.shape[1]] = torch.where(seen, pixels.double(), 0.0)
         touched[: seen.shape[0], : seen.shape[1]] = seen.float()
-        squares = [(slice(row * side, (row + 1) * side), slice(column * side, (column + 1) * side)) for row in range(rows) for column in range(columns)]
+        squares = [
+            (slice(row * side, (row + 1) * side), slice(column * side, (column + 1) * side))
+            for row in range(rows)
+            for column in range(columns)
+        ]
         squares = [square for square in squares if touched[square].any()]
         if not squares:
             return None
         weight, bias = self.state["visual.patch_embed.proj.weight"], self.state["visual.patch_embed.proj.bias"]
-        x = torch.stack([torch.einsum("echw,chw->e", weight, canvas[:, down, across]) for down, across in squares]) + bias
+        x = (
+            torch.stack([torch.einsum("echw,chw->e", weight, canvas[:, down, across]) for down, across in squares])
+            + bias
+        )
         places = torch.tensor([(down.start // side, across.start // side) for down, across in squares])
         places = places - places.amin(0)
         table = self.positions(*(places.amax(0) + 1).tolist())
@@ -88,13 +107,19 @@ class Reference:
         angles = torch.cat([places[:, i, None] * frequencies for i in (0, 1)], 1)
         for i in range(c.vision_num_hidden_layers):
             name = f"visual.blocks.{i}"
-            q, k, v = self.linear(f"{name}.attn.qkv", self.layer_norm(f"{name}.norm1", x)).view(len(x), 3, -1, head).unbind(1)
-            x = x + self.linear(f"{name}.attn.proj", self.attention(self.rotate(q, angles), self.rotate(k, angles), v)[0])
+            q, k, v = (
+                self.linear(f"{name}.attn.qkv", self.layer_norm(f"{name}.norm1", x)).view(len(x), 3, -1, head).unbind(1)
+            )
+            x = x + self.linear(
+                f"{name}.attn.proj", self.attention(self.rotate(q, angles), self.rotate(k, angles), v)[0]
+            )
             x = x + self.mlp(f"{name}.mlp.linear_fc", self.layer_norm(f"{name}.norm2", x))
         return self.layer_norm("visual.norm", x)
 
     def positions(self, height: int, width: int) -> Tensor:
-        """[height, width, E]: the learned table [side, side, E] between its corners; each place shares itself between its neighbours."""
+        """[height, width, E]: the learned table [side, side, E] between its corners; each place shares itself between
+        its neighbours.
+        """
         table = self.state["visual.position_embed.positions"]
         side = table.shape[0]
 
@@ -130,9 +155,11 @@ class Reference:
                 parts.append(self.connect(features) + self.state["image_embed.weight"][i])
         return torch.cat(parts) if parts else None
 
-    # --- text ------------------------------------------------------------------------------------------------------------
+    # --- text ---------------------------------------------------------------------------------------------------------
 
-    def row(self, ids: Tensor, tokens: Tensor | None = None, types: Tensor | None = None, cache: dict | None = None) -> SimpleNamespace:
+    def row(
+        self, ids: Tensor, tokens: Tensor | None = None, types: Tensor | None = None, cache: dict | None = None
+    ) -> SimpleNamespace:
         """Logits [T, V], hidden_states, pooler [C] and attention weights of one row of ids [T].
 
         Keys and values are put into ``cache`` and read from there; ``tokens`` are given once then.
@@ -141,8 +168,14 @@ class Reference:
         cache = {} if cache is None else cache
         head, past = c.hidden_size // c.num_attention_heads, cache.get("length", 0)
         types = (ids == (-1 if c.image_token_id is None else c.image_token_id)).long() if types is None else types
-        x = self.drop(self.state["language_model.embed_tokens.weight"][ids] + self.state["language_model.embed_token_types.weight"][types], h)
-        angles = torch.arange(past, past + len(ids))[:, None] * c.rope_theta ** (-torch.arange(head // 2).double() * 2 / head)
+        x = self.drop(
+            self.state["language_model.embed_tokens.weight"][ids]
+            + self.state["language_model.embed_token_types.weight"][types],
+            h,
+        )
+        angles = torch.arange(past, past + len(ids))[:, None] * c.rope_theta ** (
+            -torch.arange(head // 2).double() * 2 / head
+        )
         states, attentions, crossed = [x], [], []
         for i in range(c.num_hidden_layers):
             name = f"language_model.layers.{i}"
@@ -153,31 +186,45 @@ class Reference:
                     q = self.linear(f"{name}.fusion.attn.q_proj", self.rms_norm(f"{name}.fusion.norm", x))
                     q = self.rms_norm(f"{name}.fusion.attn.q_norm", q.view(len(x), c.num_attention_heads, -1))
                     out, weights = self.attention(q, *cache[f"visual {i}"], dropout=a)
-                    x = x + torch.tanh(self.state[f"{name}.fusion.gate"]) * self.drop(self.linear(f"{name}.fusion.attn.o_proj", out), h)
+                    x = x + torch.tanh(self.state[f"{name}.fusion.gate"]) * self.drop(
+                        self.linear(f"{name}.fusion.attn.o_proj", out), h
+                    )
                     crossed.append(weights)
             normed = self.rms_norm(f"{name}.input_layernorm", x)
             q, k, v = (self.linear(f"{name}.self_attn.{part}_proj", normed).view(len(x), -1, head) for part in "qkv")
-            q, k = (self.rotate(self.rms_norm(f"{name}.self_attn.{part}_norm", y), angles) for part, y in (("q", q), ("k", k)))
+            q, k = (
+                self.rotate(self.rms_norm(f"{name}.self_attn.{part}_norm", y), angles)
+                for part, y in (("q", q), ("k", k))
+            )
             k, v = (torch.cat((old, new)) for old, new in zip(cache.get(i, (k[:0], v[:0])), (k, v)))
             cache[i] = k, v
             out, weights = self.attention(q, k, v, causal=True, dropout=a)
             attentions.append(weights)
             x = x + self.drop(self.linear(f"{name}.self_attn.o_proj", out), h)
             normed = self.rms_norm(f"{name}.post_attention_layernorm", x)
-            gated = ACTIVATIONS[c.hidden_act](self.linear(f"{name}.mlp.gate_proj", normed)) * self.linear(f"{name}.mlp.up_proj", normed)
+            gated = ACTIVATIONS[c.hidden_act](self.linear(f"{name}.mlp.gate_proj", normed)) * self.linear(
+                f"{name}.mlp.up_proj", normed
+            )
             x = x + self.drop(self.linear(f"{name}.mlp.down_proj", gated), h)
             states.append(x)
         states[-1] = self.rms_norm("language_model.norm", x)
         cache["length"] = past + len(ids)
         return SimpleNamespace(
-            logits=self.linear("lm_head", states[-1]), hidden_states=states, pooler=states[-1][-1], attentions=attentions, cross_attentions=crossed
+            logits=self.linear("lm_head", states[-1]),
+            hidden_states=states,
+            pooler=states[-1][-1],
+            attentions=attentions,
+            cross_attentions=crossed,
         )
 
     def visual_keys_values(self, name: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = (self.linear(f"{name}.{part}_proj", tokens).view(len(tokens), self.config.num_key_value_heads, -1) for part in "kv")
+        k, v = (
+            self.linear(f"{name}.{part}_proj", tokens).view(len(tokens), self.config.num_key_value_heads, -1)
+            for part in "kv"
+        )
         return self.rms_norm(f"{name}.k_norm", k), v
 
-    # --- batches ---------------------------------------------------------------------------------------------------------
+    # --- batches ------------------------------------------------------------------------------------------------------
 
     def rows(self, batch: dict[str, Tensor]) -> Iterator[dict]:
         """Arguments of ``row`` for each row of a model's inputs: its tokens without padding, its visual tokens."""

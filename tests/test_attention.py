@@ -40,12 +40,14 @@ def _check(q, k, v, **options) -> None:
 def _judge(q, k, v, **options) -> Callable:
     """Refuses (out, lse) that are wrong in one element by much, or in all by little."""
     q64, k64, v64 = (x.double() for x in (q, k, v))
-    doubles = {n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in options.items()}
+    doubles = {
+        n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in options.items()
+    }
     with qvl_kernels.use_backend("reference"):
         truth, truth_lse = qvl_kernels.attention(q64, k64, v64, return_lse=True, **doubles)
         magnitude = qvl_kernels.attention(q64, k64, v64.abs(), **doubles)
-    # Keys that count have scores near the log-sum-exp, so numbers of a mask are not much larger. Beside finfo.min scores vanish in
-    # float64, too.
+    # Keys that count have scores near the log-sum-exp, so numbers of a mask are not much larger. Beside finfo.min
+    # scores vanish in float64, too.
     added = truth_lse.abs().movedim(-2, -1)[..., None]
     added[added > 1e30] = 0.0
     slack, lse_slack = bounds.attention(q, k, truth, magnitude, q.dtype, scale=options.get("scale"), added=added)
@@ -126,7 +128,9 @@ def test_packed_sequences_of_every_length(causal, dtype):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [[301, 2, 0, 259, 1, 64], [577]], ids=str)
 def test_heads_of_many_query_blocks(lengths, causal, dtype):
-    """bf16: keys and values that lie apart are gathered once for all blocks. Odd lengths, and blocks of so few rows that they read them in place."""
+    """bf16: keys and values that lie apart are gathered once for all blocks. Odd lengths, and blocks of so few rows
+    that they read them in place.
+    """
     n = sum(lengths)
     q, k, v = _randn(n, 3, 4, 24, dtype=dtype).unbind(1)
     _check(q, k, v, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(), causal=causal)
@@ -223,7 +227,9 @@ def test_scale(queries, scale):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 135), (2, 1, 1, 135), (1, 4, 1, 135), (2, 4, 0, 135), (2, 1, 0, 1), (1, 1, 0, 135)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 135), (2, 1, 1, 135), (1, 4, 1, 135), (2, 4, 0, 135), (2, 1, 0, 1), (1, 1, 0, 135)]
+)
 @pytest.mark.parametrize("queries", [1, 4, 18])
 def test_masks_broadcast(queries, shape, dtype):
     shape = tuple(queries if size == 0 else size for size in shape)
@@ -350,9 +356,12 @@ BAD = {
     "dropout": ({"dropout_p": 1.0}, ValueError, "dropout_p"),
 }
 BAD_BOUNDS = {
-    "start": torch.tensor([1, 6]), "end": torch.tensor([0, 7]), "falling": torch.tensor([0, 5, 3, 6]),
-    "negative": torch.tensor([0, -1, 6]), "none": torch.tensor([]),
-}  # fmt: skip
+    "start": torch.tensor([1, 6]),
+    "end": torch.tensor([0, 7]),
+    "falling": torch.tensor([0, 5, 3, 6]),
+    "negative": torch.tensor([0, -1, 6]),
+    "none": torch.tensor([]),
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -1,4 +1,6 @@
-"""The audit: kernels made to be wrong are found out, launches are specialised as Triton does it, and the shipped kernels are clean."""
+"""The audit: kernels made to be wrong are found out, launches are specialised as Triton does it, and the shipped
+kernels are clean.
+"""
 
 import dataclasses
 import json
@@ -49,7 +51,12 @@ def _scale_kernel(x_ptr, y_ptr, size, one, odd, step, BLOCK: tl.constexpr):
 
 def _found(arch, *, dtype=torch.bfloat16, block=64, size=64, **meta):
     x = torch.empty(1024, 1024, dtype=dtype)
-    launch = Launch(_product_kernel, (1,), (x, x, x, 1024, 1024), {"BLOCK": block, "SIZE": size, "num_warps": 4, "enable_fp_fusion": True, **meta})
+    launch = Launch(
+        _product_kernel,
+        (1,),
+        (x, x, x, 1024, 1024),
+        {"BLOCK": block, "SIZE": size, "num_warps": 4, "enable_fp_fusion": True, **meta},
+    )
     ((_, found),) = compile_all([specialise(launch, arch)], jobs=1)
     assert "error" not in found, found
     return found
@@ -59,7 +66,10 @@ def _kinds(arch, found):
     return {kind for kind, _ in violations(arch, found)}
 
 
-@pytest.mark.parametrize(("arch", "family"), [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("sm_120", "HMMA"), ("gfx942", "MFMA")])
+@pytest.mark.parametrize(
+    ("arch", "family"),
+    [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("sm_120", "HMMA"), ("gfx942", "MFMA")],
+)
 def test_a_good_kernel_is_clean(arch, family):
     found = _found(arch, size=32)
     assert violations(arch, found) == []
@@ -73,7 +83,14 @@ def test_a_good_kernel_is_clean(arch, family):
     [
         ("attention", "text_prefill", "DESCRIPTORS", "sm_90", "ptx", "cp.async.bulk.tensor"),
         ("quantized_linear", "int8_prefill_mlp", "DESCRIPTORS", "sm_90", "ptx", "cp.async.bulk.tensor"),
-        ("quantized_linear", "int8_prefill_mlp", "DESCRIPTORS+PERSISTENT+WARP_SPECIALIZE", "sm_100", "ttgir", "ttg.warp_specialize"),
+        (
+            "quantized_linear",
+            "int8_prefill_mlp",
+            "DESCRIPTORS+PERSISTENT+WARP_SPECIALIZE",
+            "sm_100",
+            "ttgir",
+            "ttg.warp_specialize",
+        ),
         ("decode_step", "1_rows_16_bits", "DEPENDENT_LAUNCH", "sm_90", "ptx", "griddepcontrol.wait"),
     ],
 )
@@ -84,7 +101,9 @@ def test_variants_become_their_instructions(op, case, variants, arch, stage, ins
         source = sources()[name]
         chosen = next(c for c in source.cases if c.name == case)
         forward, _ = record(source.function, chosen, torch.bfloat16, arch)
-        launches[name] = [launch for call in forward for launch in call.launches if any(v in launch.meta for v in variants.split("+"))]
+        launches[name] = [
+            launch for call in forward for launch in call.launches if any(v in launch.meta for v in variants.split("+"))
+        ]
     for plain, varied in zip(*launches.values(), strict=True):
         assert plain.kernel is varied.kernel and ("PERSISTENT" in variants) == (varied.grid != plain.grid)
         for launch, expected in ((plain, False), (varied, True)):
@@ -95,14 +114,23 @@ def test_variants_become_their_instructions(op, case, variants, arch, stage, ins
     assert all(launches.values())
 
 
-@pytest.mark.parametrize(("arch", "stage", "wide"), [("sm_90", "ptx", "cp.async.cg.shared.global"), ("gfx942", "amdgcn", "_load_dwordx4")])
+@pytest.mark.parametrize(
+    ("arch", "stage", "wide"), [("sm_90", "ptx", "cp.async.cg.shared.global"), ("gfx942", "amdgcn", "_load_dwordx4")]
+)
 def test_keys_behind_an_address_are_loaded_16_bytes_at_once(arch, stage, wide):
-    """Where they lie a table says, which the compiler cannot see through: as many wide loads as from caches that are arguments."""
+    """Where they lie a table says, which the compiler cannot see through: as many wide loads as from caches that are
+    arguments.
+    """
     found = {}
     for op, name in (("decode_step", "32_rows_16_bits"), ("decode_attention", "decode_attention 32 x 2k")):
         source = sources()[op]
         forward, _ = record(source.function, next(c for c in source.cases if c.name == name), torch.bfloat16, arch)
-        launches = [launch for call in forward for launch in call.launches if launch.kernel.__name__ == "_decode_attention_kernel"]
+        launches = [
+            launch
+            for call in forward
+            for launch in call.launches
+            if launch.kernel.__name__ == "_decode_attention_kernel"
+        ]
         assert [launch.meta["HAS_TABLE"] for launch in launches] == [op == "decode_step"]
         made = specialise(launches[0], arch)
         found[op] = triton.compile(made.source, target=target(arch), options=made.options).asm[stage]
@@ -149,7 +177,9 @@ def test_full_precision_products_need_no_matrix_instructions():
 
 def test_a_compiler_that_fails_or_hangs_is_one_error(monkeypatch):
     x = torch.empty(64, 64)
-    good, bad = (Launch(_scale_kernel, (1,), (x, x, 64, 1, 3, 3), {"BLOCK": block}) for block in (64, 63))  # 63 is no power of two
+    good, bad = (
+        Launch(_scale_kernel, (1,), (x, x, 64, 1, 3, 3), {"BLOCK": block}) for block in (64, 63)
+    )  # 63 is no power of two
     made = [specialise(launch, "sm_90") for launch in (good, bad)]
     results = {item.key: found for item, found in compile_all(made, jobs=2)}
     assert results[made[0].key]["registers"] > 0
@@ -162,8 +192,15 @@ def test_specialisation_is_tritons_own():
     x = torch.empty(4096, dtype=torch.bfloat16)
     launch = Launch(_scale_kernel, (4,), (x, x[1:], 4096, 1, 17, 32), {"BLOCK": 1024, "num_warps": 8})
     made = specialise(launch, "sm_90")
-    assert made.source.signature == {"x_ptr": "*bf16", "y_ptr": "*bf16", "size": "i32", "one": "constexpr", "odd": "i32", "step": "i32",
-                                     "BLOCK": "constexpr"}  # fmt: skip
+    assert made.source.signature == {
+        "x_ptr": "*bf16",
+        "y_ptr": "*bf16",
+        "size": "i32",
+        "one": "constexpr",
+        "odd": "i32",
+        "step": "i32",
+        "BLOCK": "constexpr",
+    }
     assert made.source.constants == {(3,): 1, (6,): 1024}
     divisible = {place[0] for place, attributes in made.source.attrs.items() if ["tt.divisibility", 16] in attributes}
     assert divisible == {0, 2}  # y begins 2 bytes in, 17 is odd, step asked not to be looked at
@@ -188,7 +225,8 @@ def test_audit_of_an_op_waivers_and_files(tmp_path, monkeypatch):
     result = command.audit(names=["swiglu"], plan=[("sm_90", "bf16"), ("gfx942", "bf16")], jobs=2)
     assert result.failures == []
     assert {(row["kernel"], row["arch"]) for row in result.rows} >= {
-        (kernel, arch) for kernel in ("_swiglu_kernel", "_swiglu_backward_kernel") for arch in ("sm_90", "gfx942")}  # fmt: skip
+        (kernel, arch) for kernel in ("_swiglu_kernel", "_swiglu_backward_kernel") for arch in ("sm_90", "gfx942")
+    }
     forward = next(work for work in result.work if work["op"] == "swiglu" and work["direction"] == "forward")
     assert forward["microseconds"]["H100"] == round(1e6 * 3 * 262 * 6144 * 2 / 3.35e12, 2)
     data = audit_report.data(result, {"triton": "3.9.0"})
@@ -205,8 +243,16 @@ def test_violations_fail_unless_waived(monkeypatch, capsys):
     waiver = Waiver("_swiglu*kernel", "sm_90", "bf16", "spill", "made up for this test")
     waived = command.audit(names=["swiglu"], plan=plan, waivers=[waiver])
     assert waived.failures == [] and "made up for this test" in waived.waived[0]
-    for name, value in (("kernel", "_other_kernel"), ("arch", "sm_80"), ("dtype", "fp32"), ("kind", "matrix"), ("triton", "2.")):
-        assert command.audit(names=["swiglu"], plan=plan, waivers=[dataclasses.replace(waiver, **{name: value})]).failures
+    for name, value in (
+        ("kernel", "_other_kernel"),
+        ("arch", "sm_80"),
+        ("dtype", "fp32"),
+        ("kind", "matrix"),
+        ("triton", "2."),
+    ):
+        assert command.audit(
+            names=["swiglu"], plan=plan, waivers=[dataclasses.replace(waiver, **{name: value})]
+        ).failures
     monkeypatch.setattr(command, "violations", lambda arch, found: [("shared", "too much")])
     assert command.audit(names=["swiglu"], plan=plan, waivers=[dataclasses.replace(waiver, kind="shared")]).failures
     assert command.main(["--op", "swiglu", "--arch", "sm_90", "--dtype", "bf16"]) == 1
@@ -266,9 +312,13 @@ def test_loops_are_found_by_control_flow():
     .L_x_3:
         /*0090*/                   BRA `(.L_x_3);
     """
-    found = sass.nvidia_instructions("\n".join(line[4:] if line.strip().startswith(".L") else line for line in text.splitlines()))
+    found = sass.nvidia_instructions(
+        "\n".join(line[4:] if line.strip().startswith(".L") else line for line in text.splitlines())
+    )
     assert found == sass.Instructions({"HMMA": 1, "HGMMA": 1}, {"HMMA": 1}, True, local_loads=1, local_stores=1)
-    straight = sass.nvidia_instructions("/*0000*/ HMMA.16816.F32 R4, R8, R12, R4 ;\n/*0010*/ EXIT ;\n.L_x_0:\n/*0020*/ BRA `(.L_x_0);")
+    straight = sass.nvidia_instructions(
+        "/*0000*/ HMMA.16816.F32 R4, R8, R12, R4 ;\n/*0010*/ EXIT ;\n.L_x_0:\n/*0020*/ BRA `(.L_x_0);"
+    )
     assert not straight.has_loop and straight.matrix == {"HMMA": 1}
 
 

@@ -1,4 +1,6 @@
-"""Kernel functions compute in the dtypes of their arguments, whatever autocast says: their callers decide about casts."""
+"""Kernel functions compute in the dtypes of their arguments, whatever autocast says: their callers decide
+about casts.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,11 @@ from qvl_kernels.ops.vision_block.cases import CASES as VISION
 
 CASES = [
     pytest.param(function, case, id=f"{function.__name__}-{case.name}")
-    for function, cases in ((qvl_kernels.linear, LINEAR), (qvl_kernels.decoder_layer, DECODER), (qvl_kernels.vision_block, VISION))
+    for function, cases in (
+        (qvl_kernels.linear, LINEAR),
+        (qvl_kernels.decoder_layer, DECODER),
+        (qvl_kernels.vision_block, VISION),
+    )
     for case in cases
     if not case.model
 ]

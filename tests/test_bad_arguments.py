@@ -1,5 +1,6 @@
-"""What everything public says to arguments that it cannot take: TypeError or ValueError. Nothing public is left out: not a name, not a
-parameter, not a tensor inside a tuple of weights."""
+"""What everything public says to arguments that it cannot take: TypeError or ValueError. Nothing public is left out:
+not a name, not a parameter, not a tensor inside a tuple of weights.
+"""
 
 import contextlib
 import functools
@@ -19,9 +20,20 @@ from qvl_kernels.testing import relative_error
 
 n = sizes()
 OPTIONAL = {  # arguments whose good value may be None instead
-    "mask", "key_padding_mask", "cu_seqlens", "kv_lens", "scale", "bias", "k_scale", "v_scale", "device",
-    "weights.q_bias", "weights.k_bias", "weights.v_bias", "weights.o_bias",
-}  # fmt: skip
+    "mask",
+    "key_padding_mask",
+    "cu_seqlens",
+    "kv_lens",
+    "scale",
+    "bias",
+    "k_scale",
+    "v_scale",
+    "device",
+    "weights.q_bias",
+    "weights.k_bias",
+    "weights.v_bias",
+    "weights.o_bias",
+}
 
 
 def _paths(arguments: dict) -> list[str]:
@@ -40,7 +52,13 @@ def _at(arguments: dict, path: str):
     """The argument, or the part of one, that a path names."""
     value = arguments
     for part in path.split("."):
-        value = value[part] if isinstance(value, dict) else value[int(part)] if isinstance(value, list) else getattr(value, part)
+        value = (
+            value[part]
+            if isinstance(value, dict)
+            else value[int(part)]
+            if isinstance(value, list)
+            else getattr(value, part)
+        )
     return value
 
 
@@ -64,14 +82,46 @@ def _cut(x: torch.Tensor, size: int) -> torch.Tensor:
     return x
 
 
-TYPES = {"None", "text", "bool", "tuple", "list", "object", "complex", "plain tuple"}  # of which nothing else is taken, bool for int included
+TYPES = {
+    "None",
+    "text",
+    "bool",
+    "tuple",
+    "list",
+    "object",
+    "complex",
+    "plain tuple",
+}  # of which nothing else is taken, bool for int included
 NAMES = {"use_backend": "backend"}
-OTHERS = {"None": None, "text": "text", "bool": True, "huge": 2**70, "minus": -1, "nan": float("nan"), "infinite": float("inf"), "tuple": (1, 2),
-          "list": [], "object": object(), "complex": 1j, "empty tensor": torch.empty(0), "scalar tensor": torch.tensor(2.0)}  # fmt: skip
+OTHERS = {
+    "None": None,
+    "text": "text",
+    "bool": True,
+    "huge": 2**70,
+    "minus": -1,
+    "nan": float("nan"),
+    "infinite": float("inf"),
+    "tuple": (1, 2),
+    "list": [],
+    "object": object(),
+    "complex": 1j,
+    "empty tensor": torch.empty(0),
+    "scalar tensor": torch.tensor(2.0),
+}
 TENSORS = {
     "meta": lambda x: x.to("meta"),
-    **{str(dtype): lambda x, dtype=dtype: x.to(dtype)
-       for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.bool, torch.complex64)},
+    **{
+        str(dtype): lambda x, dtype=dtype: x.to(dtype)
+        for dtype in (
+            torch.float32,
+            torch.bfloat16,
+            torch.float64,
+            torch.int64,
+            torch.int8,
+            torch.bool,
+            torch.complex64,
+        )
+    },
     "transposed": lambda x: x.transpose(-1, -2),
     "one dimension more": lambda x: x[None],
     "one dimension fewer": lambda x: x[0],
@@ -94,24 +144,32 @@ TENSORS = {
     "cut": lambda x: _cut(x, -1),
     "cut rows apart": lambda x: _cut(torch.cat((x, x), -1)[..., : x.shape[-1]], -x.shape[-1] * x.itemsize - 1),
     "misaligned": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
-}  # fmt: skip
+}
 
 
 def _spoiled(value) -> dict:
     """What takes the place of a good value, by name."""
-    found = {what: other for what, other in OTHERS.items() if type(other) is not type(value) or isinstance(value, torch.Tensor) or other != value}
+    found = {
+        what: other
+        for what, other in OTHERS.items()
+        if type(other) is not type(value) or isinstance(value, torch.Tensor) or other != value
+    }
     if hasattr(value, "_asdict"):
         found["plain tuple"] = tuple(value)
     if isinstance(value, torch.Tensor):
         for what, change in TENSORS.items():
-            with contextlib.suppress(IndexError, NotImplementedError, RuntimeError):  # of a tensor that cannot be changed so
+            with contextlib.suppress(
+                IndexError, NotImplementedError, RuntimeError
+            ):  # of a tensor that cannot be changed so
                 found[what] = change(value.detach().clone())
     return found
 
 
 def _results(call, arguments: dict) -> list[torch.Tensor]:
     """All tensors that come out, those written to included."""
-    found = tree_flatten([call(**arguments), [value for name, value in arguments.items() if name.endswith("_cache")]])[0]
+    found = tree_flatten([call(**arguments), [value for name, value in arguments.items() if name.endswith("_cache")]])[
+        0
+    ]
     return [x.to_dense() if x.layout is not torch.strided else x for x in found if isinstance(x, torch.Tensor)]
 
 
@@ -122,20 +180,33 @@ def _can_be_cloned(x) -> bool:
 def _copied(value):
     """Fresh memory under whatever is written to; else as it is."""
     if isinstance(value, dict):
-        return {name: x.clone() if name.endswith("_cache") and _can_be_cloned(x) else _copied(x) for name, x in value.items()}
+        return {
+            name: x.clone() if name.endswith("_cache") and _can_be_cloned(x) else _copied(x)
+            for name, x in value.items()
+        }
     if isinstance(value, list):
-        return [qvl_kernels.PreparedCache(x.k_cache.clone(), x.v_cache.clone()) if type(x) is qvl_kernels.PreparedCache else x for x in value]
+        return [
+            qvl_kernels.PreparedCache(x.k_cache.clone(), x.v_cache.clone())
+            if type(x) is qvl_kernels.PreparedCache
+            else x
+            for x in value
+        ]
     return value
 
 
 def _fault(name: str, arguments: dict, wrong_type: bool = False) -> str | None:
-    """What is wrong with the outcome of a call: an error that is not promised, or another result than the reference's."""
+    """What is wrong with the outcome of a call: an error that is not promised, or another result than the
+    reference's.
+    """
     call, _ = CALLS[name]
     again = _copied(arguments)
     try:
         results = _results(call, arguments)
     except (TypeError, ValueError) as error:
-        if not any(op in str(error) for op in (NAMES.get(name) or name.removeprefix("quant.").split()[0], "decoder_layer", "PreparedCache")):
+        if not any(
+            op in str(error)
+            for op in (NAMES.get(name) or name.removeprefix("quant.").split()[0], "decoder_layer", "PreparedCache")
+        ):
             return f"an error that does not name the function: {error}"
         return f"ValueError for a wrong type: {error}" if wrong_type and isinstance(error, ValueError) else None
     except Exception as error:
@@ -146,19 +217,29 @@ def _fault(name: str, arguments: dict, wrong_type: bool = False) -> str | None:
         expected = _results(call, again)
     for out, truth in zip(results, expected, strict=True):
         if out.shape != truth.shape or out.dtype != truth.dtype or out.device != truth.device:
-            return f"{out.dtype} {tuple(out.shape)} on {out.device} instead of {truth.dtype} {tuple(truth.shape)} on {truth.device}"
+            return (
+                f"{out.dtype} {tuple(out.shape)} on {out.device} instead of {truth.dtype} {tuple(truth.shape)} "
+                f"on {truth.device}"
+            )
         if not out.is_meta:
             finite = truth.isfinite()
-            if not torch.equal(out[~finite].nan_to_num(), truth[~finite].nan_to_num()) or not relative_error(out[finite], truth[finite]) < 0.03:
+            if (
+                not torch.equal(out[~finite].nan_to_num(), truth[~finite].nan_to_num())
+                or not relative_error(out[finite], truth[finite]) < 0.03
+            ):
                 return f"another result, by {relative_error(out, truth):.3f}"  # int8 activations and bf16 stay below
     return None
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:qvl_kernels. .* runs on the reference", "ignore:Casting complex", "ignore:Sparse")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:qvl_kernels. .* runs on the reference", "ignore:Casting complex", "ignore:Sparse"
+)
 
 
 def test_everything_public_is_here():
-    """Each function and method by its calls, which together name every parameter; each tuple of weights as an argument of one."""
+    """Each function and method by its calls, which together name every parameter; each tuple of weights as an argument
+    of one.
+    """
     tuples = {type(_at(make(n), path)) for _, make in CALLS.values() for path in _paths(make(n))}
     calls = {}
     for name, (_, make) in CALLS.items():
@@ -212,8 +293,16 @@ def test_every_gradient_is_right_or_refused(name):
             x = value.detach().clone().requires_grad_()
             try:
                 with contextlib.nullcontext() if backend is None else qvl_kernels.use_backend(backend):
-                    outs = [out for out in tree_flatten(call(**_changed(_copied(good), path, x)))[0] if isinstance(out, torch.Tensor) and out.requires_grad]
-                found += torch.autograd.grad(sum((out * rand(*out.shape)).sum() for out in outs), [x], allow_unused=True) if outs else [None]
+                    outs = [
+                        out
+                        for out in tree_flatten(call(**_changed(_copied(good), path, x)))[0]
+                        if isinstance(out, torch.Tensor) and out.requires_grad
+                    ]
+                found += (
+                    torch.autograd.grad(sum((out * rand(*out.shape)).sum() for out in outs), [x], allow_unused=True)
+                    if outs
+                    else [None]
+                )
             except (RuntimeError, ValueError) as error:
                 found.append(str(error))
         ours, exact = found
@@ -227,21 +316,30 @@ def test_every_gradient_is_right_or_refused(name):
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith(("quant.", "use_", "Prepared", "Quantized"))])
+@pytest.mark.parametrize(
+    "name", [name for name in CALLS if not name.startswith(("quant.", "use_", "Prepared", "Quantized"))]
+)
 def test_forward_mode_derivatives_are_right_or_refused(name):
     """Tangents of everything at once, beside a difference quotient in fp64."""
     call, make = CALLS[name]
     leaves, structure = tree_flatten(make(n))
     floats = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    tangents = {i: torch.randn(leaves[i].shape, generator=torch.Generator().manual_seed(i)).to(leaves[i].dtype) for i in floats}
+    tangents = {
+        i: torch.randn(leaves[i].shape, generator=torch.Generator().manual_seed(i)).to(leaves[i].dtype) for i in floats
+    }
 
     def outs(change) -> list[torch.Tensor]:
-        changed = tree_unflatten([change(x, tangents[i]) if i in tangents else x for i, x in enumerate(leaves)], structure)
+        changed = tree_unflatten(
+            [change(x, tangents[i]) if i in tangents else x for i, x in enumerate(leaves)], structure
+        )
         return [out for out in tree_flatten(call(**_copied(changed)))[0] if isinstance(out, torch.Tensor)]
 
     step = 1e-5
     with torch.no_grad(), qvl_kernels.use_backend("reference"):
-        expected = [(high - low) / (2 * step) for high, low in zip(*(outs(lambda x, t, s=s: x.double() + s * t.double()) for s in (step, -step)))]
+        expected = [
+            (high - low) / (2 * step)
+            for high, low in zip(*(outs(lambda x, t, s=s: x.double() + s * t.double()) for s in (step, -step)))
+        ]
     with torch.no_grad(), forward_ad.dual_level():
         got = [forward_ad.unpack_dual(out).tangent for out in outs(forward_ad.make_dual)]
         if got:
@@ -258,7 +356,10 @@ def test_prepared_layers_have_the_tangents_of_the_function(kind):
     made = kind(weights, num_heads=heads, kv_heads=n.HKV, eps=eps, scale=scale)
     tangents = []
     with torch.no_grad(), forward_ad.dual_level():
-        for call in (made, functools.partial(qvl_kernels.decoder_layer, weights=weights, num_heads=heads, eps=eps, scale=scale)):
+        for call in (
+            made,
+            functools.partial(qvl_kernels.decoder_layer, weights=weights, num_heads=heads, eps=eps, scale=scale),
+        ):
             x = forward_ad.make_dual(good["x"], good["x"].flip(0))
             tangents.append(forward_ad.unpack_dual(call(**{**_copied(good), "x": x})).tangent)
     assert torch.equal(*tangents)
@@ -284,7 +385,10 @@ def _raises(op: str, match: str = "", **changes) -> None:
         ("attention", {"dropout_p": 1.0}, "dropout_p"),
         ("attention", {"scale": float("inf")}, "scale must lie in"),
         ("attention packed", {"mask": rand(n.B, 1, n.T, n.S)}, "excludes"),
-        *(("attention packed", {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}, "cu_seqlens") for bounds in ([0, 4], [0, 5, 3, n.N], [-1, n.N], [])),
+        *(
+            ("attention packed", {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}, "cu_seqlens")
+            for bounds in ([0, 4], [0, 5, 3, n.N], [-1, n.N], [])
+        ),
         ("cross_attention", {"kv_lens": torch.tensor([n.S + 1, 0])}, "kv_lens"),
         ("cross_attention", {"kv_lens": torch.tensor([-1, 0])}, "kv_lens"),
         ("cross_attention", {"q": rand(n.B, n.T, 3, n.D)}, "multiple"),
@@ -319,7 +423,7 @@ def _raises(op: str, match: str = "", **changes) -> None:
         ("PreparedDecoderLayer.run", {"caches": []}, "every layer needs a cache"),
         ("PreparedDecoderLayer.run", {"layers": [], "caches": []}, "there must be one layer"),
     ],
-)  # fmt: skip
+)
 def test_values_out_of_range(op, changes, match):
     _raises(op, match, **changes)
 
@@ -368,7 +472,11 @@ def test_memory_that_is_shared_is_refused(op):
 def test_inputs_inside_a_cache_are_refused(op, name):
     shape, memory = CALLS[op][1](n)[name].shape, rand(500)
     size = torch.Size(CACHE).numel()
-    _raises(op, f"{name} shares memory with a cache", **{name: memory[size - 1 :][: shape.numel()].view(shape), "k_cache": memory[:size].view(CACHE)})
+    _raises(
+        op,
+        f"{name} shares memory with a cache",
+        **{name: memory[size - 1 :][: shape.numel()].view(shape), "k_cache": memory[:size].view(CACHE)},
+    )
 
 
 @pytest.mark.parametrize("op", LAYERS)
@@ -383,9 +491,14 @@ def test_caches_between_each_other_are_taken(op, make):
     assert torch.equal(k_cache, apart["k_cache"]) and torch.equal(v_cache, apart["v_cache"])
 
 
-@pytest.mark.parametrize(("kind", "weights"), [(qvl_kernels.PreparedDecoderLayer, decoder_weights), (qvl_kernels.QuantizedDecoderLayer, quantised_weights)])
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [(qvl_kernels.PreparedDecoderLayer, decoder_weights), (qvl_kernels.QuantizedDecoderLayer, quantised_weights)],
+)
 def test_a_prepared_layer_refuses_gradients_of_its_weights(kind, weights):
-    layer = kind(weights(n)._replace(k_norm=rand(n.D).requires_grad_()), num_heads=n.H, kv_heads=n.HKV, eps=1e-6, scale=0.3)
+    layer = kind(
+        weights(n)._replace(k_norm=rand(n.D).requires_grad_()), num_heads=n.H, kv_heads=n.HKV, eps=1e-6, scale=0.3
+    )
     call = {name: value for name, value in CALLS["PreparedDecoderLayer.__call__"][1](n).items() if name != "self"}
     with pytest.raises(RuntimeError, match="decoder_layer has no backward"):
         layer(**call)
@@ -396,7 +509,9 @@ def test_a_prepared_layer_refuses_gradients_of_its_weights(kind, weights):
 @pytest.mark.parametrize("kind", [qvl_kernels.PreparedDecoderLayer, qvl_kernels.QuantizedDecoderLayer])
 def test_forced_reference_runs_the_reference(kind):
     weights = quantised_weights(n) if kind is qvl_kernels.QuantizedDecoderLayer else decoder_weights(n)
-    wide = weights._replace(**{name: quant.dequantize(w) for name, w in weights._asdict().items() if isinstance(w, quant.QuantizedWeight)})
+    wide = weights._replace(
+        **{name: quant.dequantize(w) for name, w in weights._asdict().items() if isinstance(w, quant.QuantizedWeight)}
+    )
     layer = kind(weights, num_heads=n.H, kv_heads=n.HKV, eps=1e-6, scale=0.3)
     call, make = CALLS["decoder_layer"]
     arguments = {name: value for name, value in make(n).items() if name not in ("weights", "num_heads", "eps", "scale")}
@@ -425,7 +540,10 @@ def test_lengths_are_checked_where_tracing_hides_them():
         compiled(**{**CALLS["cross_attention"][1](n), "kv_lens": torch.tensor([99, 1])})
 
 
-@pytest.mark.parametrize("op", [name for name in CALLS if not name.startswith(("Prepared", "Quantized", "quant.", "use_")) and CALLS[name][1](n)])
+@pytest.mark.parametrize(
+    "op",
+    [name for name in CALLS if not name.startswith(("Prepared", "Quantized", "quant.", "use_")) and CALLS[name][1](n)],
+)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_good_calls_are_one_graph(op, dynamic):
     """Checks do not break a graph, nor refuse sizes that have become symbols."""

@@ -40,7 +40,9 @@ def test_verdict(target, value, expected):
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_targets_are_unique_and_bounded_on_one_side(family):
-    assert len({(target.key, target.needs) for target in family.targets + family.notes}) == len(family.targets + family.notes)
+    assert len({(target.key, target.needs) for target in family.targets + family.notes}) == len(
+        family.targets + family.notes
+    )
     assert all((target.at_least is None) != (target.at_most is None) for target in family.targets)
     assert all(target.text == verdict(target, 1.0) == "" for target in family.notes)
     assert Target("a", "a", at_least=0.8, unit="%").text == "≥ 80 %"
@@ -58,7 +60,16 @@ def test_keep_double_leaves_out_casts_to_float32():
 def test_worker_reports_errors_and_survives_them():
     with Worker("probe") as worker:
         with pytest.raises(WorkerError, match="FileNotFoundError|OSError|not"):
-            worker.ask("load", path="/nowhere", variant="stock", dtype="bf16", image_size=64, long_size=64, text_tokens=66, batch=2)
+            worker.ask(
+                "load",
+                path="/nowhere",
+                variant="stock",
+                dtype="bf16",
+                image_size=64,
+                long_size=64,
+                text_tokens=66,
+                batch=2,
+            )
         assert worker.ask("bandwidth", bytes=1 << 22, repeats=1) > 0
 
 
@@ -81,7 +92,10 @@ def checkpoint(request, tmp_path_factory):
 def test_random_checkpoint_says_so_and_is_repeatable(checkpoint, tmp_path):
     config = json.loads((checkpoint / "config.json").read_text())
     assert config[RANDOM_KEY] is True and config["dtype"] == "bfloat16"
-    vocabulary = {token["content"]: token["id"] for token in json.loads((checkpoint / "tokenizer.json").read_text())["added_tokens"]}
+    vocabulary = {
+        token["content"]: token["id"]
+        for token in json.loads((checkpoint / "tokenizer.json").read_text())["added_tokens"]
+    }
     assert config["image_token_id"] == vocabulary["<|image_pad|>"]
     family = config["model_type"].replace("_", "-")
     again = write_random(tmp_path / "again", FAMILIES[family], _sizes(family))
@@ -97,8 +111,23 @@ def test_qvl_at_full_size_is_the_preset():
 
 
 def test_end_to_end_on_a_tiny_model(checkpoint, tmp_path, capsys):
-    arguments = ["--model", str(checkpoint), "--image-size", "64", "--long-size", "96", "--rounds", "2", "--tokens", "4",
-                 "--no-accuracy", "--output", str(tmp_path), "--name", "tiny"]
+    arguments = [
+        "--model",
+        str(checkpoint),
+        "--image-size",
+        "64",
+        "--long-size",
+        "96",
+        "--rounds",
+        "2",
+        "--tokens",
+        "4",
+        "--no-accuracy",
+        "--output",
+        str(tmp_path),
+        "--name",
+        "tiny",
+    ]
     assert command.main(arguments) == 0
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "tiny.json").read_text())
@@ -123,9 +152,22 @@ def test_end_to_end_on_a_tiny_model(checkpoint, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_packed_weights_are_further_variants_of_a_run(tmp_path):
-    sizes = {**_sizes("qvl"), "vocab_size": 16384}  # so that most of the weights are in the decoder and the head, as at full size
+    sizes = {
+        **_sizes("qvl"),
+        "vocab_size": 16384,
+    }  # so that most of the weights are in the decoder and the head, as at full size
     model = write_random(tmp_path / "tiny", FAMILIES["qvl"], sizes)
-    options = plan.Options(str(model), "qvl", rounds=2, tokens=4, image_size=64, long_size=64, probe_bytes=1 << 22, accuracy=False, packed=True)
+    options = plan.Options(
+        str(model),
+        "qvl",
+        rounds=2,
+        tokens=4,
+        image_size=64,
+        long_size=64,
+        probe_bytes=1 << 22,
+        accuracy=False,
+        packed=True,
+    )
     steps = []
     result = plan.run(options, steps.append)
     assert len(steps) == plan.steps(options)
@@ -151,30 +193,59 @@ class _Peer:
         if not self.works:
             raise WorkerError("the worker ended\nout of memory")
         worker = Worker(self.name)
-        worker.ask("load", path=self.model, variant="stock", dtype="bf16", image_size=64, long_size=64, text_tokens=66, batch=2)
+        worker.ask(
+            "load", path=self.model, variant="stock", dtype="bf16", image_size=64, long_size=64, text_tokens=66, batch=2
+        )
         return worker
 
 
 @pytest.mark.slow
 def test_peers_take_turns_with_the_same_weights(tmp_path, monkeypatch):
     model = str(write_random(tmp_path / "tiny", FAMILIES["qwen3-vl"], _sizes("qwen3-vl")))
-    peers = [_Peer("openvino int8", ("image", "text"), model), _Peer("llama.cpp Q4_0", ("text",), model), _Peer("openvino int4", (), model, works=False)]
+    peers = [
+        _Peer("openvino int8", ("image", "text"), model),
+        _Peer("llama.cpp Q4_0", ("text",), model),
+        _Peer("openvino int4", (), model, works=False),
+    ]
     monkeypatch.setattr(plan, "peers_of", lambda path: [*peers, _Peer("llama.cpp bf16", (), model)])
     monkeypatch.setattr(plan, "prepared", lambda found, show: (found[:3], {"llama.cpp bf16": "no compiler"}))
-    options = plan.Options(model, rounds=2, tokens=4, image_size=64, long_size=64, long_pairs=0, batch=2, probe_bytes=1 << 22, accuracy=False,
-                           packed=True, peers=True)  # fmt: skip
+    options = plan.Options(
+        model,
+        rounds=2,
+        tokens=4,
+        image_size=64,
+        long_size=64,
+        long_pairs=0,
+        batch=2,
+        probe_bytes=1 << 22,
+        accuracy=False,
+        packed=True,
+        peers=True,
+    )
     steps = []
     result = plan.run(options, steps.append)
     assert len(steps) == plan.steps(options) - 1  # one peer could not be prepared
     assert result["raw"]["peers"]["skipped"] == {"llama.cpp bf16": "no compiler", "openvino int4": "out of memory"}
     metrics = {key: metric for key, metric in result["metrics"].items() if "openvino" in key or "llama" in key}
     assert metrics.keys() == {
-        "decode_int8_openvino_int8", "prefill_int8_openvino_int8", "ttft_int8_openvino_int8", "decode_int8_llama.cpp_Q4_0", "decode_int4_llama.cpp_Q4_0",
-        "prefill_int8_llama.cpp_Q4_0", "prefill_int4_llama.cpp_Q4_0", "prefill_int8_openvino_best", "prefill_int8_llama.cpp_best",
-    }  # fmt: skip
+        "decode_int8_openvino_int8",
+        "prefill_int8_openvino_int8",
+        "ttft_int8_openvino_int8",
+        "decode_int8_llama.cpp_Q4_0",
+        "decode_int4_llama.cpp_Q4_0",
+        "prefill_int8_llama.cpp_Q4_0",
+        "prefill_int4_llama.cpp_Q4_0",
+        "prefill_int8_openvino_best",
+        "prefill_int8_llama.cpp_best",
+    }
     assert all(metric["low"] <= metric["value"] <= metric["high"] for metric in metrics.values())
     shown = {row[0] for row in report.rows({"options": vars(options), **result})}
-    assert {"decode, int4, against llama.cpp Q4_0", "text prefill, int8, against llama.cpp's best", "decode, int8", "decode, batch of 8, bf16"} <= shown
+    assert {
+        "decode, int4, against llama.cpp Q4_0",
+        "text prefill, int8, against llama.cpp's best",
+        "decode, int8",
+        "decode, batch of 8, bf16",
+    } <= shown
 
 
 def test_missing_and_foreign_checkpoints_are_a_clear_message(checkpoint, tmp_path):
@@ -193,5 +264,7 @@ def test_the_committed_results_can_be_shown(capsys):
     for file in RESULTS.glob("*.json"):
         result = json.loads(file.read_text())
         if "metrics" in result:
-            assert report.markers(report.family_of_result(result))[0] in (RESULTS.parent.parent / "README.md").read_text()
+            assert (
+                report.markers(report.family_of_result(result))[0] in (RESULTS.parent.parent / "README.md").read_text()
+            )
             assert report.readme_table(result).count("pass") > 5

@@ -1,4 +1,6 @@
-"""The GPU benchmark without a GPU: isolation of cases, building, targets, tables and charts; small cases run on the CPU."""
+"""The GPU benchmark without a GPU: isolation of cases, building, targets, tables and charts; small cases run on the
+CPU.
+"""
 
 import json
 import os
@@ -24,16 +26,26 @@ def _times(median):
 
 
 def _result(**cases):
-    return {"gpu": {"name": "Test GPU 80GB", "memory": 80 << 30, "capability": [9, 0], "versions": {"torch": "2.11.0"}}, "date": "2026-01-01",
-            "commit": "abc", "cases": {name.replace("_", " "): {"value": value} for name, value in cases.items()}}  # fmt: skip
+    return {
+        "gpu": {"name": "Test GPU 80GB", "memory": 80 << 30, "capability": [9, 0], "versions": {"torch": "2.11.0"}},
+        "date": "2026-01-01",
+        "commit": "abc",
+        "cases": {name.replace("_", " "): {"value": value} for name, value in cases.items()},
+    }
 
 
 def test_a_crash_a_hang_and_an_error_cost_one_result_each():
     def hang():
         time.sleep(60)
 
-    tasks = [("good", lambda: 41 + 1, 20.0), ("crash", lambda: os.kill(os.getpid(), signal.SIGKILL), 20.0), ("hang", hang, 0.5),
-             ("error", lambda: 1 // 0, 20.0), ("unpicklable", lambda: lambda: 0, 20.0), ("exit", lambda: os._exit(3), 20.0)]  # fmt: skip
+    tasks = [
+        ("good", lambda: 41 + 1, 20.0),
+        ("crash", lambda: os.kill(os.getpid(), signal.SIGKILL), 20.0),
+        ("hang", hang, 0.5),
+        ("error", lambda: 1 // 0, 20.0),
+        ("unpicklable", lambda: lambda: 0, 20.0),
+        ("exit", lambda: os._exit(3), 20.0),
+    ]
     start = time.monotonic()
     answers = dict(run_all(tasks, jobs=2))
     assert time.monotonic() - start < 20
@@ -65,7 +77,9 @@ def test_contestants_take_turns():
     times = compare({name: lambda n=name: order.append(n) for name in "abc"}, CPU, seconds=1e-9)
     rounds = "".join(order[9:])  # after two warm-ups and one estimate each
     assert rounds == "abcbcacababcbca"
-    assert all(len(value["values"]) == 5 and value["low"] <= value["median"] <= value["high"] for value in times.values())
+    assert all(
+        len(value["values"]) == 5 and value["low"] <= value["median"] <= value["high"] for value in times.values()
+    )
     assert peak_bytes(lambda: order.append("d"), CPU) == 0 and order[-1] == "d"
 
 
@@ -100,7 +114,9 @@ def test_kernel_cases_run(case):
 def test_an_unsound_kernel_is_seen_in_the_errors(monkeypatch):
     import qvl_kernels
 
-    monkeypatch.setattr(qvl_kernels, "patch_embed", lambda pixels, weight, bias: torch.zeros(pixels.shape[0], weight.shape[0]))
+    monkeypatch.setattr(
+        qvl_kernels, "patch_embed", lambda pixels, weight, bias: torch.zeros(pixels.shape[0], weight.shape[0])
+    )
     value = gpu_kernels.run(gpu_kernels._patch_embed(4, 32), CPU, seconds=1e-9)
     assert value["errors"]["ours"] == pytest.approx(1.0)
     error = next(item for item in TARGETS if item.target.key == "error")
@@ -116,7 +132,9 @@ def test_every_kernel_case_builds_without_a_gpu():
 
 def test_model_cases_run_and_agree():
     value = gpu_models.generate(gpu_models.SMALL, CPU)
-    assert set(value["first"]) == set(value["decode"]) == set(value["vision"]) == {"stock", "ours"} and set(value["replay"]) == {"ours", "DEPENDENT_LAUNCH"}
+    assert set(value["first"]) == set(value["decode"]) == set(value["vision"]) == {"stock", "ours"} and set(
+        value["replay"]
+    ) == {"ours", "DEPENDENT_LAUNCH"}
     assert value["errors"]["ours"] <= 2 * value["errors"]["stock"] + 1e-3
     parity = {}
     built = gpu_models.build(lambda sizes, device: parity.update(gpu_models.parity(sizes, device)) or parity)
@@ -125,15 +143,28 @@ def test_model_cases_run_and_agree():
 
 
 def test_without_a_gpu_cases_are_built(capsys, monkeypatch):
-    torch.randn(512, 512) @ torch.randn(512, 512)  # OpenMP has run in this process before it forks, whatever the order of tests
+    torch.randn(512, 512) @ torch.randn(
+        512, 512
+    )  # OpenMP has run in this process before it forks, whatever the order of tests
     assert gpu.main(["--case", "swiglu", "--case", "loss parity", "--case", "GPU tests"]) == 0
     out = capsys.readouterr().out
-    assert "no GPU: every case is built" in out and "swiglu: _swiglu_backward_kernel, _swiglu_kernel" in out and "no GPU: 3 of 3 cases built" in out
-    broken = [gpu.Entry("broken", 1.0, lambda: {}, lambda: 1 // 0), gpu.Entry("elsewhere", 1.0, lambda: {}, lambda: 1 // 0, "no_such_module")]
+    assert (
+        "no GPU: every case is built" in out
+        and "swiglu: _swiglu_backward_kernel, _swiglu_kernel" in out
+        and "no GPU: 3 of 3 cases built" in out
+    )
+    broken = [
+        gpu.Entry("broken", 1.0, lambda: {}, lambda: 1 // 0),
+        gpu.Entry("elsewhere", 1.0, lambda: {}, lambda: 1 // 0, "no_such_module"),
+    ]
     monkeypatch.setattr(gpu, "ENTRIES", broken)
     assert gpu.main([]) == 1
     out = capsys.readouterr().out
-    assert "broken: ZeroDivisionError" in out and "no GPU: 0 of 1 cases built" in out and "elsewhere: left out, no_such_module is not installed" in out
+    assert (
+        "broken: ZeroDivisionError" in out
+        and "no GPU: 0 of 1 cases built" in out
+        and "elsewhere: left out, no_such_module is not installed" in out
+    )
 
 
 def test_a_run_writes_after_every_case_and_survives_bad_ones(tmp_path, monkeypatch, capsys):
@@ -141,14 +172,25 @@ def test_a_run_writes_after_every_case_and_survives_bad_ones(tmp_path, monkeypat
         """Sees the file that the earlier cases left."""
         return {"seen": sorted(json.loads((tmp_path / "test-gpu-80gb.json").read_text())["cases"])}
 
-    times = {"forward": {"ours": _times(1.0), "eager": _times(3.0)}, "bytes": 2e9, "flops": 0.0, "errors": {"ours": 0.001, "eager": 0.001}}
+    times = {
+        "forward": {"ours": _times(1.0), "eager": _times(3.0)},
+        "bytes": 2e9,
+        "flops": 0.0,
+        "errors": {"ours": 0.001, "eager": 0.001},
+    }
     entries = [
         gpu.Entry("copy", 20.0, lambda: {"gb_s": 2500.0, "milliseconds": _times(1.0)}, dict),
         gpu.Entry("swiglu", 20.0, lambda: times, dict, compile=lambda: (tmp_path / "compiled").touch()),
         gpu.Entry("elsewhere", 20.0, dict, dict, "no_such_module"),
         gpu.Entry("hangs", 0.5, lambda: time.sleep(60), dict),
         gpu.Entry("fails", 20.0, lambda: 1 // 0, dict),
-        gpu.Entry("GPU tests", 20.0, lambda: {"passed": 5, "failed": 1, "skipped": 0, "failures": [], "crashed": []}, dict, early=True),
+        gpu.Entry(
+            "GPU tests",
+            20.0,
+            lambda: {"passed": 5, "failed": 1, "skipped": 0, "failures": [], "crashed": []},
+            dict,
+            early=True,
+        ),
         gpu.Entry("last", 20.0, last, dict),
     ]
     monkeypatch.setattr(gpu, "ENTRIES", entries)
@@ -160,7 +202,12 @@ def test_a_run_writes_after_every_case_and_survives_bad_ones(tmp_path, monkeypat
     assert next(iter(cases)) == "GPU tests" and (tmp_path / "compiled").exists()
     assert (tmp_path / "test-gpu-80gb.png").stat().st_size > 1000
     out = capsys.readouterr().out
-    assert "5 passed, 1 failed" in out and "80 % of copy" in out and "eager 3.00×" in out and "fails: ZeroDivisionError" in out
+    assert (
+        "5 passed, 1 failed" in out
+        and "80 % of copy" in out
+        and "eager 3.00×" in out
+        and "fails: ZeroDivisionError" in out
+    )
     assert gpu.main(["--output", str(tmp_path), "--minutes", "0"]) == 0
     cases = json.loads((tmp_path / "test-gpu-80gb.json").read_text())["cases"]
     assert all("left out" in case["error"] for case in cases.values())
@@ -169,7 +216,8 @@ def test_a_run_writes_after_every_case_and_survives_bad_ones(tmp_path, monkeypat
 def test_gpu_tests_are_run_in_parts(tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import pytest\n\n@pytest.mark.parametrize('i', range(7))\ndef test_i(i):\n    assert i != 3\n\n"
-        "def test_skipped():\n    pytest.skip('so')\n")
+        "def test_skipped():\n    pytest.skip('so')\n"
+    )
     value = gpu.run_tests(".", root=tmp_path, jobs=2)
     assert (value["passed"], value["failed"], value["skipped"], value["crashed"]) == (6, 1, 1, [])
     assert value["not_run"] == 0 and len(value["failures"]) == 1 and "test_i[3]" in value["failures"][0]
@@ -178,34 +226,78 @@ def test_gpu_tests_are_run_in_parts(tmp_path):
 
 
 def test_gpu_tests_stop_in_time(tmp_path):
-    (tmp_path / "test_some.py").write_text("import time\n\ndef test_quick():\n    pass\n\ndef test_slow():\n    time.sleep(60)\n")
+    (tmp_path / "test_some.py").write_text(
+        "import time\n\ndef test_quick():\n    pass\n\ndef test_slow():\n    time.sleep(60)\n"
+    )
     value = gpu.run_tests(".", root=tmp_path, jobs=1, seconds=6.0)
-    assert (value["failed"], value["crashed"]) == (0, []) and value["passed"] + value["not_run"] == 2 and value["not_run"]
+    assert (
+        (value["failed"], value["crashed"]) == (0, []) and value["passed"] + value["not_run"] == 2 and value["not_run"]
+    )
 
 
 def test_targets_follow_from_what_was_measured():
-    norms = {name: {"forward": {"ours": _times(1.0), "liger": _times(1.1)}, "bytes": 2.4e9} for name in BANDWIDTH_KERNELS}
-    attention = {"forward": {"ours": _times(1.0), "flash": _times(0.9), "cudnn": _times(2.0)}, "backward": {"ours": _times(2.0), "flash": _times(1.9)}}
+    norms = {
+        name: {"forward": {"ours": _times(1.0), "liger": _times(1.1)}, "bytes": 2.4e9} for name in BANDWIDTH_KERNELS
+    }
+    attention = {
+        "forward": {"ours": _times(1.0), "flash": _times(0.9), "cudnn": _times(2.0)},
+        "backward": {"ours": _times(2.0), "flash": _times(1.9)},
+    }
     cases = {
-        **norms, "copy": {"gb_s": 3000.0}, "attention train": attention,
+        **norms,
+        "copy": {"gb_s": 3000.0},
+        "attention train": attention,
         "swiglu": {**norms["swiglu"], "forward": {"ours": _times(1.25), "liger": _times(1.0)}},
-        "generate": {"first": {"stock": _times(26.0), "ours": _times(20.0)}, "decode": {"stock": _times(20.0), "ours": _times(2.0)}, "replay": {"ours": _times(2.0)},
-                     "bytes_per_token": 3.44e9, "errors": {"stock": 0.01, "ours": 0.015}},
-        "memory stock": {"weights": 4, "peak": 14}, "memory accelerated": {"weights": 4, "peak": 12}, "memory int8": {"weights": 2, "peak": 7},
-        "train stock": {"step": _times(100.0), "peak": 100}, "train accelerated": {"step": _times(50.0), "peak": 80},
+        "generate": {
+            "first": {"stock": _times(26.0), "ours": _times(20.0)},
+            "decode": {"stock": _times(20.0), "ours": _times(2.0)},
+            "replay": {"ours": _times(2.0)},
+            "bytes_per_token": 3.44e9,
+            "errors": {"stock": 0.01, "ours": 0.015},
+        },
+        "memory stock": {"weights": 4, "peak": 14},
+        "memory accelerated": {"weights": 4, "peak": 12},
+        "memory int8": {"weights": 2, "peak": 7},
+        "train stock": {"step": _times(100.0), "peak": 100},
+        "train accelerated": {"step": _times(50.0), "peak": 80},
         "fp16 in 8 GB": {"limit": 8e9, "peak": 6e9},
-        "linear_cross_entropy": {"forward": {"ours": _times(1.0), "liger": _times(2.0)}, "backward": {"ours": _times(1.0), "liger": _times(0.5)},
-                                 "memory": {"ours": 3, "liger": 4}},
-    }  # fmt: skip
+        "linear_cross_entropy": {
+            "forward": {"ours": _times(1.0), "liger": _times(2.0)},
+            "backward": {"ours": _times(1.0), "liger": _times(0.5)},
+            "memory": {"ours": 3, "liger": 4},
+        },
+    }
     values = {item.target.key: item.value(cases) for item in TARGETS}
     expected = {
-        "first": 1.3, "decode_1": 10.0, "decode_32": None, "memory": 0.8, "memory_int8": 0.5, "fits": 0.75, "train": 2.0, "train_memory": 0.8,
-        "bandwidth": 2.4e9 / 1.25 / 1e6 / 3000, "liger": 0.8, "flash_forward": 0.9, "flash_backward": 0.95, "cross": None, "lce": 0.5,
-        "lce_memory": 0.75, "error": 1.5, "decode_share": 3.44e9 / 2.0 / 1e6 / 3000, "decode_12": 10.0, "cudnn": 2.0, "first_18": 1.3,
-    }  # fmt: skip
+        "first": 1.3,
+        "decode_1": 10.0,
+        "decode_32": None,
+        "memory": 0.8,
+        "memory_int8": 0.5,
+        "fits": 0.75,
+        "train": 2.0,
+        "train_memory": 0.8,
+        "bandwidth": 2.4e9 / 1.25 / 1e6 / 3000,
+        "liger": 0.8,
+        "flash_forward": 0.9,
+        "flash_backward": 0.95,
+        "cross": None,
+        "lce": 0.5,
+        "lce_memory": 0.75,
+        "error": 1.5,
+        "decode_share": 3.44e9 / 2.0 / 1e6 / 3000,
+        "decode_12": 10.0,
+        "cudnn": 2.0,
+        "first_18": 1.3,
+    }
     assert values == pytest.approx(expected)
     verdicts = {item.target.key: verdict(item.target, values[item.target.key]) for item in TARGETS}
-    assert verdicts["first"] == "pass" and verdicts["first_18"] == "miss" and verdicts["decode_32"] == "–" and verdicts["memory"] == "pass"
+    assert (
+        verdicts["first"] == "pass"
+        and verdicts["first_18"] == "miss"
+        and verdicts["decode_32"] == "–"
+        and verdicts["memory"] == "pass"
+    )
     assert all(item.value({}) is None for item in TARGETS)
     assert speed(cases, "generate", "vision", "stock") is None and bandwidth_share({}, "swiglu") is None
     assert len({item.target.key for item in TARGETS}) == len(TARGETS)
@@ -216,7 +308,11 @@ def test_readme_section(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(_result(copy={"gb_s": 2.0, "milliseconds": _times(1.0)})))
     (tmp_path / "other.json").write_text("{}")
     section = gpu_report.readme_section(tmp_path)
-    assert "not measured yet" not in section and "Test GPU 80GB, 80 GiB; torch 2.11.0; commit abc" in section and "| decode, batch 32" in section
+    assert (
+        "not measured yet" not in section
+        and "Test GPU 80GB, 80 GiB; torch 2.11.0; commit abc" in section
+        and "| decode, batch 32" in section
+    )
     file = tmp_path / "README.md"
     file.write_text(f"before\n{gpu_report.MARKERS[0]}\nold\n{gpu_report.MARKERS[1]}\nafter\n")
     gpu_report.write_readme(tmp_path, file)
@@ -228,4 +324,7 @@ def test_readme_section(tmp_path):
 
 def test_readme_shows_the_committed_results():
     text = (gpu_report.ROOT / "README.md").read_text()
-    assert text.split(gpu_report.MARKERS[0])[1].split(gpu_report.MARKERS[1])[0].strip() == gpu_report.readme_section().strip()
+    assert (
+        text.split(gpu_report.MARKERS[0])[1].split(gpu_report.MARKERS[1])[0].strip()
+        == gpu_report.readme_section().strip()
+    )

@@ -2,7 +2,9 @@
 
 import copy
 
+import models
 import pytest
+import qvl_models
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -11,9 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForImageTextToText
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
-import models
 import qvl_model
-import qvl_models
 from qvl_model import capacity, digits
 from qvl_model.capacity.weights import storage_of
 
@@ -40,7 +40,9 @@ def _zero(tensor, rows=slice(None), columns=slice(None)):
 def test_whole_models_pass(model):
     report = capacity.verify(model, models.config("odd"), training=True)
     assert report.ok and "complete" in str(report)
-    assert report.facts["model.language_model.layers (layers)"] == 5 and report.facts["model.visual.blocks (layers)"] == 4
+    assert (
+        report.facts["model.language_model.layers (layers)"] == 5 and report.facts["model.visual.blocks (layers)"] == 4
+    )
     assert report.facts["Qwen3VLTextAttention (heads)"] == "6 in each of 5"
     assert report.facts["Qwen3VLVisionAttention (heads)"] == "3 in each of 4"
     assert report.facts["parameters"] == sum(p.numel() for p in model.parameters())
@@ -170,23 +172,75 @@ def _small_norm(model):
 
 
 DAMAGE = {
-    "zeroed query head": (_zero_in(f"{TEXT}.2.self_attn.q_proj", slice(72, 96)), f"{TEXT}.2.self_attn.q_proj", "head 3 is pruned"),
-    "zeroed value head": (_zero_in(f"{TEXT}.0.self_attn.v_proj", slice(24, 48)), f"{TEXT}.0.self_attn.v_proj", "head 1 of the key/value"),
-    "zeroed head output": (_zero_in(f"{TEXT}.4.self_attn.o_proj", columns=slice(0, 24)), f"{TEXT}.4.self_attn.o_proj", "head 0 is pruned"),
-    "zeroed vision keys": (_zero_in(f"{VISION}.1.attn.qkv", slice(60, 80)), f"{VISION}.1.attn.qkv", "head 0 of the keys"),
-    "zeroed vision head": (_zero_in(f"{VISION}.3.attn.proj", columns=slice(40, 60)), f"{VISION}.3.attn.proj", "head 2 is pruned"),
-    "zeroed row of a head": (_zero_in(f"{TEXT}.2.self_attn.q_proj", 5), f"{TEXT}.2.self_attn.q_proj", "output channel 5 of 144 is"),
+    "zeroed query head": (
+        _zero_in(f"{TEXT}.2.self_attn.q_proj", slice(72, 96)),
+        f"{TEXT}.2.self_attn.q_proj",
+        "head 3 is pruned",
+    ),
+    "zeroed value head": (
+        _zero_in(f"{TEXT}.0.self_attn.v_proj", slice(24, 48)),
+        f"{TEXT}.0.self_attn.v_proj",
+        "head 1 of the key/value",
+    ),
+    "zeroed head output": (
+        _zero_in(f"{TEXT}.4.self_attn.o_proj", columns=slice(0, 24)),
+        f"{TEXT}.4.self_attn.o_proj",
+        "head 0 is pruned",
+    ),
+    "zeroed vision keys": (
+        _zero_in(f"{VISION}.1.attn.qkv", slice(60, 80)),
+        f"{VISION}.1.attn.qkv",
+        "head 0 of the keys",
+    ),
+    "zeroed vision head": (
+        _zero_in(f"{VISION}.3.attn.proj", columns=slice(40, 60)),
+        f"{VISION}.3.attn.proj",
+        "head 2 is pruned",
+    ),
+    "zeroed row of a head": (
+        _zero_in(f"{TEXT}.2.self_attn.q_proj", 5),
+        f"{TEXT}.2.self_attn.q_proj",
+        "output channel 5 of 144 is",
+    ),
     "zeroed MLP channel": (_zero_in(f"{TEXT}.1.mlp.up_proj", 17), f"{TEXT}.1.mlp.up_proj", "output channel 17 of 100"),
-    "zeroed MLP channels": (_zero_in(f"{TEXT}.1.mlp.down_proj", columns=slice(3, 40)), f"{TEXT}.1.mlp.down_proj", "and 29 more of 100 are"),
-    "zeroed vision channel": (_zero_in(f"{VISION}.0.mlp.linear_fc1", 75), f"{VISION}.0.mlp.linear_fc1", "output channel 75"),
-    "zeroed patch channel": (_zero_in("model.visual.patch_embed.proj", 7), "model.visual.patch_embed.proj", "output channel 7"),
-    "zeroed embedding channel": (_zero_in("model.language_model.embed_tokens", columns=9), "model.language_model.embed_tokens", "channel 9"),
+    "zeroed MLP channels": (
+        _zero_in(f"{TEXT}.1.mlp.down_proj", columns=slice(3, 40)),
+        f"{TEXT}.1.mlp.down_proj",
+        "and 29 more of 100 are",
+    ),
+    "zeroed vision channel": (
+        _zero_in(f"{VISION}.0.mlp.linear_fc1", 75),
+        f"{VISION}.0.mlp.linear_fc1",
+        "output channel 75",
+    ),
+    "zeroed patch channel": (
+        _zero_in("model.visual.patch_embed.proj", 7),
+        "model.visual.patch_embed.proj",
+        "output channel 7",
+    ),
+    "zeroed embedding channel": (
+        _zero_in("model.language_model.embed_tokens", columns=9),
+        "model.language_model.embed_tokens",
+        "channel 9",
+    ),
     "zeroed merger": (_zero_in("model.visual.merger.linear_fc2"), "model.visual.merger.linear_fc2", "is all zero"),
-    "zeroed deepstack": (_zero_in("model.visual.deepstack_merger_list.1.linear_fc1"), "model.visual.deepstack_merger_list.1.linear_fc1", "is all zero"),
+    "zeroed deepstack": (
+        _zero_in("model.visual.deepstack_merger_list.1.linear_fc1"),
+        "model.visual.deepstack_merger_list.1.linear_fc1",
+        "is all zero",
+    ),
     "zeroed norm": (_zero_norm, f"{TEXT}.2.input_layernorm", "all zero"),
     "removed last layer": (lambda model: _other_layers(model, 4), f"{TEXT}.4", "missing"),
-    "removed vision block": (lambda model: model.model.visual.blocks.__delitem__(1), "model.visual.blocks", "has 3 entries, the specification says 4"),
-    "identity layer": (_set(f"{TEXT}.3", nn.Identity()), f"{TEXT}.3", "is a Identity; a Qwen3VLTextDecoderLayer belongs here"),
+    "removed vision block": (
+        lambda model: model.model.visual.blocks.__delitem__(1),
+        "model.visual.blocks",
+        "has 3 entries, the specification says 4",
+    ),
+    "identity layer": (
+        _set(f"{TEXT}.3", nn.Identity()),
+        f"{TEXT}.3",
+        "is a Identity; a Qwen3VLTextDecoderLayer belongs here",
+    ),
     "identity attention": (_set(f"{VISION}.2.attn", _Skip()), f"{VISION}.2.attn", "is a _Skip"),
     "identity activation": (_set(f"{TEXT}.0.mlp.act_fn", nn.Identity()), f"{TEXT}.0.mlp.act_fn", "is a Identity"),
     "disguised layer": (_disguise, f"{TEXT}.3", "neither transformers nor qvl"),
@@ -198,30 +252,118 @@ DAMAGE = {
     "shared layer": (_same_layer, f"{TEXT}.4", f"is the same module as {TEXT}.1"),
     "duplicated layer": (_copied_layer, f"{TEXT}.4", f"repeats the weights of {TEXT}.1"),
     "shared weight": (_tied_weight, f"{TEXT}.4.mlp.up_proj", f"the same tensor as {TEXT}.1.mlp.up_proj.weight"),
-    "duplicated weight": (_copied_weight, f"{VISION}.3.mlp.linear_fc1", f"has the weights of {VISION}.0.mlp.linear_fc1"),
+    "duplicated weight": (
+        _copied_weight,
+        f"{VISION}.3.mlp.linear_fc1",
+        f"has the weights of {VISION}.0.mlp.linear_fc1",
+    ),
     "added layer": (_extra_layer, f"{TEXT}.5", "does not belong here"),
-    "NaN": (_fill_in(f"{TEXT}.2.mlp.up_proj", float("nan"), (7, 5)), f"{TEXT}.2.mlp.up_proj", "weight holds NaN or Inf in 1 of 100 rows"),
-    "Inf in a bias": (_fill_in(f"{VISION}.1.attn.qkv", float("inf"), 3, "bias"), f"{VISION}.1.attn.qkv", "bias holds NaN or Inf"),
-    "NaN in a norm": (_fill_in(f"{TEXT}.0.self_attn.k_norm", float("nan"), 1), f"{TEXT}.0.self_attn.k_norm", "weight holds NaN or Inf"),
-    "NaN in a table": (_fill_in("model.language_model.rotary_emb", float("nan"), 0, "inv_freq"), "model.language_model.rotary_emb", "inv_freq holds"),
-    "-Inf in a token": (_fill_in("model.language_model.embed_tokens", -float("inf"), (9, 9)), "model.language_model.embed_tokens", "in 1 of 160 rows"),
-    "faint query head": (_scale_in(f"{TEXT}.2.self_attn.q_proj", 1e-20, slice(72, 96)), f"{TEXT}.2.self_attn.q_proj", "head 3 is pruned: its 24 rows are next"),
-    "faint head output": (_scale_in(f"{TEXT}.4.self_attn.o_proj", 1e-20, columns=slice(0, 24)), f"{TEXT}.4.self_attn.o_proj", "its 24 columns are next"),
-    "faint vision values": (_scale_in(f"{VISION}.1.attn.qkv", 1e-20, slice(120, 140)), f"{VISION}.1.attn.qkv", "head 0 of the values"),
-    "most heads faint": (_scale_in(f"{TEXT}.2.self_attn.q_proj", 1e-20, slice(0, 96)), f"{TEXT}.2.self_attn.q_proj", "head 0 is pruned"),
-    "faint MLP channel": (_scale_in(f"{TEXT}.1.mlp.up_proj", 1e-20, 17), f"{TEXT}.1.mlp.up_proj", "output channel 17 of 100 is next to nothing"),
-    "faint layer": (_scale_in(f"{TEXT}.1.mlp.down_proj", 1e-20), f"{TEXT}.1.mlp.down_proj", "its weight is next to nothing"),
-    "faint merger": (_scale_in("model.visual.merger.linear_fc2", 1e-20), "model.visual.merger.linear_fc2", "its weight is next to nothing"),
+    "NaN": (
+        _fill_in(f"{TEXT}.2.mlp.up_proj", float("nan"), (7, 5)),
+        f"{TEXT}.2.mlp.up_proj",
+        "weight holds NaN or Inf in 1 of 100 rows",
+    ),
+    "Inf in a bias": (
+        _fill_in(f"{VISION}.1.attn.qkv", float("inf"), 3, "bias"),
+        f"{VISION}.1.attn.qkv",
+        "bias holds NaN or Inf",
+    ),
+    "NaN in a norm": (
+        _fill_in(f"{TEXT}.0.self_attn.k_norm", float("nan"), 1),
+        f"{TEXT}.0.self_attn.k_norm",
+        "weight holds NaN or Inf",
+    ),
+    "NaN in a table": (
+        _fill_in("model.language_model.rotary_emb", float("nan"), 0, "inv_freq"),
+        "model.language_model.rotary_emb",
+        "inv_freq holds",
+    ),
+    "-Inf in a token": (
+        _fill_in("model.language_model.embed_tokens", -float("inf"), (9, 9)),
+        "model.language_model.embed_tokens",
+        "in 1 of 160 rows",
+    ),
+    "faint query head": (
+        _scale_in(f"{TEXT}.2.self_attn.q_proj", 1e-20, slice(72, 96)),
+        f"{TEXT}.2.self_attn.q_proj",
+        "head 3 is pruned: its 24 rows are next",
+    ),
+    "faint head output": (
+        _scale_in(f"{TEXT}.4.self_attn.o_proj", 1e-20, columns=slice(0, 24)),
+        f"{TEXT}.4.self_attn.o_proj",
+        "its 24 columns are next",
+    ),
+    "faint vision values": (
+        _scale_in(f"{VISION}.1.attn.qkv", 1e-20, slice(120, 140)),
+        f"{VISION}.1.attn.qkv",
+        "head 0 of the values",
+    ),
+    "most heads faint": (
+        _scale_in(f"{TEXT}.2.self_attn.q_proj", 1e-20, slice(0, 96)),
+        f"{TEXT}.2.self_attn.q_proj",
+        "head 0 is pruned",
+    ),
+    "faint MLP channel": (
+        _scale_in(f"{TEXT}.1.mlp.up_proj", 1e-20, 17),
+        f"{TEXT}.1.mlp.up_proj",
+        "output channel 17 of 100 is next to nothing",
+    ),
+    "faint layer": (
+        _scale_in(f"{TEXT}.1.mlp.down_proj", 1e-20),
+        f"{TEXT}.1.mlp.down_proj",
+        "its weight is next to nothing",
+    ),
+    "faint merger": (
+        _scale_in("model.visual.merger.linear_fc2", 1e-20),
+        "model.visual.merger.linear_fc2",
+        "its weight is next to nothing",
+    ),
     "faint norm": (_small_norm, f"{TEXT}.2.input_layernorm", "its weight is next to nothing"),
-    "constant weight": (_fill_in(f"{TEXT}.3.mlp.gate_proj", 0.125), f"{TEXT}.3.mlp.gate_proj", "weight [100, 72] is constant: all of it is 0.125"),
-    "constant patches": (_fill_in("model.visual.patch_embed.proj", -1.0), "model.visual.patch_embed.proj", "is constant: all of it is -1"),
-    "no scaling": (_attribute(f"{TEXT}.3.self_attn", scaling=0.0), f"{TEXT}.3.self_attn", "scaling is 0.0, the specification says 0.204"),
-    "no vision scaling": (_attribute(f"{VISION}.0.attn", scaling=0), f"{VISION}.0.attn", "scaling is 0, the specification says 0.22"),
-    "no rotation": (_attribute("model.language_model.rotary_emb", attention_scaling=0.0), "model.language_model.rotary_emb", "attention_scaling is 0.0"),
-    "a norm of nothing": (_attribute(f"{TEXT}.1.input_layernorm", variance_epsilon=1e30), f"{TEXT}.1.input_layernorm", "variance_epsilon is 1e+30"),
-    "dead tokens": (_zero_in("model.language_model.embed_tokens", slice(30, 50)), "model.language_model.embed_tokens", "and 12 more of 160 are all zero"),
-    "faint token": (_scale_in("model.language_model.embed_tokens", 1e-20, 77), "model.language_model.embed_tokens", "row 77 of 160 is next to nothing"),
-    "dead end of the vocabulary": (_zero_in("model.language_model.embed_tokens", slice(80, 160)), "model.language_model.embed_tokens", "of 160 are all zero"),
+    "constant weight": (
+        _fill_in(f"{TEXT}.3.mlp.gate_proj", 0.125),
+        f"{TEXT}.3.mlp.gate_proj",
+        "weight [100, 72] is constant: all of it is 0.125",
+    ),
+    "constant patches": (
+        _fill_in("model.visual.patch_embed.proj", -1.0),
+        "model.visual.patch_embed.proj",
+        "is constant: all of it is -1",
+    ),
+    "no scaling": (
+        _attribute(f"{TEXT}.3.self_attn", scaling=0.0),
+        f"{TEXT}.3.self_attn",
+        "scaling is 0.0, the specification says 0.204",
+    ),
+    "no vision scaling": (
+        _attribute(f"{VISION}.0.attn", scaling=0),
+        f"{VISION}.0.attn",
+        "scaling is 0, the specification says 0.22",
+    ),
+    "no rotation": (
+        _attribute("model.language_model.rotary_emb", attention_scaling=0.0),
+        "model.language_model.rotary_emb",
+        "attention_scaling is 0.0",
+    ),
+    "a norm of nothing": (
+        _attribute(f"{TEXT}.1.input_layernorm", variance_epsilon=1e30),
+        f"{TEXT}.1.input_layernorm",
+        "variance_epsilon is 1e+30",
+    ),
+    "dead tokens": (
+        _zero_in("model.language_model.embed_tokens", slice(30, 50)),
+        "model.language_model.embed_tokens",
+        "and 12 more of 160 are all zero",
+    ),
+    "faint token": (
+        _scale_in("model.language_model.embed_tokens", 1e-20, 77),
+        "model.language_model.embed_tokens",
+        "row 77 of 160 is next to nothing",
+    ),
+    "dead end of the vocabulary": (
+        _zero_in("model.language_model.embed_tokens", slice(80, 160)),
+        "model.language_model.embed_tokens",
+        "of 160 are all zero",
+    ),
     "dead position": (_zero_in("model.visual.pos_embed", 5), "model.visual.pos_embed", "row 5 of 64 is all zero"),
 }
 
@@ -283,27 +425,71 @@ def _fewer_queries(model):
 FUSION = "model.language_model.layers.2.fusion"
 QVL_DAMAGE = {
     "zeroed cross-attention": (_zero_in(f"{FUSION}.attn.o_proj"), f"{FUSION}.attn.o_proj", "is all zero"),
-    "zeroed cross-attention head": (_zero_in(f"{FUSION}.attn.q_proj", slice(9, 18)), f"{FUSION}.attn.q_proj", "head 1 is pruned"),
+    "zeroed cross-attention head": (
+        _zero_in(f"{FUSION}.attn.q_proj", slice(9, 18)),
+        f"{FUSION}.attn.q_proj",
+        "head 1 is pruned",
+    ),
     "removed cross-attention": (_without_fusion, FUSION, "missing; a QVLFusion belongs here"),
-    "identity for cross-attention": (_set(f"{FUSION}.attn", nn.Identity()), f"{FUSION}.attn", "a QVLCrossAttention belongs here"),
+    "identity for cross-attention": (
+        _set(f"{FUSION}.attn", nn.Identity()),
+        f"{FUSION}.attn",
+        "a QVLCrossAttention belongs here",
+    ),
     "closed gate": (_close_gate, FUSION, "gate is closed"),
     "shared cross-attention": (_same_fusion, FUSION, "is the same module as model.language_model.layers.0.fusion"),
-    "duplicated cross-attention": (_copied_attention, f"{FUSION}.attn.q_proj", "has the weights of model.language_model.layers.0.fusion.attn.q_proj"),
-    "zeroed connector head": (_zero_in("model.connector.layers.1.attn.k_proj", slice(0, 10)), "model.connector.layers.1.attn.k_proj", "head 0 is pruned"),
-    "removed connector layer": (lambda model: model.model.connector.layers.__delitem__(1), "model.connector.layers", "has 1 entries, the specification says 2"),
+    "duplicated cross-attention": (
+        _copied_attention,
+        f"{FUSION}.attn.q_proj",
+        "has the weights of model.language_model.layers.0.fusion.attn.q_proj",
+    ),
+    "zeroed connector head": (
+        _zero_in("model.connector.layers.1.attn.k_proj", slice(0, 10)),
+        "model.connector.layers.1.attn.k_proj",
+        "head 0 is pruned",
+    ),
+    "removed connector layer": (
+        lambda model: model.model.connector.layers.__delitem__(1),
+        "model.connector.layers",
+        "has 1 entries, the specification says 2",
+    ),
     "zeroed query": (_drop_query, "model.connector", "queries: row 3 of 5 is all zero"),
     "fewer queries": (_fewer_queries, "model.connector", "queries is [4, 20], the specification says [5, 20]"),
     "zeroed image channel": (_zero_in("model.image_embed", columns=2), "model.image_embed", "channel 2 of 20"),
-    "removed decoder layer": (lambda model: model.model.language_model.layers.__delitem__(1), "model.language_model.layers", "has 2 entries"),
+    "removed decoder layer": (
+        lambda model: model.model.language_model.layers.__delitem__(1),
+        "model.language_model.layers",
+        "has 2 entries",
+    ),
     "gate next to closed": (lambda model: _fusion(model).gate.data.fill_(1e-30), FUSION, "gate is closed (1e-30)"),
     "gate of NaN": (lambda model: _fusion(model).gate.data.fill_(float("nan")), FUSION, "gate holds NaN or Inf"),
-    "faint cross-attention head": (_scale_in(f"{FUSION}.attn.q_proj", 1e-20, slice(9, 18)), f"{FUSION}.attn.q_proj", "head 1 is pruned: its 9 rows are next"),
+    "faint cross-attention head": (
+        _scale_in(f"{FUSION}.attn.q_proj", 1e-20, slice(9, 18)),
+        f"{FUSION}.attn.q_proj",
+        "head 1 is pruned: its 9 rows are next",
+    ),
     "no scaling": (_attribute(f"{FUSION}.attn", scaling=0.0), f"{FUSION}.attn", "scaling is 0.0"),
-    "constant queries": (_fill_in("model.connector", 0.5, own_name="queries"), "model.connector", "queries [5, 20] is constant"),
-    "faint query": (lambda model: model.model.connector.queries.data[3].mul_(1e-20), "model.connector", "queries: row 3 of 5 is next to nothing"),
-    "zeroed decoder head": (_zero_in("model.language_model.layers.0.self_attn.v_proj", slice(10, 20)), "model.language_model.layers.0.self_attn.v_proj", "head 1 is pruned"),
-    "zeroed vision head": (_zero_in("model.visual.blocks.0.attn.proj", columns=slice(12, 24)), "model.visual.blocks.0.attn.proj", "head 1 is pruned"),
-}  # fmt: skip
+    "constant queries": (
+        _fill_in("model.connector", 0.5, own_name="queries"),
+        "model.connector",
+        "queries [5, 20] is constant",
+    ),
+    "faint query": (
+        lambda model: model.model.connector.queries.data[3].mul_(1e-20),
+        "model.connector",
+        "queries: row 3 of 5 is next to nothing",
+    ),
+    "zeroed decoder head": (
+        _zero_in("model.language_model.layers.0.self_attn.v_proj", slice(10, 20)),
+        "model.language_model.layers.0.self_attn.v_proj",
+        "head 1 is pruned",
+    ),
+    "zeroed vision head": (
+        _zero_in("model.visual.blocks.0.attn.proj", columns=slice(12, 24)),
+        "model.visual.blocks.0.attn.proj",
+        "head 1 is pruned",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", QVL_DAMAGE)
@@ -311,7 +497,9 @@ def test_pruned_qvl_models_fail(qvl, kind):
     damage, module, message = QVL_DAMAGE[kind]
     damage(qvl)
     report = capacity.examine(qvl, qvl_models.config("attention"))
-    assert [v for v in report.violations if v.module == module and message in v.problem], f"{module}: ...{message}... is not among\n{report}"
+    assert [v for v in report.violations if v.module == module and message in v.problem], (
+        f"{module}: ...{message}... is not among\n{report}"
+    )
 
 
 def test_gates_may_begin_closed_if_the_config_says_so():
@@ -326,7 +514,9 @@ def test_gates_may_begin_closed_if_the_config_says_so():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1, 1e-7])
 def test_fresh_and_trained_models_pass(dtype, scale):
-    """As ``from_config`` makes them: zero biases, norms of one, a row of zeros for padding; and with much smaller first weights."""
+    """As ``from_config`` makes them: zero biases, norms of one, a row of zeros for padding; and with much smaller first
+    weights.
+    """
     for config in (models.config("small"), qvl_models.config("attention"), qvl_models.config("mlp")):
         for part in (config, *(getattr(config, name) for name in config.sub_configs)):
             part.initializer_range = 0.02 * scale
@@ -360,7 +550,10 @@ def test_a_quantised_model_is_read_too(whole):
     layer = model.get_submodule(f"{TEXT}.0.mlp.up_proj")
     layer.weight_scales[4] = float("nan")
     assert capacity.not_finite(model) == [f"{TEXT}.0.mlp.up_proj.weight_scales"]
-    assert any("up_proj: weight holds NaN or Inf in 1 of 100 rows" in str(violation) for violation in capacity.examine(model).violations)
+    assert any(
+        "up_proj: weight holds NaN or Inf in 1 of 100 rows" in str(violation)
+        for violation in capacity.examine(model).violations
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
@@ -400,7 +593,9 @@ def test_a_config_that_was_pruned_too_needs_the_real_specification(whole):
     assert not capacity.examine(smaller, models.config("odd")).ok
 
 
-@pytest.mark.parametrize("part", [f"{TEXT}.1.self_attn.k_proj", f"{VISION}.0.norm1", "model.language_model.embed_tokens"])
+@pytest.mark.parametrize(
+    "part", [f"{TEXT}.1.self_attn.k_proj", f"{VISION}.0.norm1", "model.language_model.embed_tokens"]
+)
 def test_frozen_parameters(whole, part):
     model = copy.deepcopy(whole)
     model.get_submodule(part).weight.requires_grad_(False)
@@ -448,7 +643,9 @@ def test_packed_weights(whole):
     assert report.facts["parameters"] == sum(p.numel() for p in whole.parameters())
     with pytest.raises(capacity.CapacityError, match="quantised, which cannot be trained"):
         capacity.verify(model, training=True)
-    model.get_submodule(f"{TEXT}.1.mlp.down_proj").stored[:, 5] = 0  # a column that is small in every row rounds to this
+    model.get_submodule(f"{TEXT}.1.mlp.down_proj").stored[:, 5] = (
+        0  # a column that is small in every row rounds to this
+    )
     assert capacity.verify(model).ok
     model.get_submodule(f"{TEXT}.2.self_attn.q_proj").stored[72:96] = 0
     with pytest.raises(capacity.CapacityError, match="head 3 is pruned"):
@@ -466,7 +663,9 @@ def test_meta_models_are_compared_by_structure(whole):
 def test_published_specification():
     spec = capacity.CapacitySpec.of("qwen3-vl-2b")
     assert spec.count == 2_127_532_032
-    assert spec.modules["model.language_model.layers"][1] == {"entries": 28} and spec.modules["model.visual.blocks"][1] == {"entries": 24}
+    assert spec.modules["model.language_model.layers"][1] == {"entries": 28} and spec.modules["model.visual.blocks"][
+        1
+    ] == {"entries": 24}
     assert spec.modules["model.visual.blocks.0.attn"][1]["num_heads"] == 16
     qvl = capacity.CapacitySpec.of("qvl-2b")
     assert 2.0e9 <= qvl.count <= 2.3e9 and qvl.modules["model.language_model.layers"][1] == {"entries": 32}

@@ -25,7 +25,9 @@ def run(*arguments):
 def test_generate_reads_a_picture(tmp_path, stock):
     question = next(q for q in scenes.held_out_questions(100) if q.kind == "read" and len(q.answer) == 5)
     question.image.save(tmp_path / "digits.png")
-    done = run("generate", "--image", tmp_path / "digits.png", "--prompt", question.question, *(["--stock"] if stock else []))
+    done = run(
+        "generate", "--image", tmp_path / "digits.png", "--prompt", question.question, *(["--stock"] if stock else [])
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == question.answer
     assert "first token after" in done.stderr and "tok/s" in done.stderr
@@ -56,7 +58,22 @@ def test_random_weights_are_announced(tmp_path, capsys):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, cli.RANDOM_KEY: True}))
-    assert cli.main(["generate", "--model", str(tmp_path), "--image", str(digits.SAMPLE), "--prompt", "Hi", "--max-new-tokens", "2"]) == 0
+    assert (
+        cli.main(
+            [
+                "generate",
+                "--model",
+                str(tmp_path),
+                "--image",
+                str(digits.SAMPLE),
+                "--prompt",
+                "Hi",
+                "--max-new-tokens",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert "noise" in capsys.readouterr().err
 
 
@@ -101,7 +118,9 @@ def _cut_weights(checkpoint):
 
 
 def _drop_a_layer(checkpoint):
-    weights = {key: value for key, value in load_file(checkpoint / "model.safetensors").items() if "layers.1." not in key}
+    weights = {
+        key: value for key, value in load_file(checkpoint / "model.safetensors").items() if "layers.1." not in key
+    }
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -128,19 +147,26 @@ def test_weights_that_are_not_finite_are_refused(name, value, checkpoint, tmp_pa
     _break_a_weight(name, value)(checkpoint)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}))
     settings = {
-        "model": {"path": str(checkpoint)}, "data": {"train": str(tmp_path / "rows.jsonl")}, "run": {"steps": 1, "device": "cpu"},
+        "model": {"path": str(checkpoint)},
+        "data": {"train": str(tmp_path / "rows.jsonl")},
+        "run": {"steps": 1, "device": "cpu"},
         "output": {"directory": str(tmp_path / "out")},
-    }  # fmt: skip
+    }
     (tmp_path / "train.yaml").write_text(json.dumps(settings))
     for arguments in (
-        ["generate", "--model", str(checkpoint), "--prompt", "x"], ["generate", "--stock", "--model", str(checkpoint), "--prompt", "x"],
+        ["generate", "--model", str(checkpoint), "--prompt", "x"],
+        ["generate", "--stock", "--model", str(checkpoint), "--prompt", "x"],
         ["quantize", "--model", str(checkpoint), "--out", str(tmp_path / "packed")],
         ["quantize", "--model", str(checkpoint), "--weights", "vision=int4", "--out", str(tmp_path / "packed")],
         ["train", str(tmp_path / "train.yaml")],
-    ):  # fmt: skip
+    ):
         assert cli.main(arguments) == 2, arguments
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("qvl: ") and re.search("NaN or (Inf|infinite)", error) and (name in error or "lm_head.weight" in error), error
+        assert (
+            error.startswith("qvl: ")
+            and re.search("NaN or (Inf|infinite)", error)
+            and (name in error or "lm_head.weight" in error)
+        ), error
     assert not (tmp_path / "packed").exists() and not list((tmp_path / "out").glob("checkpoint-*"))
     assert cli.main(["verify", str(checkpoint)]) == 1
     out = capsys.readouterr().out
@@ -181,10 +207,19 @@ def _remove(name):
         (_write("config.json", '{"x"'), "config.json cannot be read"),
     ],
     ids=[
-        "cut weights", "missing weights", "other sizes", "quantised", "no weights", "no image processor", "no tokenizer",
-        "no template", "wrong json", "bad tokenizer", "bad config",
+        "cut weights",
+        "missing weights",
+        "other sizes",
+        "quantised",
+        "no weights",
+        "no image processor",
+        "no tokenizer",
+        "no template",
+        "wrong json",
+        "bad tokenizer",
+        "bad config",
     ],
-)  # fmt: skip
+)
 def test_broken_checkpoints(checkpoint, damage, message, capsys):
     damage(checkpoint)
     assert cli.main(["generate", "--model", str(checkpoint), "--prompt", "x"]) == 2
@@ -192,7 +227,9 @@ def test_broken_checkpoints(checkpoint, damage, message, capsys):
     assert message in error and "Traceback" not in error and error.strip().splitlines()[-1].startswith("qvl: ")
 
 
-@pytest.mark.parametrize(("size", "message"), [((4000, 8), "aspect ratio"), ((20000, 20000), "cannot read picture")], ids=["thin", "huge"])
+@pytest.mark.parametrize(
+    ("size", "message"), [((4000, 8), "aspect ratio"), ((20000, 20000), "cannot read picture")], ids=["thin", "huge"]
+)
 def test_pictures_of_impossible_sizes(tmp_path, size, message, capsys):
     Image.new("1", size).save(tmp_path / "a.png")
     assert cli.main(["generate", "--image", str(tmp_path / "a.png"), "--prompt", "x"]) == 2

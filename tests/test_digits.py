@@ -53,7 +53,9 @@ def test_training_sees_what_the_processor_makes(model):
     processor, family = load_processor(digits.checkpoint(model)), FAMILIES[FAMILY_OF[model]]
     for question in scenes.held_out_questions(5):
         content = [{"type": "image"}, {"type": "text", "text": question.question}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
         expected = processor(images=[question.image], text=[prompt], return_tensors="pt")
         ids = torch.tensor(train.chat_ids(processor.tokenizer, question.question, question.answer, family.places)[0])
         assert torch.equal(ids, expected["input_ids"][0])
@@ -89,13 +91,17 @@ def test_checkpoint_is_small_whole_and_in_bf16(name):
     size = sum(file.stat().st_size for file in digits.SHIPPED[name].iterdir())
     assert size <= 12e6
     model = AutoModelForImageTextToText.from_pretrained(digits.SHIPPED[name], dtype="auto")
-    assert isinstance(model, FAMILIES[FAMILY_OF[name]].model) and all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert isinstance(model, FAMILIES[FAMILY_OF[name]].model) and all(
+        p.dtype == torch.bfloat16 for p in model.parameters()
+    )
     capacity.verify(model)
 
 
 def test_names_of_models_that_ship(tmp_path, monkeypatch, capsys):
     assert digits.checkpoint() == digits.CHECKPOINT == digits.checkpoint("digits")
-    assert digits.checkpoint("qvl-tiny") == digits.SHIPPED["qvl-tiny"] and digits.checkpoint("/no/such") == Path("/no/such")
+    assert digits.checkpoint("qvl-tiny") == digits.SHIPPED["qvl-tiny"] and digits.checkpoint("/no/such") == Path(
+        "/no/such"
+    )
     assert cli.main(["verify", "qvl-tiny"]) == 0 and "QVLCrossAttention" in capsys.readouterr().out
     monkeypatch.chdir(tmp_path)
     (tmp_path / "qvl-tiny").mkdir()  # no checkpoint: a folder of data, for example
@@ -164,17 +170,24 @@ def test_questions_from_a_file(tmp_path):
     question = scenes.held_out_questions(1)[0]
     question.image.save(tmp_path / "a.png")
     file = tmp_path / "questions.jsonl"
-    file.write_text('{"image": "a.png", "question": "Which?", "answer": "3"}\n\n{"image": ["a.png"], "question": "Q", "answer": 4}\n')
+    file.write_text(
+        '{"image": "a.png", "question": "Which?", "answer": "3"}\n\n{"image": ["a.png"], "question": "Q", "answer": '
+        "4}\n"
+    )
     items = accuracy.load_questions(file)
     assert [item.answer for item in items] == ["3", "4"] and items[0].images[0].size == (96, 32)
-    file.write_text('{"image": "a.png", "question": "Which?", "answer": "3"}\n{"image": "b.png", "question": "Q", "answer": "4"}\n')
+    file.write_text(
+        '{"image": "a.png", "question": "Which?", "answer": "3"}\n{"image": "b.png", "question": "Q", "answer": "4"}\n'
+    )
     with pytest.raises(ValueError, match="line 2"):
         accuracy.load_questions(file)
 
 
 @pytest.mark.slow
 def test_qvl_tiny_can_be_trained_again(tmp_path):
-    """The whole training of the model that ships, in 25 minutes on two quiet cores at most (CPU time: they may not be quiet)."""
+    """The whole training of the model that ships, in 25 minutes on two quiet cores at most (CPU time: they may not be
+    quiet).
+    """
     start = time.process_time()
     train.main(["--family", "qvl", "--out", str(tmp_path / "qvl-tiny")])
     assert time.process_time() - start <= 2 * 25 * 60

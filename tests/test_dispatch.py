@@ -21,7 +21,12 @@ def _python(*arguments: str, cwd: Path | None = None, **environment: str) -> sub
     """Runs Python in a process of its own with these variables set."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("QVL_")}
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env={**variables, **environment}, timeout=120, cwd=cwd
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env={**variables, **environment},
+        timeout=120,
+        cwd=cwd,
     )
 
 
@@ -102,10 +107,17 @@ def _gpus(monkeypatch, capabilities: list[tuple[int, int]], probe) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "error", "reason"),
-    [((7, 5), None, "the GPU is sm_75; the kernels need sm_80"), ((9, 0), None, None),
-     ((9, 0), RuntimeError("Failed to find C compiler"), "Triton cannot run a kernel here .RuntimeError: Failed to find C compiler")],
+    [
+        ((7, 5), None, "the GPU is sm_75; the kernels need sm_80"),
+        ((9, 0), None, None),
+        (
+            (9, 0),
+            RuntimeError("Failed to find C compiler"),
+            "Triton cannot run a kernel here .RuntimeError: Failed to find C compiler",
+        ),
+    ],
     ids=["old", "good", "no compiler"],
-)  # fmt: skip
+)
 def test_gpus_that_cannot_run_the_kernels(capability, error, reason, monkeypatch):
     """One warning, and stock code."""
     from qvl_model.modules import plain
@@ -115,7 +127,12 @@ def test_gpus_that_cannot_run_the_kernels(capability, error, reason, monkeypatch
             raise error
 
     class OnGpu:
-        is_cpu, is_cuda, device, dtype = False, True, torch.device("cuda", 0), torch.float64  # a dtype that no kernel takes: the tensor is not looked at further
+        is_cpu, is_cuda, device, dtype = (
+            False,
+            True,
+            torch.device("cuda", 0),
+            torch.float64,
+        )  # a dtype that no kernel takes: the tensor is not looked at further
 
     _gpus(monkeypatch, [capability], probe)
     monkeypatch.setattr(plain, "_say_once", functools.cache(plain._say_once.__wrapped__))
@@ -186,7 +203,11 @@ def installed_and_checkout(tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize("arguments", [("-c", "import qvl_kernels"), ("-c", "import qvl_model"), ("-m", "qvl_model.cli", "--help")], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [("-c", "import qvl_kernels"), ("-c", "import qvl_model"), ("-m", "qvl_model.cli", "--help")],
+    ids=" ".join,
+)
 def test_a_checkout_that_hides_an_installed_package_says_so(arguments, installed_and_checkout):
     """Its extension is not loaded: of the same version number, it may still be of other sources."""
     installed, checkout = installed_and_checkout
@@ -194,8 +215,10 @@ def test_a_checkout_that_hides_an_installed_package_says_so(arguments, installed
     assert result.returncode != 0
     last = result.stderr.splitlines()[-1]
     assert last == (
-        f"ImportError: {checkout / 'qvl_kernels'} has no built extension and hides the qvl_kernels installed in {installed}: run Python from "
-        f"another folder (and without {checkout} in PYTHONPATH), or build the extension there: python setup.py build_ext --inplace"
+        f"ImportError: {checkout / 'qvl_kernels'} has no built extension and hides the qvl_kernels installed in "
+        f"{installed}: run Python from "
+        f"another folder (and without {checkout} in PYTHONPATH), or build the extension there: python setup.py "
+        f"build_ext --inplace"
     )
     assert "circular" not in result.stderr and "During handling" not in result.stderr
 
@@ -211,7 +234,18 @@ def test_both_ways_out_of_a_hidden_package(installed_and_checkout, tmp_path):
 
 
 def test_every_gpu_has_an_audited_architecture():
-    """RTX 30 has the shared memory of RTX 40, Jetson Orin that of A100, B300 and Thor the tensor memory of B200; what nobody knows gets the smallest tiles."""
-    known = {"sm_86": "sm_89", "sm_87": "sm_80", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120", "sm_130": "sm_89", "gfx90a": "gfx942", "gfx950": "gfx942"}
+    """RTX 30 has the shared memory of RTX 40, Jetson Orin that of A100, B300 and Thor the tensor memory of B200; what
+    nobody knows gets the smallest tiles.
+    """
+    known = {
+        "sm_86": "sm_89",
+        "sm_87": "sm_80",
+        "sm_103": "sm_100",
+        "sm_110": "sm_100",
+        "sm_121": "sm_120",
+        "sm_130": "sm_89",
+        "gfx90a": "gfx942",
+        "gfx950": "gfx942",
+    }
     assert {name: gpu.nearest(name) for name in known} == known
     assert all(gpu.nearest(name) == name for name in gpu.ARCHITECTURES)

@@ -1,7 +1,9 @@
-"""Every op with a C++ kernel on every instruction set, and by oneDNN, over drawn shapes, strides, lengths, masks and threads.
+"""Every op with a C++ kernel on every instruction set, and by oneDNN, over drawn shapes, strides, lengths, masks and
+threads.
 
-All tensors lie between guard pages. A case is a dictionary of plain values; see ``fuzzing`` for what to do when one ends the
-process. Outputs are compared with the reference in float64, within bounds that follow from the number of roundings.
+All tensors lie between guard pages. A case is a dictionary of plain values; see ``fuzzing`` for what to do when one
+ends the process. Outputs are compared with the reference in float64, within bounds that follow from the number of
+roundings.
 """
 
 from unittest import mock
@@ -17,9 +19,9 @@ from hypothesis import strategies as st
 from op_cases import OPS, map_tensors, reference
 
 import qvl_kernels
+from qvl_kernels.ops.decode_attention.reference import dequantize_cache
 from qvl_kernels.ops.decoder_layer import DecoderWeights
 from qvl_kernels.ops.decoder_layer.reference import decoder_layer_reference
-from qvl_kernels.ops.decode_attention.reference import dequantize_cache
 from qvl_kernels.ops.rms_norm.reference import rms_norm_reference
 from qvl_kernels.ops.rope.reference import rotate_half
 from qvl_kernels.ops.vision_block import VisionWeights
@@ -36,10 +38,15 @@ def sizes(low: int, high: int, *edges: int) -> st.SearchStrategy[int]:
 
 
 def cases(**fields: st.SearchStrategy) -> st.SearchStrategy[dict]:
-    return st.fixed_dictionaries({
-        **fields, "dtype": st.sampled_from(["float32", "bfloat16", "float16"]), "seed": st.integers(0, 1 << 20),
-        "layout": st.integers(0, 1 << 20), "threads": st.sampled_from([1, 2, 5]),
-    })  # fmt: skip
+    return st.fixed_dictionaries(
+        {
+            **fields,
+            "dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
+            "seed": st.integers(0, 1 << 20),
+            "layout": st.integers(0, 1 << 20),
+            "threads": st.sampled_from([1, 2, 5]),
+        }
+    )
 
 
 def double(arguments: dict) -> dict:
@@ -108,7 +115,11 @@ def _norm(name: str, case: dict, inputs: Inputs) -> Trial:
         centred = x - x.mean(-1, keepdim=True)
         r = (centred.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
         moved = single * x.norm(dim=-1, keepdim=True) * r  # of the mean, in units of the result
-        slack = inputs.eps * y.abs() + (w * (moved + centred.abs() * r * (2 * moved + single))).abs() + 4 * SINGLE * exact["bias"].abs()
+        slack = (
+            inputs.eps * y.abs()
+            + (w * (moved + centred.abs() * r * (2 * moved + single))).abs()
+            + 4 * SINGLE * exact["bias"].abs()
+        )
     else:
         y = rms_norm_reference(x, w, 1e-6)
         slack = (1.5 * inputs.eps + single) * y.abs()
@@ -144,9 +155,12 @@ def linear_cross_entropy(case: dict, inputs: Inputs) -> Trial:
     labels = torch.randint(0, vocabulary, (tokens,), generator=inputs.generator)
     labels[inputs.chance(tokens, probability=0.2)] = -100
     arguments = {
-        "hidden": inputs.place(tokens, size, repeat=True), "weight": inputs.laid(inputs.matrix(vocabulary, size)),
-        "labels": inputs.laid(labels), "label_smoothing": case["smoothing"], "reduction": case["reduction"],
-    }  # fmt: skip
+        "hidden": inputs.place(tokens, size, repeat=True),
+        "weight": inputs.laid(inputs.matrix(vocabulary, size)),
+        "labels": inputs.laid(labels),
+        "label_smoothing": case["smoothing"],
+        "reduction": case["reduction"],
+    }
     truth = reference(qvl_kernels.linear_cross_entropy, double(arguments))
     logits, moved = bounds.matmul(arguments["hidden"], arguments["weight"], None, inputs.dtype)
     rows = (2 * moved.amax(-1) + (32 + vocabulary) * SINGLE * (1 + logits.abs().amax(-1))) * (labels != -100)
@@ -168,10 +182,12 @@ def qk_norm_rope(case: dict, inputs: Inputs) -> Trial:
     b, t, kv, d = (case[name] for name in ("b", "t", "kv_heads", "half"))
     d *= 2
     arguments = {
-        "q": inputs.place(b, t, kv * case["group"], d, repeat=True), "k": inputs.place(b, t, kv, d, repeat=True),
-        "q_weight": inputs.place(d), "k_weight": inputs.place(d),
+        "q": inputs.place(b, t, kv * case["group"], d, repeat=True),
+        "k": inputs.place(b, t, kv, d, repeat=True),
+        "q_weight": inputs.place(d),
+        "k_weight": inputs.place(d),
         **_tables(inputs, b if case["flag"] else 1, t, d, dtype=inputs.dtype),
-    }  # fmt: skip
+    }
     exact = double(arguments)
     truth = reference(qvl_kernels.qk_norm_rope, exact)
     normed = (rms_norm_reference(exact[name], exact[f"{name}_weight"], 1e-6) for name in ("q", "k"))
@@ -183,9 +199,10 @@ def vision_rope(case: dict, inputs: Inputs) -> Trial:
     t, kv, d = case["t"], case["kv_heads"], 2 * case["half"]
     table_dtype = inputs.dtype if case["flag"] else torch.float32
     arguments = {
-        "q": inputs.place(t, kv * case["group"], d, repeat=True), "k": inputs.place(t, kv, d, repeat=True),
+        "q": inputs.place(t, kv * case["group"], d, repeat=True),
+        "k": inputs.place(t, kv, d, repeat=True),
         **_tables(inputs, t, d, dtype=table_dtype),
-    }  # fmt: skip
+    }
     exact = double(arguments)
     slack = tuple((inputs.eps + 4 * SINGLE) * terms for terms in _rope_terms((exact["q"], exact["k"]), exact))
     return Trial(lambda: qvl_kernels.vision_rope(**arguments), reference(qvl_kernels.vision_rope, exact), slack)
@@ -234,7 +251,13 @@ def attention(case: dict, inputs: Inputs) -> Trial:
         tensors = inputs.place(b, t, heads, d, repeat=True), inputs.laid(k), inputs.laid(v)
         hidden = None if padding is None else inputs.laid(padding, dense=0)
         extra = {"mask": _mask(case["mask"], (b, heads, t, s), inputs), "key_padding_mask": hidden}
-    arguments = {**dict(zip("qkv", tensors)), **extra, "causal": case["causal"], "scale": case["scale"], "return_lse": True}
+    arguments = {
+        **dict(zip("qkv", tensors)),
+        **extra,
+        "causal": case["causal"],
+        "scale": case["scale"],
+        "return_lse": True,
+    }
     return _attention_trial(qvl_kernels.attention, arguments, extra.get("mask"), inputs)
 
 
@@ -245,9 +268,13 @@ def cross_attention(case: dict, inputs: Inputs) -> Trial:
     behind = torch.arange(s)[None] >= lengths[:, None]
     k[behind], v[behind] = float("nan"), float("nan")
     arguments = {
-        "q": inputs.place(b, t, kv * case["group"], d, repeat=True), "k": inputs.laid(k), "v": inputs.laid(v), "kv_lens": inputs.laid(lengths),
-        "key_padding_mask": inputs.laid(inputs.chance(b, s, probability=0.7), dense=0) if case["padding"] else None, "scale": case["scale"],
-    }  # fmt: skip
+        "q": inputs.place(b, t, kv * case["group"], d, repeat=True),
+        "k": inputs.laid(k),
+        "v": inputs.laid(v),
+        "kv_lens": inputs.laid(lengths),
+        "key_padding_mask": inputs.laid(inputs.chance(b, s, probability=0.7), dense=0) if case["padding"] else None,
+        "scale": case["scale"],
+    }
     return _attention_trial(qvl_kernels.cross_attention, arguments, None, inputs)
 
 
@@ -256,9 +283,11 @@ def decode_attention(case: dict, inputs: Inputs) -> Trial:
     capacity = t + case["s"]
     lengths = torch.randint(t, capacity + 1, (b,), generator=inputs.generator)
     arguments = {
-        "q": inputs.place(b, t, kv * case["group"], d, repeat=True), "lengths": inputs.laid(lengths.int() if case["packed"] else lengths),
-        "mask": _mask(case["mask"], (b, kv * case["group"], t, capacity), inputs), "scale": case["scale"],
-    }  # fmt: skip
+        "q": inputs.place(b, t, kv * case["group"], d, repeat=True),
+        "lengths": inputs.laid(lengths.int() if case["packed"] else lengths),
+        "mask": _mask(case["mask"], (b, kv * case["group"], t, capacity), inputs),
+        "scale": case["scale"],
+    }
     behind = (torch.arange(capacity)[None] >= lengths[:, None])[:, None].expand(b, kv, capacity)
     exact = double(arguments)
     for name in "kv":
@@ -275,14 +304,18 @@ def decode_attention(case: dict, inputs: Inputs) -> Trial:
     return _attention_trial(qvl_kernels.decode_attention, arguments, arguments["mask"], inputs, exact)
 
 
-def _attention_trial(function, arguments: dict, mask: torch.Tensor | None, inputs: Inputs, exact: dict | None = None) -> Trial:
+def _attention_trial(
+    function, arguments: dict, mask: torch.Tensor | None, inputs: Inputs, exact: dict | None = None
+) -> Trial:
     exact = double(arguments) if exact is None else exact
     value, key = ("v_cache", "k_cache") if "k_cache" in exact else ("v", "k")
     truth = reference(function, exact)
     magnitude = reference(function, {**exact, value: exact[value].abs()})[0]
     keys = exact[key].transpose(1, 2) if key == "k_cache" else exact[key]
     added = 1e4 if mask is not None and mask.is_floating_point() else 0.0
-    slack, scores = bounds.attention(exact["q"], keys, truth[0], magnitude, inputs.dtype, scale=arguments["scale"], added=added)
+    slack, scores = bounds.attention(
+        exact["q"], keys, truth[0], magnitude, inputs.dtype, scale=arguments["scale"], added=added
+    )
     if len(truth) > 1:
         scores = scores.movedim(-2, -3)[..., 0] + 2 * SINGLE * truth[1].abs().nan_to_num(posinf=0.0)
     return Trial(lambda: function(**arguments), truth, (slack, scores))
@@ -293,14 +326,18 @@ def _attention_trial(function, arguments: dict, mask: torch.Tensor | None, input
 FORMATS = st.sampled_from([None, (8, 128), (4, 32), (4, 64), (4, 128)])
 
 
-def _rounded_product(x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def _rounded_product(
+    x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
     if isinstance(weight, QuantizedWeight):
         x, weight = rounded_activations(x.float(), weight).double(), dequantize(weight).double()
     return torch.nn.functional.linear(x, weight, bias)
 
 
 def _layer_slack(change: torch.Tensor, x: torch.Tensor, quantised: bool, inputs: Inputs) -> float:
-    """Of every element; rounding that falls to the other side moves an activation of a quantised product by 1/127 of the largest."""
+    """Of every element; rounding that falls to the other side moves an activation of a quantised product by 1/127 of
+    the largest.
+    """
     if not x.numel():
         return 0.0
     unit = 60 * SINGLE if inputs.dtype == torch.float32 else 8 * inputs.eps
@@ -310,28 +347,53 @@ def _layer_slack(change: torch.Tensor, x: torch.Tensor, quantised: bool, inputs:
 def decoder_layer(case: dict, inputs: Inputs) -> Trial:
     b, t, past, kv, c, f = (case[name] for name in ("b", "t", "past", "kv_heads", "c", "f"))
     heads, d = kv * case["group"], 2 * case["half"]
-    shapes = {"q": (heads * d, c), "k": (kv * d, c), "v": (kv * d, c), "o": (c, heads * d), "gate": (f, c), "up": (f, c), "down": (c, f)}
+    shapes = {
+        "q": (heads * d, c),
+        "k": (kv * d, c),
+        "v": (kv * d, c),
+        "o": (c, heads * d),
+        "gate": (f, c),
+        "up": (f, c),
+        "down": (c, f),
+    }
     formats = dict(zip(shapes, case["formats"] or [None] * 7))
     weights = DecoderWeights(
-        **{name: inputs.matrix(*shape) if formats[name] is None else quantize(inputs.matrix(*shape).float(), *formats[name])
-           for name, shape in shapes.items()},
-        **{name: 1 + 0.1 * inputs.random(size) for name, size in (("input_norm", c), ("post_norm", c), ("q_norm", d), ("k_norm", d))},
+        **{
+            name: inputs.matrix(*shape)
+            if formats[name] is None
+            else quantize(inputs.matrix(*shape).float(), *formats[name])
+            for name, shape in shapes.items()
+        },
+        **{
+            name: 1 + 0.1 * inputs.random(size)
+            for name, size in (("input_norm", c), ("post_norm", c), ("q_norm", d), ("k_norm", d))
+        },
         **{f"{name}_bias": inputs.random(shapes[name][0]) for name in "qkvo" if case["bias"]},
-    )  # fmt: skip
+    )
     weights = inputs.laid.all(weights)
     x, tables = inputs.place(b, t, c, dense=3), _tables(inputs, b if case["flag"] else 1, t, d, dtype=inputs.dtype)
     values = [inputs.random(b, kv, past + t + case["room"], d) for _ in range(2)]
     for value in values:
         value[:, :, past:] = float("nan")  # what is not written yet is not read
     caches = [inputs.laid(value, writable=True) for value in values]
-    mask = _mask(case["mask"], (b, heads, t, past + t), inputs, low=-30.0)  # where all keys are at -1e4, fp32 scores have three digits left
+    mask = _mask(
+        case["mask"], (b, heads, t, past + t), inputs, low=-30.0
+    )  # where all keys are at -1e4, fp32 scores have three digits left
     exact_caches = [value.double() for value in values]
     exact_weights = DecoderWeights(*(w.double() if isinstance(w, torch.Tensor) else w for w in weights))
     with mock.patch("qvl_kernels.ops.decoder_layer.reference.linear_reference", _rounded_product):
         y = decoder_layer_reference(
-            x.double(), exact_weights, tables["cos"].double(), tables["sin"].double(), *exact_caches, past,
-            mask.double() if mask is not None and mask.is_floating_point() else mask, heads, 1e-6, d**-0.5,
-        )  # fmt: skip
+            x.double(),
+            exact_weights,
+            tables["cos"].double(),
+            tables["sin"].double(),
+            *exact_caches,
+            past,
+            mask.double() if mask is not None and mask.is_floating_point() else mask,
+            heads,
+            1e-6,
+            d**-0.5,
+        )
     quantised = any(formats.values())
     slack = _layer_slack(y - x.double(), x, quantised, inputs)
     written = []
@@ -345,7 +407,9 @@ def decoder_layer(case: dict, inputs: Inputs) -> Trial:
             kind = qvl_kernels.QuantizedDecoderLayer if case["formats"] else qvl_kernels.PreparedDecoderLayer
             layer = kind(weights, num_heads=heads, kv_heads=kv, eps=1e-6, scale=d**-0.5)
             return layer(x, **tables, k_cache=caches[0], v_cache=caches[1], past=past, mask=mask)
-        return qvl_kernels.decoder_layer(x, weights, **tables, k_cache=caches[0], v_cache=caches[1], past=past, mask=mask, num_heads=heads)
+        return qvl_kernels.decoder_layer(
+            x, weights, **tables, k_cache=caches[0], v_cache=caches[1], past=past, mask=mask, num_heads=heads
+        )
 
     return Trial(call, (y,), (slack,), tuple(written))
 
@@ -356,37 +420,79 @@ def vision_block(case: dict, inputs: Inputs) -> Trial:
     tokens = int(bounds[-1])
     shapes = {"qkv": (3 * c, c), "proj": (c, c), "fc1": (f, c), "fc2": (c, f)}
     formats = dict(zip(shapes, case["formats"] or [None] * 4))
-    weights = inputs.laid.all(VisionWeights(
-        **{f"{name}_w": inputs.matrix(*shape) if formats[name] is None else quantize(inputs.matrix(*shape).float(), *formats[name])
-           for name, shape in shapes.items()},
-        **{f"{name}_b": 0.1 * inputs.random(shape[0]) for name, shape in shapes.items()},
-        **{f"norm{i}_{part}": float(part == "w") + 0.1 * inputs.random(c) for i in (1, 2) for part in "wb"},
-    ))  # fmt: skip
-    x, tables, cu_seqlens = inputs.place(tokens, c, dense=2), _tables(inputs, tokens, d, dtype=torch.float32), inputs.laid(bounds)
+    weights = inputs.laid.all(
+        VisionWeights(
+            **{
+                f"{name}_w": inputs.matrix(*shape)
+                if formats[name] is None
+                else quantize(inputs.matrix(*shape).float(), *formats[name])
+                for name, shape in shapes.items()
+            },
+            **{f"{name}_b": 0.1 * inputs.random(shape[0]) for name, shape in shapes.items()},
+            **{f"norm{i}_{part}": float(part == "w") + 0.1 * inputs.random(c) for i in (1, 2) for part in "wb"},
+        )
+    )
+    x, tables, cu_seqlens = (
+        inputs.place(tokens, c, dense=2),
+        _tables(inputs, tokens, d, dtype=torch.float32),
+        inputs.laid(bounds),
+    )
     exact_weights = VisionWeights(*(w.double() if isinstance(w, torch.Tensor) else w for w in weights))
     with mock.patch("qvl_kernels.ops.vision_block.reference.linear_reference", _rounded_product):
-        y = vision_block_reference(x.double(), exact_weights, tables["cos"].double(), tables["sin"].double(), bounds, heads, 1e-6)
+        y = vision_block_reference(
+            x.double(), exact_weights, tables["cos"].double(), tables["sin"].double(), bounds, heads, 1e-6
+        )
     slack = _layer_slack(y - x.double(), x, any(formats.values()), inputs)
-    return Trial(lambda: qvl_kernels.vision_block(x, weights, **tables, cu_seqlens=cu_seqlens, num_heads=heads), (y,), (slack,))
+    return Trial(
+        lambda: qvl_kernels.vision_block(x, weights, **tables, cu_seqlens=cu_seqlens, num_heads=heads), (y,), (slack,)
+    )
 
 
 NORMS = cases(rows=ROWS, size=WIDTHS, scale=st.sampled_from([1.0, 1e-3, 100.0]))
-PRODUCT = {"m": sizes(0, 20, 33, 64, 65, 130), "n": sizes(0, 40, 95, 97, 129), "k": sizes(0, 70, 64, 127, 128, 129, 1023, 1025), "bias": st.booleans()}
+PRODUCT = {
+    "m": sizes(0, 20, 33, 64, 65, 130),
+    "n": sizes(0, 40, 95, 97, 129),
+    "k": sizes(0, 70, 64, 127, 128, 129, 1023, 1025),
+    "bias": st.booleans(),
+}
 ATTENTION = {
-    "b": st.integers(0, 3), "t": sizes(0, 9, 17, 33, 70, 150), "s": sizes(0, 40, 127, 129, 300, 513), **HEADS, "d": HEAD_DIMS, "scale": SCALES,
-    "mask": MASKS, "padding": st.booleans(),
-}  # fmt: skip
+    "b": st.integers(0, 3),
+    "t": sizes(0, 9, 17, 33, 70, 150),
+    "s": sizes(0, 40, 127, 129, 300, 513),
+    **HEADS,
+    "d": HEAD_DIMS,
+    "scale": SCALES,
+    "mask": MASKS,
+    "padding": st.booleans(),
+}
 ROPE = {"b": st.integers(1, 3), "t": sizes(0, 9), **HEADS, "half": sizes(1, 20, 32, 64, 65, 256), "flag": st.booleans()}
 # Layers norm sums and heads: with very few elements these may all but vanish, which no bound covers.
 DECODER = {
-    "b": st.integers(0, 3), "t": sizes(0, 6, 17, 40), "past": sizes(0, 20, 130), "room": st.integers(0, 3), **HEADS, "half": sizes(4, 12, 16),
-    "c": sizes(8, 40, 64, 129), "f": sizes(1, 40, 96, 97, 130), "bias": st.booleans(), "flag": st.booleans(), "mask": MASKS,
+    "b": st.integers(0, 3),
+    "t": sizes(0, 6, 17, 40),
+    "past": sizes(0, 20, 130),
+    "room": st.integers(0, 3),
+    **HEADS,
+    "half": sizes(4, 12, 16),
+    "c": sizes(8, 40, 64, 129),
+    "f": sizes(1, 40, 96, 97, 130),
+    "bias": st.booleans(),
+    "flag": st.booleans(),
+    "mask": MASKS,
     "prepared": st.booleans(),
-}  # fmt: skip
-VISION = {"lengths": st.lists(sizes(0, 12, 33, 70), max_size=3), "heads": st.integers(2, 4), "half": sizes(2, 12, 16), "f": sizes(1, 40, 96, 97, 130)}
+}
+VISION = {
+    "lengths": st.lists(sizes(0, 12, 33, 70), max_size=3),
+    "heads": st.integers(2, 4),
+    "half": sizes(2, 12, 16),
+    "f": sizes(1, 40, 96, 97, 130),
+}
 
 FUZZED = {
-    "attention": (attention, cases(**ATTENTION, causal=st.booleans(), packed=st.none() | st.lists(sizes(0, 9, 33, 140), max_size=4))),
+    "attention": (
+        attention,
+        cases(**ATTENTION, causal=st.booleans(), packed=st.none() | st.lists(sizes(0, 9, 33, 140), max_size=4)),
+    ),
     "cross_attention": (cross_attention, cases(**ATTENTION)),
     "decode_attention": (decode_attention, cases(**{**ATTENTION, "t": sizes(1, 4, 9)}, packed=st.booleans())),
     "rms_norm": (lambda *arguments: _norm("rms_norm", *arguments), NORMS),
@@ -399,10 +505,17 @@ FUZZED = {
     "gelu_tanh": (gelu_tanh, cases(rows=ROWS, size=WIDTHS, scale=st.sampled_from([1.0, 10.0]), bias=st.booleans())),
     "patch_embed": (patch_embed, cases(**{**PRODUCT, "n": sizes(1, 40, 97), "k": sizes(1, 40)})),
     "linear": (linear, cases(**PRODUCT, quantised=st.none())),
-    "quantized_linear": (linear, cases(**{**PRODUCT, "k": sizes(1, 70, 127, 128, 129, 1023, 1025)}, quantised=FORMATS.filter(bool))),
+    "quantized_linear": (
+        linear,
+        cases(**{**PRODUCT, "k": sizes(1, 70, 127, 128, 129, 1023, 1025)}, quantised=FORMATS.filter(bool)),
+    ),
     "linear_cross_entropy": (
         linear_cross_entropy,
-        cases(**{**PRODUCT, "n": sizes(1, 60, 131)}, smoothing=st.sampled_from([0.0, 0.1]), reduction=st.sampled_from(["mean", "sum", "none"])),
+        cases(
+            **{**PRODUCT, "n": sizes(1, 60, 131)},
+            smoothing=st.sampled_from([0.0, 0.1]),
+            reduction=st.sampled_from(["mean", "sum", "none"]),
+        ),
     ),
     "decoder_layer": (decoder_layer, cases(**DECODER, formats=st.none())),
     "decoder_layer_quantised": (decoder_layer, cases(**DECODER, formats=st.lists(FORMATS, min_size=7, max_size=7))),
@@ -430,7 +543,9 @@ def test_every_op_is_here():
 def test_between_guard_pages(name, count):
     fuzzing.CASE_FILE.parent.mkdir(exist_ok=True)
 
-    @settings(max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    )
     @given(FUZZED[name][1])
     def run(case):
         check(name, case)

@@ -43,7 +43,9 @@ def test_what_is_beside_and_what_is_read_only_is_felt(at_end):
 @pytest.mark.parametrize("rows", [1, 17])
 @pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
 def test_one_element_too_many_is_felt(dtype, rows):
-    """By masked vector instructions, too: each operand of a product is in turn what the sizes say, or an element shorter."""
+    """By masked vector instructions, too: each operand of a product is in turn what the sizes say, or an element
+    shorter.
+    """
     x, weight, bias = (Layouts(0)(torch.zeros(shape, dtype=dtype)) for shape in ((rows, 33), (5, 33), (5,)))
     large, extension = torch.zeros(200, 200, dtype=dtype), dispatch.extension()
 

@@ -44,7 +44,12 @@ def _generate(model, batch, **options):
 
 def _same(models, batch, **options):
     """The outputs of both models, once tokens, scores, logits and caches are known to agree."""
-    outs = [_generate(model, batch, **copy.deepcopy(options), return_dict_in_generate=True, output_scores=True, output_logits=True) for model in models]
+    outs = [
+        _generate(
+            model, batch, **copy.deepcopy(options), return_dict_in_generate=True, output_scores=True, output_logits=True
+        )
+        for model in models
+    ]
     stock, ours = outs
     assert torch.equal(ours.sequences, stock.sequences)
     for name in ("scores", "logits"):
@@ -104,7 +109,10 @@ def test_two_threads_share_a_model(models, tokens):
     expected = [_generate(stock, batch, **GREEDY) for batch in batches]
     for _ in range(3):
         got = [None] * len(batches)
-        threads = [threading.Thread(target=lambda i=i: got.__setitem__(i, ours.generate(**batches[i], **GREEDY))) for i in range(len(batches))]
+        threads = [
+            threading.Thread(target=lambda i=i: got.__setitem__(i, ours.generate(**batches[i], **GREEDY)))
+            for i in range(len(batches))
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -117,7 +125,9 @@ def test_a_streamer_that_generates(models):
     results = []
     for model in models:
         inner = []
-        streamer = _Tokens(lambda model=model, inner=inner: inner.append(model.generate(**inputs([4]), **GREEDY).tolist()))
+        streamer = _Tokens(
+            lambda model=model, inner=inner: inner.append(model.generate(**inputs([4]), **GREEDY).tolist())
+        )
         results.append((_generate(model, inputs([9]), **GREEDY, streamer=streamer).tolist(), inner))
     assert results[0] == results[1] and len(results[1][1]) > 3
 
@@ -130,7 +140,12 @@ def test_next_turns(models, tokens):
         results = []
         for model, cache in zip(models, caches):
             model.model.rope_deltas = None
-            first = _generate(model, {"input_ids": text[:, :9], "attention_mask": torch.ones(1, 9, dtype=torch.long)}, **{CACHE: cache}, **GREEDY)
+            first = _generate(
+                model,
+                {"input_ids": text[:, :9], "attention_mask": torch.ones(1, 9, dtype=torch.long)},
+                **{CACHE: cache},
+                **GREEDY,
+            )
             asked = torch.cat((first, text[:, 9:14]), 1)
             mask = torch.ones(1, asked.shape[1], dtype=torch.long)
             new = asked[:, cache.get_seq_length() :] if alone else asked
@@ -173,7 +188,9 @@ def test_other_masks_and_positions(models, mask, positions):
 
 def test_embeddings_as_prompt(models, tokens):
     ids = inputs([9])["input_ids"]
-    outs = [_generate(model, {"inputs_embeds": model.get_input_embeddings()(ids).detach()}, **GREEDY) for model in models]
+    outs = [
+        _generate(model, {"inputs_embeds": model.get_input_embeddings()(ids).detach()}, **GREEDY) for model in models
+    ]
     assert torch.equal(*outs) and tokens
 
 
@@ -222,13 +239,19 @@ def _layer(model, index):
 
 CHANGES = {
     "hook on a layer": lambda model: _layer(model, 2).register_forward_hook(lambda module, args, out: out * 1.5),
-    "hook before a layer": lambda model: _layer(model, 3).register_forward_pre_hook(lambda module, args: (args[0] + 0.25, *args[1:])),
+    "hook before a layer": lambda model: _layer(model, 3).register_forward_pre_hook(
+        lambda module, args: (args[0] + 0.25, *args[1:])
+    ),
     "hook inside": lambda model: _layer(model, 4).mlp.down_proj.register_forward_hook(lambda module, args, out: -out),
     "hook on the text model": lambda model: model.model.language_model.register_forward_hook(_scale_last),
     "hook on the head": lambda model: model.lm_head.register_forward_hook(lambda module, args, out: -out),
-    "hook on the embedding": lambda model: model.model.language_model.embed_tokens.register_forward_hook(lambda module, args, out: out * 0.5),
+    "hook on the embedding": lambda model: model.model.language_model.embed_tokens.register_forward_hook(
+        lambda module, args, out: out * 0.5
+    ),
     "weights in place": lambda model: _layer(model, 3).self_attn.o_proj.weight.data.mul_(2.0),
-    "new data": lambda model: setattr(_layer(model, 3).self_attn.o_proj.weight, "data", _layer(model, 3).self_attn.o_proj.weight.data * 2.0),
+    "new data": lambda model: setattr(
+        _layer(model, 3).self_attn.o_proj.weight, "data", _layer(model, 3).self_attn.o_proj.weight.data * 2.0
+    ),
     "an epsilon": lambda model: setattr(_layer(model, 1).input_layernorm, "variance_epsilon", 0.5),
     "rotary frequencies": lambda model: model.model.language_model.rotary_emb.inv_freq.mul_(0.5),
     "a layer less": lambda model: model.model.language_model.layers.__delitem__(4),
@@ -283,7 +306,10 @@ def test_what_changes_counts(change, when):
 
 def test_two_models_take_turns(tokens):
     one, other = pair("odd"), pair("small")
-    outs = [[_generate(model, inputs([n]), **GREEDY).tolist() for n in (5, 7) for model in (one[i], other[i])] for i in (0, 1)]
+    outs = [
+        [_generate(model, inputs([n]), **GREEDY).tolist() for n in (5, 7) for model in (one[i], other[i])]
+        for i in (0, 1)
+    ]
     assert outs[0] == outs[1] and tokens
 
 
@@ -337,7 +363,14 @@ def test_other_calls_stay_with_stock_code(models, tokens, monkeypatch, options):
     for model in models:
         if "output_attentions" in given:
             model.set_attn_implementation("eager")
-        outs.append(_generate(model, inputs([9]), **GREEDY, **{name: value() if isinstance(value, type) else value for name, value in given.items()}))
+        outs.append(
+            _generate(
+                model,
+                inputs([9]),
+                **GREEDY,
+                **{name: value() if isinstance(value, type) else value for name, value in given.items()},
+            )
+        )
         if "output_attentions" in given:
             model.set_attn_implementation("sdpa")
     sequences = [out if isinstance(out, torch.Tensor) else out.sequences for out in outs]
@@ -350,7 +383,9 @@ def test_a_static_cache_goes_on(models, tokens):
         cache = StaticCache(config=model.config.text_config, max_cache_len=48)
         first = _generate(model, inputs([9]), **GREEDY, **{CACHE: cache})
         asked = torch.cat((first, inputs([4])["input_ids"]), 1)
-        second = _generate(model, {"input_ids": asked, "attention_mask": torch.ones_like(asked)}, **GREEDY, **{CACHE: cache})
+        second = _generate(
+            model, {"input_ids": asked, "attention_mask": torch.ones_like(asked)}, **GREEDY, **{CACHE: cache}
+        )
         results.append((first.tolist(), second.tolist(), int(cache.get_seq_length())))
     assert results[0] == results[1] and tokens
 
@@ -378,7 +413,17 @@ def test_an_update_of_ones_own(models, place, kind, when):
         if when == "before the prompt":
             replace()
         streamer = _Tokens(replace) if when == "by a streamer" else None
-        results.append(_generate(model, inputs([9]), **GREEDY, **{CACHE: cache}, return_dict_in_generate=True, output_logits=True, streamer=streamer))
+        results.append(
+            _generate(
+                model,
+                inputs([9]),
+                **GREEDY,
+                **{CACHE: cache},
+                return_dict_in_generate=True,
+                output_logits=True,
+                streamer=streamer,
+            )
+        )
     stock, ours = results
     assert torch.equal(ours.sequences, stock.sequences)
     assert_close(torch.stack(ours.logits), torch.stack(stock.logits))
@@ -389,7 +434,9 @@ def test_an_update_of_ones_own(models, place, kind, when):
 def test_an_update_of_a_class(models, monkeypatch):
     plain = _generate(models[0], inputs([9]), **GREEDY, return_dict_in_generate=True, output_logits=True)
     update = DynamicLayer.update
-    monkeypatch.setattr(DynamicLayer, "update", lambda layer, k, v, *args, **kwargs: update(layer, k * 0.5, v, *args, **kwargs))
+    monkeypatch.setattr(
+        DynamicLayer, "update", lambda layer, k, v, *args, **kwargs: update(layer, k * 0.5, v, *args, **kwargs)
+    )
     stock, _ = _same(models, inputs([9]), **GREEDY)
     assert relative(torch.stack(stock.logits), torch.stack(plain.logits)) > 1e-3
 
@@ -401,7 +448,9 @@ def _set_implementation(model, name: str) -> None:
 
 
 @pytest.mark.parametrize("rows", ["text", "batch 3, padding and images"])
-@pytest.mark.parametrize("name", ["eager", "flash_attention_2", "flash_attention_3", pytest.param("flex_attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["eager", "flash_attention_2", "flash_attention_3", pytest.param("flex_attention", marks=pytest.mark.slow)]
+)
 def test_implementations_of_attention(tokens, name, rows):
     """As stock with sdpa; stock itself cannot run flash attention here."""
     stock, ours = pair("odd")
@@ -420,13 +469,19 @@ def test_several_texts_in_one_row_are_flash_attentions_own():
     _, ours = pair("odd")
     _set_implementation(ours, "flash_attention_2")
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
-    with torch.no_grad(), pytest.raises((ImportError, TypeError, AttributeError, ValueError)):  # stock's function, which is not installed
+    with (
+        torch.no_grad(),
+        pytest.raises((ImportError, TypeError, AttributeError, ValueError)),
+    ):  # stock's function, which is not installed
         ours(input_ids=inputs([7])["input_ids"], position_ids=positions)
 
 
 def test_report_says_why_not():
     stock, ours = pair("odd")
-    assert qvl_model.report(stock).decoding == "transformers' own loop" and qvl_model.report(stock).attention == "stock's own"
+    assert (
+        qvl_model.report(stock).decoding == "transformers' own loop"
+        and qvl_model.report(stock).attention == "stock's own"
+    )
     ours.model.language_model.register_forward_hook(lambda *_: None)
     assert "hooks" in qvl_model.report(ours).decoding
     _set_implementation(ours, "paged|sdpa")
@@ -486,7 +541,9 @@ def test_a_mask_function_registered_anew_counts(models, monkeypatch):
         return out
 
     monkeypatch.setitem(functions._global_mapping, "sdpa", mask)
-    outs = [_generate(model, inputs([9]), **GREEDY, return_dict_in_generate=True, output_logits=True) for model in models]
+    outs = [
+        _generate(model, inputs([9]), **GREEDY, return_dict_in_generate=True, output_logits=True) for model in models
+    ]
     assert_close(torch.stack(outs[1].logits), torch.stack(outs[0].logits))
 
 
@@ -549,7 +606,15 @@ def test_a_criterion_that_looks_into_the_users_cache(models):
     for model in models:
         cache = DynamicCache(config=model.config.get_text_config())
         looks = _Looks(cache)
-        out = _generate(model, inputs([9]), **GREEDY, **{CACHE: cache}, stopping_criteria=[looks], return_dict_in_generate=True, output_logits=True)
+        out = _generate(
+            model,
+            inputs([9]),
+            **GREEDY,
+            **{CACHE: cache},
+            stopping_criteria=[looks],
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
         results.append((torch.stack(out.logits), looks.seen))
     assert results[0][1] == results[1][1]
     assert_close(results[1][0], results[0][0])

@@ -1,4 +1,6 @@
-"""Tokens as captured steps run them, here without graphs on CPU tensors: what stock code gives, in every use of ``generate``."""
+"""Tokens as captured steps run them, here without graphs on CPU tensors: what stock code gives, in every use of
+``generate``.
+"""
 
 import copy
 import gc
@@ -146,7 +148,11 @@ def test_returned_cache_goes_on_to_the_next_turn(models, steps):
             turn = torch.cat((out.sequences, torch.tensor([[5, 6, 7]])), 1)
             new = turn if whole else turn[:, out[CACHE].get_seq_length() :]
             again = _generate(
-                model, dict(input_ids=new, attention_mask=torch.ones_like(turn)), **{CACHE: out[CACHE]}, do_sample=False, max_new_tokens=6,
+                model,
+                dict(input_ids=new, attention_mask=torch.ones_like(turn)),
+                **{CACHE: out[CACHE]},
+                do_sample=False,
+                max_new_tokens=6,
                 return_dict_in_generate=True,
             )
             results.append((out.sequences, again.sequences, again[CACHE]))
@@ -166,7 +172,9 @@ def test_a_layer_with_fewer_keys_than_the_others(models, steps):
         layer = cache.layers[2]
         layer.keys, layer.values = layer.keys[:, :, :4], layer.values[:, :, :4]
         turn = dict(input_ids=torch.tensor([[7]]), attention_mask=torch.ones(1, 7, dtype=torch.long))
-        outs.append(_generate(model, turn, **{CACHE: cache}, return_dict_in_generate=True, output_logits=True, **GREEDY))
+        outs.append(
+            _generate(model, turn, **{CACHE: cache}, return_dict_in_generate=True, output_logits=True, **GREEDY)
+        )
     assert torch.equal(outs[0].sequences, outs[1].sequences) and not steps
     assert_close(torch.stack(outs[1].logits), torch.stack(outs[0].logits))
 
@@ -174,7 +182,11 @@ def test_a_layer_with_fewer_keys_than_the_others(models, steps):
 def test_keys_and_values_are_there_once(models, monkeypatch):
     """A cache that nobody asked for is empty once the step has taken over."""
     seen, begin = [], GpuStep._begin
-    monkeypatch.setattr(GpuStep, "_begin", lambda step, pool, cache, *args: (begin(step, pool, cache, *args), seen.append(cache.get_seq_length()))[0])
+    monkeypatch.setattr(
+        GpuStep,
+        "_begin",
+        lambda step, pool, cache, *args: (begin(step, pool, cache, *args), seen.append(cache.get_seq_length()))[0],
+    )
     _generate(models[1], inputs([5]), **GREEDY)
     kept = _generate(models[1], inputs([5]), return_dict_in_generate=True, **GREEDY)[CACHE]
     assert seen == [0, 5] and kept.get_seq_length() == 4 + GREEDY["max_new_tokens"]
@@ -205,8 +217,12 @@ def test_a_streamer_that_generates_has_a_step_of_its_own(models, steps):
     first, second = inputs([5]), inputs([8], seed=1)
     for _ in range(2):
         inner = []
-        out = ours.generate(**first, streamer=_Tokens(lambda: inner.append(ours.generate(**second, **GREEDY))), **GREEDY)
-        assert torch.equal(out, stock.generate(**first, **GREEDY)) and torch.equal(inner[0], stock.generate(**second, **GREEDY))
+        out = ours.generate(
+            **first, streamer=_Tokens(lambda: inner.append(ours.generate(**second, **GREEDY))), **GREEDY
+        )
+        assert torch.equal(out, stock.generate(**first, **GREEDY)) and torch.equal(
+            inner[0], stock.generate(**second, **GREEDY)
+        )
     assert len({id(step) for step in steps}) == 2 == len(_idle(ours))
 
 
@@ -257,7 +273,9 @@ def test_steps_serve_again_and_few_are_kept(models, steps):
     assert all(step._caches.capacity == 0 for step in _idle(ours))  # keys and values are nobody's
 
 
-@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (16, 16), (17, 24), (32, 32), (33, 40)])
+@pytest.mark.parametrize(
+    ("batch", "rows"), [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (16, 16), (17, 24), (32, 32), (33, 40)]
+)
 def test_rows_of_a_step(batch, rows):
     assert step_gpu._rows(batch) == rows
 
@@ -279,12 +297,18 @@ def test_capacity_grows_by_half_at_most(models, steps, monkeypatch):
     stock, ours = models
     monkeypatch.setattr(step_gpu, "FIRST_ROOM", 8)
     capacities, run = [], GpuStep.run
-    monkeypatch.setattr(GpuStep, "run", lambda step, tokens: (run(step, tokens), capacities.append(step._caches.capacity))[0])
+    monkeypatch.setattr(
+        GpuStep, "run", lambda step, tokens: (run(step, tokens), capacities.append(step._caches.capacity))[0]
+    )
     options = dict(do_sample=False, max_new_tokens=170, repetition_penalty=1.5)
     batch = inputs([5], [90])
     assert torch.equal(_generate(ours, batch, **options), _generate(stock, batch, **options))
     grown = sorted(set(capacities))
-    assert len(grown) > 2 and all(after <= max(1.5 * before, before + 64) for before, after in zip(grown, grown[1:])) and grown[-1] < 90 + 170 + 64
+    assert (
+        len(grown) > 2
+        and all(after <= max(1.5 * before, before + 64) for before, after in zip(grown, grown[1:]))
+        and grown[-1] < 90 + 170 + 64
+    )
 
 
 def _failing(monkeypatch, error, name="captured"):
@@ -300,11 +324,16 @@ def _begun(model, length=5, release=False):
     with torch.no_grad():
         model(**inputs([length]), **{CACHE: cache})
     positions = torch.full((3, 1, 1), length)
-    return dict(model=model, cache=cache, positions=positions, visible=None, limit=length + 300, release=release), copy.deepcopy(cache)
+    return dict(
+        model=model, cache=cache, positions=positions, visible=None, limit=length + 300, release=release
+    ), copy.deepcopy(cache)
 
 
 @pytest.mark.parametrize("release", [True, False])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), graphs.CaptureFailed("no graph"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("no memory"), graphs.CaptureFailed("no graph"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")],
+)
 @torch.no_grad()
 def test_a_failure_is_remembered_for_its_size(models, monkeypatch, error, release):
     ours = models[1]
@@ -322,7 +351,9 @@ def test_a_failure_is_remembered_for_its_size(models, monkeypatch, error, releas
 
 
 @pytest.mark.parametrize("release", [True, False])
-@pytest.mark.parametrize("error", [RuntimeError("The size of tensor a (3) must match"), TypeError("not callable"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("The size of tensor a (3) must match"), TypeError("not callable"), KeyboardInterrupt()]
+)
 @torch.no_grad()
 def test_an_error_that_is_not_of_memory_reaches_the_user(models, monkeypatch, error, release):
     ours = models[1]
@@ -388,7 +419,9 @@ def test_growth_that_fails_gives_all_back(models, monkeypatch, release):
 def test_a_full_memory_at_the_end_costs_no_keys(models, monkeypatch):
     arguments, before = _begun(models[1])
     step = GpuStep.begin(**arguments)
-    monkeypatch.setattr(type(step._caches), "give", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    monkeypatch.setattr(
+        type(step._caches), "give", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
+    )
     step.end(5)
     for layer, expected in zip(arguments["cache"].layers, before.layers):
         assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
@@ -414,11 +447,21 @@ def test_generation_goes_on_where_a_step_cannot_begin(models, monkeypatch):
             warnings.simplefilter("always")
             for _ in range(2):
                 out = _generate(
-                    model, inputs([3, (1, 4, 6), 4]), streamer=streamer, do_sample=True, temperature=2.0, max_new_tokens=8, return_dict_in_generate=True
+                    model,
+                    inputs([3, (1, 4, 6), 4]),
+                    streamer=streamer,
+                    do_sample=True,
+                    temperature=2.0,
+                    max_new_tokens=8,
+                    return_dict_in_generate=True,
                 )
         outs.append((out, streamer, [str(each.message) for each in caught if "CUDA graphs" in str(each.message)]))
     (expected, expected_streamer, none), (out, streamer, said) = outs
-    assert torch.equal(out.sequences, expected.sequences) and streamer.values == expected_streamer.values and streamer.ended == 2
+    assert (
+        torch.equal(out.sequences, expected.sequences)
+        and streamer.values == expected_streamer.values
+        and streamer.ended == 2
+    )
     _same_cache(out[CACHE], expected[CACHE], strides=False)
     assert not none and len(said) == 1 and "goes on without CUDA graphs: no memory for a graph" in said[0]
 
@@ -441,14 +484,18 @@ def test_what_could_not_begin_keeps_no_memory(models, steps, monkeypatch):
     assert held and alive == [0] * GREEDY["max_new_tokens"]
 
 
-@pytest.mark.parametrize("options", [GREEDY, GREEDY | ENDS, dict(do_sample=True, max_new_tokens=30, temperature=2.0) | ENDS], ids=str)
+@pytest.mark.parametrize(
+    "options", [GREEDY, GREEDY | ENDS, dict(do_sample=True, max_new_tokens=30, temperature=2.0) | ENDS], ids=str
+)
 def test_generation_goes_on_where_a_step_cannot_grow(models, monkeypatch, options):
     """Whether tokens were streamed, or chosen ahead of the question whether all rows have ended."""
     monkeypatch.setattr(step_gpu, "FIRST_ROOM", 1)
     monkeypatch.setattr(graphs.Device, "look_every", 8)
     _refuse_growth(monkeypatch)
     for returned in (True, False):
-        expected, out = (_generate(model, inputs([60], [9]), return_dict_in_generate=returned, **options) for model in models)
+        expected, out = (
+            _generate(model, inputs([60], [9]), return_dict_in_generate=returned, **options) for model in models
+        )
         assert torch.equal(out.sequences if returned else out, expected.sequences if returned else expected)
         if returned:
             assert_close(out[CACHE].layers[1].keys, expected[CACHE].layers[1].keys, 1e-4)
@@ -479,9 +526,17 @@ def _adapted(model):
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
 
 
-@pytest.mark.parametrize("given", [
-    lambda model: model, lambda model: model.model, lambda model: model.model.language_model, lambda model: model.model.visual, _adapted,
-], ids=["model", "without head", "text part", "vision part", "adapters"])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda model: model,
+        lambda model: model.model,
+        lambda model: model.model.language_model,
+        lambda model: model.model.visual,
+        _adapted,
+    ],
+    ids=["model", "without head", "text part", "vision part", "adapters"],
+)
 def test_the_public_release(models, given):
     """Of the model, of the models that a part belongs to, and through a wrapper; of no other."""
     ours, other = copy.deepcopy(models[1]), copy.deepcopy(models[1])
@@ -506,11 +561,15 @@ def test_release_where_nothing_is_kept(models):
 
 
 @pytest.mark.parametrize(
-    "change", [
-        qvl_model.restore, lambda model: qvl_model.restore(model.model.language_model), lambda model: qvl_model.accelerate(model, weights="int8"),
+    "change",
+    [
+        qvl_model.restore,
+        lambda model: qvl_model.restore(model.model.language_model),
+        lambda model: qvl_model.accelerate(model, weights="int8"),
         lambda model: model.train(),
-    ], ids=["restore", "restore of a part", "accelerate", "train"],
-)  # fmt: skip
+    ],
+    ids=["restore", "restore of a part", "accelerate", "train"],
+)
 def test_steps_are_freed_where_they_are_of_no_use(models, change):
     ours = copy.deepcopy(models[1])
     _generate(ours, inputs([5]), **GREEDY)
@@ -547,7 +606,9 @@ def test_a_step_of_inference_mode_serves_outside_of_it(models, steps):
 
 
 def _own_update(model, cache):
-    cache.layers[1].update = lambda k, v, *args, update=cache.layers[1].update, **kwargs: update(k * 0.5, v, *args, **kwargs)
+    cache.layers[1].update = lambda k, v, *args, update=cache.layers[1].update, **kwargs: update(
+        k * 0.5, v, *args, **kwargs
+    )
 
 
 def _own_attention(model, cache):
@@ -586,7 +647,11 @@ def test_what_no_graph_can_follow_stays_with_stock_code(monkeypatch, steps, chan
         with monkeypatch.context() as patch:
             patch.setattr(mapping, "_local_mapping", dict(mapping._local_mapping))
             change(model, cache)
-            outs.append(_generate(model, inputs([9]), **GREEDY, **{CACHE: cache}, return_dict_in_generate=True, output_logits=True))
+            outs.append(
+                _generate(
+                    model, inputs([9]), **GREEDY, **{CACHE: cache}, return_dict_in_generate=True, output_logits=True
+                )
+            )
     assert torch.equal(outs[0].sequences, outs[1].sequences) and begun and len(steps) == begun
     assert_close(torch.stack(outs[1].logits), torch.stack(outs[0].logits))
     assert (torch.stack(outs[0].logits) - torch.stack(before.logits)).abs().max() > 1e-3
@@ -600,15 +665,24 @@ def test_under_a_mode(models, steps):
 
     _generate(models[1], inputs([9]), **GREEDY)
     with Halved():
-        stock, ours = (_generate(model, inputs([9]), **GREEDY, return_dict_in_generate=True, output_logits=True) for model in models)
+        stock, ours = (
+            _generate(model, inputs([9]), **GREEDY, return_dict_in_generate=True, output_logits=True)
+            for model in models
+        )
     assert torch.equal(ours.sequences, stock.sequences) and len(steps) == 1
     assert_close(torch.stack(ours.logits), torch.stack(stock.logits))
 
 
 def test_memory_of_the_prompt_is_freed_once_it_is_taken_over(models, monkeypatch):
     held, alive, make, run = [], [], kv_cache._Grown.__init__, GpuStep.run
-    monkeypatch.setattr(kv_cache._Grown, "__init__", lambda grown, memory: held.append(weakref.ref(memory.k_cache)) or make(grown, memory))
-    monkeypatch.setattr(GpuStep, "run", lambda *args: alive.append(sum(memory() is not None for memory in held)) or run(*args))
+    monkeypatch.setattr(
+        kv_cache._Grown,
+        "__init__",
+        lambda grown, memory: held.append(weakref.ref(memory.k_cache)) or make(grown, memory),
+    )
+    monkeypatch.setattr(
+        GpuStep, "run", lambda *args: alive.append(sum(memory() is not None for memory in held)) or run(*args)
+    )
     _generate(models[1], inputs([20]), **GREEDY)
     assert held and alive == [0] * (GREEDY["max_new_tokens"] - 1)
 

@@ -197,38 +197,61 @@ CHANGES = {  # what changes each entry
     "classes": lambda model, patch: patch.setattr(_norm(model), "__class__", _OtherNorm),
     "replaced forwards": lambda model, patch: patch.setitem(_norm(model).__dict__, "forward", lambda x: x),
     "hooks": _hook,
-    "memory": lambda model, patch: patch.setattr(_attention(model).q_proj, "weight", nn.Parameter(_attention(model).q_proj.weight.clone())),
+    "memory": lambda model, patch: patch.setattr(
+        _attention(model).q_proj, "weight", nn.Parameter(_attention(model).q_proj.weight.clone())
+    ),
     "shapes": _strided,
     "dtypes": lambda model, patch: patch.setattr(_norm(model).weight, "data", _norm(model).weight.data.half()),
     "devices": lambda model, patch: patch.setattr(_norm(model), "weight", nn.Parameter(_norm(model).weight.to("meta"))),
     "epsilons": _set(_norm, "variance_epsilon", lambda value: 2 * value),
     "rotary positions": _set(_rotary, "attention_scaling", lambda value: value + 0.5),
     "attention": _set(_attention, "scaling", lambda value: 2 * value),
-    "attention implementation": lambda model, patch: patch.setattr(_attention(model).config, "_attn_implementation", "eager"),
-    "numbers of QVL's config": lambda model, patch: patch.setattr(model.model.language_model.config, "image_token_id", 7, raising=False),
+    "attention implementation": lambda model, patch: patch.setattr(
+        _attention(model).config, "_attn_implementation", "eager"
+    ),
+    "numbers of QVL's config": lambda model, patch: patch.setattr(
+        model.model.language_model.config, "image_token_id", 7, raising=False
+    ),
     "dropout": _set(_attention, "attention_dropout", lambda value: value + 0.1),
     "autocast": _inside(lambda: torch.autocast("cpu", torch.bfloat16)),
     "backend": _inside(lambda: qvl_kernels.use_backend("reference")),
     "precision of matmuls": _matmuls("fp32_precision", lambda value: "tf32"),
-}  # fmt: skip
+}
 ALSO = {  # further changes of an entry
     "rotary sections": ("rotary positions", _set(_rotary, "mrope_section", lambda value: value[::-1])),
     "rotary frequencies": ("memory", _set(_rotary, "inv_freq", lambda value: value * 1.5)),
-    "head": ("memory", lambda model, patch: patch.setattr(model.lm_head, "weight", nn.Parameter(model.lm_head.weight * 2))),
+    "head": (
+        "memory",
+        lambda model, patch: patch.setattr(model.lm_head, "weight", nn.Parameter(model.lm_head.weight * 2)),
+    ),
     "index in the cache": ("attention", _set(_attention, "layer_idx", lambda value: value + 1)),
     "causal": ("attention", _set(_attention, "is_causal", lambda value: not value)),
     "training": ("dropout", lambda model, patch: patch.setattr(_attention(model), "training", True)),
-    "pre-hook": ("hooks", lambda model, patch: patch.callback(_norm(model).register_forward_pre_hook(lambda *_: None).remove)),
-    "precision of bf16 sums": ("precision of matmuls", _matmuls("allow_bf16_reduced_precision_reduction", lambda value: not value)),
-    "precision of fp16 sums": ("precision of matmuls", _matmuls("allow_fp16_reduced_precision_reduction", lambda value: not value)),
-}  # fmt: skip
+    "pre-hook": (
+        "hooks",
+        lambda model, patch: patch.callback(_norm(model).register_forward_pre_hook(lambda *_: None).remove),
+    ),
+    "precision of bf16 sums": (
+        "precision of matmuls",
+        _matmuls("allow_bf16_reduced_precision_reduction", lambda value: not value),
+    ),
+    "precision of fp16 sums": (
+        "precision of matmuls",
+        _matmuls("allow_fp16_reduced_precision_reduction", lambda value: not value),
+    ),
+}
 
 
 class _Patch:
     """monkeypatch and an exit stack in one."""
 
     def __init__(self, monkeypatch, stack):
-        self.setattr, self.setitem, self.enter, self.callback = monkeypatch.setattr, monkeypatch.setitem, stack.enter_context, stack.callback
+        self.setattr, self.setitem, self.enter, self.callback = (
+            monkeypatch.setattr,
+            monkeypatch.setitem,
+            stack.enter_context,
+            stack.callback,
+        )
 
 
 @pytest.fixture
@@ -259,9 +282,13 @@ def test_a_change_is_noticed(models, patch, name):
 
 VALUES = {  # changes after which tokens are still run by captured steps
     "weights in place": lambda model: model.lm_head.weight.data.neg_(),
-    "a new weight": lambda model: setattr(_attention(model).v_proj, "weight", nn.Parameter(_attention(model).v_proj.weight * 3)),
+    "a new weight": lambda model: setattr(
+        _attention(model).v_proj, "weight", nn.Parameter(_attention(model).v_proj.weight * 3)
+    ),
     "a weight's data": lambda model: setattr(_norm(model).weight, "data", _norm(model).weight.data * -2),
-    "epsilons": lambda model: [setattr(module, "variance_epsilon", 3.0) for module in model.modules() if hasattr(module, "variance_epsilon")],
+    "epsilons": lambda model: [
+        setattr(module, "variance_epsilon", 3.0) for module in model.modules() if hasattr(module, "variance_epsilon")
+    ],
     "attention scaling": lambda model: setattr(_rotary(model), "attention_scaling", 3.0),
     "frequencies": lambda model: setattr(_rotary(model), "inv_freq", _rotary(model).inv_freq.flip(0)),
     "scale of scores": lambda model: setattr(_attention(model), "scaling", 4.0),
@@ -286,10 +313,11 @@ REASONS = {
     "hooks": lambda model, patch: patch.callback(_rotary(model).register_forward_hook(lambda *_: None).remove),
     "decoder layer 1 is not plain": _hook,
     "decoder layer 0 is not plain": lambda model, patch: (
-        patch.setattr(_attention(model), "training", True), patch.setattr(_attention(model), "attention_dropout", 0.1)
+        patch.setattr(_attention(model), "training", True),
+        patch.setattr(_attention(model), "attention_dropout", 0.1),
     ),
     "autocast": CHANGES["autocast"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("reason", REASONS)
@@ -301,7 +329,9 @@ def test_reasons_against_captured_steps(models, patch, reason):
 
 
 def test_only_triton_runs_captured_steps(monkeypatch):
-    monkeypatch.setattr(step_gpu.gpu, "unavailable", lambda device: None if device.index == 1 else f"no Triton on {device}")
+    monkeypatch.setattr(
+        step_gpu.gpu, "unavailable", lambda device: None if device.index == 1 else f"no Triton on {device}"
+    )
     first, second, host = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
     assert step_gpu.why_no_graphs(second) is None and "no Triton on cuda:0" in step_gpu.why_no_graphs(first)
     assert "cpu have no CUDA graphs" in step_gpu.why_no_graphs(host)

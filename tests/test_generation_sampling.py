@@ -1,4 +1,6 @@
-"""The choice of the next token as one graph: exactly what transformers' processors and draws choose, for all numbers that they are given."""
+"""The choice of the next token as one graph: exactly what transformers' processors and draws choose, for all numbers
+that they are given.
+"""
 
 import copy
 
@@ -24,11 +26,24 @@ from qvl_model.generation.sampling import Sampler
 VOCABULARY, BATCH, PROMPT = 300, 3, 5
 
 
-def _chooser(processors=(), *, ends=None, pad=0, do_sample=True, max_length=100, batch=BATCH, prompt=PROMPT, criteria=(), **options) -> Chooser:
+def _chooser(
+    processors=(),
+    *,
+    ends=None,
+    pad=0,
+    do_sample=True,
+    max_length=100,
+    batch=BATCH,
+    prompt=PROMPT,
+    criteria=(),
+    **options,
+) -> Chooser:
     config = GenerationConfig(do_sample=do_sample, **options)
     config._pad_token_tensor = torch.tensor(pad)
     sequences = torch.randint(0, VOCABULARY, (batch, prompt), generator=torch.Generator().manual_seed(prompt))
-    criteria = StoppingCriteriaList([MaxLengthCriteria(max_length), *([] if ends is None else [EosTokenCriteria(ends)]), *criteria])
+    criteria = StoppingCriteriaList(
+        [MaxLengthCriteria(max_length), *([] if ends is None else [EosTokenCriteria(ends)]), *criteria]
+    )
     return Chooser(sequences, LogitsProcessorList(processors), criteria, config, None)
 
 
@@ -39,7 +54,13 @@ def _logits(tokens: int, batch: int = BATCH) -> torch.Tensor:
 def _sampler(chooser: Chooser) -> Sampler:
     """For choosers like this one, which has chosen a token."""
     batch = len(chooser.sequences)
-    sampler = Sampler(chooser, torch.zeros(batch, VOCABULARY), torch.zeros(batch, 1, dtype=torch.long), VOCABULARY, graphs.Device(torch.device("cpu")))
+    sampler = Sampler(
+        chooser,
+        torch.zeros(batch, VOCABULARY),
+        torch.zeros(batch, 1, dtype=torch.long),
+        VOCABULARY,
+        graphs.Device(torch.device("cpu")),
+    )
     sampler._choose()  # as before a capture
     return sampler
 
@@ -71,20 +92,31 @@ CHAINS = {  # processors, each with several values that one graph serves
     "more than all": [[stock.TopKLogitsWarper(value)] for value in (290, 300, 500)],
     "top-p": [[stock.TopPLogitsWarper(value)] for value in (0.1, 0.9, 0.95, 1.0)],
     "min-p": [[stock.MinPLogitsWarper(value)] for value in (0.0, 0.02, 0.3)],
-    "minimum length": [[stock.MinLengthLogitsProcessor(length, torch.tensor(ends))] for length, ends in ((9, [*range(0, 300, 2)]), (12, [7, 10**6, 4]))],
-    "new tokens": [[stock.MinNewTokensLengthLogitsProcessor(5, length, torch.tensor([*range(0, 300, 2)]))] for length in (0, 3, 8)],
+    "minimum length": [
+        [stock.MinLengthLogitsProcessor(length, torch.tensor(ends))]
+        for length, ends in ((9, [*range(0, 300, 2)]), (12, [7, 10**6, 4]))
+    ],
+    "new tokens": [
+        [stock.MinNewTokensLengthLogitsProcessor(5, length, torch.tensor([*range(0, 300, 2)]))] for length in (0, 3, 8)
+    ],
     "repetition": [[stock.RepetitionPenaltyLogitsProcessor(value)] for value in (1.1, 3.0, 0.6)],
     "repetition, ignored": [[stock.RepetitionPenaltyLogitsProcessor(3.0, n)] for n in (None, 2, 5, 9)],
-    "repetition, ignored per row": [[processor] for processor in _per_row(stock.RepetitionPenaltyLogitsProcessor(3.0), [0, 7, 4], [9, 1, 0])],
+    "repetition, ignored per row": [
+        [processor] for processor in _per_row(stock.RepetitionPenaltyLogitsProcessor(3.0), [0, 7, 4], [9, 1, 0])
+    ],
     "all": [
         [
-            stock.MinLengthLogitsProcessor(length, torch.tensor([*range(0, 300, 3)])), stock.RepetitionPenaltyLogitsProcessor(penalty, 1),
-            stock.RepetitionPenaltyLogitsProcessor(0.9), stock.TemperatureLogitsWarper(penalty), stock.TopKLogitsWarper(40),
-            stock.TopPLogitsWarper(0.9), stock.MinPLogitsWarper(0.01),
+            stock.MinLengthLogitsProcessor(length, torch.tensor([*range(0, 300, 3)])),
+            stock.RepetitionPenaltyLogitsProcessor(penalty, 1),
+            stock.RepetitionPenaltyLogitsProcessor(0.9),
+            stock.TemperatureLogitsWarper(penalty),
+            stock.TopKLogitsWarper(40),
+            stock.TopPLogitsWarper(0.9),
+            stock.MinPLogitsWarper(0.01),
         ]
         for length, penalty in ((8, 1.3), (11, 1.6))
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
@@ -94,7 +126,9 @@ def test_one_sampler_for_all_numbers(name, do_sample):
         pytest.skip("this version counts them for all rows together")
     logits, keys, sampler = _logits(20), set(), None
     for index, processors in enumerate(CHAINS[name]):
-        setting = dict(do_sample=do_sample, prompt=PROMPT + index % 3, ends=torch.tensor([*range(index, 300, 40)]), pad=index)
+        setting = dict(
+            do_sample=do_sample, prompt=PROMPT + index % 3, ends=torch.tensor([*range(index, 300, 40)]), pad=index
+        )
         plain, chooser = _chooser(processors, **setting), _chooser(processors, **setting)
         for each in (plain, chooser):
             _run(each, logits[:1])
@@ -109,14 +143,22 @@ def test_one_sampler_for_all_numbers(name, do_sample):
 
 def test_what_needs_another_graph():
     different = [
-        _chooser(), _chooser(do_sample=False), _chooser(batch=2), *(_chooser(chains[0]) for chains in CHAINS.values()),
-        _chooser([stock.TopPLogitsWarper(0.9, filter_value=-5.0)]), _chooser([stock.TopPLogitsWarper(0.9, min_tokens_to_keep=2)]),
-        _chooser([stock.TopKLogitsWarper(9, filter_value=-5.0)]), _chooser([stock.TemperatureLogitsWarper(0.7), stock.TopKLogitsWarper(9)]),
+        _chooser(),
+        _chooser(do_sample=False),
+        _chooser(batch=2),
+        *(_chooser(chains[0]) for chains in CHAINS.values()),
+        _chooser([stock.TopPLogitsWarper(0.9, filter_value=-5.0)]),
+        _chooser([stock.TopPLogitsWarper(0.9, min_tokens_to_keep=2)]),
+        _chooser([stock.TopKLogitsWarper(9, filter_value=-5.0)]),
+        _chooser([stock.TemperatureLogitsWarper(0.7), stock.TopKLogitsWarper(9)]),
         _chooser([stock.TopKLogitsWarper(9), stock.TemperatureLogitsWarper(0.7)]),
-    ]  # fmt: skip
+    ]
     keys = [Sampler.key(chooser) for chooser in different]
     repeated = [index for index, key in enumerate(keys) if key in keys[:index]]
-    assert [[*CHAINS][index - 3] for index in repeated] == ["repetition, ignored", "repetition, ignored per row"]  # as "repetition"
+    assert [[*CHAINS][index - 3] for index in repeated] == [
+        "repetition, ignored",
+        "repetition, ignored per row",
+    ]  # as "repetition"
 
 
 @pytest.mark.parametrize("value", [0.3, 0.7, 1.1, 1.9])
@@ -215,7 +257,10 @@ def test_few_samplers_are_kept(monkeypatch):
     made, original = [], Sampler.__init__
     monkeypatch.setattr(Sampler, "__init__", lambda *args: made.append(1) or original(*args))
     stock_model, ours = pair("one_layer")
-    settings = [dict(temperature=value, top_k=count, repetition_penalty=penalty) for value, count, penalty in ((0.7, 20, 1.2), (1.4, 50, 1.1))]
+    settings = [
+        dict(temperature=value, top_k=count, repetition_penalty=penalty)
+        for value, count, penalty in ((0.7, 20, 1.2), (1.4, 50, 1.1))
+    ]
     settings += [dict(top_k=0, min_p=0.1), dict(top_k=100), dict(top_p=0.9), dict(top_k=0), settings[0]]
     counts = []
     for index, options in enumerate(settings):

@@ -1,4 +1,6 @@
-"""Caches that grow: what they keep, how far and in how much memory they grow, and what their table says. Kernels: tests/gpu."""
+"""Caches that grow: what they keep, how far and in how much memory they grow, and what their table says. Kernels:
+tests/gpu.
+"""
 
 import weakref
 
@@ -22,19 +24,37 @@ def _random(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def _taken(batch: int, length: int, room: int) -> tuple[GrowingCaches, list[tuple[torch.Tensor, torch.Tensor]]]:
-    caches, given = _caches(), [(_random(batch, length, seed), _random(batch, length, seed + 10)) for seed in range(LAYERS)]
+    caches, given = (
+        _caches(),
+        [(_random(batch, length, seed), _random(batch, length, seed + 10)) for seed in range(LAYERS)],
+    )
     for index, (keys, values) in enumerate(given):
         caches.take(index, keys, values, length=room)
     return caches, given
 
 
 def _check_table(caches: GrowingCaches) -> None:
-    """It says where everything is, and every row of it begins at a multiple of 16 bytes, which kernels are compiled for."""
+    """It says where everything is, and every row of it begins at a multiple of 16 bytes, which kernels are compiled
+    for.
+    """
     visible = caches.visible
     for keys, values, entry in zip(caches.keys, caches.values, caches.entries):
-        assert entry.tolist()[:5] == [keys.data_ptr(), values.data_ptr(), keys.shape[2], visible.data_ptr(), visible.stride(0)]
+        assert entry.tolist()[:5] == [
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.shape[2],
+            visible.data_ptr(),
+            visible.stride(0),
+        ]
         assert keys.is_contiguous() and values.is_contiguous() and visible.shape[1] >= keys.shape[2]
-        assert keys.data_ptr() % 16 == values.data_ptr() % 16 == visible.data_ptr() % 16 == keys.shape[2] % 16 == visible.stride(0) % 16 == 0
+        assert (
+            keys.data_ptr() % 16
+            == values.data_ptr() % 16
+            == visible.data_ptr() % 16
+            == keys.shape[2] % 16
+            == visible.stride(0) % 16
+            == 0
+        )
         assert (entry.data_ptr() - caches.table.data_ptr()) % 16 == 0
 
 
@@ -91,7 +111,9 @@ def test_padding_stays_hidden_and_new_keys_are_seen():
     assert torch.equal(caches.visible[:3, :70], visible)
     assert caches.visible[:, 70:].all() and caches.visible[3:].all() and caches.visible.shape[1] == caches.capacity
     caches.show(visible[:2, :9])
-    assert torch.equal(caches.visible[:2, :9], visible[:2, :9]) and caches.visible[2].all() and caches.visible[:, 9:].all()
+    assert (
+        torch.equal(caches.visible[:2, :9], visible[:2, :9]) and caches.visible[2].all() and caches.visible[:, 9:].all()
+    )
     caches.show(None)
     assert caches.visible.all()
 
@@ -182,7 +204,9 @@ def test_in_and_out_of_inference_mode():
         caches, given = _taken(2, 10, 10)
         caches.reserve(100)
         caches.show(torch.ones(2, 10, dtype=torch.bool))
-    assert not any(x.is_inference() or x.requires_grad for x in (*caches.keys, *caches.values, caches.visible, caches.table))
+    assert not any(
+        x.is_inference() or x.requires_grad for x in (*caches.keys, *caches.values, caches.visible, caches.table)
+    )
     caches.keys[0].mul_(1.0)
     _check_content(caches, given)
     keys = _random(2, 10).requires_grad_()
@@ -201,9 +225,12 @@ def test_given_keys_are_copies():
 def test_what_does_not_fit_is_refused():
     caches = _caches()
     for keys, values, length in (
-        (_random(6, 4), _random(6, 4), 4), (_random(2, 4), _random(2, 5), 5), (_random(2, 9), _random(2, 9), 8),
-        (_random(2, 4)[:, :1], _random(2, 4)[:, :1], 4), (_random(2, 4)[..., :1], _random(2, 4)[..., :1], 4),
-    ):  # fmt: skip
+        (_random(6, 4), _random(6, 4), 4),
+        (_random(2, 4), _random(2, 5), 5),
+        (_random(2, 9), _random(2, 9), 8),
+        (_random(2, 4)[:, :1], _random(2, 4)[:, :1], 4),
+        (_random(2, 4)[..., :1], _random(2, 4)[..., :1], 4),
+    ):
         with pytest.raises(ValueError, match="keys and values must be"):
             caches.take(0, keys, values, length=length)
     caches.take(0, _random(2, 4), _random(2, 4), length=4)
@@ -212,7 +239,10 @@ def test_what_does_not_fit_is_refused():
             caches.give(0, batch, length)
 
 
-@pytest.mark.parametrize(("dtype", "rows", "heads"), [(torch.float16, ROWS, KV_HEADS), (torch.float32, ROWS + 1, KV_HEADS), (torch.float32, ROWS, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "rows", "heads"),
+    [(torch.float16, ROWS, KV_HEADS), (torch.float32, ROWS + 1, KV_HEADS), (torch.float32, ROWS, 1)],
+)
 def test_a_step_refuses_caches_of_other_sizes(dtype, rows, heads):
     class Layer:
         weights, eps, scale, kv_heads, head_dim = None, 1e-6, 1.0, heads, HEAD_DIM

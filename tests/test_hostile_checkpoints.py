@@ -13,21 +13,26 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3VLForConditionalGeneration as StockModel
 
 import qvl_model
 import qvl_model.training as training
 from qvl_model import cli, digits, packed_checkpoint
 from qvl_model.digits.export import write_rows
-from qvl_model.loading import load_config, load_tokenizer
-from qvl_model.processing import load_processor
+from qvl_model.loading import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 OUR_OWN = ("QVLProcessor", "QVLImageProcessor")  # which read JSON, and a tokenizer by load_tokenizer
 AUTO_CLASSES = (
-    "AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoTokenizer", "AutoProcessor", "AutoImageProcessor",
-    "AutoVideoProcessor", "AutoFeatureExtractor",
-)  # fmt: skip
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForImageTextToText",
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "AutoProcessor",
+    "AutoImageProcessor",
+    "AutoVideoProcessor",
+    "AutoFeatureExtractor",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +109,14 @@ def _tokenizer_of_tokenizers(checkpoint):
 
 
 def _everything_names_code(checkpoint):
-    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "generation_config.json",
-                 "video_preprocessor_config.json"):  # fmt: skip
+    for name in (
+        "config.json",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "generation_config.json",
+        "video_preprocessor_config.json",
+    ):
         _edit(checkpoint / name, auto_map=_auto_map(), custom_generate=str(checkpoint))
     (checkpoint / "custom_generate").mkdir()
     shutil.copy(checkpoint / "evil.py", checkpoint / "custom_generate" / "generate.py")
@@ -134,7 +145,10 @@ REFUSED = {
     "another model": (_another_model, "is a evil model; qvl runs qwen3_vl and qvl. Its own Python code (auto_map)"),
     "another model on a server": (_another_model_on_a_server, "qvl runs no code from checkpoints"),
     "attention": (_attention_from_a_server, "attention code from elsewhere (evil/attention)"),
-    "pickled weights": (_pickled_weights, "its weights are pickled with more than tensors, and qvl runs no code from checkpoints"),
+    "pickled weights": (
+        _pickled_weights,
+        "its weights are pickled with more than tensors, and qvl runs no code from checkpoints",
+    ),
 }
 REFUSED_TOKENIZERS = {
     "tokenizer that loads a model": (_tokenizer_that_loads_a_model, "AutoFeatureExtractor, which is no tokenizer"),
@@ -146,19 +160,30 @@ def _commands(checkpoint, tmp_path):
     rows = tmp_path / "rows.jsonl"
     write_rows(rows, "train", 4)
     settings = {
-        "model": {"path": str(checkpoint)}, "data": {"train": str(rows)}, "run": {"steps": 1, "batch_size": 1, "accumulation": 1, "device": "cpu"},
+        "model": {"path": str(checkpoint)},
+        "data": {"train": str(rows)},
+        "run": {"steps": 1, "batch_size": 1, "accumulation": 1, "device": "cpu"},
         "output": {"directory": str(tmp_path / "out"), "progress": False},
-    }  # fmt: skip
+    }
     (tmp_path / "train.yaml").write_text(json.dumps(settings))
     return {
         "inspect": ["inspect", str(checkpoint)],
         "verify": ["verify", str(checkpoint)],
         "verify --spec": ["verify", str(digits.CHECKPOINT), "--spec", str(checkpoint)],
         "generate": ["generate", "--model", str(checkpoint), "--prompt", "Hi", "--max-new-tokens", "2"],
-        "generate --stock": ["generate", "--stock", "--model", str(checkpoint), "--prompt", "Hi", "--max-new-tokens", "2"],
+        "generate --stock": [
+            "generate",
+            "--stock",
+            "--model",
+            str(checkpoint),
+            "--prompt",
+            "Hi",
+            "--max-new-tokens",
+            "2",
+        ],
         "quantize": ["quantize", "--model", str(checkpoint), "--out", str(tmp_path / "packed")],
         "train": ["train", str(tmp_path / "train.yaml")],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("kind", [*REFUSED, *REFUSED_TOKENIZERS])
@@ -178,7 +203,9 @@ def test_commands_refuse_code(kind, checkpoint, marker, tmp_path, capsys):
 
 
 def test_code_beside_a_known_model_is_left_alone(checkpoint, marker, tmp_path, capsys):
-    """transformers has the classes itself, and the files say nothing else: the checkpoint is as good as without its code."""
+    """transformers has the classes itself, and the files say nothing else: the checkpoint is as good as without its
+    code.
+    """
     _everything_names_code(checkpoint)
     for name, arguments in _commands(checkpoint, tmp_path).items():
         assert cli.main(arguments) == 0, f"{name}: {capsys.readouterr().err}"
@@ -236,7 +263,9 @@ def test_a_pickle_among_the_checkpoints_of_a_run_is_refused(tmp_path, marker, ca
     settings["run"]["steps"] = 2
     (tmp_path / "train.yaml").write_text(json.dumps(settings))
     assert cli.main(arguments) == 0
-    (tmp_path / "out" / "run.json").write_text((tmp_path / "out" / "run.json").read_text().replace('"steps": 2', '"steps": 3'))
+    (tmp_path / "out" / "run.json").write_text(
+        (tmp_path / "out" / "run.json").read_text().replace('"steps": 2', '"steps": 3')
+    )
     settings["run"]["steps"] = 3
     (tmp_path / "train.yaml").write_text(json.dumps(settings))
     last = tmp_path / "out" / "checkpoint-2"
@@ -256,7 +285,16 @@ def test_a_data_set_with_a_script_is_refused(tmp_path, marker):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+        "generation_config.json",
+    ],
+)
 def test_nothing_is_fetched_for_a_missing_file(missing, checkpoint, tmp_path, capsys):
     """The user's cache and environment say nothing about being offline."""
     (checkpoint / missing).unlink()
@@ -269,7 +307,11 @@ def test_nothing_is_fetched_for_a_missing_file(missing, checkpoint, tmp_path, ca
 def test_yes_in_a_process_of_its_own(checkpoint, marker):
     _another_model(checkpoint)
     done = subprocess.run(
-        [sys.executable, "-m", "qvl_model.cli", "inspect", str(checkpoint)], input="yes\n" * 100, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "qvl_model.cli", "inspect", str(checkpoint)],
+        input="yes\n" * 100,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 2 and not marker.exists()
     assert "qvl runs no code from checkpoints" in done.stderr and "hf.co" not in done.stderr
@@ -277,14 +319,18 @@ def test_yes_in_a_process_of_its_own(checkpoint, marker):
 
 @pytest.mark.parametrize("package", ["qvl_model", "bench"])
 def test_every_call_that_loads_says_so(package):
-    """from_pretrained of anything, and from_config of the Auto classes, with trust_remote_code=False; torch.load of tensors only."""
+    """from_pretrained of anything, and from_config of the Auto classes, with trust_remote_code=False; torch.load of
+    tensors only.
+    """
     wrong, seen = [], 0
     for file in sorted((ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
             owner = ast.unparse(node.func.value)
-            loads = node.func.attr in ("from_pretrained", "get_processor_dict") or (node.func.attr == "from_config" and owner.startswith("Auto"))
+            loads = node.func.attr in ("from_pretrained", "get_processor_dict") or (
+                node.func.attr == "from_config" and owner.startswith("Auto")
+            )
             if loads and owner not in OUR_OWN:
                 seen += 1
                 given = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "trust_remote_code"]
@@ -292,6 +338,8 @@ def test_every_call_that_loads_says_so(package):
                 if given != ["False"] and not any("'trust_remote_code': False" in value for value in unpacked):
                     wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)[:80]}")
             if f"{owner}.{node.func.attr}" in ("torch.load", "pickle.load", "pickle.loads"):
-                if not any(keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True" for keyword in node.keywords):
+                if not any(
+                    keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True" for keyword in node.keywords
+                ):
                     wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)[:80]}")
     assert seen > 4 and not wrong, "\n".join(wrong)

@@ -34,7 +34,9 @@ def smaps(address: int, field: str) -> int:
 def file(tmp_path):
     path = tmp_path / "weights"
     generator = torch.Generator().manual_seed(0)
-    path.write_bytes(torch.randint(0, 256, (9 * HUGE + 4096,), dtype=torch.uint8, generator=generator).numpy().tobytes())
+    path.write_bytes(
+        torch.randint(0, 256, (9 * HUGE + 4096,), dtype=torch.uint8, generator=generator).numpy().tobytes()
+    )
     return path
 
 
@@ -138,7 +140,11 @@ def test_strided_meta_and_sparse_tensors_are_left_alone(file):
     assert qvl_kernels.use_huge_pages(tensors) == 0
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((2, HUGE), torch.int8), ((3, HUGE // 2 + 40), torch.uint8), ((HUGE // 8, 5), torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2, HUGE), torch.int8), ((3, HUGE // 2 + 40), torch.uint8), ((HUGE // 8, 5), torch.float32)],
+    ids=str,
+)
 def test_large_memory_begins_at_a_huge_page(shape, dtype):
     like = torch.empty(2, dtype=torch.bfloat16)
     first, second = (pages.empty(like, shape, dtype) for _ in range(2))
@@ -161,7 +167,9 @@ def test_large_memory_begins_at_a_huge_page(shape, dtype):
 def test_smaller_memory_shares_huge_pages_and_goes_with_the_last_of_it(monkeypatch):
     monkeypatch.setattr(pages, "_shared", pages._Shared())  # without tensors of other tests
     like = torch.empty(2)
-    tensors = [pages.empty(like, (3, 33_000 + i), torch.int16, shared=True) for i in range(200)]  # 40 MB: more than are shared at a time
+    tensors = [
+        pages.empty(like, (3, 33_000 + i), torch.int16, shared=True) for i in range(200)
+    ]  # 40 MB: more than are shared at a time
     for i, x in enumerate(tensors):
         x.fill_(i)
     assert all(x.data_ptr() % 64 == 0 and x.is_contiguous() and bool((x == i).all()) for i, x in enumerate(tensors))
@@ -180,13 +188,17 @@ def test_smaller_memory_shares_huge_pages_and_goes_with_the_last_of_it(monkeypat
 def test_threads_share_memory_without_overlap():
     like = torch.empty(2)
     with ThreadPoolExecutor(8) as pool:
-        tensors = list(pool.map(lambda i: pages.empty(like, (70_000 + i,), torch.int8, shared=True).fill_(i % 100), range(400)))
+        tensors = list(
+            pool.map(lambda i: pages.empty(like, (70_000 + i,), torch.int8, shared=True).fill_(i % 100), range(400))
+        )
     assert all(bool((x == i % 100).all()) for i, x in enumerate(tensors))
 
 
 def test_small_and_fake_memory_is_as_ever():
     like = torch.empty(0)
-    assert pages.empty(like, (3, 0), torch.int8).shape == (3, 0) and pages.empty(like, (100,), torch.int8).shape == (100,)
+    assert pages.empty(like, (3, 0), torch.int8).shape == (3, 0) and pages.empty(like, (100,), torch.int8).shape == (
+        100,
+    )
     assert pages.empty(like.to("meta"), (2, HUGE), torch.int8).is_meta
     with torch._subclasses.FakeTensorMode():
         assert type(pages.empty(torch.empty(2), (2, HUGE), torch.int8)) is torch._subclasses.FakeTensor

@@ -73,9 +73,19 @@ SPECIAL = {
     "function mode": lambda op, args: _within(_SeesFunctions(), op, args),
     "subclass": lambda op, args: _within(torch.no_grad(), op, (args[0].as_subclass(_Wrapped), *args[1:])),
     "negative view": lambda op, args: _within(torch.no_grad(), op, (_negated(args[0]), *args[1:])),
-    "trace": lambda op, args: _within(torch.no_grad(), torch.jit.trace(lambda x: library.call(op, x, *args[1:]), _rand(3, 40) * 2, check_trace=False), (args[0],), direct=True),
-    "compile": lambda op, args: _within(torch.no_grad(), torch.compile(lambda x: library.call(op, x, *args[1:]), backend="eager", fullgraph=True), (args[0],), direct=True),
-}  # fmt: skip
+    "trace": lambda op, args: _within(
+        torch.no_grad(),
+        torch.jit.trace(lambda x: library.call(op, x, *args[1:]), _rand(3, 40) * 2, check_trace=False),
+        (args[0],),
+        direct=True,
+    ),
+    "compile": lambda op, args: _within(
+        torch.no_grad(),
+        torch.compile(lambda x: library.call(op, x, *args[1:]), backend="eager", fullgraph=True),
+        (args[0],),
+        direct=True,
+    ),
+}
 
 
 def _within(context, op, args, direct=False):
@@ -100,7 +110,9 @@ def test_plain_tensors_are_plain_whoever_asks_first():
 
 def test_fake_and_meta_tensors_have_fake_results(straight):
     with torch.no_grad():
-        assert library.call(rms_norm_op, torch.empty(3, 40, device="meta"), torch.empty(40, device="meta"), 1e-6).is_meta
+        assert library.call(
+            rms_norm_op, torch.empty(3, 40, device="meta"), torch.empty(40, device="meta"), 1e-6
+        ).is_meta
         with torch._subclasses.FakeTensorMode():
             out = library.call(rms_norm_op, torch.empty(3, 40), torch.empty(40), 1e-6)
     assert type(out) is torch._subclasses.FakeTensor and straight == []

@@ -2,10 +2,9 @@
 
 import copy
 
+import models
 import pytest
 import torch
-
-import models
 from models import relative
 
 ROWS = ([5, (1, 4, 6), 3], [14], [3, (1, 2, 2), (1, 8, 6)])

@@ -3,14 +3,13 @@
 import copy
 import json
 
+import models
 import pytest
 import torch
 from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 
-import models
 import qvl_model
-
 
 IMAGES = ([5, (1, 2, 2), 3, (1, 34, 18), 4],)  # one row, two images of different sizes
 
@@ -98,7 +97,9 @@ def _quantised(model):
 
 
 def _quantised_dynamically(model):
-    model.model.language_model.layers[1].mlp = torch.ao.quantization.quantize_dynamic(model.model.language_model.layers[1].mlp, {nn.Linear})
+    model.model.language_model.layers[1].mlp = torch.ao.quantization.quantize_dynamic(
+        model.model.language_model.layers[1].mlp, {nn.Linear}
+    )
 
 
 def _holds_values_elsewhere(model):
@@ -154,7 +155,12 @@ def test_report():
     done = qvl_model.report(qvl_model.accelerate(model))
     assert done.accelerated and [row[:2] for row in done.replaced] == [row[:2] for row in planned.replaced]
     replaced = {name for name, _, _ in done.replaced}
-    assert {"lm_head", "model.language_model.layers.4.mlp.down_proj", "model.visual.blocks.3", "model.visual.patch_embed"} <= replaced
+    assert {
+        "lm_head",
+        "model.language_model.layers.4.mlp.down_proj",
+        "model.visual.blocks.3",
+        "model.visual.patch_embed",
+    } <= replaced
     assert all(reason for _, _, reason in done.kept)
     modules = {name for name, module in model.named_modules() if not isinstance(module, nn.ModuleList)}
     assert replaced | {name for name, _, _ in done.kept} == modules

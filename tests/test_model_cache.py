@@ -98,7 +98,9 @@ def test_batch_operations(models):
 
 
 def test_reset_and_reuse(models):
-    """Whatever reset means in this version (5.17 zeroes a dynamic cache, 5.23 empties it), it means the same to both."""
+    """Whatever reset means in this version (5.17 zeroes a dynamic cache, 5.23 empties it), it means the same
+    to both.
+    """
     for make in (_filled, lambda model: StaticCache(config=model.config.text_config, max_cache_len=12)):
         results = []
         for model in models:
@@ -115,7 +117,11 @@ def test_keys_and_values_are_stocks(models):
     ours, theirs = (_filled(model, rows=2) for model in models[::-1])
     assert len(ours.layers) == len(theirs.layers)
     for mine, stock in zip(ours.layers, theirs.layers, strict=True):
-        assert isinstance(mine, type(stock)) and mine.get_seq_length() == stock.get_seq_length() and mine.keys.shape == stock.keys.shape
+        assert (
+            isinstance(mine, type(stock))
+            and mine.get_seq_length() == stock.get_seq_length()
+            and mine.keys.shape == stock.keys.shape
+        )
         assert_close(mine.keys, stock.keys)
         assert_close(mine.values, stock.values)
 
@@ -147,9 +153,15 @@ def test_a_layer_holds_what_stocks_does(models, change):
         cache = {"copy": _shallow, "deepcopy": copy.deepcopy, "pickle": _through_pickle}[change](cache)
     layer = cache.layers[0]
     expected = _filled(models[0])
-    assert type(layer) is DynamicLayer and set(vars(layer)) == set(vars(expected.layers[0])) and set(vars(cache)) == set(vars(expected))
+    assert (
+        type(layer) is DynamicLayer
+        and set(vars(layer)) == set(vars(expected.layers[0]))
+        and set(vars(cache)) == set(vars(expected))
+    )
     assert layer.is_initialized and vars(layer)["keys"] is layer.keys and vars(layer)["values"] is layer.values
-    assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values) and layer.get_seq_length() == keys.shape[2]
+    assert (
+        torch.equal(layer.keys, keys) and torch.equal(layer.values, values) and layer.get_seq_length() == keys.shape[2]
+    )
 
 
 def test_a_step_does_not_copy_the_cache(models):

@@ -17,12 +17,19 @@ BATCH = inputs([5, (1, 4, 6), 3])
 IDS = torch.tensor([[3], [14], [15], [92], [65]])
 # One of every kind of tensor that some fused call, table or plan reads.
 TENSORS = [
-    "model.visual.pos_embed.weight", "model.visual.patch_embed.proj.weight", "model.visual.blocks.1.norm1.weight",
-    "model.visual.blocks.1.attn.qkv.weight", "model.visual.blocks.1.mlp.linear_fc1.bias", "model.visual.merger.linear_fc2.weight",
-    "model.language_model.layers.1.input_layernorm.weight", "model.language_model.layers.1.self_attn.k_proj.weight",
-    "model.language_model.layers.1.self_attn.q_norm.weight", "model.language_model.layers.2.mlp.up_proj.weight",
-    "model.language_model.norm.weight", "model.language_model.embed_tokens.weight",
-]  # fmt: skip
+    "model.visual.pos_embed.weight",
+    "model.visual.patch_embed.proj.weight",
+    "model.visual.blocks.1.norm1.weight",
+    "model.visual.blocks.1.attn.qkv.weight",
+    "model.visual.blocks.1.mlp.linear_fc1.bias",
+    "model.visual.merger.linear_fc2.weight",
+    "model.language_model.layers.1.input_layernorm.weight",
+    "model.language_model.layers.1.self_attn.k_proj.weight",
+    "model.language_model.layers.1.self_attn.q_norm.weight",
+    "model.language_model.layers.2.mlp.up_proj.weight",
+    "model.language_model.norm.weight",
+    "model.language_model.embed_tokens.weight",
+]
 
 
 def _run(model) -> list[torch.Tensor]:
@@ -31,7 +38,9 @@ def _run(model) -> list[torch.Tensor]:
     with torch.no_grad():
         cache = DynamicCache()
         steps = [model(input_ids=ids[None], **{CACHE: cache}).logits for ids in IDS]
-        out = model.generate(**BATCH, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        out = model.generate(
+            **BATCH, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
         return [model(**BATCH).logits, torch.cat(steps, 1), torch.stack(out.logits)]
 
 
@@ -74,7 +83,9 @@ def _fused_step(model):
 
 
 def _changed_state(model):
-    return {name: x * _noise(x, i) if x.is_floating_point() else x for i, (name, x) in enumerate(model.state_dict().items())}
+    return {
+        name: x * _noise(x, i) if x.is_floating_point() else x for i, (name, x) in enumerate(model.state_dict().items())
+    }
 
 
 def _load(model):
@@ -101,7 +112,10 @@ def _new_parameters(model):
 
 
 def _new_linear(model):
-    for parent, name in ((model.model.language_model.layers[1].mlp, "down_proj"), (model.model.visual.blocks[0].attn, "proj")):
+    for parent, name in (
+        (model.model.language_model.layers[1].mlp, "down_proj"),
+        (model.model.visual.blocks[0].attn, "proj"),
+    ):
         old = getattr(parent, name)
         new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
         with torch.no_grad():
@@ -153,14 +167,22 @@ def _hooked(*names, pre=False):
             if pre:
                 module.register_forward_pre_hook(lambda module, args: (args[0] * 1.2, *args[1:]))
             else:
-                module.register_forward_hook(lambda module, args, out: tuple(o if o is None else o * 1.2 for o in out) if isinstance(out, tuple) else out * 1.2)
+                module.register_forward_hook(
+                    lambda module, args, out: (
+                        tuple(o if o is None else o * 1.2 for o in out) if isinstance(out, tuple) else out * 1.2
+                    )
+                )
 
     return changed
 
 
 LAYER, BLOCK = "model.language_model.layers.1", "model.visual.blocks.1"
+
+
 def _not_parameters(keep):
-    """Weights that are no parameters of their modules, as hypernetworks and parameter-sharding have them, changed once more after a call."""
+    """Weights that are no parameters of their modules, as hypernetworks and parameter-sharding have them, changed once
+    more after a call.
+    """
 
     def changed(model):
         modules = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in TENSORS[:-1]]
@@ -180,17 +202,31 @@ def _not_parameters(keep):
 
 
 CHANGES = {
-    "in place": _in_place, "data": _data, "new data": _new_data, "numpy": _numpy, "fused step": _fused_step, "load": _load, "assign": _assign,
-    "ema swap": _ema_swap, "new parameters": _new_parameters, "new linear": _new_linear,
+    "in place": _in_place,
+    "data": _data,
+    "new data": _new_data,
+    "numpy": _numpy,
+    "fused step": _fused_step,
+    "load": _load,
+    "assign": _assign,
+    "ema swap": _ema_swap,
+    "new parameters": _new_parameters,
+    "new linear": _new_linear,
     "inv_freq in place": _frequencies(lambda rotary: rotary.inv_freq.mul_(0.5)),
     "inv_freq data": _frequencies(lambda rotary: rotary.inv_freq.data.mul_(0.5)),
     "inv_freq numpy": _frequencies(lambda rotary: rotary.inv_freq.numpy().__imul__(0.5)),
     "inv_freq": _frequencies(_replace_frequencies),
     "attention_scaling": _frequencies(lambda rotary: setattr(rotary, "attention_scaling", 1.3)),
-    "eps": _eps, "scaling": _scaling, "activation": _activation,
-    "plain tensors": _not_parameters(setattr), "buffers": _not_parameters(nn.Module.register_buffer),
-    "plain tensors over parameters": lambda model: model.model.language_model.layers[1].mlp.up_proj.__dict__.update(weight=_noise(torch.empty(100, 72), 1) / 8),
-    "eps as tensors": lambda model: _eps(model, torch.tensor(0.3)), "scaling as tensors": lambda model: _scaling(model, torch.tensor),
+    "eps": _eps,
+    "scaling": _scaling,
+    "activation": _activation,
+    "plain tensors": _not_parameters(setattr),
+    "buffers": _not_parameters(nn.Module.register_buffer),
+    "plain tensors over parameters": lambda model: model.model.language_model.layers[1].mlp.up_proj.__dict__.update(
+        weight=_noise(torch.empty(100, 72), 1) / 8
+    ),
+    "eps as tensors": lambda model: _eps(model, torch.tensor(0.3)),
+    "scaling as tensors": lambda model: _scaling(model, torch.tensor),
     "head_dim and scaling of the vision": _vision_heads,
     "hook on a norm": _hooked(f"{LAYER}.post_attention_layernorm", f"{BLOCK}.norm1"),
     "hook on a linear": _hooked(f"{LAYER}.self_attn.o_proj", f"{BLOCK}.mlp.linear_fc1"),
@@ -203,7 +239,7 @@ CHANGES = {
     "eager": lambda model: model.set_attn_implementation("eager"),
     "float64": lambda model: model.double(),
     "bfloat16": lambda model: model.bfloat16(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -221,9 +257,14 @@ def test_a_change_counts(name):
 
 
 @pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize(("dtype", "lower"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float16)])
+@pytest.mark.parametrize(
+    ("dtype", "lower"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float16)],
+)
 def test_autocast_comes_and_goes(dtype, lower, first):
-    """What was prepared outside autocast must not serve inside, nor the other way round; few rows and many take different kernels."""
+    """What was prepared outside autocast must not serve inside, nor the other way round; few rows and many take
+    different kernels.
+    """
     stock, ours = pair("small", dtype)
     exact = copy.deepcopy(stock).double()
 
@@ -261,8 +302,19 @@ def test_groups_changed_by_hand(place, attention):
 
 
 GRADIENTS = {
-    "text": ["layers.1.mlp.up_proj.weight", "layers.0.input_layernorm.weight", "layers.1.self_attn.q_norm.weight", "layers.1.self_attn.v_proj.weight"],
-    "vision": ["blocks.1.mlp.linear_fc1.weight", "blocks.0.norm1.bias", "blocks.1.attn.qkv.bias", "patch_embed.proj.weight", "merger.norm.weight"],
+    "text": [
+        "layers.1.mlp.up_proj.weight",
+        "layers.0.input_layernorm.weight",
+        "layers.1.self_attn.q_norm.weight",
+        "layers.1.self_attn.v_proj.weight",
+    ],
+    "vision": [
+        "blocks.1.mlp.linear_fc1.weight",
+        "blocks.0.norm1.bias",
+        "blocks.1.attn.qkv.bias",
+        "patch_embed.proj.weight",
+        "merger.norm.weight",
+    ],
     "head": ["weight"],
 }
 
@@ -277,7 +329,9 @@ def test_gradients_of_what_plain_tensors_are_made_of(part, training):
         deltas = []
         for path in GRADIENTS[part]:
             module, _, name = path.rpartition(".")
-            module = {"text": model.model.language_model, "vision": model.model.visual, "head": model.lm_head}[part].get_submodule(module)
+            module = {"text": model.model.language_model, "vision": model.model.visual, "head": model.lm_head}[
+                part
+            ].get_submodule(module)
             base = getattr(module, name).detach().clone()
             delattr(module, name)
             deltas.append(torch.zeros_like(base, requires_grad=True))
@@ -311,7 +365,14 @@ def test_an_attention_function_registered_anew(name, own, monkeypatch):
     assert relative(expected, before) > 1e-3  # generate, with an image
 
 
-@pytest.mark.parametrize("path", ["language_model.layers.1.mlp.up_proj.weight", "visual.blocks.1.attn.qkv.weight", "language_model.layers.0.self_attn.k_proj.weight"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "language_model.layers.1.mlp.up_proj.weight",
+        "visual.blocks.1.attn.qkv.weight",
+        "language_model.layers.0.self_attn.k_proj.weight",
+    ],
+)
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("when", ["before a call", "after a call"])
 def test_freed_weights_are_stocks_error(path, when, grad):
@@ -331,7 +392,10 @@ def test_freed_weights_are_stocks_error(path, when, grad):
 def test_no_tokens_are_stocks_error(shape, family):
     errors = []
     for model in family("small" if family is pair else "mlp"):
-        for text in ({"input_ids": torch.zeros(shape, dtype=torch.long)}, {"inputs_embeds": torch.zeros(*shape, model.config.get_text_config().hidden_size)}):
+        for text in (
+            {"input_ids": torch.zeros(shape, dtype=torch.long)},
+            {"inputs_embeds": torch.zeros(*shape, model.config.get_text_config().hidden_size)},
+        ):
             with torch.no_grad(), pytest.raises(RuntimeError) as caught:
                 model(**text)
             errors.append(str(caught.value))
@@ -346,8 +410,14 @@ QUANTISED = {
     "scales in place": lambda m: [b.mul_(1.25) for n, b in m.named_buffers() if n.endswith("weight_scales")],
     "scales by data": lambda m: [b.data.mul_(1.25) for n, b in m.named_buffers() if n.endswith("weight_scales")],
     "values in place": lambda m: [b.bitwise_and_(-16) for n, b in m.named_buffers() if n.endswith("weight_values")],
-    "values by numpy": lambda m: [b.numpy().__iand__(-16 if b.dtype is torch.int8 else 0xF0) for n, b in m.named_buffers() if n.endswith("weight_values")],
-    "load": lambda m: m.load_state_dict({n: x * 1.5 if x.is_floating_point() else x for n, x in m.state_dict().items()}),
+    "values by numpy": lambda m: [
+        b.numpy().__iand__(-16 if b.dtype is torch.int8 else 0xF0)
+        for n, b in m.named_buffers()
+        if n.endswith("weight_values")
+    ],
+    "load": lambda m: m.load_state_dict(
+        {n: x * 1.5 if x.is_floating_point() else x for n, x in m.state_dict().items()}
+    ),
     "norm": lambda m: m.model.language_model.layers[1].input_layernorm.weight.data.mul_(1.5),
     "eps": lambda m: setattr(m.model.language_model.layers[1].input_layernorm, "variance_epsilon", 0.3),
 }

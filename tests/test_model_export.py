@@ -31,7 +31,12 @@ def _decode(model):
     with torch.no_grad():
         model(input_ids=torch.tensor([[3, 4, 5]]), **{CACHE: cache})
     positions = torch.full((3, 1, 1), 3)
-    return model, {"input_ids": torch.tensor([[7]]), "attention_mask": torch.ones(1, 4, dtype=torch.long), CACHE: cache, "position_ids": positions}
+    return model, {
+        "input_ids": torch.tensor([[7]]),
+        "attention_mask": torch.ones(1, 4, dtype=torch.long),
+        CACHE: cache,
+        "position_ids": positions,
+    }
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -47,10 +52,15 @@ def test_exported_programs_give_what_stocks_do(make):
         module, given = make(model)
         with torch.no_grad():
             eager = module(**copy.deepcopy(given))
-        program = exporter.DynamoExporter().export(module, copy.deepcopy(given), config=exporter.DynamoConfig(dynamic=False))
+        program = exporter.DynamoExporter().export(
+            module, copy.deepcopy(given), config=exporter.DynamoConfig(dynamic=False)
+        )
         _, prepared, _ = prepare_for_export(module, copy.deepcopy(given))
         out = (program.module() if hasattr(program, "module") else program)(**prepared)
-        results += [out["pooler_output" if make is _image else "logits"], eager["pooler_output" if make is _image else "logits"]]
+        results += [
+            out["pooler_output" if make is _image else "logits"],
+            eager["pooler_output" if make is _image else "logits"],
+        ]
     for result in results[1:]:
         assert_close(result, results[0])
 
@@ -62,4 +72,4 @@ def test_the_module_of_a_class_shows_what_that_of_its_stock_class_does():
             assert module.apply_rotary_pos_emb_vision is stock.apply_rotary_pos_emb_vision
             assert module.eager_attention_forward is stock.eager_attention_forward
             with pytest.raises(AttributeError):
-                module.no_such_name
+                _ = module.no_such_name

@@ -25,7 +25,9 @@ def pair():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-@pytest.mark.parametrize("read", [accuracy, lambda logits: logits.float().sum(), lambda logits: torch.stack([logits]).mean()])
+@pytest.mark.parametrize(
+    "read", [accuracy, lambda logits: logits.float().sum(), lambda logits: torch.stack([logits]).mean()]
+)
 def test_read_in_any_mode_then_used_with_gradients(pair, mode, read):
     def step(model):
         out = model(**BATCH, labels=LABELS)
@@ -70,7 +72,12 @@ def test_copies(pair):
         file = io.BytesIO()
         torch.save({"logits": logits}, file)
         file.seek(0)
-        return torch.load(file)["logits"], pickle.loads(pickle.dumps(logits)), copy.deepcopy(logits.detach()), copy.copy(logits)
+        return (
+            torch.load(file)["logits"],
+            pickle.loads(pickle.dumps(logits)),
+            copy.deepcopy(logits.detach()),
+            copy.copy(logits),
+        )
 
     assert_same(pair, step)
     assert repr(pair[1](**BATCH).logits).startswith("tensor([[[")
@@ -96,9 +103,15 @@ def _foreach(logits):
 
 
 EDITS = [
-    mask_rare, _data, _out, _foreach, lambda x: x.mul_(0.3), lambda x: F.relu(x, inplace=True), lambda x: x.clamp_(-1, 1),
+    mask_rare,
+    _data,
+    _out,
+    _foreach,
+    lambda x: x.mul_(0.3),
+    lambda x: F.relu(x, inplace=True),
+    lambda x: x.clamp_(-1, 1),
     lambda x: F.dropout(x, 0.0, inplace=True),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("edit", EDITS)
@@ -115,7 +128,12 @@ def test_edits_count(pair, edit, mode):
     assert_same(pair, step)
 
 
-HOOKS = {"in place": mask_rare, "replaced": lambda x: x * 0.5, "returned": lambda x: x.add_(x.detach().roll(1, -1)), "read": lambda x: None}
+HOOKS = {
+    "in place": mask_rare,
+    "replaced": lambda x: x * 0.5,
+    "returned": lambda x: x.add_(x.detach().roll(1, -1)),
+    "read": lambda x: None,
+}
 
 
 @pytest.mark.parametrize("edit", HOOKS.values(), ids=HOOKS.keys())
@@ -297,7 +315,9 @@ def test_partly_frozen(pair, weight_grad, hidden_grad):
     assert_same(pair, step)
 
 
-@pytest.mark.parametrize("way", ["checkpoint", "reentrant checkpoint", "save_on_cpu", "loss checkpoint", "chunks of the head"])
+@pytest.mark.parametrize(
+    "way", ["checkpoint", "reentrant checkpoint", "save_on_cpu", "loss checkpoint", "chunks of the head"]
+)
 def test_under_other_machinery(pair, way):
     from torch.utils.checkpoint import checkpoint
 
@@ -310,13 +330,18 @@ def test_under_other_machinery(pair, way):
             loss = checkpoint(lambda x: loss_of(model, x), logits, use_reentrant=True)
         elif way == "chunks of the head":
             hidden = model.model(**BATCH).last_hidden_state
-            chunks = [checkpoint(lambda x: model.lm_head(x).logsumexp(-1), chunk, use_reentrant=False) for chunk in hidden.chunk(3, 1)]
+            chunks = [
+                checkpoint(lambda x: model.lm_head(x).logsumexp(-1), chunk, use_reentrant=False)
+                for chunk in hidden.chunk(3, 1)
+            ]
             loss = torch.cat(chunks, 1).mean() + model.lm_head(hidden).square().mean()
         else:
             embeds = model.get_input_embeddings()(BATCH["input_ids"]) if way == "checkpoint" else None
             reentrant = way != "checkpoint"
             call = lambda _: model(**BATCH, labels=LABELS).loss  # noqa: E731
-            loss = checkpoint(call, torch.zeros(1, requires_grad=True) if embeds is None else embeds, use_reentrant=reentrant)
+            loss = checkpoint(
+                call, torch.zeros(1, requires_grad=True) if embeds is None else embeds, use_reentrant=reentrant
+            )
         loss.backward()
         return loss
 

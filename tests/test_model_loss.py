@@ -28,7 +28,9 @@ def no_logits(monkeypatch):
     monkeypatch.setattr(LazyLogits, "value", lambda self: pytest.fail("the logits were computed"))
 
 
-@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(9)}], ids=["mean", "count", "tensor"])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(9)}], ids=["mean", "count", "tensor"]
+)
 def test_equals_stock_without_logits(pair, no_logits, options):
     batch, results = models.inputs(*ROWS), []
     for model in pair:
@@ -59,7 +61,11 @@ def test_autocast(pair, no_logits, dtype):
         out.loss.backward()
         losses.append(out.loss.detach()), gradients.append(model.lm_head.weight.grad)
         assert out.loss.dtype == torch.float32 and out.logits.dtype == dtype
-    assert type(out.logits) is LazyLogits and type(out.logits.float()) is LazyLogits and out.logits.float().dtype == torch.float32
+    assert (
+        type(out.logits) is LazyLogits
+        and type(out.logits.float()) is LazyLogits
+        and out.logits.float().dtype == torch.float32
+    )
     limit = 8 * torch.finfo(dtype).eps
     assert relative(losses[1], losses[0]) < limit and relative(gradients[1], gradients[0]) < limit
 

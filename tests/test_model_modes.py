@@ -34,7 +34,9 @@ class _HalvedBelow(TorchDispatchMode):
 @pytest.mark.parametrize("mode", [_Halved, _HalvedBelow])
 @pytest.mark.parametrize("family", ["Qwen3-VL", "QVL mlp", "QVL attention"])
 def test_modes_that_change_results(family, mode):
-    models, batch = (pair("small"), BATCH) if family == "Qwen3-VL" else (qvl_models.pair(family.split()[1]), qvl_models.inputs(7))
+    models, batch = (
+        (pair("small"), BATCH) if family == "Qwen3-VL" else (qvl_models.pair(family.split()[1]), qvl_models.inputs(7))
+    )
     with torch.no_grad():
         plain = models[0](**batch).logits
         with mode():
@@ -50,7 +52,11 @@ def test_generate_under_a_mode(mode):
     outs = []
     for model in pair("small"):
         with mode():
-            outs.append(model.generate(**BATCH, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True))
+            outs.append(
+                model.generate(
+                    **BATCH, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
+                )
+            )
     assert torch.equal(outs[0].sequences, outs[1].sequences)
     assert_close(torch.stack(outs[1].logits), torch.stack(outs[0].logits))
 

@@ -8,13 +8,13 @@ import threading
 import gpu_steps
 import models
 import pytest
+import qvl_models
 import torch
 from models import assert_close, inputs, pair, relative
 from torch import nn
 
 import qvl_kernels
 import qvl_model
-import qvl_models
 from bench.truth import fake_quantised
 from qvl_kernels import quant
 from qvl_model.generation.step_gpu import GpuStep
@@ -77,7 +77,9 @@ def test_state_dict_copies_and_dtypes():
     qvl_model.accelerate(fast, weights="int4")
     state = fast.state_dict()
     name = "model.language_model.layers.0.mlp.up_proj"
-    assert state[f"{name}.weight_values"].dtype == torch.uint8 and state[f"{name}.weight_scales"].dtype == torch.bfloat16
+    assert (
+        state[f"{name}.weight_values"].dtype == torch.uint8 and state[f"{name}.weight_scales"].dtype == torch.bfloat16
+    )
     assert f"{name}.weight" not in state
     batch = inputs(*FEW)
     with torch.no_grad():
@@ -136,7 +138,11 @@ def test_weights_that_are_not_finite_leave_the_model_as_it_was():
 
 @pytest.mark.parametrize(
     ("weights", "error", "message"),
-    [("int3", ValueError, "is no format"), ({"head": "int8"}, ValueError, "names the part 'head'"), (8, TypeError, "mapping")],
+    [
+        ("int3", ValueError, "is no format"),
+        ({"head": "int8"}, ValueError, "names the part 'head'"),
+        (8, TypeError, "mapping"),
+    ],
 )
 def test_unknown_formats(weights, error, message):
     with pytest.raises(error, match=message):
@@ -160,7 +166,9 @@ def _assert_quantised(packed: nn.Module, stock: nn.Module) -> None:
             ours = packed.get_submodule(name)
             if own == "weight" and isinstance(ours, PackedLinear | PackedEmbedding):
                 bits = ours.quantized.bits
-                assert relative(ours.dequantize(), quant.dequantize(quant.quantize(expected.detach(), bits))) < 1e-6, name
+                assert relative(ours.dequantize(), quant.dequantize(quant.quantize(expected.detach(), bits))) < 1e-6, (
+                    name
+                )
             else:
                 assert torch.equal(getattr(ours, own), expected), (name, own)
 
@@ -170,8 +178,15 @@ def test_a_weight_is_read_and_written_as_any_other(bits):
     torch.manual_seed(0)
     packed = PackedLinear.from_linear(nn.Linear(70, 33), bits, group=32)
     first, weight = packed.dequantize(), packed.weight
-    assert isinstance(weight, nn.Parameter) and weight.shape == (33, 70) and weight.dtype == torch.float32 and not weight.requires_grad
-    assert torch.equal(weight.clone(), first) and torch.equal(weight[3:5].t() @ weight[3:5], first[3:5].t() @ first[3:5])
+    assert (
+        isinstance(weight, nn.Parameter)
+        and weight.shape == (33, 70)
+        and weight.dtype == torch.float32
+        and not weight.requires_grad
+    )
+    assert torch.equal(weight.clone(), first) and torch.equal(
+        weight[3:5].t() @ weight[3:5], first[3:5].t() @ first[3:5]
+    )
     assert torch.equal(torch.cat([*weight.split(10)]), first) and torch.equal(weight.to(torch.float64), first.double())
     changes = {
         "weight.data =": lambda w: setattr(w, "data", 2 * w.data.clone()),
@@ -190,11 +205,14 @@ def test_a_weight_is_read_and_written_as_any_other(bits):
             change(plain)
             expected = quant.dequantize(quant.quantize(plain.detach(), packed.quantized.bits, 32))
             same = (plain == quant.dequantize(before)).all(1)
-            assert torch.equal(packed.quantized.values[same], before.values[same]) and torch.equal(packed.quantized.scales[same], before.scales[same]), name
+            assert torch.equal(packed.quantized.values[same], before.values[same]) and torch.equal(
+                packed.quantized.scales[same], before.scales[same]
+            ), name
             assert torch.equal(packed.dequantize()[~same], expected[~same]) and not same.all(), name
     for wrong, error, message in (
-        (torch.ones(33, 71), ValueError, r"takes shape \[N, 70\], got \[33, 71\]"), (torch.full((33, 70), torch.nan), ValueError, "NaN or infinite"),
-    ):  # fmt: skip
+        (torch.ones(33, 71), ValueError, r"takes shape \[N, 70\], got \[33, 71\]"),
+        (torch.full((33, 70), torch.nan), ValueError, "NaN or infinite"),
+    ):
         with pytest.raises(error, match=message):
             packed.weight.data = wrong
     with pytest.raises(RuntimeError, match="a quantised weight is a constant; train an adapter"):
@@ -208,12 +226,20 @@ def test_a_weight_is_read_and_written_as_any_other(bits):
 
 def test_tied_weights_are_one_through_copies_moves_and_writes():
     fast = qvl_model.accelerate(models.stock_model("small"), weights="int8")
-    for model in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast).to(torch.bfloat16), copy.deepcopy(fast).to("meta")):
+    for model in (
+        fast,
+        copy.deepcopy(fast),
+        pickle.loads(pickle.dumps(fast)),
+        copy.deepcopy(fast).to(torch.bfloat16),
+        copy.deepcopy(fast).to("meta"),
+    ):
         embedding, head = model.get_input_embeddings(), model.lm_head
         assert embedding.weight_values is head.weight_values and embedding.weight_scales is head.weight_scales
         if model.device.type == "cpu":
             head.weight.data[3] = 1.0
-            assert torch.equal(embedding(torch.tensor([3, 3])).float(), torch.ones(2, 64)) and torch.equal(embedding.dequantize(), head.dequantize())
+            assert torch.equal(embedding(torch.tensor([3, 3])).float(), torch.ones(2, 64)) and torch.equal(
+                embedding.dequantize(), head.dequantize()
+            )
     lone = copy.deepcopy(fast.lm_head)
     assert type(lone) is PackedLinear and torch.equal(lone.weight_values, fast.lm_head.weight_values)
 
@@ -235,11 +261,18 @@ def test_resize_token_embeddings(tmp_path, name, size, weights, adapted):
         if adapted:
             assert tuned.unload() is model
     for model in (fast, stock):
-        assert model.config.text_config.vocab_size == size == model.get_input_embeddings().num_embeddings == model.lm_head.out_features
+        assert (
+            model.config.text_config.vocab_size
+            == size
+            == model.get_input_embeddings().num_embeddings
+            == model.lm_head.out_features
+        )
     if name == "small":
         assert fast.get_input_embeddings().weight_values is fast.lm_head.weight_values
     _assert_quantised(fast, stock)
-    assert fast.num_parameters() == stock.num_parameters() and fast.num_parameters(exclude_embeddings=True) == stock.num_parameters(exclude_embeddings=True)
+    assert fast.num_parameters() == stock.num_parameters() and fast.num_parameters(
+        exclude_embeddings=True
+    ) == stock.num_parameters(exclude_embeddings=True)
     fast.save_pretrained(tmp_path)
     again = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
     with torch.no_grad(), qvl_kernels.use_backend("reference"):
@@ -321,11 +354,15 @@ def test_hooks_and_adapters_stay_and_train():
     with torch.no_grad():
         before = fast(**batch).logits
     assert seen
-    tuned = get_peft_model(fast, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)).train()
+    tuned = get_peft_model(
+        fast, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    ).train()
     loss = tuned(**batch, labels=batch["input_ids"]).loss
     loss.backward()
     gradients = {name: p.grad for name, p in tuned.named_parameters() if p.grad is not None}
-    assert gradients and all("lora" in name for name in gradients) and all(g.abs().max() > 0 for g in gradients.values())
+    assert (
+        gradients and all("lora" in name for name in gradients) and all(g.abs().max() > 0 for g in gradients.values())
+    )
     assert relative(tuned.eval()(**batch).logits.detach(), before) > 1e-3
 
 
@@ -374,7 +411,8 @@ def _generates(model, batch, times: int, results: list):
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_two_threads_on_one_model(weights):
     fast = qvl_model.accelerate(models.stock_model(), weights=weights)
-    # transformers keeps rope_deltas on the model: only prompts of the same deltas are safe in two threads of stock, too.
+    # transformers keeps rope_deltas on the model: only prompts of the same deltas are safe in two threads of stock,
+    # too.
     batches = [inputs([7, (1, 4, 6), 2], seed=1), inputs([3, (1, 4, 6), 9], seed=2)]
     expected = [fast.generate(**batch, max_new_tokens=12, do_sample=False) for batch in batches]
     results = [[], []]
@@ -411,7 +449,10 @@ def test_two_models_in_one_process():
 def test_packing_again_in_another_format_is_refused(first, then):
     model = qvl_model.accelerate(models.stock_model("small"), **first)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"packed as int\d.* already, which int\d.* cannot be made of; restore the model first, or load it again"):
+    with pytest.raises(
+        ValueError,
+        match=r"packed as int\d.* already, which int\d.* cannot be made of; restore the model first, or load it again",
+    ):
         qvl_model.accelerate(model, **then)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], x) for name, x in before.items())
@@ -446,6 +487,8 @@ def test_a_packed_weight_cannot_be_parametrized(taker):
     batch = inputs(*FEW)
     with torch.no_grad():
         before = model(**batch).logits
-        with pytest.raises(TypeError, match="cannot be taken out of it, as parametrizations and adapters with target_parameters do"):
+        with pytest.raises(
+            TypeError, match="cannot be taken out of it, as parametrizations and adapters with target_parameters do"
+        ):
             TAKERS[taker](model.model.language_model.layers[0].mlp.up_proj)
         assert torch.equal(model(**batch).logits, before)

@@ -81,7 +81,10 @@ def test_position_ids(models, rows):
 
 def test_packed_sequences(models):
     """Positions that start again mean several sequences in one row; transformers then masks between them."""
-    batch = {"input_ids": inputs([9])["input_ids"], "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]]).expand(4, 1, -1)}
+    batch = {
+        "input_ids": inputs([9])["input_ids"],
+        "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]]).expand(4, 1, -1),
+    }
     assert_close(_logits(models[1], batch, use_cache=False), _logits(models[0], batch, use_cache=False))
 
 
@@ -112,7 +115,9 @@ def test_output_attentions_under_eager():
     with torch.no_grad():
         theirs, ours = (model(**batch, output_attentions=True, output_hidden_states=True) for model in (stock, fast))
     assert len(ours.attentions) == len(fast.model.language_model.layers)
-    for got, expected in zip(ours.attentions + ours.hidden_states, theirs.attentions + theirs.hidden_states, strict=True):
+    for got, expected in zip(
+        ours.attentions + ours.hidden_states, theirs.attentions + theirs.hidden_states, strict=True
+    ):
         assert_close(got, expected)
     _assert_greedy_equal(stock, fast, batch)
 
@@ -141,12 +146,19 @@ def test_own_four_dimensional_mask(models, kind):
     seen = torch.rand(2, 6 if kind == "per head" else 1, 7, 7, generator=generator) < 0.6
     seen |= torch.eye(7, dtype=torch.bool)
     mask = seen if kind != "additive" else torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-    batch = {"input_ids": inputs([7], [7])["input_ids"], "attention_mask": mask, "position_ids": torch.arange(7).expand(2, -1)}
+    batch = {
+        "input_ids": inputs([7], [7])["input_ids"],
+        "attention_mask": mask,
+        "position_ids": torch.arange(7).expand(2, -1),
+    }
     assert_close(_logits(models[1], batch), _logits(models[0], batch))
 
 
-@pytest.mark.parametrize("make", [lambda config: DynamicCache(), lambda config: StaticCache(config=config, max_cache_len=32)],
-                         ids=["dynamic", "static"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [lambda config: DynamicCache(), lambda config: StaticCache(config=config, max_cache_len=32)],
+    ids=["dynamic", "static"],
+)
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 def test_a_cache_filled_in_chunks(models, make, padded):
     batch = inputs([12], [8 if padded else 12])
@@ -156,9 +168,11 @@ def test_a_cache_filled_in_chunks(models, make, padded):
         for start, end in ((0, 5), (5, 6), (6, 9), (9, 10), (10, 12)):
             with torch.no_grad():
                 out = model(
-                    input_ids=batch["input_ids"][:, start:end], attention_mask=batch["attention_mask"][:, :end],
-                    **{CACHE: cache}, use_cache=True,
-                )  # fmt: skip
+                    input_ids=batch["input_ids"][:, start:end],
+                    attention_mask=batch["attention_mask"][:, :end],
+                    **{CACHE: cache},
+                    use_cache=True,
+                )
             parts.append(out.logits)
             assert cache.get_seq_length() == end
         results.append(torch.cat(parts, 1))
@@ -230,9 +244,7 @@ def test_multi_turn_on_a_kept_cache(models):
         out = model.generate(**turns[0], **options)
         for turn in turns[1:]:
             ids = torch.cat([out.sequences, torch.tensor([turn])], 1)
-            out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), **{CACHE: out[CACHE]}, **options
-            )
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **{CACHE: out[CACHE]}, **options)
         results.append(out.sequences)
     assert torch.equal(*results)
 
@@ -251,12 +263,23 @@ def _assert_same_after(stock, fast, limit: float = 2e-5, batch=None):
 
 
 HOOKED = [
-    "model.language_model.layers.1", "model.language_model.layers.1.self_attn", "model.language_model.layers.1.self_attn.k_proj",
-    "model.language_model.layers.1.self_attn.q_norm", "model.language_model.layers.1.input_layernorm",
-    "model.language_model.layers.1.mlp", "model.language_model.layers.1.mlp.act_fn", "model.language_model.layers.1.mlp.down_proj",
-    "model.visual.blocks.1", "model.visual.blocks.1.attn", "model.visual.blocks.1.attn.qkv", "model.visual.blocks.1.norm2",
-    "model.visual.blocks.1.mlp", "model.visual.blocks.1.mlp.act_fn", "model.visual.patch_embed.proj", "lm_head",
-]  # fmt: skip
+    "model.language_model.layers.1",
+    "model.language_model.layers.1.self_attn",
+    "model.language_model.layers.1.self_attn.k_proj",
+    "model.language_model.layers.1.self_attn.q_norm",
+    "model.language_model.layers.1.input_layernorm",
+    "model.language_model.layers.1.mlp",
+    "model.language_model.layers.1.mlp.act_fn",
+    "model.language_model.layers.1.mlp.down_proj",
+    "model.visual.blocks.1",
+    "model.visual.blocks.1.attn",
+    "model.visual.blocks.1.attn.qkv",
+    "model.visual.blocks.1.norm2",
+    "model.visual.blocks.1.mlp",
+    "model.visual.blocks.1.mlp.act_fn",
+    "model.visual.patch_embed.proj",
+    "lm_head",
+]
 
 
 @pytest.mark.parametrize("name", HOOKED)
@@ -264,7 +287,9 @@ def test_forward_hooks(fresh, name):
     calls = []
     for model in fresh:
         module = model.get_submodule(name)
-        module.register_forward_hook(lambda module, args, out: (out[0] * 1.5, *out[1:]) if isinstance(out, tuple) else out * 1.5)
+        module.register_forward_hook(
+            lambda module, args, out: (out[0] * 1.5, *out[1:]) if isinstance(out, tuple) else out * 1.5
+        )
         module.register_forward_pre_hook(lambda module, args: calls.append(id(module)))
     plain = _logits(stock_model("small"), inputs(*MIXED))
     _assert_same_after(*fresh)
@@ -285,7 +310,9 @@ def test_global_hooks(fresh):
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
 
 
-@pytest.mark.parametrize("change", ["activation", "vision activation", "forward", "not causal", "norm eps", "scaling", "bias"])
+@pytest.mark.parametrize(
+    "change", ["activation", "vision activation", "forward", "not causal", "norm eps", "scaling", "bias"]
+)
 def test_edited_layers(fresh, change):
     plain = _logits(fresh[0], inputs([9]) if change != "vision activation" else inputs(*MIXED))
     for model in fresh:
@@ -315,7 +342,9 @@ def test_parametrization(fresh):
             return 2 * weight
 
     for model in fresh:
-        nn.utils.parametrize.register_parametrization(model.model.language_model.layers[0].self_attn.v_proj, "weight", Doubled())
+        nn.utils.parametrize.register_parametrization(
+            model.model.language_model.layers[0].self_attn.v_proj, "weight", Doubled()
+        )
     _assert_same_after(*fresh)
 
 
@@ -396,7 +425,8 @@ def test_copies(fresh, how):
 
 def test_two_threads_on_one_model(models):
     stock, fast = models
-    # transformers keeps rope_deltas on the model: only prompts of the same deltas are safe in two threads of stock, too.
+    # transformers keeps rope_deltas on the model: only prompts of the same deltas are safe in two threads of stock,
+    # too.
     batches = [inputs([7, (1, 4, 6), 2], seed=1), inputs([3, (1, 4, 6), 9], seed=2)]
     expected = [stock.generate(**batch, max_new_tokens=20, do_sample=False) for batch in batches]
     results: dict[int, list] = {0: [], 1: []}
@@ -424,7 +454,9 @@ def test_torch_compile(fresh):
     embeds.requires_grad_()
     gradients = []
     for text in (compiled, stock.model.language_model):
-        (gradient,) = torch.autograd.grad(text(inputs_embeds=embeds, use_cache=False).last_hidden_state.square().sum(), embeds)
+        (gradient,) = torch.autograd.grad(
+            text(inputs_embeds=embeds, use_cache=False).last_hidden_state.square().sum(), embeds
+        )
         gradients.append(gradient)
     assert_close(*gradients, 1e-4)
 
@@ -454,7 +486,11 @@ def test_vision_attentions_are_recorded_when_asked_for(fresh):
 def test_weights_that_are_tensor_subclasses(fresh):
     """Their pointer must never reach a kernel."""
     for model in fresh:
-        for module in (model.model.language_model.layers[0].mlp.up_proj, model.model.visual.blocks[0].attn.proj, model.lm_head):
+        for module in (
+            model.model.language_model.layers[0].mlp.up_proj,
+            model.model.visual.blocks[0].attn.proj,
+            model.lm_head,
+        ):
             held = module.weight.detach().clone()
             module._parameters["weight"] = Elsewhere(held) if model is fresh[1] else held
     _assert_same_after(*fresh)

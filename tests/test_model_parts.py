@@ -45,7 +45,9 @@ def test_training(checkpointing, sizes):
     text, patches = batch["input_ids"].numel(), len(batch["pixel_values"])
     calls = 3 * -(-text // 7) + 4 * -(-patches // 7)  # 3 layers, 4 vision blocks
     assert max(sizes) == 7 and forward == calls
-    assert 2 * calls < len(sizes) <= 3 * calls if checkpointing else len(sizes) == 2 * calls  # each part again in the backward
+    assert (
+        2 * calls < len(sizes) <= 3 * calls if checkpointing else len(sizes) == 2 * calls
+    )  # each part again in the backward
     for name, gradient in results[1].items():
         assert (gradient - results[0][name]).norm() <= 5e-5 * results[0][name].norm() + 1e-7, name
 
@@ -92,10 +94,14 @@ def test_it_travels_and_goes():
         assert model.model.language_model.layers[2].mlp.mlp_rows == model.model.visual.blocks[0].mlp.mlp_rows == 6
     assert fast.state_dict().keys() == stock.state_dict().keys()
     for undo in (qvl_model.accelerate, qvl_model.restore):
-        assert not any("mlp_rows" in module.__dict__ for module in undo(qvl_model.accelerate(fast, mlp_rows=6)).modules())
+        assert not any(
+            "mlp_rows" in module.__dict__ for module in undo(qvl_model.accelerate(fast, mlp_rows=6)).modules()
+        )
 
 
-@pytest.mark.parametrize(("rows", "error"), [(0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError), ("8", TypeError)])
+@pytest.mark.parametrize(
+    ("rows", "error"), [(0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError), ("8", TypeError)]
+)
 def test_bad_rows_change_nothing(rows, error):
     model = models.stock_model("small")
     with pytest.raises(error, match="mlp_rows"):

@@ -22,9 +22,13 @@ METHODS = {
     "lora": lambda: LoraConfig(**LORA),
     "dora": lambda: LoraConfig(**LORA, use_dora=True),
     "loha": lambda: LoHaConfig(r=4, target_modules=LAYERS, init_weights=False),
-    "ia3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
+    "ia3": lambda: IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
+    ),
     "tied": lambda: LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"], init_lora_weights=False),
-    "tokens": lambda: TrainableTokensConfig(token_indices=[3, 7, 11], target_modules=["embed_tokens"], init_weights=False),
+    "tokens": lambda: TrainableTokensConfig(
+        token_indices=[3, 7, 11], target_modules=["embed_tokens"], init_weights=False
+    ),
     "lora and tokens": lambda: LoraConfig(**LORA, trainable_token_indices=[3, 7]),
     "prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "copies": lambda: LoraConfig(**LORA, modules_to_save=["lm_head", "embed_tokens"]),
@@ -57,12 +61,18 @@ def _stock(fast: nn.Module) -> nn.Module:
 
 
 def _packed(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedEmbedding)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedEmbedding)
+    }
 
 
 def _bits(model: nn.Module) -> dict[str, torch.Tensor]:
     """Packed weights, as copies: what must not change by a bit."""
-    return {f"{name}.{own}": tensor.clone() for name, module in _packed(model).items() for own, tensor in module._buffers.items()}
+    return {
+        f"{name}.{own}": tensor.clone()
+        for name, module in _packed(model).items()
+        for own, tensor in module._buffers.items()
+    }
 
 
 def _same(one: dict, other: dict) -> bool:
@@ -101,8 +111,15 @@ def test_adapters_train_as_on_stock(weights, method):
     fast = _fast(weights)
     stock, batch = _stock(fast), _batch(image=method != "prompt")
     tuned, expected = (_adapted(model, METHODS[method]()) for model in (fast, stock))
-    assert {n for n, p in tuned.named_parameters() if p.requires_grad} == {n for n, p in expected.named_parameters() if p.requires_grad}
-    for counted in ({}, {"only_trainable": True}, {"exclude_embeddings": True}, {"only_trainable": True, "exclude_embeddings": True}):
+    assert {n for n, p in tuned.named_parameters() if p.requires_grad} == {
+        n for n, p in expected.named_parameters() if p.requires_grad
+    }
+    for counted in (
+        {},
+        {"only_trainable": True},
+        {"exclude_embeddings": True},
+        {"only_trainable": True, "exclude_embeddings": True},
+    ):
         assert tuned.get_base_model().num_parameters(**counted) == expected.get_base_model().num_parameters(**counted)
     with qvl_kernels.use_backend("reference" if weights else "cpp"):
         _assert_same_gradients(tuned.train(), expected.train(), batch)
@@ -125,14 +142,20 @@ def test_a_quantised_model_learns(weights, method):
 
 
 @pytest.mark.parametrize(
-    ("weights", "method"), [*(("int8", name) for name in METHODS if name not in ("prompt", "loha", "ia3")), ({"text": "int4"}, "lora")], ids=str
+    ("weights", "method"),
+    [*(("int8", name) for name in METHODS if name not in ("prompt", "loha", "ia3")), ({"text": "int4"}, "lora")],
+    ids=str,
 )
 def test_quantising_under_adapters_is_quantising_before_them(weights, method):
     late = qvl_model.accelerate(_adapted(models.stock_model("small"), METHODS[method]()), weights=weights)
     early = _adapted(_fast(weights), METHODS[method]())
-    assert {n for n, p in late.named_parameters() if p.requires_grad} == {n for n, p in early.named_parameters() if p.requires_grad}
+    assert {n for n, p in late.named_parameters() if p.requires_grad} == {
+        n for n, p in early.named_parameters() if p.requires_grad
+    }
     assert _same(_bits(late), _bits(early)) and _packed(late)
-    late.load_state_dict(early.state_dict())  # what was made of the weights before they were rounded: tokens, copies, norms
+    late.load_state_dict(
+        early.state_dict()
+    )  # what was made of the weights before they were rounded: tokens, copies, norms
     batch = _batch()
     with qvl_kernels.use_backend("reference"):
         with torch.no_grad():
@@ -177,12 +200,21 @@ def test_modules_of_the_user_stay():
     layer = model.model.language_model.layers[1]
     layer.mlp.up_proj.__class__ = Doubled
     layer.mlp.gate_proj = torch.nn.utils.parametrizations.weight_norm(layer.mlp.gate_proj)
-    kept = {"value_head": model.value_head, "probe": model.model.language_model.probe, "up": layer.mlp.up_proj, "gate": layer.mlp.gate_proj}
+    kept = {
+        "value_head": model.value_head,
+        "probe": model.model.language_model.probe,
+        "up": layer.mlp.up_proj,
+        "gate": layer.mlp.gate_proj,
+    }
     types = {name: type(module) for name, module in kept.items()}
     weights = {name: module.weight.clone() for name, module in kept.items()}
     qvl_model.accelerate(model, weights="int8")
     for name, module in kept.items():
-        assert issubclass(type(module), types[name]) and not isinstance(module, PackedLinear) and torch.equal(module.weight, weights[name])
+        assert (
+            issubclass(type(module), types[name])
+            and not isinstance(module, PackedLinear)
+            and torch.equal(module.weight, weights[name])
+        )
     assert isinstance(layer.mlp.down_proj, PackedLinear) and isinstance(model.lm_head, PackedLinear)
 
 
@@ -231,7 +263,13 @@ def test_merging_for_good(tmp_path, weights):
             assert_close(logits, expected(**batch).logits)
             return
         for name, module in _packed(merged).items():
-            assert relative(module.dequantize(), quant.dequantize(quant.quantize(expected.get_submodule(name).weight.data, module.quantized.bits))) < 1e-6
+            assert (
+                relative(
+                    module.dequantize(),
+                    quant.dequantize(quant.quantize(expected.get_submodule(name).weight.data, module.quantized.bits)),
+                )
+                < 1e-6
+            )
         assert all(module._kept.original is None for module in _packed(merged).values())
         second = _adapted(merged, METHODS["lora"]())  # one after the other
         bits = _bits(second)
@@ -267,7 +305,9 @@ def test_an_unmerge_without_the_original_is_an_error():
         tuned.unmerge_adapter()
     merged = _adapted(models.stock_model("small"), METHODS["lora"]())
     merged.merge_adapter()
-    with pytest.raises(ValueError, match=r"an adapter is merged into .*call unmerge_adapter first, or merge_and_unload"):
+    with pytest.raises(
+        ValueError, match=r"an adapter is merged into .*call unmerge_adapter first, or merge_and_unload"
+    ):
         qvl_model.accelerate(merged, weights="int8")
     assert not _packed(merged)
 
@@ -288,9 +328,14 @@ def test_an_adapter_is_saved_and_reloaded(tmp_path, method):
 def test_saving_with_modules_of_the_user(tmp_path):
     model = _fast("int8")
     model.value_head = nn.Linear(64, 1)
-    with pytest.raises(ValueError, match="save: value_head.bias and 1 other tensors are no part of a plain Qwen3VLForConditionalGeneration"):
+    with pytest.raises(
+        ValueError,
+        match="save: value_head.bias and 1 other tensors are no part of a plain Qwen3VLForConditionalGeneration",
+    ):
         model.save_pretrained(tmp_path)
-    model.save_pretrained(tmp_path, state_dict={name: tensor for name, tensor in model.state_dict().items() if "value_head" not in name})
+    model.save_pretrained(
+        tmp_path, state_dict={name: tensor for name, tensor in model.state_dict().items() if "value_head" not in name}
+    )
     again, batch = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path), _batch()
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model(**batch).logits)
@@ -314,8 +359,14 @@ def test_restore_under_adapters(tmp_path, method):
     qvl_model.restore(tuned)
     assert [type(module) for module in tuned.modules()] == [type(module) for module in expected.modules()]
     parameters, others = (dict(model.named_parameters()) for model in (tuned, expected))
-    assert {name: p.requires_grad for name, p in parameters.items()} == {name: p.requires_grad for name, p in others.items()}
-    assert all(torch.equal(p, others[name]) for name, p in parameters.items() if "lora" not in name and p.requires_grad is False)
+    assert {name: p.requires_grad for name, p in parameters.items()} == {
+        name: p.requires_grad for name, p in others.items()
+    }
+    assert all(
+        torch.equal(p, others[name])
+        for name, p in parameters.items()
+        if "lora" not in name and p.requires_grad is False
+    )
 
 
 @pytest.mark.parametrize("method", ["dora", "loha", "ia3", "lora and tokens"])
@@ -324,7 +375,11 @@ def test_bf16(method):
     batch, truth = _batch(), _adapted(models.stock_model("small"), METHODS[method]())
     stock, fast, packed = (
         _adapted(model, METHODS[method]())
-        for model in (models.stock_model("small", torch.bfloat16), _fast(dtype=torch.bfloat16), _fast("int8", dtype=torch.bfloat16))
+        for model in (
+            models.stock_model("small", torch.bfloat16),
+            _fast(dtype=torch.bfloat16),
+            _fast("int8", dtype=torch.bfloat16),
+        )
     )
     expected = {name: p.dtype for name, p in stock.named_parameters() if p.requires_grad}
     for tuned in (fast, packed):
@@ -347,4 +402,6 @@ def test_bf16(method):
 def test_target_parameters_of_a_packed_layer_are_refused():
     model = qvl_model.accelerate(models.stock_model("small"), weights="int8")
     with pytest.raises(TypeError, match="train an adapter of its layer .target_modules."):
-        peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=[], target_parameters=["q_proj.weight"]))(input_ids=torch.tensor([[3, 4]]))
+        peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=[], target_parameters=["q_proj.weight"]))(
+            input_ids=torch.tensor([[3, 4]])
+        )

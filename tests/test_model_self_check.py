@@ -33,9 +33,14 @@ def _parts():
 
 
 @pytest.mark.parametrize(
-    "make", [*(lambda part=part: _parts()[part] for part in _parts()), qvl_models.plain_model, lambda: models.stock_model("odd", torch.bfloat16, attention="eager")],
+    "make",
+    [
+        *(lambda part=part: _parts()[part] for part in _parts()),
+        qvl_models.plain_model,
+        lambda: models.stock_model("odd", torch.bfloat16, attention="eager"),
+    ],
     ids=[*_parts(), "qvl", "eager"],
-)  # fmt: skip
+)
 def test_a_version_that_changes_nothing_is_accelerated(untested, make):
     model = make()
     with warnings.catch_warnings():
@@ -46,7 +51,9 @@ def test_a_version_that_changes_nothing_is_accelerated(untested, make):
 
 def test_the_check_runs_once_and_leaves_no_trace(untested, monkeypatch):
     made = []
-    monkeypatch.setattr(self_check, "_small_model", lambda config, make=self_check._small_model: made.append(config) or make(config))
+    monkeypatch.setattr(
+        self_check, "_small_model", lambda config, make=self_check._small_model: made.append(config) or make(config)
+    )
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -56,7 +63,11 @@ def test_the_check_runs_once_and_leaves_no_trace(untested, monkeypatch):
         assert torch.get_default_dtype() is torch.bfloat16
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1] and np.random.get_state()[1].tolist() == states[2]
+    assert (
+        torch.equal(torch.get_rng_state(), states[0])
+        and random.getstate() == states[1]
+        and np.random.get_state()[1].tolist() == states[2]
+    )
     qvl_model.accelerate(models.stock_model("small"))
     assert len(made) == 1
 
@@ -75,7 +86,11 @@ def test_other_results_keep_the_model_stock(untested, monkeypatch):
 
 
 def test_wrong_tokens_alone_are_seen(untested, monkeypatch):
-    monkeypatch.setattr(text.Qwen3VLTextRMSNorm, "forward", lambda self, x: stock.Qwen3VLTextRMSNorm.forward(self, x) * (1.01 if x.shape[1] == 1 else 1))
+    monkeypatch.setattr(
+        text.Qwen3VLTextRMSNorm,
+        "forward",
+        lambda self, x: stock.Qwen3VLTextRMSNorm.forward(self, x) * (1.01 if x.shape[1] == 1 else 1),
+    )
     monkeypatch.setattr("qvl_model.modules.decoder_layer.Plan.of", lambda layer: None)
     with pytest.warns(UserWarning, match="logits of tokens differ"):
         assert not qvl_model.is_accelerated(qvl_model.accelerate(models.stock_model("small")))

@@ -80,13 +80,34 @@ def _hidden_in_place(model, out):
 
 
 CHANGES = [
-    _backward, _step(False), _step(True), _next_forward, _in_place, _one_element, _two_swapped, _rows_swapped, _other_data, _negated, _freed,
-    _hidden, _hidden_in_place,
-]  # fmt: skip
+    _backward,
+    _step(False),
+    _step(True),
+    _next_forward,
+    _in_place,
+    _one_element,
+    _two_swapped,
+    _rows_swapped,
+    _other_data,
+    _negated,
+    _freed,
+    _hidden,
+    _hidden_in_place,
+]
 READS = [
-    accuracy, repr, lambda x: x.tolist(), lambda x: x.float().sum(), lambda x: x[0, 0, 0].item(), pickle.dumps, lambda x: x.detach(),
-    lambda x: x.numpy(), lambda x: x.data, lambda x: torch.save(x, io.BytesIO()), lambda x: x.float()[0], mask_rare,
-]  # fmt: skip
+    accuracy,
+    repr,
+    lambda x: x.tolist(),
+    lambda x: x.float().sum(),
+    lambda x: x[0, 0, 0].item(),
+    pickle.dumps,
+    lambda x: x.detach(),
+    lambda x: x.numpy(),
+    lambda x: x.data,
+    lambda x: torch.save(x, io.BytesIO()),
+    lambda x: x.float()[0],
+    mask_rare,
+]
 
 
 WAYS_OUT = r"model\(\.\.\., skip_logits=False\) or accelerate\(model, skip_logits=False\)"
@@ -95,7 +116,11 @@ WAYS_OUT = r"model\(\.\.\., skip_logits=False\) or accelerate\(model, skip_logit
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_reading_too_late_raises(pair, change):
     _, fast = pair
-    for use in (accuracy, lambda logits: loss_of(fast, logits), lambda logits: torch.autograd.grad(loss_of(fast, logits), logits)):
+    for use in (
+        accuracy,
+        lambda logits: loss_of(fast, logits),
+        lambda logits: torch.autograd.grad(loss_of(fast, logits), logits),
+    ):
         model = copy.deepcopy(fast)
         out = model(**BATCH, labels=LABELS, output_hidden_states=True)
         change(model, out)
@@ -177,7 +202,10 @@ def test_of_a_model(pair):
     assert qvl_model.accelerate(fast, skip_logits=False) is fast and not _kinds(fast) and _kinds(fast, skip_logits=True)
     assert not _kinds(copy.deepcopy(fast)) and not _kinds(pickle.loads(pickle.dumps(fast)))
     assert _kinds(qvl_model.accelerate(fast))
-    assert not _kinds(qvl_model.restore(qvl_model.accelerate(fast, skip_logits=False))) and not fast.model._forward_pre_hooks
+    assert (
+        not _kinds(qvl_model.restore(qvl_model.accelerate(fast, skip_logits=False)))
+        and not fast.model._forward_pre_hooks
+    )
     assert _kinds(qvl_model.accelerate(fast))
     assert not any(fast.eval()(**BATCH, skip_logits=choice).logits.__class__ is LazyLogits for choice in (True, False))
     with pytest.raises(TypeError, match="skip_logits must be a bool"):
@@ -248,7 +276,9 @@ def test_compiled_forward():
 
 @pytest.mark.parametrize("connector", ["mlp", "attention"])
 def test_qvl(connector):
-    pair = tuple(model.train() for model in qvl_models.pair(connector, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    pair = tuple(
+        model.train() for model in qvl_models.pair(connector, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    )
     batch = qvl_models.inputs(5, 9)
     ids, results = batch["input_ids"], []
     for model in pair:

@@ -1,4 +1,6 @@
-"""A loop of one's own, ``model(...)`` a token: one fused call a layer, and the same results whatever happens in between."""
+"""A loop of one's own, ``model(...)`` a token: one fused call a layer, and the same results whatever happens in
+between.
+"""
 
 import copy
 import gc
@@ -144,8 +146,23 @@ def _turned(model):
     weight.data = weight.data.t().contiguous().t()
 
 
-CHANGES = [_replace_output, _replace_input, _edit_in_place, _hook_inside, _hook_on_attention, _hook_before_attention, _forward_of_an_instance,
-           _constant, _swap, _weights, _data, _epsilon, _places, _strides, _turned]  # fmt: skip
+CHANGES = [
+    _replace_output,
+    _replace_input,
+    _edit_in_place,
+    _hook_inside,
+    _hook_on_attention,
+    _hook_before_attention,
+    _forward_of_an_instance,
+    _constant,
+    _swap,
+    _weights,
+    _data,
+    _epsilon,
+    _places,
+    _strides,
+    _turned,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
@@ -225,7 +242,9 @@ def test_two_caches_of_one_model_take_turns(models):
     results = []
     for model in models:
         caches = DynamicCache(), DynamicCache()
-        results.append(torch.cat([_logits(model, [i + 20 * side], caches[side]) for i in PROMPT + NEXT for side in (0, 1)], 1))
+        results.append(
+            torch.cat([_logits(model, [i + 20 * side], caches[side]) for i in PROMPT + NEXT for side in (0, 1)], 1)
+        )
     assert_close(results[1], results[0])
 
 
@@ -239,13 +258,19 @@ def test_images_in_a_later_turn(models, calls):
         first = _logits(model, PROMPT, cache)
         later = dict(turn, attention_mask=torch.ones(1, len(PROMPT) + turn["input_ids"].shape[1], dtype=torch.long))
         with torch.no_grad():
-            second = model(**later, **{CACHE: cache}, position_ids=torch.arange(5, 5 + turn["input_ids"].shape[1]).expand(3, 1, -1)).logits
+            second = model(
+                **later, **{CACHE: cache}, position_ids=torch.arange(5, 5 + turn["input_ids"].shape[1]).expand(3, 1, -1)
+            ).logits
         results.append(torch.cat((first, second, _logits(model, NEXT, cache)), 1))
     assert_close(results[1], results[0])
     assert len(calls) == LAYERS * (len(PROMPT) + 1 + len(NEXT))
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))], ids=["shallow", "deep", "pickle"])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))],
+    ids=["shallow", "deep", "pickle"],
+)
 def test_copies_of_a_cache(models, copied):
     results = []
     for model in models:
@@ -284,7 +309,10 @@ def test_threads_share_a_model(models):
     expected = [_logits(stock, prompt, DynamicCache()) for prompt in prompts]
     for _ in range(5):
         got = [None] * len(prompts)
-        threads = [threading.Thread(target=lambda i=i: got.__setitem__(i, _logits(fast, prompts[i], DynamicCache()))) for i in range(len(prompts))]
+        threads = [
+            threading.Thread(target=lambda i=i: got.__setitem__(i, _logits(fast, prompts[i], DynamicCache())))
+            for i in range(len(prompts))
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -313,7 +341,9 @@ def test_models_and_caches_are_freed():
     _, fast = pair("odd")
     cache = DynamicCache()
     _logits(fast, PROMPT, cache)
-    seen = [weakref.ref(x) for x in (fast, *_layers(fast), _layers(fast)[2].mlp.up_proj.weight, cache, cache.layers[0].keys)]
+    seen = [
+        weakref.ref(x) for x in (fast, *_layers(fast), _layers(fast)[2].mlp.up_proj.weight, cache, cache.layers[0].keys)
+    ]
     model_only = seen[: LAYERS + 2]
     del fast
     gc.collect()

@@ -2,12 +2,12 @@
 
 import copy
 
+import models
 import pytest
 import torch
-
-import models
-import qvl_model
 from models import assert_close, relative
+
+import qvl_model
 
 ROWS = ([5, (1, 4, 6), 3], [14], [3, (1, 2, 2), (1, 8, 6)])
 
@@ -19,7 +19,11 @@ def _gradients(model, batch):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=["plain", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [None, {"use_reentrant": False}, {"use_reentrant": True}],
+    ids=["plain", "non-reentrant", "reentrant"],
+)
 def test_gradients(checkpointing):
     stock, fast = models.pair()
     batch = models.inputs(*ROWS)
@@ -54,9 +58,17 @@ def _losses(prepare, tmp_path, dtype=torch.float32):
     model = prepare(models.stock_model("small", dtype))
     row = models.inputs([11])["input_ids"][0]
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=6, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_strategy="no",
-        learning_rate=1e-3, logging_steps=1, disable_tqdm=True, seed=0,
-    )  # fmt: skip
+        str(tmp_path),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        learning_rate=1e-3,
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=0,
+    )
     trainer = Trainer(model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row}] * 8)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -1,4 +1,6 @@
-"""Names and warnings of the transformers version at hand: both names of the cache, none of its warnings caused by qvl."""
+"""Names and warnings of the transformers version at hand: both names of the cache, none of its warnings
+caused by qvl.
+"""
 
 import contextlib
 import inspect
@@ -69,14 +71,21 @@ def test_both_names_of_the_cache(family, name):
         layer, mask = model.model.language_model.layers[0], None
         x = torch.randn(1, 3, layer.input_layernorm.weight.shape[0])
         angles = torch.randn(1, 3, layer.self_attn.head_dim)
-        results = [layer(x, position_embeddings=(angles.cos(), angles.sin()), attention_mask=mask, **{key: DynamicCache()}) for key in (name, CACHE)]
+        results = [
+            layer(x, position_embeddings=(angles.cos(), angles.sin()), attention_mask=mask, **{key: DynamicCache()})
+            for key in (name, CACHE)
+        ]
         assert torch.equal(*results)
 
 
 def test_both_names_in_outputs_of_qvl():
     model, batch = _models("qvl")
     out = model(**batch, use_cache=True)
-    assert out.cache is out.past_key_values is out["cache"] is out["past_key_values"] and "cache" in out and "past_key_values" in out
+    assert (
+        out.cache is out.past_key_values is out["cache"] is out["past_key_values"]
+        and "cache" in out
+        and "past_key_values" in out
+    )
     assert len(out.to_tuple()) == len(out.keys())
 
 

@@ -71,7 +71,10 @@ def test_sizes_that_do_not_merge_are_refused_as_by_stock():
 def test_hooks_come_once_travel_and_go():
     model = qvl_model.accelerate(models.pair()[1])
     for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert list(copied.model.visual._forward_pre_hooks.values()) == [vision_tables.provide_tables, vision.give_memory_back]
+        assert list(copied.model.visual._forward_pre_hooks.values()) == [
+            vision_tables.provide_tables,
+            vision.give_memory_back,
+        ]
         assert list(copied.model.visual._forward_hooks.values()) == [vision.give_memory_back]
         visual = qvl_model.restore(copied).model.visual
         assert not visual._forward_pre_hooks and not visual._forward_pre_hooks_with_kwargs and not visual._forward_hooks

@@ -1,4 +1,6 @@
-"""The list of ``make mutate``: every expression stands once, every test is there; and what its runner says of a fault."""
+"""The list of ``make mutate``: every expression stands once, every test is there; and what its runner says
+of a fault.
+"""
 
 import re
 
@@ -14,7 +16,9 @@ def test_every_mutation_can_be_made():
         for test in mutation.tests.split("\n"):
             file, _, name = test.partition("::")
             source = (mutate.ROOT / file).read_text()
-            assert not name or re.search(rf"^def {name.partition('[')[0]}\(", source, flags=re.MULTILINE), f"no test {test}"
+            assert not name or re.search(rf"^def {name.partition('[')[0]}\(", source, flags=re.MULTILINE), (
+                f"no test {test}"
+            )
     assert len({mutation[:3] for mutation in MUTATIONS}) == len(MUTATIONS)
 
 
@@ -38,13 +42,21 @@ def test_a_fault_that_is_seen(tree, capsys):
     assert "2 * x" in (tree / "doubling.py").read_text()
 
 
-@pytest.mark.parametrize("statuses, words", [
-    ([0, 0], ["pass", "SURVIVED"]), ([0, 2], ["pass", "NO TESTS RAN"]), ([0, 5], ["pass", "NO TESTS RAN"]), ([0, None], ["pass", "TIME OUT"]),
-    ([1, 1], ["FAIL WITHOUT A FAULT", "seen"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "statuses, words",
+    [
+        ([0, 0], ["pass", "SURVIVED"]),
+        ([0, 2], ["pass", "NO TESTS RAN"]),
+        ([0, 5], ["pass", "NO TESTS RAN"]),
+        ([0, None], ["pass", "TIME OUT"]),
+        ([1, 1], ["FAIL WITHOUT A FAULT", "seen"]),
+    ],
+)
 def test_what_else_fails(tree, monkeypatch, capsys, statuses, words):
     given = iter(statuses)
     monkeypatch.setattr(mutate, "run_tests", lambda tree, tests: (next(given), "the end of the output"))
     assert mutate.main([Mutation("doubling.py", "2 * x", "3 * x", "test_it.py")], ["--jobs", "1"]) == 1
     out = capsys.readouterr().out
-    assert all(line.startswith(word) for line, word in zip(out.splitlines(), words)) and out.rstrip().endswith("the end of the output")
+    assert all(line.startswith(word) for line, word in zip(out.splitlines(), words)) and out.rstrip().endswith(
+        "the end of the output"
+    )

@@ -1,4 +1,6 @@
-"""Matmuls by oneDNN, as on machines with AMX, forced here: layers composed of single ops around PyTorch's own linear."""
+"""Matmuls by oneDNN, as on machines with AMX, forced here: layers composed of single ops around PyTorch's
+own linear.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ import qvl_kernels
 from qvl_kernels.ops.linear import onednn
 from qvl_kernels.testing import assert_close_to_truth, relative_error, surrounded
 
-CASES = [pytest.param(op, case, id=f"{op}-{case.name}") for op in sorted(MATMULS) for case in OPS[op][1] if not case.model]
+CASES = [
+    pytest.param(op, case, id=f"{op}-{case.name}") for op in sorted(MATMULS) for case in OPS[op][1] if not case.model
+]
 NAN = float("nan")
 
 
@@ -18,7 +22,11 @@ NAN = float("nan")
 def calls(monkeypatch):
     """Shapes of the weights that PyTorch's linear was called with."""
     seen, linear = [], torch.nn.functional.linear
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, bias=None: (seen.append(weight.shape), linear(x, weight, bias))[1])
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "linear",
+        lambda x, weight, bias=None: (seen.append(weight.shape), linear(x, weight, bias))[1],
+    )
     return seen
 
 
@@ -42,7 +50,11 @@ def test_onednn_takes_many_rows_of_bf16_in_whole_tiles(calls):
             for rows in (onednn.MIN_ROWS - 1, onednn.MIN_ROWS):
                 for k in (31, 32, 33, 48, 64):
                     qvl_kernels.linear(torch.randn(rows, k).to(dtype), torch.randn(5, k).to(dtype))
-                    assert bool(calls) == (dtype is torch.bfloat16 and rows >= onednn.MIN_ROWS and k % 32 == 0), (dtype, rows, k)
+                    assert bool(calls) == (dtype is torch.bfloat16 and rows >= onednn.MIN_ROWS and k % 32 == 0), (
+                        dtype,
+                        rows,
+                        k,
+                    )
                     calls.clear()
 
 
@@ -54,7 +66,8 @@ def test_what_lies_between_rows_is_not_read(dtype, name):
     for k in (*range(1, 10), 31, 32, 33, 48, 63, 64, 65, 96):
         for gaps in ((0, 0), (3, 0), (0, 3), (1, 1), (8, 8)):
             x, weight = (
-                surrounded(torch.randn(rows, k + gap, generator=generator()).to(dtype)[:, :k]) for rows, gap in zip((40, 11), gaps)
+                surrounded(torch.randn(rows, k + gap, generator=generator()).to(dtype)[:, :k])
+                for rows, gap in zip((40, 11), gaps)
             )
             x[20] = NAN
             with select(name):

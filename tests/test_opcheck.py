@@ -1,4 +1,6 @@
-"""torch.library.opcheck of every registered qvl op, on the calls that the public functions make on their small fp32 cases."""
+"""torch.library.opcheck of every registered qvl op, on the calls that the public functions make on their small fp32
+cases.
+"""
 
 import importlib
 
@@ -47,15 +49,32 @@ def _rand(*shape: int) -> torch.Tensor:
 # Ops without a public function of their own, and their arguments.
 X, NORM = _rand(2, 3, 40), _rand(40)
 INT8, INT4 = quantize(_rand(5, 40), 8), quantize(_rand(5, 40), 4, 32)
-HEADS, CACHE = _rand(2, 3, 4, 16), (_rand(16), _rand(16), _rand(1, 3, 16), _rand(1, 3, 16), _rand(2, 4, 9, 16), _rand(2, 4, 9, 16))
+HEADS, CACHE = (
+    _rand(2, 3, 4, 16),
+    (_rand(16), _rand(16), _rand(1, 3, 16), _rand(1, 3, 16), _rand(2, 4, 9, 16), _rand(2, 4, 9, 16)),
+)
 INTERNAL = [
     (gemv.gemv_op, (X, _rand(5, 40), _rand(5), NORM, 1e-6, _rand(2, 3, 5))),
     (gemv.gemv_op, (X, _rand(5, 40), None, None, 0.0, None)),
     (gemv.gemv_swiglu_op, (X, _rand(5, 40), _rand(5, 40), NORM, 1e-6)),
     (gemv.quantized_gemv_op, (X, INT8.values, INT8.scales, _rand(5), NORM, 1e-6, _rand(2, 3, 5))),
     (gemv.quantized_gemv_swiglu_op, (X, INT4.values, INT4.scales, INT4.values, INT4.scales, None, 1e-6)),
-    (loss_sum_op, (_rand(7, 40).requires_grad_(), _rand(5, 40).requires_grad_(), torch.tensor([0, 1, 2, 3, 4, -100, 1]), -100, 0.1, True, True)),
-    (loss_sum_op, (_rand(7, 40), _rand(5, 40).requires_grad_(), torch.tensor([0, 1, 2, 3, 4, -100, 1]), -100, 0.0, False, True)),
+    (
+        loss_sum_op,
+        (
+            _rand(7, 40).requires_grad_(),
+            _rand(5, 40).requires_grad_(),
+            torch.tensor([0, 1, 2, 3, 4, -100, 1]),
+            -100,
+            0.1,
+            True,
+            True,
+        ),
+    ),
+    (
+        loss_sum_op,
+        (_rand(7, 40), _rand(5, 40).requires_grad_(), torch.tensor([0, 1, 2, 3, 4, -100, 1]), -100, 0.0, False, True),
+    ),
     (qk_norm_rope_to_cache_op, (HEADS, HEADS, HEADS, *CACHE, torch.tensor([5, 0]), 0, 1e-6)),
     (qk_norm_rope_to_cache_op, (HEADS, HEADS, HEADS, *CACHE, None, 2, 1e-6)),
 ]
@@ -108,7 +127,9 @@ def test_opcheck(function, folder, case):
         torch.library.opcheck(op, tree_map(lambda x: change(x) if isinstance(x, torch.Tensor) else x, args), kwargs)
 
 
-@pytest.mark.parametrize(("op", "args"), INTERNAL, ids=lambda value: getattr(getattr(value, "_schema", None), "name", ""))
+@pytest.mark.parametrize(
+    ("op", "args"), INTERNAL, ids=lambda value: getattr(getattr(value, "_schema", None), "name", "")
+)
 def test_opcheck_of_internal_ops(op, args):
     torch.library.opcheck(op, args)
 
@@ -123,10 +144,16 @@ def test_backward_ops_are_once_differentiable():
                 outs = op(*(_differentiable(x) for x in args), **kwargs)
                 with pytest.raises(RuntimeError, match=r"once differentiable.*use_backend\("):
                     sum(out.sum() for out in (outs if isinstance(outs, tuple) else (outs,))).backward()
-    assert seen == {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qvl::") and name.endswith("_backward")}
+    assert seen == {
+        name
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("qvl::") and name.endswith("_backward")
+    }
 
 
 def test_every_registered_op_is_checked():
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qvl::")}
-    checked = {op._schema.name for call in CALLS for op, _, _ in _recorded(*call)} | {op._schema.name for op, _ in INTERNAL}
+    checked = {op._schema.name for call in CALLS for op, _, _ in _recorded(*call)} | {
+        op._schema.name for op, _ in INTERNAL
+    }
     assert checked == registered

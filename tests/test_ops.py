@@ -3,10 +3,10 @@
 import pytest
 import torch
 from bounds import norm_error
+from op_cases import INFERENCE_ONLY, OPS, differentiable, double, generator, gradients, map_tensors, outputs, reference
 
 import qvl_kernels
 from qvl_kernels.testing import assert_close_to_truth, poisoned_empty
-from op_cases import INFERENCE_ONLY, OPS, differentiable, double, generator, gradients, map_tensors, outputs, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = [pytest.param(op, case, id=f"{op}-{case.name}") for op, (_, cases) in OPS.items() for case in cases]
@@ -68,7 +68,9 @@ def test_gradients(op, case, dtype):
         baseline = gradients(function, arguments, cotangents)
     with qvl_kernels.use_backend("cpp"):
         ours = gradients(function, arguments, cotangents)
-    floor = norm_error(dtype, _longest_sum(arguments), roundings=6)  # probabilities and their gradients are rounded, too
+    floor = norm_error(
+        dtype, _longest_sum(arguments), roundings=6
+    )  # probabilities and their gradients are rounded, too
     for gradient, plain, exact in zip(ours, baseline, truth):
         assert_close_to_truth(gradient, plain, exact, factor=3.0, floor=floor)
 

@@ -43,14 +43,18 @@ def test_comes_back_as_it_was(tmp_path, family, weights):
     model = qvl_model.accelerate(make(), weights=weights, group=32)
     model.save_pretrained(tmp_path / "packed")
     again = model_class.from_pretrained(tmp_path / "packed")
-    assert [type(module) for module in again.modules()] == [type(module) for module in model.modules()] and not again.training
+    assert [type(module) for module in again.modules()] == [
+        type(module) for module in model.modules()
+    ] and not again.training
     for kind in ("named_parameters", "named_buffers"):
         mine, theirs = (dict(getattr(one, kind)()) for one in (model, again))
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
         assert all(mine[name].dtype == theirs[name].dtype and theirs[name].device.type == "cpu" for name in mine)
     assert again.generation_config.to_dict() == model.generation_config.to_dict()
     again.save_pretrained(tmp_path / "twice")
-    assert (load_file(tmp_path / "twice" / "packed.safetensors").keys()) == load_file(tmp_path / "packed" / "packed.safetensors").keys()
+    assert (load_file(tmp_path / "twice" / "packed.safetensors").keys()) == load_file(
+        tmp_path / "packed" / "packed.safetensors"
+    ).keys()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,12 +78,19 @@ def test_what_is_written(tmp_path):
     section = config["quantization_config"]
     assert len(section.pop("id")) == 16
     assert section == {
-        "quant_method": "qvl", "version": 1, "weights": {"text": "int4", "vision": "int8", "lm_head": "int8"}, "group": 32,
-    }  # fmt: skip
+        "quant_method": "qvl",
+        "version": 1,
+        "weights": {"text": "int4", "vision": "int8", "lm_head": "int8"},
+        "group": 32,
+    }
     with safe_open(tmp_path / "packed" / "packed.safetensors", "pt") as stream:
         names = set(stream.keys())
     layer = "model.language_model.layers.0"
-    assert {f"{layer}.mlp.up_proj.weight_values", f"{layer}.mlp.up_proj.weight_scales", f"{layer}.self_attn.q_norm.weight"} <= names
+    assert {
+        f"{layer}.mlp.up_proj.weight_values",
+        f"{layer}.mlp.up_proj.weight_scales",
+        f"{layer}.self_attn.q_norm.weight",
+    } <= names
     # Tied: the rows of the head and of the embedding are stored once.
     assert len({"lm_head.weight_values", "model.language_model.embed_tokens.weight_values"} & names) == 1
     assert not any(name.endswith(("lm_head.weight", "embed_tokens.weight", "up_proj.weight")) for name in names)
@@ -90,7 +101,10 @@ def test_tied_rows_stay_one_tensor(tmp_path):
     _packed("int8").save_pretrained(tmp_path)
     model = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
     embedding = model.get_input_embeddings()
-    assert type(embedding) is PackedEmbedding and embedding.weight_values.data_ptr() == model.lm_head.weight_values.data_ptr()
+    assert (
+        type(embedding) is PackedEmbedding
+        and embedding.weight_values.data_ptr() == model.lm_head.weight_values.data_ptr()
+    )
     _packed({"vision": "int8"}).save_pretrained(tmp_path)
     model = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
     assert model.get_input_embeddings().weight is model.lm_head.weight
@@ -99,9 +113,23 @@ def test_tied_rows_stay_one_tensor(tmp_path):
 def test_arguments_of_from_pretrained(tmp_path):
     load = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained
     _packed("int8").save_pretrained(tmp_path)
-    model, info = load(tmp_path, dtype=torch.bfloat16, attn_implementation="eager", device_map="cpu", output_loading_info=True, local_files_only=True)
-    assert model.dtype == model.config.dtype == torch.bfloat16 and model.config._attn_implementation == "eager" and not info["missing_keys"]
-    assert model.lm_head.weight_scales.dtype == torch.float32 and model.get_input_embeddings()(torch.tensor([3])).dtype == torch.bfloat16
+    model, info = load(
+        tmp_path,
+        dtype=torch.bfloat16,
+        attn_implementation="eager",
+        device_map="cpu",
+        output_loading_info=True,
+        local_files_only=True,
+    )
+    assert (
+        model.dtype == model.config.dtype == torch.bfloat16
+        and model.config._attn_implementation == "eager"
+        and not info["missing_keys"]
+    )
+    assert (
+        model.lm_head.weight_scales.dtype == torch.float32
+        and model.get_input_embeddings()(torch.tensor([3])).dtype == torch.bfloat16
+    )
     with pytest.raises(TypeError, match="not max_memory, quantization_config"):
         load(tmp_path, quantization_config=None, max_memory={})
     with pytest.raises(ValueError, match="one device"):
@@ -168,14 +196,32 @@ DAMAGE = {
     "truncated": (_cut, "is damaged"),
     "empty": (lambda directory: (directory / "packed.safetensors").write_bytes(b""), "is damaged"),
     "no tensors": (lambda directory: (directory / "packed.safetensors").unlink(), "has no packed.safetensors"),
-    "foreign version": (_config(quantization_config={"version": 2}), "version 2 of the format, this qvl reads version 1"),
+    "foreign version": (
+        _config(quantization_config={"version": 2}),
+        "version 2 of the format, this qvl reads version 1",
+    ),
     "of another save": (_config(quantization_config={"id": "0" * 16}), "is not the one"),
-    "missing": (_tensors(lambda t: t.pop(f"{NAME.replace('up_proj', 'down_proj')}.weight_values")), r"(?s)has, without a place.*lacks|lacks|without a place"),
+    "missing": (
+        _tensors(lambda t: t.pop(f"{NAME.replace('up_proj', 'down_proj')}.weight_values")),
+        r"(?s)has, without a place.*lacks|lacks|without a place",
+    ),
     "no scales": (_tensors(lambda t: t.pop(f"{NAME}.weight_scales")), "its scales are missing"),
-    "added": (_tensors(lambda t: t.update(extra=torch.ones(3))), "without a place for it in the model, 1 tensors, such as extra"),
-    "short": (_tensors(lambda t: t.update({f"{NAME}.weight_values": t[f"{NAME}.weight_values"][:-1].contiguous()})), "does not fit its config.json"),
-    "dtype": (_tensors(lambda t: t.update({f"{NAME}.weight_scales": t[f"{NAME}.weight_scales"].double().half()})), "does not fit its config.json"),
-    "norm": (_tensors(lambda t: t.update({"model.language_model.norm.weight": torch.ones(3)})), "in another size than config.json says 1 tensors"),
+    "added": (
+        _tensors(lambda t: t.update(extra=torch.ones(3))),
+        "without a place for it in the model, 1 tensors, such as extra",
+    ),
+    "short": (
+        _tensors(lambda t: t.update({f"{NAME}.weight_values": t[f"{NAME}.weight_values"][:-1].contiguous()})),
+        "does not fit its config.json",
+    ),
+    "dtype": (
+        _tensors(lambda t: t.update({f"{NAME}.weight_scales": t[f"{NAME}.weight_scales"].double().half()})),
+        "does not fit its config.json",
+    ),
+    "norm": (
+        _tensors(lambda t: t.update({"model.language_model.norm.weight": torch.ones(3)})),
+        "in another size than config.json says 1 tensors",
+    ),
     "other sizes": (_config(text_config={"hidden_size": 96}), "does not fit its config.json|in another size"),
 }
 
@@ -249,30 +295,69 @@ def test_killed_while_saving(tmp_path):
 
 def test_quantize_and_the_command_line(tmp_path, capsys):
     out = tmp_path / "digits-int4"
-    arguments = ["quantize", "--model", str(digits.CHECKPOINT), "--weights", "text=int4", "vision=int8", "lm_head=int8", "--group", "32", "--out", str(out)]
+    arguments = [
+        "quantize",
+        "--model",
+        str(digits.CHECKPOINT),
+        "--weights",
+        "text=int4",
+        "vision=int8",
+        "lm_head=int8",
+        "--group",
+        "32",
+        "--out",
+        str(out),
+    ]
     assert cli.main(arguments) == 0, capsys.readouterr().err
     assert "GB of weights" in capsys.readouterr().out
     model = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(out)
     direct = qvl_model.accelerate(
-        StockModel.from_pretrained(digits.CHECKPOINT, dtype="auto"), weights={"text": "int4", "vision": "int8", "lm_head": "int8"}, group=32
+        StockModel.from_pretrained(digits.CHECKPOINT, dtype="auto"),
+        weights={"text": "int4", "vision": "int8", "lm_head": "int8"},
+        group=32,
     )
     state, expected = model.state_dict(), direct.state_dict()
     assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
     assert model.dtype == torch.bfloat16
-    assert cli.main(["generate", "--model", str(out), "--image", str(digits.SAMPLE), "--prompt", "Read the digits from left to right."]) == 0
+    assert (
+        cli.main(
+            [
+                "generate",
+                "--model",
+                str(out),
+                "--image",
+                str(digits.SAMPLE),
+                "--prompt",
+                "Read the digits from left to right.",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.strip() == "8 6 9"
     assert cli.main(["inspect", str(out)]) == 0
     assert "PackedLinear (int4)" in capsys.readouterr().out
     assert cli.main(["verify", str(out)]) == 0
     verified = capsys.readouterr().out
-    assert "capacity is complete" in verified and f"{sum(p.numel() for p in StockModel.from_pretrained(digits.CHECKPOINT).parameters()):,}" in verified
+    assert (
+        "capacity is complete" in verified
+        and f"{sum(p.numel() for p in StockModel.from_pretrained(digits.CHECKPOINT).parameters()):,}" in verified
+    )
     for arguments, message in (
         (["generate", "--model", str(out), "--stock", "--prompt", "x"], "stock transformers cannot run"),
         (["quantize", "--model", str(out), "--out", str(tmp_path / "again")], "is packed already"),
         (["quantize", "--model", str(digits.CHECKPOINT), "--out", str(out)], "exists"),
-        (["quantize", "--model", str(digits.CHECKPOINT), "--weights", "int3", "--out", str(tmp_path / "x")], "is no format"),
-        (["quantize", "--model", str(digits.CHECKPOINT), "--weights", "int8", "int4", "--out", str(tmp_path / "x")], "part=format"),
-        (["quantize", "--model", str(digits.CHECKPOINT), "--weights", "head=int8", "--out", str(tmp_path / "x")], "names the part 'head'"),
+        (
+            ["quantize", "--model", str(digits.CHECKPOINT), "--weights", "int3", "--out", str(tmp_path / "x")],
+            "is no format",
+        ),
+        (
+            ["quantize", "--model", str(digits.CHECKPOINT), "--weights", "int8", "int4", "--out", str(tmp_path / "x")],
+            "part=format",
+        ),
+        (
+            ["quantize", "--model", str(digits.CHECKPOINT), "--weights", "head=int8", "--out", str(tmp_path / "x")],
+            "names the part 'head'",
+        ),
     ):
         assert cli.main(arguments) == 2
         error = capsys.readouterr().err
@@ -318,23 +403,31 @@ def _write_large(directory, sizes):
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     tensors = {}
     for name, parameter in model.named_parameters():
-        tensors[name] = block.repeat(-(-parameter.numel() // block.numel()))[: parameter.numel()].view(parameter.shape).clone()
+        tensors[name] = (
+            block.repeat(-(-parameter.numel() // block.numel()))[: parameter.numel()].view(parameter.shape).clone()
+        )
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     config.dtype, config.architectures = "bfloat16", ["Qwen3VLForConditionalGeneration"]
     config.save_pretrained(directory)
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     packed = sum(tensor.numel() for name, tensor in tensors.items() if name in linear or "embed_tokens" in name)
-    kept = sum(2 * tensor.numel() for name, tensor in tensors.items() if name not in linear and "embed_tokens" not in name)
+    kept = sum(
+        2 * tensor.numel() for name, tensor in tensors.items() if name not in linear and "embed_tokens" not in name
+    )
     largest = max(2 * tensor.numel() for tensor in tensors.values())
     return {"int8": packed + kept, "int4": packed * 17 // 32 + kept}, largest
 
 
 def _check_memory(directory, how, weights, final, largest, slack):
-    """Peak while packing: what was resident before, what is packed, and one tensor; a loaded model gives back what it no longer needs."""
+    """Peak while packing: what was resident before, what is packed, and one tensor; a loaded model gives back what it
+    no longer needs.
+    """
     source = directory / "source"
     arguments = [how, weights, str(source), str(directory / f"{how}-{weights}"), str(digits.CHECKPOINT)]
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(MEMORY), *arguments], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MEMORY), *arguments], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     before, peak, after = map(int, done.stdout.split())
     if how == "memory":  # bf16 gives way to half of it or less: never more than both of one layer
@@ -345,10 +438,25 @@ def _check_memory(directory, how, weights, final, largest, slack):
 
 MEDIUM = dict(
     tie_word_embeddings=True,
-    text_config=dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, head_dim=128,
-                     vocab_size=16000, tie_word_embeddings=True),
-    vision_config=dict(depth=4, hidden_size=512, intermediate_size=2048, num_heads=8, out_hidden_size=1024, deepstack_visual_indexes=[1]),
-)  # fmt: skip
+    text_config=dict(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=128,
+        vocab_size=16000,
+        tie_word_embeddings=True,
+    ),
+    vision_config=dict(
+        depth=4,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_heads=8,
+        out_hidden_size=1024,
+        deepstack_visual_indexes=[1],
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +467,14 @@ def medium(tmp_path_factory):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("how", "weights"), [("disk", "int8"), *(pytest.param(how, weights, marks=pytest.mark.slow) for how, weights in (("loaded", "int4"), ("memory", "int8")))]
+    ("how", "weights"),
+    [
+        ("disk", "int8"),
+        *(
+            pytest.param(how, weights, marks=pytest.mark.slow)
+            for how, weights in (("loaded", "int4"), ("memory", "int8"))
+        ),
+    ],
 )
 def test_memory_while_packing(medium, how, weights):
     directory, final, largest = medium

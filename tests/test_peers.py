@@ -1,4 +1,6 @@
-"""The engines that the benchmark compares with: how they are prepared, skipped and asked. Nothing here needs a network."""
+"""The engines that the benchmark compares with: how they are prepared, skipped and asked. Nothing here needs
+a network.
+"""
 
 import json
 import os
@@ -30,8 +32,22 @@ FORMATS = ["bf16", "Q8_0", "Q4_0"]
 
 def _bench_output(prompt: int, tokens: int) -> list[dict]:
     """What llama-bench reports, cut down to what is read and two fields that are not."""
-    tests = [{"n_prompt": prompt, "n_gen": 0, "avg_ns": 4_000_000_000, "avg_ts": prompt / 4, "samples_ns": [4_000_000_000]}]
-    return tests + ([{"n_prompt": 0, "n_gen": tokens, "avg_ns": tokens * 125_000_000, "avg_ts": 8.0, "samples_ns": [tokens * 125_000_000]}] if tokens else [])
+    tests = [
+        {"n_prompt": prompt, "n_gen": 0, "avg_ns": 4_000_000_000, "avg_ts": prompt / 4, "samples_ns": [4_000_000_000]}
+    ]
+    return tests + (
+        [
+            {
+                "n_prompt": 0,
+                "n_gen": tokens,
+                "avg_ns": tokens * 125_000_000,
+                "avg_ts": 8.0,
+                "samples_ns": [tokens * 125_000_000],
+            }
+        ]
+        if tokens
+        else []
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +56,9 @@ def checkpoint(tmp_path_factory):
     text, vision, _ = CONFIGS[-1]
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("peers") / "tiny"
-    Qwen3VLForConditionalGeneration(Qwen3VLConfig(**tiny_config(text, vision))).to(torch.bfloat16).save_pretrained(folder)
+    Qwen3VLForConditionalGeneration(Qwen3VLConfig(**tiny_config(text, vision))).to(torch.bfloat16).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -54,11 +72,17 @@ def prompts(tmp_path):
 
 
 def test_prompts_are_handed_over_without_what_old_versions_refuse(tmp_path):
-    image = {"input_ids": torch.tensor([[1, 2]]), "mm_token_type_ids": torch.tensor([[0, 1]]), "pixel_values": torch.rand(4, 6).t()}
+    image = {
+        "input_ids": torch.tensor([[1, 2]]),
+        "mm_token_type_ids": torch.tensor([[0, 1]]),
+        "pixel_values": torch.rand(4, 6).t(),
+    }
     inputs.save({"image": image, "text": {"input_ids": torch.tensor([[3]])}}, tmp_path / "prompts")
     loaded = inputs.load(tmp_path / "prompts")
     assert loaded.keys() == {"image", "text"} and loaded["image"].keys() == {"input_ids", "pixel_values"}
-    assert torch.equal(loaded["image"]["pixel_values"], image["pixel_values"]) and loaded["text"]["input_ids"].tolist() == [[3]]
+    assert torch.equal(loaded["image"]["pixel_values"], image["pixel_values"]) and loaded["text"][
+        "input_ids"
+    ].tolist() == [[3]]
 
 
 def test_times_of_llama_bench():
@@ -73,8 +97,10 @@ def test_a_llama_peer_runs_its_bench_once_per_request(tmp_path, monkeypatch, che
     peer = LlamaPeer(IK_LLAMA_CPP, "Q8_0", checkpoint)
     program = IK_LLAMA_CPP.tool("llama-bench")
     program.parent.mkdir(parents=True)
-    program.write_text(f"#!{sys.executable}\nimport json, sys\nprint('loading', sys.argv[1:], file=sys.stderr)\n"
-                       f"sys.exit(3) if '-n 8' in ' '.join(sys.argv) else print({json.dumps(_bench_output(7, 2))!r})\n")
+    program.write_text(
+        f"#!{sys.executable}\nimport json, sys\nprint('loading', sys.argv[1:], file=sys.stderr)\n"
+        f"sys.exit(3) if '-n 8' in ' '.join(sys.argv) else print({json.dumps(_bench_output(7, 2))!r})\n"
+    )
     program.chmod(0o755)
     with peer.start(prompts, threads=2) as worker:
         assert worker.ask("generate", prompt="text", tokens=3) == {"first": 4.0, "per_token": 0.125}
@@ -93,9 +119,21 @@ def test_gguf_metadata_of_the_full_size(style):
         del config["text_config"]["rope_parameters"]
     found = metadata(config)
     assert found["qwen3vl.rope.dimension_sections"] == [24, 20, 20, 0] and found["tokenizer.ggml.model"] == "none"
-    assert found["qwen3vl.rope.freq_base"] == 5e6 and isinstance(found["qwen3vl.attention.layer_norm_rms_epsilon"], float)
-    assert [found[f"qwen3vl.{key}"] for key in ("block_count", "embedding_length", "feed_forward_length", "attention.head_count",
-                                                "attention.head_count_kv", "attention.key_length", "vocab_size")] == [28, 2048, 6144, 16, 8, 128, 151936]  # fmt: skip
+    assert found["qwen3vl.rope.freq_base"] == 5e6 and isinstance(
+        found["qwen3vl.attention.layer_norm_rms_epsilon"], float
+    )
+    assert [
+        found[f"qwen3vl.{key}"]
+        for key in (
+            "block_count",
+            "embedding_length",
+            "feed_forward_length",
+            "attention.head_count",
+            "attention.head_count_kv",
+            "attention.key_length",
+            "vocab_size",
+        )
+    ] == [28, 2048, 6144, 16, 8, 128, 151936]
 
 
 def test_every_text_tensor_has_a_gguf_name(checkpoint):
@@ -113,7 +151,9 @@ def test_every_text_tensor_has_a_gguf_name(checkpoint):
 def test_tensors_are_read_as_safetensors_reads_them(checkpoint, tmp_path):
     expected = load_file(checkpoint / "model.safetensors")
     found = {name: torch.from_numpy(np.array(tensor)).view(torch.bfloat16) for name, tensor in read_tensors(checkpoint)}
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert found.keys() == expected.keys() and all(
+        torch.equal(found[name], tensor) for name, tensor in expected.items()
+    )
     header = json.dumps({"x": {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"00")
     with pytest.raises(ValueError, match="is F16; only BF16"):
@@ -124,7 +164,8 @@ READ_GGUF = """
 import json, sys
 from gguf import GGUFReader
 reader = GGUFReader(sys.argv[1])
-print(json.dumps({tensor.name: [tensor.tensor_type.name, tensor.shape.tolist()[::-1], bytes(tensor.data).hex()] for tensor in reader.tensors}))
+tensors = {t.name: [t.tensor_type.name, t.shape.tolist()[::-1], bytes(t.data).hex()] for t in reader.tensors}
+print(json.dumps(tensors))
 """
 
 
@@ -140,12 +181,18 @@ def test_llama_cpp_reads_what_is_written(toolchain, format, checkpoint, tmp_path
         times = worker.ask("generate", prompt="text", tokens=3)
     assert times["first"] > 0 and times["per_token"] > 0
     if format == "bf16":
-        output = subprocess.run([LLAMA_CPP.environment.python, "-c", READ_GGUF, peer.file], capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(
+            [LLAMA_CPP.environment.python, "-c", READ_GGUF, peer.file], capture_output=True, text=True, check=True
+        ).stdout
         written = json.loads(output)
         for name, tensor in load_file(checkpoint / "model.safetensors").items():
             if renamed := tensor_name(name):
                 tensor = tensor.float() if tensor.ndim == 1 else tensor.view(torch.uint16)
-                assert written.pop(renamed) == ["F32" if tensor.ndim == 1 else "BF16", list(tensor.shape), tensor.numpy().tobytes().hex()], name
+                assert written.pop(renamed) == [
+                    "F32" if tensor.ndim == 1 else "BF16",
+                    list(tensor.shape),
+                    tensor.numpy().tobytes().hex(),
+                ], name
         assert not written
 
 
@@ -176,8 +223,12 @@ def test_openvino_runs_what_is_exported(bits, checkpoint, tmp_path, monkeypatch,
 def test_a_failed_step_says_why(tmp_path):
     log = tmp_path / "logs" / "step.log"
     run_step("speaking", [sys.executable, "-c", "print('words')"], log)
-    with pytest.raises(PeerUnavailable, match=r"compiling failed: x.c:1: error: no such thing \(.*step.log has the rest\)"):
-        run_step("compiling", [sys.executable, "-c", "print('x.c:1: error: no such thing\\nninja: stopped'); exit(1)"], log)
+    with pytest.raises(
+        PeerUnavailable, match=r"compiling failed: x.c:1: error: no such thing \(.*step.log has the rest\)"
+    ):
+        run_step(
+            "compiling", [sys.executable, "-c", "print('x.c:1: error: no such thing\\nninja: stopped'); exit(1)"], log
+        )
     with pytest.raises(PeerUnavailable, match="linking failed: last words"):
         run_step("linking", [sys.executable, "-c", "print('first\\nlast words'); exit(1)"], log)
     with pytest.raises(PeerUnavailable, match="starting failed: .*nowhere"):
@@ -197,7 +248,9 @@ def test_an_environment_is_made_once_and_anew_for_another_recipe(tmp_path):
     assert len(shown) == 1
     broken = Environment(tmp_path / "env", (("install", "--no-index", "qvl-no-such-package"),), "import json")
     for _ in range(2):
-        with pytest.raises(PeerUnavailable, match="pip install --no-index qvl-no-such-package failed: ERROR: .*qvl-no-such-package"):
+        with pytest.raises(
+            PeerUnavailable, match="pip install --no-index qvl-no-such-package failed: ERROR: .*qvl-no-such-package"
+        ):
             broken.prepare(shown.append)
     assert len(shown) == 3, "the second attempt must fail without trying"
     assert not broken.ready and not environment.ready
@@ -268,11 +321,15 @@ def test_peers_that_cannot_be_prepared_are_skipped_with_their_reason(checkpoint,
 def test_workers_of_peers_import_nothing_of_the_main_environment():
     code = "import bench.peers.llama_worker, bench.peers.llama_cpp, bench.peers.open_vino, sys; print(*sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
     assert not {"torch", "transformers", "numpy", "qvl_kernels", "qvl_model"} & set(loaded)
 
 
 def test_a_peer_that_dies_says_so():
     with Worker("a peer", command=[sys.executable, "-c", "exit('no such library')"]) as worker:
-        with pytest.raises(WorkerError, match=r"a peer worker ended with exit code 1 during 'load'(.|\n)*no such library"):
+        with pytest.raises(
+            WorkerError, match=r"a peer worker ended with exit code 1 during 'load'(.|\n)*no such library"
+        ):
             worker.ask("load")

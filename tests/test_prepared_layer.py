@@ -13,9 +13,12 @@ from qvl_kernels.ops.decoder_layer.cases import CASES
 def _prepared(arguments: dict) -> qvl_kernels.PreparedDecoderLayer:
     head_dim = arguments["k_cache"].shape[3]
     return qvl_kernels.PreparedDecoderLayer(
-        arguments["weights"], num_heads=arguments["num_heads"], kv_heads=arguments["k_cache"].shape[1],
-        eps=arguments.get("eps", 1e-6), scale=arguments.get("scale") or head_dim**-0.5,
-    )  # fmt: skip
+        arguments["weights"],
+        num_heads=arguments["num_heads"],
+        kv_heads=arguments["k_cache"].shape[1],
+        eps=arguments.get("eps", 1e-6),
+        scale=arguments.get("scale") or head_dim**-0.5,
+    )
 
 
 def _call(layer: qvl_kernels.PreparedDecoderLayer, arguments: dict) -> torch.Tensor:
@@ -37,13 +40,17 @@ def test_equals_decoder_layer(case, dtype):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_trace_is_refused_and_of_a_model_holds_no_results():
-    """PyTorch cannot trace the op's lists of tensors; a call past it would leave results of the example in the trace."""
+    """PyTorch cannot trace the op's lists of tensors; a call past it would leave results of the example in
+    the trace.
+    """
     arguments = CASES[-1].make(torch.float32, torch.Generator().manual_seed(0))
     layer = _prepared(arguments)
     with torch.no_grad(), pytest.raises(RuntimeError, match="unsupported input list"):
         torch.jit.trace(lambda x: _call(layer, arguments | {"x": x}), (arguments["x"],), check_trace=False)
     text = pair()[1].requires_grad_(False).model.language_model
-    x, other = (torch.randn(1, 5, text.config.hidden_size, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    x, other = (
+        torch.randn(1, 5, text.config.hidden_size, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
+    )
     tables = text.rotary_emb(x, torch.arange(5)[None, None].expand(3, 1, 5))
     with torch.no_grad():
         traced = torch.jit.trace(lambda x: text.layers[0](x, position_embeddings=tables), (x,), check_trace=False)
@@ -70,7 +77,9 @@ def test_weights_that_do_not_fit_are_refused():
 
 
 def _replace_data(model):
-    model.model.language_model.layers[1].self_attn.v_proj.weight.data = model.model.language_model.layers[1].self_attn.v_proj.weight.data * 1.5
+    model.model.language_model.layers[1].self_attn.v_proj.weight.data = (
+        model.model.language_model.layers[1].self_attn.v_proj.weight.data * 1.5
+    )
 
 
 def _replace_parameter(model):
@@ -94,7 +103,9 @@ def _forward_of_an_instance(model):
 
 def _swap_module(model):
     layers = model.model.language_model.layers
-    layers[0].mlp.gate_proj = nn.Linear(layers[0].mlp.gate_proj.in_features, layers[0].mlp.gate_proj.out_features, bias=True)
+    layers[0].mlp.gate_proj = nn.Linear(
+        layers[0].mlp.gate_proj.in_features, layers[0].mlp.gate_proj.out_features, bias=True
+    )
     nn.init.constant_(layers[0].mlp.gate_proj.weight, 0.01)
     nn.init.constant_(layers[0].mlp.gate_proj.bias, 0.5)
 
@@ -118,10 +129,20 @@ def _double_and_back(model):
 
 @pytest.mark.parametrize(
     "change",
-    [_replace_data, _replace_parameter, _edit_in_place, _hook, _forward_of_an_instance, _swap_module, _eager, _other_eps, _other_scale,
-     _double_and_back],
+    [
+        _replace_data,
+        _replace_parameter,
+        _edit_in_place,
+        _hook,
+        _forward_of_an_instance,
+        _swap_module,
+        _eager,
+        _other_eps,
+        _other_scale,
+        _double_and_back,
+    ],
     ids=lambda change: change.__name__.strip("_"),
-)  # fmt: skip
+)
 def test_changes_after_a_first_call_count(change):
     stock, ours = pair("odd")
     batch = inputs([5], [3])

@@ -32,7 +32,10 @@ def test_int8_is_half_a_step_from_the_weight(dtype):
 @pytest.mark.parametrize("group", GROUPS)
 def test_int4_is_better_than_its_largest_elements(group):
     for weight, factor in ((_rand(50, 384), 0.97), (_rand(50, 384) ** 3, 0.99)):
-        searched, plain = relative_error(dequantize(quantize(weight, 4, group)), weight), relative_error(_plain_int4(weight, group), weight)
+        searched, plain = (
+            relative_error(dequantize(quantize(weight, 4, group)), weight),
+            relative_error(_plain_int4(weight, group), weight),
+        )
         assert searched < factor * plain
 
 
@@ -93,7 +96,12 @@ def test_what_is_not_finite_is_refused(bits, value):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((torch.ones(4), 8), "matrix"), ((torch.ones(4, 4, dtype=torch.int32), 8), "floating-point"), ((torch.ones(4, 4), 3), "8 or 4"), ((torch.ones(4, 4), 4, 16), "32, 64, 128")],
+    [
+        ((torch.ones(4), 8), "matrix"),
+        ((torch.ones(4, 4, dtype=torch.int32), 8), "floating-point"),
+        ((torch.ones(4, 4), 3), "8 or 4"),
+        ((torch.ones(4, 4), 4, 16), "32, 64, 128"),
+    ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,6 @@
-"""Quantised linear layers of many rows on the CPU against the product of the rounded numbers, alone and within layers."""
+"""Quantised linear layers of many rows on the CPU against the product of the rounded numbers, alone and
+within layers.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from qvl_kernels.ops.linear.weights import extension_weight
 from qvl_kernels.testing import random_tensor, relative_error, surrounded
 
 FORMATS = [(8, 128), (4, 32), (4, 64), (4, 128)]  # bits, inputs per scale
-# Rows of one and of several panels, whole and partial tasks, blocks of k (2,048 or fewer) and groups, K not a multiple of 4
+# Rows of one and of several panels, whole and partial tasks, blocks of k (2,048 or fewer) and groups, K not a multiple
+# of 4
 SIZES = [(17, 1, 1), (33, 50, 129), (64, 128, 256), (18, 7, 35), (100, 131, 2304), (70, 300, 2049), (200, 129, 96)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -80,12 +83,19 @@ def test_rows_do_not_depend_on_how_many_there_are(bits):
 def _decoder(dtype: torch.dtype, generator: torch.Generator) -> DecoderWeights:
     hidden, heads, kv_heads, head_dim, mlp = 160, 4, 2, 32, 300
     shapes = {
-        "q": (heads * head_dim, hidden), "k": (kv_heads * head_dim, hidden), "v": (kv_heads * head_dim, hidden),
-        "o": (hidden, heads * head_dim), "gate": (mlp, hidden), "up": (mlp, hidden), "down": (hidden, mlp),
-    }  # fmt: skip
+        "q": (heads * head_dim, hidden),
+        "k": (kv_heads * head_dim, hidden),
+        "v": (kv_heads * head_dim, hidden),
+        "o": (hidden, heads * head_dim),
+        "gate": (mlp, hidden),
+        "up": (mlp, hidden),
+        "down": (hidden, mlp),
+    }
     matrices = {name: random_tensor(shape, dtype, generator, scale=shape[1] ** -0.5) for name, shape in shapes.items()}
     norms = {name: torch.ones(hidden, dtype=dtype) for name in ("input_norm", "post_norm")}
-    return DecoderWeights(**matrices, **norms, q_norm=torch.ones(head_dim, dtype=dtype), k_norm=torch.ones(head_dim, dtype=dtype))
+    return DecoderWeights(
+        **matrices, **norms, q_norm=torch.ones(head_dim, dtype=dtype), k_norm=torch.ones(head_dim, dtype=dtype)
+    )
 
 
 def _run(weights: DecoderWeights, x: torch.Tensor) -> torch.Tensor:
@@ -96,7 +106,9 @@ def _run(weights: DecoderWeights, x: torch.Tensor) -> torch.Tensor:
     return layer(x, angles.cos().to(dtype), angles.sin().to(dtype), *caches, past=0)
 
 
-@pytest.mark.parametrize("formats", [("int8", "int8"), ("int4", "int4"), ("int8", "int4"), ("int4", "int8")], ids="-".join)
+@pytest.mark.parametrize(
+    "formats", [("int8", "int8"), ("int4", "int4"), ("int8", "int4"), ("int4", "int8")], ids="-".join
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decoder_layer_is_its_fake_quantised_composition(formats, dtype):
     """The activations between gate/up and down are rounded in panels and never written out as rows."""
@@ -152,22 +164,42 @@ def test_vision_block_is_its_fake_quantised_composition(bits):
     cos, sin, ends = angles.cos(), angles.sin(), torch.tensor([0, 40, tokens], dtype=torch.int32)
     out = torch.full_like(x, torch.nan)
     dispatch.extension().vision_block(
-        x=x.data_ptr(), out=out.data_ptr(), norms=[norm.data_ptr() for norm in norms],
-        weights=[extension_weight(weight, bias) for weight, bias in zip(matrices, biases)], cos=cos.data_ptr(), sin=sin.data_ptr(),
-        cos_stride=32, sin_stride=32, cu_seqlens=ends.data_ptr(), sequences=2, tokens=tokens, hidden=hidden, heads=heads,
-        head_dim=32, mlp=mlp, eps=1e-6, scale=32**-0.5, dtype=DTYPE_CODES[torch.float32],
-    )  # fmt: skip
+        x=x.data_ptr(),
+        out=out.data_ptr(),
+        norms=[norm.data_ptr() for norm in norms],
+        weights=[extension_weight(weight, bias) for weight, bias in zip(matrices, biases)],
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        cos_stride=32,
+        sin_stride=32,
+        cu_seqlens=ends.data_ptr(),
+        sequences=2,
+        tokens=tokens,
+        hidden=hidden,
+        heads=heads,
+        head_dim=32,
+        mlp=mlp,
+        eps=1e-6,
+        scale=32**-0.5,
+        dtype=DTYPE_CODES[torch.float32],
+    )
 
     def product(a, index):
         return _truth(a.float(), matrices[index]) + biases[index]
 
     wide = x.double()
     with qvl_kernels.use_backend("reference"):
-        q, k, v = product(torch.nn.functional.layer_norm(wide, (hidden,), eps=1e-6), 0).view(tokens, 3, heads, 32).unbind(1)
+        q, k, v = (
+            product(torch.nn.functional.layer_norm(wide, (hidden,), eps=1e-6), 0).view(tokens, 3, heads, 32).unbind(1)
+        )
         q, k = qvl_kernels.vision_rope(q, k, cos.double(), sin.double())
         parts = [slice(0, 40), slice(40, tokens)]
-        attended = [qvl_kernels.attention(q[None, part], k[None, part], v[None, part], scale=32**-0.5)[0] for part in parts]
+        attended = [
+            qvl_kernels.attention(q[None, part], k[None, part], v[None, part], scale=32**-0.5)[0] for part in parts
+        ]
     middle = wide + product(torch.cat(attended).reshape(tokens, hidden), 1)
-    gelu = torch.nn.functional.gelu(product(torch.nn.functional.layer_norm(middle, (hidden,), eps=1e-6), 2), approximate="tanh")
+    gelu = torch.nn.functional.gelu(
+        product(torch.nn.functional.layer_norm(middle, (hidden,), eps=1e-6), 2), approximate="tanh"
+    )
     expected = middle + product(gelu, 3)
     assert torch.cosine_similarity((out - x).double().flatten(), (expected - wide).flatten(), dim=0) > 0.99999

@@ -11,7 +11,20 @@ from qvl_kernels.ops.vision_block.compose import compose_vision_block
 from qvl_kernels.testing import random_tensor, relative_error, surrounded
 
 FORMATS = [(8, 64), (4, 32), (4, 64), (4, 128)]
-SIZES = [(1, 1, 1), (1, 9, 127), (2, 5, 128), (3, 4, 129), (4, 37, 300), (5, 6, 64), (7, 3, 31), (8, 8, 256), (13, 11, 161), (16, 10, 384), (17, 5, 200), (40, 33, 96)]
+SIZES = [
+    (1, 1, 1),
+    (1, 9, 127),
+    (2, 5, 128),
+    (3, 4, 129),
+    (4, 37, 300),
+    (5, 6, 64),
+    (7, 3, 31),
+    (8, 8, 256),
+    (13, 11, 161),
+    (16, 10, 384),
+    (17, 5, 200),
+    (40, 33, 96),
+]
 
 
 def _generator() -> torch.Generator:
@@ -32,7 +45,9 @@ def test_equals_the_product_of_rounded_numbers(bits, group, size):
     weight = weight._replace(values=surrounded(weight.values), scales=surrounded(weight.scales))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x_typed = surrounded(x.to(dtype))
-        assert relative_error(qvl_kernels.quantized_linear(x_typed, weight), _truth(x_typed, weight)) <= norm_error(dtype, -(-k // group))
+        assert relative_error(qvl_kernels.quantized_linear(x_typed, weight), _truth(x_typed, weight)) <= norm_error(
+            dtype, -(-k // group)
+        )
 
 
 @pytest.mark.parametrize(("bits", "group"), FORMATS)
@@ -96,9 +111,16 @@ def test_a_vision_block_in_one_call_equals_its_single_ops(bits, group):
         out = qvl_kernels.vision_block(**arguments)
         w = arguments["weights"]
         composed = compose_vision_block(
-            arguments["x"], [w.norm1_w, w.norm1_b, w.norm2_w, w.norm2_b], [w.qkv_w, w.proj_w, w.fc1_w, w.fc2_w],
-            [w.qkv_b, w.proj_b, w.fc1_b, w.fc2_b], arguments["cos"], arguments["sin"], arguments["cu_seqlens"], arguments["num_heads"], 1e-6,
-        )  # fmt: skip
+            arguments["x"],
+            [w.norm1_w, w.norm1_b, w.norm2_w, w.norm2_b],
+            [w.qkv_w, w.proj_w, w.fc1_w, w.fc2_w],
+            [w.qkv_b, w.proj_b, w.fc1_b, w.fc2_b],
+            arguments["cos"],
+            arguments["sin"],
+            arguments["cu_seqlens"],
+            arguments["num_heads"],
+            1e-6,
+        )
         with qvl_kernels.use_backend("reference"):
             reference = qvl_kernels.vision_block(**arguments)
     assert relative_error(out, composed) < 1e-3  # a rounding to int8 may fall to the other side

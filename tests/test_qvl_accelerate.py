@@ -1,4 +1,6 @@
-"""accelerate and restore of QVL: the same numbers, the same object, the same weights; plain code wherever a layer is not plain."""
+"""accelerate and restore of QVL: the same numbers, the same object, the same weights; plain code wherever a layer is
+not plain.
+"""
 
 import copy
 import io
@@ -24,10 +26,14 @@ def pictures(*sizes, seed=0):
 
 
 BATCHES = {
-    "one": inputs(6), "left": inputs(9, 4), "right": inputs(9, 4, padding="right"), "text": inputs(5, 8, image=None),
-    "one token": inputs(1), "ragged": inputs(7, 3, 5, image=None) | pictures((9, 14), (0, 0), (16, 6)),
+    "one": inputs(6),
+    "left": inputs(9, 4),
+    "right": inputs(9, 4, padding="right"),
+    "text": inputs(5, 8, image=None),
+    "one token": inputs(1),
+    "ragged": inputs(7, 3, 5, image=None) | pictures((9, 14), (0, 0), (16, 6)),
     "long": inputs(70, image=(40, 36)),
-}  # fmt: skip
+}
 
 
 @torch.no_grad()
@@ -61,7 +67,9 @@ def test_error_against_the_truth_is_no_larger_than_the_plain_models(name, dtype)
         seen = batch["attention_mask"].bool()
         truth = run(copy.deepcopy(plain).double(), **batch).logits[seen]
         batch["pixel_values"] = batch["pixel_values"].to(dtype)
-        rounded = run(copy.deepcopy(plain).double(), **{**batch, "pixel_values": batch["pixel_values"].double()}).logits[seen]
+        rounded = run(
+            copy.deepcopy(plain).double(), **{**batch, "pixel_values": batch["pixel_values"].double()}
+        ).logits[seen]
         assert relative(rounded, truth) < 0.05
         for kind, model in (("plain", plain), ("accelerated", accelerated)):
             errors[kind] += relative(run(model, **batch).logits[seen], rounded) ** 2
@@ -74,10 +82,20 @@ def test_everything_is_replaced_and_reported():
         before, after = qvl_model.report(plain), qvl_model.report(accelerated)
         assert not before.accelerated and after.accelerated and before.replaced == after.replaced
         kinds = {kind for _, kind, _ in after.replaced}
-        assert {"QVLDecoderLayer", "QVLCrossAttention", "QVLVisionBlock", "QVLPatchEmbed", "QVLConnectorMLP", "Linear"} <= kinds
+        assert {
+            "QVLDecoderLayer",
+            "QVLCrossAttention",
+            "QVLVisionBlock",
+            "QVLPatchEmbed",
+            "QVLConnectorMLP",
+            "Linear",
+        } <= kinds
         assert ("QVLConnectorAttention" in kinds) == (name == "attention")
         assert not [row for row in after.kept if "not a class" in row[2]]
-        assert all(type(module).__name__ == type(other).__name__ for module, other in zip(plain.modules(), accelerated.modules()))
+        assert all(
+            type(module).__name__ == type(other).__name__
+            for module, other in zip(plain.modules(), accelerated.modules())
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +118,11 @@ def test_restore_gives_the_plain_model_back(name):
 def test_parts_alone(part):
     plain, batch = plain_model(), inputs(5)
     module = plain.get_submodule(part)
-    arguments = {"model": batch, "model.language_model": {"input_ids": batch["input_ids"]}, "model.visual": {"pixel_values": batch["pixel_values"]}}[part]
+    arguments = {
+        "model": batch,
+        "model.language_model": {"input_ids": batch["input_ids"]},
+        "model.visual": {"pixel_values": batch["pixel_values"]},
+    }[part]
     expected = run(module, **arguments)[0]
     out = run(qvl_model.accelerate(copy.deepcopy(module)), **arguments)[0]
     assert relative(out, expected) < 2e-5
@@ -164,7 +186,9 @@ def test_gradients(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("which", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
 def test_dropout_is_drawn_in_training_mode_even_without_gradients(name, which):
-    model = qvl_model.accelerate(plain_model(name, **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, which: 0.4})).train()
+    model = qvl_model.accelerate(
+        plain_model(name, **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, which: 0.4})
+    ).train()
     batch = inputs(6)
     assert not torch.equal(run(model, **batch).logits, run(model, **batch).logits)
     assert torch.equal(run(model.eval(), **batch).logits, run(model, **batch).logits)
@@ -192,11 +216,21 @@ def test_eager_attentions(name):
 
 
 HOOKED = [
-    "model.language_model.layers.1.fusion", "model.language_model.layers.1.fusion.attn", "model.language_model.layers.1.fusion.attn.q_proj",
-    "model.language_model.layers.1.fusion.norm", "model.language_model.layers.1.fusion.dropout", "model.language_model.layers.1.dropout",
-    "model.language_model.layers.1.mlp", "model.language_model.layers.2.self_attn.k_norm", "model.visual.blocks.0.attn.qkv",
-    "model.visual.patch_embed.proj", "model.visual.position_embed", "model.connector.mlp", "model.connector.mlp.act_fn", "lm_head",
-]  # fmt: skip
+    "model.language_model.layers.1.fusion",
+    "model.language_model.layers.1.fusion.attn",
+    "model.language_model.layers.1.fusion.attn.q_proj",
+    "model.language_model.layers.1.fusion.norm",
+    "model.language_model.layers.1.fusion.dropout",
+    "model.language_model.layers.1.dropout",
+    "model.language_model.layers.1.mlp",
+    "model.language_model.layers.2.self_attn.k_norm",
+    "model.visual.blocks.0.attn.qkv",
+    "model.visual.patch_embed.proj",
+    "model.visual.position_embed",
+    "model.connector.mlp",
+    "model.connector.mlp.act_fn",
+    "lm_head",
+]
 
 
 @pytest.mark.parametrize("name", HOOKED)
@@ -206,7 +240,11 @@ def test_hooks_are_called_and_heeded(name):
 
     def double(model, output):
         calls[model] += 1
-        return tuple(2 * x if isinstance(x, torch.Tensor) else x for x in output) if isinstance(output, tuple) else 2 * output
+        return (
+            tuple(2 * x if isinstance(x, torch.Tensor) else x for x in output)
+            if isinstance(output, tuple)
+            else 2 * output
+        )
 
     for model in (plain, accelerated):
         model.get_submodule(name).register_forward_hook(lambda module, args, output, model=model: double(model, output))
@@ -266,7 +304,9 @@ def test_packed_weights_and_back(tmp_path, name, weights, limit):
     qvl_model.accelerate(model, weights=weights)
     packed = {key for key, _, ours in qvl_model.report(model).replaced if "Packed" in ours}
     wanted = {"lm_head", "model.language_model.layers.2.mlp.up_proj", "model.visual.blocks.0.attn.qkv"}
-    assert wanted | {key for key in packed if "fusion.attn" in key or "connector" in key} <= packed and any("fusion.attn.k_proj" in key for key in packed)
+    assert wanted | {key for key in packed if "fusion.attn" in key or "connector" in key} <= packed and any(
+        "fusion.attn.k_proj" in key for key in packed
+    )
     out = run(model, **batch).logits
     assert 0 < relative(out, expected) < limit
     tokens = model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)

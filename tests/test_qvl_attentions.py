@@ -20,7 +20,9 @@ def model_of(name, kind, **options):
 
 def ragged() -> dict:
     generator = torch.Generator().manual_seed(0)
-    batch = inputs(7, 3, 5, image=None) | pad_pixels(*(torch.randn(3, *size, generator=generator) for size in ((9, 14), (0, 0), (16, 6))))
+    batch = inputs(7, 3, 5, image=None) | pad_pixels(
+        *(torch.randn(3, *size, generator=generator) for size in ((9, 14), (0, 0), (16, 6)))
+    )
     batch["input_ids"][:, -2] = IMAGE
     return batch
 
@@ -37,12 +39,16 @@ def test_sdpa_gives_the_weights_of_eager(name, kind):
     expected = plain_model(name, attention="eager")(**batch, output_attentions=True)
     seen = batch["attention_mask"].bool()
     assert relative(out.logits[seen], expected.logits[seen]) < 2e-5
-    assert len(out.attentions) == model.config.num_hidden_layers and len(out.cross_attentions) == len(model.config.cross_attention_layers)
+    assert len(out.attentions) == model.config.num_hidden_layers and len(out.cross_attentions) == len(
+        model.config.cross_attention_layers
+    )
     for kinds in ("attentions", "cross_attentions"):
         for weights, wanted in zip(getattr(out, kinds), getattr(expected, kinds), strict=True):
             weights, wanted = weights.transpose(1, 2)[seen], wanted.transpose(1, 2)[seen]
             assert torch.allclose(weights, wanted, atol=1e-5)
-    assert not any(weights[1].any() for weights in out.cross_attentions) and all(weights[0].any() for weights in out.cross_attentions)
+    assert not any(weights[1].any() for weights in out.cross_attentions) and all(
+        weights[0].any() for weights in out.cross_attentions
+    )
     after = model(**batch)
     assert torch.equal(after.logits, before) and after.attentions is None and after.cross_attentions is None
 
@@ -86,7 +92,9 @@ def test_a_mask_of_four_dimensions(kind):
     mask[..., 4, 2] = False
     expected = model(**{**batch, "attention_mask": mask}).logits
     out = model(**{**batch, "attention_mask": mask}, output_attentions=True)
-    assert relative(out.logits, expected) < 2e-5 and not any(weights[..., ~mask[0, 0]].any() for weights in out.attentions)
+    assert relative(out.logits, expected) < 2e-5 and not any(
+        weights[..., ~mask[0, 0]].any() for weights in out.attentions
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -52,11 +52,20 @@ language_projection_dim: [to be specified]
 ```
 """
 FIXED = {
-    "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "swish", "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1, "type_vocab_size": 2, "initializer_range": 0.02, "layer_norm_eps": 1e-12,
-    "vision_model_type": "vit", "multimodal_fusion_type": "cross_attention",
-}  # fmt: skip
-SPEC_KEYS = [line.split(":")[0] for line in SPECIFICATION.splitlines() if ": " in line and not line.startswith("model_type")]
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "swish",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "type_vocab_size": 2,
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-12,
+    "vision_model_type": "vit",
+    "multimodal_fusion_type": "cross_attention",
+}
+SPEC_KEYS = [
+    line.split(":")[0] for line in SPECIFICATION.splitlines() if ": " in line and not line.startswith("model_type")
+]
 
 
 def tiny(**changes) -> QVLConfig:
@@ -87,13 +96,22 @@ def test_qvl_2b_has_exactly_so_many_parameters():
 def test_qvl_2b_by_hand():
     """The count again, from the formula: a change of any size shows in both."""
     c = QVLConfig.from_preset("qvl-2b")
-    width, kv, vision, tokens = c.hidden_size, c.num_key_value_heads * c.head_dim, c.vision_hidden_size, c.vision_projection_dim
+    width, kv, vision, tokens = (
+        c.hidden_size,
+        c.num_key_value_heads * c.head_dim,
+        c.vision_hidden_size,
+        c.vision_projection_dim,
+    )
     mlp = c.vision_intermediate_size
     decoder = 2 * width * width + 2 * width * kv + 3 * width * c.intermediate_size + 2 * width + 2 * c.head_dim
     block = 4 * vision * vision + 4 * vision + 2 * vision * mlp + mlp + vision + 4 * vision
     side = c.vision_image_size // c.vision_patch_size
     tower = 24 * block + 3 * 16 * 16 * vision + vision + side * side * vision + 2 * vision
-    reader = 2 * (4 * tokens * tokens + 3 * tokens + 2 * tokens * mlp + mlp + tokens + 4 * tokens) + 256 * tokens + 2 * tokens
+    reader = (
+        2 * (4 * tokens * tokens + 3 * tokens + 2 * tokens * mlp + mlp + tokens + 4 * tokens)
+        + 256 * tokens
+        + 2 * tokens
+    )
     cross = 2 * width * c.language_projection_dim + 2 * tokens * kv + 2 * 64 + width + 1
     text = c.vocab_size * width + 2 * width + 32 * decoder + 8 * cross + width
     assert tower + reader + c.max_num_images * tokens + text == 2_159_034_376
@@ -120,7 +138,10 @@ def test_yaml_has_the_keys_of_the_specification_in_its_groups():
     assert heads == list(GROUPS)
 
 
-@pytest.mark.parametrize("changes", [{}, {"hidden_dropout_prob": 0.25, "layer_norm_eps": 1e-6, "cross_attention_layers": [2]}, {"bos_token_id": 3}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"hidden_dropout_prob": 0.25, "layer_norm_eps": 1e-6, "cross_attention_layers": [2]}, {"bos_token_id": 3}],
+)
 def test_yaml_round_trip(tmp_path, changes):
     config = tiny(**changes)
     config.to_yaml(tmp_path / "model.yaml")
@@ -129,66 +150,94 @@ def test_yaml_round_trip(tmp_path, changes):
 
 def test_yaml_in_nested_groups_and_documents(tmp_path):
     file = tmp_path / "model.yaml"
-    file.write_text("transformer:\n  hidden_size: 384\n  num_hidden_layers: 2\n  layer_norm_eps: 1e-5\n---\nmultimodal:\n  cross_attention_layers: [1]\n")
+    file.write_text(
+        "transformer:\n  hidden_size: 384\n  num_hidden_layers: 2\n  layer_norm_eps: 1e-5\n---\nmultimodal:\n  "
+        "cross_attention_layers: [1]\n"
+    )
     config = QVLConfig.from_yaml(file, fill="qvl-tiny")
-    assert (config.hidden_size, config.num_hidden_layers, config.layer_norm_eps, config.cross_attention_layers) == (384, 2, 1e-5, [1])
+    assert (config.hidden_size, config.num_hidden_layers, config.layer_norm_eps, config.cross_attention_layers) == (
+        384,
+        2,
+        1e-5,
+        [1],
+    )
 
 
-@pytest.mark.parametrize("text, message", [
-    ("hidden_sizes: 3", "unknown keys hidden_sizes"),
-    ("a: {hidden_size: 192}\nb: {hidden_size: 384}", "hidden_size is 192 and 384"),
-    ("hidden_size: 192\n---\nhidden_size: 192", "hidden_size is 192 and 192; keep one"),
-    ("hidden_size: 192\nnum_hidden_layers: 2\nhidden_size: 384", "'hidden_size' is given twice"),
-    ("a: {hidden_size: 192, hidden_size: 192}", "'hidden_size' is given twice"),
-    ("? [hidden_size]\n: 3", "cannot be a key"),
-    ("model_type: bert", "model_type must be qwen3_vl"),
-    ("- 1\n- 2", "keys and values"),
-    ("a: [", "not YAML"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("hidden_sizes: 3", "unknown keys hidden_sizes"),
+        ("a: {hidden_size: 192}\nb: {hidden_size: 384}", "hidden_size is 192 and 384"),
+        ("hidden_size: 192\n---\nhidden_size: 192", "hidden_size is 192 and 192; keep one"),
+        ("hidden_size: 192\nnum_hidden_layers: 2\nhidden_size: 384", "'hidden_size' is given twice"),
+        ("a: {hidden_size: 192, hidden_size: 192}", "'hidden_size' is given twice"),
+        ("? [hidden_size]\n: 3", "cannot be a key"),
+        ("model_type: bert", "model_type must be qwen3_vl"),
+        ("- 1\n- 2", "keys and values"),
+        ("a: [", "not YAML"),
+    ],
+)
 def test_yaml_refusals(tmp_path, text, message):
     (tmp_path / "model.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         QVLConfig.from_yaml(tmp_path / "model.yaml", fill="qvl-tiny")
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(hidden_size=190), "hidden_size must be a multiple of 2 x num_attention_heads.*190 and 6"),
-    (dict(hidden_size=30, language_projection_dim=30), "hidden_size must be a multiple of 2 x"),
-    (dict(num_key_value_heads=4), "num_attention_heads must be a multiple of num_key_value_heads"),
-    (dict(vision_hidden_size=130), "vision_hidden_size must be a multiple of 4 x"),
-    (dict(vision_image_size=97), "vision_image_size must be a multiple of vision_patch_size"),
-    (dict(language_projection_dim=100), "language_projection_dim must be a multiple"),
-    (dict(num_query_tokens=4), "connector_type mlp keeps every"),
-    (dict(connector_type="attention"), "connector_type attention reads"),
-    (dict(connector_type="attention", num_query_tokens=4, vision_projection_dim=98), "heads of the attention connector"),
-    (dict(connector_type="linear"), "connector_type must be attention or mlp"),
-    (dict(multimodal_fusion_type="concat"), "multimodal_fusion_type must be cross_attention"),
-    (dict(vision_model_type="resnet"), "vision_model_type must be vit"),
-    (dict(cross_attention_layers=[]), "cross_attention_layers must name"),
-    (dict(cross_attention_layers=[4]), "layers 0 to 3"),
-    (dict(cross_attention_layers=[2, 1]), "in order"),
-    (dict(hidden_act="swoosh"), "'swoosh' is not an activation"),
-    (dict(hidden_dropout_prob=1.0), r"hidden_dropout_prob must be in \[0, 1\)"),
-    (dict(attention_probs_dropout_prob=-0.1), r"attention_probs_dropout_prob must be in"),
-    (dict(layer_norm_eps=0.0), "layer_norm_eps must be positive"),
-    (dict(rope_theta=float("nan")), "rope_theta must be positive"),
-    (dict(type_vocab_size=1), "type_vocab_size must be at least 2"),
-    (dict(num_hidden_layers=0), "num_hidden_layers must be at least 1"),
-    (dict(image_token_id=384), "image_token_id 384 is not in the vocabulary of 384"),
-    (dict(eos_token_id=[2, 900]), "eos_token_id"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(hidden_size=190), "hidden_size must be a multiple of 2 x num_attention_heads.*190 and 6"),
+        (dict(hidden_size=30, language_projection_dim=30), "hidden_size must be a multiple of 2 x"),
+        (dict(num_key_value_heads=4), "num_attention_heads must be a multiple of num_key_value_heads"),
+        (dict(vision_hidden_size=130), "vision_hidden_size must be a multiple of 4 x"),
+        (dict(vision_image_size=97), "vision_image_size must be a multiple of vision_patch_size"),
+        (dict(language_projection_dim=100), "language_projection_dim must be a multiple"),
+        (dict(num_query_tokens=4), "connector_type mlp keeps every"),
+        (dict(connector_type="attention"), "connector_type attention reads"),
+        (
+            dict(connector_type="attention", num_query_tokens=4, vision_projection_dim=98),
+            "heads of the attention connector",
+        ),
+        (dict(connector_type="linear"), "connector_type must be attention or mlp"),
+        (dict(multimodal_fusion_type="concat"), "multimodal_fusion_type must be cross_attention"),
+        (dict(vision_model_type="resnet"), "vision_model_type must be vit"),
+        (dict(cross_attention_layers=[]), "cross_attention_layers must name"),
+        (dict(cross_attention_layers=[4]), "layers 0 to 3"),
+        (dict(cross_attention_layers=[2, 1]), "in order"),
+        (dict(hidden_act="swoosh"), "'swoosh' is not an activation"),
+        (dict(hidden_dropout_prob=1.0), r"hidden_dropout_prob must be in \[0, 1\)"),
+        (dict(attention_probs_dropout_prob=-0.1), r"attention_probs_dropout_prob must be in"),
+        (dict(layer_norm_eps=0.0), "layer_norm_eps must be positive"),
+        (dict(rope_theta=float("nan")), "rope_theta must be positive"),
+        (dict(type_vocab_size=1), "type_vocab_size must be at least 2"),
+        (dict(num_hidden_layers=0), "num_hidden_layers must be at least 1"),
+        (dict(image_token_id=384), "image_token_id 384 is not in the vocabulary of 384"),
+        (dict(eos_token_id=[2, 900]), "eos_token_id"),
+    ],
+)
 def test_impossible_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(hidden_size="wide"), dict(hidden_size=192.0), dict(num_hidden_layers=True), dict(num_hidden_layers=None), dict(hidden_dropout_prob="0.1"),
-    dict(tie_word_embeddings=1), dict(cross_attention_layers=[1.0]), dict(eos_token_id="2"), dict(hidden_act=3),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(hidden_size="wide"),
+        dict(hidden_size=192.0),
+        dict(num_hidden_layers=True),
+        dict(num_hidden_layers=None),
+        dict(hidden_dropout_prob="0.1"),
+        dict(tie_word_embeddings=1),
+        dict(cross_attention_layers=[1.0]),
+        dict(eos_token_id="2"),
+        dict(hidden_act=3),
+    ],
+    ids=str,
+)
 def test_wrong_types_are_refused(changes):
     """As TypeError, as documented; it was huggingface_hub's own exception, of which only Exception is a base."""
-    (key, value), = changes.items()
+    ((key, value),) = changes.items()
     with pytest.raises(TypeError, match=f"QVLConfig: .*{key}"):
         tiny(**changes)
     config = tiny()
@@ -207,10 +256,19 @@ def test_wrong_types_under_another_name(alias, key):
     assert getattr(config, key) == getattr(config, alias) == 0.25
 
 
-@pytest.mark.parametrize("key, nearest", [
-    ("hidden_sizes", "hidden_size"), ("num_layers_hidden", None), ("hidden_dropout", "hidden_dropout_prob"), ("tie_words_embeddings", "tie_word_embeddings"),
-    ("num_query_token", "num_query_tokens"), ("cross_attention_layer", "cross_attention_layers"), ("text_config", None), ("rope_scaling", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, nearest",
+    [
+        ("hidden_sizes", "hidden_size"),
+        ("num_layers_hidden", None),
+        ("hidden_dropout", "hidden_dropout_prob"),
+        ("tie_words_embeddings", "tie_word_embeddings"),
+        ("num_query_token", "num_query_tokens"),
+        ("cross_attention_layer", "cross_attention_layers"),
+        ("text_config", None),
+        ("rope_scaling", None),
+    ],
+)
 def test_unknown_keys_are_refused(key, nearest, tmp_path):
     """Every one of these gave the model of the preset."""
     hint = f"did you mean {nearest}" if nearest else "known are num_hidden_layers, "
@@ -235,10 +293,23 @@ def test_what_config_files_hold_loads(tmp_path, caplog):
     """What transformers writes, also of other versions, loads as before; a note of somebody's with a warning."""
     transformers.utils.logging.enable_propagation()
     stored = {
-        "_name_or_path": "x", "architectures": ["QVLForConditionalGeneration"], "torch_dtype": "bfloat16", "transformers_version": "5.99.0",
-        "id2label": {"0": "a"}, "label2id": {"a": 0}, "_commit_hash": None, "attn_implementation": "eager", "problem_type": None, "auto_map": {},
-        "max_length": 20, "num_beams": 1, "output_attentions": False, "use_cache": False, "is_encoder_decoder": False, "rms_norm_eps": 1e-5,
-    }  # fmt: skip
+        "_name_or_path": "x",
+        "architectures": ["QVLForConditionalGeneration"],
+        "torch_dtype": "bfloat16",
+        "transformers_version": "5.99.0",
+        "id2label": {"0": "a"},
+        "label2id": {"a": 0},
+        "_commit_hash": None,
+        "attn_implementation": "eager",
+        "problem_type": None,
+        "auto_map": {},
+        "max_length": 20,
+        "num_beams": 1,
+        "output_attentions": False,
+        "use_cache": False,
+        "is_encoder_decoder": False,
+        "rms_norm_eps": 1e-5,
+    }
     tiny().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     written = json.loads(file.read_text())
@@ -255,7 +326,9 @@ def test_what_config_files_hold_loads(tmp_path, caplog):
     assert config.who_trained_it == "we" and config.hidden_size == tiny().hidden_size
     config.save_pretrained(tmp_path)
     assert QVLConfig.from_pretrained(tmp_path, hidden_dropout_prob=0.3).hidden_dropout_prob == 0.3
-    assert type(tiny()).from_dict(config.to_dict()).who_trained_it == "we" and copy.deepcopy(config).who_trained_it == "we"
+    assert (
+        type(tiny()).from_dict(config.to_dict()).who_trained_it == "we" and copy.deepcopy(config).who_trained_it == "we"
+    )
     assert QVLConfig(**tiny().to_dict()).to_dict() == tiny().to_dict()
 
 

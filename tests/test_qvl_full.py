@@ -14,7 +14,9 @@ GB = 1e9
 
 
 def test_fp16_fits_8_gb_of_gpu_memory():
-    """Weights, the longest text's keys and values, an image's, and the work space of its vision tower, all in 16 bit."""
+    """Weights, the longest text's keys and values, an image's, and the work space of its vision tower, all
+    in 16 bit.
+    """
     config = QVLConfig.from_preset("qvl-2b")
     with torch.device("meta"):
         model = QVLForConditionalGeneration(config)

@@ -51,13 +51,19 @@ def ragged() -> dict:
 
 
 BATCHES = {
-    "one": inputs(5), "padded": inputs(7, 4), "one token": inputs(1), "text only": inputs(6, 3, image=None), "ragged": ragged(),
+    "one": inputs(5),
+    "padded": inputs(7, 4),
+    "one token": inputs(1),
+    "text only": inputs(6, 3, image=None),
+    "ragged": ragged(),
     "pairs": {**inputs(5, 5), "pixel_values": torch.randn(2, 2, 3, 8, 12, generator=torch.Generator().manual_seed(1))},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}], ids=str
+)
 def test_greedy_is_what_forward_says(model, batch, options):
     if "prompt_lookup_num_tokens" in options and len(batch["input_ids"]) > 1:
         batch = {key: value[:1] for key, value in batch.items()}
@@ -66,9 +72,15 @@ def test_greedy_is_what_forward_says(model, batch, options):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("options", [
-    {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 2.0}, {"do_sample": True, "num_return_sequences": 3},
-], ids=["beams", "several beams", "samples"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 2.0},
+        {"do_sample": True, "num_return_sequences": 3},
+    ],
+    ids=["beams", "several beams", "samples"],
+)
 def test_beams_and_samples(models, name, batch, options):
     """The same as without any cache, where nothing is reordered or repeated; and the same accelerated."""
     plain, fast = (models[name, kind] for kind in KINDS)
@@ -87,11 +99,18 @@ def counted(model):
     def count(key):
         return lambda *_: counts.__setitem__(key, counts[key] + 1)
 
-    handles = [model.model.visual.register_forward_pre_hook(count("visual")), fusion.attn.k_proj.register_forward_pre_hook(count("keys"))]
+    handles = [
+        model.model.visual.register_forward_pre_hook(count("visual")),
+        fusion.attn.k_proj.register_forward_pre_hook(count("keys")),
+    ]
     return counts, handles
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"do_sample": True, "num_return_sequences": 2}],
+    ids=str,
+)
 def test_images_are_read_once(model, options):
     counts, handles = counted(model)
     try:
@@ -116,8 +135,11 @@ def test_beams_read_each_image_once(model):
 @torch.no_grad()
 def test_the_cache(model, kind):
     settings, batch = model.config, inputs(5, 5)
-    cache = {"dynamic": lambda: DynamicCache(config=settings), "lazy dynamic": DynamicCache,
-             "static": lambda: StaticCache(config=settings, max_cache_len=20)}[kind]()  # fmt: skip
+    cache = {
+        "dynamic": lambda: DynamicCache(config=settings),
+        "lazy dynamic": DynamicCache,
+        "static": lambda: StaticCache(config=settings, max_cache_len=20),
+    }[kind]()
     whole = {**batch, "input_ids": torch.cat((batch["input_ids"], torch.tensor([[7, 8, 9], [3, 2, 1]])), 1)}
     whole["attention_mask"] = torch.ones_like(whole["input_ids"])
     expected = model(**whole).logits[:, 5:]
@@ -127,10 +149,17 @@ def test_the_cache(model, kind):
     visual = cache.layers[layers:]
     tokens = settings.num_query_tokens or 4 * 5
     head_dim = settings.language_projection_dim // settings.num_attention_heads
-    assert all(type(layer) is VisualLayer and layer.keys.shape == (2, settings.num_key_value_heads, tokens, head_dim) for layer in visual)
+    assert all(
+        type(layer) is VisualLayer and layer.keys.shape == (2, settings.num_key_value_heads, tokens, head_dim)
+        for layer in visual
+    )
     memory = [(layer.keys, layer.values) for layer in visual]
     for i in range(3):
-        out = model(input_ids=whole["input_ids"][:, 5 + i : 6 + i], attention_mask=whole["attention_mask"][:, : 6 + i], **{CACHE: cache})
+        out = model(
+            input_ids=whole["input_ids"][:, 5 + i : 6 + i],
+            attention_mask=whole["attention_mask"][:, : 6 + i],
+            **{CACHE: cache},
+        )
         assert torch.allclose(out.logits, expected[:, i : i + 1], rtol=1e-3, atol=2e-4)
         assert cache.get_seq_length() == 6 + i
     assert all(layer.keys is keys and layer.values is values for layer, (keys, values) in zip(visual, memory))
@@ -210,7 +239,9 @@ def test_a_picture_after_text(model):
     text = model(input_ids=torch.tensor([[7, 8]]), **{CACHE: cache})
     out = model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], **{CACHE: cache})
     assert cache.get_seq_length() == 7 and holds_images(cache, model.config.num_hidden_layers)
-    assert not torch.allclose(out.logits, model(input_ids=batch["input_ids"], **{CACHE: text_cache(model)}).logits, atol=1e-3)
+    assert not torch.allclose(
+        out.logits, model(input_ids=batch["input_ids"], **{CACHE: text_cache(model)}).logits, atol=1e-3
+    )
     assert text.logits.isfinite().all()
     with pytest.raises(ValueError, match="already holds images"):
         model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], **{CACHE: cache})
@@ -246,13 +277,18 @@ def test_every_decoding_step_is_fused(models, name):
     with fused_calls(model) as calls:
         generated(model, inputs(6, 4), steps=5)
     settings = model.config
-    assert calls.fused == {"decoder_layer": 5 * settings.num_hidden_layers, "vision_block": settings.vision_num_hidden_layers}
+    assert calls.fused == {
+        "decoder_layer": 5 * settings.num_hidden_layers,
+        "vision_block": settings.vision_num_hidden_layers,
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_and_states_of_generate(models, name):
     plain, fast = (models[name, kind] for kind in KINDS)
-    options = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_hidden_states=True, output_logits=True)
+    options = dict(
+        max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_hidden_states=True, output_logits=True
+    )
     one, other = (model.generate(**inputs(5), **options) for model in (plain, fast))
     for a, b in zip(one.hidden_states, other.hidden_states):
         assert len(a) == len(b) == plain.config.num_hidden_layers + 1
@@ -275,7 +311,10 @@ def test_tokens_are_steps(models, monkeypatch, name, batch):
     seen, run = [], CpuStep.run
     monkeypatch.setattr(CpuStep, "run", lambda *args: seen.append(1) or run(*args))
     outs = [
-        models[name, kind].generate(**batch, max_new_tokens=9, do_sample=False, return_dict_in_generate=True, output_logits=True) for kind in KINDS
+        models[name, kind].generate(
+            **batch, max_new_tokens=9, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+        for kind in KINDS
     ]
     plain, ours = outs
     assert torch.equal(ours.sequences, plain.sequences) and len(seen) == len(ours.logits) - 1

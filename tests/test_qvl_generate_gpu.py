@@ -1,4 +1,6 @@
-"""QVL's tokens as captured steps run them, here without graphs on CPU tensors: what the plain model gives, whatever the images."""
+"""QVL's tokens as captured steps run them, here without graphs on CPU tensors: what the plain model gives, whatever the
+images.
+"""
 
 import copy
 import gc
@@ -26,14 +28,21 @@ GREEDY = dict(do_sample=False, max_new_tokens=9)
 def _ragged(*sizes: tuple[int, int]) -> dict:
     """A row of text for each picture of such a size, in pixels; (0, 0): none."""
     generator = torch.Generator().manual_seed(3)
-    return inputs(*(7, 4, 5)[: len(sizes)], image=None) | pad_pixels(*(torch.randn(3, *size, generator=generator) for size in sizes))
+    return inputs(*(7, 4, 5)[: len(sizes)], image=None) | pad_pixels(
+        *(torch.randn(3, *size, generator=generator) for size in sizes)
+    )
 
 
 BATCHES = {
-    "one": inputs(5), "padded": inputs(7, 4), "one token": inputs(1), "text only": inputs(6, 3, image=None), "large image": inputs(6, image=(40, 52)),
-    "a row without": _ragged((9, 14), (0, 0), (16, 6)), "different sizes": _ragged((4, 4), (30, 24)),
+    "one": inputs(5),
+    "padded": inputs(7, 4),
+    "one token": inputs(1),
+    "text only": inputs(6, 3, image=None),
+    "large image": inputs(6, image=(40, 52)),
+    "a row without": _ragged((9, 14), (0, 0), (16, 6)),
+    "different sizes": _ragged((4, 4), (30, 24)),
     "pairs": {**inputs(5, 5), "pixel_values": torch.randn(2, 2, 3, 8, 12, generator=torch.Generator().manual_seed(1))},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +70,9 @@ def _generate(model, batch, **options):
 
 def _same(models, batch, **options):
     """Tokens, logits and the whole cache; the output of the accelerated model."""
-    plain, ours = (_generate(model, batch, **options, return_dict_in_generate=True, output_logits=True) for model in models)
+    plain, ours = (
+        _generate(model, batch, **options, return_dict_in_generate=True, output_logits=True) for model in models
+    )
     assert torch.equal(ours.sequences, plain.sequences)
     assert_close(torch.stack(ours.logits), torch.stack(plain.logits))
     for got, expected in zip(ours[CACHE].layers, plain[CACHE].layers, strict=True):
@@ -69,7 +80,11 @@ def _same(models, batch, **options):
         assert not expected.is_initialized or got.keys.stride() == expected.keys.stride()
         for name in ("keys", "values", "lengths"):
             value = getattr(expected, name, None)
-            assert value is None and getattr(got, name, None) is None or assert_close(getattr(got, name).float(), value.float()) is None
+            assert (
+                value is None
+                and getattr(got, name, None) is None
+                or assert_close(getattr(got, name).float(), value.float()) is None
+            )
     return ours
 
 
@@ -90,15 +105,27 @@ def test_sampled_and_without_the_callers_cache(models, steps):
 
 def test_one_step_serves_all_images(models, steps):
     """Smaller and larger ones, fewer in a row; texts have a step of their own, and both are kept."""
-    for batch in (inputs(5, 4), _ragged((9, 14), (0, 0)), inputs(6, 6, image=(48, 60)), inputs(3, 7, image=None), _ragged((0, 0), (5, 7))):
+    for batch in (
+        inputs(5, 4),
+        _ragged((9, 14), (0, 0)),
+        inputs(6, 6, image=(48, 60)),
+        inputs(3, 7, image=None),
+        _ragged((0, 0), (5, 7)),
+    ):
         _same(models, batch)
     seen, text = steps[0], steps[3]
-    assert steps == [seen, seen, seen, text, seen] and text is not seen and step_gpu._pools[models[1]]._idle == [text, seen]
+    assert (
+        steps == [seen, seen, seen, text, seen]
+        and text is not seen
+        and step_gpu._pools[models[1]]._idle == [text, seen]
+    )
     assert seen._images._caches.capacity == 0  # keys and values are nobody's
 
 
 def test_next_turns(models, steps):
-    """Of the kept cache, with the whole text and with new tokens only; the images' part of the cache is never another."""
+    """Of the kept cache, with the whole text and with new tokens only; the images' part of the cache is
+    never another.
+    """
     for whole in (True, False):
         results = []
         for model in models:
@@ -109,7 +136,10 @@ def test_next_turns(models, steps):
             new = turn if whole else turn[:, cache.get_seq_length() :]
             second = _generate(model, dict(input_ids=new, attention_mask=torch.ones_like(turn)), **{CACHE: cache})
             results.append((first.tolist(), second.tolist(), cache.get_seq_length()))
-            assert seen and all(layer.keys is k and layer.values is v for layer, (k, v) in zip(cache.layers[-len(seen) :], seen, strict=True))
+            assert seen and all(
+                layer.keys is k and layer.values is v
+                for layer, (k, v) in zip(cache.layers[-len(seen) :], seen, strict=True)
+            )
         assert results[0] == results[1]
     assert len(steps) == 4
 
@@ -165,12 +195,23 @@ def test_images_that_a_streamer_changes(models, image):
             fused = range(len(model.config.cross_attention_layers))
             for index in fused:
                 layer = other.layers[model.config.num_hidden_layers + index]
-                add_visual_layer(cache, index, model.config.num_hidden_layers).update(layer.keys * 3, layer.values.flip(2), layer.lengths)
+                add_visual_layer(cache, index, model.config.num_hidden_layers).update(
+                    layer.keys * 3, layer.values.flip(2), layer.lengths
+                )
 
-        out = _generate(model, inputs(5, image=image), **{CACHE: cache}, streamer=_At(change), return_dict_in_generate=True, output_logits=True)
+        out = _generate(
+            model,
+            inputs(5, image=image),
+            **{CACHE: cache},
+            streamer=_At(change),
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
         outs.append(torch.stack(out.logits))
     assert_close(outs[1], outs[0])
-    unchanged = torch.stack(_generate(models[0], inputs(5, image=image), return_dict_in_generate=True, output_logits=True).logits)
+    unchanged = torch.stack(
+        _generate(models[0], inputs(5, image=image), return_dict_in_generate=True, output_logits=True).logits
+    )
     assert relative(outs[0], unchanged) > 1e-3
 
 
@@ -224,17 +265,41 @@ def _attention(model):
 
 CHANGES = {  # entry of DEPENDS_ON, change; tokens are still run by captured steps
     "a gate": ("memory", lambda model: setattr(_layer(model).fusion, "gate", nn.Parameter(-_layer(model).fusion.gate))),
-    "queries": ("memory", lambda model: setattr(_attention(model).q_proj, "weight", nn.Parameter(_attention(model).q_proj.weight.flip(0)))),
-    "output": ("memory", lambda model: setattr(_attention(model).o_proj, "weight", nn.Parameter(_attention(model).o_proj.weight.flip(0)))),
-    "norm": ("memory", lambda model: setattr(_layer(model).fusion.norm, "weight", nn.Parameter(_layer(model).fusion.norm.weight.neg()))),
-    "token types": ("memory", lambda model: setattr(
-        model.model.language_model.embed_token_types, "weight", nn.Parameter(model.model.language_model.embed_token_types.weight.neg()))),
+    "queries": (
+        "memory",
+        lambda model: setattr(
+            _attention(model).q_proj, "weight", nn.Parameter(_attention(model).q_proj.weight.flip(0))
+        ),
+    ),
+    "output": (
+        "memory",
+        lambda model: setattr(
+            _attention(model).o_proj, "weight", nn.Parameter(_attention(model).o_proj.weight.flip(0))
+        ),
+    ),
+    "norm": (
+        "memory",
+        lambda model: setattr(
+            _layer(model).fusion.norm, "weight", nn.Parameter(_layer(model).fusion.norm.weight.neg())
+        ),
+    ),
+    "token types": (
+        "memory",
+        lambda model: setattr(
+            model.model.language_model.embed_token_types,
+            "weight",
+            nn.Parameter(model.model.language_model.embed_token_types.weight.neg()),
+        ),
+    ),
     "an epsilon": ("epsilons", lambda model: setattr(_attention(model).q_norm, "variance_epsilon", 3.0)),
     "scale of scores": ("attention", lambda model: setattr(_attention(model), "scaling", 6.0)),
     "rotary base": ("numbers of QVL's config", lambda model: setattr(model.config, "rope_theta", 3.0)),
     "image token": ("numbers of QVL's config", lambda model: setattr(model.config, "image_token_id", None)),
-    "implementation": ("attention implementation", lambda model: setattr(model.config, "_attn_implementation", "eager")),
-}  # fmt: skip
+    "implementation": (
+        "attention implementation",
+        lambda model: setattr(model.config, "_attn_implementation", "eager"),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -251,21 +316,34 @@ def test_a_change_is_noticed(pairs, monkeypatch, steps, name):
     assert torch.equal(ours.sequences, plain.sequences) and step_gpu._state(model)[entry] != state[entry]
     assert_close(torch.stack(ours.logits), torch.stack(plain.logits))
     assert len(steps) == 2 and steps[0] is not steps[1]
-    assert name in ("implementation", "image token") or relative(torch.stack(ours.logits), torch.stack(before.logits)) > 1e-3
+    assert (
+        name in ("implementation", "image token")
+        or relative(torch.stack(ours.logits), torch.stack(before.logits)) > 1e-3
+    )
 
 
 REASONS = {  # after which stock's loop makes the tokens, by what modules compute now
     "hook on a fusion": lambda model: _layer(model).fusion.register_forward_hook(lambda module, args, out: out * 1.5),
-    "hook on cross-attention": lambda model: _attention(model).register_forward_hook(lambda module, args, out: (out[0] * 1.5, out[1])),
-    "hook before it": lambda model: _attention(model).register_forward_pre_hook(lambda module, args: (args[0] * 1.5, *args[1:])),
+    "hook on cross-attention": lambda model: _attention(model).register_forward_hook(
+        lambda module, args, out: (out[0] * 1.5, out[1])
+    ),
+    "hook before it": lambda model: _attention(model).register_forward_pre_hook(
+        lambda module, args: (args[0] * 1.5, *args[1:])
+    ),
     "hook inside": lambda model: _attention(model).o_proj.register_forward_hook(lambda module, args, out: -out),
     "hook on its norm": lambda model: _attention(model).q_norm.register_forward_hook(lambda module, args, out: -out),
     "hook on dropout": lambda model: _layer(model).fusion.dropout.register_forward_hook(lambda module, args, out: -out),
-    "hook on token types": lambda model: model.model.language_model.embed_token_types.register_forward_hook(lambda module, args, out: out - 2.0),
-    "hook on the first dropout": lambda model: model.model.language_model.dropout.register_forward_hook(lambda module, args, out: -out),
+    "hook on token types": lambda model: model.model.language_model.embed_token_types.register_forward_hook(
+        lambda module, args, out: out - 2.0
+    ),
+    "hook on the first dropout": lambda model: model.model.language_model.dropout.register_forward_hook(
+        lambda module, args, out: -out
+    ),
     "replaced": lambda model: setattr(_layer(model).fusion, "forward", lambda hidden_states, *_: hidden_states * 1.5),
-    "its attention replaced": lambda model: setattr(_attention(model), "forward", lambda hidden_states, *_: (hidden_states * 1.5, None)),
-}  # fmt: skip
+    "its attention replaced": lambda model: setattr(
+        _attention(model), "forward", lambda hidden_states, *_: (hidden_states * 1.5, None)
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REASONS)
@@ -283,7 +361,7 @@ RANDOM = {
     "of the text": lambda model: setattr(model.model.language_model.dropout, "p", 0.5),
     "of a fusion": lambda model: setattr(_layer(model).fusion.dropout, "p", 0.5),
     "of cross-attention": lambda model: setattr(_attention(model), "attention_dropout", 0.5),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -307,5 +385,3 @@ def test_another_attention_is_its_own(pairs, monkeypatch):
     assert qvl_model.report(model).decoding.startswith("whole steps as CUDA graphs")
     model.config._attn_implementation = "flash_attention_2"
     assert "cross-attention of decoder layer 1 is not plain" in step_gpu.why_not(model)
-
-

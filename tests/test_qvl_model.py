@@ -35,7 +35,7 @@ def logits(model, **batch):
     return model(**batch).logits
 
 
-# --- inputs and outputs ------------------------------------------------------------------------------------------------
+# --- inputs and outputs -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,7 +53,9 @@ def test_outputs_as_specified(models, name):
     assert out.attentions is None and out.cross_attentions is None
     whole = model(**batch)
     assert whole.logits.shape == (2, 7, VOCABULARY)
-    assert torch.equal(whole.pooler_output, out.pooler_output) and torch.equal(whole.last_hidden_state, out.last_hidden_state)
+    assert torch.equal(whole.pooler_output, out.pooler_output) and torch.equal(
+        whole.last_hidden_state, out.last_hidden_state
+    )
     assert torch.equal(model(**batch, logits_to_keep=2).logits, whole.logits[:, -2:])
     assert isinstance(model.model(**batch, return_dict=False), tuple)
 
@@ -79,7 +81,9 @@ def test_attentions_under_eager(models, name):
     eager, batch = plain_model(name, attention="eager"), inputs(6, 6)
     out = eager(**batch, output_attentions=True)
     settings = eager.config
-    assert len(out.attentions) == settings.num_hidden_layers and len(out.cross_attentions) == len(settings.cross_attention_layers)
+    assert len(out.attentions) == settings.num_hidden_layers and len(out.cross_attentions) == len(
+        settings.cross_attention_layers
+    )
     tokens = settings.num_query_tokens or 4 * 5  # patches of 14 x 19 pixels
     for weights in out.attentions:
         assert weights.shape == (2, settings.num_attention_heads, 6, 6)
@@ -116,7 +120,7 @@ def test_padded_text_changes_nothing(models, name, padding):
     assert torch.equal(logits(models[name], **{**batch, "input_ids": scrambled})[1, place], together[1, place])
 
 
-# --- images ------------------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,7 +162,10 @@ def test_rows_and_columns_are_told_apart(models):
     wide = colours.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)[None]
     batch = inputs(4)
     for model in models.values():
-        assert_differ(logits(model, **{**batch, "pixel_values": wide}), logits(model, **{**batch, "pixel_values": wide.transpose(2, 3)}))
+        assert_differ(
+            logits(model, **{**batch, "pixel_values": wide}),
+            logits(model, **{**batch, "pixel_values": wide.transpose(2, 3)}),
+        )
 
 
 def test_positions_of_the_native_size_are_the_learned_ones():
@@ -210,7 +217,10 @@ def test_closed_gates_hide_the_picture(name):
 def test_several_pictures_per_sample(models, name):
     model, batch = models[name], inputs(6, 6)
     one, two, three = pictures((8, 8), (12, 5), (9, 16))
-    first, second = pad_pixels(one, two, torch.zeros(3, 12, 16)), pad_pixels(three, torch.zeros(3, 12, 0), torch.zeros(3, 0, 0))
+    first, second = (
+        pad_pixels(one, two, torch.zeros(3, 12, 16)),
+        pad_pixels(three, torch.zeros(3, 12, 0), torch.zeros(3, 0, 0)),
+    )
     first["pixel_attention_mask"][2] = 0
     pixels = {key: torch.stack((first[key], second[key])) for key in first}
     together = logits(model, **{**batch, **pixels})
@@ -223,22 +233,31 @@ def test_several_pictures_per_sample(models, name):
     assert_differ(logits(model, input_ids=ids[:1], pixel_values=one[None]), together[:1])
 
 
-@pytest.mark.parametrize("batch, message", [
-    (dict(pixel_values=torch.zeros(1, 4, 8, 8)), r"pixel_values must be \[batch, 3, height, width\].*\(1, 4, 8, 8\)"),
-    (dict(pixel_values=torch.zeros(3, 8, 8)), "pixel_values must be"),
-    (dict(pixel_values=torch.zeros(1, 3, 0, 8)), "pixel_values must be"),
-    (dict(pixel_values=torch.zeros(1, 4, 3, 8, 8)), "4 images per sample, max_num_images is 3"),
-    (dict(pixel_values=torch.zeros(1, 3, 8, 8), pixel_attention_mask=torch.ones(1, 8, 9)), r"pixel_attention_mask must be \[1, 8, 8\]"),
-    (dict(pixel_attention_mask=torch.ones(1, 8, 8)), "without pixel_values"),
-    (dict(pixel_values=torch.zeros(2, 3, 8, 8)), "2 samples in pixel_values do not fit 1 rows"),
-    (dict(inputs_embeds=torch.zeros(1, 4, 72)), "either input_ids or inputs_embeds"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "batch, message",
+    [
+        (
+            dict(pixel_values=torch.zeros(1, 4, 8, 8)),
+            r"pixel_values must be \[batch, 3, height, width\].*\(1, 4, 8, 8\)",
+        ),
+        (dict(pixel_values=torch.zeros(3, 8, 8)), "pixel_values must be"),
+        (dict(pixel_values=torch.zeros(1, 3, 0, 8)), "pixel_values must be"),
+        (dict(pixel_values=torch.zeros(1, 4, 3, 8, 8)), "4 images per sample, max_num_images is 3"),
+        (
+            dict(pixel_values=torch.zeros(1, 3, 8, 8), pixel_attention_mask=torch.ones(1, 8, 9)),
+            r"pixel_attention_mask must be \[1, 8, 8\]",
+        ),
+        (dict(pixel_attention_mask=torch.ones(1, 8, 8)), "without pixel_values"),
+        (dict(pixel_values=torch.zeros(2, 3, 8, 8)), "2 samples in pixel_values do not fit 1 rows"),
+        (dict(inputs_embeds=torch.zeros(1, 4, 72)), "either input_ids or inputs_embeds"),
+    ],
+)
 def test_misfit_inputs_are_refused(models, batch, message):
     with pytest.raises(ValueError, match=message):
         models["mlp"](input_ids=torch.tensor([[1, 2, 3, 4]]), **batch)
 
 
-# --- training ----------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def test_loss_is_the_cross_entropy_of_the_next_token(models):
@@ -281,7 +300,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):
     expected = trained(model, batch)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     found = trained(model, batch)
-    assert model.model.language_model.layers[0].gradient_checkpointing and model.model.visual.blocks[0].gradient_checkpointing
+    assert (
+        model.model.language_model.layers[0].gradient_checkpointing
+        and model.model.visual.blocks[0].gradient_checkpointing
+    )
     for key, grad in expected.items():
         assert torch.allclose(found[key], grad, rtol=1e-4, atol=1e-7), key
 
@@ -308,10 +330,12 @@ def test_first_weights(name):
         elif parameter.dim() >= 2:
             assert 0.6 * 0.05 < parameter.std() < 1.4 * 0.05, key
         else:
-            assert torch.equal(parameter, torch.zeros_like(parameter) if key.endswith("bias") else torch.ones_like(parameter)), key
+            assert torch.equal(
+                parameter, torch.zeros_like(parameter) if key.endswith("bias") else torch.ones_like(parameter)
+            ), key
 
 
-# --- saving ------------------------------------------------------------------------------------------------------------
+# --- saving -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -320,7 +344,9 @@ def test_save_and_load(tmp_path, models, name, dtype):
     model, batch = plain_model(name, dtype), inputs(6, 4)
     model.save_pretrained(tmp_path)
     loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True, dtype=dtype)
-    assert type(loaded) is QVLForConditionalGeneration and not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(loaded) is QVLForConditionalGeneration and not any(
+        info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
     assert torch.equal(logits(loaded.eval(), **batch), logits(model, **batch))
     assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == (name == "mlp")
     body = AutoModel.from_pretrained(tmp_path, dtype=dtype).eval()

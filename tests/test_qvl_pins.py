@@ -1,4 +1,6 @@
-"""What comparisons of results do not show: where dropout acts and with which p, what checkpointing keeps, every default."""
+"""What comparisons of results do not show: where dropout acts and with which p, what checkpointing keeps, every
+default.
+"""
 
 import dataclasses
 
@@ -15,7 +17,7 @@ from qvl_model.qvl import QVLConfig
 from qvl_model.qvl.presets import PRESETS
 from qvl_model.training import TrainConfig
 
-# --- dropout -----------------------------------------------------------------------------------------------------------
+# --- dropout ----------------------------------------------------------------------------------------------------------
 
 HIDDEN, ATTENTION = 0.3, 0.2
 
@@ -27,7 +29,9 @@ def dropped(x: torch.Tensor, p: float) -> torch.Tensor:
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Puts ``dropped`` in the place of dropout, none into PyTorch's attention; lists the p of every call that would draw, by kind."""
+    """Puts ``dropped`` in the place of dropout, none into PyTorch's attention; lists the p of every call that would
+    draw, by kind.
+    """
     calls = {"dropout": [], "sdpa": []}
     sdpa = nn.functional.scaled_dot_product_attention
 
@@ -70,7 +74,10 @@ def test_dropout_acts_where_the_formulas_say(drawn, name, kind, hidden, weights)
     """In training mode, with gradients or without; in eval mode nowhere."""
     model = plain_model(name, attention="eager", hidden_dropout_prob=hidden, attention_probs_dropout_prob=weights)
     batch = inputs(7)
-    expected = {training: truth.row(**next(truth.rows(batch))).logits for training, truth in ((True, reference(model, drop=dropped)), (False, reference(model)))}
+    expected = {
+        training: truth.row(**next(truth.rows(batch))).logits
+        for training, truth in ((True, reference(model, drop=dropped)), (False, reference(model)))
+    }
     assert relative(expected[True], expected[False]) > 0.01
     if kind == "float64":
         model, batch, limit = double(model), cast(batch, torch.float64), DOUBLE
@@ -89,7 +96,9 @@ def test_dropout_acts_where_the_formulas_say(drawn, name, kind, hidden, weights)
 @pytest.mark.parametrize("kind", ["plain", "accelerated"])
 @pytest.mark.parametrize("images", [True, False], ids=["images", "text"])
 def test_dropout_of_sdpa(drawn, name, kind, images):
-    """PyTorch's attention draws by itself: it is told p in training mode, by self- and cross-attention and by no other."""
+    """PyTorch's attention draws by itself: it is told p in training mode, by self- and cross-attention and
+    by no other.
+    """
     model = plain_model(name, hidden_dropout_prob=HIDDEN, attention_probs_dropout_prob=ATTENTION)
     model = qvl_model.accelerate(model) if kind == "accelerated" else model
     batch = inputs(6, 4, image=(9, 14) if images else None)
@@ -105,7 +114,7 @@ def test_dropout_of_sdpa(drawn, name, kind, images):
     assert drawn == NONE
 
 
-# --- checkpointing -----------------------------------------------------------------------------------------------------
+# --- checkpointing ----------------------------------------------------------------------------------------------------
 
 
 def saved_bytes(model: nn.Module, part: str, batch: dict) -> int:
@@ -136,57 +145,165 @@ def saved_bytes(model: nn.Module, part: str, batch: dict) -> int:
 def test_checkpointing_keeps_one_hidden_state_per_layer(name, part, kind):
     batch, kept, few, many = inputs(6), {}, 2, 5
     for layers in (few, many):
-        sizes = dict(vision_num_hidden_layers=layers, num_hidden_layers=layers, cross_attention_layers=list(range(layers)), connector_num_layers=layers)
+        sizes = dict(
+            vision_num_hidden_layers=layers,
+            num_hidden_layers=layers,
+            cross_attention_layers=list(range(layers)),
+            connector_num_layers=layers,
+        )
         model = plain_model(name, **sizes)
         model = (qvl_model.accelerate(model) if kind == "accelerated" else model).train()
         kept[layers, False] = saved_bytes(model, part, batch)
         getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
         kept[layers, True] = saved_bytes(model, part, batch)
     config, patches = model.config, 4 * 5  # of 14 x 19 pixels
-    elements = {"visual": patches * config.vision_hidden_size, "connector": config.num_query_tokens * config.vision_projection_dim,
-                "language_model": 6 * config.hidden_size}[part]  # fmt: skip
+    elements = {
+        "visual": patches * config.vision_hidden_size,
+        "connector": config.num_query_tokens * config.vision_projection_dim,
+        "language_model": 6 * config.hidden_size,
+    }[part]
     assert kept[many, True] - kept[few, True] == (many - few) * 4 * elements
     assert kept[many, False] - kept[few, False] > 5 * (many - few) * 4 * elements
 
 
-# --- defaults ----------------------------------------------------------------------------------------------------------
+# --- defaults ---------------------------------------------------------------------------------------------------------
 
 QVL_2B = dict(
-    num_hidden_layers=32, num_attention_heads=32, hidden_size=2048, intermediate_size=5632, hidden_act="swish", hidden_dropout_prob=0.1,
-    attention_probs_dropout_prob=0.1, max_position_embeddings=32768, type_vocab_size=2, initializer_range=0.02, layer_norm_eps=1e-12,
-    vocab_size=151936, num_key_value_heads=8, rope_theta=5e6, attention_bias=False, tie_word_embeddings=True,
-    vision_model_type="vit", vision_num_hidden_layers=24, vision_num_attention_heads=16, vision_hidden_size=1024, vision_patch_size=16,
-    vision_image_size=448, vision_intermediate_size=4096, vision_num_channels=3, vision_hidden_act="gelu_pytorch_tanh", vision_rope_theta=1e4,
-    multimodal_fusion_type="cross_attention", num_query_tokens=256, vision_projection_dim=1024, language_projection_dim=2048,
-    connector_type="attention", connector_num_layers=2, cross_attention_layers=[3, 7, 11, 15, 19, 23, 27, 31], cross_attention_gate_init=0.5,
-    max_num_images=16, image_token_id=151655, use_cache=True, pad_token_id=151643, bos_token_id=None, eos_token_id=151645,
-)  # fmt: skip
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    hidden_size=2048,
+    intermediate_size=5632,
+    hidden_act="swish",
+    hidden_dropout_prob=0.1,
+    attention_probs_dropout_prob=0.1,
+    max_position_embeddings=32768,
+    type_vocab_size=2,
+    initializer_range=0.02,
+    layer_norm_eps=1e-12,
+    vocab_size=151936,
+    num_key_value_heads=8,
+    rope_theta=5e6,
+    attention_bias=False,
+    tie_word_embeddings=True,
+    vision_model_type="vit",
+    vision_num_hidden_layers=24,
+    vision_num_attention_heads=16,
+    vision_hidden_size=1024,
+    vision_patch_size=16,
+    vision_image_size=448,
+    vision_intermediate_size=4096,
+    vision_num_channels=3,
+    vision_hidden_act="gelu_pytorch_tanh",
+    vision_rope_theta=1e4,
+    multimodal_fusion_type="cross_attention",
+    num_query_tokens=256,
+    vision_projection_dim=1024,
+    language_projection_dim=2048,
+    connector_type="attention",
+    connector_num_layers=2,
+    cross_attention_layers=[3, 7, 11, 15, 19, 23, 27, 31],
+    cross_attention_gate_init=0.5,
+    max_num_images=16,
+    image_token_id=151655,
+    use_cache=True,
+    pad_token_id=151643,
+    bos_token_id=None,
+    eos_token_id=151645,
+)
 QVL_TINY = dict(
-    num_hidden_layers=4, num_attention_heads=6, hidden_size=192, intermediate_size=512, hidden_act="swish", hidden_dropout_prob=0.1,
-    attention_probs_dropout_prob=0.1, max_position_embeddings=2048, type_vocab_size=2, initializer_range=0.07, layer_norm_eps=1e-12,
-    vocab_size=384, num_key_value_heads=3, rope_theta=1e4, attention_bias=False, tie_word_embeddings=True,
-    vision_model_type="vit", vision_num_hidden_layers=4, vision_num_attention_heads=4, vision_hidden_size=128, vision_patch_size=16,
-    vision_image_size=96, vision_intermediate_size=512, vision_num_channels=3, vision_hidden_act="gelu_pytorch_tanh", vision_rope_theta=1e4,
-    multimodal_fusion_type="cross_attention", num_query_tokens=0, vision_projection_dim=192, language_projection_dim=192,
-    connector_type="mlp", connector_num_layers=2, cross_attention_layers=[1, 3], cross_attention_gate_init=0.5,
-    max_num_images=4, image_token_id=6, use_cache=True, pad_token_id=0, bos_token_id=None, eos_token_id=2,
-)  # fmt: skip
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    hidden_size=192,
+    intermediate_size=512,
+    hidden_act="swish",
+    hidden_dropout_prob=0.1,
+    attention_probs_dropout_prob=0.1,
+    max_position_embeddings=2048,
+    type_vocab_size=2,
+    initializer_range=0.07,
+    layer_norm_eps=1e-12,
+    vocab_size=384,
+    num_key_value_heads=3,
+    rope_theta=1e4,
+    attention_bias=False,
+    tie_word_embeddings=True,
+    vision_model_type="vit",
+    vision_num_hidden_layers=4,
+    vision_num_attention_heads=4,
+    vision_hidden_size=128,
+    vision_patch_size=16,
+    vision_image_size=96,
+    vision_intermediate_size=512,
+    vision_num_channels=3,
+    vision_hidden_act="gelu_pytorch_tanh",
+    vision_rope_theta=1e4,
+    multimodal_fusion_type="cross_attention",
+    num_query_tokens=0,
+    vision_projection_dim=192,
+    language_projection_dim=192,
+    connector_type="mlp",
+    connector_num_layers=2,
+    cross_attention_layers=[1, 3],
+    cross_attention_gate_init=0.5,
+    max_num_images=4,
+    image_token_id=6,
+    use_cache=True,
+    pad_token_id=0,
+    bos_token_id=None,
+    eos_token_id=2,
+)
 
 
 def test_every_default_of_every_preset():
     own = {name for name in vars(QVLConfig)["__annotations__"] if not name.startswith("_")}
     assert own == set(QVL_2B) == set(QVL_TINY) and set(PRESETS) == {"qvl-2b", "qvl-tiny"}
-    for config, literals in ((QVLConfig(), QVL_2B), (QVLConfig.from_preset("qvl-2b"), QVL_2B), (QVLConfig.from_preset("qvl-tiny"), QVL_TINY)):
+    for config, literals in (
+        (QVLConfig(), QVL_2B),
+        (QVLConfig.from_preset("qvl-2b"), QVL_2B),
+        (QVLConfig.from_preset("qvl-tiny"), QVL_TINY),
+    ):
         assert {name: getattr(config, name) for name in literals} == literals
 
 
 def test_every_default_of_training():
-    config = TrainConfig.from_dict({"data": {"train": "rows.jsonl"}, "run": {"steps": 1}, "output": {"directory": "out"}})
+    config = TrainConfig.from_dict(
+        {"data": {"train": "rows.jsonl"}, "run": {"steps": 1}, "output": {"directory": "out"}}
+    )
     assert dataclasses.asdict(config) == {
         "model": dict(path=None, random_weights=False, accelerate=True, attention_dropout=None, hidden_dropout=None),
-        "data": dict(train="rows.jsonl", validation=None, images=None, split=None, columns=None, max_length=2048, decode=True),
-        "optimizer": dict(learning_rate=1e-5, schedule="cosine", warmup=0.03, weight_decay=0.01, beta1=0.9, beta2=0.95, epsilon=1e-8, max_grad_norm=1.0),
-        "run": dict(steps=1, epochs=None, batch_size=1, accumulation=8, precision="auto", gradient_checkpointing=False, sharding="ddp", device="auto",
-                    workers=0, seed=0),
-        "output": dict(directory="out", log_every=10, save_every=500, keep=2, evaluate_every=None, capacity_every=500, tensorboard=False, progress=True),
-    }  # fmt: skip
+        "data": dict(
+            train="rows.jsonl", validation=None, images=None, split=None, columns=None, max_length=2048, decode=True
+        ),
+        "optimizer": dict(
+            learning_rate=1e-5,
+            schedule="cosine",
+            warmup=0.03,
+            weight_decay=0.01,
+            beta1=0.9,
+            beta2=0.95,
+            epsilon=1e-8,
+            max_grad_norm=1.0,
+        ),
+        "run": dict(
+            steps=1,
+            epochs=None,
+            batch_size=1,
+            accumulation=8,
+            precision="auto",
+            gradient_checkpointing=False,
+            sharding="ddp",
+            device="auto",
+            workers=0,
+            seed=0,
+        ),
+        "output": dict(
+            directory="out",
+            log_every=10,
+            save_every=500,
+            keep=2,
+            evaluate_every=None,
+            capacity_every=500,
+            tensorboard=False,
+            progress=True,
+        ),
+    }

@@ -12,18 +12,51 @@ from torch.overrides import TorchFunctionMode
 
 DOUBLE, SINGLE = 1e-10, 2e-5  # relative errors; the latter as in every comparison of fp32 with fp32
 
-# Whatever a formula could take for granted is another number somewhere; epsilons are of the size of what they are added to.
+# Whatever a formula could take for granted is another number somewhere; epsilons are of the size of what they are added
+# to.
 ODD = {
     "mlp": ("mlp", {}),
     "attention": ("attention", {}),
-    "epsilon": ("mlp", dict(layer_norm_eps=0.3, rope_theta=37.0, vision_rope_theta=5.0, hidden_act="silu", cross_attention_layers=[0, 1, 2])),
-    "attention epsilon": ("attention", dict(layer_norm_eps=0.2, num_key_value_heads=2, connector_num_layers=3, cross_attention_layers=[1])),
-    "biases, untied": ("mlp", dict(attention_bias=True, tie_word_embeddings=False, num_key_value_heads=1, type_vocab_size=3)),
-    "one head": ("attention", dict(num_attention_heads=1, num_key_value_heads=1, vision_num_attention_heads=1, attention_bias=False,
-                                   tie_word_embeddings=True, num_query_tokens=1, connector_num_layers=1, vision_num_hidden_layers=1)),
-    "other activations": ("mlp", dict(hidden_act="gelu", vision_hidden_act="relu", vision_patch_size=3, vision_image_size=15)),
-    "one position": ("attention", dict(vision_image_size=PATCH, hidden_act="relu", vision_hidden_act="gelu", image_token_id=None)),
-}  # fmt: skip
+    "epsilon": (
+        "mlp",
+        dict(
+            layer_norm_eps=0.3,
+            rope_theta=37.0,
+            vision_rope_theta=5.0,
+            hidden_act="silu",
+            cross_attention_layers=[0, 1, 2],
+        ),
+    ),
+    "attention epsilon": (
+        "attention",
+        dict(layer_norm_eps=0.2, num_key_value_heads=2, connector_num_layers=3, cross_attention_layers=[1]),
+    ),
+    "biases, untied": (
+        "mlp",
+        dict(attention_bias=True, tie_word_embeddings=False, num_key_value_heads=1, type_vocab_size=3),
+    ),
+    "one head": (
+        "attention",
+        dict(
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            vision_num_attention_heads=1,
+            attention_bias=False,
+            tie_word_embeddings=True,
+            num_query_tokens=1,
+            connector_num_layers=1,
+            vision_num_hidden_layers=1,
+        ),
+    ),
+    "other activations": (
+        "mlp",
+        dict(hidden_act="gelu", vision_hidden_act="relu", vision_patch_size=3, vision_image_size=15),
+    ),
+    "one position": (
+        "attention",
+        dict(vision_image_size=PATCH, hidden_act="relu", vision_hidden_act="gelu", image_token_id=None),
+    ),
+}
 
 
 def pictures(*sizes, seed=0):
@@ -32,7 +65,9 @@ def pictures(*sizes, seed=0):
 
 
 def several() -> dict:
-    """Rows of two images, of one in the second place, and of none; padding between and around the pixels; tokens hidden within a row."""
+    """Rows of two images, of one in the second place, and of none; padding between and around the pixels; tokens hidden
+    within a row.
+    """
     batch = inputs(7, 5, 6, image=None, padding="right")
     batch["input_ids"][:, 2] = IMAGE
     batch["attention_mask"][0, 3] = 0
@@ -41,7 +76,11 @@ def several() -> dict:
     mask[0, 0, :, :], mask[0, 1, 3:9, 5:14], mask[1, 1, 8:, :13] = 1, 1, 1
     mask[0, 0, 4:10, 8:17] = 0  # a hole of whole patches and parts of others
     mask[1, 1, 12:16] = 0  # a row of patches within the box
-    return {**batch, "pixel_values": torch.where(mask[:, :, None] > 0, torch.randn(pixels.shape, generator=generator), pixels), "pixel_attention_mask": mask}
+    return {
+        **batch,
+        "pixel_values": torch.where(mask[:, :, None] > 0, torch.randn(pixels.shape, generator=generator), pixels),
+        "pixel_attention_mask": mask,
+    }
 
 
 BATCHES = {
@@ -50,12 +89,17 @@ BATCHES = {
     "ragged": inputs(7, 3, 5, image=None) | pictures((9, 14), (0, 0), (16, 6)),
     "several": several(),
     "text": inputs(5, 8, image=None),
-    "types": {**inputs(6, 5, image=(30, 3)), "token_type_ids": torch.randint(2, (2, 6), generator=torch.Generator().manual_seed(2))},
-}  # fmt: skip
+    "types": {
+        **inputs(6, 5, image=(30, 3)),
+        "token_type_ids": torch.randint(2, (2, 6), generator=torch.Generator().manual_seed(2)),
+    },
+}
 
 
 class Float64(TorchFunctionMode):
-    """Everything that the model computes in float32 is computed in float64; a float64 model is then exact to its last digits."""
+    """Everything that the model computes in float32 is computed in float64; a float64 model is then exact to its last
+    digits.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.float:
@@ -128,7 +172,11 @@ def test_biases():
                 if "visual" in key or "connector" in key:
                     expected = part != "k_proj"
                 else:
-                    expected = model.config.attention_bias and part in ("q_proj", "k_proj", "v_proj", "o_proj") and not key.endswith("fusion.attn.o_proj")
+                    expected = (
+                        model.config.attention_bias
+                        and part in ("q_proj", "k_proj", "v_proj", "o_proj")
+                        and not key.endswith("fusion.attn.o_proj")
+                    )
                 assert (module.bias is not None) == expected, key
 
 
@@ -163,7 +211,9 @@ def test_fp32(odd):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, dtype):
-    """Accelerated is no further from the reference than plain is; summed over weights and inputs, so that chance evens out."""
+    """Accelerated is no further from the reference than plain is; summed over weights and inputs, so that chance evens
+    out.
+    """
     errors = {"plain": 0.0, "accelerated": 0.0}
     for seed in range(4):
         plain, accelerated = pair(name, dtype, seed=seed)
@@ -197,9 +247,14 @@ def test_gradients(name):
     for row, seen in enumerate(seen_of(batch)):
         labels[row, : seen.long().argmax() + 1] = -100  # nothing is before the first token
     weights = {key: value.detach().double().requires_grad_() for key, value in plain.named_parameters()}
-    tied = {} if "lm_head.weight" in weights else {"lm_head.weight": weights["model.language_model.embed_tokens.weight"]}
+    tied = (
+        {} if "lm_head.weight" in weights else {"lm_head.weight": weights["model.language_model.embed_tokens.weight"]}
+    )
     truth = Reference({**weights, **tied}, plain.config.to_dict())
-    losses = [nn.functional.cross_entropy(truth.row(**row).logits[:-1], row["ids"][1:], reduction="sum") for row in truth.rows(batch)]
+    losses = [
+        nn.functional.cross_entropy(truth.row(**row).logits[:-1], row["ids"][1:], reduction="sum")
+        for row in truth.rows(batch)
+    ]
     loss = sum(losses) / sum(len(row["ids"]) - 1 for row in truth.rows(batch))
     loss.backward()
     exact = double(plain).train()

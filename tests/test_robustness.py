@@ -22,12 +22,17 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _products(x: torch.Tensor, weight: torch.Tensor | quant.QuantizedWeight, bias: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def _products(
+    x: torch.Tensor, weight: torch.Tensor | quant.QuantizedWeight, bias: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """x weight^T + bias by the kernels of each instruction set, and in float64."""
     if isinstance(weight, torch.Tensor):
         function, exact = qvl_kernels.linear, x.double() @ weight.double().T
     else:
-        function, exact = qvl_kernels.quantized_linear, quant.rounded_activations(x, weight).double() @ quant.dequantize(weight).double().T
+        function, exact = (
+            qvl_kernels.quantized_linear,
+            quant.rounded_activations(x, weight).double() @ quant.dequantize(weight).double().T,
+        )
     outs = {}
     for isa in ISAS:
         with instruction_set(isa):
@@ -48,7 +53,13 @@ def test_products_of_any_size(form):
                 for dtype in DTYPES:
                     outs, exact = _products(x.to(dtype), packed or weight.to(dtype), bias.to(dtype))
                     for isa, out in outs.items():
-                        assert out.shape == (m, n) and relative_error(out, exact) <= norm_error(dtype, k), (isa, m, n, k, dtype)
+                        assert out.shape == (m, n) and relative_error(out, exact) <= norm_error(dtype, k), (
+                            isa,
+                            m,
+                            n,
+                            k,
+                            dtype,
+                        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -70,17 +81,23 @@ def test_weights_with_a_zero_row_an_outlier_and_denormals(rows, dtype):
 
 # Cases without masks and without causality over several queries: what those hide is test_attention's.
 ACTIVATIONS = {
-    "rms_norm": (("x",), ("prime", "strided")), "add_rms_norm": (("x", "residual"), ("prime",)), "layer_norm": (("x",), ("prime", "strided")),
-    "add_layer_norm": (("x", "residual"), ("prime",)), "swiglu": (("gate", "up"), ("odd", "strided")),
+    "rms_norm": (("x",), ("prime", "strided")),
+    "add_rms_norm": (("x", "residual"), ("prime",)),
+    "layer_norm": (("x",), ("prime", "strided")),
+    "add_layer_norm": (("x", "residual"), ("prime",)),
+    "swiglu": (("gate", "up"), ("odd", "strided")),
     "gelu_tanh": (("x",), ("odd", "odd_bias")),
     "linear": (("x",), ("one", "odd_k_rows_2", "rows_5", "odd_k_rows_17", "many_panels", "whole_tiles")),
     "patch_embed": (("pixels",), ("odd", "no_bias", "whole_tiles")),
-    "linear_cross_entropy": (("hidden",), ("none", "sum_smoothed", "whole_tiles")), "qk_norm_rope": (("q", "k"), ("odd_half",)),
+    "linear_cross_entropy": (("hidden",), ("none", "sum_smoothed", "whole_tiles")),
+    "qk_norm_rope": (("q", "k"), ("odd_half",)),
     "vision_rope": (("q", "k"), ("odd",)),
     "attention": (("q", "k", "v"), ("one_query", "odd_head_dim", "packed")),
-    "cross_attention": (("q", "k", "v"), ("lengths", "one_query")), "decode_attention": (("q", "k_cache", "v_cache"), ("lengths",)),
-    "decoder_layer": (("x",), ("odd_decode",)), "vision_block": (("x",), ("odd", "whole_tiles")),
-}  # fmt: skip
+    "cross_attention": (("q", "k", "v"), ("lengths", "one_query")),
+    "decode_attention": (("q", "k_cache", "v_cache"), ("lengths",)),
+    "decoder_layer": (("x",), ("odd_decode",)),
+    "vision_block": (("x",), ("odd", "whole_tiles")),
+}
 
 
 def test_every_op_but_the_quantised_is_here():

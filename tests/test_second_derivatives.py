@@ -29,14 +29,20 @@ def test_second_derivatives_are_the_reference_s(op, name):
 def test_references_have_second_derivatives(name):
     function, make = CALLS[name]
     arguments = double(make(sizes(B=1, T=2, S=3, H=2, HKV=1, D=2, C=3, F=2, N=3, V=3, K=32, P=1)))
-    names = [name for name, value in arguments.items() if isinstance(value, torch.Tensor) and value.is_floating_point() and name not in CONSTANTS]
+    names = [
+        name
+        for name, value in arguments.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and name not in CONSTANTS
+    ]
 
     def call(*values):
         return outputs(function(**{**arguments, **dict(zip(names, values))}))
 
     inputs = [arguments[name].requires_grad_() for name in names]
     with qvl_kernels.use_backend("reference"):
-        assert torch.autograd.gradcheck(call, inputs, fast_mode=True) and torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+        assert torch.autograd.gradcheck(call, inputs, fast_mode=True) and torch.autograd.gradgradcheck(
+            call, inputs, fast_mode=True
+        )
 
 
 def test_penalty_of_a_loss():
@@ -45,10 +51,19 @@ def test_penalty_of_a_loss():
     hidden, weight = (torch.randn(*shape, generator=generator_) for shape in ((7, 16), (50, 16)))
 
     def penalty(loss, *inputs):
-        return torch.autograd.grad(sum(x.square().sum() for x in torch.autograd.grad(loss(*inputs), inputs, create_graph=True)), inputs)
+        return torch.autograd.grad(
+            sum(x.square().sum() for x in torch.autograd.grad(loss(*inputs), inputs, create_graph=True)), inputs
+        )
 
-    ours = penalty(lambda h, w: 9 * qvl_kernels.linear_cross_entropy(h, w, labels), hidden.requires_grad_(), weight.requires_grad_())
-    exact = penalty(lambda h, w: 9 * torch.nn.functional.cross_entropy(h @ w.T, labels), *(x.detach().double().requires_grad_() for x in (hidden, weight)))
+    ours = penalty(
+        lambda h, w: 9 * qvl_kernels.linear_cross_entropy(h, w, labels),
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+    )
+    exact = penalty(
+        lambda h, w: 9 * torch.nn.functional.cross_entropy(h @ w.T, labels),
+        *(x.detach().double().requires_grad_() for x in (hidden, weight)),
+    )
     torch.testing.assert_close([x.double() for x in ours], list(exact), rtol=1e-4, atol=1e-5)
 
 
@@ -69,7 +84,10 @@ def test_hidden_keys_may_hold_anything():
     mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
     mask[..., 3] = False
     gaps = [x.detach().index_fill(1, torch.tensor([3]), float("nan")).requires_grad_() for x in (k, v)]
-    found, clean = (penalty_gradients(qvl_kernels.attention, {"q": q, "k": a, "v": b, "mask": mask}, [torch.ones_like(q)]) for a, b in (gaps, (k, v)))
+    found, clean = (
+        penalty_gradients(qvl_kernels.attention, {"q": q, "k": a, "v": b, "mask": mask}, [torch.ones_like(q)])
+        for a, b in (gaps, (k, v))
+    )
     torch.testing.assert_close(found, clean)
 
 
@@ -82,7 +100,10 @@ def test_checkpointing_and_compiling_go_on(reentrant):
         return qvl_kernels.linear_cross_entropy(qvl_kernels.swiglu(y, x), x, torch.arange(5))
 
     expected = torch.autograd.grad(block(x), (x, weight))
-    for call in (lambda x: checkpoint(block, x, use_reentrant=reentrant), torch.compile(block, backend="aot_eager", fullgraph=True)):
+    for call in (
+        lambda x: checkpoint(block, x, use_reentrant=reentrant),
+        torch.compile(block, backend="aot_eager", fullgraph=True),
+    ):
         x.grad = weight.grad = None
         call(x).backward()
         torch.testing.assert_close((x.grad, weight.grad), expected)

@@ -39,7 +39,11 @@ def test_direction_of_imports(package):
 
 
 def test_extension_needs_no_torch_headers():
-    wrong = [file for file in (ROOT / "csrc").rglob("*") if file.is_file() and re.search(r"#include\s*[<\"](torch|ATen|c10)/", file.read_text())]
+    wrong = [
+        file
+        for file in (ROOT / "csrc").rglob("*")
+        if file.is_file() and re.search(r"#include\s*[<\"](torch|ATen|c10)/", file.read_text())
+    ]
     assert not wrong
 
 
@@ -55,9 +59,15 @@ def test_op_folder_is_complete(folder):
 
 @pytest.mark.parametrize("package", ["qvl_kernels", "qvl_model"])
 def test_modules_declare_what_is_public(package):
-    missing = [str(file.relative_to(ROOT)) for file in (ROOT / package).rglob("*.py")
-               if "__all__" not in file.read_text() and any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
-                                                            for node in ast.parse(file.read_text()).body)]
+    missing = [
+        str(file.relative_to(ROOT))
+        for file in (ROOT / package).rglob("*.py")
+        if "__all__" not in file.read_text()
+        and any(
+            isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+            for node in ast.parse(file.read_text()).body
+        )
+    ]
     assert not missing, f"without __all__: {missing}"
 
 

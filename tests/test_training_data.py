@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training_data import write_rows
 
 from qvl_model import digits, training
 from qvl_model.digits import scenes, train
 from qvl_model.digits.families import FAMILIES
 from qvl_model.processing import load_processor
-from training_data import write_rows
 
 DIGITS = FAMILIES["qwen3-vl"]
 
@@ -63,19 +63,43 @@ def test_rows_are_what_the_digits_model_was_trained_on(processor):
     prompt, answer = train.chat_ids(processor.tokenizer, question.question, question.answer, DIGITS.places)
     assert row["input_ids"].tolist() == prompt + answer
     assert row["labels"].tolist() == [-100] * len(prompt) + answer
-    assert torch.equal(row["pixel_values"], DIGITS.picture(np.asarray(question.image), row["input_ids"] == processor.image_token_id)["pixel_values"])
+    assert torch.equal(
+        row["pixel_values"],
+        DIGITS.picture(np.asarray(question.image), row["input_ids"] == processor.image_token_id)["pixel_values"],
+    )
     assert row["image_grid_thw"].tolist() == [[1, 2, 6]] and int(row["mm_token_type_ids"].sum()) == 3
 
 
-TURNS = [("user", "<image>Which digit is this?"), ("assistant", "7"), ("user", "How many digits are there?"), ("assistant", "1")]
+TURNS = [
+    ("user", "<image>Which digit is this?"),
+    ("assistant", "7"),
+    ("user", "How many digits are there?"),
+    ("assistant", "1"),
+]
 FORMS = {
     "messages": {"images": ["a.png"], "messages": [{"role": role, "content": text} for role, text in TURNS]},
-    "conversations": {"image": "a.png", "conversations": [{"from": {"user": "human"}.get(role, "gpt"), "value": text} for role, text in TURNS]},
-    "parts": {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": TURNS[0][1][7:]}]},
-                           *({"role": role, "content": [{"type": "text", "text": text}]} for role, text in TURNS[1:])]},
-    "no place": {"image": "a.png", "messages": [{"role": role, "content": text.removeprefix("<image>")} for role, text in TURNS]},
-    "last turn unanswered": {"image": "a.png", "messages": [*({"role": role, "content": text} for role, text in TURNS), {"role": "user", "content": "And?"}]},
-}  # fmt: skip
+    "conversations": {
+        "image": "a.png",
+        "conversations": [{"from": {"user": "human"}.get(role, "gpt"), "value": text} for role, text in TURNS],
+    },
+    "parts": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": TURNS[0][1][7:]}],
+            },
+            *({"role": role, "content": [{"type": "text", "text": text}]} for role, text in TURNS[1:]),
+        ]
+    },
+    "no place": {
+        "image": "a.png",
+        "messages": [{"role": role, "content": text.removeprefix("<image>")} for role, text in TURNS],
+    },
+    "last turn unanswered": {
+        "image": "a.png",
+        "messages": [*({"role": role, "content": text} for role, text in TURNS), {"role": "user", "content": "And?"}],
+    },
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -99,7 +123,13 @@ def test_two_pictures_keep_their_places(tmp_path, processor):
 
 
 def test_system_turns_and_rows_without_pictures(pictures, processor):
-    system = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    system = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Yo"},
+        ]
+    }
     rows = _rows(pictures, processor, system, GOOD)
     assert rows.without_pictures == [1] and "pixel_values" not in rows[0]
     assert processor.tokenizer.decode(rows[0]["input_ids"]).startswith("<|im_start|>system\nBe brief.<|im_end|>")
@@ -125,12 +155,18 @@ BAD = {
     "thin picture": ({**GOOD, "image": "thin.png"}, "8000 x 8 pixels is refused"),
     "picture of another type": ({**GOOD, "image": [3]}, "a picture that is a int"),
     "too few pictures": ({**GOOD, "question": "<image><image>?"}, "has 1 pictures, and a place for another"),
-    "too many pictures": ({**GOOD, "image": ["a.png", "a.png"], "question": "<image>?"}, "has 2 pictures and places for 1"),
+    "too many pictures": (
+        {**GOOD, "image": ["a.png", "a.png"], "question": "<image>?"},
+        "has 2 pictures and places for 1",
+    ),
     "image and images": ({**GOOD, "images": []}, "both image and images"),
-    "picture in an answer": ({"image": "a.png", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<image>"}]}, "picture in an assistant"),
+    "picture in an answer": (
+        {"image": "a.png", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<image>"}]},
+        "picture in an assistant",
+    ),
     "image token": ({**GOOD, "question": "What is <|image_pad|>?"}, "<|image_pad|> in a text"),
     "too long": ({**GOOD, "question": "word " * 300}, "tokens long, more than 256"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -183,7 +219,9 @@ def test_lengths_are_exact(pictures, processor):
 
 
 def test_batches(pictures, processor):
-    rows = _rows(pictures, processor, GOOD, {"question": "Hi", "answer": "Yo " * 20}, {**GOOD, "image": ["a.png", "b.png"]})
+    rows = _rows(
+        pictures, processor, GOOD, {"question": "Hi", "answer": "Yo " * 20}, {**GOOD, "image": ["a.png", "b.png"]}
+    )
     batch = training.Collator(processor)([rows[i] for i in range(3)])
     length = max(len(rows[i]["input_ids"]) for i in range(3))
     for name in ("input_ids", "labels", "attention_mask", "mm_token_type_ids"):
@@ -221,7 +259,9 @@ def test_hugging_face_datasets(tmp_path, processor):
     rows = training.Rows(training.open_rows(str(tmp_path / "plain")), encoder, columns=COLUMNS)
     assert len(rows) == 4 and not rows.skipped.rows
     question = scenes.held_out_questions(4)[2]
-    assert rows[2]["input_ids"].tolist() == sum(train.chat_ids(processor.tokenizer, question.question, question.answer, DIGITS.places), [])
+    assert rows[2]["input_ids"].tolist() == sum(
+        train.chat_ids(processor.tokenizer, question.question, question.answer, DIGITS.places), []
+    )
     assert len(training.Rows(training.open_rows(str(tmp_path / "split"), split="test"), encoder, columns=COLUMNS)) == 1
     with pytest.raises(training.DataError, match="has the splits train, test"):
         training.open_rows(str(tmp_path / "split"))
@@ -251,9 +291,21 @@ def test_bad_rows_of_hugging_face_datasets(processor):
 
     buffer = io.BytesIO()
     scenes.held_out_questions(1)[0].image.save(buffer, "png")
-    rows = [{"pic": {"bytes": data, "path": None}, "query": "Which?", "reply": reply}
-            for data, reply in ((buffer.getvalue(), "1"), (b"no picture", "1"), (buffer.getvalue(), ""), (buffer.getvalue()[:90], "1"))]  # fmt: skip
-    dataset = datasets.Dataset.from_list(rows, features=datasets.Features(pic=datasets.Image(), query=datasets.Value("string"), reply=datasets.Value("string")))
+    rows = [
+        {"pic": {"bytes": data, "path": None}, "query": "Which?", "reply": reply}
+        for data, reply in (
+            (buffer.getvalue(), "1"),
+            (b"no picture", "1"),
+            (buffer.getvalue(), ""),
+            (buffer.getvalue()[:90], "1"),
+        )
+    ]
+    dataset = datasets.Dataset.from_list(
+        rows,
+        features=datasets.Features(
+            pic=datasets.Image(), query=datasets.Value("string"), reply=datasets.Value("string")
+        ),
+    )
     found = training.Rows(training.DatasetRows(dataset), training.Encoder(processor), columns=COLUMNS)
     assert len(found) == 1 and [line for line, _ in found.skipped.rows] == [2, 3, 4]
 
@@ -274,5 +326,7 @@ def test_datasets_library_missing(tmp_path, monkeypatch):
 
 
 def test_exported_digits(tmp_path, processor):
-    rows = training.Rows(training.JsonlRows(write_rows(tmp_path / "train.jsonl", "train", 5)), training.Encoder(processor))
+    rows = training.Rows(
+        training.JsonlRows(write_rows(tmp_path / "train.jsonl", "train", 5)), training.Encoder(processor)
+    )
     assert len(rows) == 5 and not rows.skipped.rows and not rows.without_pictures

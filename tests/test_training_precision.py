@@ -1,4 +1,6 @@
-"""fp16 with loss scaling, on a machine without a GPU: the flags by a fake GPU, the scaler's path by a scaler on the CPU."""
+"""fp16 with loss scaling, on a machine without a GPU: the flags by a fake GPU, the scaler's path by a scaler on the
+CPU.
+"""
 
 import math
 
@@ -12,10 +14,18 @@ from qvl_model.training import TrainConfig
 from qvl_model.training import run as training_run
 
 
-@pytest.mark.parametrize("precision, cuda, flags", [
-    ("auto", True, (True, False)), ("fp16", True, (True, False)), ("bf16", True, (False, True)), ("fp32", True, (False, False)),
-    ("auto", False, (False, True)), ("bf16", False, (False, True)), ("fp32", False, (False, False)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "precision, cuda, flags",
+    [
+        ("auto", True, (True, False)),
+        ("fp16", True, (True, False)),
+        ("bf16", True, (False, True)),
+        ("fp32", True, (False, False)),
+        ("auto", False, (False, True)),
+        ("bf16", False, (False, True)),
+        ("fp32", False, (False, False)),
+    ],
+)
 @pytest.mark.parametrize("device", ["auto", "the named one"])
 def test_flags(monkeypatch, precision, cuda, flags, device):
     given: dict = {}
@@ -83,12 +93,16 @@ def _fp16(monkeypatch, scaler: Scaler) -> None:
 
 def _train(directory, name, precision):
     run = {"steps": 3, "precision": precision, "device": "cpu" if precision == "fp32" else "auto"}
-    training.train(TrainConfig.from_dict(settings(directory, "qvl", run=run, output={"directory": str(directory / name)})))
+    training.train(
+        TrainConfig.from_dict(settings(directory, "qvl", run=run, output={"directory": str(directory / name)}))
+    )
     return [entry for entry in training.read_log(directory / name) if "loss" in entry]
 
 
 def test_scaled_losses(monkeypatch, tmp_path):
-    """Backward starts from the scaled loss, gradients are unscaled before they are clipped, the scale is in the checkpoint."""
+    """Backward starts from the scaled loss, gradients are unscaled before they are clipped, the scale is in the
+    checkpoint.
+    """
     scaler, plain = Scaler(init_scale=2.0**10), _train(tmp_path, "fp32", "fp32")
     _fp16(monkeypatch, scaler)
     scaled = _train(tmp_path, "fp16", "fp16")

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_training_run import _command, _environment, _kill_in_the_middle, _losses
+from training_data import settings, tiny_checkpoint, write_rows
 from transformers import AutoModelForImageTextToText
 
 from qvl_model import capacity, cli, digits, training
@@ -15,8 +17,6 @@ from qvl_model.processing import load_processor
 from qvl_model.qvl import QVLForConditionalGeneration
 from qvl_model.qvl.processing import QVLImageProcessor, QVLProcessor
 from qvl_model.training import TrainConfig
-from test_training_run import _command, _environment, _kill_in_the_middle, _losses
-from training_data import settings, tiny_checkpoint, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,12 @@ def test_pictures_become_pixels():
     image = scenes.held_out_questions(1)[0].image
     expected = np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
     assert np.abs(image_processor(image).numpy() - expected).max() < 1e-6
-    for (width, height), shape in {(100, 41): (48, 96), (8, 8): (32, 32), (400, 100): (48, 192), (17, 15): (32, 48)}.items():
+    for (width, height), shape in {
+        (100, 41): (48, 96),
+        (8, 8): (32, 32),
+        (400, 100): (48, 192),
+        (17, 15): (32, 48),
+    }.items():
         pixels = image_processor(_picture(width, height, 255))
         assert pixels.shape == (3, *shape) and torch.all(pixels == 1), (width, height)
     with pytest.raises(ValueError, match="aspect ratio"):
@@ -56,14 +61,28 @@ def test_pictures_become_pixels():
 
 
 def test_processor(processor):
-    prompt = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}], tokenize=False, add_generation_prompt=True)
-    inputs = processor(images=[_picture(96, 32, 255), _picture(32, 64, 0)], text=[prompt, prompt], return_tensors="pt", padding=True)
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    inputs = processor(
+        images=[_picture(96, 32, 255), _picture(32, 64, 0)], text=[prompt, prompt], return_tensors="pt", padding=True
+    )
     assert inputs["pixel_values"].shape == (2, 3, 64, 96) and inputs["pixel_attention_mask"].shape == (2, 64, 96)
     assert inputs["pixel_attention_mask"].sum((1, 2)).tolist() == [96 * 32, 32 * 64]
     assert torch.equal(inputs["pixel_values"][0, 0] == 1, inputs["pixel_attention_mask"][0].bool())
     assert (inputs["input_ids"] == processor.image_token_id).sum(1).tolist() == [1, 1]
-    two = processor(images=[[_picture(32, 32, 0)], [_picture(32, 32, 0)] * 2], text=[prompt, prompt + prompt], return_tensors="pt", padding=True)
-    assert two["pixel_values"].shape == (2, 2, 3, 32, 32) and two["pixel_attention_mask"].sum((2, 3)).tolist() == [[1024, 0], [1024, 1024]]
+    two = processor(
+        images=[[_picture(32, 32, 0)], [_picture(32, 32, 0)] * 2],
+        text=[prompt, prompt + prompt],
+        return_tensors="pt",
+        padding=True,
+    )
+    assert two["pixel_values"].shape == (2, 2, 3, 32, 32) and two["pixel_attention_mask"].sum((2, 3)).tolist() == [
+        [1024, 0],
+        [1024, 1024],
+    ]
     assert "pixel_values" not in processor(text="Hi")
     with pytest.raises(ValueError, match="1 image tokens .* for 2 pictures"):
         processor(images=[_picture(32, 32, 0)] * 2, text=[prompt])
@@ -74,9 +93,17 @@ def test_processor(processor):
 def test_processor_is_saved_and_loaded(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     again = QVLProcessor.from_pretrained(tmp_path)
-    assert vars(again.image_processor) == vars(processor.image_processor) and again.chat_template == processor.chat_template
+    assert (
+        vars(again.image_processor) == vars(processor.image_processor)
+        and again.chat_template == processor.chat_template
+    )
     assert again(text="Hi").input_ids == processor(text="Hi").input_ids
-    for wrong in ("[]", '{"image_processor_type": "Qwen2VLImageProcessor"}', '{"image_processor_type": "QVLImageProcessor", "x": 1}', "rubbish"):
+    for wrong in (
+        "[]",
+        '{"image_processor_type": "Qwen2VLImageProcessor"}',
+        '{"image_processor_type": "QVLImageProcessor", "x": 1}',
+        "rubbish",
+    ):
         (tmp_path / "preprocessor_config.json").write_text(wrong)
         with pytest.raises(ValueError, match="is not of a QVL image processor"):
             QVLProcessor.from_pretrained(tmp_path)
@@ -85,14 +112,27 @@ def test_processor_is_saved_and_loaded(processor, tmp_path):
 def test_rows_and_batches(processor, tmp_path):
     for name, picture in {"a": _picture(96, 32, 255), "b": _picture(32, 64, 255)}.items():
         picture.save(tmp_path / f"{name}.png")
-    turns = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "1"}, {"role": "user", "content": "<image>And?"}, {"role": "assistant", "content": "2"}]
-    lines = [{"images": ["a.png", "b.png"], "messages": turns}, {"question": "Hi", "answer": "Yo"}, {"image": "b.png", "question": "?", "answer": "3"},
-             {"images": ["a.png"] * 3, "question": "?", "answer": "4"}]  # fmt: skip
+    turns = [
+        {"role": "user", "content": "<image>What?"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "<image>And?"},
+        {"role": "assistant", "content": "2"},
+    ]
+    lines = [
+        {"images": ["a.png", "b.png"], "messages": turns},
+        {"question": "Hi", "answer": "Yo"},
+        {"image": "b.png", "question": "?", "answer": "3"},
+        {"images": ["a.png"] * 3, "question": "?", "answer": "4"},
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = training.Rows(training.JsonlRows(tmp_path / "rows.jsonl"), training.Encoder(processor, 64, max_images=2))
     assert rows.skipped.rows == [(4, "has 3 pictures, more than the model's 2")]
-    assert rows[0]["pixel_values"].shape == (1, 2, 3, 64, 96) and rows[0]["pixel_attention_mask"].sum((2, 3)).tolist() == [[96 * 32, 32 * 64]]
-    assert [rows.encoder.length(training.parse(lines[i]), [(96, 32)] * count) for i, count in ((0, 2), (1, 0), (2, 1))] == [len(rows[i]["input_ids"]) for i in range(3)]
+    assert rows[0]["pixel_values"].shape == (1, 2, 3, 64, 96) and rows[0]["pixel_attention_mask"].sum(
+        (2, 3)
+    ).tolist() == [[96 * 32, 32 * 64]]
+    assert [
+        rows.encoder.length(training.parse(lines[i]), [(96, 32)] * count) for i, count in ((0, 2), (1, 0), (2, 1))
+    ] == [len(rows[i]["input_ids"]) for i in range(3)]
     batch = training.Collator(processor)([rows[i] for i in range(3)])
     assert batch["pixel_values"].shape == (3, 2, 3, 64, 96)
     assert batch["pixel_attention_mask"].sum((2, 3)).tolist() == [[96 * 32, 32 * 64], [0, 0], [32 * 64, 0]]
@@ -133,7 +173,23 @@ def test_a_run(shared, tmp_path, capsys):
     assert "described by QVLConfig" in capsys.readouterr().err
     assert cli.main(["inspect", str(final)]) == 0 and "QVLDecoderLayer" in capsys.readouterr().out
     for variant in ([], ["--stock"]):
-        assert cli.main(["generate", "--model", str(final), "--image", str(digits.SAMPLE), "--prompt", "Hi", "--max-new-tokens", "3", *variant]) == 0
+        assert (
+            cli.main(
+                [
+                    "generate",
+                    "--model",
+                    str(final),
+                    "--image",
+                    str(digits.SAMPLE),
+                    "--prompt",
+                    "Hi",
+                    "--max-new-tokens",
+                    "3",
+                    *variant,
+                ]
+            )
+            == 0
+        )
 
 
 CHANGES = {
@@ -151,13 +207,19 @@ def test_what_must_not_change_the_curve(shared, tmp_path, change):
 
 def test_dropout_and_bf16_change_it(shared, tmp_path):
     plain = _losses(shared / "plain")
-    for name, groups in {"hidden": {"model": {"hidden_dropout": 0.2}}, "attention": {"model": {"attention_dropout": 0.2}}, "bf16": {"run": {"precision": "bf16"}}}.items():
+    for name, groups in {
+        "hidden": {"model": {"hidden_dropout": 0.2}},
+        "attention": {"model": {"attention_dropout": 0.2}},
+        "bf16": {"run": {"precision": "bf16"}},
+    }.items():
         _train(shared, tmp_path / name, **groups)
         assert 1e-6 < max(abs(a - b) for a, b in zip(_losses(tmp_path / name), plain, strict=True)) < 0.5, name
 
 
 def test_resume(shared, tmp_path):
-    """As after a kill: the newest checkpoint is not complete; with dropout, so that the random numbers must go on where they were."""
+    """As after a kill: the newest checkpoint is not complete; with dropout, so that the random numbers must go on where
+    they were.
+    """
     groups = {"model": {"hidden_dropout": 0.1, "attention_dropout": 0.1}}
     _train(shared, tmp_path, **groups)
     whole = _losses(tmp_path)
@@ -171,7 +233,12 @@ def test_two_ranks_are_one_and_resume_after_kill(shared, tmp_path, sharding):
     long = {"run": {"steps": 30}, "output": {"save_every": 5}}
     _train(shared, tmp_path / "one", **long)
     out = tmp_path / "two"
-    config = settings(shared, "qvl", run={"steps": 30, "batch_size": 2, "sharding": sharding}, output={"directory": str(out), "save_every": 5})
+    config = settings(
+        shared,
+        "qvl",
+        run={"steps": 30, "batch_size": 2, "sharding": sharding},
+        output={"directory": str(out), "save_every": 5},
+    )
     command = _command(config, tmp_path, ranks=2)
     _kill_in_the_middle(command, out, 8)
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=300)

@@ -9,16 +9,21 @@ import sys
 import time
 from pathlib import Path
 
+import models
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, Qwen3VLForConditionalGeneration, TrainerCallback, TrainingArguments
+from training_data import settings, tiny_checkpoint, write_rows
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen3VLForConditionalGeneration,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-import models
 import qvl_model
 from qvl_model import capacity, cli, training
 from qvl_model.training import TrainConfig, checkpoints
-from training_data import settings, tiny_checkpoint, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,9 @@ def test_a_run(shared, tmp_path):
     model = Qwen3VLForConditionalGeneration.from_pretrained(shared / "plain" / "final", dtype="auto")
     trained = Qwen3VLForConditionalGeneration.from_pretrained(shared / "plain" / "checkpoint-6")
     for (name, final), kept in zip(model.named_parameters(), trained.parameters(), strict=True):
-        assert final.dtype == torch.bfloat16 and kept.dtype == torch.float32 and torch.equal(final, kept.bfloat16()), name
+        assert final.dtype == torch.bfloat16 and kept.dtype == torch.float32 and torch.equal(final, kept.bfloat16()), (
+            name
+        )
 
 
 def test_the_same_again(shared, tmp_path):
@@ -66,7 +73,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", [pytest.param(name, marks=[pytest.mark.slow] if name == "workers" else []) for name in CHANGES])
+@pytest.mark.parametrize(
+    "change", [pytest.param(name, marks=[pytest.mark.slow] if name == "workers" else []) for name in CHANGES]
+)
 def test_what_must_not_change_the_curve(shared, tmp_path, change):
     losses, _ = _train(shared, tmp_path, **CHANGES[change])
     assert losses == pytest.approx(_losses(shared / "plain"), rel=2e-5)
@@ -111,7 +120,11 @@ def _kill_in_the_middle(command: list[str], out: Path, step: int) -> None:
 
 def test_resume_after_kill(shared, tmp_path):
     """With dropout, so that the random numbers must go on where they were, and over several epochs."""
-    groups = {"model": {"attention_dropout": 0.1}, "run": {"steps": 60}, "output": {"save_every": 5, "capacity_every": 50}}
+    groups = {
+        "model": {"attention_dropout": 0.1},
+        "run": {"steps": 60},
+        "output": {"save_every": 5, "capacity_every": 50},
+    }
     whole, _ = _train(shared, tmp_path / "whole", **groups)
     out = tmp_path / "killed"
     config = settings(shared, **{**groups, "output": {**groups["output"], "directory": str(out)}})
@@ -122,7 +135,12 @@ def test_resume_after_kill(shared, tmp_path):
     assert 10 <= result.resumed_from < 60 and result.steps == 60
     assert _losses(out) == whole
     assert [entry["step"] for entry in training.read_log(out)] == list(range(1, 61))
-    for ours, theirs in zip(*(AutoModelForImageTextToText.from_pretrained(path / "final").parameters() for path in (out, tmp_path / "whole"))):
+    for ours, theirs in zip(
+        *(
+            AutoModelForImageTextToText.from_pretrained(path / "final").parameters()
+            for path in (out, tmp_path / "whole")
+        )
+    ):
         assert torch.equal(ours, theirs)
 
 
@@ -151,7 +169,9 @@ def test_one_process_at_a_time(shared, tmp_path):
 
 def test_another_run_is_not_resumed(shared, tmp_path):
     shutil.copytree(shared / "plain", tmp_path / "out")
-    with pytest.raises(training.ConfigError, match=r"optimizer.learning_rate \(0.003 then, 0.1 now\); run.steps \(6 then, 9 now\)"):
+    with pytest.raises(
+        training.ConfigError, match=r"optimizer.learning_rate \(0.003 then, 0.1 now\); run.steps \(6 then, 9 now\)"
+    ):
         _train(shared, tmp_path / "out", optimizer={"learning_rate": 0.1}, run={"steps": 9})
     write_rows(tmp_path / "other" / "train.jsonl", "train", 24, seed=5)
     with pytest.raises(training.ConfigError, match="rows.train"):
@@ -160,11 +180,20 @@ def test_another_run_is_not_resumed(shared, tmp_path):
 
 @pytest.mark.parametrize("sharding", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_ranks_are_one(shared, tmp_path, sharding):
-    """Two gloo ranks with half the batch each: the losses of one rank, and a model that loads; FSDP2 gathers and saves shards."""
+    """Two gloo ranks with half the batch each: the losses of one rank, and a model that loads; FSDP2 gathers and saves
+    shards.
+    """
     out = tmp_path / "out"
     validation = write_rows(tmp_path / "validation.jsonl", "held_out", 8)
-    config = settings(shared, data={"validation": str(validation)}, run={"batch_size": 2, "sharding": sharding}, output={"directory": str(out)})
-    done = subprocess.run(_command(config, tmp_path, ranks=2), env=_environment(), capture_output=True, text=True, timeout=300)
+    config = settings(
+        shared,
+        data={"validation": str(validation)},
+        run={"batch_size": 2, "sharding": sharding},
+        output={"directory": str(out)},
+    )
+    done = subprocess.run(
+        _command(config, tmp_path, ranks=2), env=_environment(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert _losses(out) == pytest.approx(_losses(shared / "plain"), rel=1e-5)
     evaluated = [entry["eval_loss"] for entry in training.read_log(out) if "eval_loss" in entry]
@@ -185,13 +214,18 @@ def test_two_ranks_are_one_also(shared, tmp_path, kind):
     else:  # a rank may get a batch without any, and its vision tower no gradient
         data = shutil.copytree(shared / "data", tmp_path / "data")
         rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
-        text = [json.dumps({key: value for key, value in row.items() if key != "image" or i % 3 == 0}) for i, row in enumerate(rows)]
+        text = [
+            json.dumps({key: value for key, value in row.items() if key != "image" or i % 3 == 0})
+            for i, row in enumerate(rows)
+        ]
         (data / "train.jsonl").write_text("\n".join(text))
         groups["data"] = {"train": str(data / "train.jsonl")}
     expected, _ = _train(shared, tmp_path / "one", **{**groups, "run": {**groups["run"], "sharding": "ddp"}})
     groups["run"]["batch_size"] = 2
     config = settings(shared, **groups, output={"directory": str(tmp_path / "two")})
-    done = subprocess.run(_command(config, tmp_path, ranks=2), env=_environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        _command(config, tmp_path, ranks=2), env=_environment(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     losses = _losses(tmp_path / "two")
     assert losses == pytest.approx(expected, rel=2e-3 if "bf16" in kind else 1e-5)
@@ -221,7 +255,9 @@ def test_validation_and_tensorboard(shared, tmp_path):
 
     validation = write_rows(tmp_path / "data" / "validation.jsonl", "held_out", 6)
     losses, _ = _train(shared, tmp_path / "out", data={"validation": str(validation)}, output={"tensorboard": True})
-    evaluated = [(entry["step"], entry["eval_loss"]) for entry in training.read_log(tmp_path / "out") if "eval_loss" in entry]
+    evaluated = [
+        (entry["step"], entry["eval_loss"]) for entry in training.read_log(tmp_path / "out") if "eval_loss" in entry
+    ]
     assert [step for step, _ in evaluated] == [3, 6] and evaluated[1][1] < evaluated[0][1]
     assert losses == _losses(shared / "plain")
     events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
@@ -249,7 +285,7 @@ def test_skipped_rows_are_written_down(shared, tmp_path, capfd):
 def test_weight_decay_is_for_matrices():
     model = models.stock_model("untied_bias")
     decayed = set(training.decayed(model))
-    for name, parameter in model.named_parameters():
+    for name, _ in model.named_parameters():
         is_norm = "norm" in name
         assert (name in decayed) == (not name.endswith("bias") and not is_norm), name
     arguments = TrainingArguments(output_dir="/tmp", report_to=[], use_cpu=True, weight_decay=0.3)
@@ -275,7 +311,9 @@ def test_schedule_and_precision_arguments(shared, monkeypatch):
             training.build_arguments(TrainConfig.from_dict(settings(shared, run={"device": "cuda"})), model)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(training.ConfigError, match="pictures in every row"):
-        training.build_arguments(TrainConfig.from_dict(settings(shared, run={"sharding": "fsdp"})), model, pictures_in_every_row=False)
+        training.build_arguments(
+            TrainConfig.from_dict(settings(shared, run={"sharding": "fsdp"})), model, pictures_in_every_row=False
+        )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="loss scaling runs on GPUs only")
@@ -288,7 +326,9 @@ def test_fp16_scales_the_loss(shared, tmp_path):
 
 def test_epochs(shared, tmp_path):
     losses, result = _train(shared, tmp_path, run={"steps": None, "epochs": 0.5})
-    assert result.steps == 3 and losses[:2] == _losses(shared / "plain")[:2]  # the warm-up is the same, the cosine is not
+    assert (
+        result.steps == 3 and losses[:2] == _losses(shared / "plain")[:2]
+    )  # the warm-up is the same, the cosine is not
 
 
 def _learning_rates(directory):
@@ -321,7 +361,10 @@ def _freeze(model):
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(_zero_head, "layers.1.self_attn.o_proj: head 0 is pruned"), (_freeze, "visual.merger.linear_fc1: weight is frozen")],
+    [
+        (_zero_head, "layers.1.self_attn.o_proj: head 0 is pruned"),
+        (_freeze, "visual.merger.linear_fc1: weight is frozen"),
+    ],
     ids=["pruned", "frozen"],
 )
 @pytest.mark.parametrize("accelerated", [False, True], ids=["stock", "accelerated"])
@@ -332,12 +375,22 @@ def test_lost_capacity_stops_the_run(tmp_path, damage, message, accelerated):
     row = models.inputs([11])["input_ids"][0]
     check = training.CapacityCallback(models.config("small"), every=4)
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=12, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_steps=1, learning_rate=0.0,
-        disable_tqdm=True, remove_unused_columns=False,
-    )  # fmt: skip
+        str(tmp_path),
+        max_steps=12,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        save_steps=1,
+        learning_rate=0.0,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
     trainer = training.Trainer(
-        model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row}] * 8, callbacks=[_Damage(damage, 6), check],
-    )  # fmt: skip
+        model=model,
+        args=arguments,
+        train_dataset=[{"input_ids": row, "labels": row}] * 8,
+        callbacks=[_Damage(damage, 6), check],
+    )
     with pytest.raises(capacity.CapacityError, match=message):
         trainer.train()
     assert trainer.state.global_step == 8 and check.checks == 3  # before the first step, after 4 and after 8
@@ -349,7 +402,12 @@ def test_frozen_models_do_not_start(tmp_path):
     model.model.visual.requires_grad_(False)
     row = models.inputs([11])["input_ids"][0]
     arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
-    trainer = training.Trainer(model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row}], callbacks=[training.CapacityCallback()])
+    trainer = training.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=[{"input_ids": row, "labels": row}],
+        callbacks=[training.CapacityCallback()],
+    )
     with pytest.raises(capacity.CapacityError, match="is frozen"):
         trainer.train()
     with pytest.raises(ValueError, match="at least 1 step"):

@@ -25,7 +25,11 @@ def assert_same(pair, step, limit=5e-5):
         if not isinstance(expected, torch.Tensor):
             assert ours == expected
         else:
-            assert ours.shape == expected.shape and ours.dtype == expected.dtype and relative(ours.detach(), expected.detach()) < limit
+            assert (
+                ours.shape == expected.shape
+                and ours.dtype == expected.dtype
+                and relative(ours.detach(), expected.detach()) < limit
+            )
 
 
 def accuracy(logits):

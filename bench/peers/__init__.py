@@ -37,7 +37,9 @@ class Peer(Protocol):
     prompts: tuple[str, ...]
 
     def prepare(self, show: Show) -> None:
-        """Installs, builds and converts what is missing. Raises PeerUnavailable with the reason if that is not possible here."""
+        """Installs, builds and converts what is missing. Raises PeerUnavailable with the reason if that is not possible
+        here.
+        """
 
     def start(self, prompts: Path, threads: int) -> Worker:
         """A worker that has loaded the model. ``prompts``: a file that bench.inputs.save wrote."""
@@ -46,8 +48,11 @@ class Peer(Protocol):
 def peers_of(checkpoint: Path) -> list[Peer]:
     """Every peer, for a Qwen3-VL checkpoint."""
     formats = ("bf16", "Q8_0", "Q4_0")
-    return [*(LlamaPeer(LLAMA_CPP, format, checkpoint) for format in formats), *(OpenVINOPeer(bits, checkpoint) for bits in (8, 4)),
-            *(LlamaPeer(IK_LLAMA_CPP, format, checkpoint) for format in formats)]  # fmt: skip
+    return [
+        *(LlamaPeer(LLAMA_CPP, format, checkpoint) for format in formats),
+        *(OpenVINOPeer(bits, checkpoint) for bits in (8, 4)),
+        *(LlamaPeer(IK_LLAMA_CPP, format, checkpoint) for format in formats),
+    ]
 
 
 def prepared(peers: list[Peer], show: Show) -> tuple[list[Peer], dict[str, str]]:

@@ -1,4 +1,6 @@
-"""python -m bench.peers: prepares the engines that the benchmark compares with, under its cache; what is there is used again."""
+"""python -m bench.peers: prepares the engines that the benchmark compares with, under its cache; what is there is used
+again.
+"""
 
 import argparse
 import subprocess
@@ -15,16 +17,24 @@ __all__ = ["main"]
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
-    parser.add_argument("names", nargs="*", help="those peers whose names begin so, as in 'llama.cpp' or 'openvino int8' (default: all)")
-    parser.add_argument("--model", type=Path, help="a Qwen3-VL checkpoint; default: the 2B architecture with random weights, cached")
-    parser.add_argument("--try", dest="attempt", action="store_true", help="afterwards let each generate once and print its times")
+    parser.add_argument(
+        "names", nargs="*", help="those peers whose names begin so, as in 'llama.cpp' or 'openvino int8' (default: all)"
+    )
+    parser.add_argument(
+        "--model", type=Path, help="a Qwen3-VL checkpoint; default: the 2B architecture with random weights, cached"
+    )
+    parser.add_argument(
+        "--try", dest="attempt", action="store_true", help="afterwards let each generate once and print its times"
+    )
     return parser.parse_args(argv)
 
 
 def _checkpoint() -> Path:
     """The cached one; written first if it is missing."""
     command = [sys.executable, "-m", "bench.checkpoint"]
-    return Path(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+    return Path(
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
+    )
 
 
 def _save_prompts(checkpoint: Path, file: Path) -> None:
@@ -43,7 +53,10 @@ def _try(peer: Peer, prompts: Path) -> None:
         worker.ask("warm_up")
         for prompt in peer.prompts[:2]:
             times = worker.ask("generate", prompt=prompt, tokens=33)
-            print(f"{peer.name}: {prompt} prompt {times['first']:.2f} s, then {1 / times['per_token']:.2f} tok/s", flush=True)
+            print(
+                f"{peer.name}: {prompt} prompt {times['first']:.2f} s, then {1 / times['per_token']:.2f} tok/s",
+                flush=True,
+            )
         print(f"{peer.name}: peak RSS {worker.ask('peak_rss') / 1e9:.2f} GB", flush=True)
 
 
@@ -55,7 +68,10 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit(f"bench.peers: {checkpoint} has no config.json; --model takes the folder of a Qwen3-VL checkpoint")
     peers = [peer for peer in peers_of(checkpoint) if peer.name.startswith(tuple(arguments.names) or "")]
     if not peers:
-        sys.exit(f"bench.peers: no peer is called {' or '.join(arguments.names)}; there are {', '.join(peer.name for peer in peers_of(checkpoint))}")
+        sys.exit(
+            f"bench.peers: no peer is called {' or '.join(arguments.names)}; there are "
+            f"{', '.join(peer.name for peer in peers_of(checkpoint))}"
+        )
     ready, skipped = prepared(peers, lambda text: print(text, flush=True))
     for peer in ready:
         print(f"{peer.name}: ready ({peer.version})", flush=True)

@@ -1,4 +1,6 @@
-"""What peers need beside this project: a virtual environment each, and files made once, all under the benchmark's cache."""
+"""What peers need beside this project: a virtual environment each, and files made once, all under the benchmark's
+cache.
+"""
 
 import functools
 import json
@@ -15,7 +17,17 @@ from pathlib import Path
 from bench.checkpoint import cache_directory
 from bench.client import ROOT
 
-__all__ = ["Environment", "PeerUnavailable", "Show", "finished", "is_complete", "mark_complete", "peers_directory", "run_step", "tried_once"]
+__all__ = [
+    "Environment",
+    "PeerUnavailable",
+    "Show",
+    "finished",
+    "is_complete",
+    "mark_complete",
+    "peers_directory",
+    "run_step",
+    "tried_once",
+]
 
 Show = Callable[[str], None]  # prints one line about what is going on
 STEP_LIMIT_S = 3600
@@ -53,11 +65,17 @@ def mark_complete(folder: Path, recipe: object) -> None:
 def _reason(output: str) -> str:
     """The line of a failed program's output that says most."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return next((line for line in lines if line.startswith(("ERROR", "CMake Error")) or "error:" in line), lines[-1] if lines else "no output")
+    return next(
+        (line for line in lines if line.startswith(("ERROR", "CMake Error")) or "error:" in line),
+        lines[-1] if lines else "no output",
+    )
 
 
-def run_step(what: str, command: list[str | Path], log: Path, *, path: Path | None = None, limit_s: float = STEP_LIMIT_S) -> None:
-    """Runs one step of a preparation from the root of the checkout, its output at the end of ``log``. Raises PeerUnavailable if it fails.
+def run_step(
+    what: str, command: list[str | Path], log: Path, *, path: Path | None = None, limit_s: float = STEP_LIMIT_S
+) -> None:
+    """Runs one step of a preparation from the root of the checkout, its output at the end of ``log``. Raises
+    PeerUnavailable if it fails.
 
     Args:
         what: the step, as in "<what> failed: ...".
@@ -71,7 +89,14 @@ def run_step(what: str, command: list[str | Path], log: Path, *, path: Path | No
         start = output.tell()
         try:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
         except OSError as error:
             raise PeerUnavailable(f"{what} failed: {error}") from None
         try:
@@ -88,7 +113,9 @@ def run_step(what: str, command: list[str | Path], log: Path, *, path: Path | No
 
 
 def tried_once(prepare: Callable) -> Callable:
-    """For a method ``prepare(self, show)`` that several peers call: once it has failed, it fails at once for the rest of the run."""
+    """For a method ``prepare(self, show)`` that several peers call: once it has failed, it fails at once for the rest
+    of the run.
+    """
     reasons: dict[object, str] = {}
 
     @functools.wraps(prepare)

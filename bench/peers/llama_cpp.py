@@ -10,12 +10,29 @@ from typing import ClassVar
 
 from bench.client import Worker
 from bench.peers.checkpoints import models_directory
-from bench.peers.environment import (Environment, PeerUnavailable, Show, finished, is_complete, mark_complete, peers_directory, run_step,
-                                     tried_once)  # fmt: skip
+from bench.peers.environment import (
+    Environment,
+    PeerUnavailable,
+    Show,
+    finished,
+    is_complete,
+    mark_complete,
+    peers_directory,
+    run_step,
+    tried_once,
+)
 
 __all__ = ["IK_LLAMA_CPP", "LLAMA_CPP", "LlamaPeer", "Toolchain"]
 
-CMAKE = ("-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_BUILD_TESTS=OFF")
+CMAKE = (
+    "-G",
+    "Ninja",
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DGGML_NATIVE=ON",
+    "-DLLAMA_CURL=OFF",
+    "-DBUILD_SHARED_LIBS=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+)
 TOOLS = ("llama-bench", "llama-quantize")
 # ik_llama.cpp's distribution leaves out the script that its build runs to note number and commit.
 BUILD_INFO = Path("common/cmake/build-info-gen-cpp.cmake")
@@ -47,7 +64,9 @@ class Toolchain:
 
     @property
     def environment(self) -> Environment:
-        return Environment(self.folder / "env", (("install", "cmake==4.4.4", "ninja==1.13.2", "gguf==0.19.0"),), "import gguf")
+        return Environment(
+            self.folder / "env", (("install", "cmake==4.4.4", "ninja==1.13.2", "gguf==0.19.0"),), "import gguf"
+        )
 
     def tool(self, name: str) -> Path:
         return self.folder / "build" / "bin" / name
@@ -57,8 +76,22 @@ class Toolchain:
         log, source = self.folder / "build.log", self.folder / f"source-{self.version}"
         if not source.exists():
             with finished(source) as temporary:
-                run_step(f"fetching {self.package}", [self.environment.python, "-m", "pip", "download", "--no-deps", "--no-binary", self.package,
-                                                      "-d", temporary, f"{self.package}=={self.version}"], log)  # fmt: skip
+                run_step(
+                    f"fetching {self.package}",
+                    [
+                        self.environment.python,
+                        "-m",
+                        "pip",
+                        "download",
+                        "--no-deps",
+                        "--no-binary",
+                        self.package,
+                        "-d",
+                        temporary,
+                        f"{self.package}=={self.version}",
+                    ],
+                    log,
+                )
                 for archive in temporary.glob("*.tar.gz"):
                     with tarfile.open(archive) as tar:
                         tar.extractall(temporary, filter="data")
@@ -88,22 +121,35 @@ class Toolchain:
             raise PeerUnavailable("no C++ compiler: apt-get install g++ (or set CXX)")
         shutil.rmtree(build, ignore_errors=True)
         show(f"fetching and building {self.name}, for many minutes; {log} grows")
-        run_step(f"configuring {self.name}", [bin_folder / "cmake", "-S", self._source(), "-B", build, *CMAKE, *self.cmake], log,
-                 path=bin_folder)  # fmt: skip
+        run_step(
+            f"configuring {self.name}",
+            [bin_folder / "cmake", "-S", self._source(), "-B", build, *CMAKE, *self.cmake],
+            log,
+            path=bin_folder,
+        )
         jobs = str(len(os.sched_getaffinity(0)))
-        run_step(f"building {self.name}", [bin_folder / "cmake", "--build", build, "-j", jobs, "--target", *TOOLS], log, path=bin_folder)
+        run_step(
+            f"building {self.name}",
+            [bin_folder / "cmake", "--build", build, "-j", jobs, "--target", *TOOLS],
+            log,
+            path=bin_folder,
+        )
         mark_complete(build, self._recipe)
 
 
 LLAMA_CPP = Toolchain("llama.cpp", "llama-cpp-python", "0.3.36")
-# Run-time repacking is what makes the fork fast; it interleaves the rows of a weight while loading. Its attention over quantised caches would take
-# most of the compile time, and is not measured: caches are fp16, the default.
-IK_LLAMA_CPP = Toolchain("ik_llama.cpp", "ik-llama-cpp-python", "0.1.5", cmake=("-DGGML_IQK_FA_ALL_QUANTS=OFF",), bench=("-rtr", "1"))
+# Run-time repacking is what makes the fork fast; it interleaves the rows of a weight while loading. Its attention over
+# quantised caches would take most of the compile time, and is not measured: caches are fp16, the default.
+IK_LLAMA_CPP = Toolchain(
+    "ik_llama.cpp", "ik-llama-cpp-python", "0.1.5", cmake=("-DGGML_IQK_FA_ALL_QUANTS=OFF",), bench=("-rtr", "1")
+)
 
 
 @dataclass(frozen=True)
 class LlamaPeer:
-    """The text model in one format ("bf16", "Q8_0", "Q4_0"). All toolchains read the same files, which llama.cpp writes."""
+    """The text model in one format ("bf16", "Q8_0", "Q4_0"). All toolchains read the same files, which llama.cpp
+    writes.
+    """
 
     toolchain: Toolchain
     format: str
@@ -141,12 +187,23 @@ class LlamaPeer:
         source._write(show)
         show(f"quantising {self.file}")
         with finished(self.file) as temporary:
-            run_step(f"quantising {self.file.name}", [LLAMA_CPP.tool("llama-quantize"), source.file, temporary, self.format], log)
+            run_step(
+                f"quantising {self.file.name}",
+                [LLAMA_CPP.tool("llama-quantize"), source.file, temporary, self.format],
+                log,
+            )
 
     def start(self, prompts: Path, threads: int) -> Worker:
         from bench import inputs
 
-        command = [str(self.toolchain.tool("llama-bench")), "-m", str(self.file), "-t", str(threads), *self.toolchain.bench]
+        command = [
+            str(self.toolchain.tool("llama-bench")),
+            "-m",
+            str(self.file),
+            "-t",
+            str(threads),
+            *self.toolchain.bench,
+        ]
         worker = Worker(self.name, command=[sys.executable, "-m", "bench.peers.llama_worker"])
         worker.ask("load", command=command, prompt_tokens=inputs.load(prompts)["text"]["input_ids"].shape[1])
         return worker

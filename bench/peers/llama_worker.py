@@ -10,12 +10,16 @@ __all__ = ["Handlers", "seconds"]
 
 
 def seconds(output: str, tokens: int) -> dict[str, float | None]:
-    """From what ``llama-bench -o json`` printed to {"first": seconds of the prompt, "per_token": of each of ``tokens`` - 1 further ones}."""
+    """From what ``llama-bench -o json`` printed to {"first": seconds of the prompt, "per_token": of each of ``tokens``
+    - 1 further ones}.
+    """
     tests = json.loads(output)
     (first,) = [test["avg_ns"] for test in tests if test["n_gen"] == 0]
     further = [test["avg_ns"] / test["n_gen"] for test in tests if test["n_prompt"] == 0]
     if len(further) != (tokens > 1):
-        raise ValueError(f"llama-bench was asked for {tokens - 1} tokens after the prompt and reports {len(further)} such tests")
+        raise ValueError(
+            f"llama-bench was asked for {tokens - 1} tokens after the prompt and reports {len(further)} such tests"
+        )
     return {"first": first / 1e9, "per_token": further[0] / 1e9 if further else None}
 
 

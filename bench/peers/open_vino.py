@@ -15,9 +15,12 @@ PACKAGES = ("optimum-intel[openvino]==2.2.0", "openvino==2026.4.1", "nncf==3.4.0
 
 
 def environment() -> Environment:
-    # Torch goes in first and pinned, so that nothing chooses another build; torchvision's wheel for it breaks the import of transformers' processors.
+    # Torch goes in first and pinned, so that nothing chooses another build; torchvision's wheel for it breaks the
+    # import of transformers' processors.
     steps = (("install", "torch==2.13.0"), ("install", "torch==2.13.0", *PACKAGES), ("uninstall", "-y", "torchvision"))
-    return Environment(peers_directory() / "openvino" / "env", steps, "from optimum.intel import OVModelForVisualCausalLM")
+    return Environment(
+        peers_directory() / "openvino" / "env", steps, "from optimum.intel import OVModelForVisualCausalLM"
+    )
 
 
 @dataclass(frozen=True)

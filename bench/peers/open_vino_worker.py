@@ -17,13 +17,21 @@ class Handlers:
     def export(self, source: str, destination: str, bits: int) -> None:
         """Converts a checkpoint of transformers 4 to OpenVINO's format, with weights of so many bits."""
         model = OVModelForVisualCausalLM.from_pretrained(
-            source, export=True, compile=False, trust_remote_code=False, quantization_config=OVWeightQuantizationConfig(**FORMATS[bits]))
+            source,
+            export=True,
+            compile=False,
+            trust_remote_code=False,
+            quantization_config=OVWeightQuantizationConfig(**FORMATS[bits]),
+        )
         model.save_pretrained(destination)
 
     def load(self, path: str, prompts: str, threads: int) -> None:
         """``prompts``: a file of bench.inputs.save."""
         self._model = OVModelForVisualCausalLM.from_pretrained(
-            path, trust_remote_code=False, ov_config={"INFERENCE_NUM_THREADS": str(threads), "PERFORMANCE_HINT": "LATENCY"})
+            path,
+            trust_remote_code=False,
+            ov_config={"INFERENCE_NUM_THREADS": str(threads), "PERFORMANCE_HINT": "LATENCY"},
+        )
         self._prompts = inputs.load(Path(prompts))
 
     def warm_up(self) -> None:

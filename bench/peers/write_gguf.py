@@ -1,6 +1,7 @@
-"""Writes the text model of a Qwen3-VL checkpoint in bf16 as GGUF, the format of llama.cpp. Runs in an environment that has ``gguf``.
+"""Writes the text model of a Qwen3-VL checkpoint in bf16 as GGUF, the format of llama.cpp. Runs in an environment that
+has ``gguf``.
 
-    python -m bench.peers.write_gguf CHECKPOINT FILE
+python -m bench.peers.write_gguf CHECKPOINT FILE
 """
 
 import json
@@ -40,7 +41,9 @@ IN_LAYER = {
 
 
 def metadata(config: dict) -> dict[str, str | int | float | list[int]]:
-    """What llama.cpp must know besides the tensors, from a config.json. It gets no tokenizer: what is measured needs none."""
+    """What llama.cpp must know besides the tensors, from a config.json. It gets no tokenizer: what is measured needs
+    none.
+    """
     text = config["text_config"]
     rope = rope_parameters(text)
     sizes = {
@@ -57,7 +60,11 @@ def metadata(config: dict) -> dict[str, str | int | float | list[int]]:
         "rope.freq_base": float(rope["rope_theta"]),
         "rope.dimension_sections": [*rope["mrope_section"], 0],
     }
-    return {"general.file_type": MOSTLY_BF16, "tokenizer.ggml.model": "none", **{f"{ARCHITECTURE}.{key}": value for key, value in sizes.items()}}
+    return {
+        "general.file_type": MOSTLY_BF16,
+        "tokenizer.ggml.model": "none",
+        **{f"{ARCHITECTURE}.{key}": value for key, value in sizes.items()},
+    }
 
 
 def tensor_name(name: str) -> str | None:
@@ -72,7 +79,9 @@ def tensor_name(name: str) -> str | None:
 
 
 def read_tensors(checkpoint: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, mapped tensor) of all bf16 safetensors files; the bits of a bf16 number are a uint16 here, as numpy has no such type."""
+    """(name, mapped tensor) of all bf16 safetensors files; the bits of a bf16 number are a uint16 here, as numpy has no
+    such type.
+    """
     for file in sorted(checkpoint.glob("*.safetensors")):
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

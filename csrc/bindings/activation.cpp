@@ -9,8 +9,8 @@ void bind_activation(py::module_& m) {
       "swiglu",
       [](Ptr gate, Ptr up, Ptr y, int64_t rows, int64_t size, int64_t gate_stride, int64_t up_stride, int64_t y_stride,
          int dtype) {
-        const ActivationArgs a{Activation::swiglu, in(gate), in(up), nullptr, out(y), rows, size, gate_stride,
-                               up_stride, y_stride, to_dtype(dtype)};
+        const ActivationArgs a{Activation::swiglu, in(gate),  in(up),   nullptr,        out(y), rows, size,
+                               gate_stride,        up_stride, y_stride, to_dtype(dtype)};
         py::gil_scoped_release release;
         run_activation(a);
       },
@@ -19,8 +19,9 @@ void bind_activation(py::module_& m) {
   m.def(
       "gelu_tanh",
       [](Ptr x, Ptr bias, Ptr y, int64_t rows, int64_t size, int64_t x_stride, int64_t y_stride, int dtype) {
-        const ActivationArgs a{Activation::gelu_tanh, in(x), nullptr, in(bias), out(y), rows, size, x_stride, 0,
-                               y_stride, to_dtype(dtype)};
+        const ActivationArgs a{
+            Activation::gelu_tanh, in(x), nullptr, in(bias), out(y), rows, size, x_stride, 0, y_stride,
+            to_dtype(dtype)};
         py::gil_scoped_release release;
         run_activation(a);
       },

@@ -11,8 +11,9 @@ void bind_attention(py::module_& m) {
   m.def(
       "attention",
       [](Ptr q, Ptr k, Ptr v, Ptr out_, Ptr lse, int64_t batch, int64_t queries, int64_t keys, int64_t heads,
-         int64_t kv_heads, int64_t head_dim, Strides q_s, Strides k_s, Strides v_s, Strides out_s, float scale, bool causal,
-         Ptr key_counts, Ptr cu_seqlens, int mask_kind, Ptr mask, std::array<int64_t, 4> mask_s, int dtype) {
+         int64_t kv_heads, int64_t head_dim, Strides q_s, Strides k_s, Strides v_s, Strides out_s, float scale,
+         bool causal, Ptr key_counts, Ptr cu_seqlens, int mask_kind, Ptr mask, std::array<int64_t, 4> mask_s,
+         int dtype) {
         if (head_dim > kMaxHeadDim) throw std::invalid_argument("attention: head_dim must be at most 512");
         AttentionArgs a{};
         a.q = in(q), a.k = in(k), a.v = in(v), a.out = out(out_), a.lse = static_cast<float*>(out(lse));
@@ -32,8 +33,8 @@ void bind_attention(py::module_& m) {
         run_attention(a);
       },
       "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "batch"_a, "queries"_a, "keys"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
-      "q_strides"_a, "k_strides"_a, "v_strides"_a, "out_strides"_a, "scale"_a, "causal"_a, "key_counts"_a, "cu_seqlens"_a,
-      "mask_kind"_a, "mask"_a, "mask_strides"_a, "dtype"_a,
+      "q_strides"_a, "k_strides"_a, "v_strides"_a, "out_strides"_a, "scale"_a, "causal"_a, "key_counts"_a,
+      "cu_seqlens"_a, "mask_kind"_a, "mask"_a, "mask_strides"_a, "dtype"_a,
       "Scaled dot-product attention; packed sequences when cu_seqlens is given");
 }
 

@@ -14,7 +14,9 @@ struct LayerCache {
 };
 
 void bind_layers(py::module_& m) {
-  py::class_<DecoderLayerArgs>(m, "DecoderLayer", "Weights and sizes of a Qwen3-VL text decoder layer, for many calls; what they point to must outlive it")
+  py::class_<DecoderLayerArgs>(
+      m, "DecoderLayer",
+      "Weights and sizes of a Qwen3-VL text decoder layer, for many calls; what they point to must outlive it")
       .def(py::init([](std::array<Ptr, 4> norms, std::array<Weight, 7> weights, int64_t hidden, int64_t heads,
                        int64_t kv_heads, int64_t head_dim, int64_t mlp, float eps, float scale, int dtype) {
              DecoderLayerArgs a{};
@@ -25,18 +27,19 @@ void bind_layers(py::module_& m) {
              a.eps = eps, a.scale = scale, a.dtype = to_dtype(dtype);
              return a;
            }),
-           "norms"_a, "weights"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "mlp"_a, "eps"_a, "scale"_a, "dtype"_a,
-           "norms: input, q, k, post; weights: q, k, v, o, gate, up, down");
+           "norms"_a, "weights"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "mlp"_a, "eps"_a, "scale"_a,
+           "dtype"_a, "norms: input, q, k, post; weights: q, k, v, o, gate, up, down");
 
-  py::class_<LayerCache>(m, "LayerCache", "Where the keys and values of a layer lie, for many calls; the memory must outlive it")
-      .def(py::init<Ptr, Ptr, std::array<int64_t, 3>, std::array<int64_t, 3>>(), "keys"_a, "values"_a, "keys_strides"_a, "values_strides"_a,
-           "strides of batch, head and position");
+  py::class_<LayerCache>(m, "LayerCache",
+                         "Where the keys and values of a layer lie, for many calls; the memory must outlive it")
+      .def(py::init<Ptr, Ptr, std::array<int64_t, 3>, std::array<int64_t, 3>>(), "keys"_a, "values"_a, "keys_strides"_a,
+           "values_strides"_a, "strides of batch, head and position");
 
   m.def(
       "decoder_layers",
       [](const std::vector<const DecoderLayerArgs*>& layers, Ptr x, const std::vector<Ptr>& outs, Ptr cos, Ptr sin,
-         std::array<int64_t, 2> cos_s, std::array<int64_t, 2> sin_s, const std::vector<const LayerCache*>& caches, int64_t batch,
-         int64_t queries, int64_t past, int mask_kind, Ptr mask, std::array<int64_t, 4> mask_s) {
+         std::array<int64_t, 2> cos_s, std::array<int64_t, 2> sin_s, const std::vector<const LayerCache*>& caches,
+         int64_t batch, int64_t queries, int64_t past, int mask_kind, Ptr mask, std::array<int64_t, 4> mask_s) {
         if (outs.size() != layers.size() || caches.size() != layers.size())
           throw std::invalid_argument("decoder_layers: every layer needs an output and a cache");
         py::gil_scoped_release release;
@@ -55,15 +58,15 @@ void bind_layers(py::module_& m) {
           run_decoder_layer(a);
         }
       },
-      "layers"_a, "x"_a, "outs"_a, "cos"_a, "sin"_a, "cos_strides"_a, "sin_strides"_a, "caches"_a, "batch"_a, "queries"_a,
-      "past"_a, "mask_kind"_a, "mask"_a, "mask_strides"_a,
+      "layers"_a, "x"_a, "outs"_a, "cos"_a, "sin"_a, "cos_strides"_a, "sin_strides"_a, "caches"_a, "batch"_a,
+      "queries"_a, "past"_a, "mask_kind"_a, "mask"_a, "mask_strides"_a,
       "Layers one after the other, each from the output of the one before. caches: a LayerCache each");
 
   m.def(
       "vision_block",
       [](Ptr x, Ptr out_, std::array<Ptr, 4> norms, std::array<Weight, 4> weights, Ptr cos, Ptr sin, int64_t cos_t,
-         int64_t sin_t, Ptr cu_seqlens, int64_t sequences, int64_t tokens, int64_t hidden, int64_t heads, int64_t head_dim,
-         int64_t mlp, float eps, float scale, int dtype) {
+         int64_t sin_t, Ptr cu_seqlens, int64_t sequences, int64_t tokens, int64_t hidden, int64_t heads,
+         int64_t head_dim, int64_t mlp, float eps, float scale, int dtype) {
         VisionBlockArgs a{};
         a.x = in(x), a.out = out(out_);
         a.norm1_w = in(norms[0]), a.norm1_b = in(norms[1]), a.norm2_w = in(norms[2]), a.norm2_b = in(norms[3]);

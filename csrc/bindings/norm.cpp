@@ -9,8 +9,8 @@ void bind_norm(py::module_& m) {
       "norm",
       [](Ptr x, Ptr residual, Ptr weight, Ptr bias, Ptr y, Ptr sum, int64_t rows, int64_t size, int64_t x_stride,
          int64_t residual_stride, int64_t y_stride, int64_t sum_stride, float eps, int dtype) {
-        const NormArgs args{in(x), in(residual), in(weight), in(bias), out(y), out(sum), size, x_stride,
-                            residual_stride, y_stride, sum_stride, eps, to_dtype(dtype)};
+        const NormArgs args{in(x),    in(residual),    in(weight), in(bias),   out(y), out(sum),       size,
+                            x_stride, residual_stride, y_stride,   sum_stride, eps,    to_dtype(dtype)};
         py::gil_scoped_release release;
         run_norm(args, rows);
       },

@@ -18,10 +18,7 @@ namespace {
 const Target* const kTargets[] = {
     &kPortableTarget,
 #if defined(__x86_64__)
-    &kAvx2Target,
-    &kAvx512Target,
-    &kAvx512VnniTarget,
-    &kAvx512Bf16Target,
+    &kAvx2Target,     &kAvx512Target, &kAvx512VnniTarget, &kAvx512Bf16Target,
 #endif
 };
 

@@ -9,9 +9,9 @@ struct NormArgs {
   const void* x;
   const void* residual;  // or nullptr
   const void* weight;
-  const void* bias;      // layer norm only; nullptr means RMS norm
+  const void* bias;  // layer norm only; nullptr means RMS norm
   void* y;
-  void* sum;             // x + residual, or nullptr
+  void* sum;  // x + residual, or nullptr
   int64_t size;
   int64_t x_stride, residual_stride, y_stride, sum_stride;
   float eps;
@@ -25,10 +25,10 @@ enum class Route : int { fma = 0, dot = 1 };
 // fma: float [K][width]; dot: uint32 [K / 2][width], each a pair (k, k + 1) of bf16. The last panel is narrower
 // (a multiple of the vector width), its unused lanes are zero.
 struct PackArgs {
-  const void* x;          // [M, K] rows
+  const void* x;  // [M, K] rows
   int64_t x_stride;
   int64_t m, k;
-  DType dtype;            // of x
+  DType dtype;  // of x
   Route route;
   void* panels;
 };
@@ -40,15 +40,15 @@ struct GemmArgs {
   const void* panels;
   int64_t m, n, k;
   Route route;
-  const void* w;          // [n, k] with row stride w_stride
-  const void* w2;         // swiglu only: up projection; w is the gate
+  const void* w;   // [n, k] with row stride w_stride
+  const void* w2;  // swiglu only: up projection; w is the gate
   int64_t w_stride, w2_stride;
-  const void* bias;       // [n] or nullptr
-  DType dtype;            // of weights, bias, residual and row-major output
+  const void* bias;  // [n] or nullptr
+  DType dtype;       // of weights, bias, residual and row-major output
   Activation activation;
-  const void* residual;   // [m, n] or nullptr
+  const void* residual;  // [m, n] or nullptr
   int64_t residual_stride;
-  void* out;              // row-major [m, n], or panels for the next GEMM when out_panels
+  void* out;  // row-major [m, n], or panels for the next GEMM when out_panels
   int64_t out_stride;
   bool out_panels;
 };
@@ -58,19 +58,19 @@ constexpr int64_t kGemvMaxRows = 16;
 
 // y[m, n] = x[m, :] . w[n, :] for few rows, at memory bandwidth. x is prepared by gemv_prepare.
 struct GemvArgs {
-  const float* x;         // m prepared rows
-  int64_t x_stride;       // in floats
+  const float* x;    // m prepared rows
+  int64_t x_stride;  // in floats
   int64_t m, n, k;
   Route route;
   const void* w;
-  const void* w2;         // swiglu only
+  const void* w2;  // swiglu only
   int64_t w_stride, w2_stride;
   const void* bias;
   DType dtype;
   Activation activation;
   const void* residual;
   int64_t residual_stride;
-  void* out;              // [m, n]
+  void* out;  // [m, n]
   int64_t out_stride;
 };
 
@@ -86,57 +86,57 @@ inline int64_t activation_group(WeightFormat format, int64_t weight_group) {
 // Rows of activations as int8, one scale per row and group: values = round(x * 127 / max |x|), scale = max |x| / 127.
 // A group with an element that is not finite gets the scale NaN; one below kTinyActivation is zeros.
 struct QuantizeArgs {
-  const void* x;          // [m, k] rows
+  const void* x;  // [m, k] rows
   int64_t x_stride, k, group, k_padded;
   DType dtype;
-  int8_t* values;         // [m][k_padded], zero from k on
-  float* scales;          // [m][k_padded / group]
+  int8_t* values;  // [m][k_padded], zero from k on
+  float* scales;   // [m][k_padded / group]
 };
 constexpr float kTinyActivation = 1e-30f;
 
-// One row of activations as quantised matrix-vector products read it: [k_padded] int8 or int16 values in the order of the
-// format's dot products, fp32 scales (int8: one per chunk; int4: one per lane), and int32 starts of each chunk's sums, which
-// undo the offset of unsigned operands.
+// One row of activations as quantised matrix-vector products read it: [k_padded] int8 or int16 values in the order of
+// the format's dot products, fp32 scales (int8: one per chunk; int4: one per lane), and int32 starts of each chunk's
+// sums, which undo the offset of unsigned operands.
 constexpr int64_t kQuantChunk = 128;  // inputs; k_padded is a whole number of chunks
 inline int64_t quant_record_bytes(int64_t k_padded) { return 3 * k_padded; }
 
 constexpr int64_t kMaxQuantRows = 16;  // activation rows of one call
 
 struct QuantPrepareArgs {
-  const void* x;          // [m, k] rows
+  const void* x;  // [m, k] rows
   int64_t x_stride, k, k_padded, group;
   DType dtype;
   WeightFormat format;
-  char* records;          // of each row, 64-byte aligned
+  char* records;  // of each row, 64-byte aligned
 };
 
 // As GemvArgs over quantised weights, whose row strides are in bytes, and prepared activations.
 struct QuantGemvArgs : GemvArgs {
   WeightFormat format;
   int64_t k_padded;
-  int64_t group;          // inputs per activation scale, and of int4 per weight scale
+  int64_t group;  // inputs per activation scale, and of int4 per weight scale
   char* records;
-  const void* scales;     // of the weights: fp32 [n], or bf16 [n][k padded / group], rows at scale_stride
+  const void* scales;  // of the weights: fp32 [n], or bf16 [n][k padded / group], rows at scale_stride
   const void* scales2;
   int64_t scale_stride, scale2_stride;
 };
 
-// Rows of activations as int8 panels: like PackArgs, words of 32 bits [words][width] with a whole number of elements each
-// (KernelTable::quant_per_word; K is padded to a multiple of 4), and scales [groups][width] beside them.
+// Rows of activations as int8 panels: like PackArgs, words of 32 bits [words][width] with a whole number of elements
+// each (KernelTable::quant_per_word; K is padded to a multiple of 4), and scales [groups][width] beside them.
 struct QuantPackArgs {
-  QuantizeArgs rows;      // without values and scales
+  QuantizeArgs rows;  // without values and scales
   int64_t m;
   uint32_t* words;
   float* scales;
 };
 
-// As GemmArgs over int8 panels and quantised weights, whose row strides are in bytes. out_panels: out is the words of the
-// next GEMM's panels, rounded in groups of out_group, with their scales in out_scales.
+// As GemmArgs over int8 panels and quantised weights, whose row strides are in bytes. out_panels: out is the words of
+// the next GEMM's panels, rounded in groups of out_group, with their scales in out_scales.
 struct QuantGemmArgs : GemmArgs {
   WeightFormat format;
-  int64_t group;          // inputs per activation scale, and of int4 per weight scale
+  int64_t group;  // inputs per activation scale, and of int4 per weight scale
   const float* x_scales;
-  const void* scales;     // as in QuantGemvArgs
+  const void* scales;  // as in QuantGemvArgs
   const void* scales2;
   int64_t scale_stride, scale2_stride;
   int64_t out_group;
@@ -165,13 +165,17 @@ struct RopeArgs {
   const void *q_weight, *k_weight;  // [D] or nullptr for no norm
   const void *cos, *sin;
   int64_t cos_b, cos_t, sin_b, sin_t;
-  DType table_dtype;                // of cos and sin: f32 or dtype
+  DType table_dtype;  // of cos and sin: f32 or dtype
   int64_t batch, time, heads, kv_heads, head_dim;
   float eps;
   DType dtype;
 };
 
-enum class MaskKind : int { none = 0, boolean = 1, additive = 2 };  // boolean: nonzero byte = visible; additive: dtype as q
+enum class MaskKind : int {
+  none = 0,
+  boolean = 1,
+  additive = 2
+};  // boolean: nonzero byte = visible; additive: dtype as q
 
 struct AttentionArgs {
   const void* q;  // [B, T, H, D] by strides in elements; D contiguous
@@ -186,7 +190,7 @@ struct AttentionArgs {
   const int64_t* key_counts;  // [B] visible keys (a prefix), or nullptr for all
   const int32_t* cu_seqlens;  // [B + 1]: q, k, v, out are packed [N, ...], strides *_b unused; or nullptr
   MaskKind mask_kind;
-  const void* mask;           // [B, H, T, S] by strides (0 where broadcast)
+  const void* mask;  // [B, H, T, S] by strides (0 where broadcast)
   int64_t mask_b, mask_h, mask_t, mask_s;
   DType dtype;
 };
@@ -194,17 +198,17 @@ struct AttentionArgs {
 // One block of query rows of one sequence and one key/value head. Its grouped query heads share the block: row r is
 // head r / queries of the group, query r % queries.
 struct AttentionTask {
-  const void *q, *k, *v;          // at the sequence's first query/key of this kv head's first query head / kv head
-  void* k_rows;                   // keys of this sequence and head side by side, and pairs of its values, [keys / 2][head_dim]
-  float* v_pairs;                 // words: what attention_gather makes of k and v. Both, or nullptr
+  const void *q, *k, *v;  // at the sequence's first query/key of this kv head's first query head / kv head
+  void* k_rows;           // keys of this sequence and head side by side, and pairs of its values, [keys / 2][head_dim]
+  float* v_pairs;         // words: what attention_gather makes of k and v. Both, or nullptr
   void* out;
-  float* lse;                     // [heads of the group][queries] with stride lse_h, or nullptr
+  float* lse;  // [heads of the group][queries] with stride lse_h, or nullptr
   int64_t lse_h;
   const void* mask;
-  int64_t queries, keys;          // of this sequence
-  int64_t row_begin, row_end;     // at most panel_width rows
-  int64_t key_begin, key_end;     // the keys of this split
-  float* partial;                 // split: per row [max, sum, out[head_dim]] instead of out and lse; or nullptr
+  int64_t queries, keys;       // of this sequence
+  int64_t row_begin, row_end;  // at most panel_width rows
+  int64_t key_begin, key_end;  // the keys of this split
+  float* partial;              // split: per row [max, sum, out[head_dim]] instead of out and lse; or nullptr
   Route route;
 };
 
@@ -212,11 +216,12 @@ constexpr int64_t kAttentionKeys = 128;  // keys per block
 
 struct KernelTable {
   const char* name;
-  int vector_width;       // fp32 lanes
-  int panel_width;        // activation rows per GEMM panel
+  int vector_width;  // fp32 lanes
+  int panel_width;   // activation rows per GEMM panel
   void (*norm_rows)(const NormArgs&, int64_t begin, int64_t end);
   void (*gemm_pack)(const PackArgs&, int64_t panel);
-  void (*gemm_task)(const GemmArgs&, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end, float* scratch);
+  void (*gemm_task)(const GemmArgs&, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
+                    float* scratch);
   void (*gemv_prepare)(const void* x, DType dtype, int64_t k, Route route, float* out);
   void (*gemv_rows)(const GemvArgs&, int64_t n_begin, int64_t n_end);
   void (*quantize_rows)(const QuantizeArgs&, int64_t begin, int64_t end);
@@ -231,8 +236,8 @@ struct KernelTable {
   void (*attention_gather)(const AttentionArgs&, const AttentionTask&, int64_t begin, int64_t end);
   void (*attention_task)(const AttentionArgs&, const AttentionTask&, float* scratch);
   float (*read_bytes)(const char* data, int64_t bytes);
-  int quant_per_word;     // elements of k in a word of a quantised panel
-  bool has_dot;           // Route::dot is available in gemm_pack and gemm_task
+  int quant_per_word;  // elements of k in a word of a quantised panel
+  bool has_dot;        // Route::dot is available in gemm_pack and gemm_task
 };
 
 // GEMM blocking. A task is kGemmRows weight rows (half of them gate, half up for swiglu) by up to kGemmPanels panels.
@@ -248,8 +253,8 @@ inline int64_t gemm_scratch_floats(const KernelTable& table) {
   return kGemmPanels * kGemmRows * table.panel_width + kGemmRows * kGemmDepth;
 }
 
-// The same over quantised weights. A task is kQuantRows rows, a multiple of every group: what it computes is rounded in whole
-// groups for the next GEMM. For swiglu it is that many of both weights.
+// The same over quantised weights. A task is kQuantRows rows, a multiple of every group: what it computes is rounded in
+// whole groups for the next GEMM. For swiglu it is that many of both weights.
 constexpr int64_t kQuantRows = 128;
 constexpr int64_t kQuantRowBytes = 2048;  // of a widened row in one block of k
 
@@ -271,7 +276,7 @@ inline int64_t attention_scratch_floats(const KernelTable& table, int64_t head_d
 
 struct Target {
   const char* name;
-  bool (*supported)();    // cpuid and operating-system state; baseline code
+  bool (*supported)();  // cpuid and operating-system state; baseline code
   const KernelTable* table;
 };
 

@@ -87,14 +87,21 @@ AttentionTask make_task(const AttentionArgs& a, const Sequence& s, int64_t b, in
 
 void store(float value, DType dtype, void* base, int64_t index) {
   switch (dtype) {
-    case DType::f32: static_cast<float*>(base)[index] = value; break;
-    case DType::bf16: from_float(value, static_cast<bf16*>(base)[index]); break;
-    case DType::f16: from_float(value, static_cast<f16*>(base)[index]); break;
+    case DType::f32:
+      static_cast<float*>(base)[index] = value;
+      break;
+    case DType::bf16:
+      from_float(value, static_cast<bf16*>(base)[index]);
+      break;
+    case DType::f16:
+      from_float(value, static_cast<f16*>(base)[index]);
+      break;
   }
 }
 
 // Adds up the splits of one task: each row's [max, sum, out] partials.
-void combine_splits(const AttentionArgs& a, const AttentionTask& t, const float* partials, int64_t splits, int64_t stride) {
+void combine_splits(const AttentionArgs& a, const AttentionTask& t, const float* partials, int64_t splits,
+                    int64_t stride) {
   for (int64_t r = 0; r < t.row_end - t.row_begin; ++r) {
     const int64_t row = t.row_begin + r;
     float max = -INFINITY, sum = 0.0f;
@@ -160,7 +167,8 @@ void run_attention(const AttentionArgs& a) {
       // Each task gathers its share of the keys that all tasks of its head then read.
       parallel_tasks(tasks, [&](int64_t task) {
         const AttentionTask t = task_at(task);
-        const int64_t blocks = blocks_of(a, t.queries), block = t.row_begin / table.panel_width, pairs = (t.keys + 1) / 2;
+        const int64_t blocks = blocks_of(a, t.queries), block = t.row_begin / table.panel_width,
+                      pairs = (t.keys + 1) / 2;
         table.attention_gather(a, t, pairs * block / blocks * 2, std::min(pairs * (block + 1) / blocks * 2, t.keys));
       });
     }

@@ -18,9 +18,11 @@ constexpr int MADV_COLLAPSE = 25;  // Linux 6.1
 #endif
 constexpr int64_t kPiece = 16 * kHugePage;  // memory in use twice while it moves
 
-// Copies a piece to `fresh`, memory on huge pages, and moves those pages under its addresses, in one step to other threads.
+// Copies a piece to `fresh`, memory on huge pages, and moves those pages under its addresses, in one step to other
+// threads.
 bool move_piece(char* piece, int64_t bytes, char* fresh, bool writable) {
-  std::memcpy(fresh, piece, size_t(bytes));  // by one thread: a process that has used OpenMP may not fork and use it again
+  std::memcpy(fresh, piece,
+              size_t(bytes));  // by one thread: a process that has used OpenMP may not fork and use it again
   if (madvise(fresh, size_t(bytes), MADV_COLLAPSE) != 0) return false;  // at once where they are huge already
   if (!writable && mprotect(fresh, size_t(bytes), PROT_READ) != 0) return false;
   if (mremap(fresh, size_t(bytes), size_t(bytes), MREMAP_MAYMOVE | MREMAP_FIXED, piece) == piece) return true;
@@ -35,7 +37,8 @@ bool move_piece(char* piece, int64_t bytes, char* fresh, bool writable) {
 
 bool replace_piece(char* piece, int64_t bytes, bool writable) {
   const size_t reserved = size_t(bytes + kHugePage);
-  void* const reserve = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* const reserve =
+      mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (reserve == MAP_FAILED) return false;
   char* const start = static_cast<char*>(reserve);
   char* const fresh = reinterpret_cast<char*>((uintptr_t(reserve) + kHugePage - 1) / kHugePage * kHugePage);
@@ -49,7 +52,8 @@ bool replace_piece(char* piece, int64_t bytes, bool writable) {
 }  // namespace
 
 int64_t use_huge_pages(uintptr_t address, int64_t bytes, bool mapped, bool writable) {
-  const uintptr_t first = (address + kHugePage - 1) / kHugePage * kHugePage, last = (address + bytes) / kHugePage * kHugePage;
+  const uintptr_t first = (address + kHugePage - 1) / kHugePage * kHugePage,
+                  last = (address + bytes) / kHugePage * kHugePage;
   int64_t huge = 0;
   for (uintptr_t at = first; at < last; at += kPiece) {
     const int64_t piece_bytes = int64_t(last - at) < kPiece ? int64_t(last - at) : kPiece;

@@ -57,7 +57,8 @@ void run_decoder_layer(const DecoderLayerArgs& a) {
   char* new_v = static_cast<char*>(a.v_cache) + a.past * a.v_s * size;
   RopeArgs rope{};
   rope.q = q, rope.q_out = q;
-  rope.q_b = rope.q_out_b = a.queries * qkv_width, rope.q_t = rope.q_out_t = qkv_width, rope.q_h = rope.q_out_h = a.head_dim;
+  rope.q_b = rope.q_out_b = a.queries * qkv_width, rope.q_t = rope.q_out_t = qkv_width,
+  rope.q_h = rope.q_out_h = a.head_dim;
   rope.k = k, rope.k_out = new_k;
   rope.k_b = a.queries * qkv_width, rope.k_t = qkv_width, rope.k_h = a.head_dim;
   rope.k_out_b = a.k_b, rope.k_out_t = a.k_s, rope.k_out_h = a.k_h;
@@ -65,7 +66,8 @@ void run_decoder_layer(const DecoderLayerArgs& a) {
   rope.cos = a.cos, rope.sin = a.sin;
   rope.cos_b = a.cos_b, rope.cos_t = a.cos_t, rope.sin_b = a.sin_b, rope.sin_t = a.sin_t;
   rope.table_dtype = a.dtype;
-  rope.batch = a.batch, rope.time = a.queries, rope.heads = a.heads, rope.kv_heads = a.kv_heads, rope.head_dim = a.head_dim;
+  rope.batch = a.batch, rope.time = a.queries, rope.heads = a.heads, rope.kv_heads = a.kv_heads,
+  rope.head_dim = a.head_dim;
   rope.eps = a.eps, rope.dtype = a.dtype;
   run_qk_norm_rope(rope);
   parallel_ranges(rows, 1 + 65536 / (kv_width * size), [&](int64_t begin, int64_t end) {

@@ -86,14 +86,17 @@ GemmArgs gemm_args(const LinearCall& call, const float* panels, int64_t m, int64
   return args;
 }
 
-int64_t rows_per_task(const GemmArgs& args) { return args.activation == Activation::swiglu ? kGemmRows / 2 : kGemmRows; }
+int64_t rows_per_task(const GemmArgs& args) {
+  return args.activation == Activation::swiglu ? kGemmRows / 2 : kGemmRows;
+}
 
 void run_gemms(const GemmArgs* gemms, int count) {
   const KernelTable& table = kernels();
-  parallel_gemms(gemms, count, rows_per_task, [&](const auto& args, int64_t n_begin, int64_t n_end, int64_t panel_begin,
-                                                  int64_t panel_end) {
-    table.gemm_task(args, n_begin, n_end, panel_begin, panel_end, gemm_scratch().get<float>(gemm_scratch_floats(table)));
-  });
+  parallel_gemms(gemms, count, rows_per_task,
+                 [&](const auto& args, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end) {
+                   table.gemm_task(args, n_begin, n_end, panel_begin, panel_end,
+                                   gemm_scratch().get<float>(gemm_scratch_floats(table)));
+                 });
 }
 
 void run_gemvs(const Rows& rows, const LinearCall* calls, int count) {
@@ -108,7 +111,8 @@ void run_gemvs(const Rows& rows, const LinearCall* calls, int count) {
   const int64_t row_bytes = rows.stride * dtype_bytes(rows.dtype);
   fill(rows, 0, rows.m);
   for (int64_t m = 0; m < rows.m; ++m)
-    table.gemv_prepare(static_cast<const char*>(rows.x) + m * row_bytes, rows.dtype, rows.k, route, prepared + m * x_stride);
+    table.gemv_prepare(static_cast<const char*>(rows.x) + m * row_bytes, rows.dtype, rows.k, route,
+                       prepared + m * x_stride);
   int64_t total = 0;
   for (int i = 0; i < count; ++i) total += calls[i].n;
   // 64 KB of weights a thread at least, or waking it costs more than it saves.
@@ -165,7 +169,9 @@ void run_linears(Rows rows, const LinearCall* calls, int count) {
   if (rows.m == 0) return;
   for (int begin = 0, end; begin < count; begin = end) {
     const Weight& first = calls[begin].weight;
-    for (end = begin + 1; end < count && calls[end].weight.format == first.format && calls[end].weight.group == first.group;) ++end;
+    for (end = begin + 1;
+         end < count && calls[end].weight.format == first.format && calls[end].weight.group == first.group;)
+      ++end;
     if (first.format == WeightFormat::stored) {
       run_stored(rows, calls + begin, end - begin);
     } else {

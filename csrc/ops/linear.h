@@ -5,13 +5,13 @@
 namespace qvl {
 
 struct Weight {
-  const void* w;             // [n, k]: elements of the rows' dtype, int8 values, or nibbles
-  int64_t stride;            // of rows, in elements; in bytes for int4
-  const void* bias;          // [n] or nullptr
+  const void* w;     // [n, k]: elements of the rows' dtype, int8 values, or nibbles
+  int64_t stride;    // of rows, in elements; in bytes for int4
+  const void* bias;  // [n] or nullptr
   WeightFormat format = WeightFormat::stored;
   const void* scales = nullptr;  // int8: fp32 [n]; int4: bf16 [n][k padded / group]
   int64_t scale_stride = 0;
-  int64_t group = 0;         // int4: inputs per scale
+  int64_t group = 0;  // int4: inputs per scale
 };
 
 // out [m, n] = act(x [m, k] W^T + bias) + residual
@@ -31,8 +31,9 @@ struct Rows {
   const void* x;
   int64_t stride, m, k;
   DType dtype;
-  const NormArgs* norm = nullptr;  // what fills x, if anything: a block of rows right before it is read, while it is in the caches
-  int64_t norm_row = 0;            // the first of its rows
+  const NormArgs* norm =
+      nullptr;  // what fills x, if anything: a block of rows right before it is read, while it is in the caches
+  int64_t norm_row = 0;  // the first of its rows
 };
 
 inline void fill(const Rows& rows, int64_t begin, int64_t end) {
@@ -54,7 +55,7 @@ inline Rows from_row(Rows rows, int64_t row, int64_t count) {
   return rows;
 }
 
-constexpr int kMaxCalls = 4;            // over the same rows in one call
+constexpr int kMaxCalls = 4;          // over the same rows in one call
 constexpr int64_t kChunkRows = 2048;  // rows whose panels are held at once
 
 constexpr int64_t kQuantGemvMaxRows = kMaxQuantRows;  // kGemvMaxRows over quantised weights
@@ -65,8 +66,8 @@ Route gemm_route(DType dtype, int64_t k, int64_t n);
 // All calls over the same rows; calls of one format beside each other share a parallel region.
 void run_linears(Rows rows, const LinearCall* calls, int count);
 
-// down(act(first(x))) [+ down.residual]: the activations between stay in panel layout (or in a small buffer for few rows).
-// hidden is first's n. Rows are processed in chunks, so scratch does not grow with m.
+// down(act(first(x))) [+ down.residual]: the activations between stay in panel layout (or in a small buffer for few
+// rows). hidden is first's n. Rows are processed in chunks, so scratch does not grow with m.
 void run_mlp(const Rows& rows, const LinearCall& first, const LinearCall& down);
 
 }  // namespace qvl

@@ -60,11 +60,12 @@ QuantGemmArgs gemm_args(const LinearCall& call, const Panels& panels, int64_t m,
 void run_gemms(const QuantGemmArgs* gemms, int count) {
   const KernelTable& table = kernels();
   const auto rows_per_task = [](const QuantGemmArgs&) { return kQuantRows; };
-  parallel_gemms(gemms, count, rows_per_task, [&](const auto& args, int64_t n_begin, int64_t n_end, int64_t panel_begin,
-                                                  int64_t panel_end) {
-    thread_local Workspace scratch;
-    table.quant_gemm_task(args, n_begin, n_end, panel_begin, panel_end, scratch.get<float>(quant_gemm_scratch_floats(table)));
-  });
+  parallel_gemms(gemms, count, rows_per_task,
+                 [&](const auto& args, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end) {
+                   thread_local Workspace scratch;
+                   table.quant_gemm_task(args, n_begin, n_end, panel_begin, panel_end,
+                                         scratch.get<float>(quant_gemm_scratch_floats(table)));
+                 });
 }
 
 int64_t group_of(const LinearCall& call) { return activation_group(call.weight.format, call.weight.group); }

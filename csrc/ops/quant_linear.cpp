@@ -16,7 +16,8 @@ void run_quant_gemvs(const Rows& rows, const LinearCall* calls, int count) {
   QuantPrepareArgs prepare{rows.x, rows.stride, rows.k, k_padded, group, rows.dtype, format, nullptr};
   prepare.records = records_ws.get<char>(rows.m * quant_record_bytes(k_padded));
   fill(rows, 0, rows.m);
-  parallel_ranges(rows.m * chunks, kMinChunks, [&](int64_t begin, int64_t end) { table.quant_prepare(prepare, begin, end); });
+  parallel_ranges(rows.m * chunks, kMinChunks,
+                  [&](int64_t begin, int64_t end) { table.quant_prepare(prepare, begin, end); });
   int64_t total = 0;
   for (int i = 0; i < count; ++i) total += calls[i].n;
   // 64 KB of weights a thread at least, or waking it costs more than it saves.

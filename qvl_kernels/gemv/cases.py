@@ -13,16 +13,30 @@ EPS = 1e-6
 
 def op_of(arguments: dict):
     """The op whose schema has these arguments."""
-    quantized, pair = "values" in arguments or "gate_values" in arguments, "gate" in arguments or "gate_values" in arguments
+    quantized, pair = (
+        "values" in arguments or "gate_values" in arguments,
+        "gate" in arguments or "gate_values" in arguments,
+    )
     return {(False, False): gemv_op, (False, True): gemv_swiglu_op, (True, False): quantized_gemv_op}.get(
         (quantized, pair), quantized_gemv_swiglu_op
     )
 
 
 def _case(
-    name: str, m: int, n: int, k: int, *, bits: int = 0, group: int = 64, swiglu: bool = False, norm: bool = True, plus: bool = True,
-    strided: int = 0, scale: float = 1.0, model: bool = False,
-) -> Case:  # fmt: skip
+    name: str,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    bits: int = 0,
+    group: int = 64,
+    swiglu: bool = False,
+    norm: bool = True,
+    plus: bool = True,
+    strided: int = 0,
+    scale: float = 1.0,
+    model: bool = False,
+) -> Case:
     """``plus``: bias and residual where the op has them; ``strided``: elements between rows and before the first."""
 
     def spread(x: torch.Tensor) -> torch.Tensor:
@@ -52,10 +66,14 @@ def _case(
     per_row = {0: lambda size: k * size, 8: lambda size: k + 4, 4: lambda size: k // 2 + 2 * (k // group)}[bits]
     weights = 2 * n if swiglu else n
     return Case(
-        name, make, flops=2.0 * m * weights * k,
-        bytes=lambda size: float(weights * per_row(size) + (m * k + k * norm + m * n + (m * n + n) * (plus and not swiglu)) * size),
+        name,
+        make,
+        flops=2.0 * m * weights * k,
+        bytes=lambda size: float(
+            weights * per_row(size) + (m * k + k * norm + m * n + (m * n + n) * (plus and not swiglu)) * size
+        ),
         model=model,
-    )  # fmt: skip
+    )
 
 
 def _model_cases() -> list[Case]:

@@ -12,9 +12,13 @@ __all__ = ["launch_gemv", "launch_gemv_swiglu", "launch_quantized_gemv", "launch
 
 
 def launch_gemv(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm_weight: torch.Tensor | None, eps: float,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
     residual: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     return _gemv(x, (weight, None), None, bias, norm_weight, eps, residual)
 
 
@@ -25,21 +29,33 @@ def launch_gemv_swiglu(
 
 
 def launch_quantized_gemv(
-    x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, norm_weight: torch.Tensor | None,
-    eps: float, residual: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
     return _gemv(x, (values, scales), None, bias, norm_weight, eps, residual)
 
 
 def launch_quantized_gemv_swiglu(
-    x: torch.Tensor, gate_values: torch.Tensor, gate_scales: torch.Tensor, up_values: torch.Tensor, up_scales: torch.Tensor,
-    norm_weight: torch.Tensor | None, eps: float,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    gate_values: torch.Tensor,
+    gate_scales: torch.Tensor,
+    up_values: torch.Tensor,
+    up_scales: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
     return _gemv(x, (gate_values, gate_scales), (up_values, up_scales), None, norm_weight, eps, None)
 
 
 def _gemv(x, weight, up, bias, norm_weight, eps: float, residual) -> torch.Tensor:
-    """``weight`` and ``up`` are (values, scales or None); absent tensors are replaced by x, which the kernels then do not read."""
+    """``weight`` and ``up`` are (values, scales or None); absent tensors are replaced by x, which the kernels then do
+    not read.
+    """
     values, scales = weight
     up_values, up_scales = (values, scales) if up is None else up
     n, columns = values.shape
@@ -60,10 +76,14 @@ def _gemv(x, weight, up, bias, norm_weight, eps: float, residual) -> torch.Tenso
     if tile is None or (bits == 4 and words is None):
         tile = {**tuning.gemv_dot(x.element_size(), bits, group, up is not None, arch), "BITS": bits}
         kernel, programs = gemv_dot_kernel, (tuning.cdiv(n, tile["BLOCK_N"]), tuning.cdiv(m, 16))
-        if norm_weight is not None and x.dtype == torch.float16:  # x * weight, not yet divided by its norm, may overflow
+        if (
+            norm_weight is not None and x.dtype == torch.float16
+        ):  # x * weight, not yet divided by its norm, may overflow
             rows, norm_weight = _normalised(rows, norm_weight, eps), None
     else:
-        tile["COUNT"], tile["ROW_COUNT"] = (tuning.next_power_of_2(size * tile["ROWS"]) for size in (tile["BLOCK_N"], 1))
+        tile["COUNT"], tile["ROW_COUNT"] = (
+            tuning.next_power_of_2(size * tile["ROWS"]) for size in (tile["BLOCK_N"], 1)
+        )
         kernel, programs = gemv_fma_kernel, (tuning.cdiv(n, tile["BLOCK_N"]), tuning.cdiv(m, tile["ROWS"]))
         if bits == 4:
             rows, norm_weight, values, up_values = words
@@ -74,15 +94,40 @@ def _gemv(x, weight, up, bias, norm_weight, eps: float, residual) -> torch.Tenso
     if scales is None:
         scales = up_scales = y_rows  # not read
     launch(
-        kernel, programs, rows, values, scales, up_values, up_scales, x if bias is None else bias,
-        x if norm_weight is None else norm_weight, residual_rows, y_rows, m, n, k, columns, eps, rows.stride(0), values.stride(0),
-        scales.stride(0), up_values.stride(0), up_scales.stride(0), residual_rows.stride(0), y_rows.stride(0),
-        HAS_NORM=norm_weight is not None, **tuning.variants("decoding", arch), **flags, **tile,
-    )  # fmt: skip
+        kernel,
+        programs,
+        rows,
+        values,
+        scales,
+        up_values,
+        up_scales,
+        x if bias is None else bias,
+        x if norm_weight is None else norm_weight,
+        residual_rows,
+        y_rows,
+        m,
+        n,
+        k,
+        columns,
+        eps,
+        rows.stride(0),
+        values.stride(0),
+        scales.stride(0),
+        up_values.stride(0),
+        up_scales.stride(0),
+        residual_rows.stride(0),
+        y_rows.stride(0),
+        HAS_NORM=norm_weight is not None,
+        **tuning.variants("decoding", arch),
+        **flags,
+        **tile,
+    )
     return y
 
 
-def _words(rows: torch.Tensor, norm_weight: torch.Tensor | None, *values: torch.Tensor) -> tuple[torch.Tensor | None, ...] | None:
+def _words(
+    rows: torch.Tensor, norm_weight: torch.Tensor | None, *values: torch.Tensor
+) -> tuple[torch.Tensor | None, ...] | None:
     """x and the norm's weight as int64, int4 values as int32; None where their places or strides do not allow it."""
     if rows.element_size() != 2 or not all(_divisible(x, 4) for x in (rows, norm_weight, *values) if x is not None):
         return None
@@ -97,7 +142,16 @@ def _divisible(x: torch.Tensor, by: int) -> bool:
 def _normalised(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     y = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     launch(
-        normalise_rows_kernel, (rows.shape[0],), rows, weight, y, rows.shape[1], eps, rows.stride(0), y.stride(0),
-        **tuning.variants("decoding", gpu.architecture(rows.device)), **tuning.elementwise(rows.shape[1]),
-    )  # fmt: skip
+        normalise_rows_kernel,
+        (rows.shape[0],),
+        rows,
+        weight,
+        y,
+        rows.shape[1],
+        eps,
+        rows.stride(0),
+        y.stride(0),
+        **tuning.variants("decoding", gpu.architecture(rows.device)),
+        **tuning.elementwise(rows.shape[1]),
+    )
     return y

@@ -1,4 +1,6 @@
-"""torch ops qvl::gemv, qvl::gemv_swiglu and their quantised twins; inference only. x is [..., K], weights are [N, K]."""
+"""torch ops qvl::gemv, qvl::gemv_swiglu and their quantised twins; inference only. x is [..., K], weights
+are [N, K].
+"""
 
 import torch
 
@@ -27,14 +29,16 @@ gemv_swiglu_op = register(
 )
 
 quantized_gemv_op = register(
-    "quantized_gemv(Tensor x, Tensor values, Tensor scales, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual) -> Tensor",
+    "quantized_gemv(Tensor x, Tensor values, Tensor scales, Tensor? bias, Tensor? norm_weight, float eps, Tensor? "
+    "residual) -> Tensor",
     cpu=reference.quantized_gemv_reference,
     triton="qvl_kernels.gemv.launch:launch_quantized_gemv",
     fake=_fake,
 )
 
 quantized_gemv_swiglu_op = register(
-    "quantized_gemv_swiglu(Tensor x, Tensor gate_values, Tensor gate_scales, Tensor up_values, Tensor up_scales, Tensor? norm_weight,"
+    "quantized_gemv_swiglu(Tensor x, Tensor gate_values, Tensor gate_scales, Tensor up_values, Tensor up_scales, "
+    "Tensor? norm_weight,"
     " float eps) -> Tensor",
     cpu=reference.quantized_gemv_swiglu_reference,
     triton="qvl_kernels.gemv.launch:launch_quantized_gemv_swiglu",

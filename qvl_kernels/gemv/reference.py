@@ -15,9 +15,13 @@ def _normed(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.T
 
 
 def gemv_reference(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm_weight: torch.Tensor | None, eps: float,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
     residual: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     y = torch.nn.functional.linear(_normed(x, norm_weight, eps), weight, bias)
     return y if residual is None else y + residual
 
@@ -34,14 +38,26 @@ def _wide(values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> torch.
 
 
 def quantized_gemv_reference(
-    x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, norm_weight: torch.Tensor | None,
-    eps: float, residual: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
     return gemv_reference(x, _wide(values, scales, x), bias, norm_weight, eps, residual)
 
 
 def quantized_gemv_swiglu_reference(
-    x: torch.Tensor, gate_values: torch.Tensor, gate_scales: torch.Tensor, up_values: torch.Tensor, up_scales: torch.Tensor,
-    norm_weight: torch.Tensor | None, eps: float,
-) -> torch.Tensor:  # fmt: skip
-    return gemv_swiglu_reference(x, _wide(gate_values, gate_scales, x), _wide(up_values, up_scales, x), norm_weight, eps)
+    x: torch.Tensor,
+    gate_values: torch.Tensor,
+    gate_scales: torch.Tensor,
+    up_values: torch.Tensor,
+    up_scales: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    return gemv_swiglu_reference(
+        x, _wide(gate_values, gate_scales, x), _wide(up_values, up_scales, x), norm_weight, eps
+    )

@@ -1,7 +1,7 @@
 """3 to 16 rows times a weight on the tensor cores, whose smallest tile has 16 rows.
 
-A program has BLOCK_N outputs and PARTS slices of K, one per warp, multiplied as a batch and added up at the end: 1,024 outputs are
-only 64 programs, and one warp alone could not keep up with its share of the memory.
+A program has BLOCK_N outputs and PARTS slices of K, one per warp, multiplied as a batch and added up at the end: 1,024
+outputs are only 64 programs, and one warp alone could not keep up with its share of the memory.
 """
 
 import triton
@@ -14,7 +14,9 @@ __all__ = ["gemv_dot_kernel", "normalise_rows_kernel"]
 
 @triton.jit
 def _multiply(x, x_high, w, BITS: tl.constexpr):
-    """[PARTS, 16, BLOCK] times [PARTS, BLOCK_N, BLOCK] transposed; int4: low nibbles times x plus high nibbles times x_high."""
+    """[PARTS, 16, BLOCK] times [PARTS, BLOCK_N, BLOCK] transposed; int4: low nibbles times x plus high nibbles times
+    x_high.
+    """
     if BITS == 4:
         low, high = (w & 15).to(tl.int8) - 8, (w >> 4).to(tl.int8) - 8
         total = tl.dot(x, tl.trans(low.to(x.dtype), 0, 2, 1), input_precision="ieee")
@@ -25,14 +27,40 @@ def _multiply(x, x_high, w, BITS: tl.constexpr):
 
 @triton.jit
 def gemv_dot_kernel(
-    x_ptr, w_ptr, scale_ptr, up_ptr, up_scale_ptr, bias_ptr, norm_ptr, residual_ptr, y_ptr,
-    M, N, K, W_COLUMNS, eps, stride_x, stride_w, stride_scale, stride_up, stride_up_scale, stride_residual, stride_y,
-    BLOCK_N: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
-    HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    up_ptr,
+    up_scale_ptr,
+    bias_ptr,
+    norm_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    W_COLUMNS,
+    eps,
+    stride_x,
+    stride_w,
+    stride_scale,
+    stride_up,
+    stride_up_scale,
+    stride_residual,
+    stride_y,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    HAS_UP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
-):  # fmt: skip
-    """As gemv_fma_kernel, over PARTS * BLOCK columns of w at a time. int4: BLOCK columns are one group, whose scale multiplies its
-    product."""
+):
+    """As gemv_fma_kernel, over PARTS * BLOCK columns of w at a time. int4: BLOCK columns are one group, whose scale
+    multiplies its product.
+    """
     await_inputs(DEPENDENT_LAUNCH)
     rows = tl.program_id(1) * 16 + tl.arange(0, 16)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -103,7 +131,9 @@ def gemv_dot_kernel(
 
 
 @triton.jit
-def normalise_rows_kernel(x_ptr, weight_ptr, y_ptr, K, eps, stride_x, stride_y, BLOCK: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr):  # fmt: skip
+def normalise_rows_kernel(
+    x_ptr, weight_ptr, y_ptr, K, eps, stride_x, stride_y, BLOCK: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr
+):
     """y = x / sqrt(mean(x^2) + eps) * weight, one program per row."""
     await_inputs(DEPENDENT_LAUNCH)
     row = tl.program_id(0).to(tl.int64)

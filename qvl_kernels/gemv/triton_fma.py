@@ -1,8 +1,10 @@
-"""A few rows times a weight on the FMA units: each thread loads 16 bytes of a weight row at a time and keeps its own sums.
+"""A few rows times a weight on the FMA units: each thread loads 16 bytes of a weight row at a time and keeps its own
+sums.
 
-Tiles are [BLOCKS, VECTOR]: BLOCKS loads of 16 bytes. A thread owns whole blocks, so that sums over VECTOR stay inside it and the
-only exchange between threads is one reduction at the end. Rows of the weight are Python tuples, unrolled: BLOCK_N loads are in
-flight together. AHEAD: the next ones are under way while these are multiplied, and the first do not wait for the kernel that makes x.
+Tiles are [BLOCKS, VECTOR]: BLOCKS loads of 16 bytes. A thread owns whole blocks, so that sums over VECTOR stay inside
+it and the only exchange between threads is one reduction at the end. Rows of the weight are Python tuples, unrolled:
+BLOCK_N loads are in flight together. AHEAD: the next ones are under way while these are multiplied, and the first do
+not wait for the kernel that makes x.
 """
 
 import triton
@@ -40,12 +42,36 @@ def _halve(parts):
 
 @triton.jit
 def finish_rows(
-    accs, squares, scale_ptr, up_scale_ptr, bias_ptr, residual_ptr, y_ptr, row0, first, M, N, K, eps,
-    stride_scale, stride_up_scale, stride_residual, stride_y,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BITS: tl.constexpr, HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, COUNT: tl.constexpr, ROW_COUNT: tl.constexpr,
-):  # fmt: skip
-    """Adds up each thread's part and stores the outputs. accs: per row of x BLOCK_N sums of w, then those of up; squares: one a row."""
+    accs,
+    squares,
+    scale_ptr,
+    up_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    row0,
+    first,
+    M,
+    N,
+    K,
+    eps,
+    stride_scale,
+    stride_up_scale,
+    stride_residual,
+    stride_y,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BITS: tl.constexpr,
+    HAS_UP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    COUNT: tl.constexpr,
+    ROW_COUNT: tl.constexpr,
+):
+    """Adds up each thread's part and stores the outputs. accs: per row of x BLOCK_N sums of w, then those of up;
+    squares: one a row.
+    """
     WEIGHT_ROWS: tl.constexpr = 2 * BLOCK_N if HAS_UP else BLOCK_N
     zero = tl.zeros([accs[0].shape[0]], tl.float32)
     index = tl.arange(0, COUNT)  # [COUNT], output i of row r at r * BLOCK_N + i
@@ -76,8 +102,17 @@ def finish_rows(
 
 @triton.jit
 def _weights(
-    w_ptr, up_ptr, stride_w, stride_up, first, k, N, K, BLOCK_N: tl.constexpr, WEIGHT_ROWS: tl.constexpr,
-):  # fmt: skip
+    w_ptr,
+    up_ptr,
+    stride_w,
+    stride_up,
+    first,
+    k,
+    N,
+    K,
+    BLOCK_N: tl.constexpr,
+    WEIGHT_ROWS: tl.constexpr,
+):
     """Columns k of BLOCK_N rows of w, then of up; zeros from column K on."""
     weights = ()
     for i in tl.static_range(WEIGHT_ROWS):
@@ -91,16 +126,46 @@ def _weights(
 
 @triton.jit
 def gemv_fma_kernel(
-    x_ptr, w_ptr, scale_ptr, up_ptr, up_scale_ptr, bias_ptr, norm_ptr, residual_ptr, y_ptr,
-    M, N, K, W_COLUMNS, eps, stride_x, stride_w, stride_scale, stride_up, stride_up_scale, stride_residual, stride_y,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, VECTOR: tl.constexpr, BITS: tl.constexpr,
-    HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    COUNT: tl.constexpr, ROW_COUNT: tl.constexpr, AHEAD: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
-):  # fmt: skip
-    """y = norm(x) w^T + bias + residual, or silu(norm(x) w^T) * (norm(x) up^T); norm(x) = x / sqrt(mean(x^2) + eps) * weight.
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    up_ptr,
+    up_scale_ptr,
+    bias_ptr,
+    norm_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    W_COLUMNS,
+    eps,
+    stride_x,
+    stride_w,
+    stride_scale,
+    stride_up,
+    stride_up_scale,
+    stride_residual,
+    stride_y,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BITS: tl.constexpr,
+    HAS_UP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    COUNT: tl.constexpr,
+    ROW_COUNT: tl.constexpr,
+    AHEAD: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
+):
+    """y = norm(x) w^T + bias + residual, or silu(norm(x) w^T) * (norm(x) up^T); norm(x) = x / sqrt(mean(x^2) + eps) *
+    weight.
 
-    The factor of the norm is one number per row: it multiplies the finished sums, so x is read once. BITS is 8 for int8 weights,
-    whose scale per output does the same, else 0.
+    The factor of the norm is one number per row: it multiplies the finished sums, so x is read once. BITS is 8 for int8
+    weights, whose scale per output does the same, else 0.
     """
     row0 = tl.program_id(1) * ROWS
     first = tl.program_id(0) * BLOCK_N
@@ -117,7 +182,9 @@ def gemv_fma_kernel(
         mask = k < K
         if AHEAD:
             weights = following
-            following = _weights(w_ptr, up_ptr, stride_w, stride_up, first, k + BLOCKS * VECTOR, N, K, BLOCK_N, WEIGHT_ROWS)
+            following = _weights(
+                w_ptr, up_ptr, stride_w, stride_up, first, k + BLOCKS * VECTOR, N, K, BLOCK_N, WEIGHT_ROWS
+            )
         else:
             weights = _weights(w_ptr, up_ptr, stride_w, stride_up, first, k, N, K, BLOCK_N, WEIGHT_ROWS)
         if HAS_NORM:
@@ -136,10 +203,33 @@ def gemv_fma_kernel(
         if HAS_NORM:
             squares = new_squares
     finish_rows(
-        accs, squares, scale_ptr, up_scale_ptr, bias_ptr, residual_ptr, y_ptr, row0, first, M, N, K, eps,
-        stride_scale, stride_up_scale, stride_residual, stride_y,
-        ROWS, BLOCK_N, BITS, HAS_UP, HAS_BIAS, HAS_NORM, HAS_RESIDUAL, COUNT, ROW_COUNT,
-    )  # fmt: skip
+        accs,
+        squares,
+        scale_ptr,
+        up_scale_ptr,
+        bias_ptr,
+        residual_ptr,
+        y_ptr,
+        row0,
+        first,
+        M,
+        N,
+        K,
+        eps,
+        stride_scale,
+        stride_up_scale,
+        stride_residual,
+        stride_y,
+        ROWS,
+        BLOCK_N,
+        BITS,
+        HAS_UP,
+        HAS_BIAS,
+        HAS_NORM,
+        HAS_RESIDUAL,
+        COUNT,
+        ROW_COUNT,
+    )
 
 
 @triton.jit

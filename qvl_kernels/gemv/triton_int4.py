@@ -1,8 +1,9 @@
-"""One or two 16-bit rows times an int4 weight on the FMA units, with three instructions per weight: mask, convert, multiply-add.
+"""One or two 16-bit rows times an int4 weight on the FMA units, with three instructions per weight: mask, convert,
+multiply-add.
 
-At the memory bandwidth of an H100 a processor gets 29 int4 weights a cycle and has 128 instruction slots. So nibbles are taken
-from 32-bit words where they lie: nibble j of a word is an integer 16^j times too large, and x is divided by 16^j instead, once for
-all outputs of the program. Of the 8 in every nibble the sum of x takes care, once per block.
+At the memory bandwidth of an H100 a processor gets 29 int4 weights a cycle and has 128 instruction slots. So nibbles
+are taken from 32-bit words where they lie: nibble j of a word is an integer 16^j times too large, and x is divided by
+16^j instead, once for all outputs of the program. Of the 8 in every nibble the sum of x takes care, once per block.
 """
 
 import triton
@@ -15,22 +16,51 @@ __all__ = ["gemv_int4_kernel"]
 
 
 @triton.jit
-def _number(word, I: tl.constexpr, dtype: tl.constexpr):
-    """Number I of the four 16-bit ones in a 64-bit word, as fp32."""
-    return (word >> (16 * I)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+def _number(word, INDEX: tl.constexpr, dtype: tl.constexpr):
+    """Number INDEX of the four 16-bit ones in a 64-bit word, as fp32."""
+    return (word >> (16 * INDEX)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def gemv_int4_kernel(
-    x_ptr, w_ptr, scale_ptr, up_ptr, up_scale_ptr, bias_ptr, norm_ptr, residual_ptr, y_ptr,
-    M, N, K, W_COLUMNS, eps, stride_x, stride_w, stride_scale, stride_up, stride_up_scale, stride_residual, stride_y,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
-    HAS_UP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    COUNT: tl.constexpr, ROW_COUNT: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
-):  # fmt: skip
-    """As gemv_fma_kernel. w is int32 [N, W_COLUMNS]; x and the norm's weight are int64, K words of four numbers; y has their dtype.
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    up_ptr,
+    up_scale_ptr,
+    bias_ptr,
+    norm_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    W_COLUMNS,
+    eps,
+    stride_x,
+    stride_w,
+    stride_scale,
+    stride_up,
+    stride_up_scale,
+    stride_residual,
+    stride_y,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GROUP_BLOCKS: tl.constexpr,
+    HAS_UP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    COUNT: tl.constexpr,
+    ROW_COUNT: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
+):
+    """As gemv_fma_kernel. w is int32 [N, W_COLUMNS]; x and the norm's weight are int64, K words of four numbers; y has
+    their dtype.
 
-    A block is 32 inputs in 4 words: byte i of word q holds inputs 4 q + i and 16 + 4 q + i. GROUP_BLOCKS of them share a scale.
+    A block is 32 inputs in 4 words: byte i of word q holds inputs 4 q + i and 16 + 4 q + i. GROUP_BLOCKS of them share
+    a scale.
     """
     await_inputs(DEPENDENT_LAUNCH)
     row0 = tl.program_id(1) * ROWS
@@ -88,7 +118,30 @@ def gemv_int4_kernel(
         if HAS_NORM:
             squares = new_squares
     finish_rows(
-        accs, squares, scale_ptr, up_scale_ptr, bias_ptr, residual_ptr, y_ptr, row0, first, M, N, K * 4, eps,
-        stride_scale, stride_up_scale, stride_residual, stride_y,
-        ROWS, BLOCK_N, 4, HAS_UP, HAS_BIAS, HAS_NORM, HAS_RESIDUAL, COUNT, ROW_COUNT,
-    )  # fmt: skip
+        accs,
+        squares,
+        scale_ptr,
+        up_scale_ptr,
+        bias_ptr,
+        residual_ptr,
+        y_ptr,
+        row0,
+        first,
+        M,
+        N,
+        K * 4,
+        eps,
+        stride_scale,
+        stride_up_scale,
+        stride_residual,
+        stride_y,
+        ROWS,
+        BLOCK_N,
+        4,
+        HAS_UP,
+        HAS_BIAS,
+        HAS_NORM,
+        HAS_RESIDUAL,
+        COUNT,
+        ROW_COUNT,
+    )

@@ -1,9 +1,10 @@
-"""Weight formats: how int8 and int4 weights are stored. One layout for every backend, for decode and prefill, on disk and in memory.
+"""Weight formats: how int8 and int4 weights are stored. One layout for every backend, for decode and prefill, on disk
+and in memory.
 
 int8  symmetric, one fp32 scale per output row: w[n, k] = scales[n, 0] * values[n, k], values int8 in [-127, 127].
-int4  symmetric, one bf16 scale per row and group of ``group`` inputs (32, 64 or 128): w[n, k] = scales[n, k // group] * (nibble - 8),
-      nibbles in [0, 15]. In each block of 32 inputs, byte j of 16 holds input j in its low and input j + 16 in its high nibble.
-      K is padded with zeros to a whole number of groups.
+int4  symmetric, one bf16 scale per row and group of ``group`` inputs (32, 64 or 128): w[n, k] = scales[n, k // group] *
+      (nibble - 8), nibbles in [0, 15]. In each block of 32 inputs, byte j of 16 holds input j in its low and input j +
+      16 in its high nibble. K is padded with zeros to a whole number of groups.
 
 On the CPU activations are rounded to int8 too, one scale per row and group of inputs: see ``quantize_activations``.
 """
@@ -15,15 +16,27 @@ import torch
 from qvl_kernels import checks, pages
 
 __all__ = [
-    "GROUPS", "INT8_ACTIVATION_GROUP", "QuantizedWeight", "check_weight", "dequantize", "quantize", "quantize_activations", "rounded_activations",
-]  # fmt: skip
+    "GROUPS",
+    "INT8_ACTIVATION_GROUP",
+    "QuantizedWeight",
+    "check_weight",
+    "dequantize",
+    "quantize",
+    "quantize_activations",
+    "rounded_activations",
+]
 
 GROUPS = (32, 64, 128)
 INT8_ACTIVATION_GROUP = 128  # activations per scale with int8 weights; as csrc/cpu/kernel_table.h
 TINY_ACTIVATION = 1e-30  # groups that stay below are zeros
 BLOCK = 32
 CHUNK = 1 << 18  # elements widened at once: no wide copy of a large weight is made, and these stay in the caches
-SHRINKS = (0.8, 0.87, 0.94, 1.0)  # int4 ranges tried: 16 of them, from 0.6 to 1.15, would lower the error by another 1 %
+SHRINKS = (
+    0.8,
+    0.87,
+    0.94,
+    1.0,
+)  # int4 ranges tried: 16 of them, from 0.6 to 1.15, would lower the error by another 1 %
 
 
 class QuantizedWeight(NamedTuple):
@@ -46,13 +59,17 @@ class QuantizedWeight(NamedTuple):
 def quantize(weight: torch.Tensor, bits: int, group: int = 64) -> QuantizedWeight:
     """Rounds a floating-point weight [N, K] to ``bits`` (8 or 4), 4 in groups of ``group`` inputs.
 
-    Raises: TypeError for what is no tensor or int; ValueError for other bits, groups or shapes, and for weights that are not finite.
+    Raises: TypeError for what is no tensor or int; ValueError for other bits, groups or shapes, and for weights that
+    are not finite.
     Example:
         >>> quantized = quantize(torch.randn(10, 64), bits=4, group=32)
     """
     checks.check_kind("quantize", "weight", weight)
     if weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
-        raise ValueError(f"quantize: weight must be a floating-point matrix [N, K] that holds values, got {weight.dtype} {tuple(weight.shape)}")
+        raise ValueError(
+            f"quantize: weight must be a floating-point matrix [N, K] that holds values, got {weight.dtype} "
+            f"{tuple(weight.shape)}"
+        )
     if checks.check_int("quantize", "bits", bits, -(2**63)) not in (8, 4):
         raise ValueError(f"quantize: bits must be 8 or 4, got {bits}")
     if checks.check_int("quantize", "group", group, 1) not in GROUPS and bits == 4:
@@ -60,8 +77,12 @@ def quantize(weight: torch.Tensor, bits: int, group: int = 64) -> QuantizedWeigh
     weight = weight.detach()  # its rounded values are constants
     rows, size = weight.shape
     padded = -(-size // group) * group
-    values = pages.empty(weight, *(((rows, size), torch.int8) if bits == 8 else ((rows, padded // 2), torch.uint8)), shared=True)
-    scales = pages.empty(weight, *(((rows, 1), torch.float32) if bits == 8 else ((rows, padded // group), torch.bfloat16)), shared=True)
+    values = pages.empty(
+        weight, *(((rows, size), torch.int8) if bits == 8 else ((rows, padded // 2), torch.uint8)), shared=True
+    )
+    scales = pages.empty(
+        weight, *(((rows, 1), torch.float32) if bits == 8 else ((rows, padded // group), torch.bfloat16)), shared=True
+    )
     step = max(1, CHUNK // max(1, size))
     for begin in range(0, rows, step):
         piece = slice(begin, begin + step)
@@ -92,10 +113,12 @@ def _int4(wide: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _least_squares(unit: torch.Tensor) -> torch.Tensor:
-    """The factor of each group's scale that leaves the least squared error; ``unit`` [..., group] is in units of the scale.
+    """The factor of each group's scale that leaves the least squared error; ``unit`` [..., group] is in units of the
+    scale.
 
-    Rounded with each scale of SHRINKS, which clips the few largest, a group's best scale for the resulting integers q is
-    <w, q> / <q, q>, and its error |w|^2 - <w, q>^2 / <q, q>        [range by squared error: arXiv:2106.08295, section 3.1]
+    Rounded with each scale of SHRINKS, which clips the few largest, a group's best scale for the resulting integers q
+    is <w, q> / <q, q>, and its error |w|^2 - <w, q>^2 / <q, q>        [range by squared error: arXiv:2106.08295,
+    section 3.1]
     """
     best, factors = torch.zeros_like(unit[..., 0]), torch.ones_like(unit[..., 0])
     for shrink in SHRINKS:
@@ -135,8 +158,8 @@ def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -
 def quantize_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., K] as int8 [..., K padded to whole groups] and fp32 scales [..., groups]: what the CPU kernels multiply.
 
-    scale = max |x| / 127 of each group, values = round(x * 127 / max |x|). A group with an element that is not finite gets the
-    scale NaN, one below 1e-30 is zeros. Groups keep an outlier from coarsening more than its neighbours.
+    scale = max |x| / 127 of each group, values = round(x * 127 / max |x|). A group with an element that is not finite
+    gets the scale NaN, one below 1e-30 is zeros. Groups keep an outlier from coarsening more than its neighbours.
 
     Raises: TypeError or ValueError for what is no floating-point tensor of at least 1 input, or a group below 1.
     Example:
@@ -164,15 +187,17 @@ def rounded_activations(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tenso
     checks.check_tensor("rounded_activations", "x", x)
     check_weight("rounded_activations", weight, x.device)
     if x.shape[-1:] != (weight.in_features,):
-        raise ValueError(f"rounded_activations: x must have the {weight.in_features} inputs of weight, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"rounded_activations: x must have the {weight.in_features} inputs of weight, got shape {tuple(x.shape)}"
+        )
     group = INT8_ACTIVATION_GROUP if weight.bits == 8 else weight.group
     values, scales = quantize_activations(x, group)
     return (values.unflatten(-1, (-1, group)) * scales[..., None]).flatten(-2)[..., : x.shape[-1]]
 
 
 def check_weight(op: str, weight: object, device: torch.device | None = None) -> None:
-    """TypeError or ValueError unless ``weight`` is a well-formed QuantizedWeight of 1 input at least, on ``device`` if one is given; its
-    rows may be strided.
+    """TypeError or ValueError unless ``weight`` is a well-formed QuantizedWeight of 1 input at least, on ``device`` if
+    one is given; its rows may be strided.
 
     Example:
         >>> check_weight("my_layer", quantize(torch.randn(10, 64), bits=8), torch.device("cpu"))
@@ -186,11 +211,15 @@ def check_weight(op: str, weight: object, device: torch.device | None = None) ->
 
 def _check_format(op: str, weight: object, device: torch.device | None, least: int) -> None:
     if not isinstance(weight, QuantizedWeight):
-        raise TypeError(f"{op}: weight must be a quant.QuantizedWeight, got {type(weight).__name__}; see quant.quantize")
+        raise TypeError(
+            f"{op}: weight must be a quant.QuantizedWeight, got {type(weight).__name__}; see quant.quantize"
+        )
     values, scales, size = weight
     # float64 scales are the tests' truth and taken by the reference only
     checks.check_dtype(op, "weight.values", values, torch.int8, torch.uint8)
-    checks.check_dtype(op, "weight.scales", scales, torch.float32 if values.dtype == torch.int8 else torch.bfloat16, torch.float64)
+    checks.check_dtype(
+        op, "weight.scales", scales, torch.float32 if values.dtype == torch.int8 else torch.bfloat16, torch.float64
+    )
     for name, part in (("weight.values", values), ("weight.scales", scales)):
         if part.dim() != 2:
             raise ValueError(f"{op}: {name} must be a matrix, got shape {tuple(part.shape)}")
@@ -201,10 +230,15 @@ def _check_format(op: str, weight: object, device: torch.device | None, least: i
         checks.check_shape(op, "weight.scales", scales, (values.shape[0], 1))
     else:
         count, padded = scales.shape[1], 2 * values.shape[1]
-        fits = any(count * group == padded and padded - group < size <= padded for group in GROUPS) if size else padded == count == 0
+        fits = (
+            any(count * group == padded and padded - group < size <= padded for group in GROUPS)
+            if size
+            else padded == count == 0
+        )
         if scales.shape[0] != values.shape[0] or not fits:
             raise ValueError(
-                f"{op}: int4 values {tuple(values.shape)} and scales {tuple(scales.shape)} do not describe rows of {size}"
+                f"{op}: int4 values {tuple(values.shape)} and scales {tuple(scales.shape)} do not describe rows of "
+                f"{size}"
                 f" inputs in groups of {', '.join(map(str, GROUPS))}"
             )
     checks.check_last_contiguous(op, values=values, scales=scales)

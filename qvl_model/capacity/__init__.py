@@ -4,9 +4,9 @@
     >>> report = capacity.verify(model, "qwen3-vl-2b")     # CapacityError names every module that is not as specified
     >>> print(report)
 
-The specification is a config: the model that it describes is built without memory (on the meta device) and compared with the
-model at hand, module by module. Then the weights are read once: NaN is found, and heads, rows and columns that are zero or next to it are pruned.
-Accelerated, quantised and sharded models are taken as they are.
+The specification is a config: the model that it describes is built without memory (on the meta device) and compared
+with the model at hand, module by module. Then the weights are read once: NaN is found, and heads, rows and columns that
+are zero or next to it are pruned. Accelerated, quantised and sharded models are taken as they are.
 """
 
 from torch import nn
@@ -14,18 +14,29 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig
 
 from qvl_model.capacity import structure, weights
-from qvl_model.capacity.spec import SPECS, CapacitySpec, innermost
 from qvl_model.capacity.report import CapacityError, CapacityReport, Violation
+from qvl_model.capacity.spec import SPECS, CapacitySpec, innermost
 from qvl_model.capacity.weights import check_finite, not_finite, weight_of
 
 __all__ = [
-    "SPECS", "CapacityError", "CapacityReport", "CapacitySpec", "Violation", "check_finite", "examine", "not_finite", "verify", "weight_of",
-]  # fmt: skip
+    "SPECS",
+    "CapacityError",
+    "CapacityReport",
+    "CapacitySpec",
+    "Violation",
+    "check_finite",
+    "examine",
+    "not_finite",
+    "verify",
+    "weight_of",
+]
 
 Spec = CapacitySpec | PreTrainedConfig | str | None
 
 
-def examine(model: nn.Module, spec: Spec = None, *, training: bool = False, optimizer: Optimizer | None = None) -> CapacityReport:
+def examine(
+    model: nn.Module, spec: Spec = None, *, training: bool = False, optimizer: Optimizer | None = None
+) -> CapacityReport:
     """What ``verify`` finds, without raising. Arguments as there."""
     if hasattr(model, "get_base_model"):
         raise TypeError("capacity: the model carries adapters (PEFT); merge them first: model.merge_and_unload()")
@@ -38,20 +49,24 @@ def examine(model: nn.Module, spec: Spec = None, *, training: bool = False, opti
     return report
 
 
-def verify(model: nn.Module, spec: Spec = None, *, training: bool = False, optimizer: Optimizer | None = None) -> CapacityReport:
+def verify(
+    model: nn.Module, spec: Spec = None, *, training: bool = False, optimizer: Optimizer | None = None
+) -> CapacityReport:
     """Checks that nothing of the model was removed, pruned, shared, replaced or (in training) frozen.
 
-    Checked are: layer and head counts; the class, sizes, factors and parameter shapes of every module; the number of parameters;
-    that no parameter or buffer holds NaN or Inf; that no attention head, row (of a vocabulary too) or column of a weight is zero, or
-    so small beside the others (a millionth of their median) that it does nothing; that no weight is constant and no gate closed;
-    that no two layers or weights are one and the same; and, with ``training``, that every parameter asks for a gradient and is known
-    to the optimizer. Rows of padding, and up to a hundredth of a vocabulary at its end, may be empty.
+    Checked are: layer and head counts; the class, sizes, factors and parameter shapes of every module; the number of
+    parameters; that no parameter or buffer holds NaN or Inf; that no attention head, row (of a vocabulary too) or
+    column of a weight is zero, or so small beside the others (a millionth of their median) that it does nothing; that
+    no weight is constant and no gate closed; that no two layers or weights are one and the same; and, with
+    ``training``, that every parameter asks for a gradient and is known to the optimizer. Rows of padding, and up to a
+    hundredth of a vocabulary at its end, may be empty.
 
     Args:
-        model: Qwen3-VL or QVL (with or without its head), stock, accelerated, quantised, inside DDP, or sharded by FSDP2 (then
-            every rank must call this, since weights are gathered one by one). On the meta device only the structure is checked.
-        spec: what the model must be: a name from ``SPECS``, a config, or a CapacitySpec. None takes the model's own config,
-            which cannot notice layers that were removed from the config as well.
+        model: Qwen3-VL or QVL (with or without its head), stock, accelerated, quantised, inside DDP, or sharded by
+            FSDP2 (then every rank must call this, since weights are gathered one by one). On the meta device only the
+            structure is checked.
+        spec: what the model must be: a name from ``SPECS``, a config, or a CapacitySpec. None takes the model's own
+            config, which cannot notice layers that were removed from the config as well.
         training: also check that every parameter is trained.
         optimizer: the optimizer that must hold every parameter (only with ``training``).
     Returns:

@@ -43,7 +43,10 @@ class CapacityReport:
 
     def __str__(self) -> str:
         lines = [f"{self.model} against {self.spec}"]
-        lines += [f"  {name:32} {value:,}" if isinstance(value, int) else f"  {name:32} {value}" for name, value in self.facts.items()]
+        lines += [
+            f"  {name:32} {value:,}" if isinstance(value, int) else f"  {name:32} {value}"
+            for name, value in self.facts.items()
+        ]
         lines.append("capacity is complete" if self.ok else _listed(self.violations))
         return "\n".join(lines)
 

@@ -25,19 +25,41 @@ def qwen3_vl_2b() -> Qwen3VLConfig:
     """The published sizes of Qwen3-VL-2B-Instruct: 2,127,532,032 parameters."""
     return Qwen3VLConfig(
         text_config=dict(
-            hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-            head_dim=128, vocab_size=151936, tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+            hidden_size=2048,
+            intermediate_size=6144,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=151936,
+            tie_word_embeddings=True,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
         ),
         vision_config=dict(
-            depth=24, hidden_size=1024, num_heads=16, intermediate_size=4096, patch_size=16, temporal_patch_size=2,
-            spatial_merge_size=2, out_hidden_size=2048, deepstack_visual_indexes=[5, 11, 17], num_position_embeddings=2304,
+            depth=24,
+            hidden_size=1024,
+            num_heads=16,
+            intermediate_size=4096,
+            patch_size=16,
+            temporal_patch_size=2,
+            spatial_merge_size=2,
+            out_hidden_size=2048,
+            deepstack_visual_indexes=[5, 11, 17],
+            num_position_embeddings=2304,
         ),
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
 
 
-SPECS: dict[str, Callable[[], PreTrainedConfig]] = {"qwen3-vl-2b": qwen3_vl_2b, "qvl-2b": lambda: QVLConfig.from_preset("qvl-2b")}
+SPECS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "qwen3-vl-2b": qwen3_vl_2b,
+    "qvl-2b": lambda: QVLConfig.from_preset("qvl-2b"),
+}
 
 
 def innermost(model: nn.Module) -> nn.Module:
@@ -61,8 +83,8 @@ class CapacitySpec:
 
     Attributes:
         name: how messages call it.
-        modules: module name -> (class, sizes): whole-number attributes such as num_heads, factors such as an attention's scaling, and
-            how many entries a list has.
+        modules: module name -> (class, sizes): whole-number attributes such as num_heads, factors such as an
+            attention's scaling, and how many entries a list has.
         parameters: parameter name -> shape; a shared tensor is listed under each of its names.
         shared: parameter name -> the first name of the tensor, for those that share one by design (tied embeddings).
         count: number of parameters, each tensor once.
@@ -79,7 +101,8 @@ class CapacitySpec:
         """The specification that a name of ``SPECS``, a config or a specification stands for.
 
         Args:
-            model_class: class of the model that is to be compared (with a head or without); None takes the one with a head.
+            model_class: class of the model that is to be compared (with a head or without); None takes the one with a
+                head.
         Raises: ValueError for an unknown name; TypeError for a config that does not fit the class.
         """
         if isinstance(spec, CapacitySpec):
@@ -87,18 +110,25 @@ class CapacitySpec:
         name = "its own config"
         if isinstance(spec, str):
             if spec not in SPECS:
-                raise ValueError(f"capacity: unknown specification {spec!r}; known are {', '.join(SPECS)}, or give a config")
+                raise ValueError(
+                    f"capacity: unknown specification {spec!r}; known are {', '.join(SPECS)}, or give a config"
+                )
             name, spec = spec, SPECS[spec]()
         return cls.from_config(spec, model_class, name)
 
     @classmethod
-    def from_config(cls, config: PreTrainedConfig, model_class: type | None = None, name: str = "its config") -> "CapacitySpec":
+    def from_config(
+        cls, config: PreTrainedConfig, model_class: type | None = None, name: str = "its config"
+    ) -> "CapacitySpec":
         """Builds the model that ``config`` describes, without memory, and writes down what is in it."""
         if model_class is None:
             model_class = AutoModelForImageTextToText._model_mapping[type(config)]
         model_class = _defining_class(model_class)
         if not isinstance(config, model_class.config_class):
-            raise TypeError(f"capacity: {model_class.__name__} is described by {model_class.config_class.__name__}, got {type(config).__name__}")
+            raise TypeError(
+                f"capacity: {model_class.__name__} is described by {model_class.config_class.__name__}, got "
+                f"{type(config).__name__}"
+            )
         with torch.device("meta"):
             model = model_class(copy.deepcopy(config))
         parameters, shared, first = {}, {}, {}

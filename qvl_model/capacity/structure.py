@@ -18,7 +18,9 @@ def compare(model: nn.Module, spec: CapacitySpec) -> CapacityReport:
     _compare_parameters(model, spec, report, wrong)
     _find_sharing(model, spec, report)
     _count(model, spec, report)
-    report.violations.sort(key=lambda violation: violation.module != "" and "entries" not in violation.problem)  # totals first
+    report.violations.sort(
+        key=lambda violation: violation.module != "" and "entries" not in violation.problem
+    )  # totals first
     return report
 
 
@@ -96,7 +98,11 @@ def _find_sharing(model: nn.Module, spec: CapacitySpec, report: CapacityReport) 
     first: dict[int, str] = {}
     repeated: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        if any(True for _ in module.parameters()) and first.setdefault(id(module), name) != name and not _inside(name, repeated):
+        if (
+            any(True for _ in module.parameters())
+            and first.setdefault(id(module), name) != name
+            and not _inside(name, repeated)
+        ):
             repeated.add(name)
             report.add(name, f"is the same module as {first[id(module)]}")
     owners: dict[tuple, str] = {}
@@ -131,7 +137,11 @@ def _count(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> None
 
 def check_trainable(model: nn.Module, report: CapacityReport, optimizer: Optimizer | None) -> None:
     """Every parameter asks for a gradient, and the optimizer (if given) holds it."""
-    held = None if optimizer is None else {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    held = (
+        None
+        if optimizer is None
+        else {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    )
     for name, parameter in model.named_parameters():
         owner, _, own_name = name.rpartition(".")
         if not parameter.requires_grad:

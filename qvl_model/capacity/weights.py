@@ -1,4 +1,6 @@
-"""The weights themselves: NaN; heads, rows and columns that are zero or next to it; constant weights; layers that repeat another one."""
+"""The weights themselves: NaN; heads, rows and columns that are zero or next to it; constant weights; layers that
+repeat another one.
+"""
 
 import math
 import re
@@ -13,7 +15,8 @@ from qvl_model.capacity.spec import CapacitySpec, heads_of
 __all__ = ["check_finite", "is_finite", "is_packed", "not_finite", "read", "shape_of", "storage_of", "weight_of"]
 
 _CHUNK = 1 << 24  # elements looked at in one piece, so that no second copy of an embedding is made
-_LIVE = 1e-6  # of the median of its kind, or of 1 for a gate: what is smaller does nothing. Decay in training does not get there
+# of the median of its kind, or of 1 for a gate: what is smaller does nothing. Decay in training does not get there
+_LIVE = 1e-6
 _FLOOR = 1e-12  # largest absolute value of a weight that is dead whatever the others are
 _UNUSED = 0.01  # share of a vocabulary that may stand empty at its end
 # Projections of attention modules: how many heads one row block (or, for the output, column block) belongs to.
@@ -35,7 +38,8 @@ def shape_of(module: nn.Linear | nn.Embedding) -> tuple[int, int]:
 
 
 def weight_of(linear: nn.Module) -> Tensor | None:
-    """The weight of a module as a plain tensor: gathered if it is sharded, dequantised if it is packed; None without values.
+    """The weight of a module as a plain tensor: gathered if it is sharded, dequantised if it is packed; None without
+    values.
 
     Example:
         >>> weight_of(model.lm_head).shape
@@ -85,11 +89,14 @@ def not_finite(model: nn.Module) -> list[str]:
 
 
 def check_finite(model: nn.Module, source: object) -> None:
-    """Raises ValueError, naming ``source``, if a parameter or buffer holds NaN or Inf: what follows would be noise or NaN itself."""
+    """Raises ValueError, naming ``source``, if a parameter or buffer holds NaN or Inf: what follows would be noise or
+    NaN itself.
+    """
     names = not_finite(model)
     if names:
         raise ValueError(
-            f"{source} holds NaN or Inf in {len(names)} of the model's weights, such as {min(names)}; it is damaged, or was saved after "
+            f"{source} holds NaN or Inf in {len(names)} of the model's weights, such as {min(names)}; it is "
+            f"damaged, or was saved after "
             "training went wrong: take an earlier or another copy"
         )
 
@@ -114,11 +121,18 @@ def read(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> None:
                 continue
             if values.numel() == 0:
                 continue
-            matrix = values.reshape(values.shape[0], -1) if own_name == "weight" and values.dim() > 1 else values.reshape(-1, values.shape[-1])
+            matrix = (
+                values.reshape(values.shape[0], -1)
+                if own_name == "weight" and values.dim() > 1
+                else values.reshape(-1, values.shape[-1])
+            )
             rows, columns = _magnitudes(matrix)
             broken = int((~rows.isfinite()).sum())
             if broken:
-                report.add(name, f"{own_name} holds NaN or Inf" + (f" in {broken} of {len(rows)} rows" if values.dim() > 1 else ""))
+                report.add(
+                    name,
+                    f"{own_name} holds NaN or Inf" + (f" in {broken} of {len(rows)} rows" if values.dim() > 1 else ""),
+                )
                 continue
             size = rows.max().item()
             if own_name == "gate":
@@ -128,7 +142,9 @@ def read(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> None:
             if values.dim() < 2 or size <= _FLOOR:
                 continue
             if own_name == "weight":
-                _check_lines(name, module, modules.get(name.rpartition(".")[0]), rows, columns, report, packed=parameter is None)
+                _check_lines(
+                    name, module, modules.get(name.rpartition(".")[0]), rows, columns, report, packed=parameter is None
+                )
             else:  # learned positions and queries: their channels come last
                 for what, magnitudes in (("row", rows), ("channel", columns)):
                     _add_lines(name, f"{own_name}: {what}", magnitudes, report)
@@ -143,7 +159,9 @@ def read(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> None:
 
 def _check_gate(name: str, size: float, model: nn.Module, report: CapacityReport) -> None:
     begin = getattr(model.config, "cross_attention_gate_init", None)
-    if size < _LIVE and (begin is None or abs(begin) >= _LIVE):  # models may begin with closed gates, if their config says so
+    if size < _LIVE and (
+        begin is None or abs(begin) >= _LIVE
+    ):  # models may begin with closed gates, if their config says so
         report.add(name, f"its gate is closed ({size:.3g}), so its cross-attention adds nothing")
 
 
@@ -154,15 +172,26 @@ def _compare_sizes(sizes: dict[str, dict[str, float]], report: CapacityReport) -
         for name, size in names.items():
             if size <= limit:
                 owner, _, own_name = name.rpartition(".")
-                report.add(owner, f"its {own_name} is all zero" if size == 0 else f"its {own_name} is next to nothing: at most {size:.1e}")
+                report.add(
+                    owner,
+                    f"its {own_name} is all zero"
+                    if size == 0
+                    else f"its {own_name} is next to nothing: at most {size:.1e}",
+                )
 
 
 def _matrices(module: nn.Module):
-    """(name, parameter) of what is looked at: matrices, the weights of norms and the gates; (name, None) for a packed weight."""
+    """(name, parameter) of what is looked at: matrices, the weights of norms and the gates; (name, None) for a packed
+    weight.
+    """
     if is_packed(module):
         yield "weight", None
     for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.numel() and (parameter.dim() >= 2 or name == "gate" or (name == "weight" and "Norm" in type(module).__name__)):
+        if (
+            parameter is not None
+            and parameter.numel()
+            and (parameter.dim() >= 2 or name == "gate" or (name == "weight" and "Norm" in type(module).__name__))
+        ):
             yield name, parameter
 
 
@@ -186,7 +215,9 @@ def _magnitudes(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _limit(sizes: Tensor) -> float:
-    """Up to which size one of ``sizes`` is dead: a millionth of the median; where most are dead, 1e-9 of the largest."""
+    """Up to which size one of ``sizes`` is dead: a millionth of the median; where most are dead, 1e-9 of the
+    largest.
+    """
     return max(_LIVE * sizes.median().item(), _LIVE**1.5 * sizes.max().item())
 
 
@@ -197,7 +228,14 @@ def _is_constant(matrix: Tensor, rows: Tensor, columns: Tensor) -> bool:
 
 
 def _check_lines(
-    name: str, module: nn.Module, parent: nn.Module | None, rows: Tensor, columns: Tensor, report: CapacityReport, *, packed: bool
+    name: str,
+    module: nn.Module,
+    parent: nn.Module | None,
+    rows: Tensor,
+    columns: Tensor,
+    report: CapacityReport,
+    *,
+    packed: bool,
 ) -> None:
     heads = heads_of(parent) if parent is not None else None
     own_name = name.rpartition(".")[2]
@@ -209,7 +247,9 @@ def _check_lines(
         _add_lines(name, "row", _without_unused(module, rows), report)
     else:
         _add_lines(name, "output channel", rows, report)
-    if not packed:  # a column may be small beside its neighbours in every row, and round to zeros; a row has its own scale
+    if (
+        not packed
+    ):  # a column may be small beside its neighbours in every row, and round to zeros; a row has its own scale
         _add_lines(name, "input channel" if not isinstance(module, nn.Embedding) else "channel", columns, report)
 
 
@@ -226,7 +266,9 @@ def _without_unused(embedding: nn.Embedding, rows: Tensor) -> Tensor:
 
 
 def _without_dead_heads(name: str, sizes: Tensor, attention: nn.Module, what: str, report: CapacityReport) -> Tensor:
-    """Reports heads of which nothing lives; returns ``sizes`` with these no longer dead, so that they are reported once."""
+    """Reports heads of which nothing lives; returns ``sizes`` with these no longer dead, so that they are reported
+    once.
+    """
     size = attention.head_dim
     if sizes.numel() % size:
         return sizes
@@ -255,18 +297,30 @@ def _add_lines(name: str, what: str, sizes: Tensor, report: CapacityReport) -> N
         more = f" and {len(dead) - _LISTED} more" if len(dead) > _LISTED else ""
         listed = ", ".join(map(str, dead[:_LISTED]))
         many = len(dead) > 1
-        report.add(name, f"{what}{'s' if many else ''} {listed}{more} of {len(sizes)} {'are' if many else 'is'} {_how_dead(sizes[dead].max())}")
+        report.add(
+            name,
+            f"{what}{'s' if many else ''} {listed}{more} of {len(sizes)} {'are' if many else 'is'} "
+            f"{_how_dead(sizes[dead].max())}",
+        )
 
 
 def _fingerprint(matrix: Tensor) -> tuple:
     """Equal for equal matrices; equal for others only by chance."""
     rows = matrix[: min(4, matrix.shape[0])].double()
     last = matrix[-1].double()
-    return (tuple(matrix.shape), rows.sum().item(), rows.abs().sum().item(), last.sum().item(), last.square().sum().item())
+    return (
+        tuple(matrix.shape),
+        rows.sum().item(),
+        rows.abs().sum().item(),
+        last.sum().item(),
+        last.square().sum().item(),
+    )
 
 
 def _report_repeats(model: nn.Module, prints: dict[tuple, list[str]], report: CapacityReport) -> None:
-    """Weights with the same numbers as another one; a layer all of whose matrices repeat those of another is named as a whole."""
+    """Weights with the same numbers as another one; a layer all of whose matrices repeat those of another is named as a
+    whole.
+    """
     pairs = []
     for names in prints.values():
         for i, name in enumerate(names[1:], 1):

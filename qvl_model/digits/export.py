@@ -1,4 +1,6 @@
-"""Writes digits scenes as training data of ``qvl train``: ``python -m qvl_model.digits.export DIRECTORY [--rows N]``."""
+"""Writes digits scenes as training data of ``qvl train``: ``python -m qvl_model.digits.export DIRECTORY
+[--rows N]``.
+"""
 
 import argparse
 import json

@@ -1,4 +1,6 @@
-"""What differs between the digits models of the two families: class, config, image processor, pixels and their places in the text."""
+"""What differs between the digits models of the two families: class, config, image processor, pixels and their places
+in the text.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +30,8 @@ class Family:
         model: its class for generation.
         config: from the id of each special token.
         image_processor: as it is saved beside the model.
-        picture: (uint8 [32, 96, 3], bool [T]: tokens that stand for it) -> the model's inputs for it, as the processor makes them.
+        picture: (uint8 [32, 96, 3], bool [T]: tokens that stand for it) -> the model's inputs for it, as the processor
+            makes them.
         places: tokens that stand for the picture in the text.
     """
 
@@ -42,28 +45,53 @@ class Family:
 def _qwen3_vl_config(ids: dict[str, int]) -> Qwen3VLConfig:
     return Qwen3VLConfig(
         text_config={
-            "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
-            "num_key_value_heads": 3, "head_dim": 32, "vocab_size": 384, "max_position_embeddings": 2048,
+            "hidden_size": 192,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 32,
+            "vocab_size": 384,
+            "max_position_embeddings": 2048,
             "rope_parameters": {
-                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [6, 5, 5],
+                "mrope_interleaved": True,
             },
-            "tie_word_embeddings": True, "pad_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
+            "tie_word_embeddings": True,
+            "pad_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
         },
         vision_config={
-            "depth": 4, "hidden_size": 128, "num_heads": 4, "intermediate_size": 512, "patch_size": PATCH,
-            "temporal_patch_size": TEMPORAL, "spatial_merge_size": MERGE, "out_hidden_size": 192,
-            "deepstack_visual_indexes": [1], "num_position_embeddings": 64,
+            "depth": 4,
+            "hidden_size": 128,
+            "num_heads": 4,
+            "intermediate_size": 512,
+            "patch_size": PATCH,
+            "temporal_patch_size": TEMPORAL,
+            "spatial_merge_size": MERGE,
+            "out_hidden_size": 192,
+            "deepstack_visual_indexes": [1],
+            "num_position_embeddings": 64,
         },
-        tie_word_embeddings=True, image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-    )  # fmt: skip
+        tie_word_embeddings=True,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
 
 
 def _qwen3_vl_image_processor() -> Qwen2VLImageProcessorPil:
     return Qwen2VLImageProcessorPil(
-        size={"shortest_edge": SMALLEST_PICTURE, "longest_edge": 512 * 512}, patch_size=PATCH, merge_size=MERGE,
-        temporal_patch_size=TEMPORAL, image_mean=[0.5] * 3, image_std=[0.5] * 3,
-    )  # fmt: skip
+        size={"shortest_edge": SMALLEST_PICTURE, "longest_edge": 512 * 512},
+        patch_size=PATCH,
+        merge_size=MERGE,
+        temporal_patch_size=TEMPORAL,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
 
 
 def _qwen3_vl_picture(image: np.ndarray, places: Tensor) -> dict[str, Tensor]:
@@ -74,15 +102,23 @@ def _qwen3_vl_picture(image: np.ndarray, places: Tensor) -> dict[str, Tensor]:
     x = x.transpose(1, 4, 2, 5, 0, 3, 6)  # block row, block column, row, column, C, P, P
     x = np.repeat(x[:, :, :, :, :, None], TEMPORAL, 5)
     pixels = torch.from_numpy(np.ascontiguousarray(x.reshape(rows * columns, -1)))
-    return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, rows, columns]]), "mm_token_type_ids": places.int()}
+    return {
+        "pixel_values": pixels,
+        "image_grid_thw": torch.tensor([[1, rows, columns]]),
+        "mm_token_type_ids": places.int(),
+    }
 
 
 def _qvl_config(ids: dict[str, int]) -> QVLConfig:
     # Without dropout: no scene comes twice, so there is nothing to learn by heart.
     return QVLConfig.from_preset(
-        "qvl-tiny", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, image_token_id=ids["<|image_pad|>"],
-        pad_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
-    )  # fmt: skip
+        "qvl-tiny",
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        image_token_id=ids["<|image_pad|>"],
+        pad_token_id=ids["<|endoftext|>"],
+        eos_token_id=ids["<|im_end|>"],
+    )
 
 
 def _qvl_image_processor() -> QVLImageProcessor:
@@ -97,8 +133,11 @@ def _qvl_picture(image: np.ndarray, places: Tensor) -> dict[str, Tensor]:
 
 FAMILIES: dict[str, Family] = {
     "qwen3-vl": Family(
-        Qwen3VLForConditionalGeneration, _qwen3_vl_config, _qwen3_vl_image_processor, _qwen3_vl_picture,
+        Qwen3VLForConditionalGeneration,
+        _qwen3_vl_config,
+        _qwen3_vl_image_processor,
+        _qwen3_vl_picture,
         places=(scenes.HEIGHT // (PATCH * MERGE)) * (scenes.WIDTH // (PATCH * MERGE)),
     ),
     "qvl": Family(QVLForConditionalGeneration, _qvl_config, _qvl_image_processor, _qvl_picture, places=1),
-}  # fmt: skip
+}

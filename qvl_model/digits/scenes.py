@@ -34,7 +34,9 @@ class Question:
 
 @cache
 def source_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """(scans [N, 8, 8] uint8 0..16, labels [N]) of the "train" or "held_out" split, by a fixed shuffle of the sources."""
+    """(scans [N, 8, 8] uint8 0..16, labels [N]) of the "train" or "held_out" split, by a fixed shuffle of
+    the sources.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

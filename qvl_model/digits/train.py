@@ -1,6 +1,8 @@
-"""Trains a digits model and writes a complete checkpoint: ``python -m qvl_model.digits.train --out DIR [--family qvl]``.
+"""Trains a digits model and writes a complete checkpoint: ``python -m qvl_model.digits.train --out DIR [--family
+qvl]``.
 
-Either family at small width, on the same scenes in the same order, by transformers.Trainer in about ten minutes on two cores.
+Either family at small width, on the same scenes in the same order, by transformers.Trainer in about ten minutes on two
+cores.
 """
 
 import argparse
@@ -19,9 +21,15 @@ from qvl_model.training.encode import IGNORED, pad
 __all__ = ["build_tokenizer", "chat_ids", "main"]
 
 SPECIAL_TOKENS = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
     "<|video_pad|>",
-]  # fmt: skip
+]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -39,9 +47,18 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    corpus = [*scenes.QUESTIONS.values(), "system", "user\n", "assistant\n", *(f"{a} {b} {c}" for a, b, c in np.ndindex(10, 10, 10))]
+    corpus = [
+        *scenes.QUESTIONS.values(),
+        "system",
+        "user\n",
+        "assistant\n",
+        *(f"{a} {b} {c}" for a, b, c in np.ndindex(10, 10, 10)),
+    ]
     trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=384,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(corpus * 2, trainer)
     return PreTrainedTokenizerFast(
@@ -59,7 +76,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerFast, question: str, answer: str, places: int) -> tuple[list[int], list[int]]:
+def chat_ids(
+    tokenizer: PreTrainedTokenizerFast, question: str, answer: str, places: int
+) -> tuple[list[int], list[int]]:
     """(prompt ids, answer ids) of one exchange; ``places`` tokens stand for the picture."""
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -113,14 +132,26 @@ def main(argv: list[str] | None = None) -> None:
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(log), max_steps=args.steps, per_device_train_batch_size=args.batch, learning_rate=1e-3,
-            lr_scheduler_type="cosine", warmup_steps=200, weight_decay=0.05, max_grad_norm=1.0, adam_beta2=0.98,
-            logging_steps=100, save_strategy="no", report_to=[], remove_unused_columns=False, use_cpu=True,
-            seed=args.seed, dataloader_num_workers=0,
+            output_dir=str(log),
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch,
+            learning_rate=1e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=200,
+            weight_decay=0.05,
+            max_grad_norm=1.0,
+            adam_beta2=0.98,
+            logging_steps=100,
+            save_strategy="no",
+            report_to=[],
+            remove_unused_columns=False,
+            use_cpu=True,
+            seed=args.seed,
+            dataloader_num_workers=0,
         ),
         train_dataset=_Scenes(args.steps * args.batch, args.seed),
         data_collator=_Collator(tokenizer, family),
-    )  # fmt: skip
+    )
     trainer.train()
     model.generation_config.update(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=16

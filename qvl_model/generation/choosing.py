@@ -15,15 +15,27 @@ class Chooser:
     """From logits to tokens, for one call of ``generate``.
 
     Args:
-        sequences: int64 [B, L], the prompt. processors, criteria, config: of the call. streamer: gets every token, or None.
+        sequences: int64 [B, L], the prompt. processors, criteria, config: of the call. streamer: gets every token, or
+            None.
     Attributes:
         sequences: int64 [B, L + tokens chosen]. unfinished: int64 [B], 1 for rows that have not ended.
     """
 
     def __init__(
-        self, sequences: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig, streamer
+        self,
+        sequences: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer,
     ) -> None:
-        self.sequences, self.processors, self.criteria, self.config, self.streamer = sequences, processors, criteria, config, streamer
+        self.sequences, self.processors, self.criteria, self.config, self.streamer = (
+            sequences,
+            processors,
+            criteria,
+            config,
+            streamer,
+        )
         self._ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self._pad = None if config._pad_token_tensor is None else config._pad_token_tensor.to(sequences.device)
         self.unfinished = torch.ones(sequences.shape[0], dtype=torch.long, device=sequences.device)
@@ -64,4 +76,6 @@ class Chooser:
         """What ``generate`` returns."""
         if not self.config.return_dict_in_generate:
             return sequences
-        return GenerateDecoderOnlyOutput(sequences=sequences, scores=self._scores, logits=self._logits, **{CACHE: cache})
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences, scores=self._scores, logits=self._logits, **{CACHE: cache}
+        )

@@ -1,4 +1,6 @@
-"""All that a captured step says to CUDA: device, streams, graphs and the generator. Elsewhere functions run as they are."""
+"""All that a captured step says to CUDA: device, streams, graphs and the generator. Elsewhere functions run as they
+are.
+"""
 
 import contextlib
 import threading
@@ -33,16 +35,19 @@ class Device:
         return contextlib.nullcontext()
 
     def captured(self, function: Callable[[], None], pool=None) -> "Captured":
-        """``function``, which reads and writes buffers that stay where they are, as one replay. It may have run when this returns, so it
-        must not draw random numbers: the generator would go on. ``pool``: of a graph that never runs at the same time, whose memory for
-        intermediate results serves again.
+        """``function``, which reads and writes buffers that stay where they are, as one replay. It may have run when
+        this returns, so it
+        must not draw random numbers: the generator would go on. ``pool``: of a graph that never runs at the same time,
+        whose memory for intermediate results serves again.
 
         Raises: CaptureFailed if no graph can hold it; else what the function raises.
         """
         return Captured(function)
 
     def follow(self, stream, tensors: Callable[[], list[Tensor]]):
-        """Orders what comes now after all work of ``stream``, on which ``tensors()`` were used last; returns the stream that is current now."""
+        """Orders what comes now after all work of ``stream``, on which ``tensors()`` were used last; returns the stream
+        that is current now.
+        """
         return None
 
     def generator_state(self) -> Tensor:

@@ -1,4 +1,6 @@
-"""Cross-attention of QVL in a captured step: keys and values of images in memory whose size and place a graph does not depend on."""
+"""Cross-attention of QVL in a captured step: keys and values of images in memory whose size and place a graph does not
+depend on.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -29,25 +31,47 @@ def why_not(body: nn.Module) -> str | None:
 
 def _fusion_is_plain(fusion: nn.Module, dtype: torch.dtype) -> bool:
     attention, dropout = fusion.attn, fusion.dropout
-    if not is_plain(fusion, text.QVLFusion) or type(attention) is not fast.QVLCrossAttention or "forward" in attention.__dict__:
+    if (
+        not is_plain(fusion, text.QVLFusion)
+        or type(attention) is not fast.QVLCrossAttention
+        or "forward" in attention.__dict__
+    ):
         return False
     implementation = attention.config._attn_implementation
-    if not only_capture_hooks(attention, "cross_attentions") or implementation not in _IMPLEMENTATIONS or not attends_as_stock(implementation):
+    if (
+        not only_capture_hooks(attention, "cross_attentions")
+        or implementation not in _IMPLEMENTATIONS
+        or not attends_as_stock(implementation)
+    ):
         return False
     if "gate" not in fusion._parameters or not is_number(attention.scaling):
         return False
     if attention.q_proj.out_features != attention.k_proj.out_features * attention.num_key_value_groups:
         return False
-    if not is_plain(dropout, nn.Dropout) or dropout.training and dropout.p > 0.0 or attention.training and attention.attention_dropout > 0.0:
+    if (
+        not is_plain(dropout, nn.Dropout)
+        or dropout.training
+        and dropout.p > 0.0
+        or attention.training
+        and attention.attention_dropout > 0.0
+    ):
         return False
     norms, linears = (fusion.norm, attention.q_norm), (attention.q_proj, attention.o_proj)
     if not all(is_plain(norm, Qwen3VLTextRMSNorm) and is_number(norm.variance_epsilon) for norm in norms):
         return False
     if not all(type(linear) in (Linear, PackedLinear) and is_plain(linear, type(linear)) for linear in linears):
         return False
-    weights = [fusion.gate, *(norm.weight for norm in norms), *(linear.weight for linear in linears if type(linear) is Linear)]
+    weights = [
+        fusion.gate,
+        *(norm.weight for norm in norms),
+        *(linear.weight for linear in linears if type(linear) is Linear),
+    ]
     weights += [linear.bias for linear in linears if linear.bias is not None]
-    return fusion.gate.dtype is dtype and kernels_take(*weights) and unsupported_heads(fusion.gate, attention.head_dim) is None
+    return (
+        fusion.gate.dtype is dtype
+        and kernels_take(*weights)
+        and unsupported_heads(fusion.gate, attention.head_dim) is None
+    )
 
 
 def layers_with_images(body: nn.Module, cache: Cache) -> tuple[int, ...]:
@@ -69,7 +93,9 @@ class Images:
         kv_heads = attention.q_proj.out_features // attention.head_dim // attention.num_key_value_groups
         self._caches = GrowingCaches(len(layers), rows, kv_heads, attention.head_dim, weight.dtype, weight.device)
         with torch.inference_mode(False):  # serves calls outside of inference mode, too
-            self._lengths = torch.zeros(len(layers), rows, dtype=torch.int32, device=weight.device)  # 0: a row without images, and no row of the batch
+            self._lengths = torch.zeros(
+                len(layers), rows, dtype=torch.int32, device=weight.device
+            )  # 0: a row without images, and no row of the batch
 
     def load(self, cache: Cache, batch: int) -> None:
         """Copies keys, values and lengths from a cache of so many rows."""

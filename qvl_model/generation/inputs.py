@@ -1,4 +1,6 @@
-"""What steps of the CPU and of GPUs share: which layers they can run, and what the first one is given for one new token per row."""
+"""What steps of the CPU and of GPUs share: which layers they can run, and what the first one is given for one new token
+per row.
+"""
 
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -15,14 +17,22 @@ def body_why_not(body: nn.Module) -> str | None:
     """Why the layers of a language model are no fused calls as they are now, or None."""
     if not kernels_take(body.norm.weight):
         return "weights or autocast are not what the kernels take"
-    weight = body.embed_tokens._parameters.get("weight") if type(body.embed_tokens) in (nn.Embedding, PackedEmbedding) else None
+    weight = (
+        body.embed_tokens._parameters.get("weight")
+        if type(body.embed_tokens) in (nn.Embedding, PackedEmbedding)
+        else None
+    )
     if weight is None or weight.dtype is not body.norm.weight.dtype:
         return "the embedding is not plain"
     mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(body.config._attn_implementation)
     if mask_function is not None and not mask_function.__module__.startswith("transformers."):
         return "another function makes attention masks"
     for index, layer in enumerate(body.layers):
-        hooked = layer._forward_pre_hooks or not only_capture_hooks(layer, "hidden_states") or not runs_library_code(layer, "forward", "__call__")
+        hooked = (
+            layer._forward_pre_hooks
+            or not only_capture_hooks(layer, "hidden_states")
+            or not runs_library_code(layer, "forward", "__call__")
+        )
         plan = None if hooked else plan_of(layer)
         if plan is None or not layer.infers() or plan.prepared.dtype is not body.norm.weight.dtype:
             return f"decoder layer {index} is not plain"
@@ -37,6 +47,8 @@ def cache_places(body: nn.Module) -> list[int]:
 
 
 def token_inputs(body: nn.Module, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [B, 1, C], cos and sin [B, 1, D] of ``tokens`` int64 [B, 1] at ``positions``, int64 [3, B, 1] (QVL: [B, 1])."""
+    """Hidden states [B, 1, C], cos and sin [B, 1, D] of ``tokens`` int64 [B, 1] at ``positions``, int64 [3, B, 1] (QVL:
+    [B, 1]).
+    """
     hidden = body.embed_text(tokens) if isinstance(body, QVLTextModel) else body.embed_tokens(tokens)
     return hidden.contiguous(), *body.rotary_emb(hidden, positions)

@@ -1,7 +1,8 @@
 """Key/value caches of transformers as memory that kernels write into, instead of one copy of the cache per token.
 
-A ``DynamicLayer`` stays one: ``layer.keys`` and ``layer.values`` are tensors of the exact length. Here they are views of larger memory, so
-that the next tokens have room. Nothing of ours is kept in caches or layers, where copying, exporting and offloading would meet it.
+A ``DynamicLayer`` stays one: ``layer.keys`` and ``layer.values`` are tensors of the exact length. Here they are views
+of larger memory, so that the next tokens have room. Nothing of ours is kept in caches or layers, where copying,
+exporting and offloading would meet it.
 """
 
 import weakref
@@ -22,16 +23,17 @@ _UPDATES = {kind: kind.update for kind in (Cache, DynamicLayer, StaticLayer)}
 
 
 def keeps_plainly(kept: Cache | DynamicLayer | StaticLayer, kind: type) -> bool:
-    """Whether the ``update`` of a cache or of a layer is that of its class ``kind`` as transformers has it, and none that evicts, quantises,
-    counts, ..."""
+    """Whether the ``update`` of a cache or of a layer is that of its class ``kind`` as transformers has it, and none
+    that evicts, quantises, counts, ...
+    """
     return type(kept).update is _UPDATES[kind] and "update" not in kept.__dict__
 
 
 class _Grown:
     """The memory [B, Hkv, S_cap, D] of a DynamicLayer, and the views of it that the layer was given last.
 
-    A layer whose tensors are others (crop, reorder, select, update, ...) has left its memory; so has every copy of a layer. Hence memory
-    has one layer that extends it, and its positions are written once.
+    A layer whose tensors are others (crop, reorder, select, update, ...) has left its memory; so has every copy of a
+    layer. Hence memory has one layer that extends it, and its positions are written once.
     """
 
     __slots__ = ("keys", "memory", "values")
@@ -47,9 +49,11 @@ class _Grown:
     def belongs_to(self, layer: DynamicLayer) -> bool:
         memory = self.memory
         return (
-            layer.keys is self.keys and layer.values is self.values
-            and self.keys.data_ptr() == memory.k_cache.data_ptr() and self.values.data_ptr() == memory.v_cache.data_ptr()
-        )  # fmt: skip
+            layer.keys is self.keys
+            and layer.values is self.values
+            and self.keys.data_ptr() == memory.k_cache.data_ptr()
+            and self.values.data_ptr() == memory.v_cache.data_ptr()
+        )
 
 
 _grown: "weakref.WeakKeyDictionary[DynamicLayer, _Grown]" = weakref.WeakKeyDictionary()
@@ -80,7 +84,9 @@ class Store:
 
 
 def open_store(cache: Cache | None, index: int, x: Tensor, kv_heads: int, head_dim: int) -> Store | None:
-    """Room for the keys and values of x [B, T, C] in layer ``index`` of the cache, or None where stock code must keep them."""
+    """Room for the keys and values of x [B, T, C] in layer ``index`` of the cache, or None where stock code must keep
+    them.
+    """
     batch, queries, _ = x.shape
     if cache is None:
         keys = x.new_empty(batch, kv_heads, queries, head_dim)
@@ -106,9 +112,13 @@ def open_store(cache: Cache | None, index: int, x: Tensor, kv_heads: int, head_d
 def _matches(layer: DynamicLayer | StaticLayer, x: Tensor, sizes: tuple) -> bool:
     keys, values = layer.keys, layer.values
     return (
-        not (keys.requires_grad or values.requires_grad) and keys.device == values.device == x.device and keys.dim() == 4 and keys.shape == values.shape and keys.dtype is values.dtype
+        not (keys.requires_grad or values.requires_grad)
+        and keys.device == values.device == x.device
+        and keys.dim() == 4
+        and keys.shape == values.shape
+        and keys.dtype is values.dtype
         and (keys.dtype, keys.shape[0], keys.shape[1], keys.shape[3]) == sizes
-    )  # fmt: skip
+    )
 
 
 def _dynamic_store(layer: DynamicLayer, x: Tensor, sizes: tuple) -> Store | None:

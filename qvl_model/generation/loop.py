@@ -1,7 +1,9 @@
-"""Greedy and sampling: a prompt through the model as it is, then every token through a step, on the CPU or as a CUDA graph.
+"""Greedy and sampling: a prompt through the model as it is, then every token through a step, on the CPU or as a CUDA
+graph.
 
-``generate`` stays transformers' own: it prepares the inputs and calls ``_sample``. Whether a step computes what the model's modules would
-is judged once per call; all else (beams, assisted decoding, other caches, hooks, ...) stays with stock code.
+``generate`` stays transformers' own: it prepares the inputs and calls ``_sample``. Whether a step computes what the
+model's modules would is judged once per call; all else (beams, assisted decoding, other caches, hooks, ...) stays with
+stock code.
 """
 
 import warnings
@@ -29,25 +31,58 @@ __all__ = ["model_why_not", "sample", "why_not"]
 
 # Arguments of the model that count for the prompt alone, or that a step follows.
 _ARGUMENTS = {
-    CACHE, "attention_mask", "position_ids", "use_cache", "logits_to_keep", "inputs_embeds", "pixel_values", "pixel_values_videos", "image_grid_thw",
-    "video_grid_thw", "mm_token_type_ids", "mm_encoder_outputs", "pixel_attention_mask", "skip_logits", "second_per_grid_ts",
-}  # fmt: skip
+    CACHE,
+    "attention_mask",
+    "position_ids",
+    "use_cache",
+    "logits_to_keep",
+    "inputs_embeds",
+    "pixel_values",
+    "pixel_values_videos",
+    "image_grid_thw",
+    "video_grid_thw",
+    "mm_token_type_ids",
+    "mm_encoder_outputs",
+    "pixel_attention_mask",
+    "skip_logits",
+    "second_per_grid_ts",
+}
 _CACHE_LAYERS = {DynamicCache: (DynamicLayer, VisualLayer), StaticCache: (StaticLayer, VisualLayer)}
 
 
 def why_not(model: nn.Module, input_ids: Tensor, config: GenerationConfig, options: dict) -> str | None:
-    """Why this call of ``_sample`` stays with stock code, or None. ``options``: its keyword arguments, the model's among them."""
-    if options.get("synced_gpus") or torch.is_grad_enabled() or input_ids.numel() == 0 and options.get("inputs_embeds") is None:
+    """Why this call of ``_sample`` stays with stock code, or None. ``options``: its keyword arguments, the model's
+    among them.
+    """
+    if (
+        options.get("synced_gpus")
+        or torch.is_grad_enabled()
+        or input_ids.numel() == 0
+        and options.get("inputs_embeds") is None
+    ):
         return "several GPUs step together, gradients are on, or there is no prompt"
     if config.output_attentions or config.output_hidden_states:
         return "attentions or hidden states were asked for"
-    other = [name for name, value in options.items() if value is not None and name not in _ARGUMENTS | {"synced_gpus", "streamer"}]
+    other = [
+        name
+        for name, value in options.items()
+        if value is not None and name not in _ARGUMENTS | {"synced_gpus", "streamer"}
+    ]
     if other:
         return f"the argument {other[0]}"
     cache, mask = options.get(CACHE), options.get("attention_mask")
     kinds = _CACHE_LAYERS.get(type(cache))
-    if not options.get("use_cache") or kinds is None or getattr(cache, "offloading", False) or any(type(x) not in kinds for x in cache.layers):
-        return f"the cache is a {type(cache).__name__} that is offloaded, or has other layers" if kinds else f"the cache is a {type(cache).__name__}"
+    if (
+        not options.get("use_cache")
+        or kinds is None
+        or getattr(cache, "offloading", False)
+        or any(type(x) not in kinds for x in cache.layers)
+    ):
+        return (
+            f"the cache is a {type(cache).__name__} that is offloaded, or has other layers"
+            if kinds
+            else f"the cache is a {type(cache).__name__}"
+        )
     if not _kept_plainly(cache):
         return "the cache or a layer of it has another update"
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
@@ -63,7 +98,9 @@ def why_not(model: nn.Module, input_ids: Tensor, config: GenerationConfig, optio
 
 
 def _kept_plainly(cache: Cache) -> bool:
-    return keeps_plainly(cache, Cache) and all(type(layer) is VisualLayer or keeps_plainly(layer, type(layer)) for layer in cache.layers)
+    return keeps_plainly(cache, Cache) and all(
+        type(layer) is VisualLayer or keeps_plainly(layer, type(layer)) for layer in cache.layers
+    )
 
 
 def model_why_not(model: nn.Module) -> str | None:
@@ -92,7 +129,17 @@ def _on_gpu(model: nn.Module) -> bool:
     return step_gpu.why_no_graphs(_device(model)) is None
 
 
-def sample(model: nn.Module, input_ids: Tensor, processors, criteria, config: GenerationConfig, *, streamer=None, synced_gpus=False, **kwargs):
+def sample(
+    model: nn.Module,
+    input_ids: Tensor,
+    processors,
+    criteria,
+    config: GenerationConfig,
+    *,
+    streamer=None,
+    synced_gpus=False,
+    **kwargs,
+):
     """``_sample`` of a call that ``why_not`` has nothing against."""
     chooser = Chooser(input_ids, processors, criteria, config, streamer)
     outputs = model._prefill(input_ids, config, kwargs, is_first_iteration=not config.is_assistant)
@@ -120,7 +167,9 @@ def sample(model: nn.Module, input_ids: Tensor, processors, criteria, config: Ge
                 choice.finish()
                 ended, chosen = not bool(chooser.unfinished.any()), chooser.sequences.shape[1] - prompt
                 step.end(begun + chosen)
-                kwargs = model._update_model_kwargs_for_generation({}, kwargs, is_encoder_decoder=False, num_new_tokens=chosen)
+                kwargs = model._update_model_kwargs_for_generation(
+                    {}, kwargs, is_encoder_decoder=False, num_new_tokens=chosen
+                )
                 step, choice, foreign = StockStep(model, chooser, kwargs), chooser, False
             choice.finish()
         except BaseException:  # a streamer may raise: what was computed is in the cache, as in stock code
@@ -133,7 +182,9 @@ def sample(model: nn.Module, input_ids: Tensor, processors, criteria, config: Ge
 
 
 def _next_logits(model: nn.Module, cache: Cache, step, choice, foreign: bool) -> Tensor | None:
-    """Of the tokens chosen last; None where stock code has to go on: model or cache were changed between two tokens, or memory is short."""
+    """Of the tokens chosen last; None where stock code has to go on: model or cache were changed between two tokens, or
+    memory is short.
+    """
     if foreign and not (step.holds() and model_why_not(model) is None and _kept_plainly(cache)):
         return None
     try:
@@ -148,26 +199,42 @@ def _warn(error: StepFailed) -> None:
 
 
 def _foreign(model: nn.Module, *parts) -> bool:
-    """Whether any streamer, processor or criterion, or a hook that a step calls, is not transformers' own: it may do anything to the model
-    between two tokens."""
+    """Whether any streamer, processor or criterion, or a hook that a step calls, is not transformers' own: it may do
+    anything to the model between two tokens.
+    """
     body = model.model.language_model
-    modules = [module for module in (body.embed_tokens, body.rotary_emb, body.norm, model.lm_head) if isinstance(module, nn.Module)]
+    modules = [
+        module
+        for module in (body.embed_tokens, body.rotary_emb, body.norm, model.lm_head)
+        if isinstance(module, nn.Module)
+    ]
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules) or any(
-        part is not None and (not type(part).__module__.startswith("transformers.") or type(part) is PrefixConstrainedLogitsProcessor) for part in parts
+        part is not None
+        and (not type(part).__module__.startswith("transformers.") or type(part) is PrefixConstrainedLogitsProcessor)
+        for part in parts
     )
 
 
 def _begin(model: nn.Module, chooser: Chooser, kwargs: dict, *, release: bool) -> "CpuStep | GpuStep | StockStep":
-    """The step that goes on from the prompt, at the positions that stock code would give the next token. ``release``: see ``GpuStep``."""
+    """The step that goes on from the prompt, at the positions that stock code would give the next token. ``release``:
+    see ``GpuStep``.
+    """
     inputs = model.prepare_inputs_for_generation(chooser.sequences, next_sequence_length=1, **kwargs)
     positions, mask, cache = inputs.get("position_ids"), kwargs.get("attention_mask"), kwargs[CACHE]
     past = int(cache.get_seq_length())
     qwen = isinstance(model, stock.Qwen3VLForConditionalGeneration)
-    if positions is not None and qwen:  # as the text model reads them: the first row of four is not rotary, one row is that of all axes
+    if (
+        positions is not None and qwen
+    ):  # as the text model reads them: the first row of four is not rotary, one row is that of all axes
         positions = positions[None] if positions.dim() == 2 else positions[-3:]
         positions = positions.expand(3, -1, -1) if positions.shape[0] == 1 else positions
     expected = (*((3,) if qwen else ()), chooser.sequences.shape[0], 1)
-    if positions is None or tuple(positions.shape) != expected or mask is not None and tuple(mask.shape) != (expected[-2], past + 1):
+    if (
+        positions is None
+        or tuple(positions.shape) != expected
+        or mask is not None
+        and tuple(mask.shape) != (expected[-2], past + 1)
+    ):
         return StockStep(model, chooser, kwargs)
     if any(int(cache.layers[place].get_seq_length()) != past for place in cache_places(model.model.language_model)):
         return StockStep(model, chooser, kwargs)  # as of a model that lost its first layer
@@ -191,7 +258,9 @@ class StockStep:
         self._model, self._chooser, self._kwargs = model, chooser, kwargs
 
     def run(self, tokens: Tensor) -> Tensor:
-        inputs = self._model.prepare_inputs_for_generation(self._chooser.sequences, next_sequence_length=1, **self._kwargs)
+        inputs = self._model.prepare_inputs_for_generation(
+            self._chooser.sequences, next_sequence_length=1, **self._kwargs
+        )
         outputs = self._model(**inputs, return_dict=True)
         self._kwargs = self._model._update_model_kwargs_for_generation(outputs, self._kwargs, is_encoder_decoder=False)
         return outputs.logits[:, -1]

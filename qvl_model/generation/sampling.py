@@ -1,5 +1,6 @@
-"""Choosing the next token on a GPU: transformers' own logits processors where their shapes never change, and equal static-shape forms of
-those whose input grows, as one captured graph. Their numbers lie in buffers, so that one graph serves every temperature, length and penalty.
+"""Choosing the next token on a GPU: transformers' own logits processors where their shapes never change, and equal
+static-shape forms of those whose input grows, as one captured graph. Their numbers lie in buffers, so that one graph
+serves every temperature, length and penalty.
 """
 
 import copy
@@ -58,7 +59,9 @@ def _largest(processor, vocabulary: int = NEVER) -> int:
 
 
 class _Own:
-    """transformers' own code, which reads its number from a buffer: in fp64, as Python's float is, for the same rounding."""
+    """transformers' own code, which reads its number from a buffer: in fp64, as Python's float is, for the same
+    rounding.
+    """
 
     attribute: str
 
@@ -115,9 +118,15 @@ class _MinimumNewTokens(_MinimumLength):
 
 class _RepetitionPenalty:
     def __init__(self, processor, sampler: "Sampler") -> None:
-        self.penalty, self.reward, self.inverse = sampler.buffer(torch.float32), sampler.buffer(torch.float32), sampler.inverse
+        self.penalty, self.reward, self.inverse = (
+            sampler.buffer(torch.float32),
+            sampler.buffer(torch.float32),
+            sampler.inverse,
+        )
         self.vocabulary = sampler.vocabulary
-        self.seen = sampler.buffer(torch.bool, sampler.batch, sampler.vocabulary + 1)  # the last column: of what does not count
+        self.seen = sampler.buffer(
+            torch.bool, sampler.batch, sampler.vocabulary + 1
+        )  # the last column: of what does not count
         self.ignored = sampler.buffer(torch.long, sampler.batch, 1)  # first positions of a row that do not count
 
     @staticmethod
@@ -135,7 +144,9 @@ class _RepetitionPenalty:
 
     def apply(self, scores: Tensor, length: Tensor) -> Tensor:
         lower = scores * self.reward if self.inverse else scores / self.reward
-        return torch.where(self.seen[:, : self.vocabulary], torch.where(scores < 0, scores * self.penalty, lower), scores)
+        return torch.where(
+            self.seen[:, : self.vocabulary], torch.where(scores < 0, scores * self.penalty, lower), scores
+        )
 
     def add(self, chosen: Tensor, length: Tensor) -> None:
         chosen = chosen[:, None].clamp(max=self.vocabulary)
@@ -154,8 +165,14 @@ _FORMS = {
 
 
 def _factor(divisor: float, inverse: bool) -> float:
-    """PyTorch's GPU kernels divide by a Python number by multiplying with its reciprocal, in fp32; by a tensor they divide."""
-    return (torch.ones((), dtype=torch.float32) / torch.tensor(divisor, dtype=torch.float32)).item() if inverse else divisor
+    """PyTorch's GPU kernels divide by a Python number by multiplying with its reciprocal, in fp32; by a tensor they
+    divide.
+    """
+    return (
+        (torch.ones((), dtype=torch.float32) / torch.tensor(divisor, dtype=torch.float32)).item()
+        if inverse
+        else divisor
+    )
 
 
 def _mark(mask: Tensor, ids: list[Tensor]) -> None:
@@ -187,12 +204,16 @@ class Sampler:
     """What a ``Chooser`` does, without waiting for the device: see there for ``choose``, ``tokens`` and ``finish``.
 
     Args:
-        chooser: one that ``why_not`` has nothing against. Those of one ``key`` can follow each other, each after ``begin``.
-        logits: [B, V], a buffer that every choice reads. tokens: int64 [B, 1], a buffer that it writes what to run next to.
+        chooser: one that ``why_not`` has nothing against. Those of one ``key`` can follow each other, each after
+            ``begin``.
+        logits: [B, V], a buffer that every choice reads. tokens: int64 [B, 1], a buffer that it writes what to run next
+            to.
         embeddings: tokens that can be run. device: that of the buffers. pool: see ``Device.captured``.
     """
 
-    def __init__(self, chooser: Chooser, logits: Tensor, tokens: Tensor, embeddings: int, device: Device, pool=None) -> None:
+    def __init__(
+        self, chooser: Chooser, logits: Tensor, tokens: Tensor, embeddings: int, device: Device, pool=None
+    ) -> None:
         self.batch, self.vocabulary = logits.shape
         self.inverse = logits.is_cuda
         self.tokens, self._logits, self._embeddings, self._device = tokens, logits, embeddings, device
@@ -223,14 +244,18 @@ class Sampler:
 
     @staticmethod
     def key(chooser: Chooser) -> tuple:
-        forms = tuple((type(processor), *_FORMS[type(processor)].structure(processor)) for processor in chooser.processors)
+        forms = tuple(
+            (type(processor), *_FORMS[type(processor)].structure(processor)) for processor in chooser.processors
+        )
         return len(chooser.sequences), bool(chooser.config.do_sample), forms
 
     def begin(self, chooser: Chooser) -> None:
         """Goes on from where ``chooser`` is, which has chosen a token."""
         self._chooser, sequences = chooser, chooser.sequences
         ends = [criterion.eos_token_id for criterion in chooser.criteria if type(criterion) is EosTokenCriteria]
-        self._max_length = min(criterion.max_length for criterion in chooser.criteria if type(criterion) is MaxLengthCriteria)
+        self._max_length = min(
+            criterion.max_length for criterion in chooser.criteria if type(criterion) is MaxLengthCriteria
+        )
         self._begun, self._steps, self._chunks = sequences.shape[1], 0, []
         _mark(self._ends, ends)
         if ends:
@@ -245,10 +270,14 @@ class Sampler:
         self._mark_generator()
 
     def choose(self, logits: Tensor) -> bool:
-        """Reads the buffer of logits; ``logits`` must be it. True once all rows are known to have ended: that is asked every few tokens."""
+        """Reads the buffer of logits; ``logits`` must be it. True once all rows are known to have ended: that is asked
+        every few tokens.
+        """
         with self._device.active():
             if self._do_sample:
-                self._noise.exponential_(1.0)  # outside of the graph: a draw of PyTorch's own generator, the one that stock code makes
+                self._noise.exponential_(
+                    1.0
+                )  # outside of the graph: a draw of PyTorch's own generator, the one that stock code makes
             self._captured.replay()
         self._steps += 1
         if self._steps % CHUNK == 0:
@@ -277,7 +306,10 @@ class Sampler:
             for _ in range(used - self._marked[0]):
                 self._noise.exponential_(1.0)
         chooser = self._chooser
-        chooser.sequences, chooser.unfinished = torch.cat((chooser.sequences, chosen[:, :used]), 1), (~self._finished).long()
+        chooser.sequences, chooser.unfinished = (
+            torch.cat((chooser.sequences, chosen[:, :used]), 1),
+            (~self._finished).long(),
+        )
         self.leave()
         return chooser.sequences
 
@@ -303,7 +335,9 @@ class Sampler:
 
     def _check(self, used: int) -> None:
         if self._do_sample and int(self._invalid) < self._begun + used:
-            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")  # as torch.multinomial says it
+            raise RuntimeError(
+                "probability tensor contains either `inf`, `nan` or element < 0"
+            )  # as torch.multinomial says it
 
     def _run_next(self, tokens: Tensor) -> Tensor:
         """A row that has ended may be padded with what is no token of the model; nobody sees what it computes."""
@@ -314,7 +348,9 @@ class Sampler:
         scores, length = self._logits.float(), self._length
         for form in self._forms:
             scores = form.apply(scores, length)
-        if self._do_sample:  # what torch.multinomial does for one draw; its checks, which wait for the device, come later
+        if (
+            self._do_sample
+        ):  # what torch.multinomial does for one draw; its checks, which wait for the device, come later
             probabilities = torch.softmax(scores, -1)
             chosen = (probabilities / self._noise).argmax(-1)
             invalid = probabilities.gather(1, chosen[:, None]).isnan().any()

@@ -1,4 +1,6 @@
-"""A token on the CPU: one call of the extension for all decoder layers that follow one another, one each for embedding, norm and head."""
+"""A token on the CPU: one call of the extension for all decoder layers that follow one another, one each for embedding,
+norm and head.
+"""
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -39,7 +41,13 @@ class CpuStep:
         self._layers = list(self._body.layers)
         self._calls, self._places = [plan_of(layer).prepared for layer in self._layers], cache_places(self._body)
         # Who swaps a weight's data meanwhile frees what the calls read.
-        self._alive = [x.detach() for call in self._calls for weight in call.weights if weight is not None for x in tensors_of(weight)]
+        self._alive = [
+            x.detach()
+            for call in self._calls
+            for weight in call.weights
+            if weight is not None
+            for x in tensors_of(weight)
+        ]
         self._stores: list[Store] = []
         self.length = int(cache.get_seq_length())
 
@@ -65,7 +73,11 @@ class CpuStep:
 
     def holds(self) -> bool:
         """Whether the model's layers are still those that this step runs."""
-        same = self._model.model.language_model is self._body and why_not(self._model) is None and cache_places(self._body) == self._places
+        same = (
+            self._model.model.language_model is self._body
+            and why_not(self._model) is None
+            and cache_places(self._body) == self._places
+        )
         return same and all(plan_of(layer).prepared is call for layer, call in zip(self._body.layers, self._calls))
 
     def end(self, length: int) -> None:
@@ -78,7 +90,10 @@ class CpuStep:
         self.end(self.length)
         self._stores = []
         like = self._body.norm.weight.new_empty(self._positions.shape[-2], 1, 0)
-        stores = [open_store(self._cache, place, like, call.kv_heads, call.head_dim) for place, call in zip(self._places, self._calls)]
+        stores = [
+            open_store(self._cache, place, like, call.kv_heads, call.head_dim)
+            for place, call in zip(self._places, self._calls)
+        ]
         if any(store is None or store.past != self.length for store in stores):
             return False
         self._stores, self._capacity = stores, min(store.memory.capacity for store in stores)
@@ -95,7 +110,9 @@ class CpuStep:
 
 
 def _stretches(layers: list, calls: list, memories: list[PreparedCache]) -> list[tuple]:
-    """(layer that begins with cross-attention or None, calls, memories): layers that are one call, as far as cross-attention lets them."""
+    """(layer that begins with cross-attention or None, calls, memories): layers that are one call, as far as
+    cross-attention lets them.
+    """
     found = []
     for layer, call, memory in zip(layers, calls, memories):
         fuses = getattr(layer, "fusion", None) is not None

@@ -1,4 +1,6 @@
-"""A token on a GPU: the model's step as one CUDA graph over buffers that stay where they are and key/value caches that may grow."""
+"""A token on a GPU: the model's step as one CUDA graph over buffers that stay where they are and key/value caches that
+may grow.
+"""
 
 import threading
 import warnings
@@ -46,11 +48,17 @@ def _attributes(model: nn.Module, *names: str) -> tuple:
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    return [x for module in _modules(model) for own in (module._parameters, module._buffers) for x in own.values() if x is not None]
+    return [
+        x
+        for module in _modules(model)
+        for own in (module._parameters, module._buffers)
+        for x in own.values()
+        if x is not None
+    ]
 
 
-# Whatever a captured step would compute wrongly after a change: as it is now, in values that can be compared. The contents of tensors are read
-# at every replay, so they are not among them.
+# Whatever a captured step would compute wrongly after a change: as it is now, in values that can be compared. The
+# contents of tensors are read at every replay, so they are not among them.
 DEPENDS_ON: dict[str, Callable[[nn.Module], object]] = {
     "classes": lambda model: [type(module) for module in _modules(model)],
     "replaced forwards": lambda model: [id(module.__dict__.get("forward")) for module in _modules(model)],
@@ -61,8 +69,12 @@ DEPENDS_ON: dict[str, Callable[[nn.Module], object]] = {
     "devices": lambda model: [x.device for x in _tensors(model)],
     "epsilons": lambda model: _attributes(model, "variance_epsilon"),
     "rotary positions": lambda model: _attributes(model, "attention_scaling", "mrope_section", "rope_type"),
-    "attention": lambda model: _attributes(model, "scaling", "is_causal", "head_dim", "num_key_value_groups", "layer_idx"),
-    "attention implementation": lambda model: [module.config._attn_implementation for module in _modules(model) if hasattr(module, "config")],
+    "attention": lambda model: _attributes(
+        model, "scaling", "is_causal", "head_dim", "num_key_value_groups", "layer_idx"
+    ),
+    "attention implementation": lambda model: [
+        module.config._attn_implementation for module in _modules(model) if hasattr(module, "config")
+    ],
     "numbers of QVL's config": lambda model: [
         getattr(model.model.language_model.config, name, None) for name in ("rope_theta", "head_dim", "image_token_id")
     ],
@@ -70,10 +82,11 @@ DEPENDS_ON: dict[str, Callable[[nn.Module], object]] = {
     "autocast": lambda model: autocast_dtype(model.model.language_model.norm.weight.device),
     "backend": lambda model: dispatch.forced(),
     "precision of matmuls": lambda model: (
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
     ),
-}  # fmt: skip
+}
 
 
 def _state(model: nn.Module) -> dict[str, object]:
@@ -110,7 +123,9 @@ def why_not(model: nn.Module) -> str | None:
         parts, kind = (body.embed_tokens, body.rotary_emb), body.rotary_emb.rope_type
         if "dynamic" in kind or kind == "longrope":
             return f"rotary frequencies of {kind} change with the length"
-    if any(not is_plain(module, type(module)) for module in (*parts, body.norm, lm_head)) or any("inv_freq" in vars(part) for part in parts):
+    if any(not is_plain(module, type(module)) for module in (*parts, body.norm, lm_head)) or any(
+        "inv_freq" in vars(part) for part in parts
+    ):
         return "hooks, which a graph would not call, or tensors that are no parameters or buffers"
     if type(body.norm) is not text.Qwen3VLTextRMSNorm or type(lm_head) not in (head.Linear, PackedLinear):
         return "the last norm or the head is not plain"
@@ -128,8 +143,9 @@ def why_failed(model: nn.Module, batch: int, length: int) -> str | None:
 
 
 def release(model: nn.Module) -> None:
-    """Frees the captured steps of a model, or of those that it is part of, and forgets what failed. Steps in use now are freed when their call
-    ends."""
+    """Frees the captured steps of a model, or of those that it is part of, and forgets what failed. Steps in use now
+    are freed when their call ends.
+    """
     with _lock:
         pools = [_pools.pop(owner) for owner in list(_pools) if any(module is model for module in owner.modules())]
     for pool in pools:
@@ -143,12 +159,15 @@ class _Pool:
         self._lock, self._idle, self._failed, self._open = threading.Lock(), [], {}, True
 
     def check_out(self, model: nn.Module, rows: int, layers: tuple[int, ...] = ()) -> "GpuStep | None":
-        """A step for so many rows, and images in these layers, that is nobody else's until it is checked in; those that are of no use any more
-        are freed."""
+        """A step for so many rows, and images in these layers, that is nobody else's until it is checked in; those that
+        are of no use any more are freed.
+        """
         state = _state(model)
         with self._lock:
             self._idle = [step for step in self._idle if step.state == state]
-            step = next((step for step in reversed(self._idle) if (step.rows, step.layers_with_images) == (rows, layers)), None)
+            step = next(
+                (step for step in reversed(self._idle) if (step.rows, step.layers_with_images) == (rows, layers)), None
+            )
             if step is not None:
                 self._idle.remove(step)
             return step
@@ -204,7 +223,9 @@ def _reason(error: BaseException) -> str | None:
 
 
 def _attempt(pool: _Pool, device: graphs.Device, function: Callable):
-    """(what ``function`` returns, None), or (None, why not) where there is no memory, idle steps being freed first, or no graph."""
+    """(what ``function`` returns, None), or (None, why not) where there is no memory, idle steps being freed first, or
+    no graph.
+    """
     while True:
         try:
             return function(), None
@@ -224,7 +245,8 @@ class GpuStep:
 
     Attributes:
         length: keys and values that it holds of every row.
-        layers_with_images: indices of the decoder layers that read images. Without any, a text's graph does nothing for them.
+        layers_with_images: indices of the decoder layers that read images. Without any, a text's graph does nothing for
+            them.
         graph: what runs a token.
     """
 
@@ -243,25 +265,39 @@ class GpuStep:
             self._positions = torch.zeros(*axes, rows, 1, dtype=torch.long, device=weight.device)
             self._lengths = torch.zeros(rows, dtype=torch.int32, device=weight.device)
             self._logits = torch.zeros(rows, lm_head.out_features, dtype=weight.dtype, device=weight.device)
-        self._caches = GrowingCaches(len(self._layers), rows, first.kv_heads, first.head_dim, weight.dtype, weight.device)
+        self._caches = GrowingCaches(
+            len(self._layers), rows, first.kv_heads, first.head_dim, weight.dtype, weight.device
+        )
         self._images = Images(body, layers_with_images, rows) if layers_with_images else None
 
     @classmethod
     def begin(
-        cls, model: nn.Module, cache: DynamicCache, positions: Tensor, visible: Tensor | None, *, limit: int | None, release: bool = False
+        cls,
+        model: nn.Module,
+        cache: DynamicCache,
+        positions: Tensor,
+        visible: Tensor | None,
+        *,
+        limit: int | None,
+        release: bool = False,
     ) -> "GpuStep":
         """A step that goes on from a cache of L keys.
 
         Args:
             model: one that ``why_not`` has nothing against.
             cache: of B rows. positions: int64 [3, B, 1] (QVL: [B, 1]), of the next token; every run adds 1.
-            visible: bool [B, L + 1], of the keys that the next token sees, or None if it sees all. limit: keys that there will be at the end
-                at most, if that is known.
+            visible: bool [B, L + 1], of the keys that the next token sees, or None if it sees all. limit: keys that
+                there will be at the end at most, if that is known.
             release: nobody reads the cache afterwards; its memory is freed layer by layer.
-        Raises: StepFailed where there is no memory, or no graph can hold the step; the cache is as it was. Of the size that failed
-            ``why_failed`` tells from then on, until ``release``.
+        Raises: StepFailed where there is no memory, or no graph can hold the step; the cache is as it was. Of the size
+            that failed ``why_failed`` tells from then on, until ``release``.
         """
-        rows, length, pool, device = _rows(positions.shape[-2]), cache.get_seq_length(), _pool(model), graphs.of(positions.device)
+        rows, length, pool, device = (
+            _rows(positions.shape[-2]),
+            cache.get_seq_length(),
+            _pool(model),
+            graphs.of(positions.device),
+        )
         layers = images.layers_with_images(model.model.language_model, cache)
 
         def begun() -> GpuStep:
@@ -281,12 +317,20 @@ class GpuStep:
         return step
 
     def _begin(
-        self, pool: _Pool, cache: DynamicCache, positions: Tensor, visible: Tensor | None, limit: int | None, release: bool
+        self,
+        pool: _Pool,
+        cache: DynamicCache,
+        positions: Tensor,
+        visible: Tensor | None,
+        limit: int | None,
+        release: bool,
     ) -> None:
         self._pool, self._cache, self._limit, self._batch = pool, cache, limit, positions.shape[-2]
         self._release, self._emptied, self._failed = release, 0, False
         self.length = cache.get_seq_length()
-        self._alive = [x.detach() for x in _tensors(self._model())]  # who swaps a weight's data meanwhile frees what the graph reads
+        self._alive = [
+            x.detach() for x in _tensors(self._model())
+        ]  # who swaps a weight's data meanwhile frees what the graph reads
         self._follow()
         room = self.length + max(FIRST_ROOM, self.length // 2)
         room = room if limit is None else max(self.length + 1, min(limit, room))
@@ -294,7 +338,9 @@ class GpuStep:
             self._caches.take(index, layer.keys, layer.values, length=room)
             if release:
                 self._emptied = index + 1
-                layer.keys, layer.values = (x.new_empty((*x.shape[:2], 0, x.shape[3])) for x in (layer.keys, layer.values))
+                layer.keys, layer.values = (
+                    x.new_empty((*x.shape[:2], 0, x.shape[3])) for x in (layer.keys, layer.values)
+                )
                 forget(layer)
         if self._images is not None:
             self._images.load(cache, self._batch)
@@ -328,8 +374,8 @@ class GpuStep:
     def run(self, tokens: Tensor) -> Tensor:
         """The logits [B, V] after ``tokens`` int64 [B, 1], in a buffer that the next run overwrites.
 
-        Raises: StepFailed if there is no memory for one more key; nothing has changed then, and ``end`` gives all back, what was released
-            included.
+        Raises: StepFailed if there is no memory for one more key; nothing has changed then, and ``end`` gives all back,
+            what was released included.
         """
         with self._device.active():
             self._follow()
@@ -365,7 +411,9 @@ class GpuStep:
         self._positions.add_(1)
 
     def sampler(self, chooser: Chooser) -> Sampler | None:
-        """What chooses as ``chooser`` would without waiting for the device, or None if it cannot. ``chooser``: has chosen a token."""
+        """What chooses as ``chooser`` would without waiting for the device, or None if it cannot. ``chooser``: has
+        chosen a token.
+        """
         if sampling.why_not(chooser) is not None or chooser.sequences.device != self._logits.device:
             return None
         key, reason = Sampler.key(chooser), None
@@ -383,17 +431,27 @@ class GpuStep:
         return sampler
 
     def _new_sampler(self, chooser: Chooser) -> Sampler:
-        logits, tokens, embedding = self._logits[: self._batch], self._tokens[: self._batch], self._model().model.language_model.embed_tokens
+        logits, tokens, embedding = (
+            self._logits[: self._batch],
+            self._tokens[: self._batch],
+            self._model().model.language_model.embed_tokens,
+        )
         return Sampler(chooser, logits, tokens, embedding.num_embeddings, self._device, self.graph.pool)
 
     def holds(self) -> bool:
         """Whether nothing that the step depends on has changed since it was captured, nor the images since it began."""
         model = self._model()
         layers = images.layers_with_images(model.model.language_model, self._cache)
-        return self.state == _state(model) and layers == self.layers_with_images and (self._images is None or self._images.are_in(self._cache))
+        return (
+            self.state == _state(model)
+            and layers == self.layers_with_images
+            and (self._images is None or self._images.are_in(self._cache))
+        )
 
     def end(self, length: int) -> None:
-        """Gives the first ``length`` keys and values back to the cache that ``begin`` got, unless it was released, and the step to others."""
+        """Gives the first ``length`` keys and values back to the cache that ``begin`` got, unless it was released, and
+        the step to others.
+        """
         if self._cache is None:
             return
         with self._device.active():
@@ -423,6 +481,8 @@ class GpuStep:
         return True
 
     def _hand_over(self, layers: int, length: int) -> None:
-        """Gives keys and values of the first layers back in this step's own memory, without copies; the step is of no use any more."""
+        """Gives keys and values of the first layers back in this step's own memory, without copies; the step is of no
+        use any more.
+        """
         for layer, keys, values in zip(self._cache_layers()[:layers], self._caches.keys, self._caches.values):
             layer.keys, layer.values = keys[: self._batch, :, :length], values[: self._batch, :, :length]

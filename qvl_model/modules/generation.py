@@ -12,7 +12,9 @@ __all__ = ["GeneratesByStep", "Qwen3VLForConditionalGeneration"]
 
 
 class GeneratesByStep:
-    """For models that generate: tokens by the steps of ``generation.loop`` where they compute what the model's modules would."""
+    """For models that generate: tokens by the steps of ``generation.loop`` where they compute what the model's modules
+    would.
+    """
 
     def train(self, mode: bool = True):
         if mode:  # captured steps hold memory that training needs
@@ -27,9 +29,11 @@ class GeneratesByStep:
         return super()._sample(*arguments, **options)
 
 
-class Qwen3VLForConditionalGeneration(GeneratesByStep, packed_checkpoint.PackedSaving, stock.Qwen3VLForConditionalGeneration):
-    """The stock class whose ``from_pretrained`` returns an accelerated model, also from a directory of packed weights. Saved configs
-    name the stock class.
+class Qwen3VLForConditionalGeneration(
+    GeneratesByStep, packed_checkpoint.PackedSaving, stock.Qwen3VLForConditionalGeneration
+):
+    """The stock class whose ``from_pretrained`` returns an accelerated model, also from a directory of packed weights.
+    Saved configs name the stock class.
 
     Example:
         >>> from qvl_model import Qwen3VLForConditionalGeneration

@@ -1,4 +1,6 @@
-"""The language-model head in training: logits that are not computed until somebody looks, and a loss that never does."""
+"""The language-model head in training: logits that are not computed until somebody looks, and a loss that
+never does.
+"""
 
 import threading
 
@@ -12,12 +14,14 @@ from qvl_model.modules.plain import kernels_take
 
 __all__ = ["Forwards", "Linear", "causal_loss", "set_skip_logits"]
 
-_current = threading.local()  # .forward: the Forwards whose model has run in this thread and whose head has not yet, .skip_logits: of this call
+_current = (
+    threading.local()
+)  # .forward: the Forwards whose model has run in this thread and whose head has not yet, .skip_logits: of this call
 
 
 class Forwards:
-    """Forward pre-hook of the model under the head, the part of a forward that wrappers around the model never go past. It counts calls,
-    and takes ``skip_logits`` out of their arguments.
+    """Forward pre-hook of the model under the head, the part of a forward that wrappers around the model never go past.
+    It counts calls, and takes ``skip_logits`` out of their arguments.
 
     Args:
         skip_logits: for calls that do not say; see ``accelerate``.
@@ -29,14 +33,18 @@ class Forwards:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         kwargs = dict(kwargs)
         skip_logits = kwargs.pop("skip_logits", None)
-        if not torch.compiler.is_compiling() and not getattr(module, "_is_replica", False):  # DataParallel gathers logits
+        if not torch.compiler.is_compiling() and not getattr(
+            module, "_is_replica", False
+        ):  # DataParallel gathers logits
             self.count += 1
             _current.forward, _current.skip_logits = self, self.skip_logits if skip_logits is None else skip_logits
         return args, kwargs
 
 
 def set_skip_logits(model: nn.Module, skip_logits: bool | None) -> None:
-    """Has calls of ``model`` (a part with a head under which there is a ``model``) skip logits or not; None: as if it never had been asked."""
+    """Has calls of ``model`` (a part with a head under which there is a ``model``) skip logits or not; None: as if it
+    never had been asked.
+    """
     body = model.model
     for handle in [handle for handle, hook in body._forward_pre_hooks.items() if isinstance(hook, Forwards)]:
         del body._forward_pre_hooks[handle]
@@ -46,13 +54,21 @@ def set_skip_logits(model: nn.Module, skip_logits: bool | None) -> None:
 
 
 class Linear(linear.Linear):
-    """``lm_head``: in a training forward of its model lazy, so that the loss may do without logits; else as every linear layer."""
+    """``lm_head``: in a training forward of its model lazy, so that the loss may do without logits; else as every
+    linear layer.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return super().forward(input)
         forward, _current.forward = getattr(_current, "forward", None), None
-        if forward is not None and _current.skip_logits and self.training and torch.is_grad_enabled() and self.bias is None:
+        if (
+            forward is not None
+            and _current.skip_logits
+            and self.training
+            and torch.is_grad_enabled()
+            and self.bias is None
+        ):
             hidden, weight = input, self.weight
             device = hidden.device.type
             if torch.is_autocast_enabled(device):
@@ -66,16 +82,34 @@ class Linear(linear.Linear):
 
 
 def _can_be_watched(*tensors: Tensor) -> bool:
-    """Tensors of inference mode tell no versions; a CUDA graph that is being captured cannot be asked whether they are equal."""
+    """Tensors of inference mode tell no versions; a CUDA graph that is being captured cannot be asked whether they are
+    equal.
+    """
     capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
     return not capturing and not any(x.is_inference() for x in tensors)
 
 
-def causal_loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch=None, ignore_index: int = -100, shift_labels=None, **kwargs):
-    """``ForCausalLMLoss`` of transformers; of logits that are not computed through ``linear_cross_entropy``, which keeps none."""
+def causal_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch=None,
+    ignore_index: int = -100,
+    shift_labels=None,
+    **kwargs,
+):
+    """``ForCausalLMLoss`` of transformers; of logits that are not computed through ``linear_cross_entropy``, which
+    keeps none.
+    """
     if not isinstance(logits, LazyLogits) or logits.computed or logits.shape[-1] != vocab_size:
         return ForCausalLMLoss(
-            logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, ignore_index=ignore_index, shift_labels=shift_labels, **kwargs
+            logits,
+            labels,
+            vocab_size,
+            num_items_in_batch=num_items_in_batch,
+            ignore_index=ignore_index,
+            shift_labels=shift_labels,
+            **kwargs,
         )
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]

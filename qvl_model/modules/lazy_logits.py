@@ -1,7 +1,8 @@
 """Logits of a training step that are computed when somebody looks at them, and a loss that does without them.
 
-They are one node of autograd's graph like any others: the loss, hooks, retained gradients and whatever reads their values hang on it. What
-is left out is memory, of their values (LazyLogits) and of their gradient between the loss and the head (_LazyGradient).
+They are one node of autograd's graph like any others: the loss, hooks, retained gradients and whatever reads their
+values hang on it. What is left out is memory, of their values (LazyLogits) and of their gradient between the loss and
+the head (_LazyGradient).
 """
 
 import weakref
@@ -18,8 +19,10 @@ import qvl_kernels
 __all__ = ["LazyLogits", "lazy_logits", "lazy_loss"]
 
 _GONE = (
-    "the logits of this training step were not computed, and can no longer be: there was a backward, another forward of the model, or hidden "
-    "states or weights were changed. Read them before, or keep them by model(..., skip_logits=False) or accelerate(model, skip_logits=False)"
+    "the logits of this training step were not computed, and can no longer be: there was a backward, another "
+    "forward of the model, or hidden "
+    "states or weights were changed. Read them before, or keep them by model(..., skip_logits=False) or "
+    "accelerate(model, skip_logits=False)"
 )
 _CHUNK_BYTES = {"cpu": 1 << 22}  # of a fingerprint: within a cache
 _CHUNK_BYTES_GPU = 1 << 28  # few launches
@@ -47,8 +50,9 @@ def lazy_loss(logits: "LazyLogits", labels: Tensor, ignore_index: int, reduction
 
 
 class _Watched:
-    """Tells whether tensors are what they were when this was made, also after changes that autograd is not told of (``.data``, fused
-    optimizer steps)."""
+    """Tells whether tensors are what they were when this was made, also after changes that autograd is not told of
+    (``.data``, fused optimizer steps).
+    """
 
     def __init__(self, *tensors: Tensor) -> None:
         self.tensors = tensors
@@ -56,7 +60,9 @@ class _Watched:
 
     def unchanged(self) -> bool:
         return [_state(x) for x in self.tensors] == self.states and all(
-            torch.equal(now, before) for x, print_ in zip(self.tensors, self.fingerprints) for now, before in zip(_fingerprint(x), print_)
+            torch.equal(now, before)
+            for x, print_ in zip(self.tensors, self.fingerprints)
+            for now, before in zip(_fingerprint(x), print_)
         )
 
 
@@ -66,9 +72,11 @@ def _state(x: Tensor) -> tuple:
 
 
 def _fingerprint(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of the bits of x [..., C], as integers, along its rows and along its columns. Exact (modulo 2^64), so that no change of a
-    single element is lost, nor one of order. 54 ms for a head of 622 MB on two cores of an EPYC, beside seconds of a training step; taken
-    in the forward, and once more when logits or a loss are computed, for which a GPU is waited for."""
+    """Sums of the bits of x [..., C], as integers, along its rows and along its columns. Exact (modulo 2^64), so that
+    no change of a single element is lost, nor one of order. 54 ms for a head of 622 MB on two cores of an EPYC, beside
+    seconds of a training step; taken in the forward, and once more when logits or a loss are computed, for which a GPU
+    is waited for.
+    """
     x = x.detach()
     sizes = [n * x.element_size() for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1])] + [x.data_ptr()]
     word = next(d for d in (torch.int64, torch.int32, torch.int16) if all(size % d.itemsize == 0 for size in sizes))
@@ -82,7 +90,9 @@ def _fingerprint(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Source:
-    """What logits are computed from, until that may have changed. One for each call of the head; holds nothing of the graph."""
+    """What logits are computed from, until that may have changed. One for each call of the head; holds nothing of the
+    graph.
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor, own: tuple[bool, bool], forward) -> None:
         self.hidden, self.weight, self.device = hidden.detach(), weight.detach(), hidden.device
@@ -129,7 +139,9 @@ class _Cell:
 
 
 class _Wrapper(Tensor):
-    """A tensor without values; any function of PyTorch but those that ask for its shape and the like gets ``value()`` instead."""
+    """A tensor without values; any function of PyTorch but those that ask for its shape and the like gets ``value()``
+    instead.
+    """
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -140,7 +152,9 @@ class _Wrapper(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        """Past ``__torch_function__``: from C++ (autograd adds up gradients) or through an autograd function, which has built its graph."""
+        """Past ``__torch_function__``: from C++ (autograd adds up gradients) or through an autograd function, which has
+        built its graph.
+        """
         if func in _ALIASES and args[0].shape == (tuple(args[1]) if len(args) > 1 else args[0].shape):
             return args[0].shallow_copy()
         if func._schema.is_mutable:
@@ -149,8 +163,10 @@ class _Wrapper(Tensor):
 
 
 class LazyLogits(_Wrapper):
-    """Logits that are not computed yet. Exact in values and gradients as long as they can be read; from the backward, the next forward of
-    the model or a change of hidden states or weights on, reading what was not read before raises RuntimeError."""
+    """Logits that are not computed yet. Exact in values and gradients as long as they can be read; from the backward,
+    the next forward of the model or a change of hidden states or weights on, reading what was not read before raises
+    RuntimeError.
+    """
 
     @staticmethod
     def __new__(cls, cell: _Cell) -> "LazyLogits":
@@ -158,7 +174,9 @@ class LazyLogits(_Wrapper):
 
     def __init__(self, cell: _Cell) -> None:
         self.cell, self._value = cell, None
-        self._read = self._own = self._followed = None  # nodes: of the value as it was read, of this tensor then, of the value that this tensor follows
+        self._read = self._own = self._followed = (
+            None  # nodes: of the value as it was read, of this tensor then, of the value that this tensor follows
+        )
 
     @property
     def source(self) -> _Source:
@@ -175,8 +193,10 @@ class LazyLogits(_Wrapper):
         return self.cell.alias()
 
     def value(self) -> Tensor:
-        """The logits themselves: one tensor in the graph, edits of which count, whatever grad mode its first reader is in. Another one once
-        an autograd function that writes to its input was given this tensor, and has its place in the graph."""
+        """The logits themselves: one tensor in the graph, edits of which count, whatever grad mode its first reader is
+        in. Another one once an autograd function that writes to its input was given this tensor, and has its place in
+        the graph.
+        """
         if not self._is_read():
             with torch.inference_mode(False), torch.enable_grad():
                 self._value = _Read.apply(self, self.cell.alias)
@@ -186,14 +206,18 @@ class LazyLogits(_Wrapper):
         return self._value
 
     def node(self) -> Tensor:
-        """What stands for the logits in the graph: this tensor, to which the loss goes back, until its value is edited with gradients."""
+        """What stands for the logits in the graph: this tensor, to which the loss goes back, until its value is edited
+        with gradients.
+        """
         return self._value if self._is_read() and self._value.grad_fn is not self._read else self
 
     def _is_read(self) -> bool:
         return self._value is not None and self._own is _native_node(self)
 
     def _follow(self) -> None:
-        """After an edit of its value: autograd functions, which are given this tensor, see the edit in the graph as well."""
+        """After an edit of its value: autograd functions, which are given this tensor, see the edit in the graph as
+        well.
+        """
         if self._is_read() and self._value.grad_fn not in (self._read, self._followed):
             with torch.inference_mode(False), torch.enable_grad():
                 _Follow.apply(self, self._value)
@@ -272,7 +296,9 @@ def _in_graph(func, args: tuple, kwargs: dict):
         args = args[0], lambda gradient, hook=args[1]: hook(_gradients(gradient))
     if func not in _MAKES_GRADIENTS:
         return _gradients(_natively(func, args, kwargs))
-    handles = [_natively(Tensor.register_hook, (x, _gradients), {}) for x in asked]  # run before a gradient is handed out or kept
+    handles = [
+        _natively(Tensor.register_hook, (x, _gradients), {}) for x in asked
+    ]  # run before a gradient is handed out or kept
     if func is Tensor.retain_grad:
         for value in [x.value() for x in asked if x.computed]:
             value.retain_grad()
@@ -286,7 +312,9 @@ def _in_graph(func, args: tuple, kwargs: dict):
 
 def _widens(func, args: tuple, kwargs: dict) -> bool:
     """What mixed-precision wrappers do to every output, and the loss by itself."""
-    return not kwargs and (func is Tensor.float and len(args) == 1 or func is Tensor.to and args[1:] == (torch.float32,))
+    return not kwargs and (
+        func is Tensor.float and len(args) == 1 or func is Tensor.to and args[1:] == (torch.float32,)
+    )
 
 
 def _takes_notice_only(hook) -> bool:
@@ -378,7 +406,9 @@ class _SkippedLoss:
             )
 
     def record(self) -> Tensor:
-        """Computed with a graph, apart from hooks that move or recompute saved tensors: the head's own go through them already."""
+        """Computed with a graph, apart from hooks that move or recompute saved tensors: the head's own go through them
+        already.
+        """
         for x, needed in zip((self.hidden, self.weight), self.needs_grad):
             x.requires_grad_(needed)
         with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
@@ -402,7 +432,12 @@ class _SkippedLoss:
 
     def of(self, logits: Tensor) -> Tensor:
         """The loss of these logits, any that are asked for, by PyTorch."""
-        return cross_entropy(logits.float().view(-1, logits.shape[-1]), self.labels, ignore_index=self.ignore_index, reduction=self.reduction)
+        return cross_entropy(
+            logits.float().view(-1, logits.shape[-1]),
+            self.labels,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
 
     def gradient_of_logits(self, factor: Tensor) -> Tensor:
         """By hand: the engine may ask for it where autograd is off for good."""
@@ -411,7 +446,9 @@ class _SkippedLoss:
             if self.reduction == "mean":
                 factor = factor / counted.sum()
             gradient = self.logits().float().softmax(-1)
-            gradient.scatter_add_(1, self.labels[:, None].masked_fill(~counted, 0), torch.full_like(gradient[:, :1], -1.0))
+            gradient.scatter_add_(
+                1, self.labels[:, None].masked_fill(~counted, 0), torch.full_like(gradient[:, :1], -1.0)
+            )
             return gradient.mul_(factor.float()).masked_fill_(~counted, 0.0)
 
 
@@ -433,15 +470,43 @@ class _Loss(Function):
         return torch.autograd.grad(loss.of(read), read, grad, create_graph=True)[0], None
 
 
-_ALIASES = {torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.view.default}  # of functions that hand inputs on
+_ALIASES = {
+    torch.ops.aten.alias.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.view.default,
+}  # of functions that hand inputs on
 _METADATA = {
-    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.layout.__get__, Tensor.is_cuda.__get__,
-    Tensor.is_cpu.__get__, Tensor.is_meta.__get__, Tensor.is_sparse.__get__, Tensor.is_quantized.__get__, Tensor.size, Tensor.dim,
-    Tensor.numel, Tensor.nelement, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, Tensor.get_device,
-}  # fmt: skip
+    Tensor.shape.__get__,
+    Tensor.dtype.__get__,
+    Tensor.device.__get__,
+    Tensor.ndim.__get__,
+    Tensor.layout.__get__,
+    Tensor.is_cuda.__get__,
+    Tensor.is_cpu.__get__,
+    Tensor.is_meta.__get__,
+    Tensor.is_sparse.__get__,
+    Tensor.is_quantized.__get__,
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    Tensor.__len__,
+    Tensor.get_device,
+}
 _OF_GRAPH = {
-    Tensor.requires_grad.__get__, Tensor.grad_fn.__get__, Tensor.is_leaf.__get__, Tensor.retains_grad.__get__, Tensor.retain_grad,
-    Tensor.grad.__get__, Tensor.grad.__set__, Tensor.grad.__delete__, Tensor.register_hook, Tensor.backward, torch.autograd.grad,
+    Tensor.requires_grad.__get__,
+    Tensor.grad_fn.__get__,
+    Tensor.is_leaf.__get__,
+    Tensor.retains_grad.__get__,
+    Tensor.retain_grad,
+    Tensor.grad.__get__,
+    Tensor.grad.__set__,
+    Tensor.grad.__delete__,
+    Tensor.register_hook,
+    Tensor.backward,
+    torch.autograd.grad,
     torch.autograd.backward,
-}  # fmt: skip
+}
 _MAKES_GRADIENTS = {Tensor.retain_grad, Tensor.backward, torch.autograd.grad, torch.autograd.backward}

@@ -11,7 +11,9 @@ class Linear(nn.Linear):
     """``nn.Linear`` through ``qvl_kernels.linear``: the weight is used as stored."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_cuda and not few_rows(input):  # PyTorch's product is the kernel, and 196 of them a training step are much for the host
+        if input.is_cuda and not few_rows(
+            input
+        ):  # PyTorch's product is the kernel, and 196 of them a training step are much for the host
             return super().forward(input)
         if kernels_take(input, self.weight, self.bias):
             return qvl_kernels.linear(input, self.weight, self.bias)
@@ -22,7 +24,9 @@ class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` over the last dimension through ``qvl_kernels.layer_norm``."""
 
     def forward(self, input: Tensor) -> Tensor:
-        plain = len(self.normalized_shape) == 1 and self.bias is not None and autocast_dtype(input.device) is None  # which asks for fp32
+        plain = (
+            len(self.normalized_shape) == 1 and self.bias is not None and autocast_dtype(input.device) is None
+        )  # which asks for fp32
         if plain and is_number(self.eps) and kernels_take(input, self.weight, self.bias):
             return qvl_kernels.layer_norm(input, self.weight, self.bias, eps=self.eps)
         return super().forward(input)

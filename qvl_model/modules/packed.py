@@ -17,10 +17,11 @@ FORMATS = {"int8": 8, "int4": 4}  # name -> bits
 
 
 class _Packed:
-    """What packed modules share: buffers ``weight_values`` and ``weight_scales`` (see ``qvl_kernels.quant``) in place of ``weight``.
+    """What packed modules share: buffers ``weight_values`` and ``weight_scales`` (see ``qvl_kernels.quant``) in place
+    of ``weight``.
 
-    The parameter of that name is empty, [N, 0], and in no state_dict: it follows the model's dtype and device, and tells by its length
-    and by being one for two modules what PEFT looks for, an embedding and what is tied to it.
+    The parameter of that name is empty, [N, 0], and in no state_dict: it follows the model's dtype and device, and
+    tells by its length and by being one for two modules what PEFT looks for, an embedding and what is tied to it.
     """
 
     @property
@@ -33,7 +34,9 @@ class _Packed:
         return nn.Parameter(PackedWeight(self), requires_grad=False)
 
     def __setattr__(self, name: str, value) -> None:
-        """A parameter as ``weight`` turns the module back into a plain one; the weight of another packed module is shared, as tied weights are."""
+        """A parameter as ``weight`` turns the module back into a plain one; the weight of another packed module is
+        shared, as tied weights are.
+        """
         if name != "weight":
             super().__setattr__(name, value)
         elif isinstance(value, PackedWeight):
@@ -41,7 +44,10 @@ class _Packed:
         elif isinstance(value, nn.Parameter):
             self.unpack(value)
         else:
-            raise TypeError(f"the weight of a quantised layer takes an nn.Parameter, got {type(value).__name__}; write other values to weight.data")
+            raise TypeError(
+                f"the weight of a quantised layer takes an nn.Parameter, got {type(value).__name__}; write other "
+                f"values to weight.data"
+            )
 
     def __delattr__(self, name: str) -> None:
         if name == "weight":
@@ -49,7 +55,9 @@ class _Packed:
         super().__delattr__(name)
 
     def __deepcopy__(self, memo: dict) -> nn.Module:
-        """A packed copy; one that an adapter trains in place of the original (``modules_to_save``) has a plain weight."""
+        """A packed copy; one that an adapter trains in place of the original (``modules_to_save``) has a
+        plain weight.
+        """
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         if copied_to_train(self):
@@ -65,12 +73,16 @@ class _Packed:
         """Takes ``weight`` [N, K] in the module's format; rows that are as they were stay so bit for bit.
 
         What was there before an adapter was merged is kept until the adapter is unmerged, and then put back.
-        Raises: ValueError for another K and weights that are not finite; RuntimeError where nothing was kept to put back.
+        Raises: ValueError for another K and weights that are not finite; RuntimeError where nothing was kept to put
+        back.
         """
         old = self.quantized
         if weight.dim() != 2 or weight.shape[1] != old.in_features:
             shape = list(weight.shape)
-            raise ValueError(f"the weight of this quantised layer takes shape [N, {old.in_features}], got {shape}; replace the layer instead")
+            raise ValueError(
+                f"the weight of this quantised layer takes shape [N, {old.in_features}], got {shape}; replace the "
+                f"layer instead"
+            )
         merge = merge_in_progress(self)
         if merge is not None and merge.undone:
             original = self._kept.undo(merge)
@@ -93,7 +105,9 @@ class _Packed:
             self.weight_scales.copy_(new.scales)
         else:
             self.weight_values, self.weight_scales = new.values, new.scales
-            self._parameters["weight"] = nn.Parameter(self._parameters["weight"].new_empty(len(new.values), 0), requires_grad=False)
+            self._parameters["weight"] = nn.Parameter(
+                self._parameters["weight"].new_empty(len(new.values), 0), requires_grad=False
+            )
 
     def _share(self, other: nn.Module) -> None:
         """Becomes tied to ``other``."""
@@ -153,7 +167,8 @@ class PackedLinear(_Packed, nn.Linear):
             linear: any floating-point linear layer.
             weights: "int8" (a scale per row) or "int4" (a scale per row and ``group`` inputs).
             group: 32, 64 or 128.
-        Raises: TypeError unless ``linear`` is an nn.Linear; ValueError for other formats or groups and weights that are not finite.
+        Raises: TypeError unless ``linear`` is an nn.Linear; ValueError for other formats or groups and weights that are
+        not finite.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"PackedLinear.from_linear takes an nn.Linear, got {type(linear).__name__}")
@@ -161,7 +176,11 @@ class PackedLinear(_Packed, nn.Linear):
             raise ValueError(f"PackedLinear.from_linear: weights must be one of {', '.join(FORMATS)}, got {weights!r}")
         packed = cls.__new__(cls)
         nn.Module.__init__(packed)
-        packed.in_features, packed.out_features, packed.training = linear.in_features, linear.out_features, linear.training
+        packed.in_features, packed.out_features, packed.training = (
+            linear.in_features,
+            linear.out_features,
+            linear.training,
+        )
         packed._take(quant.quantize(linear.weight.detach(), FORMATS[weights], group), linear.weight)
         packed.register_parameter("bias", linear.bias)
         return packed
@@ -183,7 +202,9 @@ class PackedLinear(_Packed, nn.Linear):
 
     def extra_repr(self) -> str:
         quantized = self.quantized
-        return f"{super().extra_repr()}, int{quantized.bits}" + (f" in groups of {quantized.group}" if quantized.bits == 4 else "")
+        return f"{super().extra_repr()}, int{quantized.bits}" + (
+            f" in groups of {quantized.group}" if quantized.bits == 4 else ""
+        )
 
 
 class PackedEmbedding(_Packed, nn.Embedding):

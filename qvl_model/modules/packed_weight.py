@@ -15,14 +15,16 @@ __all__ = ["TAKEN_OUT", "Kept", "Merge", "PackedWeight", "copied_to_train", "mer
 
 
 TAKEN_OUT = (
-    "the weight of a quantised layer cannot be taken out of it, as parametrizations and adapters with target_parameters do; train an adapter of its "
+    "the weight of a quantised layer cannot be taken out of it, as parametrizations and adapters with "
+    "target_parameters do; train an adapter of its "
     "layer (target_modules), or quantise (accelerate) without this part"
 )
 
 
 class PackedWeight(Tensor):
-    """The weight [N, K] of a packed module, or a view of it: any operation sees the dequantised numbers, and what an operation writes
-    is quantised again and stored in the module. It holds no numbers itself, so asking for its shape, dtype or device costs nothing.
+    """The weight [N, K] of a packed module, or a view of it: any operation sees the dequantised numbers, and what an
+    operation writes is quantised again and stored in the module. It holds no numbers itself, so asking for its shape,
+    dtype or device costs nothing.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -34,7 +36,12 @@ class PackedWeight(Tensor):
         shape = (module.weight_values.shape[0], module.quantized.in_features)
         like = _through(views, torch.empty(shape, dtype=module._parameters["weight"].dtype, device="meta"))
         return Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), storage_offset=like.storage_offset(), dtype=like.dtype, device=module.weight_values.device
+            cls,
+            like.shape,
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=like.dtype,
+            device=module.weight_values.device,
         )
 
     def __init__(self, module: nn.Module, views: tuple[Callable[[Tensor], Tensor], ...] = ()) -> None:
@@ -49,12 +56,18 @@ class PackedWeight(Tensor):
         if value is self:  # as in weight.data += delta
             return
         if self.views:
-            raise RuntimeError("a view of a quantised weight takes no new data; write to it in place, or give the weight itself new data")
+            raise RuntimeError(
+                "a view of a quantised weight takes no new data; write to it in place, or give the weight itself "
+                "new data"
+            )
         self.module.requantize(value)
 
     def requires_grad_(self, requires_grad: bool = True) -> "PackedWeight":
         if requires_grad:
-            raise RuntimeError("a quantised weight is a constant; train an adapter on top of it, or quantise (accelerate) without this part")
+            raise RuntimeError(
+                "a quantised weight is a constant; train an adapter on top of it, or quantise (accelerate) without "
+                "this part"
+            )
         return self
 
     @classmethod
@@ -145,13 +158,17 @@ class Kept:
     def undo(self, merge: Merge) -> QuantizedWeight | None:
         """The original, if this was the last adapter. Raises: RuntimeError if it is not known."""
         if self.original is None:
-            raise RuntimeError("unmerge: the weight that this quantised layer had before the merge was not kept; load the model again")
+            raise RuntimeError(
+                "unmerge: the weight that this quantised layer had before the merge was not kept; load the model again"
+            )
         original = self.original
         self._drop(merge)
         return original if self.original is None else None
 
     def _drop(self, merge: Merge) -> None:
-        self.merges = {(kind, before) for kind, before in self.merges if kind != merge.kind or len(before) < len(merge.before)}
+        self.merges = {
+            (kind, before) for kind, before in self.merges if kind != merge.kind or len(before) < len(merge.before)
+        }
         if not self.merges:
             self.forget()
 
@@ -162,21 +179,29 @@ class Kept:
 def merge_in_progress(module: nn.Module) -> Merge | None:
     """The merge for which the weight of ``module`` is being written, if it is for one.
 
-    PEFT's ``merge`` and ``unmerge`` write weights and say nothing to the module; that one of them is running is known to the calls
-    in progress alone. The names are those of PEFT's public methods.
+    PEFT's ``merge`` and ``unmerge`` write weights and say nothing to the module; that one of them is running is known
+    to the calls in progress alone. The names are those of PEFT's public methods.
     """
     for frame in _calls():
         if frame.f_code.co_name in ("merge", "unmerge"):
             adapter = frame.f_locals.get("self")
-            inner = adapter.get_base_layer() if hasattr(adapter, "merged_adapters") and hasattr(adapter, "get_base_layer") else None
+            inner = (
+                adapter.get_base_layer()
+                if hasattr(adapter, "merged_adapters") and hasattr(adapter, "get_base_layer")
+                else None
+            )
             if getattr(inner, "weight_values", None) is module.weight_values:
                 for_good = any(caller.f_code.co_name == "merge_and_unload" for caller in _calls())
-                return Merge(type(inner).__name__, tuple(adapter.merged_adapters), frame.f_code.co_name == "unmerge", for_good)
+                return Merge(
+                    type(inner).__name__, tuple(adapter.merged_adapters), frame.f_code.co_name == "unmerge", for_good
+                )
     return None
 
 
 def copied_to_train(module: nn.Module) -> bool:
-    """Whether a copy that is being made of ``module``, or of what it is part of, is one of PEFT's ``modules_to_save``."""
+    """Whether a copy that is being made of ``module``, or of what it is part of, is one of PEFT's
+    ``modules_to_save``.
+    """
     for frame in _calls():
         wrapper = frame.f_locals.get("self") if frame.f_code.co_name == "update" else None
         if hasattr(wrapper, "modules_to_save") and hasattr(wrapper, "original_module"):

@@ -1,4 +1,6 @@
-"""MLPs a part of the tokens at a time, for memory: what lies between their two products is several times as wide as the rest."""
+"""MLPs a part of the tokens at a time, for memory: what lies between their two products is several times as wide as the
+rest.
+"""
 
 from collections.abc import Callable
 
@@ -28,13 +30,17 @@ def set_rows(mlp: nn.Module, rows: int | None) -> None:
 
 
 def splits(mlp: nn.Module, x: Tensor) -> bool:
-    """Whether the MLP would split x [..., C] where a fused call would not: on GPUs. On CPUs that call keeps few tokens anyway."""
+    """Whether the MLP would split x [..., C] where a fused call would not: on GPUs. On CPUs that call keeps few tokens
+    anyway.
+    """
     rows = mlp.__dict__.get(_NAME)
     return rows is not None and x.numel() > rows * x.shape[-1] and (x.is_cuda or dispatch.forced() == "triton")
 
 
 def in_parts(mlp: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """forward(x), ``mlp``'s way from x [..., C]; ``mlp_rows`` tokens at a time if it has that attribute, each part again in the backward."""
+    """forward(x), ``mlp``'s way from x [..., C]; ``mlp_rows`` tokens at a time if it has that attribute, each part
+    again in the backward.
+    """
     rows = mlp.__dict__.get(_NAME)
     if rows is None:
         return forward(x)

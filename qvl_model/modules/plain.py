@@ -1,4 +1,6 @@
-"""Is a module plain enough for our kernels? Checked at every call: adapters, hooks, modes and casts may come at any time."""
+"""Is a module plain enough for our kernels? Checked at every call: adapters, hooks, modes and casts may come at any
+time.
+"""
 
 import functools
 import warnings
@@ -13,9 +15,18 @@ from qvl_kernels import dispatch, gpu
 from qvl_kernels.library import PLAIN, has_memory, ops_are_seen
 
 __all__ = [
-    "FAST_DTYPES", "FLASH", "attends_as_stock", "autocast_dtype", "dropout_fits", "is_number", "is_plain", "kernels_take", "no_global_hooks",
-    "only_capture_hooks", "runs_library_code",
-]  # fmt: skip
+    "FAST_DTYPES",
+    "FLASH",
+    "attends_as_stock",
+    "autocast_dtype",
+    "dropout_fits",
+    "is_number",
+    "is_plain",
+    "kernels_take",
+    "no_global_hooks",
+    "only_capture_hooks",
+    "runs_library_code",
+]
 
 FLASH = ("flash_attention_2", "flash_attention_3")  # implementations of attention that mean the same
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,13 +37,18 @@ def _attention_function(implementation: str):
 
 
 _ATTENTION_FUNCTIONS = {
-    name: function if function.__module__.startswith("transformers.") else None  # registered before this module was imported
-    for name in ("eager", "sdpa", "flex_attention", *FLASH) for function in [_attention_function(name)]
-}  # fmt: skip
+    name: function
+    if function.__module__.startswith("transformers.")
+    else None  # registered before this module was imported
+    for name in ("eager", "sdpa", "flex_attention", *FLASH)
+    for function in [_attention_function(name)]
+}
 
 
 def attends_as_stock(implementation: str) -> bool:
-    """Whether what the config names is the function that transformers has under that name, and none that was registered in its place."""
+    """Whether what the config names is the function that transformers has under that name, and none that was registered
+    in its place.
+    """
     return _attention_function(implementation) is _ATTENTION_FUNCTIONS.get(implementation)
 
 
@@ -42,13 +58,16 @@ def is_number(*values) -> bool:
 
 
 def is_plain(module: nn.Module, kind: type, own_hook: type | None = None) -> bool:
-    """Exactly ``kind`` (an adapter wraps or replaces it), no forward hook but pre-hooks of our own class ``own_hook``; neither ``forward``
-    nor weight or bias replaced on the instance."""
+    """Exactly ``kind`` (an adapter wraps or replaces it), no forward hook but pre-hooks of our own class ``own_hook``;
+    neither ``forward`` nor weight or bias replaced on the instance.
+    """
     own = module.__dict__
     return (
         type(module) is kind
         and not module._forward_hooks
-        and (not module._forward_pre_hooks or all(type(hook) is own_hook for hook in module._forward_pre_hooks.values()))
+        and (
+            not module._forward_pre_hooks or all(type(hook) is own_hook for hook in module._forward_pre_hooks.values())
+        )
         and "forward" not in own
         and "weight" not in own
         and "bias" not in own
@@ -56,9 +75,12 @@ def is_plain(module: nn.Module, kind: type, own_hook: type | None = None) -> boo
 
 
 def runs_library_code(module: nn.Module, *names: str) -> bool:
-    """Whether the methods of these names are those of a library's class: none replaced on the instance, none overridden in a user's subclass."""
+    """Whether the methods of these names are those of a library's class: none replaced on the instance, none overridden
+    in a user's subclass.
+    """
     return all(
-        name not in module.__dict__ and getattr(type(module), name).__module__.partition(".")[0] in ("torch", "transformers", "qvl_model")
+        name not in module.__dict__
+        and getattr(type(module), name).__module__.partition(".")[0] in ("torch", "transformers", "qvl_model")
         for name in names
     )
 
@@ -68,7 +90,9 @@ def no_global_hooks() -> bool:
 
 
 def only_capture_hooks(module: nn.Module, recorded: str) -> bool:
-    """Every forward hook is transformers' own recorder, of ``recorded`` ("attentions" or "hidden_states"), and nobody asked for these in this call."""
+    """Every forward hook is transformers' own recorder, of ``recorded`` ("attentions" or "hidden_states"), and nobody
+    asked for these in this call.
+    """
     if module._forward_pre_hooks:
         return False
     if not module._forward_hooks:
@@ -102,15 +126,18 @@ def _say_once(reason: str) -> None:
 
 
 def kernels_take(*tensors: torch.Tensor | None, cast: bool = True) -> bool:
-    """Plain tensors (no subclass: it may hold its values elsewhere) on one CPU or GPU that the kernels run on, of one dtype
-    that they know, rows contiguous, memory not freed; and nothing must see stock's own operations. ``cast``: autocast, where it is on, would
-    cast this op's inputs, and must find nothing to do."""
+    """Plain tensors (no subclass: it may hold its values elsewhere) on one CPU or GPU that the kernels run on, of one
+    dtype that they know, rows contiguous, memory not freed; and nothing must see stock's own operations. ``cast``:
+    autocast, where it is on, would cast this op's inputs, and must find nothing to do.
+    """
     compiling = torch.compiler.is_compiling()
     if not compiling and ops_are_seen():
         return False
     if compiling or not torch._C._len_torch_function_stack():
         return _fit(tensors, cast, compiling)
-    with torch._C.DisableTorchFunction():  # a default device has no say in what is asked here, and takes a microsecond for each question
+    with (
+        torch._C.DisableTorchFunction()
+    ):  # a default device has no say in what is asked here, and takes a microsecond for each question
         return _fit(tensors, cast, compiling)
 
 

@@ -1,4 +1,6 @@
-"""Attention, MLP and norm of the text decoder, op by op: what runs with gradients, and where a layer is not one fused call."""
+"""Attention, MLP and norm of the text decoder, op by op: what runs with gradients, and where a layer is not one fused
+call.
+"""
 
 import torch
 from torch import Tensor
@@ -7,15 +9,38 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 import qvl_kernels
 from qvl_model.compat import takes_cache, update_cache
 from qvl_model.modules.parts import in_parts
-from qvl_model.modules.plain import attends_as_stock, autocast_dtype, dropout_fits, is_number, is_plain, kernels_take, no_global_hooks
+from qvl_model.modules.plain import (
+    attends_as_stock,
+    autocast_dtype,
+    dropout_fits,
+    is_number,
+    is_plain,
+    kernels_take,
+    no_global_hooks,
+)
 
-__all__ = ["Qwen3VLTextAttention", "Qwen3VLTextMLP", "Qwen3VLTextRMSNorm", "SILU", "has_special_arguments", "tables_fit"]
+__all__ = [
+    "Qwen3VLTextAttention",
+    "Qwen3VLTextMLP",
+    "Qwen3VLTextRMSNorm",
+    "SILU",
+    "has_special_arguments",
+    "tables_fit",
+]
 
 # Arguments of attention functions that change what attention computes; stock code serves them.
 _SPECIAL_ARGUMENTS = (
-    "is_causal", "position_bias", "cache", "softcap", "s_aux", "sliding_window", "block_table", "head_mask",
-    "cu_seq_lens_q", "cu_seq_lens_k",
-)  # fmt: skip
+    "is_causal",
+    "position_bias",
+    "cache",
+    "softcap",
+    "s_aux",
+    "sliding_window",
+    "block_table",
+    "head_mask",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+)
 SILU = type(stock.ACT2FN["silu"])
 
 
@@ -70,7 +95,8 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
             or self.q_norm.variance_epsilon != self.k_norm.variance_epsilon
             or not no_global_hooks()
             or not tables_fit(position_embeddings, hidden_states)
-            or lower is not None and position_embeddings[0].dtype not in (lower, torch.float32)
+            or lower is not None
+            and position_embeddings[0].dtype not in (lower, torch.float32)
         ):
             return super().forward(hidden_states, position_embeddings, attention_mask, cache, **kwargs)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)

@@ -10,20 +10,34 @@ from qvl_kernels.quant import QuantizedWeight
 from qvl_model.modules.linear import LayerNorm, Linear
 from qvl_model.modules.packed import PackedLinear
 from qvl_model.modules.parts import in_parts, splits
-from qvl_model.modules.plain import FLASH, attends_as_stock, is_number, is_plain, kernels_take, no_global_hooks, only_capture_hooks
+from qvl_model.modules.plain import (
+    FLASH,
+    attends_as_stock,
+    is_number,
+    is_plain,
+    kernels_take,
+    no_global_hooks,
+    only_capture_hooks,
+)
 
 __all__ = [
-    "Qwen3VLVisionAttention", "Qwen3VLVisionBlock", "Qwen3VLVisionMLP", "Qwen3VLVisionPatchEmbed", "give_memory_back", "is_gelu_tanh",
-]  # fmt: skip
+    "Qwen3VLVisionAttention",
+    "Qwen3VLVisionBlock",
+    "Qwen3VLVisionMLP",
+    "Qwen3VLVisionPatchEmbed",
+    "give_memory_back",
+    "is_gelu_tanh",
+]
 
 _GELU_TANH = "gelu_pytorch_tanh"
 _LARGE = 4096  # patches: a picture of 1,024 x 1,024 pixels
 
 
 def give_memory_back(visual: nn.Module, args: tuple, output=None) -> None:
-    """A hook before and after the tower: with large images, what was freed before goes back to the system, and then what they needed in
-    passing, so that both do not add up with the cache. The C library keeps freed tensors below 32 MB; those are some hundred MB, and giving
-    them back takes milliseconds beside the seconds of the tower."""
+    """A hook before and after the tower: with large images, what was freed before goes back to the system, and then
+    what they needed in passing, so that both do not add up with the cache. The C library keeps freed tensors below 32
+    MB; those are some hundred MB, and giving them back takes milliseconds beside the seconds of the tower.
+    """
     pixels = args[0] if args else None
     if isinstance(pixels, Tensor) and pixels.is_cpu and pixels.shape[0] >= _LARGE and not torch.compiler.is_compiling():
         pages.trim()
@@ -33,7 +47,12 @@ class Qwen3VLVisionPatchEmbed(stock.Qwen3VLVisionPatchEmbed):
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight, bias = self.proj.weight, self.proj.bias
         patches = hidden_states.to(weight.dtype).reshape(-1, weight[0].numel())
-        if is_plain(self.proj, nn.Conv3d) and no_global_hooks() and weight.is_contiguous() and kernels_take(patches, weight, bias):
+        if (
+            is_plain(self.proj, nn.Conv3d)
+            and no_global_hooks()
+            and weight.is_contiguous()
+            and kernels_take(patches, weight, bias)
+        ):
             return qvl_kernels.patch_embed(patches, weight, bias)
         return super().forward(hidden_states)
 
@@ -77,7 +96,12 @@ class Qwen3VLVisionAttention(stock.Qwen3VLVisionAttention):
 def _attends_plainly(attention: nn.Module) -> bool:
     """Whether its function is one that the kernels stand for, of heads and scale that are plain."""
     name = attention.config._attn_implementation
-    return name in ("sdpa", *FLASH) and attends_as_stock(name) and attention.num_key_value_groups == 1 and is_number(attention.scaling)
+    return (
+        name in ("sdpa", *FLASH)
+        and attends_as_stock(name)
+        and attention.num_key_value_groups == 1
+        and is_number(attention.scaling)
+    )
 
 
 class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
@@ -127,11 +151,24 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
             return None
         modules = (self.norm1, attention.qkv, attention.proj, self.norm2, mlp.linear_fc1, mlp.linear_fc2)
         for module in modules:
-            kind = LayerNorm if isinstance(module, nn.LayerNorm) else PackedLinear if type(module) is PackedLinear else Linear
+            kind = (
+                LayerNorm
+                if isinstance(module, nn.LayerNorm)
+                else PackedLinear
+                if type(module) is PackedLinear
+                else Linear
+            )
             if not is_plain(module, kind):
                 return None
         weights = qvl_kernels.VisionWeights(
-            *(tensor for m in modules for tensor in (m.quantized if type(m) is PackedLinear else m._parameters.get("weight"), m._parameters.get("bias")))
+            *(
+                tensor
+                for m in modules
+                for tensor in (
+                    m.quantized if type(m) is PackedLinear else m._parameters.get("weight"),
+                    m._parameters.get("bias"),
+                )
+            )
         )
         plain = [weight for weight in weights if not isinstance(weight, QuantizedWeight)]
         if any(weight is None for weight in plain) or not kernels_take(hidden_states, *plain):

@@ -1,6 +1,7 @@
 """Index tables of the vision tower, made once per set of image sizes instead of once per forward and image by image.
 
-They depend on sizes and settings alone. What depends on weights or frequencies is computed from them by stock code in every call.
+They depend on sizes and settings alone. What depends on weights or frequencies is computed from them by stock code in
+every call.
 """
 
 import weakref
@@ -23,41 +24,69 @@ _kept: "weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple, dict]]" = weakre
 def provide_tables(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Forward pre-hook of a stock vision model: hands it the tables that it would compute from ``grid_thw``."""
     grid = args[1] if len(args) > 1 else kwargs.get("grid_thw")
-    if torch.compiler.is_compiling() or ops_are_seen() or not isinstance(grid, Tensor) or any(name in kwargs for name in _NAMES):
+    if (
+        torch.compiler.is_compiling()
+        or ops_are_seen()
+        or not isinstance(grid, Tensor)
+        or any(name in kwargs for name in _NAMES)
+    ):
         return None
     sizes, merge = tuple(map(tuple, grid.tolist())), model.spatial_merge_size
     if any(len(size) != 3 or min(size) < 1 or size[1] % merge or size[2] % merge for size in sizes):
         return None  # stock code says what is wrong
     settings = (
-        model.num_grid_per_side, merge, model.config.spatial_merge_size, model.interpolation_mode, model.interpolation_align_corners,
+        model.num_grid_per_side,
+        merge,
+        model.config.spatial_merge_size,
+        model.interpolation_mode,
+        model.interpolation_align_corners,
         model.config._attn_implementation,
-    )  # fmt: skip
+    )
     key = (sizes, grid.device, *settings)
     kept = _kept.setdefault(model, OrderedDict())
     if key not in kept:
         with torch.inference_mode(False):  # training may use them later
             kept[key] = _tables(model, torch.tensor(sizes, dtype=torch.int64), grid.device)
-        while len(kept) > KEPT or len(kept) > 1 and sum(len(tables["position_ids"]) for tables in kept.values()) > KEPT_PATCHES:
+        while (
+            len(kept) > KEPT
+            or len(kept) > 1
+            and sum(len(tables["position_ids"]) for tables in kept.values()) > KEPT_PATCHES
+        ):
             kept.popitem(last=False)
     kept.move_to_end(key)
     # Copies: a hook may write into what the model gets.
-    return args, kwargs | {name: table.clone() if isinstance(table, Tensor) else table for name, table in kept[key].items()}
+    return args, kwargs | {
+        name: table.clone() if isinstance(table, Tensor) else table for name, table in kept[key].items()
+    }
 
 
 def _tables(model: nn.Module, grid: Tensor, device: torch.device) -> dict:
     """Computed on the CPU and moved over whole: a GPU would be launched dozens of times for a few kilobytes."""
     indices, weights = get_vision_interpolation_indices_and_weights(
-        grid, num_grid_per_side=model.num_grid_per_side, mode=model.interpolation_mode, align_corners=model.interpolation_align_corners,
+        grid,
+        num_grid_per_side=model.num_grid_per_side,
+        mode=model.interpolation_mode,
+        align_corners=model.interpolation_align_corners,
         spatial_merge_size=model.config.spatial_merge_size,
-    )  # fmt: skip
+    )
     cu_seqlens, max_seqlen = get_vision_attention_seqlens(grid, model.config)
-    # cu_seqlens stays on the CPU for CPU kernels, which check it there, and goes to the GPU once for those that read it there.
-    tables = {"position_ids": _positions(grid, model.spatial_merge_size), "interp_indices": indices, "interp_weights": weights, "cu_seqlens": cu_seqlens}
-    return {name: table.to(device) for name, table in tables.items()} | ({} if max_seqlen is None else {"max_seqlen": max_seqlen})
+    # cu_seqlens stays on the CPU for CPU kernels, which check it there, and goes to the GPU once for those that read it
+    # there.
+    tables = {
+        "position_ids": _positions(grid, model.spatial_merge_size),
+        "interp_indices": indices,
+        "interp_weights": weights,
+        "cu_seqlens": cu_seqlens,
+    }
+    return {name: table.to(device) for name, table in tables.items()} | (
+        {} if max_seqlen is None else {"max_seqlen": max_seqlen}
+    )
 
 
 def _positions(grid: Tensor, merge: int) -> Tensor:
-    """(row, column) [N, 2] of every patch of images ``grid`` [images, 3], in the order in which merge x merge blocks follow."""
+    """(row, column) [N, 2] of every patch of images ``grid`` [images, 3], in the order in which merge x merge blocks
+    follow.
+    """
     counts = grid.prod(1)
     image = torch.repeat_interleave(torch.arange(len(grid)), counts)
     first = (counts.cumsum(0) - counts)[image]

@@ -44,12 +44,17 @@ class QVLPreTrainedModel(PreTrainedModel):
 def attend(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as the config of ``module`` asks for. q [B, H, T, D], k and v [B, Hkv, S, D], additive mask [B, 1, 1, S].
+    """Attention as the config of ``module`` asks for. q [B, H, T, D], k and v [B, Hkv, S, D], additive mask [B, 1, 1,
+    S].
 
     Returns [B, T, H, D], and the weights [B, H, T, S] if they are computed (eager).
     """
-    function = stock.ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, stock.eager_attention_forward)
-    return function(module, q, k, v, mask, dropout=dropout if module.training else 0.0, scaling=module.scaling, is_causal=False)
+    function = stock.ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, stock.eager_attention_forward
+    )
+    return function(
+        module, q, k, v, mask, dropout=dropout if module.training else 0.0, scaling=module.scaling, is_causal=False
+    )
 
 
 def eager_config(config: QVLConfig) -> QVLConfig:
@@ -61,7 +66,9 @@ def eager_config(config: QVLConfig) -> QVLConfig:
 
 
 def eager(attention: nn.Module) -> nn.Module:
-    """``attention`` with that formula. A shallow copy, with the same weights, children and hooks: calls in other threads do not see it."""
+    """``attention`` with that formula. A shallow copy, with the same weights, children and hooks: calls in other
+    threads do not see it.
+    """
     twin = copy.copy(attention)
     twin.config = eager_config(attention.config)
     return twin
@@ -76,9 +83,12 @@ def rotary_tables(positions: Tensor, dim: int, theta: float) -> Tensor:
 def key_mask(lengths: Tensor | None, keys: int, dtype: torch.dtype) -> Tensor | None:
     """Additive mask [B, 1, 1, S] over the first ``lengths`` [B] of S keys; None where all are seen.
 
-    A sample of length 0 sees the first key, and callers drop what it reads: all scores hidden could be all -inf in fp16, and NaN.
+    A sample of length 0 sees the first key, and callers drop what it reads: all scores hidden could be all -inf in
+    fp16, and NaN.
     """
     if lengths is None:
         return None
     hidden = torch.arange(keys, device=lengths.device)[None] >= lengths.clamp(min=1)[:, None]
-    return torch.zeros(hidden.shape, dtype=dtype, device=lengths.device).masked_fill(hidden, torch.finfo(dtype).min)[:, None, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=lengths.device).masked_fill(hidden, torch.finfo(dtype).min)[
+        :, None, None
+    ]

@@ -1,7 +1,7 @@
 """Keys and values of images in a transformers cache: written once, kept through generation.
 
-A ``VisualLayer`` stands behind the text layers of any ``Cache`` (dynamic or static), so that copying, beam reordering, repeating
-and selecting of batches treat it like every other layer. It neither grows nor is cropped.
+A ``VisualLayer`` stands behind the text layers of any ``Cache`` (dynamic or static), so that copying, beam reordering,
+repeating and selecting of batches treat it like every other layer. It neither grows nor is cropped.
 """
 
 import torch
@@ -51,12 +51,17 @@ class VisualLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.keys is not None:
-            self.keys, self.values = self.keys[indices.to(self.keys.device)], self.values[indices.to(self.values.device)]
+            self.keys, self.values = (
+                self.keys[indices.to(self.keys.device)],
+                self.values[indices.to(self.values.device)],
+            )
             self.lengths = None if self.lengths is None else self.lengths[indices.to(self.lengths.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.keys is not None:
-            self.batch_select_indices(torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats))
+            self.batch_select_indices(
+                torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats)
+            )
 
     reorder_cache = batch_select_indices
 

@@ -14,26 +14,61 @@ if TYPE_CHECKING:
 
 __all__ = ["GROUPS", "read", "write"]
 
-MODEL_TYPE = "qwen3_vl"  # as the specification's YAML has it; transformers knows the model as "qvl", since it has a qwen3_vl of its own
+# as the specification's YAML has it; transformers knows the model as "qvl", since it has a qwen3_vl of its own
+MODEL_TYPE = "qwen3_vl"
 OPEN = "to be specified"
 
 # Group -> (keys of the specification in its order, keys that it does not have).
 GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "Transformer Configuration": (
-        ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "hidden_act", "hidden_dropout_prob",
-         "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size", "initializer_range", "layer_norm_eps"),
-        ("vocab_size", "num_key_value_heads", "rope_theta", "attention_bias", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"),
+        (
+            "num_hidden_layers",
+            "num_attention_heads",
+            "hidden_size",
+            "intermediate_size",
+            "hidden_act",
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+            "max_position_embeddings",
+            "type_vocab_size",
+            "initializer_range",
+            "layer_norm_eps",
+        ),
+        (
+            "vocab_size",
+            "num_key_value_heads",
+            "rope_theta",
+            "attention_bias",
+            "tie_word_embeddings",
+            "pad_token_id",
+            "bos_token_id",
+            "eos_token_id",
+        ),
     ),
     "Vision Encoder Configuration": (
-        ("vision_model_type", "vision_num_hidden_layers", "vision_num_attention_heads", "vision_hidden_size", "vision_patch_size",
-         "vision_image_size", "vision_intermediate_size"),
+        (
+            "vision_model_type",
+            "vision_num_hidden_layers",
+            "vision_num_attention_heads",
+            "vision_hidden_size",
+            "vision_patch_size",
+            "vision_image_size",
+            "vision_intermediate_size",
+        ),
         ("vision_num_channels", "vision_hidden_act", "vision_rope_theta"),
     ),
     "Multimodal Configuration": (
         ("multimodal_fusion_type", "num_query_tokens", "vision_projection_dim", "language_projection_dim"),
-        ("connector_type", "connector_num_layers", "cross_attention_layers", "cross_attention_gate_init", "max_num_images", "image_token_id"),
+        (
+            "connector_type",
+            "connector_num_layers",
+            "cross_attention_layers",
+            "cross_attention_gate_init",
+            "max_num_images",
+            "image_token_id",
+        ),
     ),
-}  # fmt: skip
+}
 _KEYS = [key for keys in GROUPS.values() for part in keys for key in part]
 
 
@@ -59,7 +94,9 @@ def read(source: str | PathLike) -> tuple[dict, list[str]]:
         raise ValueError(f"QVLConfig: model_type must be {MODEL_TYPE} (or qvl), got {model_type!r}")
     unknown = [key for key in keys if key not in _KEYS]
     if unknown:
-        raise ValueError(f"QVLConfig: {source} has unknown keys {', '.join(map(str, unknown))}; known are {', '.join(_KEYS)}")
+        raise ValueError(
+            f"QVLConfig: {source} has unknown keys {', '.join(map(str, unknown))}; known are {', '.join(_KEYS)}"
+        )
     marked = [key for key, value in keys.items() if value in (OPEN, [OPEN])]
     return {key: value for key, value in keys.items() if key not in marked}, marked
 

@@ -20,7 +20,9 @@ logger = logging.get_logger(__name__)
 
 
 def _standard_errors(cls: type) -> type:
-    """What a strict dataclass raises, an Exception of huggingface_hub, as the TypeError or ValueError that it was made of."""
+    """What a strict dataclass raises, an Exception of huggingface_hub, as the TypeError or ValueError that it was made
+    of.
+    """
 
     def converting(method):
         @functools.wraps(method)
@@ -34,7 +36,9 @@ def _standard_errors(cls: type) -> type:
         return call
 
     assign = cls.__setattr__
-    cls.__setattr__ = lambda self, name, value: assign(self, cls.attribute_map.get(name, name), value)  # values are checked by a field's own name
+    cls.__setattr__ = lambda self, name, value: assign(
+        self, cls.attribute_map.get(name, name), value
+    )  # values are checked by a field's own name
     for name in ("__init__", "__setattr__", "validate"):
         setattr(cls, name, converting(getattr(cls, name)))
     return cls
@@ -50,23 +54,27 @@ class QVLConfig(PreTrainedConfig):
         hidden_size: width; head_dim is hidden_size / num_attention_heads.
         intermediate_size: width of the SwiGLU MLP.
         hidden_act: its activation ("swish" is x sigmoid(x)).
-        hidden_dropout_prob: of embeddings and of what attention, cross-attention and MLP add to the residual stream, while training.
+        hidden_dropout_prob: of embeddings and of what attention, cross-attention and MLP add to the residual stream,
+            while training.
         attention_probs_dropout_prob: of attention weights in the language decoder, while training.
         max_position_embeddings: longest text that is meant to be given.
         type_vocab_size: kinds of text positions: 0 text, 1 a position that stands for an image.
         initializer_range: standard deviation of the first weights.
         layer_norm_eps: of every norm.
-        vocab_size, num_key_value_heads, rope_theta, attention_bias, tie_word_embeddings: not in the specification; as in Qwen3-VL.
+        vocab_size, num_key_value_heads, rope_theta, attention_bias, tie_word_embeddings: not in the specification; as
+            in Qwen3-VL.
     Vision encoder:
         vision_model_type: "vit". vision_num_hidden_layers, vision_num_attention_heads, vision_hidden_size,
         vision_intermediate_size: sizes of the vision transformer.
         vision_patch_size: pixels of a patch's side.
-        vision_image_size: pixels of the side for which there is one learned position per patch; other sizes interpolate.
+        vision_image_size: pixels of the side for which there is one learned position per patch; other sizes
+            interpolate.
         vision_num_channels, vision_hidden_act, vision_rope_theta: not in the specification.
     Multimodal:
         multimodal_fusion_type: "cross_attention".
         num_query_tokens: learned queries that an image is read with; 0 for the MLP connector, which keeps every patch.
-        vision_projection_dim: width of visual tokens as the connector hands them over; keys and values are made of them.
+        vision_projection_dim: width of visual tokens as the connector hands them over; keys and values are made of
+            them.
         language_projection_dim: width of the text's queries in cross-attention, split over num_attention_heads.
         connector_type: "attention" (num_query_tokens > 0) or "mlp" (num_query_tokens = 0).
         connector_num_layers: of the attention connector.
@@ -75,9 +83,9 @@ class QVLConfig(PreTrainedConfig):
         max_num_images: images per sample that are told apart by their order.
         image_token_id: token that stands for an image in the text (one per image).
 
-    Raises: ValueError for keys that it does not have (those that transformers keeps in a config.json are no such keys), and for settings
-        that contradict each other or cannot be built; TypeError for values of the wrong type. A key in a config.json that resembles
-        none of these is kept as an attribute, with a warning.
+    Raises: ValueError for keys that it does not have (those that transformers keeps in a config.json are no such keys),
+        and for settings that contradict each other or cannot be built; TypeError for values of the wrong type. A key in
+        a config.json that resembles none of these is kept as an attribute, with a warning.
     Example:
         >>> config = QVLConfig.from_preset("qvl-2b", hidden_dropout_prob=0.0)
         >>> config.to_yaml("model.yaml")
@@ -87,7 +95,10 @@ class QVLConfig(PreTrainedConfig):
 
     model_type = "qvl"
     keys_to_ignore_at_inference = list(CACHE_NAMES)
-    attribute_map = {"attention_dropout": "attention_probs_dropout_prob", "rms_norm_eps": "layer_norm_eps"}  # as stock modules call them
+    attribute_map = {
+        "attention_dropout": "attention_probs_dropout_prob",
+        "rms_norm_eps": "layer_norm_eps",
+    }  # as stock modules call them
 
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
@@ -135,7 +146,9 @@ class QVLConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.cross_attention_layers is None:
-            self.cross_attention_layers = list(range(3, self.num_hidden_layers, 4)) or [max(0, self.num_hidden_layers - 1)]
+            self.cross_attention_layers = list(range(3, self.num_hidden_layers, 4)) or [
+                max(0, self.num_hidden_layers - 1)
+            ]
         for key in kwargs:
             if not self._is_known(key):
                 nearest = self._nearest(key)
@@ -146,7 +159,9 @@ class QVLConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As PreTrainedConfig's; keys that no QVL has are kept if they cannot be a misspelt one. Raises: as the class."""
+        """As PreTrainedConfig's; keys that no QVL has are kept if they cannot be a misspelt one. Raises: as
+        the class.
+        """
         return_unused = kwargs.pop("return_unused_kwargs", False)
         extra = {key: value for key, value in config_dict.items() if not cls._is_known(key)}
         for key in (*extra, *kwargs):
@@ -169,7 +184,13 @@ class QVLConfig(PreTrainedConfig):
 
     @classmethod
     def _is_known(cls, key: str) -> bool:
-        return key in cls.__dataclass_fields__ or key in cls.attribute_map or key in _STORED or key in _generation_keys() or key.startswith("_")
+        return (
+            key in cls.__dataclass_fields__
+            or key in cls.attribute_map
+            or key in _STORED
+            or key in _generation_keys()
+            or key.startswith("_")
+        )
 
     @classmethod
     def _nearest(cls, key: str) -> str | None:
@@ -180,7 +201,9 @@ class QVLConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def check(self) -> None:
-        """Raises ValueError, naming the keys, if no model can be built from these settings. Models check again when built."""
+        """Raises ValueError, naming the keys, if no model can be built from these settings. Models check again when
+        built.
+        """
         self._check_ranges()
         self._check_multiples()
         self._check_choices()
@@ -196,48 +219,69 @@ class QVLConfig(PreTrainedConfig):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"QVLConfig: {name} must be positive, got {getattr(self, name)}")
         if self.type_vocab_size < 2:
-            raise ValueError(f"QVLConfig: type_vocab_size must be at least 2 (text and image positions), got {self.type_vocab_size}")
+            raise ValueError(
+                f"QVLConfig: type_vocab_size must be at least 2 (text and image positions), got {self.type_vocab_size}"
+            )
         layers = self.cross_attention_layers
         if not layers or layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= self.num_hidden_layers:
             raise ValueError(
-                f"QVLConfig: cross_attention_layers must name some of the layers 0 to {self.num_hidden_layers - 1}, each once and in order, "
+                f"QVLConfig: cross_attention_layers must name some of the layers 0 to {self.num_hidden_layers - 1}, "
+                f"each once and in order, "
                 f"since multimodal_fusion_type is cross_attention; got {layers}"
             )
         eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
-        for name, ids in (("image_token_id", [self.image_token_id]), ("pad_token_id", [self.pad_token_id]),
-                          ("bos_token_id", [self.bos_token_id]), ("eos_token_id", eos)):  # fmt: skip
+        for name, ids in (
+            ("image_token_id", [self.image_token_id]),
+            ("pad_token_id", [self.pad_token_id]),
+            ("bos_token_id", [self.bos_token_id]),
+            ("eos_token_id", eos),
+        ):
             if any(value is not None and not 0 <= value < self.vocab_size for value in ids):
-                raise ValueError(f"QVLConfig: {name} {ids[0]} is not in the vocabulary of {self.vocab_size} tokens (vocab_size)")
+                raise ValueError(
+                    f"QVLConfig: {name} {ids[0]} is not in the vocabulary of {self.vocab_size} tokens (vocab_size)"
+                )
 
     def _check_multiples(self) -> None:
         for whole, part, factor in (
-            ("hidden_size", "num_attention_heads", 2), ("num_attention_heads", "num_key_value_heads", 1),
-            ("vision_hidden_size", "vision_num_attention_heads", 4), ("vision_image_size", "vision_patch_size", 1),
+            ("hidden_size", "num_attention_heads", 2),
+            ("num_attention_heads", "num_key_value_heads", 1),
+            ("vision_hidden_size", "vision_num_attention_heads", 4),
+            ("vision_image_size", "vision_patch_size", 1),
             ("language_projection_dim", "num_attention_heads", 1),
-        ):  # fmt: skip
+        ):
             size, count = getattr(self, whole), getattr(self, part)
             if size % (count * factor):
                 times = f"{factor} x {part}" if factor > 1 else part
-                why = {1: "", 2: " (positions rotate pairs within a head)", 4: " (rows and columns rotate half a head each)"}[factor]
+                why = {
+                    1: "",
+                    2: " (positions rotate pairs within a head)",
+                    4: " (rows and columns rotate half a head each)",
+                }[factor]
                 raise ValueError(f"QVLConfig: {whole} must be a multiple of {times}{why}, got {size} and {count}")
         if self.connector_type == "attention" and self.vision_projection_dim % self.vision_num_attention_heads:
             raise ValueError(
-                "QVLConfig: vision_projection_dim must be a multiple of vision_num_attention_heads, the heads of the attention connector, "
+                "QVLConfig: vision_projection_dim must be a multiple of vision_num_attention_heads, the heads of "
+                "the attention connector, "
                 f"got {self.vision_projection_dim} and {self.vision_num_attention_heads}"
             )
 
     def _check_choices(self) -> None:
         for name, choices in (
-            ("vision_model_type", ("vit",)), ("multimodal_fusion_type", ("cross_attention",)), ("connector_type", ("attention", "mlp")),
-        ):  # fmt: skip
+            ("vision_model_type", ("vit",)),
+            ("multimodal_fusion_type", ("cross_attention",)),
+            ("connector_type", ("attention", "mlp")),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"QVLConfig: {name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("hidden_act", "vision_hidden_act"):
             if getattr(self, name) not in ACT2FN:
-                raise ValueError(f"QVLConfig: {name} {getattr(self, name)!r} is not an activation that transformers knows")
+                raise ValueError(
+                    f"QVLConfig: {name} {getattr(self, name)!r} is not an activation that transformers knows"
+                )
         if (self.connector_type == "attention") != (self.num_query_tokens > 0):
             raise ValueError(
-                "QVLConfig: connector_type attention reads an image with num_query_tokens > 0 learned queries, connector_type mlp keeps every "
+                "QVLConfig: connector_type attention reads an image with num_query_tokens > 0 learned queries, "
+                "connector_type mlp keeps every "
                 f"patch (num_query_tokens 0); got {self.connector_type} with {self.num_query_tokens}"
             )
 
@@ -246,7 +290,8 @@ class QVLConfig(PreTrainedConfig):
         """The settings of a named preset, with ``changes``.
 
         Args:
-            name: "qvl-2b" (2.16 B parameters, the specification with every blank filled) or "qvl-tiny" (for tests and demos).
+            name: "qvl-2b" (2.16 B parameters, the specification with every blank filled) or "qvl-tiny" (for tests and
+                demos).
         Raises: ValueError for an unknown name or contradictory settings.
         Example:
             >>> QVLConfig.from_preset("qvl-tiny", vocab_size=512).hidden_size
@@ -261,10 +306,12 @@ class QVLConfig(PreTrainedConfig):
         """Reads the YAML of the specification.
 
         Args:
-            source: a file: YAML, flat or with its keys in groups, or a page of text with YAML blocks such as the specification itself.
-            fill: preset that gives the value of every key that is '[to be specified]' or missing. Without it such a mark is refused,
-                and missing keys are those of "qvl-2b".
-        Raises: ValueError for unknown or contradictory keys and for values left open; OSError if the file cannot be read.
+            source: a file: YAML, flat or with its keys in groups, or a page of text with YAML blocks such as the
+                specification itself.
+            fill: preset that gives the value of every key that is '[to be specified]' or missing. Without it such a
+                mark is refused, and missing keys are those of "qvl-2b".
+        Raises: ValueError for unknown or contradictory keys and for values left open; OSError if the file cannot be
+        read.
         Example:
             >>> config = QVLConfig.from_yaml("qwen3-vl-2b-instruct-spec.md", fill="qvl-2b")
         """
@@ -272,7 +319,10 @@ class QVLConfig(PreTrainedConfig):
             raise ValueError(f"QVLConfig: unknown preset {fill!r} to fill from; known are {', '.join(PRESETS)}")
         keys, open_keys = config_file.read(source)
         if open_keys and fill is None:
-            raise ValueError(f"QVLConfig: {source} leaves open {', '.join(open_keys)}; give fill='qvl-2b' to take them from that preset")
+            raise ValueError(
+                f"QVLConfig: {source} leaves open {', '.join(open_keys)}; give fill='qvl-2b' to take them from that "
+                f"preset"
+            )
         return cls(**{**(PRESETS[fill] if fill is not None else {}), **keys})
 
     def to_yaml(self, path: str | PathLike | None = None) -> str:
@@ -284,12 +334,23 @@ class QVLConfig(PreTrainedConfig):
         return config_file.write(self, path)
 
 
-# What transformers has kept in config.json files beside the fields of its base class, in any version, and bench in those of checkpoints
-# with random weights.
+# What transformers has kept in config.json files beside the fields of its base class, in any version, and bench in
+# those of checkpoints with random weights.
 _STORED = {
-    "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions",
-    "per_layer_config", "quantization_config", "qvl_random_weights", "tie_last_hidden_states", "torch_dtype", "use_return_dict",
-}  # fmt: skip
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "qvl_random_weights",
+    "tie_last_hidden_states",
+    "torch_dtype",
+    "use_return_dict",
+}
 
 
 @functools.cache
@@ -298,8 +359,22 @@ def _generation_keys() -> frozenset[str]:
 
 
 _SIZES = (
-    "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "max_position_embeddings", "vocab_size",
-    "num_key_value_heads", "vision_num_hidden_layers", "vision_num_attention_heads", "vision_hidden_size", "vision_patch_size",
-    "vision_image_size", "vision_intermediate_size", "vision_num_channels", "vision_projection_dim", "language_projection_dim",
-    "connector_num_layers", "max_num_images",
-)  # fmt: skip
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "vocab_size",
+    "num_key_value_heads",
+    "vision_num_hidden_layers",
+    "vision_num_attention_heads",
+    "vision_hidden_size",
+    "vision_patch_size",
+    "vision_image_size",
+    "vision_intermediate_size",
+    "vision_num_channels",
+    "vision_projection_dim",
+    "language_projection_dim",
+    "connector_num_layers",
+    "max_num_images",
+)

@@ -46,7 +46,9 @@ class QVLConnectorAttention(nn.Module):
         self.head_dim = width // self.num_heads
         self.scaling, self.is_causal = self.head_dim**-0.5, False
         self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(config.vision_hidden_size, width, bias=False)  # it would move all scores alike: softmax forgets that
+        self.k_proj = nn.Linear(
+            config.vision_hidden_size, width, bias=False
+        )  # it would move all scores alike: softmax forgets that
         self.v_proj = nn.Linear(config.vision_hidden_size, width)
         self.o_proj = nn.Linear(width, width)
 
@@ -55,7 +57,11 @@ class QVLConnectorAttention(nn.Module):
 
     def forward(self, queries: Tensor, features: Tensor, lengths: Tensor | None) -> Tensor:
         """queries [I, Q, P], features [I, S, E] of which the first ``lengths`` [I] count -> [I, Q, P]."""
-        q, k, v = self._heads(self.q_proj(queries)), self._heads(self.k_proj(features)), self._heads(self.v_proj(features))
+        q, k, v = (
+            self._heads(self.q_proj(queries)),
+            self._heads(self.k_proj(features)),
+            self._heads(self.v_proj(features)),
+        )
         return self.o_proj(self.read(q, k, v, lengths).reshape(queries.shape))
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
@@ -88,7 +94,9 @@ class QVLAttentionConnector(nn.Module):
         self.norm = nn.LayerNorm(config.vision_projection_dim, eps=config.layer_norm_eps)
 
     def forward(self, features: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
-        """features [N, E] of images of ``lengths`` patches -> tokens [M, P], tokens of each image (0 for those without patches)."""
+        """features [N, E] of images of ``lengths`` patches -> tokens [M, P], tokens of each image (0 for those without
+        patches).
+        """
         counts = [length for length in lengths if length]
         features = pad_sequence(features.split(counts), batch_first=True)
         patches = None if len(set(counts)) == 1 else torch.tensor(counts, device=features.device)

@@ -1,5 +1,6 @@
-"""Subclasses of QVL's plain modules that call the kernels. What QVL shares with Qwen3-VL (attention, MLPs, norms, linear layers)
-is replaced by ``qvl_model.modules``; these are the rest. Names stay those of the plain classes."""
+"""Subclasses of QVL's plain modules that call the kernels. What QVL shares with Qwen3-VL (attention, MLPs, norms,
+linear layers) is replaced by ``qvl_model.modules``; these are the rest. Names stay those of the plain classes.
+"""
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -16,9 +17,15 @@ from qvl_model.modules.vision import Qwen3VLVisionBlock, is_gelu_tanh
 from qvl_model.qvl import connector, modeling, text, vision
 
 __all__ = [
-    "QVLConnectorAttention", "QVLConnectorMLP", "QVLCrossAttention", "QVLDecoderLayer", "QVLForConditionalGeneration", "QVLPatchEmbed",
-    "QVLVisionBlock", "REPLACEMENTS",
-]  # fmt: skip
+    "QVLConnectorAttention",
+    "QVLConnectorMLP",
+    "QVLCrossAttention",
+    "QVLDecoderLayer",
+    "QVLForConditionalGeneration",
+    "QVLPatchEmbed",
+    "QVLVisionBlock",
+    "REPLACEMENTS",
+]
 
 
 class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
@@ -73,7 +80,9 @@ class QVLConnectorAttention(connector.QVLConnectorAttention):
 
 
 def _reads_plainly(attention: nn.Module, q: Tensor, keys: Tensor) -> bool:
-    """Whether attention of q [B, T, H, D] over keys [B, Hkv, S, D] is the function that the kernel stands for, with settings that fit them."""
+    """Whether attention of q [B, T, H, D] over keys [B, Hkv, S, D] is the function that the kernel stands for, with
+    settings that fit them.
+    """
     return (
         attention.config._attn_implementation == "sdpa"
         and attends_as_stock("sdpa")
@@ -110,8 +119,12 @@ class QVLPatchEmbed(vision.QVLPatchEmbed):
         return qvl_kernels.patch_embed(patches, weight.unsqueeze(2), bias).view(images, rows, columns, -1)
 
 
-class QVLForConditionalGeneration(GeneratesByStep, packed_checkpoint.PackedSaving, modeling.QVLForConditionalGeneration):
-    """The loss without logits where nobody reads them, packed weights saved, and tokens generated step by step; all else is the plain class."""
+class QVLForConditionalGeneration(
+    GeneratesByStep, packed_checkpoint.PackedSaving, modeling.QVLForConditionalGeneration
+):
+    """The loss without logits where nobody reads them, packed weights saved, and tokens generated step by step; all
+    else is the plain class.
+    """
 
     @property
     def loss_function(self):

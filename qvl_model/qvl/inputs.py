@@ -15,15 +15,34 @@ __all__ = ["check_keywords", "check_pixel_mask", "check_prompt", "check_text"]
 logger = logging.get_logger(__name__)
 
 
-# What a call may have beside the arguments that ``forward`` names: for attention functions, and what transformers, trainers and qvl pass along.
+# What a call may have beside the arguments that ``forward`` names: for attention functions, and what transformers,
+# trainers and qvl pass along.
 _PASSED_ALONG = {
-    *TransformersKwargs.__annotations__, *CACHE_NAMES, "cache_position", "position_bias", "return_dict", "s_aux", "skip_logits", "sliding_window",
+    *TransformersKwargs.__annotations__,
+    *CACHE_NAMES,
+    "cache_position",
+    "position_bias",
+    "return_dict",
+    "s_aux",
+    "skip_logits",
+    "sliding_window",
     "softcap",
-}  # fmt: skip
+}
 _ARGUMENTS = (
-    "attention_mask", "cache", "input_ids", "inputs_embeds", "labels", "logits_to_keep", "output_attentions", "output_hidden_states",
-    "pixel_attention_mask", "pixel_values", "position_ids", "token_type_ids", "use_cache",
-)  # fmt: skip
+    "attention_mask",
+    "cache",
+    "input_ids",
+    "inputs_embeds",
+    "labels",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "pixel_attention_mask",
+    "pixel_values",
+    "position_ids",
+    "token_type_ids",
+    "use_cache",
+)
 
 
 def check_keywords(kwargs: dict) -> None:
@@ -36,11 +55,17 @@ def check_keywords(kwargs: dict) -> None:
 
 
 def check_text(
-    config: QVLConfig, embeddings: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, token_types: Tensor, cache: Cache | None
+    config: QVLConfig,
+    embeddings: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    token_types: Tensor,
+    cache: Cache | None,
 ) -> None:
     """Checks what goes with embeddings [B, T, C]; as QVLModel.forward takes it.
 
-    Values of the mask are read where that waits for nothing: on the CPU, elsewhere with the first tokens of a cache only.
+    Values of the mask are read where that waits for nothing: on the CPU, elsewhere with the first tokens of a cache
+    only.
     Raises: ValueError for shapes that do not fit, and a mask with other values than 0 and 1.
     """
     batch, queries = embeddings.shape[:2]
@@ -53,7 +78,8 @@ def check_text(
     # As in stock Qwen3-VL, positions are computed as far as they are asked for, and generate gives the same warning.
     if past is not None and past + queries > config.max_position_embeddings and not torch.compiler.is_compiling():
         logger.warning_once(
-            f"QVL: the text is longer than max_position_embeddings ({config.max_position_embeddings}), the longest that the model is meant "
+            f"QVL: the text is longer than max_position_embeddings ({config.max_position_embeddings}), the longest "
+            f"that the model is meant "
             "for; positions go on beyond it, and what it makes of them it may never have learned"
         )
 
@@ -69,14 +95,23 @@ def _past(cache: Cache | None) -> int | None:
 def _check_mask(mask: Tensor, batch: int, queries: int, past: int | None) -> None:
     if mask.dim() == 4:  # as attention takes it: generate makes such masks for static caches
         if mask.shape[0] not in (1, batch) or mask.shape[2] != queries:
-            raise ValueError(f"QVL: an attention_mask of four dimensions must be [{batch}, 1, {queries}, keys], got {list(mask.shape)}")
+            raise ValueError(
+                f"QVL: an attention_mask of four dimensions must be [{batch}, 1, {queries}, keys], got "
+                f"{list(mask.shape)}"
+            )
         return
     length = mask.shape[-1] if past is None else past + queries
     if tuple(mask.shape) != (batch, length):
         tokens = f"{past} tokens in the cache and {queries} new ones" if past else f"{queries} tokens"
-        raise ValueError(f"QVL: attention_mask must be [{batch}, {length}] for {batch} rows of {tokens}, got {list(mask.shape)}")
+        raise ValueError(
+            f"QVL: attention_mask must be [{batch}, {length}] for {batch} rows of {tokens}, got {list(mask.shape)}"
+        )
     if mask.is_cpu or past == 0:
-        _check_values("attention_mask", mask, "for tokens and 0 for padding, and has other values; a mask to be added has four dimensions")
+        _check_values(
+            "attention_mask",
+            mask,
+            "for tokens and 0 for padding, and has other values; a mask to be added has four dimensions",
+        )
 
 
 def check_pixel_mask(mask: Tensor) -> None:
@@ -96,9 +131,20 @@ def check_prompt(text: Tensor | None, attention_mask: Tensor | None, cache: Cach
         return
     (batch, length), past = text.shape[:2], _past(cache)
     shape = tuple(attention_mask.shape)
-    if len(shape) != 2 or shape[0] != batch or (shape[1] not in (length, past + length) if past is not None else shape[1] < length):
-        raise ValueError(f"QVL: attention_mask must be [{batch}, {length}{' + what the cache holds' if past else ''}], as the prompt, got {list(shape)}")
-    _check_values("attention_mask", attention_mask, "for tokens and 0 for padding, and has other values; a mask to be added has four dimensions")
+    if (
+        len(shape) != 2
+        or shape[0] != batch
+        or (shape[1] not in (length, past + length) if past is not None else shape[1] < length)
+    ):
+        raise ValueError(
+            f"QVL: attention_mask must be [{batch}, {length}{' + what the cache holds' if past else ''}], as the "
+            f"prompt, got {list(shape)}"
+        )
+    _check_values(
+        "attention_mask",
+        attention_mask,
+        "for tokens and 0 for padding, and has other values; a mask to be added has four dimensions",
+    )
 
 
 def _check_values(name: str, mask: Tensor, meaning: str) -> None:

@@ -28,13 +28,15 @@ class QVLModelOutput(CacheOutput):
 
     Attributes:
         last_hidden_state: [B, T, C], after the last norm.
-        pooler_output: [B, C], the last hidden state of each sample's last token that is not padding: the one that has seen all.
+        pooler_output: [B, C], the last hidden state of each sample's last token that is not padding: the one that has
+            seen all.
         cache: the keys and values so far, with use_cache; past_key_values reads it too.
-        hidden_states: with output_hidden_states, L + 1 of [B, T, C]: embeddings and the output of each layer, the last one normed.
-        attentions: with output_attentions, L of [B, H, T, S]. Such a call computes attention by the eager formula, which has these weights,
-            whatever attn_implementation is.
-        cross_attentions: likewise, one [B, H, T, S] per cross-attention layer, over visual tokens: 0 for samples without images, and empty
-            if there are no images at all.
+        hidden_states: with output_hidden_states, L + 1 of [B, T, C]: embeddings and the output of each layer, the last
+            one normed.
+        attentions: with output_attentions, L of [B, H, T, S]. Such a call computes attention by the eager formula,
+            which has these weights, whatever attn_implementation is.
+        cross_attentions: likewise, one [B, H, T, S] per cross-attention layer, over visual tokens: 0 for samples
+            without images, and empty if there are no images at all.
     """
 
     last_hidden_state: Tensor | None = None
@@ -72,7 +74,9 @@ class QVLModel(QVLPreTrainedModel):
         super().__init__(config)
         self.visual = QVLVisionModel(config)
         self.connector = (QVLAttentionConnector if config.connector_type == "attention" else QVLMLPConnector)(config)
-        self.image_embed = nn.Embedding(config.max_num_images, config.vision_projection_dim)  # which image of the sample it is
+        self.image_embed = nn.Embedding(
+            config.max_num_images, config.vision_projection_dim
+        )  # which image of the sample it is
         self.language_model = QVLTextModel(config)
         self.post_init()
 
@@ -108,7 +112,8 @@ class QVLModel(QVLPreTrainedModel):
         channels = self.config.vision_num_channels
         if pixel_values.dim() not in (4, 5) or pixel_values.shape[-3] != channels or 0 in pixel_values.shape:
             raise ValueError(
-                f"QVL: pixel_values must be [batch, {channels}, height, width], or [batch, images, {channels}, height, width] for "
+                f"QVL: pixel_values must be [batch, {channels}, height, width], or [batch, images, {channels}, "
+                f"height, width] for "
                 f"several images per sample; got {tuple(pixel_values.shape)}"
             )
         samples, per_sample = pixel_values.shape[0], pixel_values.shape[1] if pixel_values.dim() == 5 else 1
@@ -116,7 +121,9 @@ class QVLModel(QVLPreTrainedModel):
             raise ValueError(f"QVL: {per_sample} images per sample, max_num_images is {self.config.max_num_images}")
         expected = (*pixel_values.shape[:-3], *pixel_values.shape[-2:])
         if mask is not None and mask.shape != expected:
-            raise ValueError(f"QVL: pixel_attention_mask must be {list(expected)} for these pixel_values, got {list(mask.shape)}")
+            raise ValueError(
+                f"QVL: pixel_attention_mask must be {list(expected)} for these pixel_values, got {list(mask.shape)}"
+            )
         if mask is not None:
             check_pixel_mask(mask)
         return pixel_values.flatten(0, -4), None if mask is None else mask.flatten(0, -3), samples, per_sample
@@ -142,39 +149,56 @@ class QVLModel(QVLPreTrainedModel):
             input_ids: int64 [B, T]; or inputs_embeds [B, T, C].
             attention_mask: [B, past + T], 1 for tokens and 0 on padding; or [B, 1, T, keys] as attention takes it.
             position_ids: [B or 1, T]; counted from attention_mask if left out.
-            cache: a cache; past_key_values is its older name. Keys and values of images are in it after the first call: give pixel_values once.
+            cache: a cache; past_key_values is its older name. Keys and values of images are in it after the first call:
+                give pixel_values once.
             token_type_ids: [B, T]; by default 1 where input_ids is image_token_id, else 0.
-            pixel_values: [B, C, H, W], any H and W, or [B, images, C, H, W]; with B / n rows each serves n rows of text (beams).
-            pixel_attention_mask: [B, H, W] (or [B, images, H, W]), 0 on padding, which cannot change the result. An image that is
-                all padding is no image: samples without images are text only.
+            pixel_values: [B, C, H, W], any H and W, or [B, images, C, H, W]; with B / n rows each serves n rows of text
+                (beams).
+            pixel_attention_mask: [B, H, W] (or [B, images, H, W]), 0 on padding, which cannot change the result. An
+                image that is all padding is no image: samples without images are text only.
             output_hidden_states, output_attentions: see QVLModelOutput.
-        Raises: ValueError for shapes that do not fit, a mask with other values, or a cache that already holds images; TypeError for pixels
-            that are no tensors, and keywords that nobody reads. Text longer than max_position_embeddings gets a warning, once, and the
-            positions that follow.
+        Raises: ValueError for shapes that do not fit, a mask with other values, or a cache that already holds images;
+            TypeError for pixels that are no tensors, and keywords that nobody reads. Text longer than
+            max_position_embeddings gets a warning, once, and the positions that follow.
         """
         check_keywords(kwargs)
         text = input_ids if input_ids is not None else inputs_embeds
         visual = None
         if pixel_values is not None:
             if holds_images(cache, self.config.num_hidden_layers):
-                raise ValueError("QVL: the cache already holds images; give pixel_values with the first call only, or a new cache")
+                raise ValueError(
+                    "QVL: the cache already holds images; give pixel_values with the first call only, or a new cache"
+                )
             visual = self.get_image_features(pixel_values, pixel_attention_mask)
             if visual is not None and text is not None:
                 repeats, rest = divmod(text.shape[0], pixel_values.shape[0])
                 if rest or not repeats:
-                    raise ValueError(f"QVL: {pixel_values.shape[0]} samples in pixel_values do not fit {text.shape[0]} rows of text")
+                    raise ValueError(
+                        f"QVL: {pixel_values.shape[0]} samples in pixel_values do not fit {text.shape[0]} rows of text"
+                    )
                 visual = visual._replace(repeats=repeats)
         elif pixel_attention_mask is not None:
             raise ValueError("QVL: pixel_attention_mask without pixel_values")
         out = self.language_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **{CACHE: cache},
-            inputs_embeds=inputs_embeds, token_type_ids=token_type_ids, use_cache=use_cache, visual=visual, **kwargs,
-        )  # fmt: skip
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{CACHE: cache},
+            inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
+            use_cache=use_cache,
+            visual=visual,
+            **kwargs,
+        )
         pooled = _last_token(out.last_hidden_state, attention_mask)
         return QVLModelOutput(
-            last_hidden_state=out.last_hidden_state, pooler_output=pooled, cache=getattr(out, CACHE),
-            hidden_states=out.hidden_states, attentions=out.attentions, cross_attentions=out.cross_attentions,
-        )  # fmt: skip
+            last_hidden_state=out.last_hidden_state,
+            pooler_output=pooled,
+            cache=getattr(out, CACHE),
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            cross_attentions=out.cross_attentions,
+        )
 
 
 def _last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -250,25 +274,40 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
         """Logits, and the loss if there are labels.
 
         Args: as QVLModel.forward, and
-            labels: int64 [B, T], the tokens to learn at their own places (shifted inside); -100 where nothing is learned.
+            labels: int64 [B, T], the tokens to learn at their own places (shifted inside); -100 where nothing is
+                learned.
             logits_to_keep: only so many last positions (or these positions) get logits; 0 for all.
         """
         counted = kwargs.pop("num_items_in_batch", None)
         out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **{CACHE: cache},
-            inputs_embeds=inputs_embeds, token_type_ids=token_type_ids, pixel_values=pixel_values,
-            pixel_attention_mask=pixel_attention_mask, use_cache=use_cache, **kwargs,
-        )  # fmt: skip
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{CACHE: cache},
+            inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
+            pixel_values=pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            use_cache=use_cache,
+            **kwargs,
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=counted)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=counted
+            )
         return QVLCausalOutput(
-            loss=loss, logits=logits, cache=out.cache, last_hidden_state=out.last_hidden_state,
-            pooler_output=out.pooler_output, hidden_states=out.hidden_states, attentions=out.attentions,
+            loss=loss,
+            logits=logits,
+            cache=out.cache,
+            last_hidden_state=out.last_hidden_state,
+            pooler_output=out.pooler_output,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
             cross_attentions=out.cross_attentions,
-        )  # fmt: skip
+        )
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs=None, *args, **kwargs):
@@ -282,7 +321,8 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, **{CACHE: cache}, is_first_iteration=is_first_iteration, **kwargs
         )
-        # Read once; from then on the cache has them. A cache that came with images and a call that brings more is refused by forward.
+        # Read once; from then on the cache has them. A cache that came with images and a call that brings more is
+        # refused by forward.
         if not is_first_iteration and holds_images(cache, self.config.num_hidden_layers):
             inputs.pop("pixel_values", None)
         if inputs.get("pixel_values") is None:

@@ -1,7 +1,7 @@
 """The processor of a QVL checkpoint: text to tokens, pictures to pixels of any size, padded to one size per batch.
 
-A picture is one token of the text (``image_token``), whatever its size; its pixels go through ``pixel_values``, which of them
-belong to it through ``pixel_attention_mask``.
+A picture is one token of the text (``image_token``), whatever its size; its pixels go through ``pixel_values``, which
+of them belong to it through ``pixel_attention_mask``.
 """
 
 import json
@@ -34,16 +34,25 @@ class QVLImageProcessor:
     """
 
     def __init__(
-        self, patch_size: int = 16, min_pixels: int = 64 * 64, max_pixels: int = 1024 * 1024,
-        image_mean: tuple[float, ...] = (0.5, 0.5, 0.5), image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
-    ):  # fmt: skip
+        self,
+        patch_size: int = 16,
+        min_pixels: int = 64 * 64,
+        max_pixels: int = 1024 * 1024,
+        image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+        image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
+    ):
         if patch_size < 1 or not 0 < min_pixels <= max_pixels:
-            raise ValueError(f"QVLImageProcessor: needs patch_size >= 1 and 0 < min_pixels <= max_pixels, got {patch_size}, {min_pixels}, {max_pixels}")
+            raise ValueError(
+                f"QVLImageProcessor: needs patch_size >= 1 and 0 < min_pixels <= max_pixels, got {patch_size}, "
+                f"{min_pixels}, {max_pixels}"
+            )
         self.patch_size, self.min_pixels, self.max_pixels = patch_size, min_pixels, max_pixels
         self.image_mean, self.image_std = list(image_mean), list(image_std)
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) that a picture is scaled to. Raises: ValueError if it is more than 200 times as long as it is wide."""
+        """(height, width) that a picture is scaled to. Raises: ValueError if it is more than 200 times as long as it is
+        wide.
+        """
         return smart_resize(height, width, self.patch_size, self.min_pixels, self.max_pixels)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
@@ -67,7 +76,9 @@ class QVLImageProcessor:
 
     def save_pretrained(self, path: str | PathLike) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
-        (Path(path) / FILE).write_text(json.dumps({"image_processor_type": type(self).__name__, **vars(self)}, indent=2) + "\n")
+        (Path(path) / FILE).write_text(
+            json.dumps({"image_processor_type": type(self).__name__, **vars(self)}, indent=2) + "\n"
+        )
 
 
 class QVLProcessor:
@@ -108,8 +119,8 @@ class QVLProcessor:
             text: one text or several.
             kwargs: for the tokenizer: padding, padding_side, return_tensors ("pt" with images), add_special_tokens.
         Returns:
-            input_ids, attention_mask [B, T]; with images pixel_values [B, C, H, W] and pixel_attention_mask [B, H, W] (0 on what
-            fills up smaller pictures), or [B, images, ...] where a text has several.
+            input_ids, attention_mask [B, T]; with images pixel_values [B, C, H, W] and pixel_attention_mask [B, H, W]
+            (0 on what fills up smaller pictures), or [B, images, ...] where a text has several.
         Raises: ValueError for videos, and if image tokens and pictures differ in number.
         """
         if videos is not None:
@@ -119,7 +130,9 @@ class QVLProcessor:
         counts = [item.count(self.image_token) for item in texts]
         pictures = _flat(images)
         if sum(counts) != len(pictures):
-            raise ValueError(f"the texts have {sum(counts)} image tokens ({self.image_token}) for {len(pictures)} pictures")
+            raise ValueError(
+                f"the texts have {sum(counts)} image tokens ({self.image_token}) for {len(pictures)} pictures"
+            )
         if pictures:
             encoded["pixel_values"], encoded["pixel_attention_mask"] = self._pixels(pictures, counts)
         return encoded

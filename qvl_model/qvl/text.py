@@ -1,4 +1,6 @@
-"""The language decoder: stock Qwen3-VL layers, with gated cross-attention to visual tokens in the layers that the config names."""
+"""The language decoder: stock Qwen3-VL layers, with gated cross-attention to visual tokens in the layers that the
+config names.
+"""
 
 from typing import NamedTuple
 
@@ -42,7 +44,9 @@ class QVLCrossAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.vision_projection_dim, kv_heads * self.head_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.vision_projection_dim, kv_heads * self.head_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)  # no bias: who sees no image gets zero
+        self.o_proj = nn.Linear(
+            heads * self.head_dim, config.hidden_size, bias=False
+        )  # no bias: who sees no image gets zero
         self.q_norm = stock.Qwen3VLTextRMSNorm(self.head_dim, eps=config.layer_norm_eps)
         self.k_norm = stock.Qwen3VLTextRMSNorm(self.head_dim, eps=config.layer_norm_eps)
 
@@ -52,7 +56,9 @@ class QVLCrossAttention(nn.Module):
         keys = self.k_norm(self.k_proj(tokens).view(shape))
         return keys.transpose(1, 2), self.v_proj(tokens).view(shape).transpose(1, 2)
 
-    def forward(self, hidden_states: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, T, C] -> ([B, T, C], weights [B, H, T, S] if eager); 0 for samples whose length is 0."""
         q = self.q_norm(self.q_proj(hidden_states).view(*hidden_states.shape[:2], -1, self.head_dim))
         out, weights = self.read(q, keys, values, lengths)
@@ -81,7 +87,9 @@ class QVLFusion(nn.Module):
         self.gate = nn.Parameter(torch.empty(1))  # one dimension: FSDP2 takes no scalars
 
     def memory(self, visual: Visual | None, cache: Cache | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Keys, values and lengths: made of new visual tokens and put into the cache, or from there; None without images."""
+        """Keys, values and lengths: made of new visual tokens and put into the cache, or from there; None without
+        images.
+        """
         if visual is None:
             layer = visual_layer(cache, self.layer_idx, self._text_layers)
             return (layer.keys, layer.values, layer.lengths) if layer is not None and layer.is_initialized else None
@@ -95,7 +103,11 @@ class QVLFusion(nn.Module):
         return keys, values, lengths
 
     def forward(
-        self, hidden_states: Tensor, visual: Visual | None = None, cache: Cache | None = None, output_attentions: bool = False
+        self,
+        hidden_states: Tensor,
+        visual: Visual | None = None,
+        cache: Cache | None = None,
+        output_attentions: bool = False,
     ) -> Tensor:
         memory = self.memory(visual, cache)
         if memory is None:
@@ -133,9 +145,10 @@ class QVLDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         output_attentions: bool = False,
         **kwargs,
     ) -> Tensor:
-        """``visual_tokens`` are those of ``visual``, by themselves because reentrant checkpointing follows plain arguments only;
-        ``fuse``: whether cross-attention is still to be done; ``output_attentions``: attention by the eager formula, which needs an
-        additive mask."""
+        """``visual_tokens`` are those of ``visual``, by themselves because reentrant checkpointing follows plain
+        arguments only; ``fuse``: whether cross-attention is still to be done; ``output_attentions``: attention by the
+        eager formula, which needs an additive mask.
+        """
         if fuse:
             hidden_states = self.fuse(hidden_states, visual_tokens, visual, cache, output_attentions)
         residual = hidden_states
@@ -155,11 +168,18 @@ class QVLDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
     def fuse(
-        self, hidden_states: Tensor, tokens: Tensor | None, visual: Visual | None, cache: Cache | None, output_attentions: bool
+        self,
+        hidden_states: Tensor,
+        tokens: Tensor | None,
+        visual: Visual | None,
+        cache: Cache | None,
+        output_attentions: bool,
     ) -> Tensor:
         if self.fusion is None:
             return hidden_states
-        return self.fusion(hidden_states, None if visual is None else visual._replace(tokens=tokens), cache, output_attentions)
+        return self.fusion(
+            hidden_states, None if visual is None else visual._replace(tokens=tokens), cache, output_attentions
+        )
 
 
 def _check_recorded(weights: Tensor | None, name: str) -> None:
@@ -228,18 +248,33 @@ class QVLTextModel(QVLPreTrainedModel):
             position_ids = _positions(attention_mask, cache, inputs_embeds)
         attentions = bool(kwargs.pop("output_attentions", self.config.output_attentions))
         mask = create_causal_mask(
-            config=eager_config(self.config) if attentions else self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
-            **{CACHE: cache}, position_ids=position_ids,
-        )  # fmt: skip
-        if attentions and mask is not None and mask.dtype == torch.bool:  # one that came with four dimensions is left as it is
-            mask = torch.zeros(mask.shape, dtype=hidden_states.dtype, device=mask.device).masked_fill(~mask, torch.finfo(hidden_states.dtype).min)
+            config=eager_config(self.config) if attentions else self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            **{CACHE: cache},
+            position_ids=position_ids,
+        )
+        if (
+            attentions and mask is not None and mask.dtype == torch.bool
+        ):  # one that came with four dimensions is left as it is
+            mask = torch.zeros(mask.shape, dtype=hidden_states.dtype, device=mask.device).masked_fill(
+                ~mask, torch.finfo(hidden_states.dtype).min
+            )
         tables = self.rotary_emb(hidden_states, position_ids)
         tokens = None if visual is None else visual.tokens
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, tokens, position_embeddings=tables, attention_mask=mask, position_ids=position_ids,
-                **{CACHE: cache}, use_cache=use_cache, visual=visual, output_attentions=attentions, **kwargs,
-            )  # fmt: skip
+                hidden_states,
+                tokens,
+                position_embeddings=tables,
+                attention_mask=mask,
+                position_ids=position_ids,
+                **{CACHE: cache},
+                use_cache=use_cache,
+                visual=visual,
+                output_attentions=attentions,
+                **kwargs,
+            )
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     def embed_text(self, input_ids: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The vision transformer: images of any size, padded or not, as one packed row of patches.
 
-Padding is left out before the first block, so it costs nothing and cannot be seen: an image is the box of patches that its
-mask touches, positions count within that box, and masked pixels are zero.
+Padding is left out before the first block, so it costs nothing and cannot be seen: an image is the box of patches that
+its mask touches, positions count within that box, and masked pixels are zero.
 """
 
 import torch
@@ -53,9 +53,11 @@ class QVLVisionPositions(nn.Module):
 def _block_config(config: QVLConfig) -> Qwen3VLVisionConfig:
     """The settings of one block in the words of the stock class."""
     return Qwen3VLVisionConfig(
-        hidden_size=config.vision_hidden_size, num_heads=config.vision_num_attention_heads,
-        intermediate_size=config.vision_intermediate_size, hidden_act=config.vision_hidden_act,
-    )  # fmt: skip
+        hidden_size=config.vision_hidden_size,
+        num_heads=config.vision_num_attention_heads,
+        intermediate_size=config.vision_intermediate_size,
+        hidden_act=config.vision_hidden_act,
+    )
 
 
 class QVLVisionBlock(stock.Qwen3VLVisionBlock):
@@ -92,8 +94,8 @@ class QVLVisionModel(QVLPreTrainedModel):
             pixel_values: [I, C, H, W], any H and W; sides that are no multiple of the patch size are padded.
             pixel_attention_mask: [I, H, W], nonzero where a pixel belongs to the image; None if all do.
         Returns:
-            features [N, E] of the patches of all images, one image after the other, row by row; patches of each image, 0 for
-            images that are all padding.
+            features [N, E] of the patches of all images, one image after the other, row by row; patches of each image,
+            0 for images that are all padding.
         """
         pixel_values, mask = _whole_patches(pixel_values, pixel_attention_mask, self.config.vision_patch_size)
         patches = self.patch_embed(pixel_values)
@@ -113,9 +115,13 @@ class QVLVisionModel(QVLPreTrainedModel):
         if not sum(lengths):
             return packed, lengths
         packed = packed + self._positions(boxes, lengths, coordinates)
-        angles = rotary_tables(coordinates, width // self.config.vision_num_attention_heads // 2, self.config.vision_rope_theta)
+        angles = rotary_tables(
+            coordinates, width // self.config.vision_num_attention_heads // 2, self.config.vision_rope_theta
+        )
         angles = angles.flatten(1).repeat(1, 2)
-        cu_seqlens = torch.tensor([0, *(length for length in lengths if length)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        cu_seqlens = torch.tensor([0, *(length for length in lengths if length)], dtype=torch.int32).cumsum(
+            0, dtype=torch.int32
+        )
         tables, cu_seqlens = (angles.cos(), angles.sin()), cu_seqlens.to(packed.device)
         for block in self.blocks:
             packed = block(packed, cu_seqlens, position_embeddings=tables)

@@ -1,17 +1,17 @@
 """Training on transformers.Trainer: from a YAML file (``qvl train``), or piece by piece.
 
-    from qvl_model import training
+from qvl_model import training
 
-    training.train(training.TrainConfig.from_yaml("train.yaml"))           # all of it
+training.train(training.TrainConfig.from_yaml("train.yaml"))           # all of it
 
-    processor = load_processor(path)                                       # or with a Trainer of your own
-    rows = training.Rows(training.JsonlRows("train.jsonl"), training.Encoder(processor, max_length=2048))
-    print(rows.skipped)                                                    # bad rows, with line and reason
-    trainer = training.Trainer(
-        model=qvl_model.accelerate(model), args=TrainingArguments(..., remove_unused_columns=False), train_dataset=rows,
-        data_collator=training.Collator(processor), callbacks=[training.CapacityCallback("qwen3-vl-2b", every=100)],
-    )
-    trainer.train()
+processor = load_processor(path)                                       # or with a Trainer of your own
+rows = training.Rows(training.JsonlRows("train.jsonl"), training.Encoder(processor, max_length=2048))
+print(rows.skipped)                                                    # bad rows, with line and reason
+trainer = training.Trainer(
+    model=qvl_model.accelerate(model), args=TrainingArguments(..., remove_unused_columns=False), train_dataset=rows,
+    data_collator=training.Collator(processor), callbacks=[training.CapacityCallback("qwen3-vl-2b", every=100)],
+)
+trainer.train()
 """
 
 from qvl_model.training.checkpoints import last_complete, read_log
@@ -23,7 +23,30 @@ from qvl_model.training.run import TrainResult, build_arguments, load_model, tra
 from qvl_model.training.trainer import CapacityCallback, LogCallback, Trainer, decayed
 
 __all__ = [
-    "BadRow", "CapacityCallback", "Collator", "ConfigError", "Conversation", "DataError", "DatasetRows", "Encoder", "JsonlRows",
-    "LogCallback", "Rows", "Skipped", "TrainConfig", "TrainResult", "Trainer", "build_arguments", "decayed", "describe_keys",
-    "last_complete", "load_image", "load_model", "open_rows", "pad", "parse", "read_log", "train",
-]  # fmt: skip
+    "BadRow",
+    "CapacityCallback",
+    "Collator",
+    "ConfigError",
+    "Conversation",
+    "DataError",
+    "DatasetRows",
+    "Encoder",
+    "JsonlRows",
+    "LogCallback",
+    "Rows",
+    "Skipped",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "build_arguments",
+    "decayed",
+    "describe_keys",
+    "last_complete",
+    "load_image",
+    "load_model",
+    "open_rows",
+    "pad",
+    "parse",
+    "read_log",
+    "train",
+]

@@ -1,4 +1,6 @@
-"""Checkpoints of a run: the newest complete one, what a resumed run must have in common with the first, the log of losses."""
+"""Checkpoints of a run: the newest complete one, what a resumed run must have in common with the first, the log of
+losses.
+"""
 
 import contextlib
 import fcntl
@@ -22,7 +24,11 @@ def last_complete(directory: Path) -> tuple[Path | None, list[Path]]:
 
     A run that is killed while it writes leaves a directory without trainer_state.json, or with half of one.
     """
-    found = [(int(match[1]), path) for path in directory.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in directory.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
     incomplete = []
     for _, path in sorted(found, reverse=True):
         try:
@@ -44,7 +50,9 @@ def locked(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError(f"another process trains into {directory}; wait for it, end it, or give another output.directory") from error
+            raise ConfigError(
+                f"another process trains into {directory}; wait for it, end it, or give another output.directory"
+            ) from error
         yield
 
 
@@ -53,8 +61,17 @@ class RunRecord:
 
     def __init__(self, config: dict, fingerprints: dict[str, str], ranks: int):
         run = {key: value for key, value in config["run"].items() if key not in _FREE}
-        data = {key: value for key, value in config["data"].items() if key not in ("train", "validation", "images")}  # files may move
-        self.values = {"model": config["model"], "data": data, "optimizer": config["optimizer"], "run": run, "rows": fingerprints, "ranks": ranks}
+        data = {
+            key: value for key, value in config["data"].items() if key not in ("train", "validation", "images")
+        }  # files may move
+        self.values = {
+            "model": config["model"],
+            "data": data,
+            "optimizer": config["optimizer"],
+            "run": run,
+            "rows": fingerprints,
+            "ranks": ranks,
+        }
 
     def write(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -65,12 +82,15 @@ class RunRecord:
         try:
             before = json.loads((directory / RECORD).read_text())
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{directory} has checkpoints and no readable {RECORD}; give another output.directory") from error
+            raise ConfigError(
+                f"{directory} has checkpoints and no readable {RECORD}; give another output.directory"
+            ) from error
         now = json.loads(json.dumps(self.values))
         changed = [f"{key} ({was!r} then, {new!r} now)" for key, was, new in _differences(before, now)]
         if changed:
             raise ConfigError(
-                f"{directory} has checkpoints of another run: {'; '.join(changed)}. Change these back to resume it, or give another output.directory"
+                f"{directory} has checkpoints of another run: {'; '.join(changed)}. Change these back to resume it, "
+                f"or give another output.directory"
             )
 
 
@@ -84,7 +104,8 @@ def _differences(before: dict, now: dict, group: str = ""):
 
 
 def read_log(directory: str | Path) -> list[dict]:
-    """The lines of log.jsonl: step, and loss with learning_rate and grad_norm, or eval_loss. A line cut short by a kill is left out.
+    """The lines of log.jsonl: step, and loss with learning_rate and grad_norm, or eval_loss. A line cut short by a kill
+    is left out.
 
     Example:
         >>> [line["loss"] for line in read_log("out") if "loss" in line]

@@ -12,37 +12,72 @@ import yaml
 from qvl_model import digits
 from qvl_model.yaml_file import Loader
 
-__all__ = ["ConfigError", "DataConfig", "ModelConfig", "OptimizerConfig", "OutputConfig", "RunConfig", "TrainConfig", "describe_keys"]
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "OutputConfig",
+    "RunConfig",
+    "TrainConfig",
+    "describe_keys",
+]
 
 
 class ConfigError(ValueError):
     """A configuration (or a directory that it names) that cannot be trained; the message says what to change."""
 
 
-def _key(default, doc: str, *, low=None, above=None, high=None, one_of=None, path: bool = False, names: dict[str, Path] | None = None):
+def _key(
+    default,
+    doc: str,
+    *,
+    low=None,
+    above=None,
+    high=None,
+    one_of=None,
+    path: bool = False,
+    names: dict[str, Path] | None = None,
+):
     meta = dict(doc=doc, low=low, above=above, high=high, one_of=one_of, path=path, names=names or {})
     return dataclasses.field(default=default, metadata=meta)
 
 
 @dataclass
 class ModelConfig:
-    path: str | None = _key(None, "checkpoint directory, as save_pretrained writes it, or a model that ships: digits (default), qvl-tiny",
-                            path=True, names=digits.SHIPPED)  # fmt: skip
+    path: str | None = _key(
+        None,
+        "checkpoint directory, as save_pretrained writes it, or a model that ships: digits (default), qvl-tiny",
+        path=True,
+        names=digits.SHIPPED,
+    )
     random_weights: bool = _key(False, "start from random weights; config and processor are still those of `path`")
     accelerate: bool = _key(True, "run on qvl's kernels; false trains the stock model")
-    attention_dropout: float | None = _key(None, "dropout of attention probabilities (default: as the checkpoint's config says)", low=0, high=0.9)
-    hidden_dropout: float | None = _key(None, "dropout of hidden states, for models that have it (default: as the config says)", low=0, high=0.9)
+    attention_dropout: float | None = _key(
+        None, "dropout of attention probabilities (default: as the checkpoint's config says)", low=0, high=0.9
+    )
+    hidden_dropout: float | None = _key(
+        None, "dropout of hidden states, for models that have it (default: as the config says)", low=0, high=0.9
+    )
 
 
 @dataclass
 class DataConfig:
-    train: str = _key(None, "JSONL file, or the directory of a Hugging Face dataset (save_to_disk, Parquet, ...)", path=True)
+    train: str = _key(
+        None, "JSONL file, or the directory of a Hugging Face dataset (save_to_disk, Parquet, ...)", path=True
+    )
     validation: str | None = _key(None, "the same for validation", path=True)
-    images: str | None = _key(None, "folder that relative picture paths start from (default: the folder of the JSONL file)", path=True)
+    images: str | None = _key(
+        None, "folder that relative picture paths start from (default: the folder of the JSONL file)", path=True
+    )
     split: str | None = _key(None, "split to train on, when the directory holds several")
     columns: dict[str, str] | None = _key(None, "our name of a column: its name in the data, such as `question: query`")
-    max_length: int = _key(2048, "longest row in tokens, pictures included; longer rows are skipped and reported", low=2)
-    decode: bool = _key(True, "decode every picture before training starts, to find broken ones; false reads their headers only")
+    max_length: int = _key(
+        2048, "longest row in tokens, pictures included; longer rows are skipped and reported", low=2
+    )
+    decode: bool = _key(
+        True, "decode every picture before training starts, to find broken ones; false reads their headers only"
+    )
 
 
 @dataclass
@@ -63,11 +98,18 @@ class RunConfig:
     epochs: float | None = _key(None, "passes over the data (give this or steps)", above=0)
     batch_size: int = _key(1, "rows per device and forward pass", low=1)
     accumulation: int = _key(8, "forward passes per optimizer step", low=1)
-    precision: str = _key("auto", "fp16 (loss scaling, GPU only), bf16 (autocast) or fp32; auto: fp16 on a GPU, bf16 on a CPU; "
-                          "weights and optimizer are fp32 in all", one_of=("auto", "fp16", "bf16", "fp32"))  # fmt: skip
+    precision: str = _key(
+        "auto",
+        "fp16 (loss scaling, GPU only), bf16 (autocast) or fp32; auto: fp16 on a GPU, bf16 on a CPU; "
+        "weights and optimizer are fp32 in all",
+        one_of=("auto", "fp16", "bf16", "fp32"),
+    )
     gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass, for memory")
-    sharding: str = _key("ddp", "under torchrun: ddp (a copy per rank) or fsdp (FSDP2: parameters, gradients, optimizer sharded)",
-                         one_of=("ddp", "fsdp"))  # fmt: skip
+    sharding: str = _key(
+        "ddp",
+        "under torchrun: ddp (a copy per rank) or fsdp (FSDP2: parameters, gradients, optimizer sharded)",
+        one_of=("ddp", "fsdp"),
+    )
     device: str = _key("auto", "auto takes a GPU if there is one", one_of=("auto", "cpu", "cuda"))
     workers: int = _key(0, "processes per device that load and prepare rows", low=0)
     seed: int = _key(0, "seed of data order, dropout and random weights", low=0)
@@ -75,13 +117,21 @@ class RunConfig:
 
 @dataclass
 class OutputConfig:
-    directory: str = _key(None, "checkpoints, log.jsonl, skipped rows; the trained model ends up in `final` below it", path=True)
+    directory: str = _key(
+        None, "checkpoints, log.jsonl, skipped rows; the trained model ends up in `final` below it", path=True
+    )
     log_every: int = _key(10, "steps between lines of the log", low=1)
-    save_every: int = _key(500, "steps between checkpoints; a multiple of log_every, so that a resumed run logs the same curve", low=1)
+    save_every: int = _key(
+        500, "steps between checkpoints; a multiple of log_every, so that a resumed run logs the same curve", low=1
+    )
     keep: int | None = _key(2, "checkpoints kept (null: all)", low=1)
     evaluate_every: int | None = _key(None, "steps between validations (default: save_every)", low=1)
-    capacity_every: int = _key(500, "steps between capacity checks, which also run before the first and after the last step", low=1)
-    tensorboard: bool = _key(False, "write TensorBoard events into `tensorboard` below the directory (pip install tensorboard)")
+    capacity_every: int = _key(
+        500, "steps between capacity checks, which also run before the first and after the last step", low=1
+    )
+    tensorboard: bool = _key(
+        False, "write TensorBoard events into `tensorboard` below the directory (pip install tensorboard)"
+    )
     progress: bool = _key(True, "show a progress bar")
 
 
@@ -91,7 +141,8 @@ class TrainConfig:
 
     Example:
         >>> config = TrainConfig.from_yaml("train.yaml")
-        >>> config = TrainConfig.from_dict({"data": {"train": "rows.jsonl"}, "run": {"steps": 100}, "output": {"directory": "out"}})
+        >>> config = TrainConfig.from_dict({"data": {"train": "rows.jsonl"}, "run": {"steps": 100}, "output":
+        {"directory": "out"}})
     """
 
     model: ModelConfig
@@ -135,7 +186,8 @@ class TrainConfig:
             raise ConfigError("give exactly one of run.steps and run.epochs")
         if self.output.save_every % self.output.log_every:
             raise ConfigError(
-                f"output.save_every ({self.output.save_every}) must be a multiple of output.log_every ({self.output.log_every}), "
+                f"output.save_every ({self.output.save_every}) must be a multiple of output.log_every "
+                f"({self.output.log_every}), "
                 "or a resumed run would log another curve than an uninterrupted one"
             )
         if self.output.evaluate_every is not None and self.data.validation is None:
@@ -183,10 +235,15 @@ def _checked(name: str, value: object, field: dataclasses.Field, folder: Path):
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise ConfigError(f"{name} must be {_NAMES[kind]}{' or null' if types.NoneType in options else ''}, got {_shown(value)}")
+        raise ConfigError(
+            f"{name} must be {_NAMES[kind]}{' or null' if types.NoneType in options else ''}, got {_shown(value)}"
+        )
     meta = field.metadata
     for wrong, rule in (
-        (meta["one_of"] is not None and value not in (meta["one_of"] or ()), f"one of {', '.join(meta['one_of'] or ())}"),
+        (
+            meta["one_of"] is not None and value not in (meta["one_of"] or ()),
+            f"one of {', '.join(meta['one_of'] or ())}",
+        ),
         (meta["low"] is not None and value < (meta["low"] or 0), f"at least {meta['low']}"),
         (meta["above"] is not None and value <= (meta["above"] or 0), f"above {meta['above']}"),
         (meta["high"] is not None and value > (meta["high"] or 0), f"at most {meta['high']}"),
@@ -208,7 +265,11 @@ def describe_keys() -> str:
     for group in dataclasses.fields(TrainConfig):
         lines.append(f"{group.name}:")
         for field in dataclasses.fields(group.type):
-            default = "required" if field.default is None and field.type is str else yaml.safe_dump(field.default).split("\n")[0]
+            default = (
+                "required"
+                if field.default is None and field.type is str
+                else yaml.safe_dump(field.default).split("\n")[0]
+            )
             lines.append(f"  {field.name}: {default}".ljust(36) + f"# {field.metadata['doc']}{_limits(field)}")
     return "\n".join(lines)
 

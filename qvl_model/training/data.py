@@ -1,4 +1,6 @@
-"""Training data on disk: every row is checked once before training, bad ones are counted, reported with their line and skipped."""
+"""Training data on disk: every row is checked once before training, bad ones are counted, reported with their line and
+skipped.
+"""
 
 import hashlib
 import json
@@ -90,11 +92,15 @@ class JsonlRows:
 
 
 class DatasetRows:
-    """The rows of a dataset of the ``datasets`` library, or of anything with a length and dictionaries to be had by number."""
+    """The rows of a dataset of the ``datasets`` library, or of anything with a length and dictionaries to be had by
+    number.
+    """
 
     def __init__(self, dataset: Any, name: str = "dataset"):
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise DataError(f"{name} is a {type(dataset).__name__}, which cannot be asked for row number i; save it to disk first")
+            raise DataError(
+                f"{name} is a {type(dataset).__name__}, which cannot be asked for row number i; save it to disk first"
+            )
         self.dataset, self.name, self.folder = dataset, name, Path(".")
         self.fingerprint = getattr(dataset, "_fingerprint", None) or f"{len(dataset)} rows"
 
@@ -128,7 +134,14 @@ class Rows(Dataset):
         >>> print(rows.skipped)
     """
 
-    def __init__(self, source: JsonlRows | DatasetRows, encoder: Encoder, *, columns: dict[str, str] | None = None, decode: bool = True):
+    def __init__(
+        self,
+        source: JsonlRows | DatasetRows,
+        encoder: Encoder,
+        *,
+        columns: dict[str, str] | None = None,
+        decode: bool = True,
+    ):
         self.source, self.encoder, self.columns = source, encoder, columns
         self.skipped = Skipped(source.name, len(source))
         self.good: list[int] = []
@@ -141,7 +154,9 @@ class Rows(Dataset):
             if pictures == 0:
                 self.without_pictures.append(source.line(index))
         if not self.good:
-            raise DataError(f"no row can be trained on\n{self.skipped}" if len(source) else f"{source.name} has no rows")
+            raise DataError(
+                f"no row can be trained on\n{self.skipped}" if len(source) else f"{source.name} has no rows"
+            )
 
     def _scan(self, decode: bool) -> Iterator[tuple[int, str | None]]:
         def check(index: int) -> tuple[int, str | None]:
@@ -170,10 +185,11 @@ class Rows(Dataset):
 
 
 def open_rows(path: str, *, images: str | None = None, split: str | None = None) -> JsonlRows | DatasetRows:
-    """The source at ``path``: a JSONL file, or a directory that ``datasets`` wrote with save_to_disk or can load, such as a
-    Hugging Face dataset's repository with its Parquet files.
+    """The source at ``path``: a JSONL file, or a directory that ``datasets`` wrote with save_to_disk or can load, such
+    as a Hugging Face dataset's repository with its Parquet files.
 
-    Raises: DataError if there is nothing there, the datasets library is missing, or the split is, and for a loading script.
+    Raises: DataError if there is nothing there, the datasets library is missing, or the split is, and for a loading
+    script.
     """
     if os.path.isfile(path):
         return JsonlRows(path, images)
@@ -181,11 +197,16 @@ def open_rows(path: str, *, images: str | None = None, split: str | None = None)
         raise DataError(f"{path} does not exist; give a JSONL file or the directory of a dataset")
     script = Path(path) / f"{Path(path).resolve().name}.py"
     if script.is_file():
-        raise DataError(f"{script} is a loading script, and qvl runs no code of data; give the files themselves: Parquet, JSONL, save_to_disk")
+        raise DataError(
+            f"{script} is a loading script, and qvl runs no code of data; give the files themselves: Parquet, "
+            f"JSONL, save_to_disk"
+        )
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"{path} is a directory; reading it needs the datasets library: pip install datasets") from error
+        raise DataError(
+            f"{path} is a directory; reading it needs the datasets library: pip install datasets"
+        ) from error
     saved = any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
     try:
         dataset = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)

@@ -17,9 +17,9 @@ IGNORED = -100  # label of tokens that no loss is computed for
 class Encoder:
     """Turns conversations into model inputs with labels.
 
-    The chat template renders every turn as it will at generation: all that comes before an answer is one piece of text, tokenised as
-    the prompt would be, and the answer with its end-of-turn token is another, which is what the model learns. Turns after the last
-    answer are left out.
+    The chat template renders every turn as it will at generation: all that comes before an answer is one piece of text,
+    tokenised as the prompt would be, and the answer with its end-of-turn token is another, which is what the model
+    learns. Turns after the last answer are left out.
 
     Args:
         processor: as ``qvl_model.processing.load_processor`` gives it.
@@ -32,11 +32,15 @@ class Encoder:
 
     def __init__(self, processor: Any, max_length: int = 2048, max_images: int | None = None):
         if processor.chat_template is None:
-            raise ValueError("the processor has no chat template; put its chat_template.jinja into the checkpoint directory")
+            raise ValueError(
+                "the processor has no chat template; put its chat_template.jinja into the checkpoint directory"
+            )
         self.processor, self.max_length, self.max_images = processor, max_length, max_images
 
     def segments(self, conversation: Conversation) -> list[tuple[str, bool]]:
-        """(text, whether it is learned) in order; together the rendered conversation up to the end of the last answer."""
+        """(text, whether it is learned) in order; together the rendered conversation up to the end of the
+        last answer.
+        """
         special = [token for token in (self.processor.image_token, self.processor.video_token) if token]
         for message in conversation.messages:
             for part in message["content"]:
@@ -66,12 +70,17 @@ class Encoder:
 
     def length(self, conversation: Conversation, sizes: list[tuple[int, int]]) -> int:
         """Tokens of the row, given the (width, height) of its pictures, without preparing them. Raises: BadRow."""
-        count = sum(len(self.processor.tokenizer(text, add_special_tokens=i == 0).input_ids) for i, (text, _) in enumerate(self.segments(conversation)))
+        count = sum(
+            len(self.processor.tokenizer(text, add_special_tokens=i == 0).input_ids)
+            for i, (text, _) in enumerate(self.segments(conversation))
+        )
         for width, height in sizes:
             try:
                 count += self._image_tokens(height, width) - 1  # its place is one token of the text
             except ValueError as error:
-                raise BadRow(f"a picture of {width} x {height} pixels is refused: {' '.join(str(error).split())}") from error
+                raise BadRow(
+                    f"a picture of {width} x {height} pixels is refused: {' '.join(str(error).split())}"
+                ) from error
         return count
 
     def _image_tokens(self, height: int, width: int) -> int:
@@ -93,8 +102,8 @@ class Encoder:
     def __call__(self, conversation: Conversation, images: list[Image.Image]) -> dict[str, Tensor]:
         """One row: input_ids and labels [T], and what the family's model takes besides. Raises: BadRow.
 
-        Qwen3-VL: mm_token_type_ids [T]; with pictures pixel_values [patches, ...] and image_grid_thw. QVL: with pictures pixel_values
-        [1, images, C, H, W] and pixel_attention_mask [1, images, H, W].
+        Qwen3-VL: mm_token_type_ids [T]; with pictures pixel_values [patches, ...] and image_grid_thw. QVL: with
+        pictures pixel_values [1, images, C, H, W] and pixel_attention_mask [1, images, H, W].
         """
         columns: dict[str, list[Tensor]] = {}
         labels, rest = [], list(images)
@@ -122,7 +131,9 @@ _FILLERS = {"labels": IGNORED, "mm_token_type_ids": 0}
 
 
 def pad(rows: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
-    """Rows as ``Encoder`` makes them -> one batch: tokens padded on the right to [B, T], attention_mask added, pictures joined."""
+    """Rows as ``Encoder`` makes them -> one batch: tokens padded on the right to [B, T], attention_mask added, pictures
+    joined.
+    """
     lengths = [len(row["input_ids"]) for row in rows]
     batch = {"attention_mask": torch.zeros(len(rows), max(lengths), dtype=torch.long)}
     for i, length in enumerate(lengths):
@@ -132,7 +143,9 @@ def pad(rows: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
         if values[0].dim() == 1 and name in ("input_ids", *_FILLERS):
             filler = _FILLERS.get(name, pad_token_id)
             batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filler)
-        elif name in _PIXELS and values[0].dim() > 3:  # of each row, [1, images, ...]: rows without pictures get masked ones
+        elif (
+            name in _PIXELS and values[0].dim() > 3
+        ):  # of each row, [1, images, ...]: rows without pictures get masked ones
             blank = values[0].new_zeros((1, 1, *values[0].shape[2:]))
             batch[name] = _joined(name, [row.get(name, blank) for row in rows], dim=0)
         else:
@@ -141,14 +154,19 @@ def pad(rows: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
 
 
 def _joined(name: str, values: list[Tensor], dim: int) -> Tensor:
-    """Values of several texts or rows as one. Pictures as pixels, [1, images, (channels,) H, W], are padded with zeros to one size
-    and joined along ``dim`` (images of a row: 1; rows of a batch: 0); all else is a list of tokens or patches."""
+    """Values of several texts or rows as one. Pictures as pixels, [1, images, (channels,) H, W], are padded with zeros
+    to one size and joined along ``dim`` (images of a row: 1; rows of a batch: 0); all else is a list of tokens or
+    patches.
+    """
     if name not in _PIXELS or values[0].dim() <= 3:
         return torch.cat(values)
     largest = [max(value.shape[i] for value in values) for i in range(values[0].dim())]
     padded = []
     for value in values:
-        gaps = [0 if i == dim or i == values[0].dim() - 3 and name == "pixel_values" else size - value.shape[i] for i, size in enumerate(largest)]
+        gaps = [
+            0 if i == dim or i == values[0].dim() - 3 and name == "pixel_values" else size - value.shape[i]
+            for i, size in enumerate(largest)
+        ]
         padded.append(torch.nn.functional.pad(value, [amount for gap in reversed(gaps) for amount in (0, gap)]))
     return torch.cat(padded, dim)
 

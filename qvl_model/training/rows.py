@@ -2,13 +2,13 @@
 
 Three forms are read, all with one picture, several or none:
 
-    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is this?"}]},
-                  {"role": "assistant", "content": "A seven."}]}
-    {"image": "a.png", "conversations": [{"from": "human", "value": "<image>What is this?"}, {"from": "gpt", "value": "A seven."}]}
-    {"images": ["a.png", "b.png"], "question": "Which is larger?", "answer": "The second."}
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is
+                  this?"}]}, {"role": "assistant", "content": "A seven."}]}
+    {"image": "a.png", "conversations": [{"from": "human", "value": "<image>What is this?"}, {"from": "gpt", "value": "A
+    seven."}]} {"images": ["a.png", "b.png"], "question": "Which is larger?", "answer": "The second."}
 
-``<image>`` in a text stands for the next picture of "image" or "images"; pictures without a place go before the first question.
-A picture is a path, the bytes of a file, or what the datasets library makes of one.
+``<image>`` in a text stands for the next picture of "image" or "images"; pictures without a place go before the first
+question. A picture is a path, the bytes of a file, or what the datasets library makes of one.
 """
 
 import io
@@ -48,7 +48,10 @@ def parse(row: object, columns: dict[str, str] | None = None) -> Conversation:
         row = {**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
     forms = [form for form in ("messages", "conversations", "answer") if row.get(form) is not None]
     if len(forms) != 1:
-        raise BadRow("needs exactly one of messages, conversations, and question with answer" + (f"; has {', '.join(forms)}" if forms else ""))
+        raise BadRow(
+            "needs exactly one of messages, conversations, and question with answer"
+            + (f"; has {', '.join(forms)}" if forms else "")
+        )
     if forms == ["answer"]:
         turns = [("user", row.get("question")), ("assistant", row["answer"])]
     else:
@@ -73,7 +76,9 @@ def parse(row: object, columns: dict[str, str] | None = None) -> Conversation:
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
             raise BadRow("has pictures and no user turn to show them in")
-        earlier = sum(part["type"] == "image" for message in messages[: messages.index(first)] for part in message["content"])
+        earlier = sum(
+            part["type"] == "image" for message in messages[: messages.index(first)] for part in message["content"]
+        )
         first["content"][:0] = [{"type": "image"} for _ in images]
         placed[earlier:earlier] = images
     _check_turns(messages)
@@ -121,7 +126,9 @@ def _parts(content: object, index: int) -> list[dict]:
                 if piece:
                     parts.append({"type": "text", "text": piece})
         elif kind in ("image", "image_url"):
-            source = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
+            source = next(
+                (part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None
+            )
             parts.append({"type": "image"} if source is None else {"type": "image", "image": source})
         else:
             raise BadRow(f"turn {index + 1} has a part that is neither text nor a picture")

@@ -31,9 +31,19 @@ __all__ = ["TrainResult", "build_arguments", "load_model", "train"]
 FINAL = "final"
 # What a processor is made of: copied beside the trained weights as it came, so that nothing of it is lost on the way.
 PROCESSOR_FILES = (
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "preprocessor_config.json", "processor_config.json",
-    "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json",
-)  # fmt: skip
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+)
 
 
 @dataclass
@@ -70,20 +80,30 @@ def load_model(config: TrainConfig) -> tuple[nn.Module, capacity.CapacitySpec, t
     path = _checkpoint_of(config)
     try:
         settings = load_config(path)
-        dtype = settings.dtype if isinstance(settings.dtype, torch.dtype) else torch.float32  # loading in fp32 changes it
+        dtype = (
+            settings.dtype if isinstance(settings.dtype, torch.dtype) else torch.float32
+        )  # loading in fp32 changes it
         _set_dropout(settings, config)
         if config.model.random_weights:
             torch.manual_seed(config.run.seed)
             model = AutoModelForImageTextToText.from_config(settings, dtype=torch.float32, trust_remote_code=False)
         else:
             model, info = AutoModelForImageTextToText.from_pretrained(
-                path, config=settings, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
-                trust_remote_code=False, local_files_only=True,
-            )  # fmt: skip
+                path,
+                config=settings,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
             for keys in (info["missing_keys"], info["mismatched_keys"]):
                 if keys:
                     first = min(key if isinstance(key, str) else key[0] for key in keys)
-                    raise ConfigError(f"model.path: {path} lacks {len(keys)} of the model's weights, or has them in another size, such as {first}")
+                    raise ConfigError(
+                        f"model.path: {path} lacks {len(keys)} of the model's weights, or has them in another size, "
+                        f"such as {first}"
+                    )
             capacity.check_finite(model, path)
         model.train()
         if config.model.accelerate:
@@ -107,7 +127,9 @@ def _set_dropout(settings: Any, config: TrainConfig) -> None:
         value = getattr(config.model, key)
         if value is None:
             continue
-        places = [(part, name) for part in (settings, settings.get_text_config()) for name in names if name in part.to_dict()]
+        places = [
+            (part, name) for part in (settings, settings.get_text_config()) for name in names if name in part.to_dict()
+        ]
         if not places:
             raise ConfigError(f"model.{key}: a {settings.model_type} model has no such dropout")
         for part, name in places:
@@ -137,7 +159,10 @@ def build_arguments(config: TrainConfig, model: nn.Module, *, pictures_in_every_
         if ranks == 1:
             raise ConfigError("run.sharding is fsdp, which needs several ranks: start with torchrun, or use ddp")
         if not pictures_in_every_row:
-            raise ConfigError("run.sharding fsdp needs pictures in every row or in none: a rank without them would wait for the others for ever")
+            raise ConfigError(
+                "run.sharding fsdp needs pictures in every row or in none: a rank without them would wait for the "
+                "others for ever"
+            )
         present = {type(module).__name__ for module in model.modules()}
         wrapped = [name for name in model._no_split_modules if name in present]
         options |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": wrapped}}
@@ -147,17 +172,41 @@ def build_arguments(config: TrainConfig, model: nn.Module, *, pictures_in_every_
         options["dataloader_multiprocessing_context"] = "spawn"  # a forked child hangs in PyTorch once OpenMP has run
     evaluate = config.data.validation is not None
     return TrainingArguments(
-        output_dir=output.directory, max_steps=run.steps or -1, num_train_epochs=run.epochs or 1,
-        per_device_train_batch_size=run.batch_size, per_device_eval_batch_size=run.batch_size, gradient_accumulation_steps=run.accumulation,
-        optim="adamw_torch", learning_rate=optimizer.learning_rate, weight_decay=optimizer.weight_decay, adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2, adam_epsilon=optimizer.epsilon, max_grad_norm=optimizer.max_grad_norm,
-        lr_scheduler_type=optimizer.schedule, warmup_steps=optimizer.warmup, fp16=precision == "fp16", bf16=precision == "bf16",
-        use_cpu=not cuda, seed=run.seed, data_seed=run.seed, dataloader_num_workers=run.workers, remove_unused_columns=False,
-        logging_strategy="steps", logging_steps=output.log_every, logging_nan_inf_filter=False, report_to=[],
-        disable_tqdm=not output.progress, save_strategy="steps", save_steps=output.save_every, save_total_limit=output.keep,
-        eval_strategy="steps" if evaluate else "no", eval_steps=(output.evaluate_every or output.save_every) if evaluate else None,
-        prediction_loss_only=True, **options,
-    )  # fmt: skip
+        output_dir=output.directory,
+        max_steps=run.steps or -1,
+        num_train_epochs=run.epochs or 1,
+        per_device_train_batch_size=run.batch_size,
+        per_device_eval_batch_size=run.batch_size,
+        gradient_accumulation_steps=run.accumulation,
+        optim="adamw_torch",
+        learning_rate=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_epsilon=optimizer.epsilon,
+        max_grad_norm=optimizer.max_grad_norm,
+        lr_scheduler_type=optimizer.schedule,
+        warmup_steps=optimizer.warmup,
+        fp16=precision == "fp16",
+        bf16=precision == "bf16",
+        use_cpu=not cuda,
+        seed=run.seed,
+        data_seed=run.seed,
+        dataloader_num_workers=run.workers,
+        remove_unused_columns=False,
+        logging_strategy="steps",
+        logging_steps=output.log_every,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=not output.progress,
+        save_strategy="steps",
+        save_steps=output.save_every,
+        save_total_limit=output.keep,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=(output.evaluate_every or output.save_every) if evaluate else None,
+        prediction_loss_only=True,
+        **options,
+    )
 
 
 def _rows(key: str, config: TrainConfig, encoder: Encoder, main: bool) -> Rows:
@@ -176,7 +225,9 @@ def _tensorboard(config: TrainConfig, main: bool, step: int) -> list:
     if not config.output.tensorboard:
         return []
     if not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
-        raise ConfigError("output.tensorboard needs the tensorboard package: pip install tensorboard, or set it to false")
+        raise ConfigError(
+            "output.tensorboard needs the tensorboard package: pip install tensorboard, or set it to false"
+        )
     if not main:
         return []
     from transformers.integrations import TensorBoardCallback
@@ -186,13 +237,18 @@ def _tensorboard(config: TrainConfig, main: bool, step: int) -> list:
     except ImportError:
         from tensorboardX import SummaryWriter
     # What a killed run logged after its last checkpoint is hidden: the resumed run logs it again.
-    return [TensorBoardCallback(SummaryWriter(str(Path(config.output.directory) / "tensorboard"), purge_step=step + 1 if step else None))]
+    return [
+        TensorBoardCallback(
+            SummaryWriter(str(Path(config.output.directory) / "tensorboard"), purge_step=step + 1 if step else None)
+        )
+    ]
 
 
 def train(config: TrainConfig) -> TrainResult:
     """Trains as configured; goes on from the newest complete checkpoint if the output directory has one.
 
-    Under torchrun every rank calls this. Bad rows are reported on stderr and in ``skipped-*.txt``, losses in ``log.jsonl``.
+    Under torchrun every rank calls this. Bad rows are reported on stderr and in ``skipped-*.txt``, losses in
+    ``log.jsonl``.
 
     Returns: where the trained model is, and what was skipped.
     Raises: ConfigError and DataError (both ValueError) for what cannot be trained, before a step is made;
@@ -225,7 +281,10 @@ def _train(config: TrainConfig, path: Path, directory: Path, main: bool) -> Trai
     mixed = 0 < len(rows.without_pictures) < len(rows)
 
     checkpoint, incomplete = last_complete(directory)
-    fingerprints = {"train": rows.source.fingerprint, "validation": validation.source.fingerprint if validation else None}
+    fingerprints = {
+        "train": rows.source.fingerprint,
+        "validation": validation.source.fingerprint if validation else None,
+    }
     record = RunRecord(config.to_dict(), fingerprints, int(os.environ.get("WORLD_SIZE", 1)))
     if checkpoint is not None:
         record.check(directory)
@@ -239,16 +298,26 @@ def _train(config: TrainConfig, path: Path, directory: Path, main: bool) -> Trai
     model, spec, dtype = load_model(config)
     arguments = build_arguments(config, model, pictures_in_every_row=not mixed)
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=rows, eval_dataset=validation, data_collator=Collator(processor),
-        callbacks=[CapacityCallback(spec, config.output.capacity_every), LogCallback(directory), *_tensorboard(config, main, step)],
-    )  # fmt: skip
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=validation,
+        data_collator=Collator(processor),
+        callbacks=[
+            CapacityCallback(spec, config.output.capacity_every),
+            LogCallback(directory),
+            *_tensorboard(config, main, step),
+        ],
+    )
     if main and checkpoint is None:
         record.write(directory)
     trainer.add_callback(_ProcessorCallback(path))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     except UnpicklingError as error:  # the Trainer reads tensors and numbers only
-        raise ConfigError(f"{checkpoint} holds files that are damaged, or more than data; delete it to go on from the one before") from error
+        raise ConfigError(
+            f"{checkpoint} holds files that are damaged, or more than data; delete it to go on from the one before"
+        ) from error
     _save_final(trainer, path, directory / FINAL, dtype)
     return TrainResult(directory / FINAL, trainer.state.global_step, step, len(rows.skipped.rows))
 

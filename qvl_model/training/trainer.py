@@ -19,7 +19,8 @@ __all__ = ["CapacityCallback", "LogCallback", "Trainer", "decayed"]
 
 
 def decayed(model: nn.Module) -> list[str]:
-    """Names of the parameters that weight decay applies to: matrices. Norms, biases and gates have one dimension or none.
+    """Names of the parameters that weight decay applies to: matrices. Norms, biases and gates have one dimension or
+    none.
 
     Example:
         >>> "model.language_model.norm.weight" in decayed(model)
@@ -31,9 +32,9 @@ def decayed(model: nn.Module) -> list[str]:
 class Trainer(transformers.Trainer):
     """transformers' Trainer, with four differences.
 
-    The loss of a step is the mean over all its learned tokens, however they are spread over accumulated batches and ranks (stock
-    Qwen3-VL asks for a mean of means); weight decay applies to matrices only; a checkpoint's last file says that it is complete;
-    and FSDP2 works on CPU ranks too.
+    The loss of a step is the mean over all its learned tokens, however they are spread over accumulated batches and
+    ranks (stock Qwen3-VL asks for a mean of means); weight decay applies to matrices only; a checkpoint's last file
+    says that it is complete; and FSDP2 works on CPU ranks too.
     """
 
     def __init__(self, *args, **kwargs):
@@ -47,7 +48,9 @@ class Trainer(transformers.Trainer):
             # accelerate switches FSDP on for GPUs alone; all that follows runs on gloo as well.
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             state.distributed_type = DistributedType.FSDP
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # every AcceleratorState() reads it from here again
+            PartialState._shared_state["distributed_type"] = (
+                DistributedType.FSDP
+            )  # every AcceleratorState() reads it from here again
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled and state.mixed_precision != "no":
             # accelerate's own policy would also sum gradients and round the loss in 16 bits.
@@ -61,22 +64,25 @@ class Trainer(transformers.Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # The main rank writes trainer_state.json next: only after every rank has written its part is the checkpoint complete.
+        # The main rank writes trainer_state.json next: only after every rank has written its part is the checkpoint
+        # complete.
         if self.args.world_size > 1:
             torch.distributed.barrier()
 
 
 class CapacityCallback(TrainerCallback):
-    """Checks the capacity before the first step, every ``every`` steps and after the last, and stops the run on a violation.
+    """Checks the capacity before the first step, every ``every`` steps and after the last, and stops the run on a
+    violation.
 
-    All ranks check together. The violation is raised as CapacityError out of ``Trainer.train``, before a checkpoint of the step is
-    written, so the newest checkpoint is of a whole model.
+    All ranks check together. The violation is raised as CapacityError out of ``Trainer.train``, before a checkpoint of
+    the step is written, so the newest checkpoint is of a whole model.
 
     Args:
         spec: as for ``qvl_model.capacity.verify``.
         every: steps between checks.
     Example:
-        >>> trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[CapacityCallback("qwen3-vl-2b", every=100)])
+        >>> trainer = Trainer(model=model, args=arguments, train_dataset=rows,
+        callbacks=[CapacityCallback("qwen3-vl-2b", every=100)])
     """
 
     def __init__(self, spec: "capacity.Spec" = None, every: int = 500):
@@ -91,14 +97,38 @@ class CapacityCallback(TrainerCallback):
         self.checks += 1
         capacity.verify(model, self.spec, training=True, optimizer=optimizer)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, optimizer=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        **kwargs,
+    ):
         self._verify(model, optimizer)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, optimizer=None, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        **kwargs,
+    ):
         if state.global_step % self.every == 0:
             self._verify(model, optimizer)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, optimizer=None, **kwargs):
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        **kwargs,
+    ):
         self._verify(model, optimizer)
 
 

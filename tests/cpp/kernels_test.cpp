@@ -72,7 +72,8 @@ void check(const char* name, DType dtype, const Buffer& out, const std::vector<d
 void test_norms(DType dtype) {
   const int64_t rows = 7, size = 131;
   for (const bool layer : {false, true}) {
-    Buffer x = Buffer::random(dtype, rows * size), weight = Buffer::random(dtype, size), bias = Buffer::random(dtype, size);
+    Buffer x = Buffer::random(dtype, rows * size), weight = Buffer::random(dtype, size),
+           bias = Buffer::random(dtype, size);
     Buffer y(dtype, rows * size);
     NormArgs args{};
     args.x = x.data(), args.weight = weight.data(), args.bias = layer ? bias.data() : nullptr, args.y = y.data();
@@ -97,7 +98,8 @@ void test_linear(DType dtype) {
   const int64_t n = 99, k = 130;
   for (const int64_t m : {1, 3, 5, 70}) {
     for (const Activation activation : {Activation::none, Activation::gelu_tanh, Activation::swiglu}) {
-      Buffer x = Buffer::random(dtype, m * k), w = Buffer::random(dtype, n * k, 0.2), up = Buffer::random(dtype, n * k, 0.2);
+      Buffer x = Buffer::random(dtype, m * k), w = Buffer::random(dtype, n * k, 0.2),
+             up = Buffer::random(dtype, n * k, 0.2);
       Buffer bias = Buffer::random(dtype, n), residual = Buffer::random(dtype, m * n), out(dtype, m * n);
       const bool swiglu = activation == Activation::swiglu;
       const Weight up_weight{up.data(), k, nullptr};
@@ -129,7 +131,8 @@ void test_activation(DType dtype) {
     args.rows = rows, args.size = size, args.x_stride = args.up_stride = args.y_stride = size, args.dtype = dtype;
     run_activation(args);
     std::vector<double> truth;
-    for (int64_t i = 0; i < rows * size; ++i) truth.push_back(activation == Activation::swiglu ? silu(x[i]) * up[i] : gelu(x[i]));
+    for (int64_t i = 0; i < rows * size; ++i)
+      truth.push_back(activation == Activation::swiglu ? silu(x[i]) * up[i] : gelu(x[i]));
     check("activation", dtype, y, truth);
   }
 }
@@ -174,7 +177,8 @@ void test_attention(DType dtype) {
     Buffer v = Buffer::random(dtype, keys * kv_heads * size), out(dtype, q.size());
     AttentionArgs args{};
     args.q = q.data(), args.k = k.data(), args.v = v.data(), args.out = out.data();
-    args.batch = 1, args.queries = queries, args.keys = keys, args.heads = heads, args.kv_heads = kv_heads, args.head_dim = size;
+    args.batch = 1, args.queries = queries, args.keys = keys, args.heads = heads, args.kv_heads = kv_heads,
+    args.head_dim = size;
     args.q_b = args.out_b = queries * heads * size, args.q_t = args.out_t = heads * size;
     args.k_b = args.v_b = keys * kv_heads * size, args.k_s = args.v_s = kv_heads * size;
     args.q_h = args.k_h = args.v_h = args.out_h = size;

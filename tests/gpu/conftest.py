@@ -1,4 +1,6 @@
-"""The Triton kernels: on a GPU where there is one, else interpreted (TRITON_INTERPRET=1, a process of its own; see Makefile)."""
+"""The Triton kernels: on a GPU where there is one, else interpreted (TRITON_INTERPRET=1, a process of its own; see
+Makefile).
+"""
 
 import pytest
 import torch

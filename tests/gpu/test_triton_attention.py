@@ -1,12 +1,14 @@
-"""Flash attention beyond the shared cases: block borders, lengths that lie, NaN where nobody looks, strides, dropout, determinism."""
+"""Flash attention beyond the shared cases: block borders, lengths that lie, NaN where nobody looks, strides, dropout,
+determinism.
+"""
 
 import math
 
 import pytest
 import torch
+from op_cases import differentiable, double, outputs
 
 import qvl_kernels
-from op_cases import differentiable, double, outputs
 from qvl_kernels import config, tuning
 from qvl_kernels.ops.attention.op import attention_backward_op, attention_op
 from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, random_tensor, relative_error, surrounded
@@ -25,9 +27,10 @@ def _rand(*shape: int, dtype=torch.float16, seed: int = 0, scale: float = 1.0) -
 
 def _qkv(b=1, t=20, s=20, h=2, hkv=1, d=16, dtype=torch.float16, scale: float = 1.0) -> dict:
     return {
-        "q": _rand(b, t, h, d, dtype=dtype, seed=1, scale=scale), "k": _rand(b, s, hkv, d, dtype=dtype, seed=2, scale=scale),
+        "q": _rand(b, t, h, d, dtype=dtype, seed=1, scale=scale),
+        "k": _rand(b, s, hkv, d, dtype=dtype, seed=2, scale=scale),
         "v": _rand(b, s, hkv, d, dtype=dtype, seed=3),
-    }  # fmt: skip
+    }
 
 
 def _packed(lengths: list[int], h=2, hkv=1, d=16, dtype=torch.float16) -> dict:
@@ -39,10 +42,21 @@ def _packed(lengths: list[int], h=2, hkv=1, d=16, dtype=torch.float16) -> dict:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of 16 and 32, so that short sequences cross their borders; the shared cases run on those of the device."""
-    for name, tile in (("attention", (32, 16)), ("attention_backward_queries", (16, 32)), ("attention_backward_keys", (32, 16))):
+    for name, tile in (
+        ("attention", (32, 16)),
+        ("attention_backward_queries", (16, 32)),
+        ("attention_backward_keys", (32, 16)),
+    ):
         plain = getattr(tuning, name)
         monkeypatch.setattr(
-            tuning, name, lambda *args, plain=plain, tile=tile: {**plain(*args), "BLOCK_M": tile[0], "BLOCK_N": tile[1], "num_stages": 1}
+            tuning,
+            name,
+            lambda *args, plain=plain, tile=tile: {
+                **plain(*args),
+                "BLOCK_M": tile[0],
+                "BLOCK_N": tile[1],
+                "num_stages": 1,
+            },
         )
 
 
@@ -103,7 +117,9 @@ def test_scale(scale, causal, device, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive"])
-@pytest.mark.parametrize("shape", [(2, 1, 1, 37), (1, 2, 1, 37), (2, 1, 20, 37), *_slow((1, 1, 1, 37), (2, 2, 20, 1), (1, 1, 1, 1))], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 1, 37), (1, 2, 1, 37), (2, 1, 20, 37), *_slow((1, 1, 1, 37), (2, 2, 20, 1), (1, 1, 1, 1))], ids=str
+)
 def test_masks_broadcast(kind, shape, device, monkeypatch):
     """Also their gradients, summed over what they are broadcast along; a mask of -inf hides."""
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.3
@@ -119,8 +135,12 @@ def test_strided_masks(device, monkeypatch):
 
 
 def test_masks_as_large_as_the_dtype(device, monkeypatch):
-    """Rows whose keys all carry the lowest number attend to all alike: a log-sum-exp of -3e38 would not tell how many there are."""
-    mask = torch.zeros(1, 1, 20, 37).masked_fill(torch.rand(1, 1, 20, 37, generator=torch.Generator().manual_seed(3)) > 0.5, torch.finfo(torch.float32).min)
+    """Rows whose keys all carry the lowest number attend to all alike: a log-sum-exp of -3e38 would not tell how many
+    there are.
+    """
+    mask = torch.zeros(1, 1, 20, 37).masked_fill(
+        torch.rand(1, 1, 20, 37, generator=torch.Generator().manual_seed(3)) > 0.5, torch.finfo(torch.float32).min
+    )
     mask[:, :, 3:9] = torch.finfo(torch.float32).min
     _check({**_qkv(t=20, s=37, dtype=torch.float32), "mask": mask}, device, monkeypatch, function=qvl_kernels.attention)
 
@@ -128,7 +148,9 @@ def test_masks_as_large_as_the_dtype(device, monkeypatch):
 @pytest.mark.parametrize("bad", [NAN, *_slow(INF)])
 @pytest.mark.parametrize("how", ["padding", "rows", "additive", "lengths", "packed"])
 def test_unseen_keys_may_hold_anything(how, bad, device, monkeypatch):
-    """Padding by mask or length, and the neighbours of a packed sequence: same results and gradients as with numbers there."""
+    """Padding by mask or length, and the neighbours of a packed sequence: same results and gradients as with numbers
+    there.
+    """
     if how == "packed":
         arguments = _packed([13, 40, 20])
         bounds = arguments["cu_seqlens"].tolist()
@@ -181,16 +203,27 @@ def test_visible_nan_is_not_hidden(device):
 
 
 def test_strided_everything(device, monkeypatch):
-    """Heads out of a fused projection, keys of a transposed cache, gaps between rows; the gradient of the output strided as well."""
+    """Heads out of a fused projection, keys of a transposed cache, gaps between rows; the gradient of the output
+    strided as well.
+    """
     wide = _rand(2, 20, 2, 3 * 16, seed=4)
-    arguments = {"q": wide[..., 16:32], "k": _rand(2, 1, 40, 16, seed=5).transpose(1, 2), "v": _rand(2, 44, 1, 16, seed=6)[:, 2:42], "causal": True}
+    arguments = {
+        "q": wide[..., 16:32],
+        "k": _rand(2, 1, 40, 16, seed=5).transpose(1, 2),
+        "v": _rand(2, 44, 1, 16, seed=6)[:, 2:42],
+        "causal": True,
+    }
     _check(arguments, device, monkeypatch, function=lambda **x: qvl_kernels.attention(**x).transpose(1, 2)[:, :, ::2])
     _check(arguments, device, monkeypatch, function=lambda **x: qvl_kernels.attention(**x).sum(-1))
 
 
-@pytest.mark.parametrize("bounds", [[0, 1000, 30], [0, -5, 30], [7, 20, 30], [0, 25, 10, 30], [0, 2**31 - 1, -(2**31)]], ids=str)
+@pytest.mark.parametrize(
+    "bounds", [[0, 1000, 30], [0, -5, 30], [7, 20, 30], [0, 25, 10, 30], [0, 2**31 - 1, -(2**31)]], ids=str
+)
 def test_bounds_of_the_device_stay_inside(bounds, device, monkeypatch):
-    """Values that the CPU would refuse are only known to the kernel: nothing outside is read (NaN) or written (guards)."""
+    """Values that the CPU would refuse are only known to the kernel: nothing outside is read (NaN) or
+    written (guards).
+    """
     x = [surrounded(_packed([30])[name].to(device)) for name in "qkv"]
     bounds = surrounded(torch.tensor(bounds, dtype=torch.int32, device=device))
     guard = GuardedEmpty()
@@ -231,8 +264,12 @@ def test_many_sequences(count, device):
         assert relative_error(out, qvl_kernels.attention(**arguments)) < 1e-5
 
 
-def _kept(h: int, hkv: int, t: int, s: int, p: float, seed: torch.Tensor, device, lengths: list[int] | None = None, b: int = 1) -> torch.Tensor:
-    """Which weights dropout keeps, [B, H, T, S], as the kernel shows it: without scores all weights are 1 / S, and values are unit vectors."""
+def _kept(
+    h: int, hkv: int, t: int, s: int, p: float, seed: torch.Tensor, device, lengths: list[int] | None = None, b: int = 1
+) -> torch.Tensor:
+    """Which weights dropout keeps, [B, H, T, S], as the kernel shows it: without scores all weights are 1 / S, and
+    values are unit vectors.
+    """
     q, k = torch.zeros(b, t, h, s), torch.zeros(b, s, hkv, s)
     v = torch.eye(s).repeat(b, 1, 1)[:, :, None].expand(b, s, hkv, s).contiguous()
     bounds = None
@@ -251,7 +288,9 @@ def _dropped(q, k, v, keep, p: float, *, causal: bool = False) -> torch.Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
     scores = (q @ k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
     if causal:
-        scores = scores.masked_fill(~torch.ones(scores.shape[2:], dtype=torch.bool).tril(scores.shape[3] - scores.shape[2]), -INF)
+        scores = scores.masked_fill(
+            ~torch.ones(scores.shape[2:], dtype=torch.bool).tril(scores.shape[3] - scores.shape[2]), -INF
+        )
     weights = torch.where(keep, torch.softmax(scores, -1) / (1 - p), 0.0).to(v.dtype)
     return (weights @ v).transpose(1, 2)
 
@@ -272,7 +311,8 @@ def test_dropout_is_replayed_by_the_backward(causal, dtype, device):
     plain = run(lambda *x: _dropped(*x, keep, p, causal=causal), arguments.values())
     with qvl_kernels.use_backend("triton"):
         ours = run(
-            lambda *x: attention_op(*x, None, None, None, causal, 0.25, p, seed)[0], [x.to(device) for x in arguments.values()]
+            lambda *x: attention_op(*x, None, None, None, causal, 0.25, p, seed)[0],
+            [x.to(device) for x in arguments.values()],
         )
     for a, b, c in zip(ours, plain, truth, strict=True):
         assert_close_to_truth(a, b, c, factor=3.0)
@@ -283,7 +323,9 @@ def test_dropout_of_packed_sequences(device):
     keep = _kept(2, 1, 48, 30, p, seed, device, lengths)
     arguments, bounds = _packed(lengths, dtype=torch.float32), [0, 7, 37, 37, 48]
     inputs = [arguments[name].double().requires_grad_() for name in "qkv"]
-    parts = [_dropped(*(x[None, a:b] for x in inputs), keep[:, :, a:b, : b - a], p)[0] for a, b in zip(bounds, bounds[1:])]
+    parts = [
+        _dropped(*(x[None, a:b] for x in inputs), keep[:, :, a:b, : b - a], p)[0] for a, b in zip(bounds, bounds[1:])
+    ]
     truth = torch.cat(parts)
     expected = [truth, *torch.autograd.grad(truth.square().sum(), inputs)]
     inputs = [arguments[name].to(device).requires_grad_() for name in "qkv"]
@@ -294,7 +336,9 @@ def test_dropout_of_packed_sequences(device):
 
 
 def test_dropout_statistics(device):
-    """Rate within five standard deviations overall, of every row and of every key; no two heads, sequences or seeds alike."""
+    """Rate within five standard deviations overall, of every row and of every key; no two heads, sequences or seeds
+    alike.
+    """
     p, shape = 0.3, {"h": 2, "hkv": 1, "t": 64, "s": 64, "p": 0.3, "device": device, "b": 2}
     first = _kept(seed=torch.tensor([7], device=device), **shape).float()
     other = _kept(seed=torch.tensor([8], device=device), **shape).float()
@@ -326,7 +370,9 @@ def test_backward_is_the_same_every_time(device):
 
     def run() -> tuple[torch.Tensor, ...]:
         with qvl_kernels.use_backend("triton"):
-            return torch.autograd.grad(qvl_kernels.attention(**arguments, causal=True).float().square().sum(), list(arguments.values()))
+            return torch.autograd.grad(
+                qvl_kernels.attention(**arguments, causal=True).float().square().sum(), list(arguments.values())
+            )
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run()))
 
@@ -340,11 +386,17 @@ def test_large_heads_take_the_reference_or_raise(device):
 @pytest.mark.parametrize("arch", tuning.PROCESSORS)
 @pytest.mark.parametrize("size", [2, 4])
 def test_tiles_fit(arch, size, monkeypatch):
-    """Every head size up to 256 has tiles whose operands fit into shared memory, of as many rows as matrix units want, and no more than asked for."""
+    """Every head size up to 256 has tiles whose operands fit into shared memory, of as many rows as matrix units want,
+    and no more than asked for.
+    """
     monkeypatch.undo()
     for d in range(1, 257):
         for rows in (1, 17, 5000):
-            for name, streamed in (("attention", "BLOCK_N"), ("attention_backward_queries", "BLOCK_N"), ("attention_backward_keys", "BLOCK_M")):
+            for name, streamed in (
+                ("attention", "BLOCK_N"),
+                ("attention_backward_queries", "BLOCK_N"),
+                ("attention_backward_keys", "BLOCK_M"),
+            ):
                 tile = getattr(tuning, name)(rows, d, size, arch)
                 assert tile["BLOCK_D"] >= max(16, d) and min(tile["BLOCK_M"], tile["BLOCK_N"]) >= 16
                 assert 2 * tile[streamed] * tile["BLOCK_D"] * size * tile["num_stages"] <= tuning.SHARED_MEMORY[arch]

@@ -1,4 +1,6 @@
-"""decode_attention's kernels beyond the shared cases: splits, lengths that lie, NaN beyond them, strides, head sizes, int8 caches."""
+"""decode_attention's kernels beyond the shared cases: splits, lengths that lie, NaN beyond them, strides, head sizes,
+int8 caches.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,11 @@ def _rand(*shape: int, dtype=torch.float16, seed: int = 0) -> torch.Tensor:
 
 
 def _arguments(b=2, t=1, h=4, hkv=2, d=16, s=50, dtype=torch.float16) -> dict:
-    return {"q": _rand(b, t, h, d, dtype=dtype), "k_cache": _rand(b, hkv, s, d, dtype=dtype, seed=1), "v_cache": _rand(b, hkv, s, d, dtype=dtype, seed=2)}
+    return {
+        "q": _rand(b, t, h, d, dtype=dtype),
+        "k_cache": _rand(b, hkv, s, d, dtype=dtype, seed=1),
+        "v_cache": _rand(b, hkv, s, d, dtype=dtype, seed=2),
+    }
 
 
 def _check(arguments: dict, lengths: torch.Tensor, device, monkeypatch, **changes) -> None:
@@ -26,10 +32,17 @@ def _check(arguments: dict, lengths: torch.Tensor, device, monkeypatch, **change
         return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
     arguments = {**arguments, **changes}
-    truth, baseline = call({k: double(v) for k, v in arguments.items()}, "reference", lengths), call(arguments, "reference", lengths)
+    truth, baseline = (
+        call({k: double(v) for k, v in arguments.items()}, "reference", lengths),
+        call(arguments, "reference", lengths),
+    )
     guard = GuardedEmpty()
     monkeypatch.setattr(torch, "empty", guard)
-    out = call({k: surrounded(v.to(device)) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}, "triton", lengths.to(device))
+    out = call(
+        {k: surrounded(v.to(device)) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()},
+        "triton",
+        lengths.to(device),
+    )
     monkeypatch.undo()
     guard.check()
     assert_close_to_truth(out.cpu(), baseline, truth)
@@ -38,7 +51,9 @@ def _check(arguments: dict, lengths: torch.Tensor, device, monkeypatch, **change
 def _force_splits(monkeypatch, splits: int) -> None:
     plain = tuning.decode_attention
     monkeypatch.setattr(
-        tuning, "decode_attention", lambda *args: {**plain(*args), "SPLITS": splits, "BLOCK_N": 16, "JOIN_STEP": min(2, splits)}
+        tuning,
+        "decode_attention",
+        lambda *args: {**plain(*args), "SPLITS": splits, "BLOCK_N": 16, "JOIN_STEP": min(2, splits)},
     )
 
 
@@ -68,7 +83,9 @@ def test_head_sizes(d, device, monkeypatch):
 
 
 def test_lengths_of_the_device_are_taken_into_the_cache(device):
-    """What the CPU would refuse is only known to the kernel: more keys than the cache has count as all, none as zeros."""
+    """What the CPU would refuse is only known to the kernel: more keys than the cache has count as all, none
+    as zeros.
+    """
     x = _arguments(b=3, s=33)
     plain = [x[name].to(device) for name in ("q", "k_cache", "v_cache")]
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
@@ -82,9 +99,15 @@ def test_strided_everything(index, device, monkeypatch):
     """A cache [B, S, Hkv, D] seen transposed, queries out of a fused projection, lengths out of a table."""
     s, wide = 37, _rand(2, 1, 4, 3 * 16)
     _check(
-        {"q": wide[..., 16:32], "k_cache": _rand(2, s, 2, 16, seed=1).transpose(1, 2), "v_cache": _rand(2, s + 3, 2, 16, seed=2)[:, 3:].transpose(1, 2)},
-        torch.tensor([[5, 0], [37, 0]], dtype=index)[:, 0], device, monkeypatch,
-    )  # fmt: skip
+        {
+            "q": wide[..., 16:32],
+            "k_cache": _rand(2, s, 2, 16, seed=1).transpose(1, 2),
+            "v_cache": _rand(2, s + 3, 2, 16, seed=2)[:, 3:].transpose(1, 2),
+        },
+        torch.tensor([[5, 0], [37, 0]], dtype=index)[:, 0],
+        device,
+        monkeypatch,
+    )
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive"])
@@ -107,11 +130,18 @@ def test_rows_that_see_nothing_are_zero(device, monkeypatch):
 def test_int8_cache_with_strided_scales(scale_dtype, device, monkeypatch):
     """Scales of a cache [B, S, Hkv], and of values so small that p times scale would vanish in fp16."""
     if scale_dtype == torch.bfloat16 and device.type == "cpu":
-        scales = (_rand(2, 50, 2, seed=4).abs().clamp(min=0.1).bfloat16() * 1e-3).transpose(1, 2)  # loaded, not multiplied, as bf16
+        scales = (_rand(2, 50, 2, seed=4).abs().clamp(min=0.1).bfloat16() * 1e-3).transpose(
+            1, 2
+        )  # loaded, not multiplied, as bf16
     else:
         scales = (_rand(2, 50, 2, dtype=torch.float32, seed=4).abs() * 1e-3 + 1e-4).to(scale_dtype).transpose(1, 2)
-    caches = {name: torch.randint(-127, 128, (2, 2, 50, 16), generator=torch.Generator().manual_seed(5), dtype=torch.int8) for name in ("k_cache", "v_cache")}
-    _check({"q": _rand(2, 2, 4, 16), **caches}, torch.tensor([50, 23]), device, monkeypatch, k_scale=scales, v_scale=scales)
+    caches = {
+        name: torch.randint(-127, 128, (2, 2, 50, 16), generator=torch.Generator().manual_seed(5), dtype=torch.int8)
+        for name in ("k_cache", "v_cache")
+    }
+    _check(
+        {"q": _rand(2, 2, 4, 16), **caches}, torch.tensor([50, 23]), device, monkeypatch, k_scale=scales, v_scale=scales
+    )
 
 
 def test_splits_depend_on_shapes_alone_and_fill_the_chip():

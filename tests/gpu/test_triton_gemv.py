@@ -1,13 +1,15 @@
-"""The matrix-vector ops: fused norm, bias, SwiGLU and residual over every weight format, against their float64 composition."""
+"""The matrix-vector ops: fused norm, bias, SwiGLU and residual over every weight format, against their float64
+composition.
+"""
 
 import pytest
 import torch
+from op_cases import double, generator
 
 import qvl_kernels
 from qvl_kernels import config, tuning
 from qvl_kernels.gemv import cases, reference
 from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, surrounded
-from op_cases import double, generator
 
 REFERENCES = {
     "gemv": reference.gemv_reference,
@@ -16,12 +18,18 @@ REFERENCES = {
     "quantized_gemv_swiglu": reference.quantized_gemv_swiglu_reference,
 }
 # The head's 151,936 rows take the interpreter minutes, for what the rows of an MLP show too.
-CASES = [pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.model and config.interpreted() else [])
-         for case in cases.CASES if not (config.interpreted() and case.name.startswith("head"))]  # fmt: skip
+CASES = [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.model and config.interpreted() else [])
+    for case in cases.CASES
+    if not (config.interpreted() and case.name.startswith("head"))
+]
 
 
 def _run(arguments: dict, device, monkeypatch) -> torch.Tensor:
-    ours = {name: surrounded(value.to(device)) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    ours = {
+        name: surrounded(value.to(device)) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
     guard = GuardedEmpty()
     monkeypatch.setattr(torch, "empty", guard)
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
@@ -36,7 +44,8 @@ def test_against_float64(case, dtype, device, monkeypatch):
     arguments = case.make(dtype, generator())
     formula = REFERENCES[cases.op_of(arguments)._schema.name.removeprefix("qvl::")]
     out = _run(arguments, device, monkeypatch)
-    # SwiGLU rounds twice as often: exp, sum, quotient and product follow the two sums. Its handful of outputs need not be as lucky as PyTorch's.
+    # SwiGLU rounds twice as often: exp, sum, quotient and product follow the two sums. Its handful of outputs need not
+    # be as lucky as PyTorch's.
     floor = (4 if any(name.startswith("up") for name in arguments) else 2) * torch.finfo(dtype).eps
     # PyTorch's composition overflows where x times the norm's weight does; ours must not.
     assert_close_to_truth(out, formula(*arguments.values()), formula(*double(arguments).values()), floor=floor)
@@ -47,7 +56,9 @@ def test_more_rows_than_a_tile(bits, device, monkeypatch):
     """Launchers take any number of rows: those beyond a tile are further programs."""
     arguments = cases._case("rows_18", 18, 5, 64, bits=bits, group=32).make(torch.float16, generator())
     formula = REFERENCES[cases.op_of(arguments)._schema.name.removeprefix("qvl::")]
-    assert_close_to_truth(_run(arguments, device, monkeypatch), formula(*arguments.values()), formula(*double(arguments).values()))
+    assert_close_to_truth(
+        _run(arguments, device, monkeypatch), formula(*arguments.values()), formula(*double(arguments).values())
+    )
 
 
 @pytest.mark.parametrize("bits", [0, 8, 4])
@@ -61,10 +72,14 @@ def test_rows_do_not_depend_on_each_other(bits, device, monkeypatch):
 
 
 def test_tiles_fill_an_h100():
-    """At least 128 programs for every linear layer of the model, and 16 bytes per load and thread in whole rows of the weight."""
+    """At least 128 programs for every linear layer of the model, and 16 bytes per load and thread in whole rows of the
+    weight.
+    """
     for n, k in ((2048, 2048), (1024, 2048), (6144, 2048), (2048, 6144), (151936, 2048), (1024, 4096)):
         for bits in (0, 8, 4):
             tile = tuning.gemv_fma(1, n, k, 2, bits, False, "sm_90")
             assert n / tile["BLOCK_N"] >= 128 and tile["BLOCKS"] >= 32 * tile["num_warps"], (n, k, bits, tile)
-            waste = -(-k // (tile["BLOCKS"] * {0: 8, 8: 16, 4: 32}[bits])) * tile["BLOCKS"] * {0: 8, 8: 16, 4: 32}[bits] / k
+            waste = (
+                -(-k // (tile["BLOCKS"] * {0: 8, 8: 16, 4: 32}[bits])) * tile["BLOCKS"] * {0: 8, 8: 16, 4: 32}[bits] / k
+            )
             assert waste == 1.0, (n, k, bits, tile)

@@ -1,4 +1,6 @@
-"""Kernels recorded once, as a CUDA graph is, and run again while their caches grow: bit for bit as over caches of a fixed size."""
+"""Kernels recorded once, as a CUDA graph is, and run again while their caches grow: bit for bit as over caches of a
+fixed size.
+"""
 
 from types import SimpleNamespace
 
@@ -22,18 +24,23 @@ ROOM = 256
 def _few_splits(monkeypatch):
     """Of small blocks, whatever the capacity: the interpreter is slow, and sums in another order are other numbers."""
     plain = tuning.decode_attention
-    monkeypatch.setattr(tuning, "decode_attention", lambda *args: {**plain(*args), "SPLITS": 4, "BLOCK_N": 32, "JOIN_STEP": 2})
+    monkeypatch.setattr(
+        tuning, "decode_attention", lambda *args: {**plain(*args), "SPLITS": 4, "BLOCK_N": 32, "JOIN_STEP": 2}
+    )
 
 
 class _Model:
-    """Growing caches beside fixed ones of the same content, NaN where nobody wrote yet, and buffers that recorded launches go by."""
+    """Growing caches beside fixed ones of the same content, NaN where nobody wrote yet, and buffers that recorded
+    launches go by.
+    """
 
     def __init__(self, layers, rows, kv_heads, head_dim, dtype, device) -> None:
         self.generator = torch.Generator().manual_seed(rows)
         self.dtype, self.device, self.rows, self.kv_heads, self.head_dim = dtype, device, rows, kv_heads, head_dim
         self.caches = GrowingCaches(layers, rows, kv_heads, head_dim, dtype, device)
         self.fixed = [
-            [torch.full((rows, kv_heads, ROOM, head_dim), torch.nan, dtype=dtype, device=device) for _ in range(2)] for _ in range(layers)
+            [torch.full((rows, kv_heads, ROOM, head_dim), torch.nan, dtype=dtype, device=device) for _ in range(2)]
+            for _ in range(layers)
         ]
         self.visible = torch.ones(rows, ROOM, dtype=torch.bool, device=device)
         self.visible[:, :40] = (torch.rand(rows, 40, generator=self.generator) > 0.3).to(device)
@@ -81,7 +88,12 @@ def test_recorded_attention_outlives_growth(rows, heads, kv_heads, head_dim, dty
     model = _Model(2, rows, kv_heads, head_dim, dtype, device)
     caches, scale, outs = model.caches, head_dim**-0.5, []
     inputs = [[model.buffer(rows, 1, count, head_dim) for count in (heads, kv_heads, kv_heads)] for _ in range(2)]
-    tables = [model.buffer(head_dim), model.buffer(head_dim), model.buffer(rows, 1, head_dim), model.buffer(rows, 1, head_dim)]
+    tables = [
+        model.buffer(head_dim),
+        model.buffer(head_dim),
+        model.buffer(rows, 1, head_dim),
+        model.buffer(rows, 1, head_dim),
+    ]
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
         with triton_lib.record() as launches:  # before there is any room
             for (q, k, v), keys, values, entry in zip(inputs, caches.keys, caches.values, caches.entries):
@@ -93,7 +105,9 @@ def test_recorded_attention_outlives_growth(rows, heads, kv_heads, head_dim, dty
             _replay(launches)
             for (q, k, v), fixed, out in zip(inputs, model.fixed, outs):
                 q = qk_norm_rope_to_cache_op(q, k, v, *tables, *fixed, model.lengths, 0, 1e-6)
-                expected = decode_attention(q, *fixed, lengths=model.filled, mask=model.visible[:, None, None], scale=scale)
+                expected = decode_attention(
+                    q, *fixed, lengths=model.filled, mask=model.visible[:, None, None], scale=scale
+                )
                 assert torch.equal(out, expected) and out.isfinite().all() and out.any()
             model.check_caches()
 
@@ -108,10 +122,18 @@ def test_a_recorded_step_outlives_growth(dtype, device, monkeypatch):
         return model.rand(n, k) * k**-0.5
 
     w = qvl_kernels.DecoderWeights(
-        model.rand(hidden), matrix(heads * head_dim, hidden), matrix(kv_heads * head_dim, hidden), matrix(kv_heads * head_dim, hidden),
-        model.rand(head_dim), model.rand(head_dim), matrix(hidden, heads * head_dim), model.rand(hidden), matrix(mlp, hidden), matrix(mlp, hidden),
+        model.rand(hidden),
+        matrix(heads * head_dim, hidden),
+        matrix(kv_heads * head_dim, hidden),
+        matrix(kv_heads * head_dim, hidden),
+        model.rand(head_dim),
+        model.rand(head_dim),
+        matrix(hidden, heads * head_dim),
+        model.rand(hidden),
+        matrix(mlp, hidden),
+        matrix(mlp, hidden),
         matrix(hidden, mlp),
-    )  # fmt: skip
+    )
     layer = SimpleNamespace(weights=w, num_heads=heads, kv_heads=kv_heads, head_dim=head_dim, eps=eps, scale=0.5)
     x, cos, sin = model.buffer(rows, 1, hidden), model.buffer(rows, 1, head_dim), model.buffer(rows, 1, head_dim)
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
@@ -120,9 +142,14 @@ def test_a_recorded_step_outlives_growth(dtype, device, monkeypatch):
         for length in (63, 100):
             model.go_on(length)
             _replay(launches)
-            q, k, v = (y.view(rows, 1, -1, head_dim) for y in normed_products(x, w.input_norm, eps, [w.q, w.k, w.v], [None] * 3))
+            q, k, v = (
+                y.view(rows, 1, -1, head_dim)
+                for y in normed_products(x, w.input_norm, eps, [w.q, w.k, w.v], [None] * 3)
+            )
             q = qk_norm_rope_to_cache_op(q, k, v, w.q_norm, w.k_norm, cos, sin, *model.fixed[0], model.lengths, 0, eps)
-            attended = decode_attention(q, *model.fixed[0], lengths=model.filled, mask=model.visible[:, None, None], scale=0.5)
+            attended = decode_attention(
+                q, *model.fixed[0], lengths=model.filled, mask=model.visible[:, None, None], scale=0.5
+            )
             y = add_product(x, attended.view(rows, 1, -1), w.o, None)
             expected = add_product(y, gated(y, w.post_norm, eps, w.gate, w.up), w.down, None)
             assert torch.equal(out, expected) and out.isfinite().all() and out.any()
@@ -138,7 +165,12 @@ def test_recorded_cross_attention_reads_whatever_is_there(dtype, device, monkeyp
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
         with triton_lib.record() as launches:
             out = cross_attention_step(q, caches, 0, model.lengths, 0.5)
-        for batch, size, lengths in ((4, 40, [40, 0, 17, 1]), (3, 130, [130, 129, 0, 0]), (1, 3, [3, 0, 0, 0]), (0, 0, [0, 0, 0, 0])):
+        for batch, size, lengths in (
+            (4, 40, [40, 0, 17, 1]),
+            (3, 130, [130, 129, 0, 0]),
+            (1, 3, [3, 0, 0, 0]),
+            (0, 0, [0, 0, 0, 0]),
+        ):
             keys, values = (model.rand(batch, kv_heads, size, head_dim) for _ in range(2))
             caches.clear()
             caches.take(0, keys, values, length=size)
@@ -148,7 +180,10 @@ def test_recorded_cross_attention_reads_whatever_is_there(dtype, device, monkeyp
             for row, length in enumerate(lengths):
                 if length:
                     one = (x[row : row + 1] for x in (q, keys, values))
-                    assert torch.equal(out[row : row + 1], decode_attention(*one, lengths=length, scale=0.5)) and out[row].any()
+                    assert (
+                        torch.equal(out[row : row + 1], decode_attention(*one, lengths=length, scale=0.5))
+                        and out[row].any()
+                    )
                 else:
                     assert not out[row].any()
         with pytest.raises(ValueError, match="do not fit q"):
@@ -174,11 +209,22 @@ def test_lengths_beyond_the_capacity(device, monkeypatch):
     norm, cos, sin = rand(head_dim), *rand(2, rows, 1, head_dim)
     stale = torch.empty(rows, kv_heads, 0, head_dim, dtype=dtype, device=device)
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
-        turned = qk_norm_rope_to_cache_op(q, k, v, norm, norm, cos, sin, stale, stale, lengths, 0, 1e-6, caches.entries[0])
+        turned = qk_norm_rope_to_cache_op(
+            q, k, v, norm, norm, cos, sin, stale, stale, lengths, 0, 1e-6, caches.entries[0]
+        )
         out = decode_attention_op(turned, stale, stale, lengths + 1, None, None, None, 0.25, caches.entries[0])
         expected_keys, expected_values = keys.clone(), values.clone()
-        expected_turned = qk_norm_rope_to_cache_op(q, k, v, norm, norm, cos, sin, expected_keys, expected_values, lengths, 0, 1e-6)
-        expected = decode_attention(q=turned, k_cache=expected_keys, v_cache=expected_values, lengths=64, mask=visible[:, None, None], scale=0.25)
+        expected_turned = qk_norm_rope_to_cache_op(
+            q, k, v, norm, norm, cos, sin, expected_keys, expected_values, lengths, 0, 1e-6
+        )
+        expected = decode_attention(
+            q=turned,
+            k_cache=expected_keys,
+            v_cache=expected_values,
+            lengths=64,
+            mask=visible[:, None, None],
+            scale=0.25,
+        )
     expected[2] = 0.0
     new_keys, new_values = caches.give(0, rows, 64)
     assert torch.equal(turned, expected_turned) and torch.equal(out, expected)
@@ -198,10 +244,31 @@ def test_launches_do_not_depend_on_the_capacity(device, monkeypatch):
             decode_attention_op(q, caches.keys[0], caches.values[0], lengths, None, None, None, 0.25, caches.entries[0])
             norm, table = q[0, 0, 0], q[:, :, 0]
             heads = q[:, :, :2]
-            qk_norm_rope_to_cache_op(q, heads, heads, norm, norm, table, table, caches.keys[0], caches.values[0], lengths, 0, 1e-6, caches.entries[0])
+            qk_norm_rope_to_cache_op(
+                q,
+                heads,
+                heads,
+                norm,
+                norm,
+                table,
+                table,
+                caches.keys[0],
+                caches.values[0],
+                lengths,
+                0,
+                1e-6,
+                caches.entries[0],
+            )
         memory = {x.data_ptr() for x in (caches.keys[0], caches.values[0], caches.visible)} - {0}
-        assert len(launches) == 3 and not any(torch.is_tensor(x) and x.data_ptr() in memory for launch in launches for x in launch.args)
-        recorded.append([(launch.kernel, launch.grid, [x for x in launch.args if not torch.is_tensor(x)], launch.meta) for launch in launches])
+        assert len(launches) == 3 and not any(
+            torch.is_tensor(x) and x.data_ptr() in memory for launch in launches for x in launch.args
+        )
+        recorded.append(
+            [
+                (launch.kernel, launch.grid, [x for x in launch.args if not torch.is_tensor(x)], launch.meta)
+                for launch in launches
+            ]
+        )
     assert recorded[0] == recorded[1] == recorded[2]
 
 
@@ -210,5 +277,7 @@ def test_splits_are_those_of_long_caches(monkeypatch):
     for arch in tuning.PROCESSORS:
         for rows in (1, 8, 64, 512):
             for head_dim in (64, 128, 256):
-                growing, long = (tuning.decode_attention(8 * rows, 2, head_dim, 2, capacity, arch) for capacity in (None, 1 << 20))
+                growing, long = (
+                    tuning.decode_attention(8 * rows, 2, head_dim, 2, capacity, arch) for capacity in (None, 1 << 20)
+                )
                 assert growing == long

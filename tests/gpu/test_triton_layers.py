@@ -1,4 +1,6 @@
-"""Decoder layers composed of Triton kernels: a decoding step whose positions are on the device, weights of every format."""
+"""Decoder layers composed of Triton kernels: a decoding step whose positions are on the device, weights of every
+format.
+"""
 
 import pytest
 import torch
@@ -23,10 +25,18 @@ def _weights(dtype, generator) -> qvl_kernels.DecoderWeights:
         return 1.0 + 0.1 * random_tensor((n,), dtype, generator)
 
     return qvl_kernels.DecoderWeights(
-        norm(HIDDEN), matrix(HEADS * HEAD_DIM, HIDDEN), matrix(KV_HEADS * HEAD_DIM, HIDDEN), matrix(KV_HEADS * HEAD_DIM, HIDDEN),
-        norm(HEAD_DIM), norm(HEAD_DIM), matrix(HIDDEN, HEADS * HEAD_DIM), norm(HIDDEN), matrix(MLP, HIDDEN), matrix(MLP, HIDDEN),
+        norm(HIDDEN),
+        matrix(HEADS * HEAD_DIM, HIDDEN),
+        matrix(KV_HEADS * HEAD_DIM, HIDDEN),
+        matrix(KV_HEADS * HEAD_DIM, HIDDEN),
+        norm(HEAD_DIM),
+        norm(HEAD_DIM),
+        matrix(HIDDEN, HEADS * HEAD_DIM),
+        norm(HIDDEN),
+        matrix(MLP, HIDDEN),
+        matrix(MLP, HIDDEN),
         matrix(HIDDEN, MLP),
-    )  # fmt: skip
+    )
 
 
 class _Layer:
@@ -44,7 +54,13 @@ def _arguments(dtype, time=1):
     angles = torch.rand(batch, time, HEAD_DIM // 2, generator=generator) * 50
     angles = torch.cat((angles, angles), -1)
     caches = [random_tensor((batch, KV_HEADS, CAPACITY, HEAD_DIM), dtype, generator) for _ in range(2)]
-    return random_tensor((batch, time, HIDDEN), dtype, generator), angles.cos().to(dtype), angles.sin().to(dtype), *caches, _weights(dtype, generator)
+    return (
+        random_tensor((batch, time, HIDDEN), dtype, generator),
+        angles.cos().to(dtype),
+        angles.sin().to(dtype),
+        *caches,
+        _weights(dtype, generator),
+    )
 
 
 def _truth(x, cos, sin, keys, values, weights, visible):
@@ -76,7 +92,9 @@ def test_decode_step(bits, dtype, device):
     if bits < 16:
         packed = _map(lambda w: quant.quantize(w, bits, 32) if w.dim() == 2 else w, weights)
         exact = _map(lambda w: quant.dequantize(w, dtype) if isinstance(w, quant.QuantizedWeight) else w, packed)
-        truth_weights = _map(lambda w: quant.dequantize(w, torch.float64) if isinstance(w, quant.QuantizedWeight) else w.double(), packed)
+        truth_weights = _map(
+            lambda w: quant.dequantize(w, torch.float64) if isinstance(w, quant.QuantizedWeight) else w.double(), packed
+        )
         weights = packed
     else:
         truth_weights = _map(torch.Tensor.double, weights)
@@ -87,7 +105,14 @@ def test_decode_step(bits, dtype, device):
     caches = GrowingCaches(1, len(LENGTHS), KV_HEADS, HEAD_DIM, dtype, device)
     caches.take(0, *moved[3:], length=CAPACITY)
     caches.show(visible[:, 0, 0].to(device))
-    weights = _map(lambda w: quant.QuantizedWeight(w.values.to(device), w.scales.to(device), w.in_features) if isinstance(w, quant.QuantizedWeight) else w.to(device), weights)
+    weights = _map(
+        lambda w: (
+            quant.QuantizedWeight(w.values.to(device), w.scales.to(device), w.in_features)
+            if isinstance(w, quant.QuantizedWeight)
+            else w.to(device)
+        ),
+        weights,
+    )
     lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
         out = decode_step(moved[0], _Layer(weights), *moved[1:3], caches, 0, lengths, lengths + 1)
@@ -103,14 +128,28 @@ def test_composed_layer(time, dtype, device):
     def reference(convert):
         k, v = convert(keys), convert(values)
         w = _map(convert, weights)
-        return decoder_layer_reference(convert(x), w, convert(cos), convert(sin), k, v, past, None, HEADS, 1e-6, HEAD_DIM**-0.5), k, v
+        return (
+            decoder_layer_reference(
+                convert(x), w, convert(cos), convert(sin), k, v, past, None, HEADS, 1e-6, HEAD_DIM**-0.5
+            ),
+            k,
+            v,
+        )
 
     truth, baseline = reference(lambda t: t.double() if t.is_floating_point() else t), reference(torch.clone)
     moved, w = [t.clone().to(device) for t in (x, cos, sin, keys, values)], _map(lambda t: t.to(device), weights)
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
         out = compose_decoder_layer(
-            moved[0], [w.input_norm, w.q_norm, w.k_norm, w.post_norm], [w.q, w.k, w.v, w.o, w.gate, w.up, w.down], [None] * 4,
-            *moved[1:], past, None, HEADS, 1e-6, HEAD_DIM**-0.5,
-        )  # fmt: skip
+            moved[0],
+            [w.input_norm, w.q_norm, w.k_norm, w.post_norm],
+            [w.q, w.k, w.v, w.o, w.gate, w.up, w.down],
+            [None] * 4,
+            *moved[1:],
+            past,
+            None,
+            HEADS,
+            1e-6,
+            HEAD_DIM**-0.5,
+        )
     for ours, plain, true in zip((out, *moved[3:]), baseline, truth):
         assert_close_to_truth(ours.cpu(), plain, true)

@@ -12,11 +12,19 @@ def _rand(*shape: int, dtype=torch.float16, seed: int = 0) -> torch.Tensor:
     return random_tensor(shape, dtype, torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("shape", "kind", "kernel"), [
-    ((1, 64), torch.float16, "gemv_fma_kernel"), ((2, 2, 64), torch.float16, "gemv_fma_kernel"),
-    ((5, 64), torch.float16, "gemv_dot_kernel"), ((16, 64), torch.float16, "gemv_dot_kernel"),
-    ((16, 64), torch.float32, "gemv_fma_kernel"), ((17, 64), torch.float16, None), ((2, 9, 64), torch.float32, None),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "kind", "kernel"),
+    [
+        ((1, 64), torch.float16, "gemv_fma_kernel"),
+        ((2, 2, 64), torch.float16, "gemv_fma_kernel"),
+        ((5, 64), torch.float16, "gemv_dot_kernel"),
+        ((16, 64), torch.float16, "gemv_dot_kernel"),
+        ((16, 64), torch.float32, "gemv_fma_kernel"),
+        ((17, 64), torch.float16, None),
+        ((2, 9, 64), torch.float32, None),
+    ],
+    ids=str,
+)
 def test_kernel_by_rows(shape, kind, kernel, device):
     x, weight = (_rand(*size, dtype=kind).to(device) for size in (shape, (10, 64)))
     with torch.no_grad(), qvl_kernels.use_backend("triton"), triton_lib.record() as launches:

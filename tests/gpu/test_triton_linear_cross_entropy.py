@@ -1,4 +1,6 @@
-"""linear_cross_entropy on GPUs beyond the shared cases: chunks, both ways to the gradients, and logits that are huge or no numbers."""
+"""linear_cross_entropy on GPUs beyond the shared cases: chunks, both ways to the gradients, and logits that are huge or
+no numbers.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ M, V, C = 21, 50, 16
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(tuning, "cross_entropy_rows", lambda: 8)
-    monkeypatch.setattr(tuning, "cross_entropy_columns", lambda tokens, width, free: max(0, free) * width // (tokens + width) // 2)
+    monkeypatch.setattr(
+        tuning, "cross_entropy_columns", lambda tokens, width, free: max(0, free) * width // (tokens + width) // 2
+    )
     monkeypatch.setattr(tuning, "cross_entropy", lambda vocabulary: {"BLOCK": 16, "num_warps": 1})
 
 
@@ -67,25 +71,41 @@ def test_gradients_made_with_the_loss(dtype, device):
         out = loss_sum_op(hidden, weight, labels, -100, 0.1, True, True)
     options = {"reduction": "sum", "label_smoothing": 0.1}
     hidden, weight, labels = _inputs(dtype)
-    truth, baseline = _reference(hidden.double(), weight.double(), labels, **options), _reference(hidden, weight, labels, **options)
+    truth, baseline = (
+        _reference(hidden.double(), weight.double(), labels, **options),
+        _reference(hidden, weight, labels, **options),
+    )
     for ours, plain, exact in zip(out, baseline, truth):
         assert_close_to_truth(ours.cpu(), plain, exact, factor=3.0)
 
 
 @pytest.mark.parametrize(
     ("wanted", "kind", "reduction", "products"),
-    # Losses by 3 blocks of rows, or in the memory of dweight by 2; gradients of hidden alone with them; else by blocks of columns, then of rows.
-    [((True, True), torch.float32, "mean", 2 + 3 * (10 + 2)), ((True, False), torch.float32, "sum", 3 * 2), ((False, True), torch.float32, "mean", 2 + 2 * (13 + 1)),
-     ((True, True), torch.float32, "none", 3 + 3 * (10 + 2)), ((True, True), torch.float16, "mean", 3 + 3 * (4 + 3)), ((False, False), torch.float32, "mean", 3)],
+    # Losses by 3 blocks of rows, or in the memory of dweight by 2; gradients of hidden alone with them; else by blocks
+    # of columns, then of rows.
+    [
+        ((True, True), torch.float32, "mean", 2 + 3 * (10 + 2)),
+        ((True, False), torch.float32, "sum", 3 * 2),
+        ((False, True), torch.float32, "mean", 2 + 2 * (13 + 1)),
+        ((True, True), torch.float32, "none", 3 + 3 * (10 + 2)),
+        ((True, True), torch.float16, "mean", 3 + 3 * (4 + 3)),
+        ((False, False), torch.float32, "mean", 3),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_no_product_too_many(wanted, kind, reduction, products, device, monkeypatch):
     hidden, weight, labels = (x.to(device) for x in _inputs(kind))
     hidden.requires_grad_(wanted[0]), weight.requires_grad_(wanted[1])
     made, allocated, empty = [], [], torch.empty
     for name in ("mm", "addmm"):
-        monkeypatch.setattr(torch, name, lambda *args, original=getattr(torch, name), **options: made.append(1) or original(*args, **options))
-    monkeypatch.setattr(torch, "empty", lambda shape, **options: allocated.append(torch.Size(shape).numel()) or empty(shape, **options))
+        monkeypatch.setattr(
+            torch,
+            name,
+            lambda *args, original=getattr(torch, name), **options: made.append(1) or original(*args, **options),
+        )
+    monkeypatch.setattr(
+        torch, "empty", lambda shape, **options: allocated.append(torch.Size(shape).numel()) or empty(shape, **options)
+    )
     with qvl_kernels.use_backend("triton"):
         loss = qvl_kernels.linear_cross_entropy(hidden, weight, labels, reduction=reduction)
         if any(wanted):
@@ -134,15 +154,24 @@ def test_all_ignored(reduction, dtype, device):
 def test_huge_logits(device):
     """Logits around 10,000: the difference between two of them counts, not their size."""
     inputs = _inputs(torch.float32, scale=3000.0)
-    inputs[1][1::2] = inputs[1][::2]  # pairs of equal logits, so that losses are near log 2 where the label is of the largest pair
+    inputs[1][1::2] = inputs[1][
+        ::2
+    ]  # pairs of equal logits, so that losses are near log 2 where the label is of the largest pair
     largest = (inputs[0].double() @ inputs[1].double().t()).argmax(1)
     inputs[2][8:] = largest[8:]
     truth = _reference(*(x.double() for x in inputs[:2]), inputs[2], torch.ones(M).double(), reduction="none")
     baseline = _reference(*inputs, torch.ones(M), reduction="none")
     ours = _triton(*inputs, device, torch.ones(M), reduction="none")
     # Logits are found twice, by products of other shapes: so the gradients are as exact as they are.
-    for floor, out, plain, exact in zip((None, 4e4 * torch.finfo(torch.float32).eps, 4e4 * torch.finfo(torch.float32).eps), ours, baseline, truth):
-        assert_close_to_truth(out[8:] if out.dim() == 1 else out, plain[8:] if plain.dim() == 1 else plain, exact[8:] if exact.dim() == 1 else exact, floor=floor)
+    for floor, out, plain, exact in zip(
+        (None, 4e4 * torch.finfo(torch.float32).eps, 4e4 * torch.finfo(torch.float32).eps), ours, baseline, truth
+    ):
+        assert_close_to_truth(
+            out[8:] if out.dim() == 1 else out,
+            plain[8:] if plain.dim() == 1 else plain,
+            exact[8:] if exact.dim() == 1 else exact,
+            floor=floor,
+        )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -153,7 +182,9 @@ def test_not_finite_as_the_reference(bad, reduction, dtype, device):
     cotangent = torch.ones(M) if reduction == "none" else None
     ours = _triton(hidden, weight, labels, device, cotangent, reduction=reduction)
     # In fp64: a processor's product of 16-bit numbers may read on into the next row and multiply that by 0.
-    for out, expected in zip(ours, _reference(hidden.double(), weight.double(), labels, cotangent, reduction=reduction)):
+    for out, expected in zip(
+        ours, _reference(hidden.double(), weight.double(), labels, cotangent, reduction=reduction)
+    ):
         assert out.isfinite().nonzero().tolist() == expected.isfinite().nonzero().tolist()
 
 
@@ -207,7 +238,12 @@ def test_inference_computes_no_gradient(dtype, device):
 def test_blocks_of_columns(monkeypatch):
     """They fit into what is free, and are few."""
     monkeypatch.undo()
-    for tokens, width, free, most in ((8192, 2048, 135_552, 15), (1, 2048, 151_936, 2), (60_000, 2048, 31_936, 1), (21, 16, 50, 0)):
+    for tokens, width, free, most in (
+        (8192, 2048, 135_552, 15),
+        (1, 2048, 151_936, 2),
+        (60_000, 2048, 31_936, 1),
+        (21, 16, 50, 0),
+    ):
         blocks = 0
         while columns := tuning.cross_entropy_columns(tokens, width, free):
             free, blocks = free - columns, blocks + 1

@@ -17,9 +17,14 @@ from qvl_model.generation import step_gpu
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models  # noqa: E402
 
-TINY = dict(heads=2, kv_heads=1, head_dim=16, hidden=32, mlp=40, layers=1, sections=[4, 2, 2], vision=(32, 2, 48), depth=1)
+TINY = dict(
+    heads=2, kv_heads=1, head_dim=16, hidden=32, mlp=40, layers=1, sections=[4, 2, 2], vision=(32, 2, 48), depth=1
+)
 ROWS = ([3, (1, 4, 2), 2], [5])  # an image, and padding
-TRAINED = ([3, (1, 8, 10), 2], [9])  # more than 16 rows for every product: the interpreter is slow at the kernels for few
+TRAINED = (
+    [3, (1, 8, 10), 2],
+    [9],
+)  # more than 16 rows for every product: the interpreter is slow at the kernels for few
 
 
 @pytest.fixture
@@ -37,7 +42,9 @@ def _batch(device, *rows) -> dict[str, torch.Tensor]:
 def _launched(monkeypatch) -> set[str]:
     """Names of the kernels that are launched from now on."""
     for module in pkgutil.walk_packages(qvl_kernels.__path__, "qvl_kernels."):
-        if "triton" in module.name or module.name.endswith("launch"):  # else loaded at its first call, with our function for good
+        if "triton" in module.name or module.name.endswith(
+            "launch"
+        ):  # else loaded at its first call, with our function for good
             importlib.import_module(module.name)
     names, original = set(), triton_lib.launch
 

@@ -1,20 +1,31 @@
-"""Every Triton kernel over the shared cases, forward and backward, against the float64 reference, beside PyTorch on the same device."""
+"""Every Triton kernel over the shared cases, forward and backward, against the float64 reference, beside PyTorch on the
+same device.
+"""
 
 import pytest
 import torch
+from op_cases import INFERENCE_ONLY, OPS, differentiable, double, generator, gradients, outputs, reference
 
 import qvl_kernels
 from qvl_kernels import config, library
 from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, surrounded
-from op_cases import INFERENCE_ONLY, OPS, differentiable, double, generator, gradients, outputs, reference
 
 SAME_KERNELS = {"cross_attention": "attention", "patch_embed": "linear"}  # public functions over another's op
 SLOW = {"one_query", "split_keys"}  # long for the interpreter, as the model's shapes are
-GPU_ONLY = {"decode_head"} if config.interpreted() else set()  # 151,936 rows: 5 minutes in the interpreter for what decode_mlp shows too
+GPU_ONLY = (
+    {"decode_head"} if config.interpreted() else set()
+)  # 151,936 rows: 5 minutes in the interpreter for what decode_mlp shows too
 ALL = [
-    pytest.param(op, case, id=f"{op}-{case.name}",
-                 marks=[pytest.mark.slow] if (case.model or case.name in SLOW) and config.interpreted() else [])
-    for op, (_, cases) in OPS.items() if SAME_KERNELS.get(op, op) in library.LAUNCHERS for case in cases if case.name not in GPU_ONLY
+    pytest.param(
+        op,
+        case,
+        id=f"{op}-{case.name}",
+        marks=[pytest.mark.slow] if (case.model or case.name in SLOW) and config.interpreted() else [],
+    )
+    for op, (_, cases) in OPS.items()
+    if SAME_KERNELS.get(op, op) in library.LAUNCHERS
+    for case in cases
+    if case.name not in GPU_ONLY
 ]
 
 
@@ -51,7 +62,10 @@ def test_forward(op, case, dtype, device, monkeypatch):
 @pytest.mark.parametrize(("op", "case"), [p for p in ALL if p.values[0] not in INFERENCE_ONLY])
 def test_gradients(op, case, dtype, device, monkeypatch):
     if config.interpreted() and (op, case.name, dtype) == ("linear_cross_entropy", "tokens_256", torch.float16):
-        pytest.skip("an hour of NumPy's fp16 products over 151,936 words; fp32 takes a minute and a half, and smaller cases are tested in fp16")
+        pytest.skip(
+            "an hour of NumPy's fp16 products over 151,936 words; fp32 takes a minute and a half, and smaller cases "
+            "are tested in fp16"
+        )
     function = OPS[op][0]
     arguments = differentiable(case.make(dtype, generator()))
     with torch.no_grad(), qvl_kernels.use_backend("reference"):
@@ -67,8 +81,11 @@ def test_gradients(op, case, dtype, device, monkeypatch):
         ours = gradients(function, ours_arguments, there)
     monkeypatch.undo()
     guard.check()
-    # Scores of up to 300 are rounded by up to 150 units of fp32, and exponents with them; the backward finds them anew, where PyTorch keeps
-    # probabilities. How far apart the two lie differs with the order of sums, from processor to processor.
-    floor = max(2 * torch.finfo(dtype).eps, 64 * torch.finfo(torch.float32).eps) if case.name == "large_scores" else None
+    # Scores of up to 300 are rounded by up to 150 units of fp32, and exponents with them; the backward finds them anew,
+    # where PyTorch keeps probabilities. How far apart the two lie differs with the order of sums, from processor to
+    # processor.
+    floor = (
+        max(2 * torch.finfo(dtype).eps, 64 * torch.finfo(torch.float32).eps) if case.name == "large_scores" else None
+    )
     for gradient, plain, exact in zip(ours, baseline, truth):
         assert_close_to_truth(gradient, plain, exact, factor=3.0, floor=floor)

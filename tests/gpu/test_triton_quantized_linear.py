@@ -1,4 +1,6 @@
-"""quantized_linear on GPUs beyond the shared cases: rounding of rows to int8, both routes for many rows, and what is not finite."""
+"""quantized_linear on GPUs beyond the shared cases: rounding of rows to int8, both routes for many rows, and what is
+not finite.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""QVL through the Triton kernels: the accelerated model beside the plain one, image, connector, cross-attention and cache."""
+"""QVL through the Triton kernels: the accelerated model beside the plain one, image, connector, cross-attention and
+cache.
+"""
 
 import copy
 import sys
@@ -18,10 +20,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qvl_models import inputs, pad_pixels, plain_model  # noqa: E402
 
 SMALL = dict(
-    num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, hidden_size=16, intermediate_size=16, cross_attention_layers=[0],
-    vision_num_hidden_layers=1, vision_num_attention_heads=2, vision_hidden_size=16, vision_intermediate_size=16, connector_num_layers=1,
-    vision_projection_dim=16, language_projection_dim=16, attention_bias=False, tie_word_embeddings=True,
-)  # fmt: skip
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    hidden_size=16,
+    intermediate_size=16,
+    cross_attention_layers=[0],
+    vision_num_hidden_layers=1,
+    vision_num_attention_heads=2,
+    vision_hidden_size=16,
+    vision_intermediate_size=16,
+    connector_num_layers=1,
+    vision_projection_dim=16,
+    language_projection_dim=16,
+    attention_bias=False,
+    tie_word_embeddings=True,
+)
 LIMITS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -53,11 +67,16 @@ def test_prefill_and_a_step(device, dtype, name):
 def test_generate(device, monkeypatch):
     """Whole steps; one for all images."""
     plain_tiles = tuning.decode_attention
-    monkeypatch.setattr(tuning, "decode_attention", lambda *args: {**plain_tiles(*args), "SPLITS": 2, "JOIN_STEP": 2})  # the interpreter is slow
+    monkeypatch.setattr(
+        tuning, "decode_attention", lambda *args: {**plain_tiles(*args), "SPLITS": 2, "JOIN_STEP": 2}
+    )  # the interpreter is slow
     plain = plain_model("attention", **SMALL).to(device)
     model, known = qvl_model.accelerate(copy.deepcopy(plain)), dispatch.fallbacks()
     pixels = [torch.randn(3, *size, generator=torch.Generator().manual_seed(0)) for size in ((4, 8), (0, 0), (4, 4))]
-    for batch in (inputs(2, 1, image=None) | pad_pixels(*pixels[:2]), inputs(2, 2, image=None) | pad_pixels(*pixels[1:])):
+    for batch in (
+        inputs(2, 1, image=None) | pad_pixels(*pixels[:2]),
+        inputs(2, 2, image=None) | pad_pixels(*pixels[1:]),
+    ):
         batch = {name: value.to(device) for name, value in batch.items()}
         options = dict(do_sample=False, max_new_tokens=3, return_dict_in_generate=True, output_logits=True)
         expected = plain.generate(**batch, **options)
@@ -70,16 +89,22 @@ def test_generate(device, monkeypatch):
 
 
 def test_training_drops_attention_weights_in_the_kernels(device, launches_of):
-    """Of self- and cross-attention; the same seed drops the same, and so does the forward pass that checkpointing repeats."""
+    """Of self- and cross-attention; the same seed drops the same, and so does the forward pass that checkpointing
+    repeats.
+    """
     dtype = torch.float32
-    model = qvl_model.accelerate(plain_model("attention", **SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.4).to(device, dtype)).train()
+    model = qvl_model.accelerate(
+        plain_model("attention", **SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.4).to(device, dtype)
+    ).train()
     batch = {key: value.to(device) for key, value in inputs(4, 3).items()}
     launches = launches_of(triton_attention)
 
     def step(seed):
         torch.manual_seed(seed)
         loss = model(**batch, labels=batch["input_ids"]).loss
-        return loss.item(), torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        return loss.item(), torch.autograd.grad(
+            loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True
+        )
 
     known = dispatch.fallbacks()
     with qvl_kernels.use_backend("triton"):

@@ -17,10 +17,14 @@ def _arguments(batch, time, heads, kv_heads, head_dim, capacity, dtype):
     generator = torch.Generator().manual_seed(0)
     counts = [heads, kv_heads, kv_heads]
     fused = random_tensor((batch, time, sum(counts) * head_dim + 5), dtype, generator)
-    q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in fused[..., 2:-3].split([count * head_dim for count in counts], -1))
+    q, k, v = (
+        x.unflatten(-1, (-1, head_dim)) for x in fused[..., 2:-3].split([count * head_dim for count in counts], -1)
+    )
     weights = [random_tensor((head_dim,), dtype, generator) for _ in range(2)]
     angles = torch.rand(batch, time, head_dim, generator=generator) * 100
-    k_cache, v_cache = random_tensor((2, batch, capacity, kv_heads, head_dim + 7), dtype, generator).transpose(2, 3)[..., 4:-3]
+    k_cache, v_cache = random_tensor((2, batch, capacity, kv_heads, head_dim + 7), dtype, generator).transpose(2, 3)[
+        ..., 4:-3
+    ]
     return [q, k, v, *weights, angles.cos().to(dtype), angles.sin().to(dtype), k_cache, v_cache]
 
 
@@ -57,7 +61,9 @@ def test_to_cache(lengths, past, time, capacity, backend, dtype, device, monkeyp
     device = device if backend == "triton" else torch.device("cpu")
     moved = [surrounded(x.to(device)) for x in arguments]
     gaps = [_poisoned_gaps(x) for x in moved[-2:]]
-    counts = None if lengths is None else torch.tensor(lengths, dtype=torch.int64 if past else torch.int32, device=device)
+    counts = (
+        None if lengths is None else torch.tensor(lengths, dtype=torch.int64 if past else torch.int32, device=device)
+    )
     guard = GuardedEmpty()
     monkeypatch.setattr(torch, "empty", guard)
     with torch.no_grad(), qvl_kernels.use_backend(backend):

@@ -8,7 +8,11 @@ import qvl_kernels
 from qvl_kernels import library
 from qvl_kernels.testing import relative_error
 
-KERNELS = [(op, name) for op, name in TWICE if {"cross_attention": "attention", "patch_embed": "linear"}.get(op, op) in library.LAUNCHERS]
+KERNELS = [
+    (op, name)
+    for op, name in TWICE
+    if {"cross_attention": "attention", "patch_embed": "linear"}.get(op, op) in library.LAUNCHERS
+]
 
 
 @pytest.mark.parametrize(("op", "name"), [case for case in KERNELS if case[0] != "quantized_linear"])
@@ -17,8 +21,14 @@ def test_second_derivatives(op, name, device):
     (case,) = (case for case in cases if case.name == name)
     arguments = case.make(torch.float32, generator())
     with torch.no_grad(), qvl_kernels.use_backend("reference"):
-        cotangents = [torch.randn(out.shape, generator=generator()).to(device) for out in outputs(function(**arguments))]
-    there = {key: value.to(device) for key, value in arguments.items() if isinstance(value, torch.Tensor) and key != "cu_seqlens"}
+        cotangents = [
+            torch.randn(out.shape, generator=generator()).to(device) for out in outputs(function(**arguments))
+        ]
+    there = {
+        key: value.to(device)
+        for key, value in arguments.items()
+        if isinstance(value, torch.Tensor) and key != "cu_seqlens"
+    }
     arguments = {**arguments, **there}
     with qvl_kernels.use_backend("reference"):
         truth = penalty_gradients(function, differentiable(double(arguments)), cotangents)

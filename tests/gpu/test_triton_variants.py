@@ -36,13 +36,21 @@ def _offered(kernel: str, names: tuple[str, ...], arch: str) -> None:
 
 
 def _attention_inputs(t=37, s=70, h=4, hkv=2, d=64, dtype=torch.float16, **others) -> dict:
-    return {"q": _rand(2, t, h, d, dtype=dtype, seed=1), "k": _rand(2, s, hkv, d, dtype=dtype, seed=2),
-            "v": _rand(2, s, hkv, d, dtype=dtype, seed=3), **others}  # fmt: skip
+    return {
+        "q": _rand(2, t, h, d, dtype=dtype, seed=1),
+        "k": _rand(2, s, hkv, d, dtype=dtype, seed=2),
+        "v": _rand(2, s, hkv, d, dtype=dtype, seed=3),
+        **others,
+    }
 
 
 def _packed(lengths: list[int], **others) -> dict:
     n = sum(lengths)
-    return {**{name: _rand(n, 2, 64, seed=seed) for seed, name in enumerate("qkv")}, "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(), **others}
+    return {
+        **{name: _rand(n, 2, 64, seed=seed) for seed, name in enumerate("qkv")},
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(),
+        **others,
+    }
 
 
 def _hide(moved: dict) -> None:
@@ -52,16 +60,27 @@ def _hide(moved: dict) -> None:
 
 @pytest.fixture
 def check_attention(device, launches_of, monkeypatch):
-    """Attention by descriptors against the truth, its outputs within bounds; the launches it took. poison: changes the arguments on the device."""
+    """Attention by descriptors against the truth, its outputs within bounds; the launches it took. poison: changes the
+    arguments on the device.
+    """
 
     def check(arguments: dict, poison=lambda moved: None) -> list[dict]:
         with qvl_kernels.use_backend("reference"):
-            truth = qvl_kernels.attention(**{name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in arguments.items()})
+            truth = qvl_kernels.attention(
+                **{
+                    name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x
+                    for name, x in arguments.items()
+                }
+            )
             plain = qvl_kernels.attention(**arguments)
         moved = {name: surrounded(x.to(device)) if torch.is_tensor(x) else x for name, x in arguments.items()}
         poison(moved)
         guard, launches = GuardedEmpty(), launches_of(triton_attention)
-        with monkeypatch.context() as patch, qvl_kernels.use_backend("triton"), tuning.trying("attention", "DESCRIPTORS"):
+        with (
+            monkeypatch.context() as patch,
+            qvl_kernels.use_backend("triton"),
+            tuning.trying("attention", "DESCRIPTORS"),
+        ):
             patch.setattr(torch, "empty", guard)
             out = qvl_kernels.attention(**moved)
         guard.check()
@@ -90,7 +109,9 @@ def test_packed_attention_by_descriptors(causal, arch, device, check_attention):
     (launch,) = check_attention(_packed([0, 70, 1, 33], causal=causal))
     assert launch["DESCRIPTORS"]
     with qvl_kernels.use_backend("triton"), tuning.trying("attention", "DESCRIPTORS"):
-        moved = {name: x.to(device) if torch.is_tensor(x) else x for name, x in _packed([70, 30], causal=causal).items()}
+        moved = {
+            name: x.to(device) if torch.is_tensor(x) else x for name, x in _packed([70, 30], causal=causal).items()
+        }
         clean = qvl_kernels.attention(**moved)[:70]
         poison(moved)
         assert torch.equal(qvl_kernels.attention(**moved)[:70], clean)
@@ -137,7 +158,12 @@ def test_what_descriptors_cannot_copy_goes_by_pointers(arch, device, check_atten
     assert [launch["DESCRIPTORS"] for launch in launches] == [False, False]
 
 
-INT8 = [("DESCRIPTORS",), ("PERSISTENT",), ("DESCRIPTORS", "PERSISTENT"), ("DESCRIPTORS", "PERSISTENT", "WARP_SPECIALIZE")]
+INT8 = [
+    ("DESCRIPTORS",),
+    ("PERSISTENT",),
+    ("DESCRIPTORS", "PERSISTENT"),
+    ("DESCRIPTORS", "PERSISTENT", "WARP_SPECIALIZE"),
+]
 
 
 @pytest.mark.parametrize("names", INT8, ids="+".join)
@@ -146,7 +172,11 @@ def test_int8_products(names, k, arch, device, launches_of, monkeypatch):
     """Bit for bit what the plain form gives: the sums are of integers. 75 columns are no multiple of 16 bytes."""
     _offered("int8_matmul", names, arch)
     m, n = 150, 141
-    x, weight, bias = _rand(m, k).to(device), quantize(_rand(n, k, dtype=torch.float32, seed=1), 8), _rand(n, seed=2).to(device)
+    x, weight, bias = (
+        _rand(m, k).to(device),
+        quantize(_rand(n, k, dtype=torch.float32, seed=1), 8),
+        _rand(n, seed=2).to(device),
+    )
     weight = weight._replace(values=weight.values.to(device), scales=weight.scales.to(device))
     monkeypatch.setitem(tuning.PROCESSORS, arch, 2)  # several tiles a program
     with qvl_kernels.use_backend("triton"):
@@ -186,7 +216,9 @@ def test_dependent_launch_of_decode_attention(arch, device, launches_of):
 
 
 def test_table():
-    """What is on must be offered; all else is off, and unknown names are refused. Those of decoding are off elsewhere."""
+    """What is on must be offered; all else is off, and unknown names are refused. Those of decoding are off
+    elsewhere.
+    """
     for kernel, offered in tuning.OFFERED.items():
         for arch in gpu.ARCHITECTURES:
             on = tuning.FASTER.get((kernel, arch), ())
@@ -194,6 +226,9 @@ def test_table():
             with tuning.decoding():
                 assert tuning.variants(kernel, arch) == {name: name in on for name in offered}
             assert not any(tuning.variants("decoding", arch).values())
-    assert tuning.variants("attention", "sm_90", 2048)["DESCRIPTORS"] and not tuning.variants("attention", "sm_90", 2047)["DESCRIPTORS"]
+    assert (
+        tuning.variants("attention", "sm_90", 2048)["DESCRIPTORS"]
+        and not tuning.variants("attention", "sm_90", 2047)["DESCRIPTORS"]
+    )
     with pytest.raises(ValueError, match="has no variants"), tuning.trying("attention", "PERSISTENT"):
         pass

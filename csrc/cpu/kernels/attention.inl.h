@@ -48,8 +48,8 @@ inline void attention_pack_q(const AttentionArgs& a, const AttentionTask& t, boo
 
 // mask of keys [key, key + keys) as [keys][width] additive values, -inf where a boolean mask hides.
 template <class T>
-inline void attention_load_mask(const AttentionArgs& a, const AttentionTask& t, int64_t key, int64_t keys, int64_t width,
-                                float* mask) {
+inline void attention_load_mask(const AttentionArgs& a, const AttentionTask& t, int64_t key, int64_t keys,
+                                int64_t width, float* mask) {
   for (int64_t lane = 0; lane < width; ++lane) {
     const int64_t row = t.row_begin + lane < t.row_end ? t.row_begin + lane : t.row_end - 1;
     const int64_t offset = row / t.queries * a.mask_h + row % t.queries * a.mask_t + key * a.mask_s;
@@ -66,7 +66,8 @@ inline void attention_load_mask(const AttentionArgs& a, const AttentionTask& t, 
 // Scale, mask and limit the scores of one block.
 inline void attention_mask_scores(const AttentionArgs& a, int64_t key, int64_t keys, int64_t width, bool limited,
                                   bool masked, const AttentionScratch& s) {
-  const Vec scale = Vec::set1(a.scale), hidden = Vec::set1(-__builtin_inff()), lowest = Vec::set1(-3.4028234663852886e38f);
+  const Vec scale = Vec::set1(a.scale), hidden = Vec::set1(-__builtin_inff()),
+            lowest = Vec::set1(-3.4028234663852886e38f);
   for (int64_t i = 0; i < keys; ++i) {
     const Vec index = Vec::set1(float(key + i));
     for (int64_t lane = 0; lane < width; lane += Vec::kWidth) {
@@ -82,14 +83,16 @@ inline void attention_mask_scores(const AttentionArgs& a, int64_t key, int64_t k
   }
 }
 
-// The maxima of a block of scores times a positive scale join row_max, which is left as it was; base gets what exponents are
-// taken from: the new maximum, or 0 for a row that has seen nothing, for exp(-inf) is 0 and no NaN.
-inline void attention_row_max(int64_t keys, int64_t width, float scale_by, const AttentionScratch& s, Vec* new_max, Vec* base) {
+// The maxima of a block of scores times a positive scale join row_max, which is left as it was; base gets what
+// exponents are taken from: the new maximum, or 0 for a row that has seen nothing, for exp(-inf) is 0 and no NaN.
+inline void attention_row_max(int64_t keys, int64_t width, float scale_by, const AttentionScratch& s, Vec* new_max,
+                              Vec* base) {
   const int vectors = int(width / Vec::kWidth);
   const Vec scale = Vec::set1(scale_by), lowest = Vec::set1(-3.4028234663852886e38f);
   for (int m = 0; m < vectors; ++m) new_max[m] = Vec::load(s.scores + m * Vec::kWidth);
   for (int64_t i = 1; i < keys; ++i)
-    for (int m = 0; m < vectors; ++m) new_max[m] = Vec::max(new_max[m], Vec::load(s.scores + i * width + m * Vec::kWidth));
+    for (int m = 0; m < vectors; ++m)
+      new_max[m] = Vec::max(new_max[m], Vec::load(s.scores + i * width + m * Vec::kWidth));
   for (int m = 0; m < vectors; ++m) {
     new_max[m] = Vec::max(Vec::load(s.row_max + m * Vec::kWidth), new_max[m] * scale);
     base[m] = Vec::select_lt(new_max[m], lowest, Vec::zero(), new_max[m]);
@@ -97,13 +100,14 @@ inline void attention_row_max(int64_t keys, int64_t width, float scale_by, const
 }
 
 // After a block's probabilities: the row state, and out rescaled where a maximum rose.
-inline void attention_next_state(int64_t lane, int64_t width, int64_t head_dim, Vec new_max, Vec base, Vec sum, bool first,
-                                 const AttentionScratch& s) {
+inline void attention_next_state(int64_t lane, int64_t width, int64_t head_dim, Vec new_max, Vec base, Vec sum,
+                                 bool first, const AttentionScratch& s) {
   const Vec old_max = Vec::load(s.row_max + lane), alpha = vec_exp(old_max - base);
   Vec::fma(Vec::load(s.row_sum + lane), alpha, sum).store(s.row_sum + lane);
   new_max.store(s.row_max + lane);
   if (!first && Vec::any_lt(old_max, new_max))
-    for (int64_t d = 0; d < head_dim; ++d) (Vec::load(s.out + d * width + lane) * alpha).store(s.out + d * width + lane);
+    for (int64_t d = 0; d < head_dim; ++d)
+      (Vec::load(s.out + d * width + lane) * alpha).store(s.out + d * width + lane);
 }
 
 // Scores times a positive scale -> probabilities.
@@ -137,7 +141,9 @@ inline void attention_softmax_pairs(int64_t keys, int64_t width, int64_t head_di
     const int m = int(lane / V::kWidth);
     const V minus_base = V::zero() - base[m];
     // log2_e comes last: it would overflow a base of the least float, which masks are made of.
-    const auto probability = [&](const float* at) { return vec_exp2_short(V::fma(V::load(at), scale, minus_base) * log2_e); };
+    const auto probability = [&](const float* at) {
+      return vec_exp2_short(V::fma(V::load(at), scale, minus_base) * log2_e);
+    };
     const float* scores = s.scores + lane;
     float* pairs = s.pairs + lane;
     V even = V::zero(), odd = V::zero();
@@ -175,8 +181,8 @@ inline void attention_widen_values(const AttentionArgs& a, const T* v, int64_t k
   }
 }
 
-// Values in pairs of keys for the dot route, [keys / 2][head_dim] words; an odd last key is paired with zeros. mask: of the
-// keys, or nullptr.
+// Values in pairs of keys for the dot route, [keys / 2][head_dim] words; an odd last key is paired with zeros. mask: of
+// the keys, or nullptr.
 template <class V>
 inline void attention_pair_values(const AttentionArgs& a, const bf16* v, int64_t keys, int64_t width, const float* mask,
                                   float* pairs) {
@@ -230,8 +236,8 @@ inline void attention_finish(const AttentionArgs& a, const AttentionTask& t, int
 }
 
 template <class T, bool DOT>
-inline void attention_block(const AttentionArgs& a, const AttentionTask& t, int64_t key, int64_t keys, int64_t min_limit,
-                            int64_t width, bool first, const AttentionScratch& s) {
+inline void attention_block(const AttentionArgs& a, const AttentionTask& t, int64_t key, int64_t keys,
+                            int64_t min_limit, int64_t width, bool first, const AttentionScratch& s) {
   const int vectors = int(width / Vec::kWidth);
   const bool gathered = DOT && t.k_rows;
   const int64_t k_s = gathered ? a.head_dim : a.k_s;
@@ -245,10 +251,11 @@ inline void attention_block(const AttentionArgs& a, const AttentionTask& t, int6
       gemm_block<DOT>(vectors, s.q + word * width, reinterpret_cast<const char*>(k) + word * 4,
                       k_s * int64_t(sizeof(T)), 4, min_i(max_depth, words - word), keys, s.scores, width, word > 0);
   } else {
-    for (int64_t i = 0; i < keys; ++i)
-      QVL_FOR_LANES(d, lanes, a.head_dim) { store_lanes(load_lanes(k + i * k_s + d, lanes), s.kv + i * a.head_dim + d, lanes); }
-    gemm_block<false>(vectors, s.q, reinterpret_cast<const char*>(s.kv), a.head_dim * 4, 4, words, keys, s.scores, width,
-                      false);
+    for (int64_t i = 0; i < keys; ++i) QVL_FOR_LANES(d, lanes, a.head_dim) {
+        store_lanes(load_lanes(k + i * k_s + d, lanes), s.kv + i * a.head_dim + d, lanes);
+      }
+    gemm_block<false>(vectors, s.q, reinterpret_cast<const char*>(s.kv), a.head_dim * 4, 4, words, keys, s.scores,
+                      width, false);
   }
   if (masked) attention_load_mask<T>(a, t, key, keys, width, s.mask);
   const bool plain = !masked && !limited && a.scale > 0.0f;
@@ -258,8 +265,8 @@ inline void attention_block(const AttentionArgs& a, const AttentionTask& t, int6
     attention_softmax_pairs<Vec>(keys, width, a.head_dim, scale, first, s);
     const float* pairs = gathered ? t.v_pairs + key / 2 * a.head_dim : s.kv;
     if (!gathered) attention_pair_values<Vec>(a, v, keys, width, masked ? s.mask : nullptr, s.kv);
-    gemm_block<true>(vectors, s.pairs, reinterpret_cast<const char*>(pairs), 4, a.head_dim * 4, (keys + 1) / 2, a.head_dim,
-                     s.out, width, !first);
+    gemm_block<true>(vectors, s.pairs, reinterpret_cast<const char*>(pairs), 4, a.head_dim * 4, (keys + 1) / 2,
+                     a.head_dim, s.out, width, !first);
     return;
   }
   attention_softmax(keys, width, a.head_dim, scale, first, s);
@@ -268,8 +275,8 @@ inline void attention_block(const AttentionArgs& a, const AttentionTask& t, int6
                       !first);
   } else {
     attention_widen_values(a, v, keys, width, masked, s);
-    gemm_block<false>(vectors, s.scores, reinterpret_cast<const char*>(s.kv), 4, a.head_dim * 4, keys, a.head_dim, s.out,
-                      width, !first);
+    gemm_block<false>(vectors, s.scores, reinterpret_cast<const char*>(s.kv), 4, a.head_dim * 4, keys, a.head_dim,
+                      s.out, width, !first);
   }
 }
 
@@ -295,8 +302,8 @@ inline void attention_task_typed(const AttentionArgs& a, const AttentionTask& t,
   attention_finish<T>(a, t, width, s);
 }
 
-// What every task of a sequence and head would otherwise do again, and with keys and values that lie 6 KB apart, as in a
-// vision tower's qkv, mostly from beyond L2.
+// What every task of a sequence and head would otherwise do again, and with keys and values that lie 6 KB apart, as in
+// a vision tower's qkv, mostly from beyond L2.
 void attention_gather(const AttentionArgs& a, const AttentionTask& t, int64_t begin, int64_t end) {
   if constexpr (Vec::kHasDot) {
     const size_t row_bytes = sizeof(bf16) * size_t(a.head_dim);
@@ -310,17 +317,23 @@ void attention_gather(const AttentionArgs& a, const AttentionTask& t, int64_t be
 void attention_task(const AttentionArgs& a, const AttentionTask& t, float* scratch) {
   if (t.row_end - t.row_begin <= kFewRows) {
     switch (a.dtype) {
-      case DType::f32: return attention_few<float>(a, t, scratch);
-      case DType::bf16: return attention_few<bf16>(a, t, scratch);
-      case DType::f16: return attention_few<f16>(a, t, scratch);
+      case DType::f32:
+        return attention_few<float>(a, t, scratch);
+      case DType::bf16:
+        return attention_few<bf16>(a, t, scratch);
+      case DType::f16:
+        return attention_few<f16>(a, t, scratch);
     }
   }
   if constexpr (Vec::kHasDot) {
     if (a.dtype == DType::bf16 && t.route == Route::dot) return attention_task_typed<bf16, true>(a, t, scratch);
   }
   switch (a.dtype) {
-    case DType::f32: return attention_task_typed<float, false>(a, t, scratch);
-    case DType::bf16: return attention_task_typed<bf16, false>(a, t, scratch);
-    case DType::f16: return attention_task_typed<f16, false>(a, t, scratch);
+    case DType::f32:
+      return attention_task_typed<float, false>(a, t, scratch);
+    case DType::bf16:
+      return attention_task_typed<bf16, false>(a, t, scratch);
+    case DType::f16:
+      return attention_task_typed<f16, false>(a, t, scratch);
   }
 }

@@ -13,8 +13,8 @@ inline int64_t attention_limit(const AttentionArgs& a, const AttentionTask& t, i
 
 // Lives in the scratch of attention_task, which is larger for every head_dim and panel width.
 struct FewScratch {
-  float *q, *out;   // [rows][padded], in the order of gemv_load
-  float* scores;    // [rows][kFewKeys]
+  float *q, *out;  // [rows][padded], in the order of gemv_load
+  float* scores;   // [rows][kFewKeys]
   int64_t padded;
   float row_max[kFewRows], row_sum[kFewRows];
   int64_t limit[kFewRows];
@@ -88,7 +88,8 @@ inline void few_scores(const AttentionArgs& a, const T* k, int64_t keys, int64_t
 }
 
 template <class T>
-inline void few_add_mask(const AttentionArgs& a, const AttentionTask& t, int64_t key, int64_t keys, int64_t row, float* x) {
+inline void few_add_mask(const AttentionArgs& a, const AttentionTask& t, int64_t key, int64_t keys, int64_t row,
+                         float* x) {
   const int64_t offset = row / t.queries * a.mask_h + row % t.queries * a.mask_t + key * a.mask_s;
   if (a.mask_kind == MaskKind::boolean) {
     const uint8_t* visible = static_cast<const uint8_t*>(t.mask) + offset;
@@ -105,7 +106,8 @@ inline void few_add_mask(const AttentionArgs& a, const AttentionTask& t, int64_t
 
 // Scores of one row -> probabilities; updates the row's state and rescales its part of out.
 template <class T>
-inline void few_softmax(const AttentionArgs& a, const AttentionTask& t, int64_t key, int64_t keys, int m, FewScratch& s) {
+inline void few_softmax(const AttentionArgs& a, const AttentionTask& t, int64_t key, int64_t keys, int m,
+                        FewScratch& s) {
   float* x = s.scores + m * kFewKeys;
   const Vec scale = Vec::set1(a.scale);
   const int64_t padded = (keys + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
@@ -173,12 +175,14 @@ inline void few_columns(const AttentionArgs& a, const T* v, int64_t keys, int64_
 }
 
 template <class T, int M>
-inline void few_values(const AttentionArgs& a, const T* v, int64_t keys, int64_t ahead, bool masked, const FewScratch& s) {
+inline void few_values(const AttentionArgs& a, const T* v, int64_t keys, int64_t ahead, bool masked,
+                       const FewScratch& s) {
   constexpr int kBlocks = Vec::kPanelVectors == 4 ? (M <= 2 ? 4 : 2) : (M == 1 ? 4 : M == 2 ? 2 : 1);  // registers
   int64_t d = 0;
   for (; d + kBlocks * kGemvBlock <= a.head_dim; d += kBlocks * kGemvBlock)
     few_columns<T, M, kBlocks>(a, v + d, keys, ahead, masked, s.out + d, s);
-  for (; d + kGemvBlock <= a.head_dim; d += kGemvBlock) few_columns<T, M, 1>(a, v + d, keys, ahead, masked, s.out + d, s);
+  for (; d + kGemvBlock <= a.head_dim; d += kGemvBlock)
+    few_columns<T, M, 1>(a, v + d, keys, ahead, masked, s.out + d, s);
   if (d == a.head_dim) return;
   T tail[kGemvBlock];
   std::memset(tail, 0, sizeof(tail));
@@ -248,9 +252,13 @@ inline void attention_few_typed(const AttentionArgs& a, const AttentionTask& t, 
 template <class T>
 inline void attention_few(const AttentionArgs& a, const AttentionTask& t, float* scratch) {
   switch (t.row_end - t.row_begin) {
-    case 1: return attention_few_typed<T, 1>(a, t, scratch);
-    case 2: return attention_few_typed<T, 2>(a, t, scratch);
-    case 3: return attention_few_typed<T, 3>(a, t, scratch);
-    default: return attention_few_typed<T, 4>(a, t, scratch);
+    case 1:
+      return attention_few_typed<T, 1>(a, t, scratch);
+    case 2:
+      return attention_few_typed<T, 2>(a, t, scratch);
+    case 3:
+      return attention_few_typed<T, 3>(a, t, scratch);
+    default:
+      return attention_few_typed<T, 4>(a, t, scratch);
   }
 }

@@ -24,8 +24,7 @@ inline void gemm_tile(const float* panel, const char* w, int64_t w_row, int64_t 
 #pragma GCC unroll 16
   for (int n = 0; n < NR; ++n)
 #pragma GCC unroll 4
-    for (int m = 0; m < MV; ++m)
-      acc[n][m] = Vec::zero();
+    for (int m = 0; m < MV; ++m) acc[n][m] = Vec::zero();
   for (int64_t k = 0; k < words; ++k) {
     if (FETCH && k % 16 == 0)
 #pragma GCC unroll 16
@@ -71,15 +70,21 @@ inline void gemm_block(int vectors, const float* panel, const char* w, int64_t w
                        int64_t rows, float* c, int64_t c_stride, bool accumulate, bool fetch = false) {
   if constexpr (Vec::kPanelVectors == 4) {  // 32 vector registers: up to 24 accumulators
     switch (vectors) {
-      case 1: return gemm_rows<DOT, 1, 12>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
-      case 2: return gemm_rows<DOT, 2, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
-      case 3: return gemm_rows<DOT, 3, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
-      default: return gemm_rows<DOT, 4, 6>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
+      case 1:
+        return gemm_rows<DOT, 1, 12>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
+      case 2:
+        return gemm_rows<DOT, 2, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
+      case 3:
+        return gemm_rows<DOT, 3, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
+      default:
+        return gemm_rows<DOT, 4, 6>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
     }
   } else {  // 16 vector registers: 12 accumulators
     switch (vectors) {
-      case 1: return gemm_rows<DOT, 1, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
-      default: return gemm_rows<DOT, 2, 6>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
+      case 1:
+        return gemm_rows<DOT, 1, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
+      default:
+        return gemm_rows<DOT, 2, 6>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
     }
   }
 }
@@ -91,7 +96,8 @@ inline int panel_vectors(int64_t m, int64_t panel) {
   return int((rows + Vec::kWidth - 1) / Vec::kWidth);
 }
 
-// kWidth x kWidth words of x: rows [row, row + kWidth) clipped to m, words [word, ...) clipped to words; zero elsewhere.
+// kWidth x kWidth words of x: rows [row, row + kWidth) clipped to m, words [word, ...) clipped to words; zero
+// elsewhere.
 template <class T>
 inline void load_block(const PackArgs& a, int64_t row, int64_t word, float* block) {
   for (int r = 0; r < Vec::kWidth; ++r) {
@@ -132,16 +138,20 @@ void gemm_pack_typed(const PackArgs& a, int64_t panel) {
 
 void gemm_pack(const PackArgs& a, int64_t panel) {
   switch (a.dtype) {
-    case DType::f32: return gemm_pack_typed<float>(a, panel);
-    case DType::bf16: return gemm_pack_typed<bf16>(a, panel);
-    case DType::f16: return gemm_pack_typed<f16>(a, panel);
+    case DType::f32:
+      return gemm_pack_typed<float>(a, panel);
+    case DType::bf16:
+      return gemm_pack_typed<bf16>(a, panel);
+    case DType::f16:
+      return gemm_pack_typed<f16>(a, panel);
   }
 }
 
 template <class T>
 inline void widen_rows(const T* w, int64_t w_stride, int64_t rows, int64_t count, float* out) {
-  for (int64_t n = 0; n < rows; ++n)
-    QVL_FOR_LANES(i, lanes, count) { load_lanes(w + n * w_stride + i, lanes).store(out + n * kGemmDepth + i); }
+  for (int64_t n = 0; n < rows; ++n) QVL_FOR_LANES(i, lanes, count) {
+      load_lanes(w + n * w_stride + i, lanes).store(out + n * kGemmDepth + i);
+    }
 }
 
 // c[panel][row][lane] for weight rows [n_begin, n_begin + rows) of w over all k; rows are rows [row0, ...) of c.
@@ -153,7 +163,8 @@ inline void gemm_accumulate(const GemmArgs& a, const T* w, int64_t w_stride, int
   w += n_begin * w_stride;
   // fp32 weights ask for fp32 accuracy: short partial sums, added up, lose less than one long running sum.
   const int64_t max_depth = sizeof(T) == 4 ? kGemmDepthFp32 : kGemmDepth;
-  for (int64_t word = 0; word == 0 || word < words; word += max_depth) {  // once without inputs, too: the sums are 0 then
+  for (int64_t word = 0; word == 0 || word < words;
+       word += max_depth) {  // once without inputs, too: the sums are 0 then
     const int64_t depth = min_i(max_depth, words - word);
     const char* rows_ptr;
     int64_t row_bytes;
@@ -171,17 +182,19 @@ inline void gemm_accumulate(const GemmArgs& a, const T* w, int64_t w_stride, int
       float* block = c + ((p - panel_begin) * kGemmRows + row0) * kPanelWidth;
       if constexpr (Vec::kHasDot) {
         if (dot) {
-          gemm_block<true>(vectors, panel, rows_ptr, row_bytes, 4, depth, rows, block, kPanelWidth, word > 0, p == panel_begin);
+          gemm_block<true>(vectors, panel, rows_ptr, row_bytes, 4, depth, rows, block, kPanelWidth, word > 0,
+                           p == panel_begin);
           continue;
         }
       }
-      gemm_block<false>(vectors, panel, rows_ptr, row_bytes, 4, depth, rows, block, kPanelWidth, word > 0, p == panel_begin);
+      gemm_block<false>(vectors, panel, rows_ptr, row_bytes, 4, depth, rows, block, kPanelWidth, word > 0,
+                        p == panel_begin);
     }
   }
 }
 
-// bias and activation on c[row][lane], in place; swiglu finds the up projection from row up_row on and leaves its result in
-// the first `rows` rows.
+// bias and activation on c[row][lane], in place; swiglu finds the up projection from row up_row on and leaves its
+// result in the first `rows` rows.
 template <class T>
 inline void gemm_activate(const GemmArgs& a, int64_t n_begin, int64_t rows, int64_t width, int64_t up_row, float* c) {
   const T* bias = static_cast<const T*>(a.bias);
@@ -200,14 +213,16 @@ inline void gemm_activate(const GemmArgs& a, int64_t n_begin, int64_t rows, int6
 
 // c as rows [n_begin, n_begin + rows) of the next GEMM's panel p: the layouts agree, so nothing is transposed.
 template <class V>
-inline void gemm_store_panel(const GemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, int64_t width, const float* c) {
+inline void gemm_store_panel(const GemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, int64_t width,
+                             const float* c) {
   float* out = static_cast<float*>(a.out);
   if constexpr (V::kHasDot) {
     if (a.route == Route::dot) {
       out += p * kPanelWidth * (a.n / 2) + n_begin / 2 * width;
       for (int64_t n = 0; n < rows; n += 2, out += width)
         for (int64_t lane = 0; lane < width; lane += Vec::kWidth)
-          V::pack_pair(V::load(c + n * kPanelWidth + lane), V::load(c + (n + 1) * kPanelWidth + lane)).store(out + lane);
+          V::pack_pair(V::load(c + n * kPanelWidth + lane), V::load(c + (n + 1) * kPanelWidth + lane))
+              .store(out + lane);
       return;
     }
   }
@@ -244,8 +259,8 @@ void gemm_task_typed(const GemmArgs& a, int64_t n_begin, int64_t n_end, int64_t 
   float* widened = scratch + kGemmPanels * kGemmRows * kPanelWidth;
   gemm_accumulate(a, static_cast<const T*>(a.w), a.w_stride, n_begin, rows, panel_begin, panel_end, 0, c, widened);
   if (a.activation == Activation::swiglu)
-    gemm_accumulate(a, static_cast<const T*>(a.w2), a.w2_stride, n_begin, rows, panel_begin, panel_end, kGemmRows / 2, c,
-                    widened);
+    gemm_accumulate(a, static_cast<const T*>(a.w2), a.w2_stride, n_begin, rows, panel_begin, panel_end, kGemmRows / 2,
+                    c, widened);
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     float* block = c + (p - panel_begin) * kGemmRows * kPanelWidth;
     const int64_t width = panel_vectors(a.m, p) * Vec::kWidth;
@@ -258,10 +273,14 @@ void gemm_task_typed(const GemmArgs& a, int64_t n_begin, int64_t n_end, int64_t 
   }
 }
 
-void gemm_task(const GemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end, float* scratch) {
+void gemm_task(const GemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
+               float* scratch) {
   switch (a.dtype) {
-    case DType::f32: return gemm_task_typed<float>(a, n_begin, n_end, panel_begin, panel_end, scratch);
-    case DType::bf16: return gemm_task_typed<bf16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
-    case DType::f16: return gemm_task_typed<f16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+    case DType::f32:
+      return gemm_task_typed<float>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+    case DType::bf16:
+      return gemm_task_typed<bf16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+    case DType::f16:
+      return gemm_task_typed<f16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
   }
 }

@@ -1,11 +1,13 @@
-// Products of few rows with weights as stored, each weight read from memory once. A thread's rows of weights are read as a few
-// streams side by side, each from its first row to its last: the processor's own prefetchers follow a stream from page to page.
-// On Zen 5 97 to 100 % of plain reads, where neighbouring rows side by side, of which each begins a page, reach 88 to 92.
-// Sums are fp32; bf16 is multiplied in pairs by the dot instruction, else weights are widened in registers.
+// Products of few rows with weights as stored, each weight read from memory once. A thread's rows of weights are read
+// as a few streams side by side, each from its first row to its last: the processor's own prefetchers follow a stream
+// from page to page. On Zen 5 97 to 100 % of plain reads, where neighbouring rows side by side, of which each begins a
+// page, reach 88 to 92. Sums are fp32; bf16 is multiplied in pairs by the dot instruction, else weights are widened in
+// registers.
 
 constexpr int64_t kGemvBlock = 2 * Vec::kWidth;  // elements of k per step
-constexpr int64_t kGemvAhead = 1024;  // bytes that a stream is prefetched ahead where the products are many
-constexpr int64_t kGemvSpan = 16;  // rows of a stream whose sums are kept until bias, activation and residual follow in vectors
+constexpr int64_t kGemvAhead = 1024;             // bytes that a stream is prefetched ahead where the products are many
+constexpr int64_t kGemvSpan =
+    16;  // rows of a stream whose sums are kept until bias, activation and residual follow in vectors
 
 // Two vectors of weights in the order in which gemv_prepare lays out x.
 template <class T>
@@ -41,9 +43,12 @@ void gemv_prepare(const void* x, DType dtype, int64_t k, Route route, float* out
     return;
   }
   switch (dtype) {
-    case DType::f32: return gemv_prepare_typed(static_cast<const float*>(x), k, out);
-    case DType::bf16: return gemv_prepare_typed(static_cast<const bf16*>(x), k, out);
-    case DType::f16: return gemv_prepare_typed(static_cast<const f16*>(x), k, out);
+    case DType::f32:
+      return gemv_prepare_typed(static_cast<const float*>(x), k, out);
+    case DType::bf16:
+      return gemv_prepare_typed(static_cast<const bf16*>(x), k, out);
+    case DType::f16:
+      return gemv_prepare_typed(static_cast<const f16*>(x), k, out);
   }
 }
 
@@ -56,7 +61,8 @@ inline void gemv_step(const T* w, int64_t w_stride, const float* x, int64_t x_st
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
       for (int64_t i = 0; i < kBytes; i += 64)
-        __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(w + r * w_stride) + uintptr_t(kGemvAhead + i)), 0, 3);
+        __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(w + r * w_stride) + uintptr_t(kGemvAhead + i)), 0,
+                           3);
   }
   if constexpr (DOT) {
     V weights[ROWS];
@@ -96,7 +102,8 @@ inline void gemv_tile(const GemvArgs& a, const T* w, int64_t w_stride, const flo
   if (i < a.k) {
     T tail[ROWS * kGemvBlock];
     std::memset(tail, 0, sizeof(tail));
-    for (int r = 0; r < ROWS; ++r) std::memcpy(tail + r * kGemvBlock, w + r * w_stride + i, size_t(a.k - i) * sizeof(T));
+    for (int r = 0; r < ROWS; ++r)
+      std::memcpy(tail + r * kGemvBlock, w + r * w_stride + i, size_t(a.k - i) * sizeof(T));
     gemv_step<DOT>(static_cast<const T*>(tail), kGemvBlock, x, a.x_stride, acc);
   }
   for (int m = 0; m < M; ++m)
@@ -114,8 +121,8 @@ inline void gemv_chunk(const GemvArgs& a, int64_t count, const T* w, int64_t w_s
   gemv_tile<DOT, ROWS, M>(a, w, w_stride, x, sums);
 }
 
-// sums[m][r][i] = w[r, i, :] . x[m, :] for `rows` rows of every stream r. Where that takes several chunks of x, all but the first
-// find the weights in cache.
+// sums[m][r][i] = w[r, i, :] . x[m, :] for `rows` rows of every stream r. Where that takes several chunks of x, all but
+// the first find the weights in cache.
 template <bool DOT, int ROWS, class T>
 inline void gemv_sums(const GemvArgs& a, const T* w, int64_t w_stride, int64_t apart, int64_t rows, float* sums) {
   const int64_t chunks = (a.m + kGemvChunk - 1) / kGemvChunk;
@@ -178,8 +185,11 @@ void gemv_rows(const GemvArgs& a, int64_t n_begin, int64_t n_end) {
     if (a.route == Route::dot) return gemv_rows_typed<true, bf16>(a, n_begin, n_end);
   }
   switch (a.dtype) {
-    case DType::f32: return gemv_rows_typed<false, float>(a, n_begin, n_end);
-    case DType::bf16: return gemv_rows_typed<false, bf16>(a, n_begin, n_end);
-    case DType::f16: return gemv_rows_typed<false, f16>(a, n_begin, n_end);
+    case DType::f32:
+      return gemv_rows_typed<false, float>(a, n_begin, n_end);
+    case DType::bf16:
+      return gemv_rows_typed<false, bf16>(a, n_begin, n_end);
+    case DType::f16:
+      return gemv_rows_typed<false, f16>(a, n_begin, n_end);
   }
 }

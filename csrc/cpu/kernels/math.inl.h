@@ -47,10 +47,12 @@ inline Vec round_to(Vec x) {
   return Vec::load(stored);
 }
 template <>
-inline Vec round_to<float>(Vec x) { return x; }
+inline Vec round_to<float>(Vec x) {
+  return x;
+}
 
 // body(offset, lanes) over size elements; lanes is kWidth but for the tail.
-#define QVL_FOR_LANES(offset, lanes, size)                                       \
+#define QVL_FOR_LANES(offset, lanes, size) \
   for (int64_t offset = 0, lanes; (lanes = min_i(Vec::kWidth, (size) - offset)) > 0; offset += Vec::kWidth)
 
 template <class T>
@@ -59,5 +61,8 @@ inline Vec load_lanes(const T* p, int64_t lanes) {
 }
 template <class T>
 inline void store_lanes(Vec x, T* p, int64_t lanes) {
-  if (lanes == Vec::kWidth) x.store(p); else x.store_n(p, lanes);
+  if (lanes == Vec::kWidth)
+    x.store(p);
+  else
+    x.store_n(p, lanes);
 }

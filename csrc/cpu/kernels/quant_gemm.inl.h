@@ -1,7 +1,7 @@
 // GEMM over int8 and int4 weights and activations rounded to int8: activations packed, weights broadcast, as in
-// gemm.inl.h. A word is 32 bits of k: as many elements as the target multiplies at once (Ints). Integer sums run over one
-// group of activations, fp32 sums over the groups. Where the instruction takes activations as unsigned bytes, 128 is
-// added to them, and sums begin at -128 times the sum of the group's weights.
+// gemm.inl.h. A word is 32 bits of k: as many elements as the target multiplies at once (Ints). Integer sums run over
+// one group of activations, fp32 sums over the groups. Where the instruction takes activations as unsigned bytes, 128
+// is added to them, and sums begin at -128 times the sum of the group's weights.
 
 constexpr int64_t kQuantDepth = kQuantRowBytes / int64_t(sizeof(Ints::Weight));  // elements of k per block
 
@@ -19,15 +19,16 @@ struct QuantBlock {
   WeightFormat format;
   const char* stored;  // the rows in memory; bytes of a row, and of a group of it
   int64_t stored_row, stored_group;
-  const void* stored_scales;  // of the rows: int4 bf16 from the block's first group on, int8 fp32 in the last block or nullptr
+  const void*
+      stored_scales;  // of the rows: int4 bf16 from the block's first group on, int8 fp32 in the last block or nullptr
   int64_t scale_stride;
   Ints::Weight* widened;  // [rows][kQuantDepth], or nullptr where the stored rows are words already
   const char* words;      // [rows][words] at word_row bytes: either of them
   int64_t word_row;
-  int64_t depth;          // elements of k
-  int64_t count, group;   // words, and words of a group: the last group may be shorter
-  int32_t* starts;        // [group][kQuantRows]: integer sums begin here
-  float* scales;          // int4: [group][kQuantRows]; int8: [kQuantRows], 1 until the last block of k
+  int64_t depth;         // elements of k
+  int64_t count, group;  // words, and words of a group: the last group may be shorter
+  int32_t* starts;       // [group][kQuantRows]: integer sums begin here
+  float* scales;         // int4: [group][kQuantRows]; int8: [kQuantRows], 1 until the last block of k
 };
 
 // c[n][lane] (+)= sum over groups of x_scales[group][lane] * the group's integer sum, times the weights' scale: of the
@@ -99,16 +100,19 @@ inline void quant_ready(const QuantBlock& b, int64_t n, int64_t end) {
     if (b.widened) {
       Ints::Weight* out = b.widened + n * kQuantDepth;
       if (b.format == WeightFormat::int4) {
-        for (int64_t i = 0; i < b.depth; i += 32) Ints::unpack(reinterpret_cast<const uint8_t*>(stored) + i / 2, out + i);
+        for (int64_t i = 0; i < b.depth; i += 32)
+          Ints::unpack(reinterpret_cast<const uint8_t*>(stored) + i / 2, out + i);
       } else {
         for (int64_t i = 0; i < b.depth; ++i) out[i] = Ints::Weight(reinterpret_cast<const int8_t*>(stored)[i]);
         for (int64_t i = b.depth; i < b.count * Ints::kPerWord; ++i) out[i] = Ints::Weight(0);
       }
     }
     for (int64_t begin = 0, group = 0; begin < b.count; begin += b.group, ++group) {
-      b.starts[group * kQuantRows + n] = Ints::start(b.words + n * b.word_row + begin * 4, min_i(b.group, b.count - begin));
+      b.starts[group * kQuantRows + n] =
+          Ints::start(b.words + n * b.word_row + begin * 4, min_i(b.group, b.count - begin));
       if (b.format == WeightFormat::int4)
-        b.scales[group * kQuantRows + n] = to_float(static_cast<const bf16*>(b.stored_scales)[n * b.scale_stride + group]);
+        b.scales[group * kQuantRows + n] =
+            to_float(static_cast<const bf16*>(b.stored_scales)[n * b.scale_stride + group]);
     }
     if (b.format == WeightFormat::int8)
       b.scales[n] = b.stored_scales ? static_cast<const float*>(b.stored_scales)[n * b.scale_stride] : 1.0f;
@@ -132,19 +136,25 @@ inline void quant_rows(const QuantBlock& b, int64_t rows, const uint32_t* panel,
 }
 
 template <bool GROUPED>
-inline void quant_panel(int vectors, const QuantBlock& b, int64_t rows, const uint32_t* panel, const float* x_scales, float* c,
-                        bool accumulate, bool first) {
+inline void quant_panel(int vectors, const QuantBlock& b, int64_t rows, const uint32_t* panel, const float* x_scales,
+                        float* c, bool accumulate, bool first) {
   if constexpr (Vec::kPanelVectors == 4) {  // 32 vector registers: 16 integer sums, the fp32 ones partly in L1
     switch (vectors) {
-      case 1: return quant_rows<GROUPED, 1, 8>(b, rows, panel, x_scales, c, accumulate, first);
-      case 2: return quant_rows<GROUPED, 2, 8>(b, rows, panel, x_scales, c, accumulate, first);
-      case 3: return quant_rows<GROUPED, 3, 4>(b, rows, panel, x_scales, c, accumulate, first);
-      default: return quant_rows<GROUPED, 4, 4>(b, rows, panel, x_scales, c, accumulate, first);
+      case 1:
+        return quant_rows<GROUPED, 1, 8>(b, rows, panel, x_scales, c, accumulate, first);
+      case 2:
+        return quant_rows<GROUPED, 2, 8>(b, rows, panel, x_scales, c, accumulate, first);
+      case 3:
+        return quant_rows<GROUPED, 3, 4>(b, rows, panel, x_scales, c, accumulate, first);
+      default:
+        return quant_rows<GROUPED, 4, 4>(b, rows, panel, x_scales, c, accumulate, first);
     }
   } else {
     switch (vectors) {
-      case 1: return quant_rows<GROUPED, 1, 8>(b, rows, panel, x_scales, c, accumulate, first);
-      default: return quant_rows<GROUPED, 2, 4>(b, rows, panel, x_scales, c, accumulate, first);
+      case 1:
+        return quant_rows<GROUPED, 1, 8>(b, rows, panel, x_scales, c, accumulate, first);
+      default:
+        return quant_rows<GROUPED, 2, 4>(b, rows, panel, x_scales, c, accumulate, first);
     }
   }
 }
@@ -198,7 +208,8 @@ struct LaneScales {
 };
 
 // c as inputs [n_begin, n_begin + rows) of the next GEMM's panel p. Its groups lie within one task.
-inline void quant_store_panel(const QuantGemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, int64_t width, const float* c) {
+inline void quant_store_panel(const QuantGemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, int64_t width,
+                              const float* c) {
   const int64_t groups = (a.n + a.out_group - 1) / a.out_group;
   uint32_t* out = static_cast<uint32_t*>(a.out) + p * kPanelWidth * quant_words(a.n) + quant_words(n_begin) * width;
   float* scales = a.out_scales + p * kPanelWidth * groups + n_begin / a.out_group * width;
@@ -224,12 +235,13 @@ inline void quant_store_panel(const QuantGemmArgs& a, int64_t p, int64_t n_begin
 }
 
 template <class T>
-void quant_gemm_task_typed(const QuantGemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
-                           float* scratch) {
+void quant_gemm_task_typed(const QuantGemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin,
+                           int64_t panel_end, float* scratch) {
   const int64_t rows = n_end - n_begin, c_panel = 2 * kQuantRows * kPanelWidth;
   float* c = scratch;
   scratch += kGemmPanels * c_panel;
-  const QuantWeight weight{a.w, a.w_stride, a.scales, a.scale_stride}, up{a.w2, a.w2_stride, a.scales2, a.scale2_stride};
+  const QuantWeight weight{a.w, a.w_stride, a.scales, a.scale_stride},
+      up{a.w2, a.w2_stride, a.scales2, a.scale2_stride};
   quant_accumulate(a, weight, n_begin, rows, panel_begin, panel_end, c, c_panel, scratch);
   if (a.activation == Activation::swiglu)
     quant_accumulate(a, up, n_begin, rows, panel_begin, panel_end, c + kQuantRows * kPanelWidth, c_panel, scratch);
@@ -247,8 +259,11 @@ void quant_gemm_task_typed(const QuantGemmArgs& a, int64_t n_begin, int64_t n_en
 void quant_gemm_task(const QuantGemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
                      float* scratch) {
   switch (a.dtype) {
-    case DType::f32: return quant_gemm_task_typed<float>(a, n_begin, n_end, panel_begin, panel_end, scratch);
-    case DType::bf16: return quant_gemm_task_typed<bf16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
-    case DType::f16: return quant_gemm_task_typed<f16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+    case DType::f32:
+      return quant_gemm_task_typed<float>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+    case DType::bf16:
+      return quant_gemm_task_typed<bf16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+    case DType::f16:
+      return quant_gemm_task_typed<f16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
   }
 }

@@ -5,7 +5,8 @@ void quant_pack(const QuantPackArgs& a, int64_t block, char* scratch) {
   const QuantizeArgs& x = a.rows;
   const int64_t row0 = block * Vec::kWidth, rows = min_i(Vec::kWidth, a.m - row0);
   const int64_t panel = block / Vec::kPanelVectors, width = panel_vectors(a.m, panel) * Vec::kWidth;
-  const int64_t lane = block % Vec::kPanelVectors * Vec::kWidth, words = quant_words(x.k), groups = x.k_padded / x.group;
+  const int64_t lane = block % Vec::kPanelVectors * Vec::kWidth, words = quant_words(x.k),
+                groups = x.k_padded / x.group;
 
   QuantizeArgs part = x;
   part.x = static_cast<const char*>(x.x) + row0 * x.x_stride * dtype_bytes(x.dtype);
@@ -22,7 +23,8 @@ void quant_pack(const QuantPackArgs& a, int64_t block, char* scratch) {
   alignas(64) float turned[Vec::kWidth * Vec::kWidth], rows_of_words[Vec::kWidth * Vec::kWidth];
   for (int64_t word = 0; word < words; word += Vec::kWidth) {
     for (int64_t row = 0; row < Vec::kWidth; ++row)
-      Ints::load_values(part.values + row * x.k_padded + word * Ints::kPerWord).store(rows_of_words + row * Vec::kWidth);
+      Ints::load_values(part.values + row * x.k_padded + word * Ints::kPerWord)
+          .store(rows_of_words + row * Vec::kWidth);
     Vec::transpose(rows_of_words, Vec::kWidth, turned, Vec::kWidth);
     for (int64_t i = 0; i < min_i(Vec::kWidth, words - word); ++i)
       Vec::load(turned + i * Vec::kWidth).store(out + (word + i) * width);

@@ -10,7 +10,8 @@ inline void load_table(const void* table, DType table_dtype, int64_t offset, int
 }
 
 template <class T>
-inline void rope_head(const T* x, const T* weight, float eps, const float* cos, const float* sin, int64_t size, T* out) {
+inline void rope_head(const T* x, const T* weight, float eps, const float* cos, const float* sin, int64_t size,
+                      T* out) {
   alignas(64) float head[kMaxHeadDim];
   QVL_FOR_LANES(i, lanes, size) { store_lanes(load_lanes(x + i, lanes), head + i, lanes); }
   if (weight) {
@@ -56,8 +57,11 @@ void rope_rows_typed(const RopeArgs& a, int64_t begin, int64_t end) {
 
 void rope_rows(const RopeArgs& a, int64_t begin, int64_t end) {
   switch (a.dtype) {
-    case DType::f32: return rope_rows_typed<float>(a, begin, end);
-    case DType::bf16: return rope_rows_typed<bf16>(a, begin, end);
-    case DType::f16: return rope_rows_typed<f16>(a, begin, end);
+    case DType::f32:
+      return rope_rows_typed<float>(a, begin, end);
+    case DType::bf16:
+      return rope_rows_typed<bf16>(a, begin, end);
+    case DType::f16:
+      return rope_rows_typed<f16>(a, begin, end);
   }
 }

@@ -51,8 +51,8 @@ struct Vec {
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
     const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-    return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet),
-                                                _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+    return _mm256_castps_si256(
+        _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
   }
   __m128i narrow_bf16() const {
     const __m256i high = _mm256_srli_epi32(rounded_bf16_bits(), 16);
@@ -124,8 +124,8 @@ struct Vec {
   }
 };
 
-// Dot products of bytes along k for the quantised matrix-vector products: int8 pairs widened to 16 bits; nibbles times int8
-// activations, which cannot saturate.
+// Dot products of bytes along k for the quantised matrix-vector products: int8 pairs widened to 16 bits; nibbles times
+// int8 activations, which cannot saturate.
 struct Bytes {
   static constexpr int kInt8Step = 16, kInt4Step = 64;
   using Int8Value = int16_t;

@@ -19,8 +19,8 @@ struct Vec {
 #include "avx512_vec.inl.h"
 };
 
-// Dot products of bytes along k for the quantised matrix-vector products: int8 pairs widened to 16 bits; nibbles times int8
-// activations, which cannot saturate.
+// Dot products of bytes along k for the quantised matrix-vector products: int8 pairs widened to 16 bits; nibbles times
+// int8 activations, which cannot saturate.
 struct Bytes {
 #include "avx512_bytes.inl.h"
   static constexpr int kInt8Step = 32;

@@ -1,4 +1,5 @@
-// AVX-512 with dot products of bf16 pairs (vdpbf16ps) and of bytes (vpdpbusd): Cooper Lake, Sapphire Rapids, Zen 4 and later.
+// AVX-512 with dot products of bf16 pairs (vdpbf16ps) and of bytes (vpdpbusd): Cooper Lake, Sapphire Rapids, Zen 4 and
+// later.
 #include <immintrin.h>
 
 #include <array>
@@ -53,8 +54,7 @@ namespace qvl {
 bool avx512_bf16_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-         __builtin_cpu_supports("fma");
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 }
 extern const Target kAvx512Bf16Target{"avx512_bf16", avx512_bf16_supported, &avx512_bf16::kTable};
 }  // namespace qvl

@@ -1,40 +1,40 @@
-  // Members of Bytes shared by the AVX-512 targets. Included inside struct Bytes.
-  static constexpr int kInt4Step = 128;
-  using Int4Value = int8_t;
-  struct Int4 {
-    __m512i low, high;
-  };
-  __m512i v;
+// Members of Bytes shared by the AVX-512 targets. Included inside struct Bytes.
+static constexpr int kInt4Step = 128;
+using Int4Value = int8_t;
+struct Int4 {
+  __m512i low, high;
+};
+__m512i v;
 
-  static Bytes zero() { return {_mm512_setzero_si512()}; }
-  static Bytes load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
-  void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
-  Bytes operator-(Bytes b) const { return {_mm512_sub_epi32(v, b.v)}; }
-  Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
-  // In each block of four lanes the block's sums of a, b, c and d: a quarter of the conversions that each would need.
-  static Bytes join(Bytes a, Bytes b, Bytes c, Bytes d) {
-    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a.v, b.v), _mm512_unpackhi_epi32(a.v, b.v));
-    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c.v, d.v), _mm512_unpackhi_epi32(c.v, d.v));
-    return {_mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd))};
-  }
-  static Int4 load_int4(const uint8_t* p) {
-    __m512i bytes = _mm512_loadu_si512(p), nibble = _mm512_set1_epi8(15);
-    asm("" : "+v"(bytes));  // else GCC 12 stores them to load them twice
-    return {_mm512_and_si512(bytes, nibble), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble)};
-  }
-  // Scales of four rows' groups in the places of ``join``: 128 inputs lie in blocks of 32.
-  template <int GROUP>
-  static Vec load_scales(const char* p, int64_t stride) {
-    const auto row = [&](int64_t r) {  // its scales in a register: through memory they would wait for their own stores
-      std::conditional_t<GROUP == 32, uint64_t, std::conditional_t<GROUP == 64, uint32_t, uint16_t>> scales;
-      std::memcpy(&scales, p + r * stride, sizeof(scales));
-      return int64_t(scales);
-    };
-    alignas(64) static constexpr auto places = [] {
-      std::array<uint16_t, 32> places{};
-      for (int lane = 0; lane < 16; ++lane) places[2 * lane + 1] = uint16_t(lane % 4 * 4 + lane / 4 / (GROUP / 32));
-      return places;
-    }();
-    const __m512i scales = _mm512_castsi256_si512(_mm256_set_epi64x(row(3), row(2), row(1), row(0)));
-    return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, _mm512_load_si512(places.data()), scales))};
-  }
+static Bytes zero() { return {_mm512_setzero_si512()}; }
+static Bytes load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
+Bytes operator-(Bytes b) const { return {_mm512_sub_epi32(v, b.v)}; }
+Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
+// In each block of four lanes the block's sums of a, b, c and d: a quarter of the conversions that each would need.
+static Bytes join(Bytes a, Bytes b, Bytes c, Bytes d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a.v, b.v), _mm512_unpackhi_epi32(a.v, b.v));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c.v, d.v), _mm512_unpackhi_epi32(c.v, d.v));
+  return {_mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd))};
+}
+static Int4 load_int4(const uint8_t* p) {
+  __m512i bytes = _mm512_loadu_si512(p), nibble = _mm512_set1_epi8(15);
+  asm("" : "+v"(bytes));  // else GCC 12 stores them to load them twice
+  return {_mm512_and_si512(bytes, nibble), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble)};
+}
+// Scales of four rows' groups in the places of ``join``: 128 inputs lie in blocks of 32.
+template <int GROUP>
+static Vec load_scales(const char* p, int64_t stride) {
+  const auto row = [&](int64_t r) {  // its scales in a register: through memory they would wait for their own stores
+    std::conditional_t<GROUP == 32, uint64_t, std::conditional_t<GROUP == 64, uint32_t, uint16_t>> scales;
+    std::memcpy(&scales, p + r * stride, sizeof(scales));
+    return int64_t(scales);
+  };
+  alignas(64) static constexpr auto places = [] {
+    std::array<uint16_t, 32> places{};
+    for (int lane = 0; lane < 16; ++lane) places[2 * lane + 1] = uint16_t(lane % 4 * 4 + lane / 4 / (GROUP / 32));
+    return places;
+  }();
+  const __m512i scales = _mm512_castsi256_si512(_mm256_set_epi64x(row(3), row(2), row(1), row(0)));
+  return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, _mm512_load_si512(places.data()), scales))};
+}

@@ -48,7 +48,9 @@ struct Vec {
   // max and min return b where either is NaN.
   static Vec max(Vec a, Vec b) { return blend(a.v > b.v, a, b); }
   static Vec min(Vec a, Vec b) { return blend(a.v < b.v, a, b); }
-  static Vec sqrt(Vec a) { return {Float4{std::sqrt(a.v[0]), std::sqrt(a.v[1]), std::sqrt(a.v[2]), std::sqrt(a.v[3])}}; }
+  static Vec sqrt(Vec a) {
+    return {Float4{std::sqrt(a.v[0]), std::sqrt(a.v[1]), std::sqrt(a.v[2]), std::sqrt(a.v[3])}};
+  }
   static Vec round(Vec a) {
     return {Float4{std::nearbyint(a.v[0]), std::nearbyint(a.v[1]), std::nearbyint(a.v[2]), std::nearbyint(a.v[3])}};
   }
@@ -83,8 +85,8 @@ struct Vec {
   static Vec blend(Int4 mask, Vec x, Vec y) { return {(Float4)(((Int4)x.v & mask) | ((Int4)y.v & ~mask))}; }
 };
 
-// Dot products of bytes along k for the quantised matrix-vector products, in vectors of eight 16-bit numbers: two products
-// of int8, or four of nibbles and int8, add up without overflow.
+// Dot products of bytes along k for the quantised matrix-vector products, in vectors of eight 16-bit numbers: two
+// products of int8, or four of nibbles and int8, add up without overflow.
 struct Bytes {
   static constexpr int kInt8Step = 16, kInt4Step = 32;
   using Int8Value = int16_t;
@@ -136,9 +138,12 @@ struct Bytes {
     std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(low), sizeof(high));
     return {v + __builtin_convertvector(low, Vec::Int4) + __builtin_convertvector(high, Vec::Int4)};
   }
-  static Bytes dot(Bytes acc, const Int8& w, const int16_t* x) { return acc.add(w.v[0] * load_values(x) + w.v[1] * load_values(x + 8)); }
+  static Bytes dot(Bytes acc, const Int8& w, const int16_t* x) {
+    return acc.add(w.v[0] * load_values(x) + w.v[1] * load_values(x + 8));
+  }
   static Bytes dot(Bytes acc, const Int4& w, const int16_t* x) {
-    return acc.add(w.v[0] * load_values(x) + w.v[1] * load_values(x + 8) + w.v[2] * load_values(x + 16) + w.v[3] * load_values(x + 24));
+    return acc.add(w.v[0] * load_values(x) + w.v[1] * load_values(x + 8) + w.v[2] * load_values(x + 16) +
+                   w.v[3] * load_values(x + 24));
   }
   // Scales of four rows' groups in the places of ``join``.
   template <int GROUP>

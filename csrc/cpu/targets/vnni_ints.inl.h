@@ -1,4 +1,5 @@
-// Integer words of the quantised GEMM: four bytes, those of activations unsigned (+ 128). Inside the AVX-512 VNNI targets.
+// Integer words of the quantised GEMM: four bytes, those of activations unsigned (+ 128). Inside the AVX-512 VNNI
+// targets.
 struct Ints {
   using Weight = int8_t;
   static constexpr int kPerWord = 4;
@@ -13,7 +14,8 @@ struct Ints {
   }
   void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
   void store(float* p) const { _mm512_storeu_si512(p, v); }
-  // In assembly because GCC 12 copies and spills the sums around its intrinsic: 200 GOP/s a core instead of 455 on Zen 4.
+  // In assembly because GCC 12 copies and spills the sums around its intrinsic: 200 GOP/s a core instead of 455 on
+  // Zen 4.
   static Ints multiply_add(Ints acc, Ints activations, uint32_t weights) {
     asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(activations.v), "v"(_mm512_set1_epi32(int(weights))));
     return acc;

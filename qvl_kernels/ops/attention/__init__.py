@@ -34,7 +34,9 @@ def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, total: int, device: torc
     """int32 [n + 1] on the CPU, from 0 to ``total`` without falling: out-of-range values would read foreign memory."""
     checks.check_dtype(op, "cu_seqlens", cu_seqlens, torch.int32)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(f"{op}: cu_seqlens must have one dimension and at least 1 element (0), got shape {tuple(cu_seqlens.shape)}")
+        raise ValueError(
+            f"{op}: cu_seqlens must have one dimension and at least 1 element (0), got shape {tuple(cu_seqlens.shape)}"
+        )
     if not cu_seqlens.is_contiguous():
         raise ValueError(f"{op}: cu_seqlens must be contiguous")
     if cu_seqlens.device.type != "cpu":
@@ -72,7 +74,9 @@ def unsupported_case(q: torch.Tensor, dropout_p: float) -> str | None:
 
 
 def dropout_seed(dropout_p: float, device: torch.device) -> torch.Tensor | None:
-    """int64 [1] from PyTorch's generator of the device, so that ``torch.manual_seed`` and checkpointing repeat it; None without dropout."""
+    """int64 [1] from PyTorch's generator of the device, so that ``torch.manual_seed`` and checkpointing repeat it; None
+    without dropout.
+    """
     return torch.randint(2**62, (1,), dtype=torch.int64, device=device) if dropout_p > 0.0 else None
 
 
@@ -89,7 +93,8 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """out = softmax(q k^T scale + mask) v        [Vaswani et al. 2017, arXiv:1706.03762; FlashAttention-2, arXiv:2307.08691]
+    """out = softmax(q k^T scale + mask) v        [Vaswani et al. 2017, arXiv:1706.03762; FlashAttention-2,
+    arXiv:2307.08691]
 
     Args:
         q: [B, T, H, D] fp32, bf16 or fp16; last dimension contiguous, others strided freely. Packed: [N, H, D].
@@ -99,10 +104,12 @@ def attention(
         cu_seqlens: int32 [n + 1] on the CPU, prefix sum of lengths: sequences are packed and see only themselves.
         key_padding_mask: bool [B, S], True = visible. Hidden keys and values may hold anything, NaN included.
         mask: bool (True = visible) or additive in q's dtype, broadcastable to [B, H, T, S]; on top of the others.
-        dropout_p: probability of dropping an attention weight; on the CPU this runs on the reference, on GPUs it has no second derivative.
+        dropout_p: probability of dropping an attention weight; on the CPU this runs on the reference, on GPUs it has no
+            second derivative.
         return_lse: also return the log-sum-exp of each row.
     Returns:
-        out as q, or (out, lse): lse fp32 [B, H, T] (packed [H, N]), natural logarithm. Rows that see no key give 0 and -inf.
+        out as q, or (out, lse): lse fp32 [B, H, T] (packed [H, N]), natural logarithm. Rows that see no key give 0 and
+            -inf.
     Numerics: scores, softmax and sums in fp32; order is scale, additive mask, hide, softmax.
     Raises: TypeError or ValueError for bad arguments; RuntimeError if a forced backend cannot run here.
     Example:
@@ -113,7 +120,9 @@ def attention(
     check_qkv("attention", q, k, v, 3 if packed else 4)
     if packed:
         if key_padding_mask is not None or mask is not None:
-            raise ValueError("attention: cu_seqlens excludes key_padding_mask and mask; packed sequences have no padding")
+            raise ValueError(
+                "attention: cu_seqlens excludes key_padding_mask and mask; packed sequences have no padding"
+            )
         if q.shape[0] != k.shape[0]:
             raise ValueError(f"attention: packed q and k must have the same length, got {q.shape[0]} and {k.shape[0]}")
         check_cu_seqlens("attention", cu_seqlens, q.shape[0], q.device)
@@ -125,7 +134,10 @@ def attention(
             checks.check_device("attention", "key_padding_mask", key_padding_mask, q.device)
         if mask is not None:
             check_mask("attention", mask, q, shape)
-    causal, return_lse = checks.check_bool("attention", "causal", causal), checks.check_bool("attention", "return_lse", return_lse)
+    causal, return_lse = (
+        checks.check_bool("attention", "causal", causal),
+        checks.check_bool("attention", "return_lse", return_lse),
+    )
     dropout_p = checks.check_probability("attention", "dropout_p", dropout_p)
     scale = checks.check_scale("attention", scale, q.shape[-1])
     if dispatch.choose("attention", q.device, unsupported_case(q, dropout_p)) == "reference":

@@ -6,9 +6,22 @@ __all__ = ["CASES"]
 
 
 def _case(
-    name: str, b: int, t: int, s: int, h: int, hkv: int, d: int, *, causal: bool = False, model: bool = False,
-    lengths: list[int] | None = None, layout: str = "bthd", mask: str | None = None, padding: bool = False, scale: float = 1.0,
-) -> Case:  # fmt: skip
+    name: str,
+    b: int,
+    t: int,
+    s: int,
+    h: int,
+    hkv: int,
+    d: int,
+    *,
+    causal: bool = False,
+    model: bool = False,
+    lengths: list[int] | None = None,
+    layout: str = "bthd",
+    mask: str | None = None,
+    padding: bool = False,
+    scale: float = 1.0,
+) -> Case:
     def tensor(shape, dtype, generator):
         if layout == "bhtd":  # a transposed view, as in a key/value cache
             b_, t_, h_, d_ = shape
@@ -20,13 +33,18 @@ def _case(
             n = sum(lengths)
             bounds = torch.tensor([0, *lengths]).cumsum(0).int()
             return {
-                "q": random_tensor((n, h, d), dtype, generator), "k": random_tensor((n, hkv, d), dtype, generator),
-                "v": random_tensor((n, hkv, d), dtype, generator), "cu_seqlens": bounds, "causal": causal,
-            }  # fmt: skip
+                "q": random_tensor((n, h, d), dtype, generator),
+                "k": random_tensor((n, hkv, d), dtype, generator),
+                "v": random_tensor((n, hkv, d), dtype, generator),
+                "cu_seqlens": bounds,
+                "causal": causal,
+            }
         arguments = {
-            "q": tensor((b, t, h, d), dtype, generator), "k": tensor((b, s, hkv, d), dtype, generator),
-            "v": tensor((b, s, hkv, d), dtype, generator), "causal": causal,
-        }  # fmt: skip
+            "q": tensor((b, t, h, d), dtype, generator),
+            "k": tensor((b, s, hkv, d), dtype, generator),
+            "v": tensor((b, s, hkv, d), dtype, generator),
+            "causal": causal,
+        }
         if mask == "bool":
             arguments["mask"] = torch.rand(b, 1, t, s, generator=generator) > 0.3
         elif mask == "additive":

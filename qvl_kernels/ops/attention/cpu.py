@@ -45,17 +45,39 @@ def attention_cpu(
     lse = torch.empty((heads, queries) if packed else (batch, heads, queries), dtype=torch.float32)
     kind, pointer, strides = mask_arguments(mask, (batch, heads, queries, keys))
     dispatch.extension().attention(
-        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(), batch=batch,
-        queries=queries, keys=keys, heads=heads, kv_heads=kv_heads, head_dim=head_dim, q_strides=row_strides(q),
-        k_strides=row_strides(k), v_strides=row_strides(v), out_strides=row_strides(out), scale=scale, causal=causal,
-        key_counts=0 if key_counts is None else key_counts.data_ptr(), cu_seqlens=cu_seqlens.data_ptr() if packed else 0,
-        mask_kind=kind, mask=pointer, mask_strides=strides, dtype=DTYPE_CODES[q.dtype],
-    )  # fmt: skip
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
+        batch=batch,
+        queries=queries,
+        keys=keys,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        q_strides=row_strides(q),
+        k_strides=row_strides(k),
+        v_strides=row_strides(v),
+        out_strides=row_strides(out),
+        scale=scale,
+        causal=causal,
+        key_counts=0 if key_counts is None else key_counts.data_ptr(),
+        cu_seqlens=cu_seqlens.data_ptr() if packed else 0,
+        mask_kind=kind,
+        mask=pointer,
+        mask_strides=strides,
+        dtype=DTYPE_CODES[q.dtype],
+    )
     return out, lse
 
 
-def _sequence_backward(q, k, v, out, lse, grad, grad_lse, visible_keys, mask, causal: bool, scale: float, mask_grad: bool):
-    """Gradients of one batch [B, T, H, D], in fp32: dP = dO V^T, dS = P (dP - rowsum(dO O) + dlse), dQ = dS K, dK = dS^T Q."""
+def _sequence_backward(
+    q, k, v, out, lse, grad, grad_lse, visible_keys, mask, causal: bool, scale: float, mask_grad: bool
+):
+    """Gradients of one batch [B, T, H, D], in fp32: dP = dO V^T, dS = P (dP - rowsum(dO O) + dlse), dQ = dS K, dK =
+    dS^T Q.
+    """
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
     group = heads // kv_heads
@@ -131,9 +153,19 @@ def attention_backward_cpu(
             s = slice(begin, end)
             part_lse = None if grad_lse is None else grad_lse[None, :, s]
             parts = _sequence_backward(
-                q[None, s], k[None, s], v[None, s], out[None, s], lse[None, :, s], grad[None, s], part_lse,
-                None, None, causal, scale, False,
-            )  # fmt: skip
+                q[None, s],
+                k[None, s],
+                v[None, s],
+                out[None, s],
+                lse[None, :, s],
+                grad[None, s],
+                part_lse,
+                None,
+                None,
+                causal,
+                scale,
+                False,
+            )
             for whole, part in zip((dq, dk, dv), parts):
                 whole[s] = part[0]
     dmask = q.new_empty(0) if dmask is None else dmask.to(mask.dtype)

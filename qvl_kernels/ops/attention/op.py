@@ -18,14 +18,17 @@ def _attention_fake(q, k, v, cu_seqlens, key_counts, mask, causal, scale, dropou
     )
 
 
-def _attention_backward_fake(grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_counts, mask, causal, scale, dropout_p, seed, mask_grad):
+def _attention_backward_fake(
+    grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_counts, mask, causal, scale, dropout_p, seed, mask_grad
+):
     shapes = (q.shape, k.shape, v.shape, mask.shape if mask_grad else (0,))
     return tuple(torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
 
 
 # An op of its own: its work depends on the values of cu_seqlens, which tracing does not know.
 attention_backward_op = register(
-    "attention_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens,"
+    "attention_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor? cu_seqlens,"
     " Tensor? key_counts, Tensor? mask, bool causal, float scale, float dropout_p, Tensor? seed, bool mask_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=attention_backward_cpu,
@@ -47,8 +50,22 @@ def _backward(ctx, grad, grad_lse):
     mask_grad = ctx.needs_input_grad[5]
     dq, dk, dv, dmask = call(
         attention_backward_op,
-        grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_counts, mask, ctx.causal, ctx.scale, ctx.dropout_p, seed, mask_grad,
-    )  # fmt: skip
+        grad,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens,
+        key_counts,
+        mask,
+        ctx.causal,
+        ctx.scale,
+        ctx.dropout_p,
+        seed,
+        mask_grad,
+    )
     return dq, dk, dv, None, None, dmask if mask_grad else None, None, None, None, None
 
 
@@ -58,7 +75,11 @@ def _backward_again(ctx, grad, grad_lse):
         return _backward(ctx, grad, grad_lse)
     options, inputs = {"causal": ctx.causal, "scale": ctx.scale}, (q, k, v)
     if cu_seqlens is not None:
-        dq, dk, dv = derivative_again(lambda *qkv: packed_attention_reference(*qkv, cu_seqlens, dropout_p=0.0, **options), inputs, (grad, grad_lse))
+        dq, dk, dv = derivative_again(
+            lambda *qkv: packed_attention_reference(*qkv, cu_seqlens, dropout_p=0.0, **options),
+            inputs,
+            (grad, grad_lse),
+        )
         return dq, dk, dv, *[None] * 7
     seen = None if key_counts is None else torch.arange(k.shape[1], device=k.device)[None] < key_counts[:, None]
     if mask is not None:  # keys that nobody sees may hold anything, and 0 * NaN is NaN
@@ -75,7 +96,8 @@ def _backward_again(ctx, grad, grad_lse):
 
 # Dropout (Triton only) draws from ``seed``, int64 [1]; the backward draws the same.
 attention_op = register(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? key_counts, Tensor? mask, bool causal, float scale,"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? key_counts, Tensor? mask, bool causal, "
+    "float scale,"
     " float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor)",
     cpu=attention_cpu,
     triton="qvl_kernels.ops.attention.triton_attention:launch_attention",

@@ -59,10 +59,20 @@ def attention_reference(
 
 
 def packed_attention_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, *, causal: bool, scale: float, dropout_p: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed [N, H, D] sequences one by one; lse [H, N]."""
-    outs, lses = [q[:0]], [q.new_zeros(q.shape[1], 0, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)]
+    outs, lses = (
+        [q[:0]],
+        [q.new_zeros(q.shape[1], 0, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)],
+    )
     bounds = cu_seqlens.tolist()
     for begin, end in zip(bounds[:-1], bounds[1:]):
         part = slice(begin, end)

@@ -1,6 +1,7 @@
 """Flash attention, forward: one program per block of queries and head, online softmax over blocks of keys.
 
-The device functions below say where a program's sequence lies, what it may see and which weights it drops; the backward uses the same.
+The device functions below say where a program's sequence lies, what it may see and which weights it drops; the backward
+uses the same.
 """
 
 import torch
@@ -11,7 +12,17 @@ from qvl_kernels import gpu, tuning
 from qvl_kernels.ops.attention.cpu import row_strides
 from qvl_kernels.triton_lib import describe, launch
 
-__all__ = ["LENGTHS", "Layout", "kept", "launch_attention", "load_tile", "masked_scores", "place", "visible_keys", "without_unseen"]
+__all__ = [
+    "LENGTHS",
+    "Layout",
+    "kept",
+    "launch_attention",
+    "load_tile",
+    "masked_scores",
+    "place",
+    "visible_keys",
+    "without_unseen",
+]
 
 LOG2E = tl.constexpr(1.4426950408889634)  # softmax to base 2
 SEARCH = tl.constexpr(1024)  # sequences that a program looks through at once
@@ -21,13 +32,24 @@ LENGTHS = ("T", "S", "sequences", "threshold", "scale")
 
 @triton.jit
 def place(
-    cu_seqlens_ptr, key_counts_ptr, sequences, T, S, heads, BLOCK: tl.constexpr, BY_KEYS: tl.constexpr, LAST_FIRST: tl.constexpr,
-    PACKED: tl.constexpr, HAS_COUNTS: tl.constexpr,
-):  # fmt: skip
+    cu_seqlens_ptr,
+    key_counts_ptr,
+    sequences,
+    T,
+    S,
+    heads,
+    BLOCK: tl.constexpr,
+    BY_KEYS: tl.constexpr,
+    LAST_FIRST: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+):
     """(batch, head, first row of its block, where its sequence begins, queries, keys) of a program.
 
-    Programs run over blocks of queries (BY_KEYS: of keys), then heads, then the batch. Nothing that the device holds leads outside the
-    tensors: the first sequence begins at 0, bounds lie in [0, T], and what follows the last sequence is one more, without keys.
+    Programs run over blocks of queries (BY_KEYS: of keys), then heads, then the batch. Nothing that the device holds
+    leads outside the
+    tensors: the first sequence begins at 0, bounds lie in [0, T], and what follows the last sequence is one more,
+    without keys.
     """
     program = tl.program_id(0)
     if PACKED:
@@ -60,15 +82,18 @@ def place(
 
 @triton.jit
 def addend(mask):
-    """An additive mask to base 2. The lowest numbers of fp32 and bf16 stay finite (as -2.35e38, in the log-sum-exp too): rows all of whose keys
-    carry them attend to all alike."""
+    """An additive mask to base 2. The lowest numbers of fp32 and bf16 stay finite (as -2.35e38, in the log-sum-exp
+    too): rows all of whose keys carry them attend to all alike.
+    """
     mask = mask.to(tl.float32)
     return tl.where(mask < -2.35e38, -2.35e38, mask) * LOG2E
 
 
 @triton.jit
 def visible_keys(mask_ptr, stride_ms, offs_n, keys, MASK: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """(bool, addend to base 2) of keys ``offs_n``, as far as these are the same for all rows: lengths and masks [B, 1, 1, S]."""
+    """(bool, addend to base 2) of keys ``offs_n``, as far as these are the same for all rows: lengths and masks [B, 1,
+    1, S].
+    """
     visible, bias = offs_n < keys, tl.zeros(offs_n.shape, tl.float32)
     if MASK != 0 and not MASK_ROWS:
         mask = tl.load(mask_ptr + offs_n.to(tl.int64) * stride_ms, mask=visible, other=0)
@@ -82,15 +107,30 @@ def visible_keys(mask_ptr, stride_ms, offs_n, keys, MASK: tl.constexpr, MASK_ROW
 
 @triton.jit
 def masked_scores(
-    scores, rows, offs_n, visible, bias, mask_ptr, stride_mt, stride_ms, queries, keys,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """(scores with the mask added, which pairs are visible); rows, keys and what ``visible_keys`` said broadcast to the tile, either way round."""
+    scores,
+    rows,
+    offs_n,
+    visible,
+    bias,
+    mask_ptr,
+    stride_mt,
+    stride_ms,
+    queries,
+    keys,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+):
+    """(scores with the mask added, which pairs are visible); rows, keys and what ``visible_keys`` said broadcast to the
+    tile, either way round.
+    """
     if CAUSAL:
         visible = visible & (offs_n <= rows + keys - queries)
     if MASK_ROWS:
         visible = visible & (rows < queries)
-        mask = tl.load(mask_ptr + rows.to(tl.int64) * stride_mt + offs_n.to(tl.int64) * stride_ms, mask=visible, other=0)
+        mask = tl.load(
+            mask_ptr + rows.to(tl.int64) * stride_mt + offs_n.to(tl.int64) * stride_ms, mask=visible, other=0
+        )
         if MASK == 1:
             visible = visible & (mask != 0)
         else:
@@ -119,20 +159,25 @@ def load_tile(pointers, in_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, 
 
 @triton.jit
 def load_described(descriptor, batch, row, head, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[ROWS, BLOCK_D] by a tensor descriptor of [B, T, H, D] that copies blocks [1, ROWS, 1, BLOCK_D]; zeros outside the tensor."""
+    """[ROWS, BLOCK_D] by a tensor descriptor of [B, T, H, D] that copies blocks [1, ROWS, 1, BLOCK_D]; zeros outside
+    the tensor.
+    """
     return descriptor.load([batch.to(tl.int32), row, head, 0]).reshape([ROWS, BLOCK_D])
 
 
 @triton.jit
 def without_unseen(x, visible):
-    """Rows of x [keys, D] that no query of the tile [queries, keys] sees set to 0: they may hold anything, and 0 * NaN is NaN."""
+    """Rows of x [keys, D] that no query of the tile [queries, keys] sees set to 0: they may hold anything, and 0 * NaN
+    is NaN.
+    """
     seen = tl.max(visible.to(tl.int32), 0) > 0
     return tl.where(seen[:, None], x, 0.0)
 
 
 @triton.jit
 def kept(seed, threshold, rows, offs_n, head):
-    """True where dropout keeps the weight of a pair. A function of seed, row, key and head alone, whatever the tiles; rows count through the batch.
+    """True where dropout keeps the weight of a pair. A function of seed, row, key and head alone, whatever the tiles;
+    rows count through the batch.
 
     Philox of 7 rounds passes the known tests of randomness (Salmon et al. 2011).
     """
@@ -144,11 +189,42 @@ def kept(seed, threshold, rows, offs_n, head):
 
 @triton.jit
 def _attend(
-    q, acc, l_i, m_i, begin, end, offs_m, k_ptr, v_ptr, mask_ptr, stride_ks, stride_vs, stride_mt, stride_ms, queries, keys, scale,
-    seed, threshold, first_row, batch, first, head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr, DROPOUT: tl.constexpr, POSITIVE: tl.constexpr, DESCRIPTORS: tl.constexpr, PARTIAL: tl.constexpr,
-):  # fmt: skip
+    q,
+    acc,
+    l_i,
+    m_i,
+    begin,
+    end,
+    offs_m,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    stride_ks,
+    stride_vs,
+    stride_mt,
+    stride_ms,
+    queries,
+    keys,
+    scale,
+    seed,
+    threshold,
+    first_row,
+    batch,
+    first,
+    head,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
     """Online softmax over keys [begin, end). PARTIAL: some of them may be hidden; else all rows see them all."""
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     k_offsets = offs_n[:, None] * stride_ks + offs_d[None, :]
@@ -172,9 +248,20 @@ def _attend(
             scores = scores * scale
         if PARTIAL:
             scores, visible = masked_scores(
-                scores, offs_m[:, None], cols[None, :], key_visible[None, :], bias[None, :], mask_ptr, stride_mt, stride_ms, queries, keys,
-                CAUSAL, MASK, MASK_ROWS,
-            )  # fmt: skip
+                scores,
+                offs_m[:, None],
+                cols[None, :],
+                key_visible[None, :],
+                bias[None, :],
+                mask_ptr,
+                stride_mt,
+                stride_ms,
+                queries,
+                keys,
+                CAUSAL,
+                MASK,
+                MASK_ROWS,
+            )
             if MASK_ROWS:
                 v = without_unseen(v, visible)
             scores = tl.where(visible, scores, float("-inf"))
@@ -193,17 +280,53 @@ def _attend(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, key_counts_ptr, mask_ptr, seed_ptr,
-    T, S, H, sequences, scale, threshold, keep_scale, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh,
-    stride_vb, stride_vs, stride_vh, stride_mb, stride_mh, stride_mt, stride_ms,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, HAS_COUNTS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr, DROPOUT: tl.constexpr, POSITIVE: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_seqlens_ptr,
+    key_counts_ptr,
+    mask_ptr,
+    seed_ptr,
+    T,
+    S,
+    H,
+    sequences,
+    scale,
+    threshold,
+    keep_scale,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_mb,
+    stride_mh,
+    stride_mt,
+    stride_ms,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """out = softmax(q k^T scale + mask) v and the log-sum-exp of its rows, for BLOCK_M queries of one head.
 
-    MASK: 0 none, 1 bool, 2 additive; MASK_ROWS: it differs between rows. ``scale`` includes log2(e). DESCRIPTORS: k_ptr and v_ptr are
-    tensor descriptors of [B, S, Hkv, D].
+    MASK: 0 none, 1 bool, 2 additive; MASK_ROWS: it differs between rows. ``scale`` includes log2(e). DESCRIPTORS: k_ptr
+    and v_ptr are tensor descriptors of [B, S, Hkv, D].
     """
     batch, head, start_m, first, queries, keys = place(
         cu_seqlens_ptr, key_counts_ptr, sequences, T, S, H, BLOCK_M, False, CAUSAL, PACKED, HAS_COUNTS
@@ -222,7 +345,9 @@ def _attention_kernel(
     tile_rows = tl.arange(0, BLOCK_M)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     first_row = batch.to(tl.int32) * T + first
-    q = load_tile(q_ptr + tile_rows[:, None] * stride_qt + offs_d[None, :], in_rows, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    q = load_tile(
+        q_ptr + tile_rows[:, None] * stride_qt + offs_d[None, :], in_rows, HEAD_DIM, BLOCK_D, True
+    )  # [BLOCK_M, BLOCK_D]
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -234,23 +359,89 @@ def _attention_kernel(
     full = full // BLOCK_N * BLOCK_N
     if MASK == 0:
         acc, l_i, m_i = _attend(
-            q, acc, l_i, m_i, 0, full, offs_m, k_ptr, v_ptr, mask_ptr, stride_ks, stride_vs, stride_mt, stride_ms, queries, keys, scale,
-            seed, threshold, first_row, batch, first, head, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, MASK_ROWS, DROPOUT,
-            POSITIVE, DESCRIPTORS, False,
-        )  # fmt: skip
+            q,
+            acc,
+            l_i,
+            m_i,
+            0,
+            full,
+            offs_m,
+            k_ptr,
+            v_ptr,
+            mask_ptr,
+            stride_ks,
+            stride_vs,
+            stride_mt,
+            stride_ms,
+            queries,
+            keys,
+            scale,
+            seed,
+            threshold,
+            first_row,
+            batch,
+            first,
+            head,
+            GROUP,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            CAUSAL,
+            MASK,
+            MASK_ROWS,
+            DROPOUT,
+            POSITIVE,
+            DESCRIPTORS,
+            False,
+        )
     else:
         full = 0
     acc, l_i, m_i = _attend(
-        q, acc, l_i, m_i, full, end, offs_m, k_ptr, v_ptr, mask_ptr, stride_ks, stride_vs, stride_mt, stride_ms, queries, keys, scale,
-        seed, threshold, first_row, batch, first, head, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, MASK_ROWS, DROPOUT,
-        POSITIVE, DESCRIPTORS, True,
-    )  # fmt: skip
+        q,
+        acc,
+        l_i,
+        m_i,
+        full,
+        end,
+        offs_m,
+        k_ptr,
+        v_ptr,
+        mask_ptr,
+        stride_ks,
+        stride_vs,
+        stride_mt,
+        stride_ms,
+        queries,
+        keys,
+        scale,
+        seed,
+        threshold,
+        first_row,
+        batch,
+        first,
+        head,
+        GROUP,
+        HEAD_DIM,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        CAUSAL,
+        MASK,
+        MASK_ROWS,
+        DROPOUT,
+        POSITIVE,
+        DESCRIPTORS,
+        True,
+    )
 
     total = tl.where(l_i == 0.0, 1.0, l_i)  # rows that see no key give zeros, and -inf: so is m_i
     acc = acc * ((keep_scale if DROPOUT else 1.0) / total)[:, None]
     out_ptr += ((batch * T + wide_start) * H + head) * HEAD_DIM
     out_offsets = tile_rows[:, None] * (H * HEAD_DIM) + offs_d[None, :]
-    tl.store(out_ptr + out_offsets, acc.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & (offs_d < HEAD_DIM)[None, :])
+    tl.store(
+        out_ptr + out_offsets, acc.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & (offs_d < HEAD_DIM)[None, :]
+    )
     lse = (m_i + tl.log2(total)) / LOG2E
     tl.store(lse_ptr + (batch * H + head) * T + wide_start + tile_rows, lse, mask=in_rows)
 
@@ -268,18 +459,36 @@ class Layout:
         kind, full, mask_strides = 0, q, (0, 0, 0, 0)
         if mask is not None:
             kind = 1 if mask.dtype == torch.bool else 2
-            full = (mask.view(torch.uint8) if kind == 1 else mask).expand(self.batch, self.heads, self.queries, self.keys)
+            full = (mask.view(torch.uint8) if kind == 1 else mask).expand(
+                self.batch, self.heads, self.queries, self.keys
+            )
             mask_strides = full.stride()
         self.tensors = (
-            q if cu_seqlens is None else cu_seqlens.to(q.device, non_blocking=True), q if key_counts is None else key_counts, full,
+            q if cu_seqlens is None else cu_seqlens.to(q.device, non_blocking=True),
+            q if key_counts is None else key_counts,
+            full,
             q if seed is None else seed,
-        )  # fmt: skip
+        )
         self.mask_strides = mask_strides
-        self.sizes = (self.queries, self.keys, self.heads, self.sequences, self.log2_scale, int(dropout_p * 2**31), 1.0 / (1.0 - dropout_p))
+        self.sizes = (
+            self.queries,
+            self.keys,
+            self.heads,
+            self.sequences,
+            self.log2_scale,
+            int(dropout_p * 2**31),
+            1.0 / (1.0 - dropout_p),
+        )
         self.flags = {
-            "GROUP": self.heads // self.kv_heads, "HEAD_DIM": self.head_dim, "PACKED": self.packed, "HAS_COUNTS": key_counts is not None,
-            "CAUSAL": causal, "MASK": kind, "MASK_ROWS": mask is not None and mask.shape[1:3] != (1, 1), "DROPOUT": dropout_p > 0.0,
-        }  # fmt: skip
+            "GROUP": self.heads // self.kv_heads,
+            "HEAD_DIM": self.head_dim,
+            "PACKED": self.packed,
+            "HAS_COUNTS": key_counts is not None,
+            "CAUSAL": causal,
+            "MASK": kind,
+            "MASK_ROWS": mask is not None and mask.shape[1:3] != (1, 1),
+            "DROPOUT": dropout_p > 0.0,
+        }
 
     def programs(self, block: int, *, by_keys: bool = False) -> int:
         """The grid: a function of shapes alone, whatever ``cu_seqlens`` holds."""
@@ -291,9 +500,17 @@ class Layout:
 
 
 def launch_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, key_counts: torch.Tensor | None,
-    mask: torch.Tensor | None, causal: bool, scale: float, dropout_p: float = 0.0, seed: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    key_counts: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     layout = Layout(q, k, cu_seqlens, key_counts, mask, causal, scale, dropout_p, seed)
     rows = (layout.heads, layout.queries) if layout.packed else (layout.batch, layout.heads, layout.queries)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -301,12 +518,27 @@ def launch_attention(
     arch = gpu.architecture(q.device)
     tile = tuning.attention(layout.queries, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
     described = None
-    if tuning.variants("attention", arch, layout.batch * layout.queries)["DESCRIPTORS"] and dropout_p == 0.0:  # random numbers beside them spill on sm_100
+    if (
+        tuning.variants("attention", arch, layout.batch * layout.queries)["DESCRIPTORS"] and dropout_p == 0.0
+    ):  # random numbers beside them spill on sm_100
         block = [1, tile["BLOCK_N"], 1, tile["BLOCK_D"]]
         described = describe(*((x[None] if layout.packed else x, block) for x in (k, v)))
     launch(
-        _attention_kernel, (layout.programs(tile["BLOCK_M"]),),
-        q, *(described or (k, v)), out, lse, *layout.tensors, *layout.sizes, *row_strides(q), *row_strides(k), *row_strides(v),
-        *layout.mask_strides, POSITIVE=scale > 0.0, DESCRIPTORS=described is not None, **layout.flags, **tile,
-    )  # fmt: skip
+        _attention_kernel,
+        (layout.programs(tile["BLOCK_M"]),),
+        q,
+        *(described or (k, v)),
+        out,
+        lse,
+        *layout.tensors,
+        *layout.sizes,
+        *row_strides(q),
+        *row_strides(k),
+        *row_strides(v),
+        *layout.mask_strides,
+        POSITIVE=scale > 0.0,
+        DESCRIPTORS=described is not None,
+        **layout.flags,
+        **tile,
+    )
     return out, lse

@@ -1,7 +1,7 @@
 """Flash attention, backward: a kernel over blocks of queries for dq, then one over blocks of keys for dk and dv.
 
-Both compute the scores again. Every gradient is summed inside one program, the query heads of a group too, so that there are no atomics and
-results are the same at every run.
+Both compute the scores again. Every gradient is summed inside one program, the query heads of a group too, so that
+there are no atomics and results are the same at every run.
 """
 
 import torch
@@ -11,8 +11,16 @@ import triton.language as tl
 from qvl_kernels import gpu, tuning
 from qvl_kernels.ops.attention.cpu import row_strides
 from qvl_kernels.ops.attention.triton_attention import (
-    LENGTHS, LOG2E, Layout, kept, load_tile, masked_scores, place, visible_keys, without_unseen,
-)  # fmt: skip
+    LENGTHS,
+    LOG2E,
+    Layout,
+    kept,
+    load_tile,
+    masked_scores,
+    place,
+    visible_keys,
+    without_unseen,
+)
 from qvl_kernels.triton_lib import launch
 
 __all__ = ["launch_attention_backward"]
@@ -20,22 +28,50 @@ __all__ = ["launch_attention_backward"]
 
 @triton.jit
 def _statistics(
-    q, end, offs_m, k_ptr, mask_ptr, stride_ks, stride_mt, stride_ms, queries, keys, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    q,
+    end,
+    offs_m,
+    k_ptr,
+    mask_ptr,
+    stride_ks,
+    stride_mt,
+    stride_ms,
+    queries,
+    keys,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr,
-):  # fmt: skip
+):
     """(largest score, log2 of the sum of 2^(score - largest)) of each row; inf and 0 where no key is seen."""
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     m_i, l_i = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, end, BLOCK_N):
         cols = start + offs_n
         key_visible, bias = visible_keys(mask_ptr, stride_ms, cols, keys, MASK, MASK_ROWS)
-        k = load_tile(k_ptr + cols.to(tl.int64)[:, None] * stride_ks + offs_d[None, :], key_visible, HEAD_DIM, BLOCK_D, True)
+        k = load_tile(
+            k_ptr + cols.to(tl.int64)[:, None] * stride_ks + offs_d[None, :], key_visible, HEAD_DIM, BLOCK_D, True
+        )
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores, visible = masked_scores(
-            scores, offs_m[:, None], cols[None, :], key_visible[None, :], bias[None, :], mask_ptr, stride_mt, stride_ms, queries, keys,
-            CAUSAL, MASK, MASK_ROWS,
-        )  # fmt: skip
+            scores,
+            offs_m[:, None],
+            cols[None, :],
+            key_visible[None, :],
+            bias[None, :],
+            mask_ptr,
+            stride_mt,
+            stride_ms,
+            queries,
+            keys,
+            CAUSAL,
+            MASK,
+            MASK_ROWS,
+        )
         scores = tl.where(visible, scores, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(scores, 1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -47,12 +83,47 @@ def _statistics(
 
 @triton.jit
 def _dq_of_keys(
-    q, do, dq, found, top, log_total, delta, begin, end, offs_m, k_ptr, v_ptr, mask_ptr, dscores_ptr, stride_ks, stride_vs, stride_mt, stride_ms,
-    queries, keys, S, scale, seed, threshold, keep_scale, first_row, head,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr, DROPOUT: tl.constexpr, MASK_GRAD: tl.constexpr, PARTIAL: tl.constexpr,
-):  # fmt: skip
-    """dq + sum over keys [begin, end) of ds k, with ds = p (do v^T - delta); found + the sum of p do v^T, in fp32 of p. PARTIAL as in the forward."""
+    q,
+    do,
+    dq,
+    found,
+    top,
+    log_total,
+    delta,
+    begin,
+    end,
+    offs_m,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    dscores_ptr,
+    stride_ks,
+    stride_vs,
+    stride_mt,
+    stride_ms,
+    queries,
+    keys,
+    S,
+    scale,
+    seed,
+    threshold,
+    keep_scale,
+    first_row,
+    head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    MASK_GRAD: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """dq + sum over keys [begin, end) of ds k, with ds = p (do v^T - delta); found + the sum of p do v^T, in fp32 of p.
+    PARTIAL as in the forward.
+    """
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     k_offsets = offs_n[:, None] * stride_ks + offs_d[None, :]
     v_offsets = offs_n[:, None] * stride_vs + offs_d[None, :]
@@ -60,14 +131,27 @@ def _dq_of_keys(
         start = tl.multiple_of(start, BLOCK_N)
         wide_start, cols = start.to(tl.int64), start + offs_n
         key_visible, bias = visible_keys(mask_ptr, stride_ms, cols, keys, MASK if PARTIAL else 0, MASK_ROWS)
-        k = load_tile(k_ptr + wide_start * stride_ks + k_offsets, key_visible, HEAD_DIM, BLOCK_D, PARTIAL)  # [BLOCK_N, BLOCK_D]
+        k = load_tile(
+            k_ptr + wide_start * stride_ks + k_offsets, key_visible, HEAD_DIM, BLOCK_D, PARTIAL
+        )  # [BLOCK_N, BLOCK_D]
         v = load_tile(v_ptr + wide_start * stride_vs + v_offsets, key_visible, HEAD_DIM, BLOCK_D, PARTIAL)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
         if PARTIAL:
             scores, visible = masked_scores(
-                scores, offs_m[:, None], cols[None, :], key_visible[None, :], bias[None, :], mask_ptr, stride_mt, stride_ms, queries, keys,
-                CAUSAL, MASK, MASK_ROWS,
-            )  # fmt: skip
+                scores,
+                offs_m[:, None],
+                cols[None, :],
+                key_visible[None, :],
+                bias[None, :],
+                mask_ptr,
+                stride_mt,
+                stride_ms,
+                queries,
+                keys,
+                CAUSAL,
+                MASK,
+                MASK_ROWS,
+            )
             scores = tl.where(visible, scores, float("-inf"))
         scores -= top[:, None]
         if MASK == 2:
@@ -75,7 +159,9 @@ def _dq_of_keys(
         p = tl.exp2(scores)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         if DROPOUT:
-            dp = tl.where(kept(seed, threshold, (first_row + offs_m)[:, None], cols[None, :], head), dp * keep_scale, 0.0)
+            dp = tl.where(
+                kept(seed, threshold, (first_row + offs_m)[:, None], cols[None, :], head), dp * keep_scale, 0.0
+            )
         if PARTIAL:
             dp = tl.where(visible, dp, 0.0)
         if q.dtype == tl.float32:
@@ -97,19 +183,66 @@ def _dq_of_keys(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _attention_backward_queries_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, dq_ptr, top_ptr, log_total_ptr, delta_ptr, dscores_ptr,
-    cu_seqlens_ptr, key_counts_ptr, mask_ptr, seed_ptr,
-    T, S, H, sequences, scale, threshold, keep_scale, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh,
-    stride_vb, stride_vs, stride_vh, stride_mb, stride_mh, stride_mt, stride_ms, stride_gb, stride_gt, stride_gh,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, HAS_COUNTS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr, DROPOUT: tl.constexpr, HAS_DLSE: tl.constexpr, MASK_GRAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """dq of BLOCK_M queries, and what the other kernel needs to know of them: delta = rowsum(do out) - dlse, and p = 2^(score - top - log_total).
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    do_ptr,
+    lse_ptr,
+    dlse_ptr,
+    dq_ptr,
+    top_ptr,
+    log_total_ptr,
+    delta_ptr,
+    dscores_ptr,
+    cu_seqlens_ptr,
+    key_counts_ptr,
+    mask_ptr,
+    seed_ptr,
+    T,
+    S,
+    H,
+    sequences,
+    scale,
+    threshold,
+    keep_scale,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_mb,
+    stride_mh,
+    stride_mt,
+    stride_ms,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    MASK_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dq of BLOCK_M queries, and what the other kernel needs to know of them: delta = rowsum(do out) - dlse, and p =
+    2^(score - top - log_total).
 
-    The out of 16-bit inputs is rounded, and a log-sum-exp of fp32 too: large scores show it. So the other kernel gets delta as it is found here,
-    and of fp32 inputs the logarithm of the sum of p beside top, the log-sum-exp; dq is divided by that sum. Additive masks may be as large
-    as the dtype, where a log-sum-exp cannot hold the logarithm of a sum: top and log_total are found anew.
+    The out of 16-bit inputs is rounded, and a log-sum-exp of fp32 too: large scores show it. So the other kernel gets
+    delta as it is found here, and of fp32 inputs the logarithm of the sum of p beside top, the log-sum-exp; dq is
+    divided by that sum. Additive masks may be as large as the dtype, where a log-sum-exp cannot hold the logarithm of a
+    sum: top and log_total are found anew.
     """
     batch, head, start_m, first, queries, keys = place(
         cu_seqlens_ptr, key_counts_ptr, sequences, T, S, H, BLOCK_M, False, CAUSAL, PACKED, HAS_COUNTS
@@ -130,7 +263,9 @@ def _attention_backward_queries_kernel(
     seed = tl.load(seed_ptr) if DROPOUT else 0
     first_row = batch.to(tl.int32) * T + first
     tile_rows = tl.arange(0, BLOCK_M)
-    q = load_tile(q_ptr + tile_rows[:, None] * stride_qt + offs_d[None, :], in_rows, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    q = load_tile(
+        q_ptr + tile_rows[:, None] * stride_qt + offs_d[None, :], in_rows, HEAD_DIM, BLOCK_D, True
+    )  # [BLOCK_M, BLOCK_D]
     do = load_tile(do_ptr + tile_rows[:, None] * stride_gt + offs_d[None, :], in_rows, HEAD_DIM, BLOCK_D, True)
     out_offsets = tile_rows[:, None] * (H * HEAD_DIM) + offs_d[None, :]
     out = load_tile(out_ptr + out_start + out_offsets, in_rows, HEAD_DIM, BLOCK_D, True)
@@ -147,9 +282,25 @@ def _attention_backward_queries_kernel(
     full = full // BLOCK_N * BLOCK_N
     if MASK == 2:
         top, log_total = _statistics(
-            q, end, offs_m, k_ptr, mask_ptr, stride_ks, stride_mt, stride_ms, queries, keys, scale,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, MASK_ROWS,
-        )  # fmt: skip
+            q,
+            end,
+            offs_m,
+            k_ptr,
+            mask_ptr,
+            stride_ks,
+            stride_mt,
+            stride_ms,
+            queries,
+            keys,
+            scale,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            CAUSAL,
+            MASK,
+            MASK_ROWS,
+        )
     else:
         lse = tl.load(lse_ptr + stat_rows, mask=in_rows, other=0.0) * LOG2E
         top, log_total = tl.where(lse == float("-inf"), float("inf"), lse), delta
@@ -159,17 +310,85 @@ def _attention_backward_queries_kernel(
     found = tl.zeros([BLOCK_M], tl.float32)
     if MASK == 0:
         dq, found = _dq_of_keys(
-            q, do, dq, found, top, log_total, delta, 0, full, offs_m, k_ptr, v_ptr, mask_ptr, dscores_ptr, stride_ks, stride_vs, stride_mt, stride_ms,
-            queries, keys, S, scale, seed, threshold, keep_scale, first_row, head,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, MASK_ROWS, DROPOUT, MASK_GRAD, False,
-        )  # fmt: skip
+            q,
+            do,
+            dq,
+            found,
+            top,
+            log_total,
+            delta,
+            0,
+            full,
+            offs_m,
+            k_ptr,
+            v_ptr,
+            mask_ptr,
+            dscores_ptr,
+            stride_ks,
+            stride_vs,
+            stride_mt,
+            stride_ms,
+            queries,
+            keys,
+            S,
+            scale,
+            seed,
+            threshold,
+            keep_scale,
+            first_row,
+            head,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            CAUSAL,
+            MASK,
+            MASK_ROWS,
+            DROPOUT,
+            MASK_GRAD,
+            False,
+        )
     else:
         full = 0
     dq, found = _dq_of_keys(
-        q, do, dq, found, top, log_total, delta, full, end, offs_m, k_ptr, v_ptr, mask_ptr, dscores_ptr, stride_ks, stride_vs, stride_mt, stride_ms,
-        queries, keys, S, scale, seed, threshold, keep_scale, first_row, head,
-        HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, MASK, MASK_ROWS, DROPOUT, MASK_GRAD, True,
-    )  # fmt: skip
+        q,
+        do,
+        dq,
+        found,
+        top,
+        log_total,
+        delta,
+        full,
+        end,
+        offs_m,
+        k_ptr,
+        v_ptr,
+        mask_ptr,
+        dscores_ptr,
+        stride_ks,
+        stride_vs,
+        stride_mt,
+        stride_ms,
+        queries,
+        keys,
+        S,
+        scale,
+        seed,
+        threshold,
+        keep_scale,
+        first_row,
+        head,
+        HEAD_DIM,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        CAUSAL,
+        MASK,
+        MASK_ROWS,
+        DROPOUT,
+        MASK_GRAD,
+        True,
+    )
     dq *= scale / LOG2E
     if q.dtype != tl.float32:
         delta = found
@@ -181,19 +400,60 @@ def _attention_backward_queries_kernel(
     if MASK == 2 or q.dtype == tl.float32:
         tl.store(log_total_ptr + stat_rows, log_total, mask=in_rows)
     tl.store(delta_ptr + stat_rows, delta, mask=in_rows)
-    tl.store(dq_ptr + out_start + out_offsets, dq.to(dq_ptr.dtype.element_ty), mask=in_rows[:, None] & (offs_d < HEAD_DIM)[None, :])
+    tl.store(
+        dq_ptr + out_start + out_offsets,
+        dq.to(dq_ptr.dtype.element_ty),
+        mask=in_rows[:, None] & (offs_d < HEAD_DIM)[None, :],
+    )
 
 
 @triton.jit
 def _dk_dv_of_queries(
-    k, v, dk, dv, begin, end, offs_n, bias, q_ptr, do_ptr, top_ptr, log_total_ptr, delta_ptr, mask_ptr, stride_qt, stride_qh, stride_gt,
-    stride_gh, stride_mt, stride_mh, stride_ms, T, queries, keys, scale, seed, threshold, keep_scale, first_row, first_head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr, DROPOUT: tl.constexpr, PARTIAL: tl.constexpr,
-):  # fmt: skip
-    """dk + sum of ds^T q and dv + sum of p^T do over blocks [begin, end) of queries, GROUP heads each. PARTIAL: some do not see all of these keys.
+    k,
+    v,
+    dk,
+    dv,
+    begin,
+    end,
+    offs_n,
+    bias,
+    q_ptr,
+    do_ptr,
+    top_ptr,
+    log_total_ptr,
+    delta_ptr,
+    mask_ptr,
+    stride_qt,
+    stride_qh,
+    stride_gt,
+    stride_gh,
+    stride_mt,
+    stride_mh,
+    stride_ms,
+    T,
+    queries,
+    keys,
+    scale,
+    seed,
+    threshold,
+    keep_scale,
+    first_row,
+    first_head,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """dk + sum of ds^T q and dv + sum of p^T do over blocks [begin, end) of queries, GROUP heads each. PARTIAL: some do
+    not see all of these keys.
 
-    One loop over blocks and heads: what a nest of loops keeps for the inner one between its runs does not fit into the registers.
+    One loop over blocks and heads: what a nest of loops keeps for the inner one between its runs does not fit into the
+    registers.
     """
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     q_offsets = offs_m[:, None] * stride_qt + offs_d[None, :]
@@ -202,7 +462,9 @@ def _dk_dv_of_queries(
         member, start = tl.cast(step % GROUP, tl.int64), tl.cast(step // GROUP, tl.int64) * BLOCK_M
         rows = step // GROUP * BLOCK_M + offs_m
         in_rows = rows < queries
-        q = load_tile(q_ptr + member * stride_qh + start * stride_qt + q_offsets, in_rows, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+        q = load_tile(
+            q_ptr + member * stride_qh + start * stride_qt + q_offsets, in_rows, HEAD_DIM, BLOCK_D, True
+        )  # [BLOCK_M, BLOCK_D]
         do = load_tile(do_ptr + member * stride_gh + start * stride_gt + do_offsets, in_rows, HEAD_DIM, BLOCK_D, True)
         stats = member * T + start
         top = tl.load(top_ptr + stats + offs_m, mask=in_rows, other=float("inf"))
@@ -210,9 +472,20 @@ def _dk_dv_of_queries(
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # [BLOCK_N, BLOCK_M]
         if PARTIAL:
             scores, visible = masked_scores(
-                scores, rows[None, :], offs_n[:, None], in_rows[None, :], bias[:, None], mask_ptr + member * stride_mh, stride_mt, stride_ms, queries, keys,
-                CAUSAL, MASK, MASK_ROWS,
-            )  # fmt: skip
+                scores,
+                rows[None, :],
+                offs_n[:, None],
+                in_rows[None, :],
+                bias[:, None],
+                mask_ptr + member * stride_mh,
+                stride_mt,
+                stride_ms,
+                queries,
+                keys,
+                CAUSAL,
+                MASK,
+                MASK_ROWS,
+            )
             scores = tl.where(visible, scores, float("-inf"))
         elif MASK == 2:
             scores += bias[:, None]
@@ -238,12 +511,54 @@ def _dk_dv_of_queries(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _attention_backward_keys_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, top_ptr, log_total_ptr, delta_ptr, cu_seqlens_ptr, key_counts_ptr, mask_ptr, seed_ptr,
-    T, S, H, sequences, scale, threshold, keep_scale, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh,
-    stride_vb, stride_vs, stride_vh, stride_mb, stride_mh, stride_mt, stride_ms, stride_gb, stride_gt, stride_gh,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, HAS_COUNTS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    dk_ptr,
+    dv_ptr,
+    top_ptr,
+    log_total_ptr,
+    delta_ptr,
+    cu_seqlens_ptr,
+    key_counts_ptr,
+    mask_ptr,
+    seed_ptr,
+    T,
+    S,
+    H,
+    sequences,
+    scale,
+    threshold,
+    keep_scale,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_mb,
+    stride_mh,
+    stride_mt,
+    stride_ms,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """dk and dv of BLOCK_N keys of one kv head: p^T do and ds^T q, summed over the queries of its GROUP heads."""
     batch, kv_head, start_n, first, queries, keys = place(
         cu_seqlens_ptr, key_counts_ptr, sequences, T, S, H // GROUP, BLOCK_N, True, False, PACKED, HAS_COUNTS
@@ -260,7 +575,9 @@ def _attention_backward_keys_kernel(
     seed = tl.load(seed_ptr) if DROPOUT else 0
     first_row = batch.to(tl.int32) * T + first
     key_visible, bias = visible_keys(mask_ptr + batch * stride_mb, stride_ms, offs_n, keys, MASK, MASK_ROWS)
-    k = load_tile(k_ptr + tile_rows[:, None] * stride_ks + offs_d[None, :], key_visible, HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+    k = load_tile(
+        k_ptr + tile_rows[:, None] * stride_ks + offs_d[None, :], key_visible, HEAD_DIM, BLOCK_D, True
+    )  # [BLOCK_N, BLOCK_D]
     v = load_tile(v_ptr + tile_rows[:, None] * stride_vs + offs_d[None, :], key_visible, HEAD_DIM, BLOCK_D, True)
 
     # Of the blocks of queries those before ``begin`` see none of these keys, those from ``full`` on all of them.
@@ -281,16 +598,88 @@ def _attention_backward_keys_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if CAUSAL or MASK_ROWS:
         dk, dv = _dk_dv_of_queries(
-            k, v, dk, dv, begin, full, offs_n, bias, q_ptr, do_ptr, top_ptr + stats, log_total_ptr + stats, delta_ptr + stats, mask_ptr,
-            stride_qt, stride_qh, stride_gt, stride_gh, stride_mt, stride_mh, stride_ms, T, queries, keys, scale, seed, threshold, keep_scale,
-            first_row, first_head, GROUP, HEAD_DIM, BLOCK_M, BLOCK_D, CAUSAL, MASK, MASK_ROWS, DROPOUT, True,
-        )  # fmt: skip
+            k,
+            v,
+            dk,
+            dv,
+            begin,
+            full,
+            offs_n,
+            bias,
+            q_ptr,
+            do_ptr,
+            top_ptr + stats,
+            log_total_ptr + stats,
+            delta_ptr + stats,
+            mask_ptr,
+            stride_qt,
+            stride_qh,
+            stride_gt,
+            stride_gh,
+            stride_mt,
+            stride_mh,
+            stride_ms,
+            T,
+            queries,
+            keys,
+            scale,
+            seed,
+            threshold,
+            keep_scale,
+            first_row,
+            first_head,
+            GROUP,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_D,
+            CAUSAL,
+            MASK,
+            MASK_ROWS,
+            DROPOUT,
+            True,
+        )
     if not MASK_ROWS:
         dk, dv = _dk_dv_of_queries(
-            k, v, dk, dv, full, end, offs_n, bias, q_ptr, do_ptr, top_ptr + stats, log_total_ptr + stats, delta_ptr + stats, mask_ptr,
-            stride_qt, stride_qh, stride_gt, stride_gh, stride_mt, stride_mh, stride_ms, T, queries, keys, scale, seed, threshold, keep_scale,
-            first_row, first_head, GROUP, HEAD_DIM, BLOCK_M, BLOCK_D, CAUSAL, MASK, MASK_ROWS, DROPOUT, False,
-        )  # fmt: skip
+            k,
+            v,
+            dk,
+            dv,
+            full,
+            end,
+            offs_n,
+            bias,
+            q_ptr,
+            do_ptr,
+            top_ptr + stats,
+            log_total_ptr + stats,
+            delta_ptr + stats,
+            mask_ptr,
+            stride_qt,
+            stride_qh,
+            stride_gt,
+            stride_gh,
+            stride_mt,
+            stride_mh,
+            stride_ms,
+            T,
+            queries,
+            keys,
+            scale,
+            seed,
+            threshold,
+            keep_scale,
+            first_row,
+            first_head,
+            GROUP,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_D,
+            CAUSAL,
+            MASK,
+            MASK_ROWS,
+            DROPOUT,
+            False,
+        )
 
     dk = tl.where(key_visible[:, None], dk * (scale / LOG2E), 0.0)
     dv = tl.where(key_visible[:, None], dv, 0.0)
@@ -302,17 +691,35 @@ def _attention_backward_keys_kernel(
 
 
 def launch_attention_backward(
-    grad: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    cu_seqlens: torch.Tensor | None, key_counts: torch.Tensor | None, mask: torch.Tensor | None, causal: bool, scale: float,
-    dropout_p: float, seed: torch.Tensor | None, mask_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The gradient of an additive mask is summed from those of all scores, [B, H, T, S] fp32 in memory, and only made where ``mask_grad`` asks."""
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    key_counts: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    mask_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradient of an additive mask is summed from those of all scores, [B, H, T, S] fp32 in memory, and only made
+    where ``mask_grad`` asks.
+    """
     layout = Layout(q, k, cu_seqlens, key_counts, mask, causal, scale, dropout_p, seed)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     dlse = lse if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     top, delta = (torch.empty(lse.shape, dtype=torch.float32, device=q.device) for _ in range(2))
-    log_total = torch.empty(lse.shape, dtype=torch.float32, device=q.device) if layout.flags["MASK"] == 2 or q.dtype == torch.float32 else delta
+    log_total = (
+        torch.empty(lse.shape, dtype=torch.float32, device=q.device)
+        if layout.flags["MASK"] == 2 or q.dtype == torch.float32
+        else delta
+    )
     dscores = delta
     if mask_grad:  # what no block of keys reaches stays 0
         shape = (layout.batch, layout.heads, layout.queries, layout.keys)
@@ -321,14 +728,48 @@ def launch_attention_backward(
     arch = gpu.architecture(q.device)
     tile = tuning.attention_backward_queries(layout.queries, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
     launch(
-        _attention_backward_queries_kernel, (layout.programs(tile["BLOCK_M"]),),
-        q, k, v, out, grad, lse, dlse, dq, top, log_total, delta, dscores, *layout.tensors, *layout.sizes, *strides,
-        HAS_DLSE=grad_lse is not None, MASK_GRAD=mask_grad, **layout.flags, **tile,
-    )  # fmt: skip
+        _attention_backward_queries_kernel,
+        (layout.programs(tile["BLOCK_M"]),),
+        q,
+        k,
+        v,
+        out,
+        grad,
+        lse,
+        dlse,
+        dq,
+        top,
+        log_total,
+        delta,
+        dscores,
+        *layout.tensors,
+        *layout.sizes,
+        *strides,
+        HAS_DLSE=grad_lse is not None,
+        MASK_GRAD=mask_grad,
+        **layout.flags,
+        **tile,
+    )
     tile = tuning.attention_backward_keys(layout.keys, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
     launch(
-        _attention_backward_keys_kernel, (layout.programs(tile["BLOCK_N"], by_keys=True),),
-        q, k, v, grad, dk, dv, top, log_total, delta, *layout.tensors, *layout.sizes, *strides, **layout.flags, **tile,
-    )  # fmt: skip
-    dmask = dscores.sum_to_size(mask.shape).to(mask.dtype) if mask_grad else torch.empty(0, dtype=q.dtype, device=q.device)
+        _attention_backward_keys_kernel,
+        (layout.programs(tile["BLOCK_N"], by_keys=True),),
+        q,
+        k,
+        v,
+        grad,
+        dk,
+        dv,
+        top,
+        log_total,
+        delta,
+        *layout.tensors,
+        *layout.sizes,
+        *strides,
+        **layout.flags,
+        **tile,
+    )
+    dmask = (
+        dscores.sum_to_size(mask.shape).to(mask.dtype) if mask_grad else torch.empty(0, dtype=q.dtype, device=q.device)
+    )
     return dq, dk, dv, dmask

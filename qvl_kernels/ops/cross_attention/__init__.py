@@ -35,7 +35,8 @@ def cross_attention(
     Args:
         q: [B, T, H, D] text queries, fp32, bf16 or fp16; last dimension contiguous.
         k, v: [B, S, Hkv, D] visual keys and values, H a multiple of Hkv.
-        kv_lens: int [B], visual tokens of each sample (a prefix of S); what lies behind may hold anything, NaN included.
+        kv_lens: int [B], visual tokens of each sample (a prefix of S); what lies behind may hold anything, NaN
+            included.
         key_padding_mask: bool [B, S], True = visible; together with kv_lens both must allow a key.
         scale: default 1 / sqrt(D).
         dropout_p: probability of dropping an attention weight; on the CPU this runs on the reference.
@@ -62,4 +63,6 @@ def cross_attention(
             visible = prefix if visible is None else visible & prefix
         return cross_attention_reference(q, k, v, visible, scale, dropout_p)
     mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
-    return call(attention_op, q, k, v, None, counts, mask, False, scale, dropout_p, dropout_seed(dropout_p, q.device))[0]
+    return call(attention_op, q, k, v, None, counts, mask, False, scale, dropout_p, dropout_seed(dropout_p, q.device))[
+        0
+    ]

@@ -5,7 +5,9 @@ from qvl_kernels.testing import Case, random_tensor
 __all__ = ["CASES"]
 
 
-def _case(name: str, b: int, t: int, s: int, h: int, hkv: int, d: int, *, lens=None, padding=False, model=False) -> Case:
+def _case(
+    name: str, b: int, t: int, s: int, h: int, hkv: int, d: int, *, lens=None, padding=False, model=False
+) -> Case:
     def make(dtype, generator):
         arguments = {
             "q": random_tensor((b, t, h, d), dtype, generator),
@@ -19,9 +21,12 @@ def _case(name: str, b: int, t: int, s: int, h: int, hkv: int, d: int, *, lens=N
         return arguments
 
     return Case(
-        name, make, flops=4.0 * b * t * s * h * d,
-        bytes=lambda size: float(2 * b * t * h * d + 2 * b * s * hkv * d) * size, model=model,
-    )  # fmt: skip
+        name,
+        make,
+        flops=4.0 * b * t * s * h * d,
+        bytes=lambda size: float(2 * b * t * h * d + 2 * b * s * hkv * d) * size,
+        model=model,
+    )
 
 
 CASES = [

@@ -20,7 +20,8 @@ def decode_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The last few queries of each sequence against its key/value cache; long caches are split over keys. Inference only.
+    """The last few queries of each sequence against its key/value cache; long caches are split over keys. Inference
+    only.
 
     Args:
         q: [B, T, H, D], the queries of the last T positions (T small), fp32, bf16 or fp16.
@@ -29,13 +30,14 @@ def decode_attention(
         mask: None for causal (query i sees keys <= length - T + i); or bool / additive, broadcastable to
             [B, H, T, S_cap], which replaces the causal rule.
         scale: default 1 / sqrt(D).
-        k_scale, v_scale: of an int8 cache, whose caches are int8 then: fp32, bf16 or fp16 [B, Hkv, S_cap], any strides. A key is its
-            8-bit numbers times its scale; per token and kv head, max |k| / 127 when it is written.
+        k_scale, v_scale: of an int8 cache, whose caches are int8 then: fp32, bf16 or fp16 [B, Hkv, S_cap], any strides.
+            A key is its 8-bit numbers times its scale; per token and kv head, max |k| / 127 when it is written.
     Returns:
         [B, T, H, D], dtype of q. Rows that see no key give 0.
-    Numerics: scores, softmax and sums in fp32; int8 keys and values times their scales are rounded to q's dtype, as in a cache of it.
-        Lengths that only the device knows are taken into [0, S_cap] there; on the CPU they are checked.
-    Raises: TypeError or ValueError for bad arguments; RuntimeError under gradients or if a forced backend cannot run here.
+    Numerics: scores, softmax and sums in fp32; int8 keys and values times their scales are rounded to q's dtype, as in
+        a cache of it. Lengths that only the device knows are taken into [0, S_cap] there; on the CPU they are checked.
+    Raises: TypeError or ValueError for bad arguments; RuntimeError under gradients or if a forced backend cannot run
+    here.
     Example:
         >>> q, cache = torch.randn(2, 1, 4, 64), torch.randn(2, 2, 100, 64)
         >>> out = qvl_kernels.decode_attention(q, cache, cache, lengths=torch.tensor([100, 7]))
@@ -52,7 +54,8 @@ def decode_attention(
         low, high = int(lengths.min()), int(lengths.max())
         if low < queries or high > capacity:
             raise ValueError(
-                f"decode_attention: lengths must lie in [{queries}, {capacity}] (queries to cache capacity), got {low} to {high}"
+                f"decode_attention: lengths must lie in [{queries}, {capacity}] (queries to cache capacity), got "
+                f"{low} to {high}"
             )
     if mask is not None:
         check_mask("decode_attention", mask, q, (batch, q.shape[2], queries, capacity))
@@ -68,7 +71,11 @@ def decode_attention(
 
 
 def _check_caches(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> None:
     op = "decode_attention"
     if (k_scale is None) != (v_scale is None):
@@ -90,6 +97,8 @@ def _check_caches(
             checks.check_tensor(op, name, x, 3)
             checks.check_shape(op, name, x, tuple(k_cache.shape[:3]))
             checks.check_device(op, name, x, q.device)
-        k = v = q.new_empty(k_cache.shape[3]).expand(k_cache.transpose(1, 2).shape)  # stands for the caches where q's shape is checked
+        k = v = q.new_empty(k_cache.shape[3]).expand(
+            k_cache.transpose(1, 2).shape
+        )  # stands for the caches where q's shape is checked
     checks.check_last_contiguous(op, **caches)
     check_qkv(op, q, k, v, 4)

@@ -5,7 +5,9 @@ from qvl_kernels.testing import Case, random_tensor
 __all__ = ["CASES"]
 
 
-def _case(name: str, b: int, t: int, s: int, h: int, hkv: int, d: int, lengths, *, masked=False, int8=False, model=False) -> Case:
+def _case(
+    name: str, b: int, t: int, s: int, h: int, hkv: int, d: int, lengths, *, masked=False, int8=False, model=False
+) -> Case:
     def make(dtype, generator):
         arguments = {
             "q": random_tensor((b, t, h, d), dtype, generator),
@@ -15,7 +17,9 @@ def _case(name: str, b: int, t: int, s: int, h: int, hkv: int, d: int, lengths, 
         }
         if int8:
             for name in ("k", "v"):
-                arguments[f"{name}_cache"] = torch.randint(-127, 128, (b, hkv, s, d), generator=generator, dtype=torch.int8)
+                arguments[f"{name}_cache"] = torch.randint(
+                    -127, 128, (b, hkv, s, d), generator=generator, dtype=torch.int8
+                )
                 arguments[f"{name}_scale"] = torch.rand(b, hkv, s, generator=generator) / 64.0
         if masked:
             arguments["mask"] = torch.rand(b, 1, t, s, generator=generator) > 0.5
@@ -23,9 +27,12 @@ def _case(name: str, b: int, t: int, s: int, h: int, hkv: int, d: int, lengths, 
 
     keys = b * lengths if isinstance(lengths, int) else sum(lengths)
     return Case(
-        name, make, flops=4.0 * t * keys * h * d,
-        bytes=lambda size: 2.0 * b * t * h * d * size + 2.0 * keys * hkv * (d + 4 if int8 else d * size), model=model,
-    )  # fmt: skip
+        name,
+        make,
+        flops=4.0 * t * keys * h * d,
+        bytes=lambda size: 2.0 * b * t * h * d * size + 2.0 * keys * hkv * (d + 4 if int8 else d * size),
+        model=model,
+    )
 
 
 CASES = [

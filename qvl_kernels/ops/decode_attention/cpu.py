@@ -6,10 +6,19 @@ __all__ = ["decode_attention_cpu"]
 
 
 def decode_attention_cpu(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor | None,
-    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, scale: float, table: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """The C++ attention with one number of keys per row; keys and values of an int8 cache are widened first, the used ones only."""
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    mask: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    scale: float,
+    table: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The C++ attention with one number of keys per row; keys and values of an int8 cache are widened first, the used
+    ones only.
+    """
     if k_scale is not None:
         used = int(lengths.max()) if lengths.numel() else 0
         k_cache = dequantize_cache(k_cache[:, :, :used], k_scale[:, :, :used], q.dtype)

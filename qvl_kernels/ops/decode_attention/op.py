@@ -9,7 +9,8 @@ __all__ = ["decode_attention_op"]
 
 # ``table``: the caches' row of GrowingCaches.table, which a GPU asks where they and the mask are.
 decode_attention_op = register(
-    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? mask, Tensor? k_scale, Tensor? v_scale,"
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? mask, Tensor? k_scale, "
+    "Tensor? v_scale,"
     " float scale, Tensor? table=None) -> Tensor",
     cpu=decode_attention_cpu,
     triton="qvl_kernels.ops.decode_attention.triton_decode:launch_decode_attention",

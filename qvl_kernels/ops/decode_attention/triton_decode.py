@@ -1,7 +1,7 @@
 """decode_attention: programs over splits of the keys write partial softmaxes, a second kernel joins them.
 
-The number of splits is fixed by shapes, so that a CUDA graph fits every length; how many keys each takes follows from the length
-that the device holds, so that short sequences use few splits and long ones share their keys evenly.
+The number of splits is fixed by shapes, so that a CUDA graph fits every length; how many keys each takes follows from
+the length that the device holds, so that short sequences use few splits and long ones share their keys evenly.
 """
 
 import torch
@@ -30,17 +30,59 @@ def _length_of(lengths_ptr, stride_length, batch, S):
 
 @triton.jit
 def _decode_attention_kernel(
-    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, mask_ptr, lengths_ptr, table_ptr, out_ptr, partial_ptr, lse_ptr,
-    T, H, S, D, scale, stride_qb, stride_qt, stride_qh, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_ksb, stride_ksh, stride_kss, stride_vsb, stride_vsh, stride_vss, stride_mb, stride_mh, stride_mt, stride_ms,
-    stride_length, ROW_BLOCKS,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_SCALES: tl.constexpr, HAS_TABLE: tl.constexpr, MASK: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
-):  # fmt: skip
-    """softmax(q k^T scale + mask) v over the keys of one split; the GROUP query heads of a kv head and their T queries are rows.
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    mask_ptr,
+    lengths_ptr,
+    table_ptr,
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    T,
+    H,
+    S,
+    D,
+    scale,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ksb,
+    stride_ksh,
+    stride_kss,
+    stride_vsb,
+    stride_vsh,
+    stride_vss,
+    stride_mb,
+    stride_mh,
+    stride_mt,
+    stride_ms,
+    stride_length,
+    ROW_BLOCKS,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    MASK: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
+):
+    """softmax(q k^T scale + mask) v over the keys of one split; the GROUP query heads of a kv head and their T queries
+    are rows.
 
-    Row r is query r // GROUP of head r % GROUP. MASK: 0 causal, 1 bool, 2 additive. The split's result is normalised; its
-    log-sum-exp (base 2) weighs it in the join. HAS_TABLE: where caches and mask lie, and S, stands in a row of GrowingCaches.table.
+    Row r is query r // GROUP of head r % GROUP. MASK: 0 causal, 1 bool, 2 additive. The split's result is normalised;
+    its log-sum-exp (base 2) weighs it in the join. HAS_TABLE: where caches and mask lie, and S, stands in a row of
+    GrowingCaches.table.
     """
     await_inputs(DEPENDENT_LAUNCH)
     split = tl.program_id(0)
@@ -64,7 +106,9 @@ def _decode_attention_kernel(
     offs_d, offs_n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     in_rows, in_d = t < T, offs_d < D
     q_rows = batch * stride_qb + t.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
-    q = tl.load(q_ptr + q_rows[:, None] + offs_d[None, :], mask=in_rows[:, None] & in_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
+    q = tl.load(
+        q_ptr + q_rows[:, None] + offs_d[None, :], mask=in_rows[:, None] & in_d[None, :], other=0.0
+    )  # [BLOCK_M, BLOCK_D]
     k_base = k_ptr + batch * stride_kb + kv_head.to(tl.int64) * stride_kh
     v_base = v_ptr + batch * stride_vb + kv_head.to(tl.int64) * stride_vh
     k_scale_base = k_scale_ptr + batch * stride_ksb + kv_head.to(tl.int64) * stride_ksh
@@ -78,7 +122,9 @@ def _decode_attention_kernel(
         in_keys = keys < end
         wide_keys = keys.to(tl.int64)
         kv_mask = in_keys[:, None] & in_d[None, :]
-        k = tl.load(k_base + wide_keys[:, None] * stride_ks + offs_d[None, :], mask=kv_mask, other=0)  # [BLOCK_N, BLOCK_D]
+        k = tl.load(
+            k_base + wide_keys[:, None] * stride_ks + offs_d[None, :], mask=kv_mask, other=0
+        )  # [BLOCK_N, BLOCK_D]
         v = tl.load(v_base + wide_keys[:, None] * stride_vs + offs_d[None, :], mask=kv_mask, other=0)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * (scale * LOG2E)  # [BLOCK_M, BLOCK_N]
         if HAS_SCALES:
@@ -98,7 +144,9 @@ def _decode_attention_kernel(
         p = tl.exp2(scores - m_safe[:, None])
         correction = tl.exp2(m_i - m_safe)
         l_i = l_i * correction + tl.sum(p, 1)
-        if HAS_SCALES:  # the scaled values, not p times scale, are rounded: small scales would take p below fp16's range
+        if (
+            HAS_SCALES
+        ):  # the scaled values, not p times scale, are rounded: small scales would take p below fp16's range
             v_scale = tl.load(v_scale_base + wide_keys * stride_vss, mask=in_keys, other=0.0).to(tl.float32)
             v = (v.to(tl.float32) * v_scale[:, None]).to(q.dtype)
         acc = tl.dot(p.to(q.dtype), v, acc * correction[:, None], input_precision="ieee")
@@ -118,10 +166,22 @@ def _decode_attention_kernel(
 
 @triton.jit
 def _decode_attention_join_kernel(
-    partial_ptr, lse_ptr, lengths_ptr, table_ptr, out_ptr, rows_per_batch, S, D, stride_length,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr, HAS_TABLE: tl.constexpr,
+    partial_ptr,
+    lse_ptr,
+    lengths_ptr,
+    table_ptr,
+    out_ptr,
+    rows_per_batch,
+    S,
+    D,
+    stride_length,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STEP: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
-):  # fmt: skip
+):
     """out = sum_s 2^(lse_s) partial_s / sum_s 2^(lse_s) of one row [B, T, H], over the splits that have keys."""
     await_inputs(DEPENDENT_LAUNCH)
     row = tl.program_id(0).to(tl.int64)
@@ -147,16 +207,25 @@ def _decode_attention_join_kernel(
 
 
 def launch_decode_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, mask: torch.Tensor | None,
-    k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, scale: float, table: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    mask: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    scale: float,
+    table: torch.Tensor | None = None,
+) -> torch.Tensor:
     batch, queries, heads, head_dim = q.shape
     kv_heads, capacity = k_cache.shape[1], k_cache.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = heads // kv_heads
     arch = gpu.architecture(q.device)
     planned = capacity if table is None else None
-    tile = tuning.decode_attention(batch * kv_heads, group * queries, head_dim, q.element_size(), planned, arch, k_scale is not None)
+    tile = tuning.decode_attention(
+        batch * kv_heads, group * queries, head_dim, q.element_size(), planned, arch, k_scale is not None
+    )
     join_step, flags = tile.pop("JOIN_STEP"), tuning.variants("decoding", arch)
     splits, row_blocks = tile["SPLITS"], tuning.cdiv(group * queries, tile["BLOCK_M"])
     partial = lse = out
@@ -174,15 +243,56 @@ def launch_decode_attention(
     scales = (q, q) if k_scale is None else (k_scale, v_scale)
     scale_strides = (0, 0, 0, 0, 0, 0) if k_scale is None else (*k_scale.stride(), *v_scale.stride())
     launch(
-        _decode_attention_kernel, (splits, kv_heads * row_blocks, batch),
-        q, k_cache, v_cache, *scales, full, lengths, entry, out, partial, lse, queries, heads, capacity, head_dim, scale,
-        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *scale_strides, *mask_strides, lengths.stride(0), row_blocks,
-        GROUP=group, HAS_SCALES=k_scale is not None, HAS_TABLE=table is not None, MASK=kind, **flags, **tile,
-    )  # fmt: skip
+        _decode_attention_kernel,
+        (splits, kv_heads * row_blocks, batch),
+        q,
+        k_cache,
+        v_cache,
+        *scales,
+        full,
+        lengths,
+        entry,
+        out,
+        partial,
+        lse,
+        queries,
+        heads,
+        capacity,
+        head_dim,
+        scale,
+        *q.stride()[:3],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        *scale_strides,
+        *mask_strides,
+        lengths.stride(0),
+        row_blocks,
+        GROUP=group,
+        HAS_SCALES=k_scale is not None,
+        HAS_TABLE=table is not None,
+        MASK=kind,
+        **flags,
+        **tile,
+    )
     if splits > 1:
         launch(
-            _decode_attention_join_kernel, (batch * queries * heads,),
-            partial, lse, lengths, entry, out, queries * heads, capacity, head_dim, lengths.stride(0),
-            BLOCK_N=tile["BLOCK_N"], BLOCK_D=tile["BLOCK_D"], SPLITS=splits, STEP=join_step, HAS_TABLE=table is not None, num_warps=4, **flags,
-        )  # fmt: skip
+            _decode_attention_join_kernel,
+            (batch * queries * heads,),
+            partial,
+            lse,
+            lengths,
+            entry,
+            out,
+            queries * heads,
+            capacity,
+            head_dim,
+            lengths.stride(0),
+            BLOCK_N=tile["BLOCK_N"],
+            BLOCK_D=tile["BLOCK_D"],
+            SPLITS=splits,
+            STEP=join_step,
+            HAS_TABLE=table is not None,
+            num_warps=4,
+            **flags,
+        )
     return out

@@ -38,9 +38,10 @@ class DecoderWeights(NamedTuple):
     def groups(self) -> tuple[tuple, tuple, tuple]:
         """(norms, matrices, biases), as the kernels take them."""
         return (
-            (self.input_norm, self.q_norm, self.k_norm, self.post_norm), (self.q, self.k, self.v, self.o, self.gate, self.up, self.down),
+            (self.input_norm, self.q_norm, self.k_norm, self.post_norm),
+            (self.q, self.k, self.v, self.o, self.gate, self.up, self.down),
             (self.q_bias, self.k_bias, self.v_bias, self.o_bias),
-        )  # fmt: skip
+        )
 
 
 def check_weights(x: torch.Tensor, w: DecoderWeights, num_heads: int, kv_heads: int, head_dim: int) -> None:
@@ -50,11 +51,29 @@ def check_weights(x: torch.Tensor, w: DecoderWeights, num_heads: int, kv_heads: 
     for name, weight in zip(DecoderWeights._fields, w):
         if not isinstance(weight, torch.Tensor) and (weight is not None or not name.endswith("_bias")):
             raise TypeError(f"{OP}: {name} must be a torch.Tensor, got {type(weight).__name__}")
-    hidden, width, kv_width, mlp = x.shape[2], num_heads * head_dim, kv_heads * head_dim, w.gate.shape[:1].numel()  # whatever its dimensions
+    hidden, width, kv_width, mlp = (
+        x.shape[2],
+        num_heads * head_dim,
+        kv_heads * head_dim,
+        w.gate.shape[:1].numel(),
+    )  # whatever its dimensions
     expected = (
-        (hidden,), (width, hidden), (kv_width, hidden), (kv_width, hidden), (head_dim,), (head_dim,), (hidden, width),
-        (hidden,), (mlp, hidden), (mlp, hidden), (hidden, mlp), (width,), (kv_width,), (kv_width,), (hidden,),
-    )  # fmt: skip
+        (hidden,),
+        (width, hidden),
+        (kv_width, hidden),
+        (kv_width, hidden),
+        (head_dim,),
+        (head_dim,),
+        (hidden, width),
+        (hidden,),
+        (mlp, hidden),
+        (mlp, hidden),
+        (hidden, mlp),
+        (width,),
+        (kv_width,),
+        (kv_width,),
+        (hidden,),
+    )
     dtype, device = x.dtype, x.device
     for name, weight, shape in zip(DecoderWeights._fields, w, expected):
         if weight is None:
@@ -70,11 +89,17 @@ def check_weights(x: torch.Tensor, w: DecoderWeights, num_heads: int, kv_heads: 
 
 def check_type(weights: object) -> None:
     if not isinstance(weights, DecoderWeights):
-        raise TypeError(f"{OP}: weights must be DecoderWeights, got {type(weights).__name__}; give DecoderWeights(*weights)")
+        raise TypeError(
+            f"{OP}: weights must be DecoderWeights, got {type(weights).__name__}; give DecoderWeights(*weights)"
+        )
 
 
-def check_call(x, weights: DecoderWeights, cos, sin, k_cache, v_cache, past: int, mask, num_heads: int) -> tuple[int, torch.Tensor | None]:
-    """``past`` and the part of the mask that counts, once all arguments are known to fit together; weights as for ``check_weights``."""
+def check_call(
+    x, weights: DecoderWeights, cos, sin, k_cache, v_cache, past: int, mask, num_heads: int
+) -> tuple[int, torch.Tensor | None]:
+    """``past`` and the part of the mask that counts, once all arguments are known to fit together; weights as for
+    ``check_weights``.
+    """
     for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
         checks.check_tensor(OP, name, tensor, 3)
     if not x.is_contiguous():
@@ -86,11 +111,15 @@ def check_call(x, weights: DecoderWeights, cos, sin, k_cache, v_cache, past: int
         raise ValueError(f"{OP}: caches must have the batch size of x, {batch}, got shape {tuple(k_cache.shape)}")
     past = checks.check_int(OP, "past", past, -(2**63))
     if past < 0 or past + time > capacity:
-        raise ValueError(f"{OP}: {time} new keys at position {past} do not fit a cache of {capacity}; allocate a larger one")
+        raise ValueError(
+            f"{OP}: {time} new keys at position {past} do not fit a cache of {capacity}; allocate a larger one"
+        )
     check_weights(x, weights, checks.check_int(OP, "num_heads", num_heads, 1), kv_heads, head_dim)
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape[1:] != (time, head_dim) or table.shape[0] != 1 and table.shape[0] != batch:
-            raise ValueError(f"{OP}: {name} must have shape [{batch} or 1, {time}, {head_dim}], got {tuple(table.shape)}")
+            raise ValueError(
+                f"{OP}: {name} must have shape [{batch} or 1, {time}, {head_dim}], got {tuple(table.shape)}"
+            )
     checks.check_same(OP, x=x, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
     checks.check_last_contiguous(OP, cos=cos, sin=sin)
     if mask is not None:
@@ -119,15 +148,15 @@ def decoder_layer(
 ) -> torch.Tensor:
     """One whole decoder layer in one call; writes its keys and values into the cache. Inference only.
 
-    x + o(attention(rope(norm(q)), rope(norm(k)), v)) with q, k, v from rms_norm(x), then + down(swiglu(gate, up)) of the
-    normed sum        [Qwen3VLTextDecoderLayer]
+    x + o(attention(rope(norm(q)), rope(norm(k)), v)) with q, k, v from rms_norm(x), then + down(swiglu(gate, up)) of
+    the normed sum        [Qwen3VLTextDecoderLayer]
 
     Args:
         x: [B, T, C] contiguous, fp32, bf16 or fp16.
         weights: DecoderWeights, dtype of x.
         cos, sin: [B or 1, T, D], dtype of x.
-        k_cache, v_cache: [B, Hkv, S_cap, D], last dimension contiguous; positions [past, past + T) are overwritten, so neither
-            needs gradients or shares memory with the other, itself or what is read.
+        k_cache, v_cache: [B, Hkv, S_cap, D], last dimension contiguous; positions [past, past + T) are overwritten, so
+            neither needs gradients or shares memory with the other, itself or what is read.
         past: keys already in the cache.
         mask: None for causal over [0, past + T); or bool (True = visible) / additive in x's dtype, broadcastable to
             [B, H, T, >= past + T], which replaces the causal rule.
@@ -135,7 +164,8 @@ def decoder_layer(
         eps: of all norms. scale: default 1 / sqrt(D).
     Returns:
         [B, T, C].
-    Raises: TypeError or ValueError for bad arguments; RuntimeError under gradients or if a forced backend cannot run here.
+    Raises: TypeError or ValueError for bad arguments; RuntimeError under gradients or if a forced backend cannot run
+    here.
     Example:
         >>> y = qvl_kernels.decoder_layer(x, weights, cos, sin, k_cache, v_cache, past=0, num_heads=16)
     """
@@ -147,6 +177,8 @@ def decoder_layer(
     if backend == "reference":
         return decoder_layer_reference(x, w, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale)
     function = decoder_layer_op
-    if backend == "triton" and not watched():  # past PyTorch's dispatcher, which takes the host longer than small kernels the device
+    if (
+        backend == "triton" and not watched()
+    ):  # past PyTorch's dispatcher, which takes the host longer than small kernels the device
         function = compose_decoder_layer
     return function(x, *w.groups(), cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale)

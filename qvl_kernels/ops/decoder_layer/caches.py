@@ -1,4 +1,6 @@
-"""What a key/value cache must be, as kernels write to it: dense, without elements that lie on one another, apart from what is read."""
+"""What a key/value cache must be, as kernels write to it: dense, without elements that lie on one another, apart from
+what is read.
+"""
 
 import torch
 
@@ -9,7 +11,9 @@ __all__ = ["check_apart", "check_caches"]
 
 
 def check_caches(op: str, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-    """TypeError or ValueError unless both are [B, Hkv, S_cap, D] of one shape, dtype and device that a kernel may write to."""
+    """TypeError or ValueError unless both are [B, Hkv, S_cap, D] of one shape, dtype and device that a kernel may write
+    to.
+    """
     caches = {"k_cache": k_cache, "v_cache": v_cache}
     for name, cache in caches.items():
         checks.check_tensor(op, name, cache, 4)
@@ -17,26 +21,34 @@ def check_caches(op: str, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
     checks.check_same(op, **caches)
     if k_cache.shape[1] < 1 or k_cache.shape[3] < 2 or k_cache.shape[3] % 2:
         raise ValueError(
-            f"{op}: caches must have at least 1 key/value head and an even head_dim, to rotate halves, got shape {tuple(k_cache.shape)}"
+            f"{op}: caches must have at least 1 key/value head and an even head_dim, to rotate halves, got shape "
+            f"{tuple(k_cache.shape)}"
         )
     for name, cache in caches.items():
         checks.check_memory(op, name, cache)
         if cache.requires_grad:
             raise ValueError(f"{op}: {name} needs a gradient, which writing to it would falsify; give {name}.detach()")
         if cache.numel() and _overlaps_itself(cache):
-            raise ValueError(f"{op}: elements of {name} share memory, got strides {tuple(cache.stride())}; call {name}.contiguous() first")
+            raise ValueError(
+                f"{op}: elements of {name} share memory, got strides {tuple(cache.stride())}; call "
+                f"{name}.contiguous() first"
+            )
     if k_cache is v_cache and k_cache.numel() or _share(k_cache, _stretch(k_cache), v_cache, _stretch(v_cache)):
         raise ValueError(f"{op}: k_cache and v_cache share memory; give each its own")
 
 
 def check_apart(op: str, k_cache: torch.Tensor, v_cache: torch.Tensor, **tensors: torch.Tensor | None) -> None:
-    """ValueError if one of the tensors (None is skipped), which are read while the caches are written, shares memory with them."""
+    """ValueError if one of the tensors (None is skipped), which are read while the caches are written, shares memory
+    with them.
+    """
     caches = [(cache, _stretch(cache)) for cache in (k_cache, v_cache)]
     for name, x in tensors.items():
         if x is not None:
             stretch = _stretch(x)
             if any(_share(x, stretch, *cache) for cache in caches):
-                raise ValueError(f"{op}: {name} shares memory with a cache, which is written to meanwhile; give {name}.clone()")
+                raise ValueError(
+                    f"{op}: {name} shares memory with a cache, which is written to meanwhile; give {name}.clone()"
+                )
 
 
 def _overlaps_itself(x: torch.Tensor) -> bool:
@@ -50,15 +62,24 @@ def _stretch(x: torch.Tensor) -> tuple[int, int]:
     if torch.compiler.is_compiling() or not x.numel() or not is_plain(x, x.device.type):
         return 0, 0
     begin = x.data_ptr()
-    reach = (x.numel() if x.is_contiguous() else 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))) * x.element_size()
+    reach = (
+        x.numel() if x.is_contiguous() else 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    ) * x.element_size()
     return begin, begin + reach
 
 
 def _share(a: torch.Tensor, a_stretch: tuple[int, int], b: torch.Tensor, b_stretch: tuple[int, int]) -> bool:
-    """Whether two tensors of a device have an element in one place; of unequal strides, whether their stretches of memory meet."""
+    """Whether two tensors of a device have an element in one place; of unequal strides, whether their stretches of
+    memory meet.
+    """
     if a_stretch[0] >= b_stretch[1] or b_stretch[0] >= a_stretch[1]:
         return False
-    if a.stride() != b.stride() or a.shape != b.shape or a.dtype != b.dtype or (a_stretch[0] - b_stretch[0]) % a.element_size():
+    if (
+        a.stride() != b.stride()
+        or a.shape != b.shape
+        or a.dtype != b.dtype
+        or (a_stretch[0] - b_stretch[0]) % a.element_size()
+    ):
         return True
     return _reached((a_stretch[0] - b_stretch[0]) // a.element_size(), sorted(zip(a.stride(), a.shape), reverse=True))
 

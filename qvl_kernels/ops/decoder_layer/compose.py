@@ -1,4 +1,6 @@
-"""The layer from single ops: on GPUs, over quantised weights, and on processors whose matrix units (through oneDNN) make that faster."""
+"""The layer from single ops: on GPUs, over quantised weights, and on processors whose matrix units (through oneDNN)
+make that faster.
+"""
 
 from qvl_kernels.library import call
 from qvl_kernels.ops.attention.op import attention_op
@@ -16,7 +18,9 @@ def compose_decoder_layer(x, norms, weights, biases, cos, sin, k_cache, v_cache,
     q_w, k_w, v_w, o_w, gate_w, up_w, down_w = weights
     *qkv_biases, o_b = biases
     q, k, v = normed_products(x, input_norm, eps, [q_w, k_w, v_w], qkv_biases)
-    q, k, v = (heads.view(batch, time, count, head_dim) for heads, count in ((q, num_heads), (k, kv_heads), (v, kv_heads)))
+    q, k, v = (
+        heads.view(batch, time, count, head_dim) for heads, count in ((q, num_heads), (k, kv_heads), (v, kv_heads))
+    )
     q = qk_norm_rope_to_cache_op(q, k, v, q_norm, k_norm, cos, sin, k_cache, v_cache, None, past, eps)
     keys, values = k_cache[:, :, :end].transpose(1, 2), v_cache[:, :, :end].transpose(1, 2)
     mask = None if mask is None else mask[..., :end]

@@ -1,5 +1,6 @@
-"""A decoder layer, and cross-attention, for one new token per row whose positions only the device knows: what a CUDA graph of a decoding step
-holds."""
+"""A decoder layer, and cross-attention, for one new token per row whose positions only the device knows: what a CUDA
+graph of a decoding step holds.
+"""
 
 import torch
 
@@ -18,25 +19,34 @@ __all__ = ["cross_attention_step", "decode_step"]
 
 
 def decode_step(
-    x: torch.Tensor, layer: PreparedDecoderLayer, cos: torch.Tensor, sin: torch.Tensor, caches: GrowingCaches, index: int,
-    lengths: torch.Tensor, filled: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    layer: PreparedDecoderLayer,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    caches: GrowingCaches,
+    index: int,
+    lengths: torch.Tensor,
+    filled: torch.Tensor,
+) -> torch.Tensor:
     """x [B, 1, C] through the layer; its keys and values go to position ``lengths[b]`` of row b of the caches.
 
     Args:
         x: [B, 1, C]. cos, sin: [B, 1, D], dtype of x.
         caches: of all layers, with B rows. index: the layer's place in them.
-        lengths: int32 [B] on x's device, keys already in the cache. Where the caches have no room for another one, none is written.
+        lengths: int32 [B] on x's device, keys already in the cache. Where the caches have no room for another one, none
+            is written.
         filled: int32 [B], lengths + 1, which all layers share.
     Returns:
-        [B, 1, C]. Nothing here waits for the device, every shape is fixed, and none depends on the caches' capacity: a graph of it stays
-        valid while they grow.
+        [B, 1, C]. Nothing here waits for the device, every shape is fixed, and none depends on the caches' capacity: a
+        graph of it stays valid while they grow.
     Raises: ValueError for caches of another dtype, or for other rows or heads.
     """
     w, batch, eps = layer.weights, x.shape[0], layer.eps
     sizes = (x.dtype, batch, layer.kv_heads, layer.head_dim)
     if caches.sizes != sizes:  # kernels go by an address and could not tell
-        raise ValueError(f"decode_step: caches must be of (dtype, rows, key/value heads, head_dim) {sizes}, got {caches.sizes}")
+        raise ValueError(
+            f"decode_step: caches must be of (dtype, rows, key/value heads, head_dim) {sizes}, got {caches.sizes}"
+        )
     q, k, v = normed_products(x, w.input_norm, eps, [w.q, w.k, w.v], [w.q_bias, w.k_bias, w.v_bias])
     q, k, v = (heads.view(batch, 1, -1, layer.head_dim) for heads in (q, k, v))
     keys, values, entry = caches.keys[index], caches.values[index], caches.entries[index]
@@ -50,19 +60,26 @@ def decode_step(
     return add_product(x, gated(x, w.post_norm, eps, w.gate, w.up), w.down, None)
 
 
-def cross_attention_step(q: torch.Tensor, caches: GrowingCaches, index: int, lengths: torch.Tensor, scale: float) -> torch.Tensor:
+def cross_attention_step(
+    q: torch.Tensor, caches: GrowingCaches, index: int, lengths: torch.Tensor, scale: float
+) -> torch.Tensor:
     """softmax(q k^T scale) v over keys and values that are in the caches already.
 
     Args:
         q: [B, 1, H, D], of one new token per row.
-        caches: with B rows; ``show`` has hidden none of their keys. index: the place in them. lengths: int32 [B] on q's device, keys of each row.
+        caches: with B rows; ``show`` has hidden none of their keys. index: the place in them. lengths: int32 [B] on q's
+            device, keys of each row.
     Returns:
-        [B, 1, H, D]; 0 for rows that have no keys. As in ``decode_step``, a graph of it does not depend on the caches' capacity.
+        [B, 1, H, D]; 0 for rows that have no keys. As in ``decode_step``, a graph of it does not depend on the caches'
+        capacity.
     Raises: ValueError for caches of another dtype, or for other rows or heads.
     """
     dtype, rows, kv_heads, head_dim = caches.sizes
     if (dtype, rows, head_dim) != (q.dtype, q.shape[0], q.shape[3]) or q.shape[2] % kv_heads:
-        raise ValueError(f"cross_attention_step: caches of (dtype, rows, key/value heads, head_dim) {caches.sizes} do not fit q {q.dtype} {tuple(q.shape)}")
+        raise ValueError(
+            f"cross_attention_step: caches of (dtype, rows, key/value heads, head_dim) {caches.sizes} do not fit q "
+            f"{q.dtype} {tuple(q.shape)}"
+        )
     keys, values = caches.keys[index], caches.values[index]
     if dispatch.choose("cross_attention_step", q.device, unsupported_heads(q, head_dim)) == "triton":
         return call(decode_attention_op, q, keys, values, lengths, None, None, None, scale, caches.entries[index])

@@ -20,19 +20,23 @@ def _ordinary_tensors() -> Iterator[None]:
 
 
 class GrowingCaches:
-    """Keys and values of all layers, and the table on the device that tells kernels where they lie: ``decode_step``'s caches.
+    """Keys and values of all layers, and the table on the device that tells kernels where they lie: ``decode_step``'s
+    caches.
 
-    A captured graph holds the table's address only, so it stays valid while the caches grow. All calls, the graph's replays included, must
-    come from one stream or be ordered by events: then the table changes, and old memory is used again, after what was queued before.
+    A captured graph holds the table's address only, so it stays valid while the caches grow. All calls, the graph's
+    replays included, must
+    come from one stream or be ordered by events: then the table changes, and old memory is used again, after what was
+    queued before.
 
     Args:
         layers, rows: how many. kv_heads, head_dim, dtype, device: of every layer's keys and values.
     Attributes:
         sizes: (dtype, rows, Hkv, D).
         keys, values: of each layer [rows, Hkv, its capacity, D]. Growth replaces them: do not keep them.
-        visible: bool [rows, capacity or more], False at keys that stand for padding, shared by the layers; growth replaces it, too.
-        table: int64 [layers, 8] on the device. entries: its rows; a layer's addresses of keys and values, capacity, address and row stride of
-            ``visible``.
+        visible: bool [rows, capacity or more], False at keys that stand for padding, shared by the layers; growth
+            replaces it, too.
+        table: int64 [layers, 8] on the device. entries: its rows; a layer's addresses of keys and values, capacity,
+            address and row stride of ``visible``.
     Example:
         >>> caches = GrowingCaches(28, 1, 8, 128, torch.bfloat16, torch.device("cuda"))
         >>> for index, layer in enumerate(cache.layers):
@@ -41,10 +45,15 @@ class GrowingCaches:
         >>> caches.reserve(301)
     """
 
-    def __init__(self, layers: int, rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, layers: int, rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.sizes = (dtype, rows, kv_heads, head_dim)
         with _ordinary_tensors():
-            self.keys, self.values = ([torch.empty((rows, kv_heads, 0, head_dim), dtype=dtype, device=device) for _ in range(layers)] for _ in range(2))
+            self.keys, self.values = (
+                [torch.empty((rows, kv_heads, 0, head_dim), dtype=dtype, device=device) for _ in range(layers)]
+                for _ in range(2)
+            )
             self.visible = torch.empty((rows, 0), dtype=torch.bool, device=device)
             self.table = torch.zeros((layers, COLUMNS), dtype=torch.int64, device=device)
             self.entries = [self.table[index] for index in range(layers)]
@@ -56,11 +65,12 @@ class GrowingCaches:
 
     @_ordinary_tensors()
     def reserve(self, length: int, *, limit: int | None = None) -> None:
-        """Room for ``length`` positions in every layer. What grows grows by half, or to ``length`` if that is more; not beyond ``limit``, the
-        length that is known to be enough.
+        """Room for ``length`` positions in every layer. What grows grows by half, or to ``length`` if that is more; not
+        beyond ``limit``, the length that is known to be enough.
 
-        Layer by layer, so that at most one layer's keys and values are there twice. New positions are not initialised: kernels read those
-        below a row's length only. Raises RuntimeError (torch.OutOfMemoryError included) with all that was there still there, and valid.
+        Layer by layer, so that at most one layer's keys and values are there twice. New positions are not initialised:
+        kernels read those below a row's length only. Raises RuntimeError (torch.OutOfMemoryError included) with all
+        that was there still there, and valid.
         """
         before = self.capacity
         if length <= before:
@@ -75,8 +85,10 @@ class GrowingCaches:
 
     @_ordinary_tensors()
     def take(self, index: int, keys: torch.Tensor, values: torch.Tensor, *, length: int) -> None:
-        """Copies keys and values [B <= rows, Hkv, L, D] to the first positions of a layer, which gets room for ``length`` >= L; what it had is
-        lost. Raises ValueError for other shapes, RuntimeError without memory: the layer is empty then."""
+        """Copies keys and values [B <= rows, Hkv, L, D] to the first positions of a layer, which gets room for
+        ``length`` >= L; what it had is lost. Raises ValueError for other shapes, RuntimeError without memory: the layer
+        is empty then.
+        """
         _, rows, kv_heads, head_dim = self.sizes
         batch, taken = keys.shape[0], keys.shape[2]
         shape = (batch, kv_heads, taken, head_dim)
@@ -101,11 +113,13 @@ class GrowingCaches:
             self.visible[: visible.shape[0], : visible.shape[1]].copy_(visible)
 
     def give(self, index: int, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the first ``length`` keys and values of the first ``batch`` rows of a layer, [B, Hkv, L, D] each. Raises ValueError where
-        there are not so many."""
+        """Copies of the first ``length`` keys and values of the first ``batch`` rows of a layer, [B, Hkv, L, D] each.
+        Raises ValueError where there are not so many.
+        """
         if batch > self.sizes[1] or length > self.keys[index].shape[2]:
             raise ValueError(
-                f"GrowingCaches: layer {index} has {self.sizes[1]} rows of {self.keys[index].shape[2]} positions, got batch {batch}, length {length}"
+                f"GrowingCaches: layer {index} has {self.sizes[1]} rows of {self.keys[index].shape[2]} positions, "
+                f"got batch {batch}, length {length}"
             )
         return self.keys[index][:batch, :, :length].clone(), self.values[index][:batch, :, :length].clone()
 
@@ -138,8 +152,10 @@ class GrowingCaches:
             self._set(index, *new)
 
     def _set(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """A layer's memory from here on. The table is filled by kernels in the stream's order: replays that are queued already still see the old
-        entries, and the old memory, which PyTorch's allocator gives to later work of the same stream only."""
+        """A layer's memory from here on. The table is filled by kernels in the stream's order: replays that are queued
+        already still see the old entries, and the old memory, which PyTorch's allocator gives to later work of the same
+        stream only.
+        """
         self.keys[index], self.values[index] = keys, values
         entry = self.entries[index]
         entry[KEYS].fill_(keys.data_ptr())

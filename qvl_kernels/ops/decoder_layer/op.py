@@ -8,7 +8,8 @@ from qvl_kernels.ops.decoder_layer.cpu import decoder_layer_cpu
 __all__ = ["decoder_layer_op"]
 
 decoder_layer_op = register(
-    "decoder_layer(Tensor x, Tensor[] norms, Tensor[] weights, Tensor?[] biases, Tensor cos, Tensor sin, Tensor(a!) k_cache,"
+    "decoder_layer(Tensor x, Tensor[] norms, Tensor[] weights, Tensor?[] biases, Tensor cos, Tensor sin, Tensor(a!) "
+    "k_cache,"
     " Tensor(b!) v_cache, int past, Tensor? mask, int num_heads, float eps, float scale) -> Tensor",
     cpu=decoder_layer_cpu,
     triton="qvl_kernels.ops.decoder_layer.compose:compose_decoder_layer",

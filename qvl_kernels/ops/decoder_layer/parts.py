@@ -18,8 +18,12 @@ __all__ = ["add_product", "gated", "normed_products", "product"]
 Weight = torch.Tensor | QuantizedWeight
 
 
-def normed_products(x: torch.Tensor, norm: torch.Tensor, eps: float, weights: list[Weight], biases: list) -> list[torch.Tensor]:
-    """rms_norm(x) times each of the weights, plus its bias. Few rows are bound by the weights' bytes: the norm rides along."""
+def normed_products(
+    x: torch.Tensor, norm: torch.Tensor, eps: float, weights: list[Weight], biases: list
+) -> list[torch.Tensor]:
+    """rms_norm(x) times each of the weights, plus its bias. Few rows are bound by the weights' bytes: the norm rides
+    along.
+    """
     if _few(x):
         return [_gemv(x, weight, bias, norm, eps, None) for weight, bias in zip(weights, biases)]
     normed = call(rms_norm_op, x, norm, eps)

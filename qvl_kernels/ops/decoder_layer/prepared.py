@@ -1,4 +1,6 @@
-"""Decoder layers and caches that are checked once: for decoding, where checks and dispatch would cost as much as small layers."""
+"""Decoder layers and caches that are checked once: for decoding, where checks and dispatch would cost as much as small
+layers.
+"""
 
 from collections.abc import Sequence
 
@@ -25,9 +27,11 @@ class PreparedCache:
     Args:
         k_cache, v_cache: [B, Hkv, S_cap, D], as for ``decoder_layer``.
     Attributes:
-        sizes: (dtype, B, Hkv, D). capacity: S_cap. plain: whether kernels take them as they are. extension: as the extension takes them, on the CPU.
+        sizes: (dtype, B, Hkv, D). capacity: S_cap. plain: whether kernels take them as they are. extension: as the
+            extension takes them, on the CPU.
         storages: where their memory begins.
-    Raises: TypeError or ValueError for what is no cache: another shape or dtype, memory that is shared, or a gradient needed.
+    Raises: TypeError or ValueError for what is no cache: another shape or dtype, memory that is shared, or a gradient
+    needed.
     Example:
         >>> cache = qvl_kernels.PreparedCache(torch.zeros(1, 8, 512, 128), torch.zeros(1, 8, 512, 128))
     """
@@ -54,8 +58,8 @@ class PreparedCache:
 class PreparedDecoderLayer:
     """``decoder_layer`` for many calls on the same weights: the same results, less time per call.
 
-    Calls that are not plain inference over few CPU tokens go through ``decoder_layer``. The weights must not be resized or freed
-    while this object is used; it keeps them alive.
+    Calls that are not plain inference over few CPU tokens go through ``decoder_layer``. The weights must not be resized
+    or freed while this object is used; it keeps them alive.
 
     Args:
         weights: as for ``decoder_layer``.
@@ -75,11 +79,22 @@ class PreparedDecoderLayer:
         hidden, head_dim = weights.input_norm.shape[0], weights.q_norm.shape[0]
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"{OP}: head_dim must be even to rotate halves, got {head_dim} in q_norm")
-        self.num_heads, self.kv_heads = checks.check_int(OP, "num_heads", num_heads, 1), checks.check_int(OP, "kv_heads", kv_heads, 1)
+        self.num_heads, self.kv_heads = (
+            checks.check_int(OP, "num_heads", num_heads, 1),
+            checks.check_int(OP, "kv_heads", kv_heads, 1),
+        )
         self.eps, self.scale = checks.check_eps(OP, eps), checks.check_scale(OP, scale, head_dim)
-        check_weights(weights.input_norm.new_empty(0, 0, hidden), self._shapes(weights), self.num_heads, self.kv_heads, head_dim)
+        check_weights(
+            weights.input_norm.new_empty(0, 0, hidden), self._shapes(weights), self.num_heads, self.kv_heads, head_dim
+        )
         self.weights, self.head_dim, self.dtype = weights, head_dim, weights.input_norm.dtype
-        self.sizes = (self.dtype, hidden, self.num_heads, self.kv_heads, head_dim)  # layers that share them run on the same inputs
+        self.sizes = (
+            self.dtype,
+            hidden,
+            self.num_heads,
+            self.kv_heads,
+            head_dim,
+        )  # layers that share them run on the same inputs
         device = weights.input_norm.device.type
         self._plain = all(is_plain(x, device) for weight in weights if weight is not None for x in tensors_of(weight))
         self._extension_layer = None
@@ -89,23 +104,39 @@ class PreparedDecoderLayer:
         return weights
 
     def __call__(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *,
-        past: int, mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        *,
+        past: int,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """As ``decoder_layer``."""
         return PreparedDecoderLayer.run([self], x, cos, sin, [PreparedCache(k_cache, v_cache)], past=past, mask=mask)[0]
 
     @staticmethod
     def run(
-        layers: Sequence["PreparedDecoderLayer"], x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-        caches: Sequence[PreparedCache], *, past: int, mask: torch.Tensor | None = None,
-    ) -> list[torch.Tensor]:  # fmt: skip
-        """Layers one after the other, each on the output of the one before, in one call of the extension where that is possible.
+        layers: Sequence["PreparedDecoderLayer"],
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        caches: Sequence[PreparedCache],
+        *,
+        past: int,
+        mask: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """Layers one after the other, each on the output of the one before, in one call of the extension where that is
+        possible.
 
-        Between two calls of the extension the weights of a layer push what Python looks at out of the processor's caches.
+        Between two calls of the extension the weights of a layer push what Python looks at out of the processor's
+        caches.
 
         Args:
-            layers: prepared layers, at least one. x, cos, sin, past, mask: as for ``decoder_layer``. caches: of each layer.
+            layers: prepared layers, at least one. x, cos, sin, past, mask: as for ``decoder_layer``. caches: of each
+                layer.
         Returns:
             The output of every layer, each [B, T, C].
         Raises: as ``decoder_layer``.
@@ -120,14 +151,19 @@ class PreparedDecoderLayer:
         if not plain or not x.is_cpu:
             layers, caches = _checked("layers", layers, PreparedDecoderLayer), _checked("caches", caches, PreparedCache)
             if not layers or len(layers) != len(caches):
-                raise ValueError(f"{OP}: every layer needs a cache, and there must be one layer, got {len(layers)} layers and {len(caches)} caches")
+                raise ValueError(
+                    f"{OP}: every layer needs a cache, and there must be one layer, got {len(layers)} layers and "
+                    f"{len(caches)} caches"
+                )
             outs = []
             for layer, cache in zip(layers, caches):
                 x = (layer._composed if plain else layer._in_ops)(x, cos, sin, cache.k_cache, cache.v_cache, past, mask)
                 outs.append(x)
             return outs
         memories = [cache.extension for cache in caches]
-        return run_extension_layers([layer._extension() for layer in layers], x, cos, sin, memories, past, mask, layers[0].num_heads)
+        return run_extension_layers(
+            [layer._extension() for layer in layers], x, cos, sin, memories, past, mask, layers[0].num_heads
+        )
 
     def _extension(self):
         """The layer as the extension takes it."""
@@ -150,7 +186,17 @@ class PreparedDecoderLayer:
     def _in_ops(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
         """The layer of arguments that are not plain; refuses what does not fit together."""
         return decoder_layer(
-            x, self.weights, cos, sin, k_cache, v_cache, past=past, mask=mask, num_heads=self.num_heads, eps=self.eps, scale=self.scale
+            x,
+            self.weights,
+            cos,
+            sin,
+            k_cache,
+            v_cache,
+            past=past,
+            mask=mask,
+            num_heads=self.num_heads,
+            eps=self.eps,
+            scale=self.scale,
         )
 
 
@@ -166,9 +212,16 @@ def _checked(name: str, items: object, kind: type) -> list:
 
 
 def _is_plain(layers, x, cos, sin, caches, past, mask) -> bool:
-    """Whether the extension, or on a GPU the kernels one by one, may be called as things are; whatever is odd, errors included, is left to
-    ``decoder_layer``."""
-    if type(x) is not torch.Tensor or type(past) is not int or type(layers) is not list or type(caches) is not list or watched():
+    """Whether the extension, or on a GPU the kernels one by one, may be called as things are; whatever is odd, errors
+    included, is left to ``decoder_layer``.
+    """
+    if (
+        type(x) is not torch.Tensor
+        or type(past) is not int
+        or type(layers) is not list
+        or type(caches) is not list
+        or watched()
+    ):
         return False
     if not layers or len(layers) != len(caches):
         return False

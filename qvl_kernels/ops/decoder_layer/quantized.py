@@ -20,11 +20,14 @@ class QuantizedDecoderLayer(PreparedDecoderLayer):
     Activations are rounded as ``quantized_linear`` does.
 
     Args:
-        weights: with tensors or QuantizedWeight. num_heads, kv_heads: query and key/value heads. eps, scale: as ``decoder_layer``.
+        weights: with tensors or QuantizedWeight. num_heads, kv_heads: query and key/value heads. eps, scale: as
+            ``decoder_layer``.
     Raises: TypeError or ValueError for weights that do not fit together.
     """
 
-    def __init__(self, weights: DecoderWeights, *, num_heads: int, kv_heads: int, eps: float, scale: float | None) -> None:
+    def __init__(
+        self, weights: DecoderWeights, *, num_heads: int, kv_heads: int, eps: float, scale: float | None
+    ) -> None:
         super().__init__(weights, num_heads=num_heads, kv_heads=kv_heads, eps=eps, scale=scale)
         self._unsupported = unsupported_scales(*weights)
         self._plain = self._plain and self._unsupported is None
@@ -41,8 +44,12 @@ class QuantizedDecoderLayer(PreparedDecoderLayer):
         quantised = [weight for weight in self.weights if isinstance(weight, QuantizedWeight)]
         checks.check_no_gradient(OP, NO_BACKWARD, *(weight.scales for weight in quantised))
         if dispatch.choose(OP, x.device, self._unsupported or unsupported_heads(x, self.head_dim)) == "reference":
-            weights = DecoderWeights(*(dequantize(w, x.dtype) if isinstance(w, QuantizedWeight) else w for w in self.weights))
-            return decoder_layer_reference(x, weights, cos, sin, k_cache, v_cache, past, mask, self.num_heads, self.eps, self.scale)
+            weights = DecoderWeights(
+                *(dequantize(w, x.dtype) if isinstance(w, QuantizedWeight) else w for w in self.weights)
+            )
+            return decoder_layer_reference(
+                x, weights, cos, sin, k_cache, v_cache, past, mask, self.num_heads, self.eps, self.scale
+            )
         return self._composed(x, cos, sin, k_cache, v_cache, past, mask)
 
 

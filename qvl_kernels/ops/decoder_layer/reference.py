@@ -1,5 +1,3 @@
-import torch
-
 from qvl_kernels.ops.attention.reference import attention_reference
 from qvl_kernels.ops.linear.reference import linear_reference
 from qvl_kernels.ops.rms_norm.reference import rms_norm_reference
@@ -9,7 +7,9 @@ from qvl_kernels.ops.swiglu.reference import swiglu_reference
 __all__ = ["decoder_layer_reference"]
 
 
-def decoder_layer_reference(x, w, cos, sin, k_cache, v_cache, past: int, mask, num_heads: int, eps: float, scale: float):
+def decoder_layer_reference(
+    x, w, cos, sin, k_cache, v_cache, past: int, mask, num_heads: int, eps: float, scale: float
+):
     batch, time, _ = x.shape
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     normed = rms_norm_reference(x, w.input_norm, eps)
@@ -30,4 +30,6 @@ def decoder_layer_reference(x, w, cos, sin, k_cache, v_cache, past: int, mask, n
     )
     x = x + linear_reference(attended.flatten(2), w.o, w.o_bias)
     normed = rms_norm_reference(x, w.post_norm, eps)
-    return x + linear_reference(swiglu_reference(linear_reference(normed, w.gate, None), linear_reference(normed, w.up, None)), w.down, None)
+    return x + linear_reference(
+        swiglu_reference(linear_reference(normed, w.gate, None), linear_reference(normed, w.up, None)), w.down, None
+    )

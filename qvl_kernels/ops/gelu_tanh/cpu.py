@@ -11,9 +11,15 @@ def gelu_tanh_cpu(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     rows = x.reshape(x.shape[:-1].numel(), size)
     y = torch.empty(x.shape, dtype=x.dtype)
     dispatch.extension().gelu_tanh(
-        x=rows.data_ptr(), bias=0 if bias is None else bias.data_ptr(), y=y.data_ptr(), rows=rows.shape[0], size=size,
-        x_stride=rows.stride(0), y_stride=size, dtype=DTYPE_CODES[x.dtype],
-    )  # fmt: skip
+        x=rows.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
+        y=y.data_ptr(),
+        rows=rows.shape[0],
+        size=size,
+        x_stride=rows.stride(0),
+        y_stride=size,
+        dtype=DTYPE_CODES[x.dtype],
+    )
     return y
 
 

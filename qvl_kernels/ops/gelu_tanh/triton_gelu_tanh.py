@@ -18,9 +18,15 @@ def _twice_u(x):
 
 @triton.jit
 def _gelu_tanh_kernel(
-    x_ptr, bias_ptr, y_ptr, size, stride_x, stride_y,
-    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    bias_ptr,
+    y_ptr,
+    size,
+    stride_x,
+    stride_y,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """y = x / 2 (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3); one program per row and block of columns."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -34,9 +40,17 @@ def _gelu_tanh_kernel(
 
 @triton.jit
 def _gelu_tanh_backward_kernel(
-    grad_ptr, x_ptr, bias_ptr, dx_ptr, size, stride_grad, stride_x, stride_dx,
-    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,
+    x_ptr,
+    bias_ptr,
+    dx_ptr,
+    size,
+    stride_grad,
+    stride_x,
+    stride_dx,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """With s = sigmoid(2 u): dx = grad s (1 + x (1 - s) 2 u'), u' = sqrt(2 / pi) (1 + 3 * 0.044715 x^2)."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -57,9 +71,17 @@ def launch_gelu_tanh(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor
     count, size = rows.shape
     tile = tuning.elementwise(size)
     launch(
-        _gelu_tanh_kernel, (count, tuning.cdiv(size, tile["BLOCK"])),
-        rows, x if bias is None else bias, y_rows, size, rows.stride(0), y_rows.stride(0), HAS_BIAS=bias is not None, **tile,
-    )  # fmt: skip
+        _gelu_tanh_kernel,
+        (count, tuning.cdiv(size, tile["BLOCK"])),
+        rows,
+        x if bias is None else bias,
+        y_rows,
+        size,
+        rows.stride(0),
+        y_rows.stride(0),
+        HAS_BIAS=bias is not None,
+        **tile,
+    )
     return y
 
 
@@ -69,8 +91,17 @@ def launch_gelu_tanh_backward(grad: torch.Tensor, x: torch.Tensor, bias: torch.T
     count, size = rows.shape
     tile = tuning.elementwise(size)
     launch(
-        _gelu_tanh_backward_kernel, (count, tuning.cdiv(size, tile["BLOCK"])),
-        grad_rows, rows, x if bias is None else bias, dx_rows, size, grad_rows.stride(0), rows.stride(0), dx_rows.stride(0),
-        HAS_BIAS=bias is not None, **tile,
-    )  # fmt: skip
+        _gelu_tanh_backward_kernel,
+        (count, tuning.cdiv(size, tile["BLOCK"])),
+        grad_rows,
+        rows,
+        x if bias is None else bias,
+        dx_rows,
+        size,
+        grad_rows.stride(0),
+        rows.stride(0),
+        dx_rows.stride(0),
+        HAS_BIAS=bias is not None,
+        **tile,
+    )
     return dx

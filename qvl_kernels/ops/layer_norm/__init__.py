@@ -8,7 +8,9 @@ from qvl_kernels.ops.layer_norm.reference import add_layer_norm_reference, layer
 __all__ = ["add_layer_norm", "layer_norm"]
 
 
-def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> float:
+def _check(
+    op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> float:
     checks.check_tensor(op, "x", x)
     checks.check_tensor(op, "weight", weight, 1)
     checks.check_tensor(op, "bias", bias, 1)
@@ -24,7 +26,8 @@ def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torc
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias        [Ba et al. 2016, arXiv:1607.06450; torch.nn.LayerNorm]
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias        [Ba et al. 2016, arXiv:1607.06450;
+    torch.nn.LayerNorm]
 
     Args:
         x: [..., C] fp32, bf16 or fp16; last dimension contiguous, other strides free.
@@ -32,7 +35,8 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps
         eps: added to the variance.
     Returns:
         [..., C], dtype of x; computed in fp32, rounded once.
-    Raises: TypeError or ValueError for dtype, device, shape or stride; RuntimeError if a forced backend cannot run here.
+    Raises: TypeError or ValueError for dtype, device, shape or stride; RuntimeError if a forced backend cannot run
+    here.
     Example:
         >>> y = qvl_kernels.layer_norm(torch.randn(2, 64), torch.ones(64), torch.zeros(64))
     """
@@ -55,7 +59,8 @@ def add_layer_norm(
         (y, x + residual), both [..., C].
     Raises: as ``layer_norm``.
     Example:
-        >>> y, hidden = qvl_kernels.add_layer_norm(torch.randn(3, 64), torch.randn(3, 64), torch.ones(64), torch.zeros(64))
+        >>> y, hidden = qvl_kernels.add_layer_norm(torch.randn(3, 64), torch.randn(3, 64), torch.ones(64),
+        torch.zeros(64))
     """
     checks.check_tensor("add_layer_norm", "residual", residual)
     eps = _check("add_layer_norm", x, residual, weight, bias, eps)

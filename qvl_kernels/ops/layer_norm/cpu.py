@@ -16,18 +16,30 @@ def add_layer_norm_cpu(x, residual, weight, bias, eps):
     y = torch.empty(x.shape, dtype=x.dtype)
     total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
     dispatch.extension().norm(
-        x=rows.data_ptr(), residual=0 if residual is None else residual_rows.data_ptr(), weight=weight.data_ptr(),
-        bias=bias.data_ptr(), y=y.data_ptr(), sum=0 if total is None else total.data_ptr(), rows=rows.shape[0],
-        size=rows.shape[1], x_stride=rows.stride(0), residual_stride=0 if residual is None else residual_rows.stride(0),
-        y_stride=rows.shape[1], sum_stride=rows.shape[1], eps=eps, dtype=DTYPE_CODES[x.dtype],
-    )  # fmt: skip
+        x=rows.data_ptr(),
+        residual=0 if residual is None else residual_rows.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=bias.data_ptr(),
+        y=y.data_ptr(),
+        sum=0 if total is None else total.data_ptr(),
+        rows=rows.shape[0],
+        size=rows.shape[1],
+        x_stride=rows.stride(0),
+        residual_stride=0 if residual is None else residual_rows.stride(0),
+        y_stride=rows.shape[1],
+        sum_stride=rows.shape[1],
+        eps=eps,
+        dtype=DTYPE_CODES[x.dtype],
+    )
     return y, total
 
 
 def layer_norm_backward_cpu(
     grad: torch.Tensor, grad_x: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """With n = (x - mean) r and g = grad * weight: dx = r (g - mean(g) - n mean(g n)) + grad_x, dw = sum(grad n), db = sum(grad)."""
+    """With n = (x - mean) r and g = grad * weight: dx = r (g - mean(g) - n mean(g n)) + grad_x, dw = sum(grad n), db =
+    sum(grad).
+    """
     wide, g = x.float(), grad.float()
     centred = wide - wide.mean(-1, keepdim=True)
     r = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)

@@ -33,10 +33,16 @@ def _backward(ctx, grad):
 
 
 def _again(ctx, grad, grad_total) -> tuple:
-    """Gradients of x, weight and bias, as functions of x and weight: the bias is only added, its value does not count."""
+    """Gradients of x, weight and bias, as functions of x and weight: the bias is only added, its value does
+    not count.
+    """
     x, weight = ctx.saved_tensors
     bias = torch.zeros_like(weight, requires_grad=ctx.needs_input_grad[-2])
-    return tuple(derivative_again(lambda x, w, b: (layer_norm_reference(x, w, b, ctx.eps), x), (x, weight, bias), (grad, grad_total)))
+    return tuple(
+        derivative_again(
+            lambda x, w, b: (layer_norm_reference(x, w, b, ctx.eps), x), (x, weight, bias), (grad, grad_total)
+        )
+    )
 
 
 def _backward_again(ctx, grad):

@@ -12,17 +12,37 @@ __all__ = ["launch_add_layer_norm", "launch_layer_norm", "launch_layer_norm_back
 
 @triton.jit
 def _layer_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, count, size, eps, stride_x, stride_residual, stride_y,
-    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """y = (x - mean) / sqrt(var + eps) * weight + bias of ROWS rows; with a residual, of the rounded sum, which is written too."""
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    total_ptr,
+    count,
+    size,
+    eps,
+    stride_x,
+    stride_residual,
+    stride_y,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias of ROWS rows; with a residual, of the rounded sum, which is
+    written too.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     mask = (rows < count)[:, None] & (cols < size)[None, :]
     dtype = y_ptr.dtype.element_ty
     x = tl.load(x_ptr + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
     if HAS_RESIDUAL:
-        total = (x + tl.load(residual_ptr + rows[:, None] * stride_residual + cols[None, :], mask=mask, other=0.0).to(tl.float32)).to(dtype)
+        total = (
+            x
+            + tl.load(residual_ptr + rows[:, None] * stride_residual + cols[None, :], mask=mask, other=0.0).to(
+                tl.float32
+            )
+        ).to(dtype)
         tl.store(total_ptr + rows[:, None] * stride_y + cols[None, :], total, mask=mask)
         x = total.to(tl.float32)
     centred = tl.where(mask, x - (tl.sum(x, 1) / size)[:, None], 0.0)
@@ -35,11 +55,27 @@ def _layer_norm_kernel(
 
 @triton.jit
 def _layer_norm_backward_kernel(
-    grad_ptr, grad_x_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr, dbias_ptr, count, size, eps, stride_grad, stride_grad_x, stride_x, stride_dx,
-    HAS_GRAD_X: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """With n = (x - mean) r, r = rsqrt(var + eps), g = grad weight: dx = r (g - mean(g) - n mean(g n)) + grad_x; parts of
-    dweight = sum(grad n) and dbias = sum(grad)."""
+    grad_ptr,
+    grad_x_ptr,
+    x_ptr,
+    weight_ptr,
+    dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    count,
+    size,
+    eps,
+    stride_grad,
+    stride_grad_x,
+    stride_x,
+    stride_dx,
+    HAS_GRAD_X: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """With n = (x - mean) r, r = rsqrt(var + eps), g = grad weight: dx = r (g - mean(g) - n mean(g n)) + grad_x; parts
+    of dweight = sum(grad n) and dbias = sum(grad).
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + cols, mask=cols < size, other=0.0).to(tl.float32)
@@ -48,15 +84,21 @@ def _layer_norm_backward_kernel(
     for first in range(program * ROWS, count, programs * ROWS):
         rows = first + tl.arange(0, ROWS).to(tl.int64)
         mask = (rows < count)[:, None] & (cols < size)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+        x = tl.load(x_ptr + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )  # [ROWS, BLOCK]
         grad = tl.load(grad_ptr + rows[:, None] * stride_grad + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         centred = tl.where(mask, x - (tl.sum(x, 1) / size)[:, None], 0.0)
         scale = tl.rsqrt(tl.sum(centred * centred, 1) / size + eps)
         normed = centred * scale[:, None]
         weighted = grad * weight[None, :]
-        dx = scale[:, None] * (weighted - (tl.sum(weighted, 1) / size)[:, None] - normed * (tl.sum(weighted * normed, 1) / size)[:, None])
+        dx = scale[:, None] * (
+            weighted - (tl.sum(weighted, 1) / size)[:, None] - normed * (tl.sum(weighted * normed, 1) / size)[:, None]
+        )
         if HAS_GRAD_X:
-            dx += tl.load(grad_x_ptr + rows[:, None] * stride_grad_x + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            dx += tl.load(grad_x_ptr + rows[:, None] * stride_grad_x + cols[None, :], mask=mask, other=0.0).to(
+                tl.float32
+            )
         tl.store(dx_ptr + rows[:, None] * stride_dx + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dweight += tl.sum(grad * normed, 0)
         dbias += tl.sum(grad, 0)
@@ -78,10 +120,23 @@ def launch_add_layer_norm(
     count, size = rows.shape
     tile = tuning.whole_rows(size)
     launch(
-        _layer_norm_kernel, (tuning.cdiv(count, tile["ROWS"]) if size else 0,),
-        rows, residual_rows, weight, bias, y_rows, as_rows(total), count, size, eps, rows.stride(0), residual_rows.stride(0), y_rows.stride(0),
-        HAS_RESIDUAL=residual is not None, **tile,
-    )  # fmt: skip
+        _layer_norm_kernel,
+        (tuning.cdiv(count, tile["ROWS"]) if size else 0,),
+        rows,
+        residual_rows,
+        weight,
+        bias,
+        y_rows,
+        as_rows(total),
+        count,
+        size,
+        eps,
+        rows.stride(0),
+        residual_rows.stride(0),
+        y_rows.stride(0),
+        HAS_RESIDUAL=residual is not None,
+        **tile,
+    )
     return y, total
 
 
@@ -96,8 +151,23 @@ def launch_layer_norm_backward(
     programs = min(tuning.cdiv(count, tile["ROWS"]), tuning.PARTIAL_SUMS)
     partial, partial_bias = (torch.empty((programs, size), dtype=torch.float32, device=x.device) for _ in range(2))
     launch(
-        _layer_norm_backward_kernel, (programs if size else 0,),
-        grad_rows, grad_x_rows, rows, weight, dx_rows, partial, partial_bias, count, size, eps, grad_rows.stride(0), grad_x_rows.stride(0),
-        rows.stride(0), dx_rows.stride(0), HAS_GRAD_X=grad_x is not None, **tile,
-    )  # fmt: skip
+        _layer_norm_backward_kernel,
+        (programs if size else 0,),
+        grad_rows,
+        grad_x_rows,
+        rows,
+        weight,
+        dx_rows,
+        partial,
+        partial_bias,
+        count,
+        size,
+        eps,
+        grad_rows.stride(0),
+        grad_x_rows.stride(0),
+        rows.stride(0),
+        dx_rows.stride(0),
+        HAS_GRAD_X=grad_x is not None,
+        **tile,
+    )
     return dx, partial.sum(0).to(weight.dtype), partial_bias.sum(0).to(weight.dtype)

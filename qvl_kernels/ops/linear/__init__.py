@@ -22,8 +22,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         bias: [N] or None.
     Returns:
         [..., N], dtype of x.
-    Numerics: products and sums in fp32 (bf16 pairs may be multiplied by the processor's own dot instruction), one rounding.
-    Raises: TypeError or ValueError for dtype, device, shape or stride; RuntimeError if a forced backend cannot run here.
+    Numerics: products and sums in fp32 (bf16 pairs may be multiplied by the processor's own dot instruction), one
+    rounding.
+    Raises: TypeError or ValueError for dtype, device, shape or stride; RuntimeError if a forced backend cannot run
+    here.
     Example:
         >>> y = qvl_kernels.linear(torch.randn(3, 64), torch.randn(10, 64))
     """
@@ -31,7 +33,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     checks.check_tensor("linear", "weight", weight, 2)
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"linear: the last dimension of x must equal weight's second, got x {tuple(x.shape)} and weight {tuple(weight.shape)}"
+            f"linear: the last dimension of x must equal weight's second, got x {tuple(x.shape)} and weight "
+            f"{tuple(weight.shape)}"
         )
     if bias is not None:
         checks.check_tensor("linear", "bias", bias, 1)
@@ -39,6 +42,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     checks.check_same("linear", x=x, weight=weight, bias=bias)
     checks.check_last_contiguous("linear", x=x, weight=weight, bias=bias)
     backend = dispatch.choose("linear", x.device, checks.unsupported_dtype(x))
-    if backend == "reference" or backend == "triton" and not few_rows(x):  # more rows are PyTorch's product, and so is its backward
+    if (
+        backend == "reference" or backend == "triton" and not few_rows(x)
+    ):  # more rows are PyTorch's product, and so is its backward
         return linear_reference(x, weight, bias)
     return call(linear_op, x, weight, bias)

@@ -16,12 +16,21 @@ def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     return extension_linear(x, weight, bias)
 
 
-def extension_linear(x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def extension_linear(
+    x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     n = out_features(weight)
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
     dispatch.extension().linear(
-        rows.data_ptr(), extension_weight(weight, bias), y.data_ptr(), rows.shape[0], n, rows.shape[1], rows.stride(0), n,
+        rows.data_ptr(),
+        extension_weight(weight, bias),
+        y.data_ptr(),
+        rows.shape[0],
+        n,
+        rows.shape[1],
+        rows.stride(0),
+        n,
         DTYPE_CODES[x.dtype],
-    )  # fmt: skip
+    )
     return y

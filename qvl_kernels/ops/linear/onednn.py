@@ -14,8 +14,9 @@ TILE_K = 32  # bf16 numbers in a row of a tile
 def use_onednn(x: torch.Tensor, rows: int, *weights: torch.Tensor) -> bool:
     """Whether linear layers by ``weights`` [N, K] over ``rows`` rows of x's dtype go through PyTorch.
 
-    Only with K in whole tiles: oneDNN (3.12, in torch 2.13) loads a row's last tile past its end and counts on zeros in the weight's.
-    What lies there is the next row, or the gap between two; a NaN or infinity in it would spoil this row too [oneDNN #5717].
+    Only with K in whole tiles: oneDNN (3.12, in torch 2.13) loads a row's last tile past its end and counts on zeros in
+    the weight's. What lies there is the next row, or the gap between two; a NaN or infinity in it would spoil this row
+    too [oneDNN #5717].
     """
     whole_tiles = all(weight.shape[1] % TILE_K == 0 for weight in weights)
     return rows >= MIN_ROWS and x.dtype is torch.bfloat16 and whole_tiles and onednn_is_faster()
@@ -30,7 +31,9 @@ def onednn_is_faster() -> bool:
     from qvl_kernels.ops.linear.cpu import extension_linear
 
     x, weight = torch.randn(256, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
-    return _best_time(lambda: torch.nn.functional.linear(x, weight)) < _best_time(lambda: extension_linear(x, weight, None))
+    return _best_time(lambda: torch.nn.functional.linear(x, weight)) < _best_time(
+        lambda: extension_linear(x, weight, None)
+    )
 
 
 def _best_time(function) -> float:

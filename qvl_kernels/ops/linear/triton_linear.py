@@ -1,4 +1,6 @@
-"""linear on GPUs: few rows are bound by the weights and go to the matrix-vector kernels, more rows to PyTorch (cuBLAS, hipBLASLt)."""
+"""linear on GPUs: few rows are bound by the weights and go to the matrix-vector kernels, more rows to PyTorch (cuBLAS,
+hipBLASLt).
+"""
 
 import torch
 

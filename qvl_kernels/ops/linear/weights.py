@@ -19,9 +19,14 @@ def extension_weight(weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor 
     if scales.dtype is not (torch.float32 if weight.bits == 8 else torch.bfloat16):
         raise TypeError(f"the C++ kernels take fp32 scales of int8 and bf16 scales of int4 weights, got {scales.dtype}")
     return dispatch.extension().Weight(
-        values.data_ptr(), values.stride(0), bias_pointer, INT8 if weight.bits == 8 else INT4, scales.data_ptr(), scales.stride(0),
+        values.data_ptr(),
+        values.stride(0),
+        bias_pointer,
+        INT8 if weight.bits == 8 else INT4,
+        scales.data_ptr(),
+        scales.stride(0),
         0 if weight.bits == 8 else weight.group,
-    )  # fmt: skip
+    )
 
 
 def out_features(weight: torch.Tensor | QuantizedWeight) -> int:
@@ -40,7 +45,9 @@ def unsupported_scales(*weights: torch.Tensor | QuantizedWeight) -> str | None:
 
 
 def stand_in(op: str, weight: torch.Tensor | QuantizedWeight, x: torch.Tensor) -> torch.Tensor:
-    """A plain weight as it is; for a quantised one, once it is checked, a tensor of its shape and x's dtype without its memory."""
+    """A plain weight as it is; for a quantised one, once it is checked, a tensor of its shape and x's dtype without its
+    memory.
+    """
     if not isinstance(weight, QuantizedWeight):
         return weight
     quant.check_weight(op, weight, x.device)

@@ -38,11 +38,12 @@ def linear_cross_entropy(
         label_smoothing: weight of the uniform distribution in the target, in [0, 1).
         reduction: "mean" (over counted tokens), "sum" or "none".
     Returns:
-        fp32 scalar, or [M] for "none". Logits are rounded to hidden's dtype, as the language-model head would; the rest is fp32.
-        A second derivative (``create_graph=True``) does hold the logits.
+        fp32 scalar, or [M] for "none". Logits are rounded to hidden's dtype, as the language-model head would; the rest
+        is fp32. A second derivative (``create_graph=True``) does hold the logits.
     Raises: TypeError or ValueError for bad arguments; RuntimeError if a forced backend cannot run here.
     Example:
-        >>> loss = qvl_kernels.linear_cross_entropy(torch.randn(5, 64), torch.randn(100, 64), torch.randint(0, 100, (5,)))
+        >>> loss = qvl_kernels.linear_cross_entropy(torch.randn(5, 64), torch.randn(100, 64), torch.randint(0, 100,
+        (5,)))
     """
     op = "linear_cross_entropy"
     checks.check_tensor(op, "hidden", hidden, 2)
@@ -65,7 +66,8 @@ def linear_cross_entropy(
     if backend == "reference":
         return linear_cross_entropy_reference(hidden, weight, labels, ignore_index, label_smoothing, reduction)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    # In fp16 gradients must be computed at the scale of the loss, which the backward knows; without it the small ones are lost.
+    # In fp16 gradients must be computed at the scale of the loss, which the backward knows; without it the small ones
+    # are lost.
     if backend == "triton" and any(wanted) and reduction != "none" and hidden.dtype != torch.float16:
         total, _, _ = loss_sum_op(hidden, weight, labels, ignore_index, label_smoothing, *wanted)
     else:

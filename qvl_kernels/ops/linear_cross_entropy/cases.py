@@ -12,8 +12,10 @@ def _case(name: str, m: int, v: int, c: int, *, ignored=0, smoothing=0.0, reduct
         return {
             "hidden": random_tensor((m, c), dtype, generator),
             "weight": random_tensor((v, c), dtype, generator, scale=c**-0.5),
-            "labels": labels, "label_smoothing": smoothing, "reduction": reduction,
-        }  # fmt: skip
+            "labels": labels,
+            "label_smoothing": smoothing,
+            "reduction": reduction,
+        }
 
     return Case(name, make, flops=2.0 * m * v * c, bytes=lambda size: float(m * c + v * c) * size, model=model)
 

@@ -1,4 +1,5 @@
-"""Per-token losses from chunks of logits; the backward computes the logits once more, one slice of the vocabulary at a time.
+"""Per-token losses from chunks of logits; the backward computes the logits once more, one slice of the vocabulary at a
+time.
 
 [Cut Your Losses, Wijmans et al. 2024, arXiv:2411.09009: the [M, V] logits are never materialised.]
 """
@@ -38,9 +39,16 @@ def loss_rows_cpu(
 
 
 def loss_rows_backward_cpu(
-    grad: torch.Tensor, sums: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int,
-    label_smoothing: float, hidden_wanted: bool, weight_wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    grad: torch.Tensor,
+    sums: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    hidden_wanted: bool,
+    weight_wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Every row of dweight is written once, and dhidden is summed in fp32."""
     vocabulary = weight.shape[0]
     counted = (labels != ignore_index)[:, None]
@@ -65,10 +73,17 @@ def loss_rows_backward_cpu(
 
 
 def loss_sum_cpu(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, label_smoothing: float,
-    hidden_wanted: bool, weight_wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """One pass after the other: adding up dweight chunk by chunk would cost a CPU more than computing the logits again."""
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    hidden_wanted: bool,
+    weight_wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One pass after the other: adding up dweight chunk by chunk would cost a CPU more than computing the
+    logits again.
+    """
     losses, sums = loss_rows_cpu(hidden, weight, labels, ignore_index, label_smoothing)
     options = (ignore_index, label_smoothing, hidden_wanted, weight_wanted)
     return losses.sum(), *loss_rows_backward_cpu(torch.ones_like(losses), sums, hidden, weight, labels, *options)

@@ -1,7 +1,8 @@
-"""torch ops behind linear_cross_entropy: losses of rows with a backward of their own, and their sum with its gradients at once.
+"""torch ops behind linear_cross_entropy: losses of rows with a backward of their own, and their sum with its gradients
+at once.
 
-sums [2, M]: the largest logit of each row, and the logarithm of the sum of exp(logit - largest). Kept apart: their sum would lose
-the digits of the second beside a huge first.
+sums [2, M]: the largest logit of each row, and the logarithm of the sum of exp(logit - largest). Kept apart: their sum
+would lose the digits of the second beside a huge first.
 """
 
 import torch
@@ -15,7 +16,9 @@ __all__ = ["loss_rows_op", "loss_sum_op"]
 _TRITON = "qvl_kernels.ops.linear_cross_entropy.triton_linear_cross_entropy"
 
 
-def _gradients(hidden: torch.Tensor, weight: torch.Tensor, hidden_wanted: bool, weight_wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _gradients(
+    hidden: torch.Tensor, weight: torch.Tensor, hidden_wanted: bool, weight_wanted: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised; of size 0 where not wanted."""
     return tuple(
         torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
@@ -28,7 +31,9 @@ def _rows_fake(hidden, weight, labels, ignore_index, label_smoothing):
     return torch.empty((hidden.shape[0],), **options), torch.empty((2, hidden.shape[0]), **options)
 
 
-def _rows_backward_fake(grad, sums, hidden, weight, labels, ignore_index, label_smoothing, hidden_wanted, weight_wanted):
+def _rows_backward_fake(
+    grad, sums, hidden, weight, labels, ignore_index, label_smoothing, hidden_wanted, weight_wanted
+):
     return _gradients(hidden, weight, hidden_wanted, weight_wanted)
 
 
@@ -81,14 +86,17 @@ def _sum_backward_again(ctx, grad, *_):
 
 
 def _scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """x [A, B] times a scalar on its device, in fp32 (as a scalar it would first be rounded to x's dtype). In place where nobody asks
-    again, neither another backward over a kept graph nor a tracer: dweight is the largest tensor of a training step."""
+    """x [A, B] times a scalar on its device, in fp32 (as a scalar it would first be rounded to x's dtype). In place
+    where nobody asks
+    again, neither another backward over a kept graph nor a tracer: dweight is the largest tensor of a training step.
+    """
     in_place = type(x) is torch.Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
     return torch.mul(x, factor.reshape(1, 1), out=x if in_place else torch.empty_like(x))
 
 
 loss_rows_backward_op = register(
-    "linear_cross_entropy_backward(Tensor grad, Tensor sums, Tensor hidden, Tensor weight, Tensor labels, int ignore_index,"
+    "linear_cross_entropy_backward(Tensor grad, Tensor sums, Tensor hidden, Tensor weight, Tensor labels, int "
+    "ignore_index,"
     " float label_smoothing, bool hidden_wanted, bool weight_wanted) -> (Tensor, Tensor)",
     cpu=loss_rows_backward_cpu,
     triton=f"{_TRITON}:launch_loss_rows_backward",
@@ -96,7 +104,8 @@ loss_rows_backward_op = register(
 )
 
 loss_rows_op = register(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, float label_smoothing) -> (Tensor, Tensor)",
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, float label_smoothing) -> "
+    "(Tensor, Tensor)",
     cpu=loss_rows_cpu,
     triton=f"{_TRITON}:launch_loss_rows",
     fake=_rows_fake,
@@ -106,7 +115,8 @@ loss_rows_op = register(
 )
 
 loss_sum_op = register(
-    "linear_cross_entropy_sum(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, float label_smoothing, bool hidden_wanted,"
+    "linear_cross_entropy_sum(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, float label_smoothing, "
+    "bool hidden_wanted,"
     " bool weight_wanted) -> (Tensor, Tensor, Tensor)",
     cpu=loss_sum_cpu,
     triton=f"{_TRITON}:launch_loss_sum",

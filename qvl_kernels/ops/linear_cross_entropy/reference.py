@@ -4,7 +4,12 @@ __all__ = ["linear_cross_entropy_reference"]
 
 
 def linear_cross_entropy_reference(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, label_smoothing: float, reduction: str
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
 ) -> torch.Tensor:
     logits = hidden @ weight.t()
     wide = logits if logits.dtype == torch.float64 else logits.float()

@@ -1,10 +1,11 @@
-"""linear_cross_entropy: blocks of logits through PyTorch's products, with one kernel in between that turns them into losses or, in
-place, into their gradient.
+"""linear_cross_entropy: blocks of logits through PyTorch's products, with one kernel in between that turns them into
+losses or, in place, into their gradient.
 
-Losses and dhidden go by rows: a block of whole rows of logits is all that they need. dweight goes by columns: a block of them makes rows of
-dweight, each written once. That takes the logits a second time, a fourth product of 2 M V C operations, but hardly any memory: the first time
-they lie where dweight will be, the second time mostly in what is not written yet of it. By rows with three products [Liger Kernel, Hsu et
-al. 2024, arXiv:2410.10989] dweight is read and written for every block, so that blocks are either small and slow or large.
+Losses and dhidden go by rows: a block of whole rows of logits is all that they need. dweight goes by columns: a block
+of them makes rows of dweight, each written once. That takes the logits a second time, a fourth product of 2 M V C
+operations, but hardly any memory: the first time they lie where dweight will be, the second time mostly in what is not
+written yet of it. By rows with three products [Liger Kernel, Hsu et al. 2024, arXiv:2410.10989] dweight is read and
+written for every block, so that blocks are either small and slow or large.
 """
 
 from collections.abc import Iterator
@@ -24,13 +25,29 @@ SUMS_IN_FP32 = not torch.version.hip and tuple(int(part) for part in torch.__ver
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits_ptr, labels_ptr, losses_ptr, sums_ptr, scales_ptr, columns, first, vocabulary, tokens, ignore_index, smoothing,
-    LOSS: tl.constexpr, GRADIENT: tl.constexpr, SMOOTHED: tl.constexpr, HAS_SCALES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program per row x of logits, columns ``first`` and on, with m = max x and l = log sum exp(x - m) of all of them.
+    logits_ptr,
+    labels_ptr,
+    losses_ptr,
+    sums_ptr,
+    scales_ptr,
+    columns,
+    first,
+    vocabulary,
+    tokens,
+    ignore_index,
+    smoothing,
+    LOSS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per row x of logits, columns ``first`` and on, with m = max x and l_i = log sum exp(x - m) of all of
+    them.
 
-    LOSS (all columns are there): loss = l + (1 - s) (m - x[label]) + s (m - mean x); 0 where ignored. Stores m and l.
-    GRADIENT: in the place of x, scale (exp(x - m - l) - (1 - s) onehot(label) - s / V); scale is 0 where ignored.
+    LOSS (all columns are there): loss = l_i + (1 - s) (m - x[label]) + s (m - mean x); 0 where ignored. Stores m,
+    l_i.
+    GRADIENT: in the place of x, scale (exp(x - m - l_i) - (1 - s) onehot(label) - s / V); scale is 0 where ignored.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * columns
@@ -40,30 +57,30 @@ def _cross_entropy_kernel(
         # Before the loop, whose reductions hold all warps together: later another warp may have written here already.
         inside = (label >= 0) & (label < vocabulary)
         target = tl.load(logits_ptr + tl.where(inside, label, 0), mask=inside, other=float("nan")).to(tl.float32)
-        m, l, total = -3.4028234663852886e38, 0.0, 0.0  # finite, so that a block of -inf does not become NaN
+        m, l_i, total = -3.4028234663852886e38, 0.0, 0.0  # finite, so that a block of -inf does not become NaN
         for begin in range(0, columns, BLOCK):
             offs = begin + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + offs, mask=offs < columns, other=float("-inf")).to(tl.float32)  # [BLOCK]
             largest = tl.maximum(m, tl.max(x, 0))
-            l = l * tl.exp(m - largest) + tl.sum(tl.exp(x - largest), 0)
+            l_i = l_i * tl.exp(m - largest) + tl.sum(tl.exp(x - largest), 0)
             m = largest
             if SMOOTHED:
                 total += tl.sum(tl.where(offs < columns, x, 0.0), 0)
-        l = tl.log(l)
-        loss = l + (1.0 - smoothing) * (m - target)
+        l_i = tl.log(l_i)
+        loss = l_i + (1.0 - smoothing) * (m - target)
         if SMOOTHED:
             loss += smoothing * (m - total / vocabulary)
         tl.store(losses_ptr + row, tl.where(counted, loss, 0.0))
         tl.store(sums_ptr + row, m)
-        tl.store(sums_ptr + tokens + row, l)
+        tl.store(sums_ptr + tokens + row, l_i)
     else:
-        m, l = tl.load(sums_ptr + row), tl.load(sums_ptr + tokens + row)
+        m, l_i = tl.load(sums_ptr + row), tl.load(sums_ptr + tokens + row)
     if GRADIENT:
         scale = tl.where(counted, tl.load(scales_ptr + row) if HAS_SCALES else 1.0, 0.0)
         for begin in range(0, columns, BLOCK):
             offs = begin + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + offs, mask=offs < columns, other=0.0).to(tl.float32)  # [BLOCK]
-            gradient = tl.exp((x - m) - l) - tl.where(first + offs == label, 1.0 - smoothing, 0.0)
+            gradient = tl.exp((x - m) - l_i) - tl.where(first + offs == label, 1.0 - smoothing, 0.0)
             if SMOOTHED:
                 gradient -= smoothing / vocabulary
             tl.store(logits_ptr + offs, (scale * gradient).to(logits_ptr.dtype.element_ty), mask=offs < columns)
@@ -72,28 +89,54 @@ def _cross_entropy_kernel(
 class _Logits:
     """hidden weight^T, block by block, turned into losses or their gradient in place."""
 
-    def __init__(self, hidden, weight, labels, ignore_index: int, label_smoothing: float, sums, losses=None, scales=None) -> None:
-        self.hidden, self.weight, self.labels, self.sums, self.losses, self.scales = hidden, weight, labels.contiguous(), sums, losses, scales
+    def __init__(
+        self, hidden, weight, labels, ignore_index: int, label_smoothing: float, sums, losses=None, scales=None
+    ) -> None:
+        self.hidden, self.weight, self.labels, self.sums, self.losses, self.scales = (
+            hidden,
+            weight,
+            labels.contiguous(),
+            sums,
+            losses,
+            scales,
+        )
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         (self.tokens, self.width), self.vocabulary = hidden.shape, weight.shape[0]
 
     def block(self, memory: torch.Tensor, rows: slice, columns: slice, *, loss: bool, gradient: bool) -> torch.Tensor:
-        """[rows, columns] at the end of ``memory``. ``loss``: of whole rows, whose losses and sums are stored; else sums are read."""
+        """[rows, columns] at the end of ``memory``. ``loss``: of whole rows, whose losses and sums are stored; else
+        sums are read.
+        """
         count, size = rows.stop - rows.start, columns.stop - columns.start
         memory = memory.view(-1)
         logits = memory[memory.numel() - count * size :].view(count, size)
         torch.mm(self.hidden[rows], self.weight[columns].t(), out=logits)
         launch(
-            _cross_entropy_kernel, (count,),
-            logits, self.labels[rows], self.losses[rows] if loss else self.sums[0], self.sums[:, rows],
-            self.sums[0] if self.scales is None else self.scales[rows], size, columns.start, self.vocabulary, self.tokens, self.ignore_index,
-            self.label_smoothing, LOSS=loss, GRADIENT=gradient, SMOOTHED=self.label_smoothing > 0.0, HAS_SCALES=self.scales is not None,
+            _cross_entropy_kernel,
+            (count,),
+            logits,
+            self.labels[rows],
+            self.losses[rows] if loss else self.sums[0],
+            self.sums[:, rows],
+            self.sums[0] if self.scales is None else self.scales[rows],
+            size,
+            columns.start,
+            self.vocabulary,
+            self.tokens,
+            self.ignore_index,
+            self.label_smoothing,
+            LOSS=loss,
+            GRADIENT=gradient,
+            SMOOTHED=self.label_smoothing > 0.0,
+            HAS_SCALES=self.scales is not None,
             **tuning.cross_entropy(size),
-        )  # fmt: skip
+        )
         return logits
 
     def by_rows(self, dhidden: torch.Tensor | None, dweight: torch.Tensor | None) -> None:
-        """Losses, if they are wanted, and dhidden, if that alone is; with both gradients losses only, in the memory of dweight."""
+        """Losses, if they are wanted, and dhidden, if that alone is; with both gradients losses only, in the memory of
+        dweight.
+        """
         memory, everything = dweight, slice(0, self.vocabulary)
         rows = max(1, self.width)
         if memory is None:
@@ -106,8 +149,10 @@ class _Logits:
                 torch.mm(logits, self.weight, out=dhidden[part])
 
     def by_columns(self, dhidden: torch.Tensor | None, dweight: torch.Tensor) -> None:
-        """Both gradients, blocks of columns first: as long as they fit into rows of dweight that come later, the last of which hold the sum
-        for dhidden in fp32. Then rows of what columns are left, in memory as large as hidden or a sixteenth of these logits."""
+        """Both gradients, blocks of columns first: as long as they fit into rows of dweight that come later, the last
+        of which hold the sum for dhidden in fp32. Then rows of what columns are left, in memory as large as hidden or a
+        sixteenth of these logits.
+        """
         everything, begin, total = slice(0, self.tokens), 0, None
         free, words = self.vocabulary, 4 // dweight.element_size()
         if dhidden is not None:
@@ -173,7 +218,9 @@ def _products(logits: _Logits, dhidden: torch.Tensor | None, dweight: torch.Tens
 
 def _empty(tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(losses, sums)"""
-    return torch.empty((tokens,), dtype=torch.float32, device=device), torch.empty((2, tokens), dtype=torch.float32, device=device)
+    return torch.empty((tokens,), dtype=torch.float32, device=device), torch.empty(
+        (2, tokens), dtype=torch.float32, device=device
+    )
 
 
 def _like(x: torch.Tensor, wanted: bool) -> torch.Tensor | None:
@@ -193,18 +240,32 @@ def launch_loss_rows(
 
 
 def launch_loss_rows_backward(
-    grad: torch.Tensor, sums: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int,
-    label_smoothing: float, hidden_wanted: bool, weight_wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    grad: torch.Tensor,
+    sums: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    hidden_wanted: bool,
+    weight_wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     dhidden, dweight = _like(hidden, hidden_wanted), _like(weight, weight_wanted)
-    _products(_Logits(hidden, weight, labels, ignore_index, label_smoothing, sums, scales=grad.contiguous()), dhidden, dweight)
+    _products(
+        _Logits(hidden, weight, labels, ignore_index, label_smoothing, sums, scales=grad.contiguous()), dhidden, dweight
+    )
     return _or_nothing(hidden, dhidden), _or_nothing(weight, dweight)
 
 
 def launch_loss_sum(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, label_smoothing: float, hidden_wanted: bool,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    hidden_wanted: bool,
     weight_wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     losses, sums = _empty(hidden.shape[0], hidden.device)
     dhidden, dweight = _like(hidden, hidden_wanted), _like(weight, weight_wanted)
     _products(_Logits(hidden, weight, labels, ignore_index, label_smoothing, sums, losses), dhidden, dweight)

@@ -7,15 +7,26 @@ __all__ = ["CASES"]
 
 
 def _exact_in_int8(m: int, k: int, skipped: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Rows [m, k] (at a distance of k + skipped) that rounding to int8 with the scale max |x| / 127 of rows, or of groups of 32
-    or more, leaves as they are: the format's error is not the kernel's."""
+    """Rows [m, k] (at a distance of k + skipped) that rounding to int8 with the scale max |x| / 127 of rows, or of
+    groups of 32
+    or more, leaves as they are: the format's error is not the kernel's.
+    """
     x = torch.randint(-127, 128, (m, skipped + k), generator=generator)
     x[:, skipped::32] = 127
     return (x / 64.0).to(dtype)[:, skipped:]
 
 
 def _case(
-    name: str, bits: int, m: int, n: int, k: int, *, group: int = 64, bias: bool = False, strided: bool = False, model: bool = False
+    name: str,
+    bits: int,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    group: int = 64,
+    bias: bool = False,
+    strided: bool = False,
+    model: bool = False,
 ) -> Case:
     def make(dtype, generator):
         x = _exact_in_int8(m, k, 5 if strided else 0, dtype, generator)
@@ -28,7 +39,9 @@ def _case(
 
     padded = -(-k // group) * group
     weight_bytes = n * (k + 4) if bits == 8 else n * (padded / 2 + padded / group * 2)
-    return Case(name, make, flops=2.0 * m * n * k, bytes=lambda size: float(m * k + m * n) * size + weight_bytes, model=model)
+    return Case(
+        name, make, flops=2.0 * m * n * k, bytes=lambda size: float(m * k + m * n) * size + weight_bytes, model=model
+    )
 
 
 CASES = [

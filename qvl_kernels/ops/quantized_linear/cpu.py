@@ -6,5 +6,7 @@ from qvl_kernels.quant import QuantizedWeight
 __all__ = ["quantized_linear_cpu"]
 
 
-def quantized_linear_cpu(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def quantized_linear_cpu(
+    x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     return extension_linear(x, QuantizedWeight(values, scales, x.shape[-1]), bias)

@@ -14,9 +14,18 @@ BLOCK = 1024  # bytes of values per program: 8 a thread
 
 @triton.jit
 def _dequantize_kernel(
-    values_ptr, scale_ptr, weight_ptr, K, W_COLUMNS, stride_values, stride_scale, stride_weight,
-    HALF_GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    values_ptr,
+    scale_ptr,
+    weight_ptr,
+    K,
+    W_COLUMNS,
+    stride_values,
+    stride_scale,
+    stride_weight,
+    HALF_GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """weight[n, k] = scale * value, or scale * (nibble - 8); one program per row and block of stored bytes."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -27,7 +36,9 @@ def _dequantize_kernel(
         scale = tl.load(scale_ptr + row * stride_scale)
         tl.store(out + offs, (values.to(tl.float32) * scale).to(dtype), mask=offs < K)
     else:
-        scale = tl.load(scale_ptr + row * stride_scale + offs // HALF_GROUP, mask=offs < W_COLUMNS, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + row * stride_scale + offs // HALF_GROUP, mask=offs < W_COLUMNS, other=0.0).to(
+            tl.float32
+        )
         k = offs // 16 * 32 + offs % 16
         tl.store(out + k, (((values & 15).to(tl.float32) - 8.0) * scale).to(dtype), mask=k < K)
         tl.store(out + k + 16, (((values >> 4).to(tl.float32) - 8.0) * scale).to(dtype), mask=k + 16 < K)
@@ -38,8 +49,19 @@ def launch_dequantize(values: torch.Tensor, scales: torch.Tensor, size: int, dty
     n, columns = values.shape
     weight = torch.empty((n, size), dtype=dtype, device=values.device)
     launch(
-        _dequantize_kernel, (n, tuning.cdiv(columns, BLOCK)),
-        values, scales, weight, size, columns, values.stride(0), scales.stride(0), weight.stride(0),
-        HALF_GROUP=columns // scales.shape[1], BITS=8 if values.dtype == torch.int8 else 4, BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
+        _dequantize_kernel,
+        (n, tuning.cdiv(columns, BLOCK)),
+        values,
+        scales,
+        weight,
+        size,
+        columns,
+        values.stride(0),
+        scales.stride(0),
+        weight.stride(0),
+        HALF_GROUP=columns // scales.shape[1],
+        BITS=8 if values.dtype == torch.int8 else 4,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
     return weight

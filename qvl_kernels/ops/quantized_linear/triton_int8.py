@@ -1,4 +1,6 @@
-"""int8 weights times many rows: the rows are rounded to int8 too, one scale each, and multiplied on integer tensor cores."""
+"""int8 weights times many rows: the rows are rounded to int8 too, one scale each, and multiplied on integer tensor
+cores.
+"""
 
 import torch
 import triton
@@ -9,12 +11,16 @@ from qvl_kernels.triton_lib import describe, launch
 
 __all__ = ["launch_int8_matmul", "launch_quantize_rows"]
 
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it to a small fp32 leaves no bits behind the point, rounded to even
+ROUND = tl.constexpr(
+    12582912.0
+)  # 1.5 * 2^23: adding it to a small fp32 leaves no bits behind the point, rounded to even
 
 
 @triton.jit
-def _quantize_rows_kernel(x_ptr, values_ptr, scale_ptr, K, stride_x, stride_values, BLOCK: tl.constexpr):  # fmt: skip
-    """scale = max |x| / 127, values = round(x / scale); one program per row. A row that is not finite gets the scale NaN."""
+def _quantize_rows_kernel(x_ptr, values_ptr, scale_ptr, K, stride_x, stride_values, BLOCK: tl.constexpr):
+    """scale = max |x| / 127, values = round(x / scale); one program per row. A row that is not finite gets the scale
+    NaN.
+    """
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     largest = tl.zeros([BLOCK], tl.float32)
@@ -35,13 +41,31 @@ def _quantize_rows_kernel(x_ptr, values_ptr, scale_ptr, K, stride_x, stride_valu
 
 @triton.jit
 def _int8_matmul_kernel(
-    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, y_ptr, M, N, K, stride_x, stride_w, stride_scale, stride_y,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    PERSISTENT: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    x_scale_ptr,
+    w_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    stride_scale,
+    stride_y,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+):
     """y = (x w^T) * x_scale * w_scale + bias with int32 sums. Programs beside each other share their columns of w.
 
-    DESCRIPTORS: x_ptr and w_ptr are tensor descriptors. PERSISTENT: the grid has fewer programs than tiles, and each takes several turns.
+    DESCRIPTORS: x_ptr and w_ptr are tensor descriptors. PERSISTENT: the grid has fewer programs than tiles, and each
+    takes several turns.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles = tiles_m * tl.cdiv(N, BLOCK_N)
@@ -78,7 +102,17 @@ def launch_quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     m, k = rows.shape
     values = torch.empty((m, k), dtype=torch.int8, device=rows.device)
     scales = torch.empty((m,), dtype=torch.float32, device=rows.device)
-    launch(_quantize_rows_kernel, (m,), rows, values, scales, k, rows.stride(0), values.stride(0), **tuning.quantize_rows(k))
+    launch(
+        _quantize_rows_kernel,
+        (m,),
+        rows,
+        values,
+        scales,
+        k,
+        rows.stride(0),
+        values.stride(0),
+        **tuning.quantize_rows(k),
+    )
     return values, scales
 
 
@@ -97,7 +131,22 @@ def launch_int8_matmul(
     x_tiles, w_tiles = described or (x, values)
     programs = tuning.cdiv(m, tile["BLOCK_M"]) * tuning.cdiv(n, tile["BLOCK_N"])
     launch(
-        _int8_matmul_kernel, (min(programs, tuning.PROCESSORS[arch]) if flags["PERSISTENT"] else programs,),
-        x_tiles, x_scales, w_tiles, scales, scales if bias is None else bias, y, m, n, k, x.stride(0), values.stride(0),
-        scales.stride(0), y.stride(0), HAS_BIAS=bias is not None, **flags, **tile,
-    )  # fmt: skip
+        _int8_matmul_kernel,
+        (min(programs, tuning.PROCESSORS[arch]) if flags["PERSISTENT"] else programs,),
+        x_tiles,
+        x_scales,
+        w_tiles,
+        scales,
+        scales if bias is None else bias,
+        y,
+        m,
+        n,
+        k,
+        x.stride(0),
+        values.stride(0),
+        scales.stride(0),
+        y.stride(0),
+        HAS_BIAS=bias is not None,
+        **flags,
+        **tile,
+    )

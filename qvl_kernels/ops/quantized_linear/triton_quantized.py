@@ -1,4 +1,6 @@
-"""quantized_linear on GPUs: matrix-vector kernels for few rows, then int8 products or PyTorch's on a widened copy (tuning.py)."""
+"""quantized_linear on GPUs: matrix-vector kernels for few rows, then int8 products or PyTorch's on a widened copy
+(tuning.py).
+"""
 
 import torch
 
@@ -12,7 +14,9 @@ from qvl_kernels.triton_lib import as_rows
 __all__ = ["launch_quantized_linear"]
 
 
-def launch_quantized_linear(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def launch_quantized_linear(
+    x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     rows = as_rows(x)
     route = tuning.quantized_linear_route(rows.shape[0], 8 if values.dtype == torch.int8 else 4)
     if route == "gemv":

@@ -31,7 +31,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6) -> tor
     Returns:
         [..., C], dtype of x.
     Numerics: sums in fp32; rounded to x.dtype before the weight multiply, as transformers does.
-    Raises: TypeError or ValueError for dtype, device, shape or stride; RuntimeError if a forced backend cannot run here.
+    Raises: TypeError or ValueError for dtype, device, shape or stride; RuntimeError if a forced backend cannot run
+    here.
     Example:
         >>> y = qvl_kernels.rms_norm(torch.randn(2, 5, 64), torch.ones(64))
     """

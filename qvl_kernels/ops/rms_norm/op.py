@@ -47,7 +47,9 @@ def _add_backward(ctx, grad_y, grad_total):
 
 
 def _add_backward_again(ctx, grad_y, grad_total):
-    dx, dw = derivative_again(lambda x, weight: (rms_norm_reference(x, weight, ctx.eps), x), ctx.saved_tensors, (grad_y, grad_total))
+    dx, dw = derivative_again(
+        lambda x, weight: (rms_norm_reference(x, weight, ctx.eps), x), ctx.saved_tensors, (grad_y, grad_total)
+    )
     return dx, dx, dw, None
 
 

@@ -12,17 +12,36 @@ __all__ = ["launch_add_rms_norm", "launch_rms_norm", "launch_rms_norm_backward"]
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, count, size, eps, stride_x, stride_residual, stride_y,
-    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """y = x / sqrt(mean(x^2) + eps) * weight of ROWS rows; with a residual, of the rounded sum, which is written too."""
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    y_ptr,
+    total_ptr,
+    count,
+    size,
+    eps,
+    stride_x,
+    stride_residual,
+    stride_y,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y = x / sqrt(mean(x^2) + eps) * weight of ROWS rows; with a residual, of the rounded sum, which is
+    written too.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     mask = (rows < count)[:, None] & (cols < size)[None, :]
     dtype = y_ptr.dtype.element_ty
     x = tl.load(x_ptr + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
     if HAS_RESIDUAL:
-        total = (x + tl.load(residual_ptr + rows[:, None] * stride_residual + cols[None, :], mask=mask, other=0.0).to(tl.float32)).to(dtype)
+        total = (
+            x
+            + tl.load(residual_ptr + rows[:, None] * stride_residual + cols[None, :], mask=mask, other=0.0).to(
+                tl.float32
+            )
+        ).to(dtype)
         tl.store(total_ptr + rows[:, None] * stride_y + cols[None, :], total, mask=mask)
         x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 1) / size + eps)  # [ROWS]
@@ -33,13 +52,28 @@ def _rms_norm_kernel(
 
 @triton.jit
 def _rms_norm_backward_kernel(
-    grad_ptr, grad_x_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr, count, size, eps, stride_grad, stride_grad_x, stride_x, stride_dx,
-    HAS_GRAD_X: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """With r = rsqrt(mean(x^2) + eps), n = x r, g = grad weight: dx = r (g - n mean(g n)) + grad_x; a part of dweight = sum(grad n).
+    grad_ptr,
+    grad_x_ptr,
+    x_ptr,
+    weight_ptr,
+    dx_ptr,
+    dweight_ptr,
+    count,
+    size,
+    eps,
+    stride_grad,
+    stride_grad_x,
+    stride_x,
+    stride_dx,
+    HAS_GRAD_X: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """With r = rsqrt(mean(x^2) + eps), n = x r, g = grad weight: dx = r (g - n mean(g n)) + grad_x; a part of dweight =
+    sum(grad n).
 
-    Since 1 = mean(n^2) + eps r^2, dx_i = r (g_i (sum of the other n_j^2 / size + eps r^2) - n_i sum of the other g_j n_j / size),
-    which does not cancel in rows that one element dominates.
+    Since 1 = mean(n^2) + eps r^2, dx_i = r (g_i (sum of the other n_j^2 / size + eps r^2) - n_i sum of the other g_j
+    n_j / size), which does not cancel in rows that one element dominates.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK)
@@ -48,7 +82,9 @@ def _rms_norm_backward_kernel(
     for first in range(program * ROWS, count, programs * ROWS):
         rows = first + tl.arange(0, ROWS).to(tl.int64)
         mask = (rows < count)[:, None] & (cols < size)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+        x = tl.load(x_ptr + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )  # [ROWS, BLOCK]
         grad = tl.load(grad_ptr + rows[:, None] * stride_grad + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x, 1) / size + eps)
         normed = x * scale[:, None]
@@ -57,7 +93,9 @@ def _rms_norm_backward_kernel(
         other_squares = (tl.sum(squares, 1)[:, None] - squares) / size + (eps * scale * scale)[:, None]
         dx = scale[:, None] * (weighted * other_squares - normed * ((tl.sum(products, 1)[:, None] - products) / size))
         if HAS_GRAD_X:
-            dx += tl.load(grad_x_ptr + rows[:, None] * stride_grad_x + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            dx += tl.load(grad_x_ptr + rows[:, None] * stride_grad_x + cols[None, :], mask=mask, other=0.0).to(
+                tl.float32
+            )
         tl.store(dx_ptr + rows[:, None] * stride_dx + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dweight += tl.sum(grad * normed, 0)
     tl.store(dweight_ptr + program.to(tl.int64) * size + cols, dweight, mask=cols < size)
@@ -73,7 +111,9 @@ def launch_add_rms_norm(
     return _forward(x, residual, weight, eps)
 
 
-def _forward(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = y if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, y_rows = as_rows(x), as_rows(y)
@@ -81,10 +121,22 @@ def _forward(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tenso
     count, size = rows.shape
     tile = tuning.whole_rows(size)
     launch(
-        _rms_norm_kernel, (tuning.cdiv(count, tile["ROWS"]) if size else 0,),
-        rows, residual_rows, weight, y_rows, as_rows(total), count, size, eps, rows.stride(0), residual_rows.stride(0), y_rows.stride(0),
-        HAS_RESIDUAL=residual is not None, **tile,
-    )  # fmt: skip
+        _rms_norm_kernel,
+        (tuning.cdiv(count, tile["ROWS"]) if size else 0,),
+        rows,
+        residual_rows,
+        weight,
+        y_rows,
+        as_rows(total),
+        count,
+        size,
+        eps,
+        rows.stride(0),
+        residual_rows.stride(0),
+        y_rows.stride(0),
+        HAS_RESIDUAL=residual is not None,
+        **tile,
+    )
     return y, total
 
 
@@ -99,9 +151,23 @@ def launch_rms_norm_backward(
     programs = min(tuning.cdiv(count, tile["ROWS"]), tuning.PARTIAL_SUMS)
     partial = torch.empty((programs, size), dtype=torch.float32, device=x.device)
     launch(
-        _rms_norm_backward_kernel, (programs if size else 0,),
-        grad_rows, grad_x_rows, rows, weight, dx_rows, partial, count, size, eps, grad_rows.stride(0), grad_x_rows.stride(0),
-        rows.stride(0), dx_rows.stride(0), HAS_GRAD_X=grad_x is not None, **tile,
+        _rms_norm_backward_kernel,
+        (programs if size else 0,),
+        grad_rows,
+        grad_x_rows,
+        rows,
+        weight,
+        dx_rows,
+        partial,
+        count,
+        size,
+        eps,
+        grad_rows.stride(0),
+        grad_x_rows.stride(0),
+        rows.stride(0),
+        dx_rows.stride(0),
+        HAS_GRAD_X=grad_x is not None,
+        **tile,
         enable_fp_fusion=False,  # a sum minus one of its terms is exact only if both round the product
-    )  # fmt: skip
+    )
     return dx, partial.sum(0).to(weight.dtype)

@@ -48,7 +48,8 @@ def qk_norm_rope(
         eps: of the norm.
     Returns:
         (q, k), shapes as given. The rotation is computed in fp32 and rounded once.
-    Raises: TypeError or ValueError for bad arguments; RuntimeError if cos or sin needs a gradient or a forced backend cannot run here.
+    Raises: TypeError or ValueError for bad arguments; RuntimeError if cos or sin needs a gradient or a forced backend
+    cannot run here.
     Example:
         >>> q, k = torch.randn(1, 5, 4, 64), torch.randn(1, 5, 2, 64)
         >>> one, table = torch.ones(64), torch.ones(1, 5, 64)
@@ -84,7 +85,8 @@ def vision_rope(
         cos, sin: [N, D], fp32 or q's dtype; constants, of which a gradient is refused.
     Returns:
         (q, k), computed in fp32 and rounded once.
-    Raises: TypeError or ValueError for bad arguments; RuntimeError if cos or sin needs a gradient or a forced backend cannot run here.
+    Raises: TypeError or ValueError for bad arguments; RuntimeError if cos or sin needs a gradient or a forced backend
+    cannot run here.
     Example:
         >>> q, table = torch.randn(9, 4, 64), torch.ones(9, 64)
         >>> q, k = qvl_kernels.vision_rope(q, q, table, table)

@@ -19,9 +19,12 @@ def _case(name: str, b: int, t: int, h: int, hkv: int, d: int, *, tables: int = 
         else:
             q, k = random_tensor((b, t, h, d), dtype, generator), random_tensor((b, t, hkv, d), dtype, generator)
         return {
-            "q": q, "k": k, "q_weight": random_tensor((d,), dtype, generator),
-            "k_weight": random_tensor((d,), dtype, generator), **_tables((tables, t, d), dtype, generator),
-        }  # fmt: skip
+            "q": q,
+            "k": k,
+            "q_weight": random_tensor((d,), dtype, generator),
+            "k_weight": random_tensor((d,), dtype, generator),
+            **_tables((tables, t, d), dtype, generator),
+        }
 
     elements = b * t * (h + hkv) * d
     return Case(name, make, flops=10.0 * elements, bytes=lambda size: 2.0 * elements * size, model=model)

@@ -5,7 +5,13 @@ from qvl_kernels.checks import DTYPE_CODES
 from qvl_kernels.ops.rms_norm.cpu import rms_norm_backward_cpu
 from qvl_kernels.ops.rope.reference import rotate_half
 
-__all__ = ["qk_norm_rope_backward_cpu", "qk_norm_rope_cpu", "qk_norm_rope_to_cache_cpu", "vision_rope_backward_cpu", "vision_rope_cpu"]
+__all__ = [
+    "qk_norm_rope_backward_cpu",
+    "qk_norm_rope_cpu",
+    "qk_norm_rope_to_cache_cpu",
+    "vision_rope_backward_cpu",
+    "vision_rope_cpu",
+]
 
 
 def _strides(x: torch.Tensor) -> list[int]:
@@ -27,13 +33,29 @@ def vision_rope_cpu(q, k, cos, sin):
 def qk_norm_rope_cpu(q, k, q_weight, k_weight, cos, sin, eps):
     q_out, k_out = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
     dispatch.extension().qk_norm_rope(
-        q=q.data_ptr(), k=k.data_ptr(), q_out=q_out.data_ptr(), k_out=k_out.data_ptr(), q_strides=_strides(q),
-        k_strides=_strides(k), q_out_strides=_strides(q_out), k_out_strides=_strides(k_out),
-        q_weight=0 if q_weight is None else q_weight.data_ptr(), k_weight=0 if k_weight is None else k_weight.data_ptr(),
-        cos=cos.data_ptr(), sin=sin.data_ptr(), cos_strides=_table_strides(cos), sin_strides=_table_strides(sin),
-        table_dtype=DTYPE_CODES[cos.dtype], batch=q.shape[0] if q.dim() == 4 else 1, time=q.shape[-3], heads=q.shape[-2],
-        kv_heads=k.shape[-2], head_dim=q.shape[-1], eps=eps, dtype=DTYPE_CODES[q.dtype],
-    )  # fmt: skip
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        q_out=q_out.data_ptr(),
+        k_out=k_out.data_ptr(),
+        q_strides=_strides(q),
+        k_strides=_strides(k),
+        q_out_strides=_strides(q_out),
+        k_out_strides=_strides(k_out),
+        q_weight=0 if q_weight is None else q_weight.data_ptr(),
+        k_weight=0 if k_weight is None else k_weight.data_ptr(),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        cos_strides=_table_strides(cos),
+        sin_strides=_table_strides(sin),
+        table_dtype=DTYPE_CODES[cos.dtype],
+        batch=q.shape[0] if q.dim() == 4 else 1,
+        time=q.shape[-3],
+        heads=q.shape[-2],
+        kv_heads=k.shape[-2],
+        head_dim=q.shape[-1],
+        eps=eps,
+        dtype=DTYPE_CODES[q.dtype],
+    )
     return q_out, k_out
 
 
@@ -44,7 +66,9 @@ def qk_norm_rope_to_cache_cpu(q, k, v, q_weight, k_weight, cos, sin, k_cache, v_
         k_cache[:, :, past : past + time] = k.transpose(1, 2)
         v_cache[:, :, past : past + time] = v.transpose(1, 2)
         return q
-    positions = torch.arange(past, past + time) + (torch.zeros(k.shape[0], 1) if lengths is None else lengths[:, None]).long()
+    positions = (
+        torch.arange(past, past + time) + (torch.zeros(k.shape[0], 1) if lengths is None else lengths[:, None]).long()
+    )
     rows, times = ((positions >= 0) & (positions < capacity)).nonzero(as_tuple=True)
     for cache, new in ((k_cache, k), (v_cache, v)):
         cache[rows, :, positions[rows, times]] = new[rows, times]

@@ -22,7 +22,8 @@ def _like(x: torch.Tensor) -> torch.Tensor:
 
 
 qk_norm_rope_backward_op = register(
-    "qk_norm_rope_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,"
+    "qk_norm_rope_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, "
+    "Tensor cos, Tensor sin,"
     " float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=qk_norm_rope_backward_cpu,
     triton=f"{_TRITON}:launch_qk_norm_rope_backward",
@@ -47,7 +48,9 @@ def _backward(ctx, grad_q, grad_k):
 
 def _backward_again(ctx, grad_q, grad_k):
     *inputs, cos, sin = ctx.saved_tensors
-    gradients = derivative_again(lambda *inputs: qk_norm_rope_reference(*inputs, cos, sin, ctx.eps), inputs, (grad_q, grad_k))
+    gradients = derivative_again(
+        lambda *inputs: qk_norm_rope_reference(*inputs, cos, sin, ctx.eps), inputs, (grad_q, grad_k)
+    )
     return *gradients, None, None, None
 
 
@@ -67,7 +70,8 @@ def _vision_backward_again(ctx, grad_q, grad_k):
 
 
 qk_norm_rope_op = register(
-    "qk_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
+    "qk_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps) -> "
+    "(Tensor, Tensor)",
     cpu=qk_norm_rope_cpu,
     triton=f"{_TRITON}:launch_qk_norm_rope",
     fake=lambda q, k, *rest: (_like(q), _like(k)),
@@ -75,10 +79,11 @@ qk_norm_rope_op = register(
     backward_again=_backward_again,
     setup_context=_setup,
 )
-# The rotated q; k and v go to positions past + lengths[b] + t of the caches [B, Hkv, S_cap, D], or nowhere if those are outside. ``table``: the
-# caches' row of GrowingCaches.table, which a GPU asks where they are.
+# The rotated q; k and v go to positions past + lengths[b] + t of the caches [B, Hkv, S_cap, D], or nowhere if those are
+# outside. ``table``: the caches' row of GrowingCaches.table, which a GPU asks where they are.
 qk_norm_rope_to_cache_op = register(
-    "qk_norm_rope_to_cache(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor(a!) k_cache,"
+    "qk_norm_rope_to_cache(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, "
+    "Tensor(a!) k_cache,"
     " Tensor(b!) v_cache, Tensor? lengths, int past, float eps, Tensor? table=None) -> Tensor",
     cpu=qk_norm_rope_to_cache_cpu,
     triton=f"{_TRITON}:launch_qk_norm_rope_to_cache",

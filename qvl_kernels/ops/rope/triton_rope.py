@@ -1,7 +1,7 @@
 """qk_norm_rope, vision_rope, their backward, and at inference keys and values written straight into a cache.
 
-A program takes some heads of one token, both halves of each in registers: read once, written once. The first blocks of heads are
-of q, the others of k (and v).
+A program takes some heads of one token, both halves of each in registers: read once, written once. The first blocks of
+heads are of q, the others of k (and v).
 """
 
 import torch
@@ -48,9 +48,22 @@ def _rotated(low, high, cos_ptr, sin_ptr, offs, half, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def _rotate_heads(
-    x_ptr, stride_xh, weight_ptr, cos_ptr, sin_ptr, y_ptr, stride_yh, first, count, half, eps,
-    HAS_NORM: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    stride_xh,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    y_ptr,
+    stride_yh,
+    first,
+    count,
+    half,
+    eps,
+    HAS_NORM: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """y = rope(x / sqrt(mean(x^2) + eps) weight), or of x itself, of heads [first, first + ROWS) of a token."""
     heads, offs = first + tl.arange(0, ROWS).to(tl.int64), tl.arange(0, BLOCK)
     mask = (heads < count)[:, None] & (offs < half)[None, :]
@@ -65,13 +78,56 @@ def _rotate_heads(
 
 @triton.jit(do_not_specialize=["past"])
 def _rope_kernel(
-    q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, lengths_ptr, q_out_ptr, k_out_ptr, v_out_ptr, table_ptr,
-    T, H, HKV, S, half, eps, past, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_cb, stride_ct, stride_sb, stride_st, stride_kob, stride_koh, stride_kos, stride_vob, stride_voh, stride_vos, stride_length,
-    HAS_NORM: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_V: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_TABLE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
-):  # fmt: skip
-    """q and k of one token, rotated; k, and v as it is, go to position past + length of the row + t, or nowhere if that is outside [0, S).
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    lengths_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    v_out_ptr,
+    table_ptr,
+    T,
+    H,
+    HKV,
+    S,
+    half,
+    eps,
+    past,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_cb,
+    stride_ct,
+    stride_sb,
+    stride_st,
+    stride_kob,
+    stride_koh,
+    stride_kos,
+    stride_vob,
+    stride_voh,
+    stride_vos,
+    stride_length,
+    HAS_NORM: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    HAS_V: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
+):
+    """q and k of one token, rotated; k, and v as it is, go to position past + length of the row + t, or nowhere if that
+    is outside [0, S).
 
     HAS_TABLE: where they lie, and S, stands in a row of GrowingCaches.table.
     """
@@ -87,9 +143,22 @@ def _rope_kernel(
     sin_ptr += batch * stride_sb + t * stride_st
     if block < q_blocks:
         _rotate_heads(
-            q_ptr + batch * stride_qb + t * stride_qt, stride_qh, q_weight_ptr, cos_ptr, sin_ptr, q_out_ptr + token * H * 2 * half, 2 * half,
-            block * ROWS, H, half, eps, HAS_NORM, TRANSPOSED, ROWS, BLOCK,
-        )  # fmt: skip
+            q_ptr + batch * stride_qb + t * stride_qt,
+            stride_qh,
+            q_weight_ptr,
+            cos_ptr,
+            sin_ptr,
+            q_out_ptr + token * H * 2 * half,
+            2 * half,
+            block * ROWS,
+            H,
+            half,
+            eps,
+            HAS_NORM,
+            TRANSPOSED,
+            ROWS,
+            BLOCK,
+        )
     else:
         first = (block - q_blocks) * ROWS
         position = past + t
@@ -97,24 +166,65 @@ def _rope_kernel(
             position += tl.load(lengths_ptr + batch * stride_length).to(tl.int64)
         count = tl.where((position >= 0) & (position < S), HKV, 0)
         _rotate_heads(
-            k_ptr + batch * stride_kb + t * stride_kt, stride_kh, k_weight_ptr, cos_ptr, sin_ptr,
-            k_out_ptr + batch * stride_kob + position * stride_kos, stride_koh, first, count, half, eps, HAS_NORM, TRANSPOSED, ROWS,
+            k_ptr + batch * stride_kb + t * stride_kt,
+            stride_kh,
+            k_weight_ptr,
+            cos_ptr,
+            sin_ptr,
+            k_out_ptr + batch * stride_kob + position * stride_kos,
+            stride_koh,
+            first,
+            count,
+            half,
+            eps,
+            HAS_NORM,
+            TRANSPOSED,
+            ROWS,
             BLOCK,
-        )  # fmt: skip
+        )
         if HAS_V:
             heads, offs = first + tl.arange(0, ROWS).to(tl.int64), tl.arange(0, BLOCK)
             mask = (heads < count)[:, None] & (offs < half)[None, :]
-            low, high = _halves(v_ptr + batch * stride_vb + t * stride_vt + heads[:, None] * stride_vh + offs[None, :], mask, half)
-            out_ptr = v_out_ptr + batch * stride_vob + position * stride_vos + heads[:, None] * stride_voh + offs[None, :]
+            low, high = _halves(
+                v_ptr + batch * stride_vb + t * stride_vt + heads[:, None] * stride_vh + offs[None, :], mask, half
+            )
+            out_ptr = (
+                v_out_ptr + batch * stride_vob + position * stride_vos + heads[:, None] * stride_voh + offs[None, :]
+            )
             _store_halves(out_ptr, low, high, mask, half)
 
 
 @triton.jit
 def _head_gradients(
-    grad_ptr, stride_gb, stride_gt, stride_gh, x_ptr, stride_xb, stride_xt, stride_xh, weight_ptr, cos_ptr, sin_ptr, dx_ptr, dweight_ptr,
-    first, count, tokens, T, half, eps, stride_cb, stride_ct, stride_sb, stride_st, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Gradients of some heads of every num_programs-th token, and their part of that of the norm's weight; formula of rms_norm's."""
+    grad_ptr,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    x_ptr,
+    stride_xb,
+    stride_xt,
+    stride_xh,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    dx_ptr,
+    dweight_ptr,
+    first,
+    count,
+    tokens,
+    T,
+    half,
+    eps,
+    stride_cb,
+    stride_ct,
+    stride_sb,
+    stride_st,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of some heads of every num_programs-th token, and their part of that of the norm's weight; formula of
+    rms_norm's.
+    """
     heads, offs = first + tl.arange(0, ROWS).to(tl.int64), tl.arange(0, BLOCK)
     mask = (heads < count)[:, None] & (offs < half)[None, :]
     weight_low, weight_high = _halves(weight_ptr + offs, offs < half, half)
@@ -123,46 +233,142 @@ def _head_gradients(
     for index in range(tl.program_id(0), tokens, tl.num_programs(0)):
         token = tl.cast(index, tl.int64)
         batch, t = token // T, token % T
-        low, high = _halves(x_ptr + batch * stride_xb + t * stride_xt + heads[:, None] * stride_xh + offs[None, :], mask, half)  # [ROWS, BLOCK]
-        grad_low, grad_high = _halves(grad_ptr + batch * stride_gb + t * stride_gt + heads[:, None] * stride_gh + offs[None, :], mask, half)
+        low, high = _halves(
+            x_ptr + batch * stride_xb + t * stride_xt + heads[:, None] * stride_xh + offs[None, :], mask, half
+        )  # [ROWS, BLOCK]
+        grad_low, grad_high = _halves(
+            grad_ptr + batch * stride_gb + t * stride_gt + heads[:, None] * stride_gh + offs[None, :], mask, half
+        )
         grad_low, grad_high = _rotated(
-            grad_low, grad_high, cos_ptr + batch * stride_cb + t * stride_ct, sin_ptr + batch * stride_sb + t * stride_st, offs, half, True
+            grad_low,
+            grad_high,
+            cos_ptr + batch * stride_cb + t * stride_ct,
+            sin_ptr + batch * stride_sb + t * stride_st,
+            offs,
+            half,
+            True,
         )
         scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / size + eps)[:, None]
         low, high = low * scale, high * scale
         dweight_low += tl.sum(grad_low * low, 0)
         dweight_high += tl.sum(grad_high * high, 0)
         grad_low, grad_high = grad_low * weight_low[None, :], grad_high * weight_high[None, :]
-        squares_low, squares_high, products_low, products_high = low * low, high * high, grad_low * low, grad_high * high
+        squares_low, squares_high, products_low, products_high = (
+            low * low,
+            high * high,
+            grad_low * low,
+            grad_high * high,
+        )
         squares = (tl.sum(squares_low, 1) + tl.sum(squares_high, 1))[:, None]
         products = (tl.sum(products_low, 1) + tl.sum(products_high, 1))[:, None]
         rest = eps * scale * scale
         dx_low = scale * (grad_low * ((squares - squares_low) / size + rest) - low * ((products - products_low) / size))
-        dx_high = scale * (grad_high * ((squares - squares_high) / size + rest) - high * ((products - products_high) / size))
+        dx_high = scale * (
+            grad_high * ((squares - squares_high) / size + rest) - high * ((products - products_high) / size)
+        )
         _store_halves(dx_ptr + (token * count + heads[:, None]) * size + offs[None, :], dx_low, dx_high, mask, half)
     _store_halves(dweight_ptr + offs, dweight_low, dweight_high, offs < half, half)
 
 
 @triton.jit
 def _qk_norm_rope_backward_kernel(
-    grad_q_ptr, grad_k_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dweight_ptr, tokens, T, H, HKV, half, eps,
-    stride_gqb, stride_gqt, stride_gqh, stride_gkb, stride_gkt, stride_gkh, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
-    stride_cb, stride_ct, stride_sb, stride_st,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dq, dk, and parts of the weights' gradients [num_programs(0), num_programs(1), D], first of q's heads, then of k's."""
+    grad_q_ptr,
+    grad_k_ptr,
+    q_ptr,
+    k_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    dq_ptr,
+    dk_ptr,
+    dweight_ptr,
+    tokens,
+    T,
+    H,
+    HKV,
+    half,
+    eps,
+    stride_gqb,
+    stride_gqt,
+    stride_gqh,
+    stride_gkb,
+    stride_gkt,
+    stride_gkh,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_cb,
+    stride_ct,
+    stride_sb,
+    stride_st,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dq, dk, and parts of the weights' gradients [num_programs(0), num_programs(1), D], first of q's heads, then of
+    k's.
+    """
     block, q_blocks = tl.program_id(1), tl.cdiv(H, ROWS)
     dweight_ptr += (tl.program_id(0) * tl.num_programs(1) + block).to(tl.int64) * 2 * half
     if block < q_blocks:
         _head_gradients(
-            grad_q_ptr, stride_gqb, stride_gqt, stride_gqh, q_ptr, stride_qb, stride_qt, stride_qh, q_weight_ptr, cos_ptr, sin_ptr, dq_ptr,
-            dweight_ptr, block * ROWS, H, tokens, T, half, eps, stride_cb, stride_ct, stride_sb, stride_st, ROWS, BLOCK,
-        )  # fmt: skip
+            grad_q_ptr,
+            stride_gqb,
+            stride_gqt,
+            stride_gqh,
+            q_ptr,
+            stride_qb,
+            stride_qt,
+            stride_qh,
+            q_weight_ptr,
+            cos_ptr,
+            sin_ptr,
+            dq_ptr,
+            dweight_ptr,
+            block * ROWS,
+            H,
+            tokens,
+            T,
+            half,
+            eps,
+            stride_cb,
+            stride_ct,
+            stride_sb,
+            stride_st,
+            ROWS,
+            BLOCK,
+        )
     else:
         _head_gradients(
-            grad_k_ptr, stride_gkb, stride_gkt, stride_gkh, k_ptr, stride_kb, stride_kt, stride_kh, k_weight_ptr, cos_ptr, sin_ptr, dk_ptr,
-            dweight_ptr, (block - q_blocks) * ROWS, HKV, tokens, T, half, eps, stride_cb, stride_ct, stride_sb, stride_st, ROWS, BLOCK,
-        )  # fmt: skip
+            grad_k_ptr,
+            stride_gkb,
+            stride_gkt,
+            stride_gkh,
+            k_ptr,
+            stride_kb,
+            stride_kt,
+            stride_kh,
+            k_weight_ptr,
+            cos_ptr,
+            sin_ptr,
+            dk_ptr,
+            dweight_ptr,
+            (block - q_blocks) * ROWS,
+            HKV,
+            tokens,
+            T,
+            half,
+            eps,
+            stride_cb,
+            stride_ct,
+            stride_sb,
+            stride_st,
+            ROWS,
+            BLOCK,
+        )
 
 
 def _table_strides(table: torch.Tensor) -> tuple[int, int]:
@@ -174,8 +380,12 @@ def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _forward(q, k, v, weights, cos, sin, k_out, v_out, lengths, past, eps, *, transposed=False, table=None) -> torch.Tensor:
-    """q, k, v: [B, T, heads, D]; k_out, v_out: [B, heads, S, D], or as ``table`` says at the time of the run. Returns the rotated q."""
+def _forward(
+    q, k, v, weights, cos, sin, k_out, v_out, lengths, past, eps, *, transposed=False, table=None
+) -> torch.Tensor:
+    """q, k, v: [B, T, heads, D]; k_out, v_out: [B, heads, S, D], or as ``table`` says at the time of the run. Returns
+    the rotated q.
+    """
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     batch, time, heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -185,33 +395,80 @@ def _forward(q, k, v, weights, cos, sin, k_out, v_out, lengths, past, eps, *, tr
         k_out = v_out = q
     q_weight, k_weight = (q, k) if weights is None else weights
     launch(
-        _rope_kernel, (batch * time, tuning.cdiv(heads, tile["ROWS"]) + tuning.cdiv(kv_heads, tile["ROWS"])),
-        q, k, values, q_weight, k_weight, cos, sin, q if lengths is None else lengths, q_out, k_out, v_out,
+        _rope_kernel,
+        (batch * time, tuning.cdiv(heads, tile["ROWS"]) + tuning.cdiv(kv_heads, tile["ROWS"])),
+        q,
+        k,
+        values,
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        q if lengths is None else lengths,
+        q_out,
+        k_out,
+        v_out,
         q if table is None else table,
-        time, heads, kv_heads, k_out.shape[2], head_dim // 2, eps, past, *q.stride()[:3], *k.stride()[:3], *values.stride()[:3],
-        *_table_strides(cos), *_table_strides(sin), *k_out.stride()[:3], *v_out.stride()[:3], 0 if lengths is None else lengths.stride(0),
-        HAS_NORM=weights is not None, TRANSPOSED=transposed, HAS_V=v is not None, HAS_LENGTHS=lengths is not None,
-        HAS_TABLE=table is not None, **tuning.variants("decoding", gpu.architecture(q.device)), **tile,
-    )  # fmt: skip
+        time,
+        heads,
+        kv_heads,
+        k_out.shape[2],
+        head_dim // 2,
+        eps,
+        past,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *values.stride()[:3],
+        *_table_strides(cos),
+        *_table_strides(sin),
+        *k_out.stride()[:3],
+        *v_out.stride()[:3],
+        0 if lengths is None else lengths.stride(0),
+        HAS_NORM=weights is not None,
+        TRANSPOSED=transposed,
+        HAS_V=v is not None,
+        HAS_LENGTHS=lengths is not None,
+        HAS_TABLE=table is not None,
+        **tuning.variants("decoding", gpu.architecture(q.device)),
+        **tile,
+    )
     return q_out
 
 
 def launch_qk_norm_rope(
-    q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     return _forward(q, k, None, (q_weight, k_weight), cos, sin, k_out.transpose(1, 2), None, None, 0, eps), k_out
 
 
 def launch_qk_norm_rope_to_cache(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-    k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor | None, past: int, eps: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor | None,
+    past: int,
+    eps: float,
     table: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     return _forward(q, k, v, (q_weight, k_weight), cos, sin, k_cache, v_cache, lengths, past, eps, table=table)
 
 
-def launch_vision_rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def launch_vision_rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     return _vision(q, k, cos, sin, transposed=False)
 
 
@@ -223,14 +480,34 @@ def launch_vision_rope_backward(
 
 def _vision(q, k, cos, sin, *, transposed):
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    q_out = _forward(q[None], k[None], None, None, cos[None], sin[None], k_out[None].transpose(1, 2), None, None, 0, 0.0, transposed=transposed)
+    q_out = _forward(
+        q[None],
+        k[None],
+        None,
+        None,
+        cos[None],
+        sin[None],
+        k_out[None].transpose(1, 2),
+        None,
+        None,
+        0,
+        0.0,
+        transposed=transposed,
+    )
     return q_out[0], k_out
 
 
 def launch_qk_norm_rope_backward(
-    grad_q: torch.Tensor, grad_k: torch.Tensor, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor,
-    cos: torch.Tensor, sin: torch.Tensor, eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     grad_q, grad_k = _last_contiguous(grad_q), _last_contiguous(grad_k)
     dq, dk = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
     batch, time, heads, head_dim = q.shape
@@ -240,9 +517,37 @@ def launch_qk_norm_rope_backward(
     programs = min(tokens, 4 * tuning.PARTIAL_SUMS)  # of few heads each
     partial = torch.empty((programs, q_blocks + k_blocks, head_dim), dtype=torch.float32, device=q.device)
     launch(
-        _qk_norm_rope_backward_kernel, (programs, q_blocks + k_blocks),
-        grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, dq, dk, partial, tokens, time, heads, kv_heads, head_dim // 2, eps,
-        *grad_q.stride()[:3], *grad_k.stride()[:3], *q.stride()[:3], *k.stride()[:3], *_table_strides(cos), *_table_strides(sin), **tile,
+        _qk_norm_rope_backward_kernel,
+        (programs, q_blocks + k_blocks),
+        grad_q,
+        grad_k,
+        q,
+        k,
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        dq,
+        dk,
+        partial,
+        tokens,
+        time,
+        heads,
+        kv_heads,
+        head_dim // 2,
+        eps,
+        *grad_q.stride()[:3],
+        *grad_k.stride()[:3],
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *_table_strides(cos),
+        *_table_strides(sin),
+        **tile,
         enable_fp_fusion=False,  # as for rms_norm
-    )  # fmt: skip
-    return dq, dk, partial[:, :q_blocks].sum((0, 1)).to(q_weight.dtype), partial[:, q_blocks:].sum((0, 1)).to(k_weight.dtype)
+    )
+    return (
+        dq,
+        dk,
+        partial[:, :q_blocks].sum((0, 1)).to(q_weight.dtype),
+        partial[:, q_blocks:].sum((0, 1)).to(k_weight.dtype),
+    )

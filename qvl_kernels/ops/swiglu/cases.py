@@ -8,7 +8,10 @@ def _case(name: str, shape: tuple[int, ...], *, scale=1.0, strided=False, model=
         if strided:  # halves of a fused gate_up projection
             both = random_tensor((*shape[:-1], 2 * shape[-1] + 1), dtype, generator)
             return {"gate": both[..., : shape[-1]], "up": both[..., shape[-1] : 2 * shape[-1]]}
-        return {"gate": random_tensor(shape, dtype, generator, scale=scale), "up": random_tensor(shape, dtype, generator)}
+        return {
+            "gate": random_tensor(shape, dtype, generator, scale=scale),
+            "up": random_tensor(shape, dtype, generator),
+        }
 
     elements = 1
     for size in shape:

@@ -11,9 +11,16 @@ def swiglu_cpu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gate_rows, up_rows = (x.reshape(x.shape[:-1].numel(), size) for x in (gate, up))
     y = torch.empty(gate.shape, dtype=gate.dtype)
     dispatch.extension().swiglu(
-        gate=gate_rows.data_ptr(), up=up_rows.data_ptr(), y=y.data_ptr(), rows=gate_rows.shape[0], size=size,
-        gate_stride=gate_rows.stride(0), up_stride=up_rows.stride(0), y_stride=size, dtype=DTYPE_CODES[gate.dtype],
-    )  # fmt: skip
+        gate=gate_rows.data_ptr(),
+        up=up_rows.data_ptr(),
+        y=y.data_ptr(),
+        rows=gate_rows.shape[0],
+        size=size,
+        gate_stride=gate_rows.stride(0),
+        up_stride=up_rows.stride(0),
+        y_stride=size,
+        dtype=DTYPE_CODES[gate.dtype],
+    )
     return y
 
 

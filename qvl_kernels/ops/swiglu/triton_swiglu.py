@@ -12,9 +12,15 @@ __all__ = ["launch_swiglu", "launch_swiglu_backward"]
 
 @triton.jit
 def _swiglu_kernel(
-    gate_ptr, up_ptr, y_ptr, size, stride_gate, stride_up, stride_y,
+    gate_ptr,
+    up_ptr,
+    y_ptr,
+    size,
+    stride_gate,
+    stride_up,
+    stride_y,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """y = gate * sigmoid(gate) * up; one program per row and block of columns."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -27,9 +33,19 @@ def _swiglu_kernel(
 
 @triton.jit
 def _swiglu_backward_kernel(
-    grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, size, stride_grad, stride_gate, stride_up, stride_dgate, stride_dup,
+    grad_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    size,
+    stride_grad,
+    stride_gate,
+    stride_up,
+    stride_dgate,
+    stride_dup,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """With s = sigmoid(gate): dgate = grad up s (1 + gate (1 - s)), dup = grad gate s."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -50,21 +66,42 @@ def launch_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     count, size = gate_rows.shape
     tile = tuning.elementwise(size)
     launch(
-        _swiglu_kernel, (count, tuning.cdiv(size, tile["BLOCK"])),
-        gate_rows, up_rows, y_rows, size, gate_rows.stride(0), up_rows.stride(0), y_rows.stride(0), **tile,
-    )  # fmt: skip
+        _swiglu_kernel,
+        (count, tuning.cdiv(size, tile["BLOCK"])),
+        gate_rows,
+        up_rows,
+        y_rows,
+        size,
+        gate_rows.stride(0),
+        up_rows.stride(0),
+        y_rows.stride(0),
+        **tile,
+    )
     return y
 
 
-def launch_swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def launch_swiglu_backward(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
     grad_rows, gate_rows, up_rows, dgate_rows, dup_rows = (as_rows(x) for x in (grad, gate, up, dgate, dup))
     count, size = gate_rows.shape
     tile = tuning.elementwise(size)
     launch(
-        _swiglu_backward_kernel, (count, tuning.cdiv(size, tile["BLOCK"])),
-        grad_rows, gate_rows, up_rows, dgate_rows, dup_rows, size, grad_rows.stride(0), gate_rows.stride(0), up_rows.stride(0),
-        dgate_rows.stride(0), dup_rows.stride(0), **tile,
-    )  # fmt: skip
+        _swiglu_backward_kernel,
+        (count, tuning.cdiv(size, tile["BLOCK"])),
+        grad_rows,
+        gate_rows,
+        up_rows,
+        dgate_rows,
+        dup_rows,
+        size,
+        grad_rows.stride(0),
+        gate_rows.stride(0),
+        up_rows.stride(0),
+        dgate_rows.stride(0),
+        dup_rows.stride(0),
+        **tile,
+    )
     return dgate, dup

@@ -41,15 +41,26 @@ def _check_weights(x: torch.Tensor, w: VisionWeights) -> None:
             raise TypeError(f"vision_block: {name} must be a torch.Tensor, got {type(weight).__name__}")
     hidden, mlp = x.shape[1], w.fc1_w.shape[:1].numel()  # whatever its dimensions
     expected = (
-        (hidden,), (hidden,), (3 * hidden, hidden), (3 * hidden,), (hidden, hidden), (hidden,), (hidden,), (hidden,),
-        (mlp, hidden), (mlp,), (hidden, mlp), (hidden,),
-    )  # fmt: skip
+        (hidden,),
+        (hidden,),
+        (3 * hidden, hidden),
+        (3 * hidden,),
+        (hidden, hidden),
+        (hidden,),
+        (hidden,),
+        (hidden,),
+        (mlp, hidden),
+        (mlp,),
+        (hidden, mlp),
+        (hidden,),
+    )
     for name, weight, shape in zip(VisionWeights._fields, w, expected):
         if weight.shape != shape:
             raise ValueError(f"vision_block: {name} must have shape {shape}, got {tuple(weight.shape)}")
         if weight.dtype is not x.dtype or weight.device != x.device:
             raise TypeError(
-                f"vision_block: {name} is {weight.dtype} on {weight.device}, x is {x.dtype} on {x.device}; both must agree"
+                f"vision_block: {name} is {weight.dtype} on {weight.device}, x is {x.dtype} on {x.device}; both "
+                f"must agree"
             )
         checks.check_memory("vision_block", name, weight)
 
@@ -66,8 +77,8 @@ def vision_block(
 ) -> torch.Tensor:
     """One whole vision transformer block over packed images in one call. Inference only.
 
-    x + proj(attention(rope(q), rope(k), v)) with q, k, v from layer_norm(x), then + fc2(gelu_tanh(fc1(.))) of the normed
-    sum        [Qwen3VLVisionBlock]
+    x + proj(attention(rope(q), rope(k), v)) with q, k, v from layer_norm(x), then + fc2(gelu_tanh(fc1(.))) of the
+    normed sum        [Qwen3VLVisionBlock]
 
     Args:
         x: [N, C] contiguous, fp32, bf16 or fp16: the patches of all images, one after the other.
@@ -78,7 +89,8 @@ def vision_block(
         eps: of both norms.
     Returns:
         [N, C].
-    Raises: TypeError or ValueError for bad arguments; RuntimeError under gradients or if a forced backend cannot run here.
+    Raises: TypeError or ValueError for bad arguments; RuntimeError under gradients or if a forced backend cannot run
+    here.
     Example:
         >>> y = qvl_kernels.vision_block(x, weights, cos, sin, torch.tensor([0, 784], dtype=torch.int32), num_heads=16)
     """
@@ -92,7 +104,9 @@ def vision_block(
         raise ValueError(f"{op}: hidden size {hidden} must be num_heads {num_heads} times an even head_dim")
     head_dim = hidden // num_heads
     if not isinstance(weights, VisionWeights):
-        raise TypeError(f"{op}: weights must be VisionWeights, got {type(weights).__name__}; give VisionWeights(*weights)")
+        raise TypeError(
+            f"{op}: weights must be VisionWeights, got {type(weights).__name__}; give VisionWeights(*weights)"
+        )
     w = VisionWeights(*(stand_in(op, weight, x) for weight in weights))
     _check_weights(x, w)
     for name, table in (("cos", cos), ("sin", sin)):
@@ -103,18 +117,31 @@ def vision_block(
     checks.check_last_contiguous(op, cos=cos, sin=sin)
     check_cu_seqlens(op, cu_seqlens, tokens, x.device)
     eps = checks.check_eps(op, eps)
-    checks.check_no_gradient(op, NO_BACKWARD, x, cos, sin, *w, *(weight.scales for weight in weights if isinstance(weight, QuantizedWeight)))
+    checks.check_no_gradient(
+        op, NO_BACKWARD, x, cos, sin, *w, *(weight.scales for weight in weights if isinstance(weight, QuantizedWeight))
+    )
     quantized = any(isinstance(weight, QuantizedWeight) for weight in weights)
     w = weights
     backend = dispatch.choose(op, x.device, unsupported_scales(*weights) or unsupported_heads(x, head_dim))
     if backend == "reference":
         if quantized:
-            w = VisionWeights(*(dequantize(weight, x.dtype) if isinstance(weight, QuantizedWeight) else weight for weight in w))
+            w = VisionWeights(
+                *(dequantize(weight, x.dtype) if isinstance(weight, QuantizedWeight) else weight for weight in w)
+            )
         return vision_block_reference(x, w, cos, sin, cu_seqlens, num_heads, eps)
     function = quantized_vision_block if quantized else vision_block_op
-    if backend == "triton" and not watched():  # past PyTorch's dispatcher, which takes the host longer than small kernels the device
+    if (
+        backend == "triton" and not watched()
+    ):  # past PyTorch's dispatcher, which takes the host longer than small kernels the device
         function = compose_vision_block
     return function(
-        x, [w.norm1_w, w.norm1_b, w.norm2_w, w.norm2_b], [w.qkv_w, w.proj_w, w.fc1_w, w.fc2_w],
-        [w.qkv_b, w.proj_b, w.fc1_b, w.fc2_b], cos, sin, cu_seqlens, num_heads, eps,
-    )  # fmt: skip
+        x,
+        [w.norm1_w, w.norm1_b, w.norm2_w, w.norm2_b],
+        [w.qkv_w, w.proj_w, w.fc1_w, w.fc2_w],
+        [w.qkv_b, w.proj_b, w.fc1_b, w.fc2_b],
+        cos,
+        sin,
+        cu_seqlens,
+        num_heads,
+        eps,
+    )

@@ -22,15 +22,22 @@ def _case(name: str, lengths: list[int], c: int, h: int, f: int, *, model: bool 
         angles = torch.rand(tokens, c // h // 2, generator=generator) * 50
         angles = torch.cat((angles, angles), -1)
         return {
-            "x": random_tensor((tokens, c), dtype, generator), "weights": weights, "cos": angles.cos(), "sin": angles.sin(),
-            "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(), "num_heads": h,
-        }  # fmt: skip
+            "x": random_tensor((tokens, c), dtype, generator),
+            "weights": weights,
+            "cos": angles.cos(),
+            "sin": angles.sin(),
+            "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(),
+            "num_heads": h,
+        }
 
     parameters = 4 * c * c + 2 * c * f
     return Case(
-        name, make, flops=2.0 * tokens * parameters + 4.0 * c * sum(length**2 for length in lengths),
-        bytes=lambda size: float(parameters + 2 * tokens * c) * size, model=model,
-    )  # fmt: skip
+        name,
+        make,
+        flops=2.0 * tokens * parameters + 4.0 * c * sum(length**2 for length in lengths),
+        bytes=lambda size: float(parameters + 2 * tokens * c) * size,
+        model=model,
+    )
 
 
 CASES = [

@@ -1,5 +1,6 @@
-"""The block from single ops: on GPUs, under tracing with quantised weights, and on processors whose matrix units (through oneDNN)
-make that faster."""
+"""The block from single ops: on GPUs, under tracing with quantised weights, and on processors whose matrix units
+(through oneDNN) make that faster.
+"""
 
 from qvl_kernels.library import call
 from qvl_kernels.ops.attention.op import attention_op
@@ -16,7 +17,11 @@ def compose_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_he
     tokens = x.shape[0]
     (qkv_w, proj_w, fc1_w, fc2_w), (qkv_b, proj_b, fc1_b, fc2_b) = weights, biases
     norm1_w, norm1_b, norm2_w, norm2_b = norms
-    q, k, v = product(call(layer_norm_op, x, norm1_w, norm1_b, eps), qkv_w, qkv_b).view(tokens, 3, num_heads, x.shape[1] // num_heads).unbind(1)
+    q, k, v = (
+        product(call(layer_norm_op, x, norm1_w, norm1_b, eps), qkv_w, qkv_b)
+        .view(tokens, 3, num_heads, x.shape[1] // num_heads)
+        .unbind(1)
+    )
     q, k = call(vision_rope_op, q, k, cos, sin)
     attended, _ = call(attention_op, q, k, v, cu_seqlens, None, None, False, q.shape[-1] ** -0.5, 0.0, None)
     del q, k, v  # the block's peak is in its MLP

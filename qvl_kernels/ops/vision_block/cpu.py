@@ -18,8 +18,17 @@ def vision_block_cpu(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads,
 
 def quantized_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps):
     """As ``vision_block_op``, over weights any of which is a QuantizedWeight: no op of PyTorch's takes those."""
-    plain = x.is_cpu and dispatch.forced() != "triton" and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
-    plain = plain and all(is_plain(part, "cpu") for weight in (x, *norms, *weights, *biases, cos, sin, cu_seqlens) for part in tensors_of(weight))
+    plain = (
+        x.is_cpu
+        and dispatch.forced() != "triton"
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+    plain = plain and all(
+        is_plain(part, "cpu")
+        for weight in (x, *norms, *weights, *biases, cos, sin, cu_seqlens)
+        for part in tensors_of(weight)
+    )
     function = _extension_vision_block if plain else compose_vision_block
     return function(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps)
 
@@ -30,10 +39,23 @@ def _extension_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num
     head_dim = out_features(weights[0]) // (3 * num_heads)
     out = torch.empty(x.shape, dtype=x.dtype)
     dispatch.extension().vision_block(
-        x=x.data_ptr(), out=out.data_ptr(), norms=[norm.data_ptr() for norm in norms],
-        weights=[extension_weight(w, b) for w, b in zip(weights, biases)], cos=cos.data_ptr(), sin=sin.data_ptr(),
-        cos_stride=cos.stride(0), sin_stride=sin.stride(0), cu_seqlens=cu_seqlens.data_ptr(),
-        sequences=cu_seqlens.numel() - 1, tokens=tokens, hidden=hidden, heads=num_heads, head_dim=head_dim, mlp=out_features(weights[2]), eps=eps,
-        scale=head_dim**-0.5, dtype=DTYPE_CODES[x.dtype],
-    )  # fmt: skip
+        x=x.data_ptr(),
+        out=out.data_ptr(),
+        norms=[norm.data_ptr() for norm in norms],
+        weights=[extension_weight(w, b) for w, b in zip(weights, biases)],
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        cos_stride=cos.stride(0),
+        sin_stride=sin.stride(0),
+        cu_seqlens=cu_seqlens.data_ptr(),
+        sequences=cu_seqlens.numel() - 1,
+        tokens=tokens,
+        hidden=hidden,
+        heads=num_heads,
+        head_dim=head_dim,
+        mlp=out_features(weights[2]),
+        eps=eps,
+        scale=head_dim**-0.5,
+        dtype=DTYPE_CODES[x.dtype],
+    )
     return out

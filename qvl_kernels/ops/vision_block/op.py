@@ -8,7 +8,8 @@ from qvl_kernels.ops.vision_block.cpu import vision_block_cpu
 __all__ = ["vision_block_op"]
 
 vision_block_op = register(
-    "vision_block(Tensor x, Tensor[] norms, Tensor[] weights, Tensor[] biases, Tensor cos, Tensor sin, Tensor cu_seqlens,"
+    "vision_block(Tensor x, Tensor[] norms, Tensor[] weights, Tensor[] biases, Tensor cos, Tensor sin, Tensor "
+    "cu_seqlens,"
     " int num_heads, float eps) -> Tensor",
     cpu=vision_block_cpu,
     triton="qvl_kernels.ops.vision_block.compose:compose_vision_block",

@@ -12,7 +12,9 @@ def vision_block_reference(x, w, cos, sin, cu_seqlens, num_heads: int, eps: floa
     normed = layer_norm_reference(x, w.norm1_w, w.norm1_b, eps)
     q, k, v = linear_reference(normed, w.qkv_w, w.qkv_b).view(tokens, 3, num_heads, x.shape[1] // num_heads).unbind(1)
     q, k = vision_rope_reference(q, k, cos, sin)
-    attended, _ = packed_attention_reference(q, k, v, cu_seqlens, causal=False, scale=q.shape[-1] ** -0.5, dropout_p=0.0)
+    attended, _ = packed_attention_reference(
+        q, k, v, cu_seqlens, causal=False, scale=q.shape[-1] ** -0.5, dropout_p=0.0
+    )
     x = x + linear_reference(attended.flatten(1), w.proj_w, w.proj_b)
     normed = layer_norm_reference(x, w.norm2_w, w.norm2_b, eps)
     return x + linear_reference(gelu_tanh_reference(linear_reference(normed, w.fc1_w, w.fc1_b), None), w.fc2_w, w.fc2_b)
