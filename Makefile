@@ -58,10 +58,11 @@ test-all: setup
 	else echo "aarch64 left out: needs qemu-aarch64 and aarch64-linux-gnu-g++ (apt-get install qemu-user g++-aarch64-linux-gnu)"; fi
 
 mutate: setup
-	$(VENV)/bin/python tests/mutate.py $(ARGS)
+	$(VENV)/bin/python tests/helpers/mutate.py $(ARGS)
 
 # The extension in the source tree serves all environments: it is built against Python only.
-VERSION_TESTS := tests/test_model_*.py tests/test_generation*.py tests/test_capacity.py tests/test_training*.py tests/test_qvl*.py tests/test_packed_checkpoint.py
+VERSION_TESTS := tests/model/test_model_*.py tests/model/test_generation*.py tests/model/test_capacity.py tests/model/test_packed_checkpoint.py \
+  tests/qvl tests/training
 
 test-oldest: setup $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -m "not slow" $(VERSION_TESTS)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The kernel tests over an extension with AddressSanitizer and UBSan, built into build/sanitize; fails if either reports anything.
 # PyTorch and the OpenMP runtime are as they are: what the kernels do to memory is seen, races between threads are not. GCC leaves
-# masked vector loads and stores unchecked, too; the guard pages of tests/test_fuzz.py feel those.
+# masked vector loads and stores unchecked, too; the guard pages of tests/kernels/test_fuzz.py feel those.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -35,8 +35,8 @@ fi
 rm "$folder"/report.*
 
 status=0
-sanitized -m pytest -q --capture=sys -p no:cacheprovider -m "not slow" --durations=15 tests/test_fuzz.py tests/test_attention.py tests/test_quant.py \
-  tests/test_quant_gemm.py tests/test_quantized_linear.py tests/test_robustness.py tests/test_bad_arguments.py tests/test_ops.py tests/test_isa.py \
+sanitized -m pytest -q --capture=sys -p no:cacheprovider -m "not slow" --durations=15 tests/kernels/test_fuzz.py tests/kernels/test_attention.py tests/kernels/test_quant.py \
+  tests/kernels/test_quant_gemm.py tests/kernels/test_quantized_linear.py tests/kernels/test_robustness.py tests/kernels/test_bad_arguments.py tests/kernels/test_ops.py tests/kernels/test_isa.py \
   -k "not model_sizes and not compile" "$@" || status=$?
 if compgen -G "$folder/report.*" >/dev/null; then
   cat "$folder"/report.*

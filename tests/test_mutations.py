@@ -25,7 +25,7 @@ def test_every_mutation_can_be_made():
 @pytest.mark.parametrize("old", ["def nothing_of_it", "import"])
 def test_an_expression_that_does_not_stand_there_once_is_refused(old):
     with pytest.raises(ValueError, match="stands there once"):
-        mutate.main([Mutation("tests/mutate.py", old, "pass", "tests/test_mutations.py")], [])
+        mutate.main([Mutation("tests/helpers/mutate.py", old, "pass", "tests/test_mutations.py")], [])
 
 
 @pytest.fixture

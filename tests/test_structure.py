@@ -85,3 +85,13 @@ def test_readme_modules_and_files_exist():
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), f"README names {module}"
     for name in set(re.findall(r"\b((?:qvl_model|qvl_kernels|bench|csrc)/[\w/.-]+\.\w+)", text)):
         assert (ROOT / name).exists(), f"README names {name}"
+
+
+def test_tests_mirror_the_packages():
+    """Each test file lies in the folder of what it tests; only those of the repository as a whole lie beside them."""
+    folders = {file.parent.name for file in (ROOT / "tests").rglob("test_*.py")}
+    assert folders == {"tests", "kernels", "model", "qvl", "training", "bench", "gpu"}
+    assert {file.name for file in (ROOT / "tests").glob("test_*.py")} == {"test_structure.py", "test_mutations.py"}
+    names = [file.name for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py"]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    assert not twice, f"pytest imports test files by their names alone, which must differ: {twice}"

@@ -4,8 +4,8 @@ import copy
 import importlib
 import pkgutil
 import sys
-from pathlib import Path
 
+import models
 import pytest
 import torch
 
@@ -13,9 +13,6 @@ import qvl_kernels
 import qvl_model
 from qvl_kernels import dispatch, triton_lib
 from qvl_model.generation import step_gpu
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import models  # noqa: E402
 
 TINY = dict(
     heads=2, kv_heads=1, head_dim=16, hidden=32, mlp=40, layers=1, sections=[4, 2, 2], vision=(32, 2, 48), depth=1

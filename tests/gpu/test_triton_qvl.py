@@ -3,11 +3,10 @@ cache.
 """
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from qvl_models import inputs, pad_pixels, plain_model
 
 import qvl_kernels
 import qvl_model
@@ -15,9 +14,6 @@ from qvl_kernels import config, dispatch, tuning
 from qvl_kernels.ops.attention import triton_attention
 from qvl_model.compat import CACHE
 from qvl_model.generation import step_gpu
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from qvl_models import inputs, pad_pixels, plain_model  # noqa: E402
 
 SMALL = dict(
     num_hidden_layers=1,

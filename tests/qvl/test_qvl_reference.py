@@ -1,4 +1,4 @@
-"""QVL, plain and accelerated, against tests/qvl_reference.py: the formulas of docs/qvl_formulas.md in float64."""
+"""QVL, plain and accelerated, against ``helpers/qvl_reference.py``: the formulas of docs/qvl_formulas.md in float64."""
 
 import copy
 

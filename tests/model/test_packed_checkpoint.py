@@ -270,7 +270,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
 
 KILLED = """
     import sys, torch
-    sys.path.insert(0, "tests")
+    sys.path.insert(0, "tests/helpers")
     import qvl_model
     from models import stock_model
     model = qvl_model.accelerate(stock_model("small"), weights="int8")

@@ -13,7 +13,7 @@ from qvl_model.digits import export
 from qvl_model.training import TrainConfig
 
 SMALLEST = {"data": {"train": "rows.jsonl"}, "run": {"steps": 5}, "output": {"directory": "out"}}
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def _config(**groups):

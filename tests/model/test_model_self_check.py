@@ -18,7 +18,7 @@ import qvl_model
 from qvl_model import self_check
 from qvl_model.modules import text
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -122,6 +122,6 @@ assert len(messages) == 1 and "5.99.0" in messages[0] and "TypeError" in message
 
 
 def test_a_future_version_with_a_renamed_argument(tmp_path):
-    code = textwrap.dedent(FUTURE).format(path=str(tmp_path / "future.py"), tests=str(ROOT / "tests"))
+    code = textwrap.dedent(FUTURE).format(path=str(tmp_path / "future.py"), tests=str(ROOT / "tests" / "helpers"))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ from qvl_model import cli, digits, packed_checkpoint
 from qvl_model.digits.export import write_rows
 from qvl_model.loading import load_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OUR_OWN = ("QVLProcessor", "QVLImageProcessor")  # which read JSON, and a tokenizer by load_tokenizer
 AUTO_CLASSES = (
     "AutoConfig",

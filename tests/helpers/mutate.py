@@ -1,4 +1,4 @@
-"""Puts each fault of tests/mutations.py into a copy of the tree and runs the tests that must see it: ``make mutate``.
+"""Puts each fault of ``mutations.py`` into a copy of the tree and runs the tests that must see it: ``make mutate``.
 
 Fails if the tests of a fault pass with it, or fail without any fault; prints a table.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mutations import MUTATIONS, Mutation
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300  # seconds for one run of pytest
 PASSED, FAILED = 0, 1  # exit status of pytest; others are of runs that did not get to the tests
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from qvl_models import plain_model
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "qvl_model" / "SPEC.md").read_text()
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]

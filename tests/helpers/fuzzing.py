@@ -23,7 +23,7 @@ from op_cases import outputs
 
 import qvl_kernels
 
-CASE_FILE = Path(__file__).resolve().parent.parent / "build" / "fuzz_case.txt"
+CASE_FILE = Path(__file__).resolve().parents[2] / "build" / "fuzz_case.txt"
 PAGE = mmap.PAGESIZE
 NO_ACCESS, READ_ONLY = 0, mmap.PROT_READ
 _protect = ctypes.CDLL(None, use_errno=True).mprotect

@@ -320,7 +320,7 @@ def test_peers_that_cannot_be_prepared_are_skipped_with_their_reason(checkpoint,
 
 def test_workers_of_peers_import_nothing_of_the_main_environment():
     code = "import bench.peers.llama_worker, bench.peers.llama_cpp, bench.peers.open_vino, sys; print(*sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     loaded = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     ).stdout.split()

@@ -1,5 +1,5 @@
 """Faults that the tests must see: (file, exact expression, replacement, tests of which one must fail), for
-``tests/mutate.py``.
+``tests/helpers/mutate.py``.
 
 The expression stands exactly once in its file. Mutations are of Python only: what they change needs no build.
 """
@@ -20,28 +20,28 @@ TEXT, VISION, CONNECTOR, MODELING = (f"qvl_model/qvl/{name}.py" for name in ("te
 FAST, BASE, CONFIG, CACHE = (f"qvl_model/qvl/{name}.py" for name in ("fast", "base", "configuration", "cache"))
 MODULES, TRAINING = "qvl_model/modules", "qvl_model/training"
 
-REFERENCE = "tests/test_qvl_reference.py"
+REFERENCE = "tests/qvl/test_qvl_reference.py"
 EXACT_MLP, EXACT_ATTENTION = (
     f"{REFERENCE}::test_plain_in_float64[sdpa-mlp]",
     f"{REFERENCE}::test_plain_in_float64[sdpa-attention]",
 )
 EPSILON, ATTENTION_EPSILON = f"{REFERENCE}::test_fp32[epsilon]", f"{REFERENCE}::test_fp32[attention epsilon]"
 DROPOUT, SDPA_DROPOUT = (
-    "tests/test_qvl_pins.py::test_dropout_acts_where_the_formulas_say",
-    "tests/test_qvl_pins.py::test_dropout_of_sdpa",
+    "tests/qvl/test_qvl_pins.py::test_dropout_acts_where_the_formulas_say",
+    "tests/qvl/test_qvl_pins.py::test_dropout_of_sdpa",
 )
-CHECKPOINTS = "tests/test_qvl_pins.py::test_checkpointing_keeps_one_hidden_state_per_layer"
-DEFAULTS = "tests/test_qvl_pins.py::test_every_default_of_every_preset"
-ATTENTIONS = "tests/test_qvl_attentions.py"
-GENERATE = "tests/test_qvl_generate.py"
-PRECISION = "tests/test_training_precision.py"
+CHECKPOINTS = "tests/qvl/test_qvl_pins.py::test_checkpointing_keeps_one_hidden_state_per_layer"
+DEFAULTS = "tests/qvl/test_qvl_pins.py::test_every_default_of_every_preset"
+ATTENTIONS = "tests/qvl/test_qvl_attentions.py"
+GENERATE = "tests/qvl/test_qvl_generate.py"
+PRECISION = "tests/training/test_training_precision.py"
 LOOP, CHOOSING, STEP_CPU, STEP_GPU, IMAGES = (
     f"qvl_model/generation/{name}.py" for name in ("loop", "choosing", "step_cpu", "step_gpu", "images")
 )
 ON_CPU, ON_GPU, IMAGES_ON_GPU = (
-    "tests/test_generation.py",
-    "tests/test_generation_gpu.py",
-    "tests/test_qvl_generate_gpu.py",
+    "tests/model/test_generation.py",
+    "tests/model/test_generation_gpu.py",
+    "tests/qvl/test_qvl_generate_gpu.py",
 )
 PADDED, PADDED_ENDS = (
     f"{ON_CPU}::test_as_stock[batch 3, left padding-{options}]" for options in ("greedy", "ends early")
@@ -104,7 +104,7 @@ MUTATIONS = [
         VISION,
         "self.norm1.eps = self.norm2.eps = config.layer_norm_eps",
         "pass",
-        "tests/test_qvl_spec.py::test_every_norm_has_the_epsilon",
+        "tests/qvl/test_qvl_spec.py::test_every_norm_has_the_epsilon",
     ),
     Mutation(VISION, "[0, *(length for length in lengths if length)]", "[0, sum(lengths)]", EXACT_MLP),
     # The connector.
@@ -220,7 +220,7 @@ MUTATIONS = [
         STEP_GPU,
         "[x.data_ptr() for x in _tensors(model)]",
         "[]",
-        "tests/test_generation_graphs.py::test_a_change_is_noticed",
+        "tests/model/test_generation_graphs.py::test_a_change_is_noticed",
     ),
     Mutation(
         STEP_GPU,
@@ -239,7 +239,7 @@ MUTATIONS = [
         f"{TRAINING}/trainer.py",
         "if parameter.dim() >= 2",
         "if parameter.dim() >= 1",
-        "tests/test_training_run.py::test_weight_decay_is_for_matrices",
+        "tests/training/test_training_run.py::test_weight_decay_is_for_matrices",
     ),
     Mutation(f"{TRAINING}/run.py", 'bf16=precision == "bf16"', "bf16=False", f"{PRECISION}::test_flags"),
 ]
