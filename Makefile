@@ -28,7 +28,7 @@ bench-all: setup
 	$(VENV)/bin/python -m bench --all $(if $(FAMILY),--family $(FAMILY)) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 peers: setup
-	$(VENV)/bin/python -m bench.peers $(ARGS)
+	$(VENV)/bin/python -m bench.engines $(ARGS)
 
 bench-kernels: setup
 	$(VENV)/bin/python -m bench.kernels $(ARGS)
@@ -40,10 +40,10 @@ bench-gpu:
 	$(PYTHON) -m bench.gpu $(ARGS); else $(MAKE) setup && $(VENV)/bin/python -m bench.gpu $(ARGS); fi
 
 audit: setup
-	$(VENV)/bin/python -m bench.audit $(ARGS)
+	$(VENV)/bin/python -m bench.compile_check $(ARGS)
 
 audit-oldest: setup $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m bench.audit --no-write $(ARGS)
+	$(OLDEST)/bin/python -m bench.compile_check --no-write $(ARGS)
 
 test: setup
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m "not slow" tests/gpu

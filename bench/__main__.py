@@ -39,7 +39,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--peers",
         action="store_true",
-        help="OpenVINO, llama.cpp and ik_llama.cpp too, against all our weights (python -m bench.peers prepares them)",
+        help="OpenVINO, llama.cpp and ik_llama.cpp too, against all our weights (make peers prepares them)",
     )
     parser.add_argument(
         "--rounds", type=int, help="alternating rounds of the single-image row (default 4, with --all 7)"

@@ -10,8 +10,8 @@ import numpy as np
 
 from bench import metrics
 from bench.client import Worker, WorkerError
+from bench.engines import peers_of, prepared
 from bench.families import FAMILIES, Family
-from bench.peers import peers_of, prepared
 
 __all__ = ["AVX2", "Options", "run", "steps"]
 
@@ -33,7 +33,7 @@ class Options:
     """What to measure. The sizes are those of the targets; tests take smaller ones.
 
     ``packed``: int8 and int4 weights too, and a batch of ``batch`` prompts. ``peers``: other engines too (see
-    bench/peers). ``all``: stock in other dtypes and on an AVX2 machine too.
+    bench/engines). ``all``: stock in other dtypes and on an AVX2 machine too.
     """
 
     model: str

@@ -12,7 +12,7 @@ from qvl_kernels import config
 
 __all__ = ["ARCHITECTURES", "architecture", "assume", "nearest", "unavailable"]
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")  # checked by bench.audit
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")  # checked by bench.compile_check
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)  # Ampere
 NO_GPU = "there is no GPU that this PyTorch can use"

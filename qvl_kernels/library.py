@@ -25,7 +25,7 @@ __all__ = [
 
 _LIBRARY = torch.library.Library("qvl", "DEF")
 LAUNCHERS: dict[str, Callable] = {}  # op name -> its Triton launcher
-FORMULAS: dict[str, tuple[Callable, Callable | None]] = {}  # op name -> (backward, setup_context), for bench.audit
+FORMULAS: dict[str, tuple[Callable, Callable | None]] = {}  # op name -> (backward, setup_context)
 _CPU: dict[Callable, Callable] = {}  # op -> its CPU kernel
 _GPU: dict[Callable, Callable] = {}  # op -> its Triton launcher
 PLAIN = (torch.Tensor, torch.nn.Parameter)

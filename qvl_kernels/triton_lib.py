@@ -17,7 +17,7 @@ FP_FUSION = True
 
 
 class Launch(NamedTuple):
-    """One kernel launch as ``launch`` got it; recorded for bench.audit."""
+    """One kernel launch as ``launch`` got it; recorded for bench.compile_check."""
 
     kernel: triton.JITFunction
     grid: tuple[int, ...]

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 
 import qvl_kernels
-from bench import audit as command
-from bench import audit_report, chips, sass
-from bench.audit_sources import sources
-from bench.compiled import compile_all, inspect, violations
+from bench.compile_check import __main__ as command
+from bench.compile_check import chips, report, sass
+from bench.compile_check.compiled import compile_all, inspect, violations
+from bench.compile_check.launches import kernels, record, specialise, target
+from bench.compile_check.sources import sources
+from bench.compile_check.waivers import WAIVABLE, WAIVERS, Waiver
 from bench.kernels import cases_of
-from bench.launches import kernels, record, specialise, target
-from bench.waivers import WAIVABLE, WAIVERS, Waiver
 from qvl_kernels import config, gpu
 from qvl_kernels.triton_lib import Launch
 
@@ -229,9 +229,9 @@ def test_audit_of_an_op_waivers_and_files(tmp_path, monkeypatch):
     }
     forward = next(work for work in result.work if work["op"] == "swiglu" and work["direction"] == "forward")
     assert forward["microseconds"]["H100"] == round(1e6 * 3 * 262 * 6144 * 2 / 3.35e12, 2)
-    data = audit_report.data(result, {"triton": "3.9.0"})
+    data = report.data(result, {"triton": "3.9.0"})
     assert json.loads(json.dumps(data)) == data
-    text = audit_report.markdown(data)
+    text = report.markdown(data)
     assert "### `_swiglu_kernel`" in text and "| swiglu prefill forward | bf16 |" in text and "0 violations" in text
 
 

@@ -10,9 +10,12 @@ import time
 import pytest
 import torch
 
-from bench import gpu, gpu_kernels, gpu_models, gpu_report
-from bench.gpu_targets import BANDWIDTH_KERNELS, TARGETS, bandwidth_share, speed
-from bench.gpu_timing import compare, peak_bytes
+from bench.gpu import __main__ as command
+from bench.gpu import kernels as gpu_kernels
+from bench.gpu import models as gpu_models
+from bench.gpu import report as gpu_report
+from bench.gpu.targets import BANDWIDTH_KERNELS, TARGETS, bandwidth_share, speed
+from bench.gpu.timing import compare, peak_bytes
 from bench.isolated import run_all
 from bench.targets import verdict
 from qvl_kernels import config
@@ -146,7 +149,7 @@ def test_without_a_gpu_cases_are_built(capsys, monkeypatch):
     torch.randn(512, 512) @ torch.randn(
         512, 512
     )  # OpenMP has run in this process before it forks, whatever the order of tests
-    assert gpu.main(["--case", "swiglu", "--case", "loss parity", "--case", "GPU tests"]) == 0
+    assert command.main(["--case", "swiglu", "--case", "loss parity", "--case", "GPU tests"]) == 0
     out = capsys.readouterr().out
     assert (
         "no GPU: every case is built" in out
@@ -154,11 +157,11 @@ def test_without_a_gpu_cases_are_built(capsys, monkeypatch):
         and "no GPU: 3 of 3 cases built" in out
     )
     broken = [
-        gpu.Entry("broken", 1.0, lambda: {}, lambda: 1 // 0),
-        gpu.Entry("elsewhere", 1.0, lambda: {}, lambda: 1 // 0, "no_such_module"),
+        command.Entry("broken", 1.0, lambda: {}, lambda: 1 // 0),
+        command.Entry("elsewhere", 1.0, lambda: {}, lambda: 1 // 0, "no_such_module"),
     ]
-    monkeypatch.setattr(gpu, "ENTRIES", broken)
-    assert gpu.main([]) == 1
+    monkeypatch.setattr(command, "ENTRIES", broken)
+    assert command.main([]) == 1
     out = capsys.readouterr().out
     assert (
         "broken: ZeroDivisionError" in out
@@ -179,23 +182,23 @@ def test_a_run_writes_after_every_case_and_survives_bad_ones(tmp_path, monkeypat
         "errors": {"ours": 0.001, "eager": 0.001},
     }
     entries = [
-        gpu.Entry("copy", 20.0, lambda: {"gb_s": 2500.0, "milliseconds": _times(1.0)}, dict),
-        gpu.Entry("swiglu", 20.0, lambda: times, dict, compile=lambda: (tmp_path / "compiled").touch()),
-        gpu.Entry("elsewhere", 20.0, dict, dict, "no_such_module"),
-        gpu.Entry("hangs", 0.5, lambda: time.sleep(60), dict),
-        gpu.Entry("fails", 20.0, lambda: 1 // 0, dict),
-        gpu.Entry(
+        command.Entry("copy", 20.0, lambda: {"gb_s": 2500.0, "milliseconds": _times(1.0)}, dict),
+        command.Entry("swiglu", 20.0, lambda: times, dict, compile=lambda: (tmp_path / "compiled").touch()),
+        command.Entry("elsewhere", 20.0, dict, dict, "no_such_module"),
+        command.Entry("hangs", 0.5, lambda: time.sleep(60), dict),
+        command.Entry("fails", 20.0, lambda: 1 // 0, dict),
+        command.Entry(
             "GPU tests",
             20.0,
             lambda: {"passed": 5, "failed": 1, "skipped": 0, "failures": [], "crashed": []},
             dict,
             early=True,
         ),
-        gpu.Entry("last", 20.0, last, dict),
+        command.Entry("last", 20.0, last, dict),
     ]
-    monkeypatch.setattr(gpu, "ENTRIES", entries)
-    monkeypatch.setattr(gpu, "probe", lambda: _result()["gpu"])
-    assert gpu.main(["--output", str(tmp_path)]) == 1  # a GPU test failed
+    monkeypatch.setattr(command, "ENTRIES", entries)
+    monkeypatch.setattr(command, "probe", lambda: _result()["gpu"])
+    assert command.main(["--output", str(tmp_path)]) == 1  # a GPU test failed
     cases = json.loads((tmp_path / "test-gpu-80gb.json").read_text())["cases"]
     assert cases["last"]["value"]["seen"] == sorted(entry.name for entry in entries[:-1])
     assert "longer than" in cases["hangs"]["error"] and "not installed" in cases["elsewhere"]["error"]
@@ -208,7 +211,7 @@ def test_a_run_writes_after_every_case_and_survives_bad_ones(tmp_path, monkeypat
         and "eager 3.00×" in out
         and "fails: ZeroDivisionError" in out
     )
-    assert gpu.main(["--output", str(tmp_path), "--minutes", "0"]) == 0
+    assert command.main(["--output", str(tmp_path), "--minutes", "0"]) == 0
     cases = json.loads((tmp_path / "test-gpu-80gb.json").read_text())["cases"]
     assert all("left out" in case["error"] for case in cases.values())
 
@@ -218,18 +221,18 @@ def test_gpu_tests_are_run_in_parts(tmp_path):
         "import pytest\n\n@pytest.mark.parametrize('i', range(7))\ndef test_i(i):\n    assert i != 3\n\n"
         "def test_skipped():\n    pytest.skip('so')\n"
     )
-    value = gpu.run_tests(".", root=tmp_path, jobs=2)
+    value = command.run_tests(".", root=tmp_path, jobs=2)
     assert (value["passed"], value["failed"], value["skipped"], value["crashed"]) == (6, 1, 1, [])
     assert value["not_run"] == 0 and len(value["failures"]) == 1 and "test_i[3]" in value["failures"][0]
     with pytest.raises(RuntimeError, match="no tests"):
-        gpu.run_tests("nothing", root=tmp_path)
+        command.run_tests("nothing", root=tmp_path)
 
 
 def test_gpu_tests_stop_in_time(tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import time\n\ndef test_quick():\n    pass\n\ndef test_slow():\n    time.sleep(60)\n"
     )
-    value = gpu.run_tests(".", root=tmp_path, jobs=1, seconds=6.0)
+    value = command.run_tests(".", root=tmp_path, jobs=1, seconds=6.0)
     assert (
         (value["failed"], value["crashed"]) == (0, []) and value["passed"] + value["not_run"] == 2 and value["not_run"]
     )

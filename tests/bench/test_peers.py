@@ -17,15 +17,15 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from bench import inputs
 from bench.checkpoint import FULL_CONFIG
 from bench.client import Worker, WorkerError
+from bench.engines import PeerUnavailable, llama_cpp, open_vino, peers_of, prepared
+from bench.engines.__main__ import main
+from bench.engines.checkpoints import old_config, old_style
+from bench.engines.environment import Environment, finished, run_step
+from bench.engines.llama_cpp import IK_LLAMA_CPP, LLAMA_CPP, LlamaPeer, Toolchain
+from bench.engines.llama_worker import seconds
+from bench.engines.open_vino import OpenVINOPeer
+from bench.engines.write_gguf import metadata, read_tensors, tensor_name
 from bench.greedy import CONFIGS, tiny_config
-from bench.peers import PeerUnavailable, llama_cpp, open_vino, peers_of, prepared
-from bench.peers.__main__ import main
-from bench.peers.checkpoints import old_config, old_style
-from bench.peers.environment import Environment, finished, run_step
-from bench.peers.llama_cpp import IK_LLAMA_CPP, LLAMA_CPP, LlamaPeer, Toolchain
-from bench.peers.llama_worker import seconds
-from bench.peers.open_vino import OpenVINOPeer
-from bench.peers.write_gguf import metadata, read_tensors, tensor_name
 
 FORMATS = ["bf16", "Q8_0", "Q4_0"]
 
@@ -173,7 +173,7 @@ print(json.dumps(tensors))
 @pytest.mark.parametrize("toolchain", [LLAMA_CPP, IK_LLAMA_CPP], ids=lambda toolchain: toolchain.name)
 def test_llama_cpp_reads_what_is_written(toolchain, format, checkpoint, tmp_path, monkeypatch, prompts):
     if not (LLAMA_CPP.ready and toolchain.ready):
-        pytest.skip(f"{toolchain.name} is not built: python -m bench.peers")
+        pytest.skip(f"{toolchain.name} is not built: python -m bench.engines")
     monkeypatch.setattr(llama_cpp, "models_directory", lambda checkpoint: tmp_path)
     peer = LlamaPeer(toolchain, format, checkpoint)
     peer.prepare(print)
@@ -211,7 +211,7 @@ def test_openvino_gets_the_config_of_transformers_4(checkpoint, tmp_path):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_openvino_runs_what_is_exported(bits, checkpoint, tmp_path, monkeypatch, prompts):
     if not open_vino.environment().ready:
-        pytest.skip("OpenVINO is not installed: python -m bench.peers")
+        pytest.skip("OpenVINO is not installed: python -m bench.engines")
     monkeypatch.setattr(open_vino, "models_directory", lambda checkpoint: tmp_path)
     peer = OpenVINOPeer(bits, checkpoint)
     peer.prepare(print)
@@ -319,7 +319,9 @@ def test_peers_that_cannot_be_prepared_are_skipped_with_their_reason(checkpoint,
 
 
 def test_workers_of_peers_import_nothing_of_the_main_environment():
-    code = "import bench.peers.llama_worker, bench.peers.llama_cpp, bench.peers.open_vino, sys; print(*sys.modules)"
+    code = (
+        "import bench.engines.llama_worker, bench.engines.llama_cpp, bench.engines.open_vino, sys; print(*sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     loaded = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from bench.client import Worker, WorkerError
-from bench.peers.checkpoints import models_directory, old_style
-from bench.peers.environment import Environment, PeerUnavailable, Show, finished, peers_directory
+from bench.engines.checkpoints import models_directory, old_style
+from bench.engines.environment import Environment, PeerUnavailable, Show, finished, peers_directory
 
 __all__ = ["OpenVINOPeer", "environment"]
 
@@ -41,7 +41,7 @@ class OpenVINOPeer:
         return models_directory(self.checkpoint) / f"openvino-int{self.bits}"
 
     def _worker(self) -> Worker:
-        return Worker(self.name, command=[str(environment().python), "-m", "bench.peers.open_vino_worker"])
+        return Worker(self.name, command=[str(environment().python), "-m", "bench.engines.open_vino_worker"])
 
     def prepare(self, show: Show) -> None:
         environment().prepare(show)

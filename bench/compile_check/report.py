@@ -1,8 +1,8 @@
-"""Shows an audit: tables on the terminal, audit.md, and the summary for the README (see gpu_report.py)."""
+"""Shows an audit: tables on the terminal, audit.md, and the summary for the README (see bench/gpu/report.py)."""
 
 from collections.abc import Iterator
 
-from bench.chips import LIMITS, ROOFLINES
+from bench.compile_check.chips import LIMITS, ROOFLINES
 from qvl_kernels.gpu import ARCHITECTURES
 from qvl_kernels.tuning import SHARED_MEMORY
 
@@ -146,7 +146,7 @@ def markdown(data: dict) -> str:
     lines = [
         "# Audit of the Triton kernels",
         "",
-        "Written by `python -m bench.audit`; do not edit.",
+        "Written by `python -m bench.compile_check`; do not edit.",
         "",
         summary_markdown(data),
         "",

@@ -1,7 +1,7 @@
 """Writes the text model of a Qwen3-VL checkpoint in bf16 as GGUF, the format of llama.cpp. Runs in an environment that
 has ``gguf``.
 
-python -m bench.peers.write_gguf CHECKPOINT FILE
+python -m bench.engines.write_gguf CHECKPOINT FILE
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.peers.checkpoints import rope_parameters
+from bench.engines.checkpoints import rope_parameters
 
 __all__ = ["metadata", "read_tensors", "tensor_name", "write"]
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from bench.checkpoint import write_json
-from bench.peers.environment import peers_directory
+from bench.engines.environment import peers_directory
 
 __all__ = ["models_directory", "old_config", "old_style", "rope_parameters"]
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from bench.checkpoint import FULL_CONFIG, special_token_ids
-from bench.gpu_timing import compare, synchronize
+from bench.gpu.timing import compare, synchronize
 from bench.timing import summary
 from bench.truth import relative_error
 from qvl_kernels import gpu, tuning

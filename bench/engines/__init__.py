@@ -1,6 +1,6 @@
 """Other engines on the same checkpoint, each in an environment of its own: OpenVINO, llama.cpp and ik_llama.cpp.
 
-    python -m bench.peers    prepares them under the benchmark's cache, once
+    python -m bench.engines    prepares them under the benchmark's cache, once
 
 The modules import the standard library only, for the workers and tools among them run in the peers' environments.
 """
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 from bench.client import Worker
-from bench.peers.environment import PeerUnavailable, Show
-from bench.peers.llama_cpp import IK_LLAMA_CPP, LLAMA_CPP, LlamaPeer
-from bench.peers.open_vino import OpenVINOPeer
+from bench.engines.environment import PeerUnavailable, Show
+from bench.engines.llama_cpp import IK_LLAMA_CPP, LLAMA_CPP, LlamaPeer
+from bench.engines.open_vino import OpenVINOPeer
 
 __all__ = ["Peer", "PeerUnavailable", "peers_of", "prepared"]
 

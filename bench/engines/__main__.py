@@ -1,5 +1,5 @@
-"""python -m bench.peers: prepares the engines that the benchmark compares with, under its cache; what is there is used
-again.
+"""python -m bench.engines: prepares the engines that the benchmark compares with, under its cache; what is there is
+used again.
 """
 
 import argparse
@@ -10,13 +10,13 @@ from pathlib import Path
 
 from bench import inputs
 from bench.client import ROOT
-from bench.peers import Peer, peers_of, prepared
+from bench.engines import Peer, peers_of, prepared
 
 __all__ = ["main"]
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.engines", description=__doc__)
     parser.add_argument(
         "names", nargs="*", help="those peers whose names begin so, as in 'llama.cpp' or 'openvino int8' (default: all)"
     )
@@ -65,11 +65,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     checkpoint = arguments.model.resolve() if arguments.model else _checkpoint()
     if not (checkpoint / "config.json").is_file():
-        sys.exit(f"bench.peers: {checkpoint} has no config.json; --model takes the folder of a Qwen3-VL checkpoint")
+        sys.exit(f"bench.engines: {checkpoint} has no config.json; --model takes the folder of a Qwen3-VL checkpoint")
     peers = [peer for peer in peers_of(checkpoint) if peer.name.startswith(tuple(arguments.names) or "")]
     if not peers:
         sys.exit(
-            f"bench.peers: no peer is called {' or '.join(arguments.names)}; there are "
+            f"bench.engines: no peer is called {' or '.join(arguments.names)}; there are "
             f"{', '.join(peer.name for peer in peers_of(checkpoint))}"
         )
     ready, skipped = prepared(peers, lambda text: print(text, flush=True))

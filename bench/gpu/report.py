@@ -1,7 +1,7 @@
 """Shows results of `make bench-gpu`: tables, charts, and the GPU section of the README.
 
-python -m bench.gpu_report RESULT.json     prints the tables of a result
-python -m bench.gpu_report --readme        writes the README's section from the files in bench/results
+python -m bench.gpu.report RESULT.json     prints the tables of a result
+python -m bench.gpu.report --readme        writes the README's section from the files in bench/results
 """
 
 import argparse
@@ -9,12 +9,12 @@ import json
 import sys
 from pathlib import Path
 
-from bench.gpu_targets import TARGETS, bandwidth_share, speed
+from bench.gpu.targets import TARGETS, bandwidth_share, speed
 from bench.targets import verdict
 
 __all__ = ["chart", "readme_section", "tables", "write_readme"]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 MARKERS = ("<!-- gpu: begin -->", "<!-- gpu: end -->")
 SIDES = ("first", "decode", "replay", "vision", "forward", "backward")
@@ -176,7 +176,7 @@ def readme_section(folder: Path = RESULTS) -> str:
             "tests and measures them on a machine with a GPU and writes its table here."
         ]
     if audit.is_file():
-        from bench.audit_report import summary_markdown
+        from bench.compile_check.report import summary_markdown
 
         lines += [
             "What a compiler can show has been checked (`make audit`, [all of it](bench/results/audit.md)): every "
@@ -196,7 +196,7 @@ def write_readme(folder: Path = RESULTS, file: Path = ROOT / "README.md") -> Non
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_report", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.report", description=__doc__.split("\n\n")[0])
     parser.add_argument("result", type=Path, nargs="?", help="a result file of make bench-gpu")
     parser.add_argument(
         "--readme", action="store_true", help="write the README's GPU section from the files in bench/results"

@@ -1,9 +1,10 @@
-"""python -m bench.audit: every Triton kernel at the model's real shapes, compiled for every architecture and read back.
+"""python -m bench.compile_check: every Triton kernel at the model's real shapes, compiled for every architecture and
+read back.
 
 Needs no GPU. The kernels are those that the public ops launch on their shared cases with ``model=True``, forward and
 backward; a kernel that none of these reaches is compiled for the first other case that does. Registers, stack, spills,
 shared memory, resident warps and the matrix instructions inside loops go to bench/results/audit.json and audit.md. Exit
-status 1 for a violation that no waiver (bench/waivers.py) names, or for a waiver that nothing needs.
+status 1 for a violation that no waiver (bench/compile_check/waivers.py) names, or for a waiver that nothing needs.
 """
 
 import argparse
@@ -21,19 +22,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import qvl_kernels
 import qvl_model
-from bench import audit_report, gpu_report
-from bench.audit_sources import Source, sources
-from bench.chips import ROOFLINES
-from bench.compiled import compile_all, violations
-from bench.launches import GRADIENTS_WITH_LOSS, Call, Specialisation, kernels, record, record_training, specialise
+from bench.compile_check import report
+from bench.compile_check.chips import ROOFLINES
+from bench.compile_check.compiled import compile_all, violations
+from bench.compile_check.launches import (
+    GRADIENTS_WITH_LOSS,
+    Call,
+    Specialisation,
+    kernels,
+    record,
+    record_training,
+    specialise,
+)
+from bench.compile_check.sources import Source, sources
+from bench.compile_check.waivers import WAIVERS, Waiver
+from bench.gpu import report as gpu_report
 from bench.session import DTYPES
-from bench.waivers import WAIVERS, Waiver
 from qvl_kernels import config, gpu
 from qvl_kernels.testing import Case
 
 __all__ = ["Audit", "audit", "main"]
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 # bf16 is what models run in; the others differ in tile sizes and instructions, so one architecture shows them.
 PLAN = [("sm_90", "fp16"), ("sm_80", "fp32")] + [(arch, "bf16") for arch in gpu.ARCHITECTURES]
 # FLOPs of a backward pass in forward passes: two products for each of the forward's, and the scores or logits once
@@ -241,7 +251,7 @@ def audit(
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.audit", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.compile_check", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--op", action="append", choices=list(sources()), help="only this op (may be repeated); writes no files"
     )
@@ -274,20 +284,21 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if not plan:
         print(
-            "bench.audit: that dtype is not compiled for that architecture: see PLAN in bench/audit.py", file=sys.stderr
+            "bench.compile_check: that dtype is not compiled for that architecture: see PLAN in its __main__.py",
+            file=sys.stderr,
         )
         return 2
     cache = Path(os.environ.get("QVL_CACHE") or Path.home() / ".cache" / "qvl") / f"audit-triton-{triton.__version__}"
     os.environ["TRITON_CACHE_DIR"] = str(cache)  # a cache of its own: what models compile is neither used nor touched
     console = Console(width=None if sys.stdout.isatty() else 160)
     result = audit(names=arguments.op, plan=plan, jobs=max(1, arguments.jobs), console=console)
-    audit_report.print_tables(result, console)
+    report.print_tables(result, console)
     partial = arguments.op or arguments.arch or arguments.dtype
     if not partial and not arguments.no_write:
-        data = audit_report.data(result, {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]})
+        data = report.data(result, {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]})
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "audit.json").write_text(json.dumps(data, indent=1) + "\n")
-        (arguments.output / "audit.md").write_text(audit_report.markdown(data))
+        (arguments.output / "audit.md").write_text(report.markdown(data))
         console.print(f"written: {arguments.output / 'audit.json'} and audit.md", highlight=False)
         if arguments.output == RESULTS:
             gpu_report.write_readme()

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 
 import triton
 
-from bench import sass
-from bench.chips import resident_warps
+from bench.compile_check import sass
+from bench.compile_check.chips import resident_warps
+from bench.compile_check.launches import Specialisation, target
 from bench.isolated import run_all
-from bench.launches import Specialisation, target
 from qvl_kernels.tuning import SHARED_MEMORY
 
 __all__ = ["compile_all", "inspect", "violations"]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from bench.client import Worker
-from bench.peers.checkpoints import models_directory
-from bench.peers.environment import (
+from bench.engines.checkpoints import models_directory
+from bench.engines.environment import (
     Environment,
     PeerUnavailable,
     Show,
@@ -180,7 +180,7 @@ class LlamaPeer:
         if self.format == "bf16":
             show(f"writing {self.file}")
             with finished(self.file) as temporary:
-                command = [LLAMA_CPP.environment.python, "-m", "bench.peers.write_gguf", self.checkpoint, temporary]
+                command = [LLAMA_CPP.environment.python, "-m", "bench.engines.write_gguf", self.checkpoint, temporary]
                 run_step(f"writing {self.file.name}", command, log)
             return
         source = LlamaPeer(LLAMA_CPP, "bf16", self.checkpoint)
@@ -204,6 +204,6 @@ class LlamaPeer:
             str(threads),
             *self.toolchain.bench,
         ]
-        worker = Worker(self.name, command=[sys.executable, "-m", "bench.peers.llama_worker"])
+        worker = Worker(self.name, command=[sys.executable, "-m", "bench.engines.llama_worker"])
         worker.ask("load", command=command, prompt_tokens=inputs.load(prompts)["text"]["input_ids"].shape[1])
         return worker

@@ -31,13 +31,15 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu_kernels, gpu_models, gpu_report
+from bench.gpu import kernels as gpu_kernels
+from bench.gpu import models as gpu_models
+from bench.gpu import report as gpu_report
 from bench.isolated import Task, run_all
 from bench.machine import commit
 
 __all__ = ["ENTRIES", "Entry", "main"]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 MINUTES = 8.8  # all of it: under nine with start and report
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "flash-attn")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 
 import qvl_kernels
-from bench import gpu_kernels
+from bench.gpu import kernels as gpu_kernels
 from bench.kernels import cases_of, ops
 from bench.variants import COMBINATIONS, plain, using
 from qvl_kernels.gemv import cases as gemv

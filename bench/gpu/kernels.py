@@ -9,8 +9,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 import qvl_kernels
-from bench import gpu_rivals
-from bench.gpu_timing import compare, peak_bytes
+from bench.gpu import rivals as gpu_rivals
+from bench.gpu.timing import compare, peak_bytes
 from bench.variants import offered
 from qvl_kernels import gpu
 from qvl_kernels.quant import QuantizedWeight
@@ -356,8 +356,8 @@ def build(case: KernelCase, arch: str = "sm_90") -> dict:
     """Without a GPU: the rivals are made, the arguments are fake CUDA tensors, and every kernel launched on them is
     compiled.
     """
-    from bench.compiled import inspect, violations
-    from bench.launches import record_call, specialise
+    from bench.compile_check.compiled import inspect, violations
+    from bench.compile_check.launches import record_call, specialise
 
     ours = getattr(qvl_kernels, case.op)
     case.rivals()

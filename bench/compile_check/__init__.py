@@ -1,0 +1,1 @@
+"""python -m bench.compile_check: every Triton kernel compiled for every architecture, without a GPU, and read back."""
