@@ -76,7 +76,7 @@ def fake_quantised(stock: nn.Module, packed: nn.Module) -> nn.Module:
     """A copy of the stock model with the weights and the activations that the packed one multiplies, in the stock
     model's dtype.
     """
-    from qvl_kernels import quant
+    from qvl_kernels.quantization import rounded_activations
     from qvl_model.modules.packed import PackedEmbedding, PackedLinear
 
     exact = copy.deepcopy(stock)
@@ -86,7 +86,7 @@ def fake_quantised(stock: nn.Module, packed: nn.Module) -> nn.Module:
             modules[name].weight = nn.Parameter(module.dequantize().to(stock.dtype))
         if isinstance(module, PackedLinear):
             modules[name].register_forward_pre_hook(
-                lambda _, args, weight=module.quantized: quant.rounded_activations(args[0], weight).to(args[0].dtype)
+                lambda _, args, weight=module.quantized: rounded_activations(args[0], weight).to(args[0].dtype)
             )
     return exact
 

@@ -1,11 +1,11 @@
-"""Which variants of kernels (``tuning.OFFERED``) are compiled by the audit and measured by the GPU benchmark, beside
+"""Which variants of kernels (``features.OFFERED``) are compiled by the audit and measured by the GPU benchmark, beside
 the form that is on.
 """
 
 import contextlib
 from collections.abc import Callable
 
-from qvl_kernels import tuning
+from qvl_kernels.gpu import features
 
 __all__ = ["COMBINATIONS", "offered", "plain", "using"]
 
@@ -27,7 +27,7 @@ def using(function: Callable, kernel: str, names: tuple[str, ...]) -> Callable:
     """``function`` with these variants of the kernel on."""
 
     def call(**arguments):
-        with tuning.trying(kernel, *names):
+        with features.trying(kernel, *names):
             return function(**arguments)
 
     return call
@@ -38,8 +38,8 @@ def plain(function: Callable) -> Callable:
 
     def call(**arguments):
         with contextlib.ExitStack() as stack:
-            for kernel in tuning.OFFERED:
-                stack.enter_context(tuning.trying(kernel))
+            for kernel in features.OFFERED:
+                stack.enter_context(features.trying(kernel))
             return function(**arguments)
 
     return call
@@ -56,11 +56,11 @@ def offered(op: str, function: Callable, arch: str) -> dict[str, Callable]:
     there = [
         (kernel, names)
         for owner, kernel, names in COMBINATIONS
-        if owner == op and all(arch in tuning.OFFERED[kernel][name] for name in names)
+        if owner == op and all(arch in features.OFFERED[kernel][name] for name in names)
     ]
     found = {
         "+".join(names): using(function, kernel, names)
         for kernel, names in there
-        if kernel == "decoding" or names != tuning.FASTER.get((kernel, arch))
+        if kernel == "decoding" or names != features.FASTER.get((kernel, arch))
     }
     return found if len(found) == len(there) else {"plain": plain(function), **found}

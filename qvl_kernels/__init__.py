@@ -3,7 +3,7 @@ models.
 """
 
 from qvl_kernels.dispatch import backends, cpu_info, fallbacks, use_backend
-from qvl_kernels.huge_pages import use_huge_pages
+from qvl_kernels.memory.huge_pages import use_huge_pages
 from qvl_kernels.ops.attention import attention
 from qvl_kernels.ops.cross_attention import cross_attention
 from qvl_kernels.ops.decode_attention import decode_attention

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch.autograd import forward_ad
 
-from qvl_kernels import config, gpu
+from qvl_kernels import config
+from qvl_kernels.gpu import device as gpu_device
 
 __all__ = ["backends", "choose", "cpu_info", "extension", "fallbacks", "forced", "use_backend"]
 
@@ -56,7 +57,7 @@ def _unavailable(backend: str, device: torch.device | None = None) -> str | None
     """Why ``backend`` cannot run here, or on a device, or None."""
     if backend == "cpp":
         return _extension_error
-    return gpu.unavailable(device) if backend == "triton" else None
+    return gpu_device.unavailable(device) if backend == "triton" else None
 
 
 def _runs_on(backend: str, device: torch.device) -> bool:

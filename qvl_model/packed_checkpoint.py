@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from qvl_kernels import checks, quant
+from qvl_kernels import checks, quantization
 from qvl_model.loading import load_config
 from qvl_model.modules.packed import PackedEmbedding, PackedLinear
 from qvl_model.modules.packed_weight import PackedWeight
@@ -398,9 +398,9 @@ def _fill(
                 f"{path}: {name} is packed, and "
                 f"{'its scales are missing' if scales is None else 'config.json has no such layer'}"
             )
-        quantized = quant.QuantizedWeight(tensors[f"{name}.weight_values"], scales, module.weight.shape[1])
+        quantized = quantization.QuantizedWeight(tensors[f"{name}.weight_values"], scales, module.weight.shape[1])
         try:
-            quant.check_weight(name, quantized, torch.device("cpu"))
+            quantization.check_weight(name, quantized, torch.device("cpu"))
             checks.check_shape(name, "weight", quantized.values, (module.weight.shape[0], quantized.values.shape[1]))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} does not fit its config.json: {error}; pack it again") from error

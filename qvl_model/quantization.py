@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qvl_kernels import pages, quant
+from qvl_kernels import quantization
+from qvl_kernels.memory import pages
 from qvl_model.capacity.weights import is_finite
 from qvl_model.modules import head, linear
 from qvl_model.modules.packed import FORMATS, PackedEmbedding, PackedLinear
@@ -169,8 +170,8 @@ def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64)
     Raises: ValueError for other groups, layers that are packed in another format, merged adapters and weights that are
     not finite; the model is then as it was.
     """
-    if group not in quant.GROUPS:
-        raise ValueError(f"accelerate: group must be {', '.join(map(str, quant.GROUPS))}, got {group}")
+    if group not in quantization.GROUPS:
+        raise ValueError(f"accelerate: group must be {', '.join(map(str, quantization.GROUPS))}, got {group}")
     if not formats:
         return
     modules = dict(base_modules(model))
@@ -206,7 +207,7 @@ def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64)
     head, embedding = modules.get("lm_head"), _tied_embedding(modules)
     for _, module, weights in chosen:
         weight = module.weight.detach()
-        packed = quant.quantize(weight, FORMATS[weights], group)
+        packed = quantization.quantize(weight, FORMATS[weights], group)
         PackedLinear.pack(module, packed)
         if module is head and embedding is not None:
             PackedEmbedding.pack(embedding, packed)
@@ -288,5 +289,5 @@ def unpack_model(model: PreTrainedModel) -> None:
 
 def _same(weight: Tensor, module: PackedLinear | PackedEmbedding) -> bool:
     quantized = module.quantized
-    again = quant.quantize(weight.detach(), quantized.bits, *([quantized.group] if quantized.bits == 4 else []))
+    again = quantization.quantize(weight.detach(), quantized.bits, *([quantized.group] if quantized.bits == 4 else []))
     return torch.equal(again.values, quantized.values.cpu()) and torch.equal(again.scales, quantized.scales.cpu())

@@ -38,14 +38,15 @@ from bench.compile_check.sources import Source, sources
 from bench.compile_check.waivers import WAIVERS, Waiver
 from bench.gpu import report as gpu_report
 from bench.session import DTYPES
-from qvl_kernels import config, gpu
+from qvl_kernels import config
+from qvl_kernels.gpu.device import ARCHITECTURES
 from qvl_kernels.testing import Case
 
 __all__ = ["Audit", "audit", "main"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 # bf16 is what models run in; the others differ in tile sizes and instructions, so one architecture shows them.
-PLAN = [("sm_90", "fp16"), ("sm_80", "fp32")] + [(arch, "bf16") for arch in gpu.ARCHITECTURES]
+PLAN = [("sm_90", "fp16"), ("sm_80", "fp32")] + [(arch, "bf16") for arch in ARCHITECTURES]
 # FLOPs of a backward pass in forward passes: two products for each of the forward's, and the scores or logits once
 # more.
 BACKWARD_FLOPS = {"attention": 2.5, "cross_attention": 2.5, "linear_cross_entropy": 3.0}
@@ -241,7 +242,7 @@ def audit(
             progress.advance(bar)
         progress.refresh()
     result.rows.sort(key=lambda row: (row["kernel"], row["dtype"], row["arch"], row["cases"]))
-    if names is None and {arch for arch, _ in plan} == set(gpu.ARCHITECTURES):
+    if names is None and {arch for arch, _ in plan} == set(ARCHITECTURES):
         result.failures += [
             f"unused waiver: {w.kernel}, {w.arch}, {w.dtype}, {w.kind} ({w.reason})"
             for w in waivers
@@ -258,7 +259,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--arch",
         action="append",
-        choices=gpu.ARCHITECTURES,
+        choices=ARCHITECTURES,
         help="only this architecture (may be repeated); writes no files",
     )
     parser.add_argument(

@@ -9,7 +9,7 @@ from bench.compile_check import sass
 from bench.compile_check.chips import resident_warps
 from bench.compile_check.launches import Specialisation, target
 from bench.isolated import run_all
-from qvl_kernels.tuning import SHARED_MEMORY
+from qvl_kernels.gpu.device import SHARED_MEMORY
 
 __all__ = ["compile_all", "inspect", "violations"]
 

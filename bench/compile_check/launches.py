@@ -2,9 +2,8 @@
 them.
 
 The op runs on fake CUDA tensors of a case's shapes, strides and dtypes; its launchers choose tiles for an assumed
-architecture, and ``triton_lib.launch`` notes what it was given. Backward passes run as their autograd formulas say,
-without
-the engine: it would need a CUDA runtime.
+architecture, and ``qvl_kernels.gpu.launch`` notes what it was given. Backward passes run as their autograd formulas
+say, without the engine: it would need a CUDA runtime.
 """
 
 import ctypes
@@ -26,7 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from qvl_kernels import gpu, library, triton_lib
+from qvl_kernels import library
+from qvl_kernels.gpu import device as gpu_device
+from qvl_kernels.gpu import launch as gpu_launch
 from qvl_kernels.testing import Case
 
 __all__ = [
@@ -51,7 +52,7 @@ class Call:
 
     op: str
     bytes: int  # of its inputs and outputs, each once
-    launches: list[triton_lib.Launch] = field(default_factory=list)
+    launches: list[gpu_launch.Launch] = field(default_factory=list)
 
 
 class _Context:
@@ -80,7 +81,7 @@ def _bytes(*values) -> int:
 class _Launchers(TorchDispatchMode):
     """Sends qvl ops to their Triton launchers and keeps the calls, with inputs and outputs for the formulas."""
 
-    def __init__(self, launches: list[triton_lib.Launch]) -> None:
+    def __init__(self, launches: list[gpu_launch.Launch]) -> None:
         super().__init__()
         self.launches, self.calls, self.differentiable = launches, [], []
 
@@ -164,8 +165,8 @@ def record_call(function: Callable, make: Callable[[], dict], arch: str) -> tupl
     with (
         torch.no_grad(),
         FakeTensorMode(),
-        gpu.assume(arch),
-        triton_lib.record() as launches,
+        gpu_device.assume(arch),
+        gpu_launch.record() as launches,
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # fake tensors have no address and say so
@@ -202,7 +203,7 @@ def record_training(function: Callable, case: Case, dtype: torch.dtype, arch: st
 
 
 def target(arch: str) -> GPUTarget:
-    """How Triton names an architecture of ``gpu.ARCHITECTURES``."""
+    """How Triton names an architecture of ``gpu_device.ARCHITECTURES``."""
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
@@ -232,7 +233,7 @@ class Specialisation:
     key: str
 
 
-def specialise(launch: triton_lib.Launch, arch: str) -> Specialisation:
+def specialise(launch: gpu_launch.Launch, arch: str) -> Specialisation:
     """Signature, constants and attributes by Triton's own binder, so that alignment, ones and do_not_specialize count
     as in a real launch.
     """

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 
 from bench.compile_check.chips import LIMITS, ROOFLINES
-from qvl_kernels.gpu import ARCHITECTURES
-from qvl_kernels.tuning import SHARED_MEMORY
+from qvl_kernels.gpu.device import ARCHITECTURES, SHARED_MEMORY
 
 __all__ = ["data", "markdown", "print_tables", "summary", "summary_markdown"]
 

@@ -12,11 +12,11 @@ import qvl_kernels
 from bench.gpu import kernels as gpu_kernels
 from bench.kernels import cases_of, ops
 from bench.variants import COMBINATIONS, plain, using
-from qvl_kernels.gemv import cases as gemv
 from qvl_kernels.ops.decoder_layer import DecoderWeights
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
-from qvl_kernels.quant import QuantizedWeight
+from qvl_kernels.ops.gemv import cases as gemv
+from qvl_kernels.quantization import QuantizedWeight
 from qvl_kernels.testing import Case, random_tensor
 
 __all__ = ["Source", "sources"]

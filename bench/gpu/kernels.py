@@ -12,8 +12,8 @@ import qvl_kernels
 from bench.gpu import rivals as gpu_rivals
 from bench.gpu.timing import compare, peak_bytes
 from bench.variants import offered
-from qvl_kernels import gpu
-from qvl_kernels.quant import QuantizedWeight
+from qvl_kernels.gpu.device import architecture
+from qvl_kernels.quantization import QuantizedWeight
 from qvl_kernels.testing import relative_error
 
 __all__ = ["CASES", "KernelCase", "build", "copy_bandwidth", "run"]
@@ -308,7 +308,7 @@ def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloa
     torch.manual_seed(SEED)
     made = case.make(device, dtype)
     ours, rivals = getattr(qvl_kernels, case.op), case.rivals()
-    variants = offered(case.op, ours, gpu.architecture(device))  # of the forward pass
+    variants = offered(case.op, ours, architecture(device))  # of the forward pass
     contestants = {"ours": ours, **rivals, **variants}
     truth_of = next(iter(rivals.values()))
     errors, unavailable, arguments = {}, {}, {}

@@ -16,7 +16,8 @@ from bench.checkpoint import FULL_CONFIG, special_token_ids
 from bench.gpu.timing import compare, synchronize
 from bench.timing import summary
 from bench.truth import relative_error
-from qvl_kernels import gpu, tuning
+from qvl_kernels.gpu import features
+from qvl_kernels.gpu.device import architecture
 
 __all__ = ["FULL", "SMALL", "Sizes", "build", "compiled", "decode", "fits", "generate", "memory", "parity", "train"]
 
@@ -145,9 +146,9 @@ def _replays(model: nn.Module, rows: int, length: int, device: torch.device) -> 
     from qvl_model.generation import step_gpu
 
     step_gpu.release(model)  # what the calls before have captured
-    steps, on = {}, tuning.FASTER.get(("decoding", gpu.architecture(device)), ())
+    steps, on = {}, features.FASTER.get(("decoding", architecture(device)), ())
     for name, variants in (("ours", on), ("plain", ()) if on else ("DEPENDENT_LAUNCH", ("DEPENDENT_LAUNCH",))):
-        with tuning.trying("decoding", *variants):
+        with features.trying("decoding", *variants):
             cache, config = DynamicCache(config=model.config.text_config), model.config.text_config
             for index in range(config.num_hidden_layers):
                 shape = rows, config.num_key_value_heads, length, config.head_dim

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import qvl_kernels
-from qvl_kernels.quant import dequantize
+from qvl_kernels.quantization import dequantize
 
 __all__ = [
     "attention_rivals",

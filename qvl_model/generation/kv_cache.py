@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from qvl_kernels import PreparedCache, pages
+from qvl_kernels import PreparedCache
+from qvl_kernels.memory import pages
 
 __all__ = ["Store", "forget", "keeps_plainly", "open_store"]
 

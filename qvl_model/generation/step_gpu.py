@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
-from qvl_kernels import config, dispatch, gpu, tuning
+from qvl_kernels import config, dispatch
+from qvl_kernels.gpu import device as gpu_device
+from qvl_kernels.gpu import features
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
 from qvl_model.generation import graphs, images, sampling
@@ -98,9 +100,9 @@ def why_no_graphs(device: torch.device) -> str | None:
     if dispatch.forced() not in (None, "triton"):
         return f"the backend {dispatch.forced()} is forced"
     if device.type == "cuda":
-        return gpu.unavailable(device)
+        return gpu_device.unavailable(device)
     if device.type == "cpu" and dispatch.forced() == "triton" and config.interpreted():  # tests
-        return gpu.unavailable(device)
+        return gpu_device.unavailable(device)
     return f"tensors on {device.type} have no CUDA graphs"
 
 
@@ -401,7 +403,7 @@ class GpuStep:
         body = model.model.language_model
         hidden, cos, sin = token_inputs(body, self._tokens, self._positions)
         filled = self._lengths + 1
-        with tuning.decoding():
+        with features.decoding():
             for index, layer in enumerate(self._layers):
                 if self._images is not None:
                     hidden = self._images.add(index, hidden)

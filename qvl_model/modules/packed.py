@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import qvl_kernels
-from qvl_kernels import quant
-from qvl_kernels.quant import QuantizedWeight
+from qvl_kernels import quantization
+from qvl_kernels.quantization import QuantizedWeight
 from qvl_model.modules.packed_weight import TAKEN_OUT, Kept, PackedWeight, copied_to_train, merge_in_progress
 from qvl_model.modules.plain import autocast_dtype
 
@@ -17,8 +17,8 @@ FORMATS = {"int8": 8, "int4": 4}  # name -> bits
 
 
 class _Packed:
-    """What packed modules share: buffers ``weight_values`` and ``weight_scales`` (see ``qvl_kernels.quant``) in place
-    of ``weight``.
+    """What packed modules share: buffers ``weight_values`` and ``weight_scales`` (see ``qvl_kernels.quantization``) in
+    place of ``weight``.
 
     The parameter of that name is empty, [N, 0], and in no state_dict: it follows the model's dtype and device, and
     tells by its length and by being one for two modules what PEFT looks for, an embedding and what is tied to it.
@@ -66,7 +66,7 @@ class _Packed:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the module multiplies with."""
-        return quant.dequantize(self.quantized, dtype)
+        return quantization.dequantize(self.quantized, dtype)
 
     @torch.no_grad()
     def requantize(self, weight: Tensor) -> None:
@@ -88,7 +88,7 @@ class _Packed:
             original = self._kept.undo(merge)
             if original is not None:
                 return self._replace(original)
-        new = quant.quantize(weight, old.bits, *([old.group] if old.bits == 4 else []))
+        new = quantization.quantize(weight, old.bits, *([old.group] if old.bits == 4 else []))
         rows = min(len(old.values), len(new.values))
         same = (self.dequantize(weight.dtype)[:rows] == weight[:rows]).all(1).nonzero()[:, 0]
         new.values[same], new.scales[same] = old.values[same], old.scales[same]
@@ -181,7 +181,7 @@ class PackedLinear(_Packed, nn.Linear):
             linear.out_features,
             linear.training,
         )
-        packed._take(quant.quantize(linear.weight.detach(), FORMATS[weights], group), linear.weight)
+        packed._take(quantization.quantize(linear.weight.detach(), FORMATS[weights], group), linear.weight)
         packed.register_parameter("bias", linear.bias)
         return packed
 
@@ -224,4 +224,4 @@ class PackedEmbedding(_Packed, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         ids = input.reshape(-1)
         rows = QuantizedWeight(self.weight_values[ids], self.weight_scales[ids], self.embedding_dim)
-        return quant.dequantize(rows, self._parameters["weight"].dtype).view(*input.shape, self.embedding_dim)
+        return quantization.dequantize(rows, self._parameters["weight"].dtype).view(*input.shape, self.embedding_dim)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from qvl_kernels.quant import QuantizedWeight
+from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["TAKEN_OUT", "Kept", "Merge", "PackedWeight", "copied_to_train", "merge_in_progress"]
 

@@ -11,7 +11,8 @@ from torch.nn.modules import module as nn_module
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from transformers.utils import output_capturing
 
-from qvl_kernels import dispatch, gpu
+from qvl_kernels import dispatch
+from qvl_kernels.gpu import device as gpu_device
 from qvl_kernels.library import PLAIN, has_memory, ops_are_seen
 
 __all__ = [
@@ -114,7 +115,7 @@ def dropout_fits(p: float, x: torch.Tensor) -> bool:
 
 
 def _gpu_takes(device: torch.device) -> bool:
-    reason = gpu.unavailable(device)
+    reason = gpu_device.unavailable(device)
     if reason is not None and not torch.compiler.is_compiling():
         _say_once(reason)
     return reason is None

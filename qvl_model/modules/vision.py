@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 import qvl_kernels
-from qvl_kernels import pages
-from qvl_kernels.quant import QuantizedWeight
+from qvl_kernels.memory import pages
+from qvl_kernels.quantization import QuantizedWeight
 from qvl_model.modules.linear import LayerNorm, Linear
 from qvl_model.modules.packed import PackedLinear
 from qvl_model.modules.parts import in_parts, splits

@@ -18,8 +18,9 @@ from bench.compile_check.launches import kernels, record, specialise, target
 from bench.compile_check.sources import sources
 from bench.compile_check.waivers import WAIVABLE, WAIVERS, Waiver
 from bench.kernels import cases_of
-from qvl_kernels import config, gpu
-from qvl_kernels.triton_lib import Launch
+from qvl_kernels import config
+from qvl_kernels.gpu.device import ARCHITECTURES
+from qvl_kernels.gpu.launch import Launch
 
 pytestmark = pytest.mark.skipif(config.interpreted(), reason="the interpreter replaces what the audit compiles")
 
@@ -264,7 +265,7 @@ def test_unused_waivers_and_unreached_kernels_fail_a_whole_audit(monkeypatch):
     monkeypatch.setattr(command, "compile_all", lambda items, **_: ())
     monkeypatch.setattr(command, "kernels", lambda *_: {"somewhere:_lonely_kernel"})
     monkeypatch.setattr(command, "sources", lambda: {"swiglu": sources()["swiglu"]})
-    plan = [(arch, "bf16") for arch in gpu.ARCHITECTURES]
+    plan = [(arch, "bf16") for arch in ARCHITECTURES]
     result = command.audit(plan=plan, waivers=[Waiver("_swiglu_kernel", "sm_80", "bf16", "spill", "once upon a time")])
     assert len(result.failures) == 2
     assert "_lonely_kernel: no case of any op launches it" in result.failures[0]

@@ -5,9 +5,11 @@ Makefile).
 import pytest
 import torch
 
-from qvl_kernels import config, gpu, triton_lib
+from qvl_kernels import config
+from qvl_kernels.gpu import device as gpu_device
+from qvl_kernels.gpu import launch as gpu_launch
 
-RUNNABLE = gpu.unavailable() is None
+RUNNABLE = gpu_device.unavailable() is None
 collect_ignore_glob = [] if RUNNABLE else ["test_*.py"]
 # The interpreter's bf16 is wrong (it multiplies raw bits), so bf16 is tested on a device only.
 DTYPES = [torch.float32, torch.float16] if config.interpreted() else [torch.float32, torch.float16, torch.bfloat16]
@@ -30,7 +32,7 @@ def launches_of(monkeypatch):
 
         def launch(kernel, grid, *args, **meta):
             launches.append({**meta, "grid": grid})
-            triton_lib.launch(kernel, grid, *args, **meta)
+            gpu_launch.launch(kernel, grid, *args, **meta)
 
         monkeypatch.setattr(module, "launch", launch)
         return launches

@@ -9,7 +9,9 @@ import torch
 from op_cases import differentiable, double, outputs
 
 import qvl_kernels
-from qvl_kernels import config, tuning
+from qvl_kernels import config
+from qvl_kernels.gpu.device import PROCESSORS, SHARED_MEMORY
+from qvl_kernels.ops.attention import tiles
 from qvl_kernels.ops.attention.op import attention_backward_op, attention_op
 from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, random_tensor, relative_error, surrounded
 
@@ -47,9 +49,9 @@ def small_blocks(monkeypatch):
         ("attention_backward_queries", (16, 32)),
         ("attention_backward_keys", (32, 16)),
     ):
-        plain = getattr(tuning, name)
+        plain = getattr(tiles, name)
         monkeypatch.setattr(
-            tuning,
+            tiles,
             name,
             lambda *args, plain=plain, tile=tile: {
                 **plain(*args),
@@ -383,7 +385,7 @@ def test_large_heads_take_the_reference_or_raise(device):
         qvl_kernels.attention(**arguments)
 
 
-@pytest.mark.parametrize("arch", tuning.PROCESSORS)
+@pytest.mark.parametrize("arch", PROCESSORS)
 @pytest.mark.parametrize("size", [2, 4])
 def test_tiles_fit(arch, size, monkeypatch):
     """Every head size up to 256 has tiles whose operands fit into shared memory, of as many rows as matrix units want,
@@ -397,6 +399,6 @@ def test_tiles_fit(arch, size, monkeypatch):
                 ("attention_backward_queries", "BLOCK_N"),
                 ("attention_backward_keys", "BLOCK_M"),
             ):
-                tile = getattr(tuning, name)(rows, d, size, arch)
+                tile = getattr(tiles, name)(rows, d, size, arch)
                 assert tile["BLOCK_D"] >= max(16, d) and min(tile["BLOCK_M"], tile["BLOCK_N"]) >= 16
-                assert 2 * tile[streamed] * tile["BLOCK_D"] * size * tile["num_stages"] <= tuning.SHARED_MEMORY[arch]
+                assert 2 * tile[streamed] * tile["BLOCK_D"] * size * tile["num_stages"] <= SHARED_MEMORY[arch]

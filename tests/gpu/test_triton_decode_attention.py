@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import qvl_kernels
-from qvl_kernels import tuning
+from qvl_kernels.gpu.device import PROCESSORS
+from qvl_kernels.ops.decode_attention import tiles
 from qvl_kernels.ops.decode_attention.op import decode_attention_op
 from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, random_tensor, surrounded
 
@@ -49,9 +50,9 @@ def _check(arguments: dict, lengths: torch.Tensor, device, monkeypatch, **change
 
 
 def _force_splits(monkeypatch, splits: int) -> None:
-    plain = tuning.decode_attention
+    plain = tiles.decode_attention
     monkeypatch.setattr(
-        tuning,
+        tiles,
         "decode_attention",
         lambda *args: {**plain(*args), "SPLITS": splits, "BLOCK_N": 16, "JOIN_STEP": min(2, splits)},
     )
@@ -145,8 +146,8 @@ def test_int8_cache_with_strided_scales(scale_dtype, device, monkeypatch):
 
 
 def test_splits_depend_on_shapes_alone_and_fill_the_chip():
-    for arch in tuning.PROCESSORS:
-        one = tuning.decode_attention(8, 2, 128, 2, 4096, arch)
+    for arch in PROCESSORS:
+        one = tiles.decode_attention(8, 2, 128, 2, 4096, arch)
         assert one["SPLITS"] == 64 and one["SPLITS"] * one["BLOCK_N"] <= 4096
-        assert tuning.decode_attention(8 * 512, 2, 128, 2, 4096, arch)["SPLITS"] == 1
-        assert tuning.decode_attention(8, 2, 128, 2, 20, arch)["SPLITS"] == 1
+        assert tiles.decode_attention(8 * 512, 2, 128, 2, 4096, arch)["SPLITS"] == 1
+        assert tiles.decode_attention(8, 2, 128, 2, 20, arch)["SPLITS"] == 1

@@ -7,8 +7,8 @@ import torch
 from op_cases import double, generator
 
 import qvl_kernels
-from qvl_kernels import config, tuning
-from qvl_kernels.gemv import cases, reference
+from qvl_kernels import config
+from qvl_kernels.ops.gemv import cases, reference, tiles
 from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, surrounded
 
 REFERENCES = {
@@ -77,7 +77,7 @@ def test_tiles_fill_an_h100():
     """
     for n, k in ((2048, 2048), (1024, 2048), (6144, 2048), (2048, 6144), (151936, 2048), (1024, 4096)):
         for bits in (0, 8, 4):
-            tile = tuning.gemv_fma(1, n, k, 2, bits, False, "sm_90")
+            tile = tiles.gemv_fma(1, n, k, 2, bits, False, "sm_90")
             assert n / tile["BLOCK_N"] >= 128 and tile["BLOCKS"] >= 32 * tile["num_warps"], (n, k, bits, tile)
             waste = (
                 -(-k // (tile["BLOCKS"] * {0: 8, 8: 16, 4: 32}[bits])) * tile["BLOCKS"] * {0: 8, 8: 16, 4: 32}[bits] / k

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import qvl_kernels
-from qvl_kernels import triton_lib, tuning
-from qvl_kernels.ops.decode_attention import decode_attention
+from qvl_kernels.gpu import launch as gpu_launch
+from qvl_kernels.gpu.device import PROCESSORS
+from qvl_kernels.ops.decode_attention import decode_attention, tiles
 from qvl_kernels.ops.decode_attention.op import decode_attention_op
 from qvl_kernels.ops.decoder_layer.decode_step import cross_attention_step, decode_step
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
@@ -23,9 +24,9 @@ ROOM = 256
 @pytest.fixture(autouse=True)
 def _few_splits(monkeypatch):
     """Of small blocks, whatever the capacity: the interpreter is slow, and sums in another order are other numbers."""
-    plain = tuning.decode_attention
+    plain = tiles.decode_attention
     monkeypatch.setattr(
-        tuning, "decode_attention", lambda *args: {**plain(*args), "SPLITS": 4, "BLOCK_N": 32, "JOIN_STEP": 2}
+        tiles, "decode_attention", lambda *args: {**plain(*args), "SPLITS": 4, "BLOCK_N": 32, "JOIN_STEP": 2}
     )
 
 
@@ -77,9 +78,9 @@ class _Model:
                 assert torch.equal(ours.nan_to_num(), plain[:, :, : self.caches.capacity].nan_to_num())
 
 
-def _replay(launches: list[triton_lib.Launch]) -> None:
+def _replay(launches: list[gpu_launch.Launch]) -> None:
     for launch in launches:
-        triton_lib.launch(launch.kernel, launch.grid, *launch.args, **launch.meta)
+        gpu_launch.launch(launch.kernel, launch.grid, *launch.args, **launch.meta)
 
 
 @pytest.mark.parametrize(("rows", "heads", "kv_heads", "head_dim"), [(3, 6, 3, 10), (1, 5, 1, 64)], ids=str)
@@ -95,7 +96,7 @@ def test_recorded_attention_outlives_growth(rows, heads, kv_heads, head_dim, dty
         model.buffer(rows, 1, head_dim),
     ]
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
-        with triton_lib.record() as launches:  # before there is any room
+        with gpu_launch.record() as launches:  # before there is any room
             for (q, k, v), keys, values, entry in zip(inputs, caches.keys, caches.values, caches.entries):
                 q = qk_norm_rope_to_cache_op(q, k, v, *tables, keys, values, model.lengths, 0, 1e-6, entry)
                 outs.append(decode_attention_op(q, keys, values, model.filled, None, None, None, scale, entry))
@@ -137,7 +138,7 @@ def test_a_recorded_step_outlives_growth(dtype, device, monkeypatch):
     layer = SimpleNamespace(weights=w, num_heads=heads, kv_heads=kv_heads, head_dim=head_dim, eps=eps, scale=0.5)
     x, cos, sin = model.buffer(rows, 1, hidden), model.buffer(rows, 1, head_dim), model.buffer(rows, 1, head_dim)
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
-        with triton_lib.record() as launches:
+        with gpu_launch.record() as launches:
             out = decode_step(x, layer, cos, sin, model.caches, 0, model.lengths, model.filled)
         for length in (63, 100):
             model.go_on(length)
@@ -163,7 +164,7 @@ def test_recorded_cross_attention_reads_whatever_is_there(dtype, device, monkeyp
     model = _Model(1, rows, kv_heads, head_dim, dtype, device)
     q, caches = model.buffer(rows, 1, heads, head_dim), model.caches
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
-        with triton_lib.record() as launches:
+        with gpu_launch.record() as launches:
             out = cross_attention_step(q, caches, 0, model.lengths, 0.5)
         for batch, size, lengths in (
             (4, 40, [40, 0, 17, 1]),
@@ -240,7 +241,7 @@ def test_launches_do_not_depend_on_the_capacity(device, monkeypatch):
     caches = GrowingCaches(1, 2, 2, 16, torch.float32, device)
     for needed in (0, 64, 10_000):
         caches.reserve(needed)
-        with torch.no_grad(), qvl_kernels.use_backend("triton"), triton_lib.record() as launches:
+        with torch.no_grad(), qvl_kernels.use_backend("triton"), gpu_launch.record() as launches:
             decode_attention_op(q, caches.keys[0], caches.values[0], lengths, None, None, None, 0.25, caches.entries[0])
             norm, table = q[0, 0, 0], q[:, :, 0]
             heads = q[:, :, :2]
@@ -274,10 +275,10 @@ def test_launches_do_not_depend_on_the_capacity(device, monkeypatch):
 
 def test_splits_are_those_of_long_caches(monkeypatch):
     monkeypatch.undo()
-    for arch in tuning.PROCESSORS:
+    for arch in PROCESSORS:
         for rows in (1, 8, 64, 512):
             for head_dim in (64, 128, 256):
                 growing, long = (
-                    tuning.decode_attention(8 * rows, 2, head_dim, 2, capacity, arch) for capacity in (None, 1 << 20)
+                    tiles.decode_attention(8 * rows, 2, head_dim, 2, capacity, arch) for capacity in (None, 1 << 20)
                 )
                 assert growing == long

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import qvl_kernels
-from qvl_kernels import quant
 from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
 from qvl_kernels.ops.decoder_layer.reference import decoder_layer_reference
+from qvl_kernels.quantization import QuantizedWeight, dequantize, quantize
 from qvl_kernels.testing import assert_close_to_truth, random_tensor
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, CAPACITY = 64, 4, 2, 32, 96, 40
@@ -90,10 +90,11 @@ def test_decode_step(bits, dtype, device):
     visible[0, ..., :3] = False  # left padding
     exact = weights
     if bits < 16:
-        packed = _map(lambda w: quant.quantize(w, bits, 32) if w.dim() == 2 else w, weights)
-        exact = _map(lambda w: quant.dequantize(w, dtype) if isinstance(w, quant.QuantizedWeight) else w, packed)
+        packed = _map(lambda w: quantize(w, bits, 32) if w.dim() == 2 else w, weights)
+        exact = _map(lambda w: dequantize(w, dtype) if isinstance(w, QuantizedWeight) else w, packed)
         truth_weights = _map(
-            lambda w: quant.dequantize(w, torch.float64) if isinstance(w, quant.QuantizedWeight) else w.double(), packed
+            lambda w: dequantize(w, torch.float64) if isinstance(w, QuantizedWeight) else w.double(),
+            packed,
         )
         weights = packed
     else:
@@ -107,8 +108,8 @@ def test_decode_step(bits, dtype, device):
     caches.show(visible[:, 0, 0].to(device))
     weights = _map(
         lambda w: (
-            quant.QuantizedWeight(w.values.to(device), w.scales.to(device), w.in_features)
-            if isinstance(w, quant.QuantizedWeight)
+            QuantizedWeight(w.values.to(device), w.scales.to(device), w.in_features)
+            if isinstance(w, QuantizedWeight)
             else w.to(device)
         ),
         weights,

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import qvl_kernels
-from qvl_kernels import triton_lib, tuning
+from qvl_kernels.gpu import launch as gpu_launch
+from qvl_kernels.ops.gemv import tiles
+from qvl_kernels.ops.gemv.tiles import GEMV_ROWS
 from qvl_kernels.testing import assert_close_to_truth, random_tensor
 
 
@@ -27,7 +29,7 @@ def _rand(*shape: int, dtype=torch.float16, seed: int = 0) -> torch.Tensor:
 )
 def test_kernel_by_rows(shape, kind, kernel, device):
     x, weight = (_rand(*size, dtype=kind).to(device) for size in (shape, (10, 64)))
-    with torch.no_grad(), qvl_kernels.use_backend("triton"), triton_lib.record() as launches:
+    with torch.no_grad(), qvl_kernels.use_backend("triton"), gpu_launch.record() as launches:
         qvl_kernels.linear(x, weight)
     assert [launch.kernel.__name__ for launch in launches] == ([] if kernel is None else [kernel])
 
@@ -45,7 +47,7 @@ def test_misaligned_weights(rows, offset, dtype, device):
 
 def test_bytes_of_the_model_are_read_once():
     """Programs times their share of the weight: no weight row is loaded twice, whatever the tile."""
-    for rows in range(1, tuning.GEMV_ROWS + 1):
+    for rows in range(1, GEMV_ROWS + 1):
         for bits in (0, 8, 4):
-            tile = tuning.gemv_fma(rows, 2048, 2048, 2, bits, False, "sm_90")
+            tile = tiles.gemv_fma(rows, 2048, 2048, 2, bits, False, "sm_90")
             assert tile is None or tile["ROWS"] == rows, (rows, bits, tile)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import qvl_kernels
-from qvl_kernels import triton_lib, tuning
+from qvl_kernels.gpu import launch as gpu_launch
+from qvl_kernels.ops.linear_cross_entropy import tiles
 from qvl_kernels.ops.linear_cross_entropy.op import loss_rows_op, loss_sum_op
 from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, random_tensor, surrounded
 
@@ -15,11 +16,11 @@ M, V, C = 21, 50, 16
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(tuning, "cross_entropy_rows", lambda: 8)
+    monkeypatch.setattr(tiles, "cross_entropy_rows", lambda: 8)
     monkeypatch.setattr(
-        tuning, "cross_entropy_columns", lambda tokens, width, free: max(0, free) * width // (tokens + width) // 2
+        tiles, "cross_entropy_columns", lambda tokens, width, free: max(0, free) * width // (tokens + width) // 2
     )
-    monkeypatch.setattr(tuning, "cross_entropy", lambda vocabulary: {"BLOCK": 16, "num_warps": 1})
+    monkeypatch.setattr(tiles, "cross_entropy", lambda vocabulary: {"BLOCK": 16, "num_warps": 1})
 
 
 def _inputs(dtype, *, scale: float = 1.0, strided: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -230,7 +231,7 @@ def test_nothing_waits_for_the_device(dtype, device):
 def test_inference_computes_no_gradient(dtype, device):
     hidden, weight, labels = (x.to(device) for x in _inputs(dtype))
     hidden.requires_grad_()
-    with torch.no_grad(), qvl_kernels.use_backend("triton"), triton_lib.record() as launches:
+    with torch.no_grad(), qvl_kernels.use_backend("triton"), gpu_launch.record() as launches:
         qvl_kernels.linear_cross_entropy(hidden, weight, labels)
     assert [launch.meta["GRADIENT"] for launch in launches] == [False] * 3
 
@@ -245,8 +246,8 @@ def test_blocks_of_columns(monkeypatch):
         (21, 16, 50, 0),
     ):
         blocks = 0
-        while columns := tuning.cross_entropy_columns(tokens, width, free):
+        while columns := tiles.cross_entropy_columns(tokens, width, free):
             free, blocks = free - columns, blocks + 1
             assert tokens * columns <= free * width
         assert blocks <= most and (blocks > 0) == (most > 0), (tokens, blocks)
-    assert tuning.cross_entropy_columns(8192, 2048, -100) == 0
+    assert tiles.cross_entropy_columns(8192, 2048, -100) == 0

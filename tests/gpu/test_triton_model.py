@@ -11,7 +11,8 @@ import torch
 
 import qvl_kernels
 import qvl_model
-from qvl_kernels import dispatch, triton_lib
+from qvl_kernels import dispatch
+from qvl_kernels.gpu import launch as gpu_launch
 from qvl_model.generation import step_gpu
 
 TINY = dict(
@@ -43,7 +44,7 @@ def _launched(monkeypatch) -> set[str]:
             "launch"
         ):  # else loaded at its first call, with our function for good
             importlib.import_module(module.name)
-    names, original = set(), triton_lib.launch
+    names, original = set(), gpu_launch.launch
 
     def launch(kernel, *args, **meta):
         names.add(kernel.__name__)

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import qvl_kernels
-from qvl_kernels import tuning
-from qvl_kernels.ops.quantized_linear import triton_int8
-from qvl_kernels.quant import dequantize, quantize
+from qvl_kernels.ops.quantized_linear import tiles, triton_int8
+from qvl_kernels.quantization import dequantize, quantize
 from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, random_tensor, relative_error, surrounded
 
 
@@ -39,7 +38,7 @@ def test_rows_are_rounded_to_int8(k, dtype, device, monkeypatch):
     x = _rand(5, k, dtype=dtype)
     x[1], x[2] = 0.0, x[2] * 1e-4
     x[3, k // 2] = 1000.0  # an outlier: the others become small numbers
-    monkeypatch.setattr(tuning, "quantize_rows", lambda k: {"BLOCK": 64, "num_warps": 1})  # rows of several blocks
+    monkeypatch.setattr(tiles, "quantize_rows", lambda k: {"BLOCK": 64, "num_warps": 1})  # rows of several blocks
     values, scales = (y.cpu() for y in triton_int8.launch_quantize_rows(surrounded(x.to(device))))
     exact = x.double() / (x.double().abs().amax(1, keepdim=True) / 127.0)
     exact[1] = 0.0
@@ -59,7 +58,7 @@ def test_int8_products_are_exact_but_for_the_rounding_of_rows(m, n, k, dtype, de
 
 @pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32), (4, 64), (4, 128)])
 def test_widened_weight(bits, group, dtype, device, monkeypatch):
-    monkeypatch.setattr(tuning, "quantized_linear_route", lambda *_: "dequantize")
+    monkeypatch.setattr(tiles, "quantized_linear_route", lambda *_: "dequantize")
     x, weight = _rand(20, 300, dtype=dtype), quantize(_rand(9, 300, seed=1), bits, group)
     out = _run(x, weight, device, monkeypatch)
     assert_close_to_truth(out, x @ dequantize(weight, dtype).t(), x.double() @ dequantize(weight, torch.float64).t())

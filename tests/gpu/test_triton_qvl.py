@@ -10,8 +10,9 @@ from qvl_models import inputs, pad_pixels, plain_model
 
 import qvl_kernels
 import qvl_model
-from qvl_kernels import config, dispatch, tuning
+from qvl_kernels import config, dispatch
 from qvl_kernels.ops.attention import triton_attention
+from qvl_kernels.ops.decode_attention import tiles
 from qvl_model.compat import CACHE
 from qvl_model.generation import step_gpu
 
@@ -62,9 +63,9 @@ def test_prefill_and_a_step(device, dtype, name):
 
 def test_generate(device, monkeypatch):
     """Whole steps; one for all images."""
-    plain_tiles = tuning.decode_attention
+    plain_tiles = tiles.decode_attention
     monkeypatch.setattr(
-        tuning, "decode_attention", lambda *args: {**plain_tiles(*args), "SPLITS": 2, "JOIN_STEP": 2}
+        tiles, "decode_attention", lambda *args: {**plain_tiles(*args), "SPLITS": 2, "JOIN_STEP": 2}
     )  # the interpreter is slow
     plain = plain_model("attention", **SMALL).to(device)
     model, known = qvl_model.accelerate(copy.deepcopy(plain)), dispatch.fallbacks()

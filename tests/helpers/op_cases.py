@@ -5,7 +5,7 @@ import importlib
 import torch
 
 import qvl_kernels
-from qvl_kernels.quant import QuantizedWeight
+from qvl_kernels.quantization import QuantizedWeight
 
 # op -> (folder in qvl_kernels/ops, name of its case list)
 CASE_LISTS = {

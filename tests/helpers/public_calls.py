@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import torch
 
 import qvl_kernels
-from qvl_kernels import quant
+from qvl_kernels import quantization
+from qvl_kernels.quantization import check_weight, dequantize, quantize, quantize_activations, rounded_activations
 
 SIZES = {"B": 2, "T": 3, "S": 5, "H": 4, "HKV": 2, "D": 8, "C": 32, "F": 24, "N": 6, "V": 11, "K": 48, "P": 2}
 PAST, VISION_HEADS = 1, 2
@@ -53,7 +54,7 @@ def decoder_weights(n: SimpleNamespace) -> qvl_kernels.DecoderWeights:
 
 def quantised_weights(n: SimpleNamespace) -> qvl_kernels.DecoderWeights:
     w = decoder_weights(n)
-    return w._replace(**{name: quant.quantize(getattr(w, name), 8) for name in ("q", "o", "gate", "up")})
+    return w._replace(**{name: quantize(getattr(w, name), 8) for name in ("q", "o", "gate", "up")})
 
 
 def vision_weights(n: SimpleNamespace) -> qvl_kernels.VisionWeights:
@@ -251,7 +252,7 @@ CALLS: dict[str, tuple[Callable, Callable[[SimpleNamespace], dict]]] = {
     ),
     "quantized_linear": (
         Q.quantized_linear,
-        lambda n: {"x": rand(n.N, n.K), "weight": quant.quantize(rand(n.F, n.K), 4, 32), "bias": rand(n.F)},
+        lambda n: {"x": rand(n.N, n.K), "weight": quantize(rand(n.F, n.K), 4, 32), "bias": rand(n.F)},
     ),
     "swiglu": (Q.swiglu, lambda n: {"gate": rand(n.N, n.F), "up": rand(n.N, n.F)}),
     "vision_block": (
@@ -271,7 +272,7 @@ CALLS: dict[str, tuple[Callable, Callable[[SimpleNamespace], dict]]] = {
         lambda n: {
             "x": rand(n.N, n.C),
             "weights": vision_weights(n)._replace(
-                qkv_w=quant.quantize(rand(3 * n.C, n.C), 8), fc2_w=quant.quantize(rand(n.C, n.F), 4, 32)
+                qkv_w=quantize(rand(3 * n.C, n.C), 8), fc2_w=quantize(rand(n.C, n.F), 4, 32)
             ),
             "cos": rand(n.N, n.C // VISION_HEADS),
             "sin": rand(n.N, n.C // VISION_HEADS),
@@ -287,19 +288,23 @@ CALLS: dict[str, tuple[Callable, Callable[[SimpleNamespace], dict]]] = {
     "use_backend": (_in_block, lambda n: {"name": "reference"}),
     "use_huge_pages": (Q.use_huge_pages, lambda n: {"tensors": [rand(n.N, n.C), rand(n.C)]}),
     **{name: (getattr(Q, name), lambda n: {}) for name in ("backends", "cpu_info", "fallbacks")},
-    "quant.quantize": (quant.quantize, lambda n: {"weight": rand(n.F, n.K), "bits": 4, "group": 32}),
+    "quant.quantize": (quantize, lambda n: {"weight": rand(n.F, n.K), "bits": 4, "group": 32}),
     "quant.dequantize": (
-        quant.dequantize,
-        lambda n: {"quantized": quant.quantize(rand(n.F, n.K), 4, 32), "dtype": torch.float32},
+        dequantize,
+        lambda n: {"quantized": quantize(rand(n.F, n.K), 4, 32), "dtype": torch.float32},
     ),
-    "quant.quantize_activations": (quant.quantize_activations, lambda n: {"x": rand(n.N, n.K), "group": 32}),
+    "quant.quantize_activations": (quantize_activations, lambda n: {"x": rand(n.N, n.K), "group": 32}),
     "quant.rounded_activations": (
-        quant.rounded_activations,
-        lambda n: {"x": rand(n.N, n.K), "weight": quant.quantize(rand(n.F, n.K), 8)},
+        rounded_activations,
+        lambda n: {"x": rand(n.N, n.K), "weight": quantize(rand(n.F, n.K), 8)},
     ),
     "quant.check_weight": (
-        quant.check_weight,
-        lambda n: {"op": "check_weight", "weight": quant.quantize(rand(n.F, n.K), 8), "device": torch.device("cpu")},
+        check_weight,
+        lambda n: {
+            "op": "check_weight",
+            "weight": quantize(rand(n.F, n.K), 8),
+            "device": torch.device("cpu"),
+        },
     ),
 }
 INFERENCE_ONLY = {
@@ -311,7 +316,7 @@ INFERENCE_ONLY = {
 
 def public_names() -> Iterator[tuple[str, object]]:
     """Every public name but constants: functions, classes and their public methods, tuples of tensors as themselves."""
-    for prefix, module in (("", qvl_kernels), ("quant.", quant)):
+    for prefix, module in (("", qvl_kernels), ("quant.", quantization)):
         for name in module.__all__:
             value = getattr(module, name)
             if callable(value):

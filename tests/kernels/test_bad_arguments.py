@@ -14,8 +14,8 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import qvl_kernels
-from qvl_kernels import quant
 from qvl_kernels.library import has_memory
+from qvl_kernels.quantization import QuantizedWeight, dequantize
 from qvl_kernels.testing import relative_error
 
 n = sizes()
@@ -510,7 +510,7 @@ def test_a_prepared_layer_refuses_gradients_of_its_weights(kind, weights):
 def test_forced_reference_runs_the_reference(kind):
     weights = quantised_weights(n) if kind is qvl_kernels.QuantizedDecoderLayer else decoder_weights(n)
     wide = weights._replace(
-        **{name: quant.dequantize(w) for name, w in weights._asdict().items() if isinstance(w, quant.QuantizedWeight)}
+        **{name: dequantize(w) for name, w in weights._asdict().items() if isinstance(w, QuantizedWeight)}
     )
     layer = kind(weights, num_heads=n.H, kv_heads=n.HKV, eps=1e-6, scale=0.3)
     call, make = CALLS["decoder_layer"]

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import qvl_kernels
-from qvl_kernels import dispatch, gpu
+from qvl_kernels import dispatch
+from qvl_kernels.gpu import device as gpu_device
 
 ROOT = Path(qvl_kernels.__file__).parents[1]
 
@@ -93,16 +94,16 @@ def test_unsupported_cases_fall_back_with_one_warning_each(no_fallbacks):
 
 def _gpus(monkeypatch, capabilities: list[tuple[int, int]], probe) -> None:
     """GPUs of these compute capabilities; ``probe`` stands for the launch of a kernel."""
-    from qvl_kernels import gpu_probe
+    from qvl_kernels.gpu import probe as gpu_probe
 
-    monkeypatch.setattr(gpu, "version", lambda package: "3.6.0")  # an older PyTorch brings an older Triton
+    monkeypatch.setattr(gpu_device, "version", lambda package: "3.6.0")  # an older PyTorch brings an older Triton
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
     monkeypatch.setattr(gpu_probe, "probe", probe)
     for function in ("_without_triton", "_unrunnable"):
-        monkeypatch.setattr(gpu, function, functools.cache(getattr(gpu, function).__wrapped__))
+        monkeypatch.setattr(gpu_device, function, functools.cache(getattr(gpu_device, function).__wrapped__))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_gpus_that_cannot_run_the_kernels(capability, error, reason, monkeypatch
         warnings.simplefilter("always")
         for _ in range(2):
             assert not plain.kernels_take(OnGpu())
-    assert (gpu.unavailable() is None) == (reason is None)
+    assert (gpu_device.unavailable() is None) == (reason is None)
     assert len(caught) == (reason is not None)
     if reason is not None:
         assert re.search(reason, str(caught[0].message)) and "stock code" in str(caught[0].message)
@@ -148,8 +149,8 @@ def test_gpus_that_cannot_run_the_kernels(capability, error, reason, monkeypatch
 
 def test_every_gpu_is_asked_for_itself(monkeypatch):
     _gpus(monkeypatch, [(7, 5), (9, 0)], lambda device: None)
-    old, new = (gpu.unavailable(torch.device("cuda", index)) for index in (0, 1))
-    assert "sm_75" in old and new is None and gpu.unavailable() == old  # the current one is 0
+    old, new = (gpu_device.unavailable(torch.device("cuda", index)) for index in (0, 1))
+    assert "sm_75" in old and new is None and gpu_device.unavailable() == old  # the current one is 0
 
 
 def test_a_trace_does_not_decide_for_later(monkeypatch):
@@ -163,8 +164,8 @@ def test_a_trace_does_not_decide_for_later(monkeypatch):
     _gpus(monkeypatch, [(9, 0)], probe)
     with monkeypatch.context() as compiling:
         compiling.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert gpu.unavailable() is None and not probed
-    assert "no compiler" in gpu.unavailable() and len(probed) == 1
+        assert gpu_device.unavailable() is None and not probed
+    assert "no compiler" in gpu_device.unavailable() and len(probed) == 1
 
 
 def test_cpu_info():
@@ -247,5 +248,5 @@ def test_every_gpu_has_an_audited_architecture():
         "gfx90a": "gfx942",
         "gfx950": "gfx942",
     }
-    assert {name: gpu.nearest(name) for name in known} == known
-    assert all(gpu.nearest(name) == name for name in gpu.ARCHITECTURES)
+    assert {name: gpu_device.nearest(name) for name in known} == known
+    assert all(gpu_device.nearest(name) == name for name in gpu_device.ARCHITECTURES)

@@ -26,7 +26,7 @@ from qvl_kernels.ops.rms_norm.reference import rms_norm_reference
 from qvl_kernels.ops.rope.reference import rotate_half
 from qvl_kernels.ops.vision_block import VisionWeights
 from qvl_kernels.ops.vision_block.reference import vision_block_reference
-from qvl_kernels.quant import QuantizedWeight, dequantize, quantize, rounded_activations
+from qvl_kernels.quantization import QuantizedWeight, dequantize, quantize, rounded_activations
 from qvl_kernels.testing import random_tensor
 
 SHORT, LONG = 50, 2000  # cases of an op in `make test` and, on top, in `make test-all`

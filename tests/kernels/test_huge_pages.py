@@ -11,7 +11,8 @@ from models import stock_model
 
 import qvl_kernels
 import qvl_model
-from qvl_kernels import huge_pages, pages, quant
+from qvl_kernels import quantization
+from qvl_kernels.memory import huge_pages, pages
 
 HUGE = 1 << 21
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
@@ -210,5 +211,5 @@ def test_packed_weights_lie_on_huge_pages(bits):
         pytest.skip("the system gives no huge pages")
     held = [torch.ones(HUGE // 4) for _ in range(8)]  # what is freed here would be handed out again, on its small pages
     del held
-    values = quant.quantize(torch.randn(2048, 4096), bits).values
+    values = quantization.quantize(torch.randn(2048, 4096), bits).values
     assert smaps(values.data_ptr(), "AnonHugePages") * 1024 == values.nbytes

@@ -5,7 +5,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qvl_kernels import library, quant
+from qvl_kernels import library, quantization
 from qvl_kernels.ops.linear.op import linear_op
 from qvl_kernels.ops.quantized_linear.op import quantized_linear_op
 from qvl_kernels.ops.rms_norm.op import add_rms_norm_op, rms_norm_op
@@ -15,7 +15,7 @@ def _rand(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-PACKED = quant.quantize(_rand(5, 40), 8)
+PACKED = quantization.quantize(_rand(5, 40), 8)
 CALLS = {
     rms_norm_op: (_rand(3, 40), _rand(40), 1e-6),
     add_rms_norm_op: (_rand(3, 40), _rand(3, 40), _rand(40), 1e-6),

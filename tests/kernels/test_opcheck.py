@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import qvl_kernels
-from qvl_kernels import gemv
+from qvl_kernels.ops import gemv
 from qvl_kernels.ops.linear_cross_entropy.op import loss_sum_op
 from qvl_kernels.ops.rope.op import qk_norm_rope_to_cache_op
-from qvl_kernels.quant import quantize
+from qvl_kernels.quantization import quantize
 
 # One small case of a public function for every op it reaches, and for the arguments that change what is traced.
 CALLS = [

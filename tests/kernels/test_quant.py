@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qvl_kernels import quant
-from qvl_kernels.quant import GROUPS, dequantize, quantize
+from qvl_kernels import quantization
+from qvl_kernels.quantization import GROUPS, dequantize, quantize
 from qvl_kernels.testing import random_tensor, relative_error
 
 
@@ -57,7 +57,7 @@ def test_shapes(bits, shape):
     assert dequantize(quantized).shape == shape and dequantize(quantized, torch.bfloat16).dtype == torch.bfloat16
     if weight.numel():
         assert relative_error(dequantize(quantized), weight) < (0.01 if bits == 8 else 0.15)
-        quant.check_weight("test", quantized, torch.device("cpu"))
+        quantization.check_weight("test", quantized, torch.device("cpu"))
         part = quantize(weight[-1:], bits, 32)  # rows do not depend on the pieces that they are read in
         assert torch.equal(quantized.values[-1:], part.values) and torch.equal(quantized.scales[-1:], part.scales)
 

@@ -7,7 +7,7 @@ import torch
 from bounds import norm_error
 
 import qvl_kernels
-from qvl_kernels import dispatch, quant
+from qvl_kernels import dispatch, quantization
 from qvl_kernels.checks import DTYPE_CODES
 from qvl_kernels.ops.decoder_layer import DecoderWeights
 from qvl_kernels.ops.decoder_layer.quantized import QuantizedDecoderLayer
@@ -25,12 +25,12 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _truth(x: torch.Tensor, weight: quant.QuantizedWeight) -> torch.Tensor:
-    return quant.rounded_activations(x, weight).double() @ quant.dequantize(weight).double().T
+def _truth(x: torch.Tensor, weight: quantization.QuantizedWeight) -> torch.Tensor:
+    return quantization.rounded_activations(x, weight).double() @ quantization.dequantize(weight).double().T
 
 
-def _weight(n: int, k: int, bits: int, group: int, generator: torch.Generator) -> quant.QuantizedWeight:
-    return quant.quantize(random_tensor((n, k), torch.float32, generator, scale=k**-0.5), bits, group)
+def _weight(n: int, k: int, bits: int, group: int, generator: torch.Generator) -> quantization.QuantizedWeight:
+    return quantization.quantize(random_tensor((n, k), torch.float32, generator, scale=k**-0.5), bits, group)
 
 
 @pytest.mark.parametrize(("bits", "group"), FORMATS)
@@ -64,7 +64,7 @@ def test_rows_that_are_not_finite_are_nan_and_alone(bits, group, bad):
 
 def test_int8_minus_128_and_the_longest_sums():
     k = 70_000  # one int32 sum of all products would overflow
-    weight = quant.QuantizedWeight(torch.full((5, k), -128, dtype=torch.int8), torch.ones(5, 1), k)
+    weight = quantization.QuantizedWeight(torch.full((5, k), -128, dtype=torch.int8), torch.ones(5, 1), k)
     out = qvl_kernels.quantized_linear(torch.full((20, k), 127.0), weight)
     assert relative_error(out, torch.full((20, 5), -128.0 * 127 * k)) <= norm_error(torch.float32, k // 2048)
 
@@ -116,7 +116,7 @@ def test_decoder_layer_is_its_fake_quantised_composition(formats, dtype):
     stored = _decoder(dtype, generator)
     names = ("q", "k", "v", "o", "gate", "up", "down")
     bits = {name: int(formats[name == "down"][3:]) for name in names}
-    matrices = {name: quant.quantize(getattr(stored, name), bits[name], 32) for name in names}
+    matrices = {name: quantization.quantize(getattr(stored, name), bits[name], 32) for name in names}
     x = random_tensor((1, 70, 160), dtype, generator)
     x[..., 7] *= 30.0
     with torch.inference_mode():

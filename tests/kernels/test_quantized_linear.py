@@ -5,7 +5,7 @@ import torch
 from bounds import norm_error
 
 import qvl_kernels
-from qvl_kernels import quant
+from qvl_kernels import quantization
 from qvl_kernels.ops.vision_block.cases import CASES as VISION_CASES
 from qvl_kernels.ops.vision_block.compose import compose_vision_block
 from qvl_kernels.testing import random_tensor, relative_error, surrounded
@@ -31,15 +31,15 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _truth(x: torch.Tensor, weight: quant.QuantizedWeight) -> torch.Tensor:
-    return quant.rounded_activations(x, weight).double() @ quant.dequantize(weight).double().T
+def _truth(x: torch.Tensor, weight: quantization.QuantizedWeight) -> torch.Tensor:
+    return quantization.rounded_activations(x, weight).double() @ quantization.dequantize(weight).double().T
 
 
 @pytest.mark.parametrize(("bits", "group"), FORMATS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_equals_the_product_of_rounded_numbers(bits, group, size):
     (m, n, k), generator = size, _generator()
-    weight = quant.quantize(random_tensor((n, k), torch.float32, generator), bits, group)
+    weight = quantization.quantize(random_tensor((n, k), torch.float32, generator), bits, group)
     x = random_tensor((m, k + 3), torch.float32, generator)[:, 3:]
     x[0, k // 2] = 100.0  # an outlier coarsens its group only
     weight = weight._replace(values=surrounded(weight.values), scales=surrounded(weight.scales))
@@ -53,13 +53,13 @@ def test_equals_the_product_of_rounded_numbers(bits, group, size):
 @pytest.mark.parametrize(("bits", "group"), FORMATS)
 def test_an_outlier_coarsens_its_own_group_only(bits, group):
     generator, k = _generator(), 512
-    weight = quant.quantize(random_tensor((32, k), torch.float32, generator), bits, group)
+    weight = quantization.quantize(random_tensor((32, k), torch.float32, generator), bits, group)
     x = random_tensor((4, k), torch.float32, generator)
     x[:, 7] = 1e4
     without = x.clone()
     without[:, :128] = 0.0  # the widest group
     difference = qvl_kernels.quantized_linear(x, weight) - qvl_kernels.quantized_linear(x - without, weight)
-    assert relative_error(difference, without @ quant.dequantize(weight).T) < 0.02
+    assert relative_error(difference, without @ quantization.dequantize(weight).T) < 0.02
 
 
 @pytest.mark.parametrize(("bits", "group"), FORMATS)
@@ -67,7 +67,7 @@ def test_an_outlier_coarsens_its_own_group_only(bits, group):
 @pytest.mark.parametrize("rows", [1, 3, 16, 20])
 def test_rows_that_are_not_finite_are_nan_and_alone(bits, group, bad, rows):
     generator = _generator()
-    weight = quant.quantize(random_tensor((9, 150), torch.float32, generator), bits, group)
+    weight = quantization.quantize(random_tensor((9, 150), torch.float32, generator), bits, group)
     x = random_tensor((rows, 150), torch.float32, generator)
     clean = qvl_kernels.quantized_linear(x, weight)
     x[rows - 1, 140] = bad
@@ -83,7 +83,7 @@ def test_weights_at_the_ends_of_the_range(bits, group):
     wide[1] = 1e-40  # denormal
     wide[2, 3] = 1e30
     wide[3] = wide[3].sign()  # every number at the end of the range
-    weight = quant.quantize(wide, bits, group)
+    weight = quantization.quantize(wide, bits, group)
     x = random_tensor((5, 200), torch.float32, generator)
     x[1], x[2], x[3] = x[1] * 1e-20, 0.0, x[3].sign()
     out, truth = qvl_kernels.quantized_linear(x, weight), _truth(x, weight)
@@ -95,7 +95,7 @@ def test_weights_at_the_ends_of_the_range(bits, group):
 
 def test_int8_minus_128_is_multiplied_too():
     values = torch.full((3, 256), -128, dtype=torch.int8)
-    weight = quant.QuantizedWeight(values, torch.ones(3, 1), 256)
+    weight = quantization.QuantizedWeight(values, torch.ones(3, 1), 256)
     x = torch.full((2, 256), 127.0)
     assert torch.equal(qvl_kernels.quantized_linear(x, weight), torch.full((2, 3), -128.0 * 127 * 256))
 
@@ -105,7 +105,7 @@ def test_a_vision_block_in_one_call_equals_its_single_ops(bits, group):
     arguments = next(case for case in VISION_CASES if case.name == "odd").make(torch.float32, _generator())
     weights = arguments["weights"]
     arguments["weights"] = weights._replace(
-        **{name: quant.quantize(getattr(weights, name), bits, group) for name in ("qkv_w", "fc1_w", "fc2_w")}
+        **{name: quantization.quantize(getattr(weights, name), bits, group) for name in ("qkv_w", "fc1_w", "fc2_w")}
     )
     with torch.no_grad():
         out = qvl_kernels.vision_block(**arguments)

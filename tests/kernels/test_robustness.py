@@ -10,7 +10,7 @@ from kernel_selection import ISAS, select, selections
 from op_cases import OPS, double, outputs, reference
 
 import qvl_kernels
-from qvl_kernels import quant
+from qvl_kernels import quantization
 from qvl_kernels.testing import instruction_set, random_tensor, relative_error
 
 NAN, INF = float("nan"), float("inf")
@@ -23,7 +23,7 @@ def _generator() -> torch.Generator:
 
 
 def _products(
-    x: torch.Tensor, weight: torch.Tensor | quant.QuantizedWeight, bias: torch.Tensor
+    x: torch.Tensor, weight: torch.Tensor | quantization.QuantizedWeight, bias: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """x weight^T + bias by the kernels of each instruction set, and in float64."""
     if isinstance(weight, torch.Tensor):
@@ -31,7 +31,7 @@ def _products(
     else:
         function, exact = (
             qvl_kernels.quantized_linear,
-            quant.rounded_activations(x, weight).double() @ quant.dequantize(weight).double().T,
+            quantization.rounded_activations(x, weight).double() @ quantization.dequantize(weight).double().T,
         )
     outs = {}
     for isa in ISAS:
@@ -46,7 +46,7 @@ def test_products_of_any_size(form):
     for n in (1, 2, 7, 97):
         for k in (1, 3, 33, 129) if form else (0, 1, 3, 33, 129):
             weight = random_tensor((n, k), torch.float32, generator)
-            packed = quant.quantize(weight, *form) if form else None
+            packed = quantization.quantize(weight, *form) if form else None
             bias = random_tensor((n,), torch.float32, generator).abs() + 4 * k**0.5  # sums do not vanish
             for m in (0, 1, 2, 16, 17, 67):
                 x = random_tensor((m, k), torch.float32, generator)
@@ -136,7 +136,7 @@ def _parallel_calls() -> dict[str, Callable]:
     weight, rows = tensor(700, 515), {"few": tensor(3, 515), "many": tensor(200, 515)}
     calls = {}
     for form in (None, (8, 128), (4, 64)):
-        packed = weight if form is None else quant.quantize(weight, *form)
+        packed = weight if form is None else quantization.quantize(weight, *form)
         function = qvl_kernels.linear if form is None else qvl_kernels.quantized_linear
         for name, x in rows.items():
             calls[f"linear_{name}_{form}"] = lambda function=function, x=x, packed=packed: function(x, packed)

@@ -16,7 +16,7 @@ from torch import nn
 import qvl_kernels
 import qvl_model
 from bench.truth import fake_quantised
-from qvl_kernels import quant
+from qvl_kernels.quantization import dequantize, quantize, rounded_activations
 from qvl_model.generation.step_gpu import GpuStep
 from qvl_model.modules.packed import PackedEmbedding, PackedLinear
 from qvl_model.quantization import formats_of
@@ -166,9 +166,7 @@ def _assert_quantised(packed: nn.Module, stock: nn.Module) -> None:
             ours = packed.get_submodule(name)
             if own == "weight" and isinstance(ours, PackedLinear | PackedEmbedding):
                 bits = ours.quantized.bits
-                assert relative(ours.dequantize(), quant.dequantize(quant.quantize(expected.detach(), bits))) < 1e-6, (
-                    name
-                )
+                assert relative(ours.dequantize(), dequantize(quantize(expected.detach(), bits))) < 1e-6, name
             else:
                 assert torch.equal(getattr(ours, own), expected), (name, own)
 
@@ -203,8 +201,8 @@ def test_a_weight_is_read_and_written_as_any_other(bits):
             before = before._replace(values=before.values.clone(), scales=before.scales.clone())
             change(packed.weight)
             change(plain)
-            expected = quant.dequantize(quant.quantize(plain.detach(), packed.quantized.bits, 32))
-            same = (plain == quant.dequantize(before)).all(1)
+            expected = dequantize(quantize(plain.detach(), packed.quantized.bits, 32))
+            same = (plain == dequantize(before)).all(1)
             assert torch.equal(packed.quantized.values[same], before.values[same]) and torch.equal(
                 packed.quantized.scales[same], before.scales[same]
             ), name
@@ -384,7 +382,7 @@ def test_packed_linear_of_any_model(weights):
     linear = nn.Linear(70, 33)
     packed = PackedLinear.from_linear(linear, weights, group=32)
     x = torch.randn(4, 70)
-    expected = nn.functional.linear(quant.rounded_activations(x, packed.quantized), packed.dequantize(), linear.bias)
+    expected = nn.functional.linear(rounded_activations(x, packed.quantized), packed.dequantize(), linear.bias)
     assert_close(packed(x), expected)
     assert packed.bias is linear.bias and isinstance(linear.weight, nn.Parameter) and "int" in repr(packed)
     with torch.autocast("cpu", torch.bfloat16):
@@ -393,7 +391,7 @@ def test_packed_linear_of_any_model(weights):
         PackedLinear.from_linear(nn.Conv1d(2, 2, 1))
     with pytest.raises(ValueError, match="one of int8, int4"):
         PackedLinear.from_linear(linear, "fp8")
-    assert quant.dequantize(packed.quantized).shape == (33, 70)
+    assert dequantize(packed.quantized).shape == (33, 70)
 
 
 def _at_once(*works) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 import qvl_kernels
 import qvl_model
-from qvl_kernels import quant
+from qvl_kernels.quantization import dequantize, quantize
 from qvl_model.modules.packed import PackedEmbedding, PackedLinear
 
 LAYERS = ["q_proj", "down_proj", "qkv"]
@@ -236,8 +236,8 @@ def test_merging_and_unmerging(method, weights):
             elif method != "tied":  # where two are merged into one weight, one after the other
                 modules = dict(expected.named_modules())
                 for name, module in _packed(tuned).items():
-                    again = quant.quantize(modules[name].weight.data, module.quantized.bits)
-                    assert relative(module.dequantize(), quant.dequantize(again)) < 1e-6, name
+                    again = quantize(modules[name].weight.data, module.quantized.bits)
+                    assert relative(module.dequantize(), dequantize(again)) < 1e-6, name
             if weights is not None:
                 assert not _same(_bits(tuned), bits) and relative(tuned(**batch).logits, expected(**batch).logits) < 0.2
             copied = copy.deepcopy(copied)
@@ -266,7 +266,7 @@ def test_merging_for_good(tmp_path, weights):
             assert (
                 relative(
                     module.dequantize(),
-                    quant.dequantize(quant.quantize(expected.get_submodule(name).weight.data, module.quantized.bits)),
+                    dequantize(quantize(expected.get_submodule(name).weight.data, module.quantized.bits)),
                 )
                 < 1e-6
             )

@@ -8,9 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from qvl_kernels import gpu, tuning
+from qvl_kernels.gpu import features
+from qvl_kernels.gpu.device import architecture
+from qvl_kernels.gpu.launch import describe, launch
+from qvl_kernels.gpu.tiles import cdiv
+from qvl_kernels.ops.attention import tiles
 from qvl_kernels.ops.attention.cpu import row_strides
-from qvl_kernels.triton_lib import describe, launch
 
 __all__ = [
     "LENGTHS",
@@ -495,7 +498,7 @@ class Layout:
         if self.packed:
             blocks = self.queries // block + self.sequences + 1
         else:
-            blocks = tuning.cdiv(self.keys if by_keys else self.queries, block)
+            blocks = cdiv(self.keys if by_keys else self.queries, block)
         return blocks * (self.kv_heads if by_keys else self.heads) * self.batch
 
 
@@ -515,11 +518,11 @@ def launch_attention(
     rows = (layout.heads, layout.queries) if layout.packed else (layout.batch, layout.heads, layout.queries)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(rows, dtype=torch.float32, device=q.device)
-    arch = gpu.architecture(q.device)
-    tile = tuning.attention(layout.queries, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
+    arch = architecture(q.device)
+    tile = tiles.attention(layout.queries, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
     described = None
     if (
-        tuning.variants("attention", arch, layout.batch * layout.queries)["DESCRIPTORS"] and dropout_p == 0.0
+        features.variants("attention", arch, layout.batch * layout.queries)["DESCRIPTORS"] and dropout_p == 0.0
     ):  # random numbers beside them spill on sm_100
         block = [1, tile["BLOCK_N"], 1, tile["BLOCK_D"]]
         described = describe(*((x[None] if layout.packed else x, block) for x in (k, v)))

@@ -8,7 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from qvl_kernels import gpu, tuning
+from qvl_kernels.gpu.device import architecture
+from qvl_kernels.gpu.launch import launch
+from qvl_kernels.ops.attention import tiles
 from qvl_kernels.ops.attention.cpu import row_strides
 from qvl_kernels.ops.attention.triton_attention import (
     LENGTHS,
@@ -21,7 +23,6 @@ from qvl_kernels.ops.attention.triton_attention import (
     visible_keys,
     without_unseen,
 )
-from qvl_kernels.triton_lib import launch
 
 __all__ = ["launch_attention_backward"]
 
@@ -725,8 +726,8 @@ def launch_attention_backward(
         shape = (layout.batch, layout.heads, layout.queries, layout.keys)
         dscores = torch.zeros(shape, dtype=torch.float32, device=q.device)
     strides = (*row_strides(q), *row_strides(k), *row_strides(v), *layout.mask_strides, *row_strides(grad))
-    arch = gpu.architecture(q.device)
-    tile = tuning.attention_backward_queries(layout.queries, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
+    arch = architecture(q.device)
+    tile = tiles.attention_backward_queries(layout.queries, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
     launch(
         _attention_backward_queries_kernel,
         (layout.programs(tile["BLOCK_M"]),),
@@ -750,7 +751,7 @@ def launch_attention_backward(
         **layout.flags,
         **tile,
     )
-    tile = tuning.attention_backward_keys(layout.keys, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
+    tile = tiles.attention_backward_keys(layout.keys, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
     launch(
         _attention_backward_keys_kernel,
         (layout.programs(tile["BLOCK_N"], by_keys=True),),

@@ -8,8 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from qvl_kernels import gpu, tuning
-from qvl_kernels.triton_lib import await_inputs, caches_of_table, launch, visible_of_table
+from qvl_kernels.gpu import features
+from qvl_kernels.gpu.device import architecture
+from qvl_kernels.gpu.device_functions import await_inputs, caches_of_table, visible_of_table
+from qvl_kernels.gpu.launch import launch
+from qvl_kernels.gpu.tiles import cdiv
+from qvl_kernels.ops.decode_attention import tiles
 
 __all__ = ["launch_decode_attention"]
 
@@ -221,13 +225,13 @@ def launch_decode_attention(
     kv_heads, capacity = k_cache.shape[1], k_cache.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = heads // kv_heads
-    arch = gpu.architecture(q.device)
+    arch = architecture(q.device)
     planned = capacity if table is None else None
-    tile = tuning.decode_attention(
+    tile = tiles.decode_attention(
         batch * kv_heads, group * queries, head_dim, q.element_size(), planned, arch, k_scale is not None
     )
-    join_step, flags = tile.pop("JOIN_STEP"), tuning.variants("decoding", arch)
-    splits, row_blocks = tile["SPLITS"], tuning.cdiv(group * queries, tile["BLOCK_M"])
+    join_step, flags = tile.pop("JOIN_STEP"), features.variants("decoding", arch)
+    splits, row_blocks = tile["SPLITS"], cdiv(group * queries, tile["BLOCK_M"])
     partial = lse = out
     if splits > 1:
         partial = torch.empty((batch, queries, heads, splits, head_dim), dtype=torch.float32, device=q.device)

@@ -3,15 +3,15 @@
 import torch
 
 from qvl_kernels import dispatch
-from qvl_kernels.gemv import gemv_op, gemv_swiglu_op, quantized_gemv_op, quantized_gemv_swiglu_op
 from qvl_kernels.library import call
+from qvl_kernels.ops.gemv import gemv_op, gemv_swiglu_op, quantized_gemv_op, quantized_gemv_swiglu_op
 from qvl_kernels.ops.linear import few_rows
 from qvl_kernels.ops.linear.op import linear_op
 from qvl_kernels.ops.linear.pytorch import pytorch_linear
 from qvl_kernels.ops.quantized_linear.op import quantized_linear_op
 from qvl_kernels.ops.rms_norm.op import rms_norm_op
 from qvl_kernels.ops.swiglu.op import swiglu_op
-from qvl_kernels.quant import QuantizedWeight
+from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["add_product", "gated", "normed_products", "product"]
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from qvl_kernels import checks, dispatch, gpu
+from qvl_kernels import checks, dispatch
+from qvl_kernels.gpu import device as gpu_device
 from qvl_kernels.library import has_memory, is_plain, watched
 from qvl_kernels.ops.attention import unsupported_heads
 from qvl_kernels.ops.decoder_layer import OP, DecoderWeights, check_type, check_weights, decoder_layer
@@ -248,7 +249,7 @@ def _is_plain(layers, x, cos, sin, caches, past, mask) -> bool:
         and cos.stride()[2] == sin.stride()[2] == 1
         and (mask is None or mask.dim() == 4 and _broadcasts(mask.shape, (batch, heads, time, past + time)))
         and dispatch.forced() in (None, "cpp" if on_cpu else "triton")
-        and (on_cpu or gpu.unavailable(device) is None)
+        and (on_cpu or gpu_device.unavailable(device) is None)
     ):
         return False
     sizes, rows, cached = layers[0].sizes, batch * time, (dtype, batch, kv_heads, head_dim)

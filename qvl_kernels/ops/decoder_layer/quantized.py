@@ -8,7 +8,7 @@ from qvl_kernels.ops.decoder_layer import NO_BACKWARD, OP, DecoderWeights, check
 from qvl_kernels.ops.decoder_layer.prepared import PreparedDecoderLayer
 from qvl_kernels.ops.decoder_layer.reference import decoder_layer_reference
 from qvl_kernels.ops.linear.weights import stand_in, unsupported_scales
-from qvl_kernels.quant import QuantizedWeight, dequantize
+from qvl_kernels.quantization import QuantizedWeight, dequantize
 
 __all__ = ["QuantizedDecoderLayer"]
 

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from qvl_kernels import tuning
-from qvl_kernels.triton_lib import as_rows, launch
+from qvl_kernels.gpu.launch import as_rows, launch
+from qvl_kernels.gpu.tiles import cdiv, elementwise
 
 __all__ = ["launch_gelu_tanh", "launch_gelu_tanh_backward"]
 
@@ -69,10 +69,10 @@ def launch_gelu_tanh(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, y_rows = as_rows(x), as_rows(y)
     count, size = rows.shape
-    tile = tuning.elementwise(size)
+    tile = elementwise(size)
     launch(
         _gelu_tanh_kernel,
-        (count, tuning.cdiv(size, tile["BLOCK"])),
+        (count, cdiv(size, tile["BLOCK"])),
         rows,
         x if bias is None else bias,
         y_rows,
@@ -89,10 +89,10 @@ def launch_gelu_tanh_backward(grad: torch.Tensor, x: torch.Tensor, bias: torch.T
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_rows, rows, dx_rows = as_rows(grad), as_rows(x), as_rows(dx)
     count, size = rows.shape
-    tile = tuning.elementwise(size)
+    tile = elementwise(size)
     launch(
         _gelu_tanh_backward_kernel,
-        (count, tuning.cdiv(size, tile["BLOCK"])),
+        (count, cdiv(size, tile["BLOCK"])),
         grad_rows,
         rows,
         x if bias is None else bias,

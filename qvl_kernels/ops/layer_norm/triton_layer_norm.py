@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from qvl_kernels import tuning
-from qvl_kernels.triton_lib import as_rows, launch
+from qvl_kernels.gpu.launch import as_rows, launch
+from qvl_kernels.gpu.tiles import PARTIAL_SUMS, cdiv, whole_rows
 
 __all__ = ["launch_add_layer_norm", "launch_layer_norm", "launch_layer_norm_backward"]
 
@@ -118,10 +118,10 @@ def launch_add_layer_norm(
     rows, y_rows = as_rows(x), as_rows(y)
     residual_rows = rows if residual is None else as_rows(residual)
     count, size = rows.shape
-    tile = tuning.whole_rows(size)
+    tile = whole_rows(size)
     launch(
         _layer_norm_kernel,
-        (tuning.cdiv(count, tile["ROWS"]) if size else 0,),
+        (cdiv(count, tile["ROWS"]) if size else 0,),
         rows,
         residual_rows,
         weight,
@@ -147,8 +147,8 @@ def launch_layer_norm_backward(
     rows, grad_rows, dx_rows = as_rows(x), as_rows(grad), as_rows(dx)
     grad_x_rows = rows if grad_x is None else as_rows(grad_x)
     count, size = rows.shape
-    tile = tuning.whole_rows(size)
-    programs = min(tuning.cdiv(count, tile["ROWS"]), tuning.PARTIAL_SUMS)
+    tile = whole_rows(size)
+    programs = min(cdiv(count, tile["ROWS"]), PARTIAL_SUMS)
     partial, partial_bias = (torch.empty((programs, size), dtype=torch.float32, device=x.device) for _ in range(2))
     launch(
         _layer_norm_backward_kernel,

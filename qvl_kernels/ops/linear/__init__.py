@@ -1,7 +1,8 @@
 import torch
 
-from qvl_kernels import checks, dispatch, tuning
+from qvl_kernels import checks, dispatch
 from qvl_kernels.library import call
+from qvl_kernels.ops.gemv.tiles import GEMV_ROWS
 from qvl_kernels.ops.linear.op import linear_op
 from qvl_kernels.ops.linear.reference import linear_reference
 
@@ -10,7 +11,7 @@ __all__ = ["few_rows", "linear"]
 
 def few_rows(x: torch.Tensor) -> bool:
     """Whether x [..., K] is bound by the weight on a GPU, and goes to the matrix-vector kernels."""
-    return x.numel() <= tuning.GEMV_ROWS * x.shape[-1]
+    return x.numel() <= GEMV_ROWS * x.shape[-1]
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

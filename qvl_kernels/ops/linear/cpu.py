@@ -5,7 +5,7 @@ from qvl_kernels.checks import DTYPE_CODES
 from qvl_kernels.ops.linear.onednn import use_onednn
 from qvl_kernels.ops.linear.pytorch import pytorch_linear
 from qvl_kernels.ops.linear.weights import extension_weight, out_features
-from qvl_kernels.quant import QuantizedWeight
+from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["extension_linear", "linear_cpu"]
 

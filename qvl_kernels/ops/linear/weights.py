@@ -2,8 +2,8 @@
 
 import torch
 
-from qvl_kernels import dispatch, quant
-from qvl_kernels.quant import QuantizedWeight
+from qvl_kernels import dispatch, quantization
+from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["extension_weight", "out_features", "stand_in", "tensors_of", "unsupported_scales"]
 
@@ -50,5 +50,5 @@ def stand_in(op: str, weight: torch.Tensor | QuantizedWeight, x: torch.Tensor) -
     """
     if not isinstance(weight, QuantizedWeight):
         return weight
-    quant.check_weight(op, weight, x.device)
+    quantization.check_weight(op, weight, x.device)
     return x.new_empty(weight.in_features).expand(out_features(weight), weight.in_features)

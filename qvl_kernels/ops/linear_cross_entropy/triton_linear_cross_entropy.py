@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from qvl_kernels import tuning
-from qvl_kernels.triton_lib import launch
+from qvl_kernels.gpu.launch import launch
+from qvl_kernels.ops.linear_cross_entropy import tiles
 
 __all__ = ["launch_loss_rows", "launch_loss_rows_backward", "launch_loss_sum"]
 
@@ -129,7 +129,7 @@ class _Logits:
             GRADIENT=gradient,
             SMOOTHED=self.label_smoothing > 0.0,
             HAS_SCALES=self.scales is not None,
-            **tuning.cross_entropy(size),
+            **tiles.cross_entropy(size),
         )
         return logits
 
@@ -140,7 +140,7 @@ class _Logits:
         memory, everything = dweight, slice(0, self.vocabulary)
         rows = max(1, self.width)
         if memory is None:
-            rows = min(tuning.cross_entropy_rows(), self.tokens)
+            rows = min(tiles.cross_entropy_rows(), self.tokens)
             memory = torch.empty((rows, self.vocabulary), dtype=self.hidden.dtype, device=self.hidden.device)
         gradient = dweight is None and dhidden is not None
         for part in _parts(self.tokens, rows):
@@ -157,7 +157,7 @@ class _Logits:
         free, words = self.vocabulary, 4 // dweight.element_size()
         if dhidden is not None:
             free = (free - words * self.tokens) // words * words  # fp32 begins at every second row of 16 bits at least
-        while columns := tuning.cross_entropy_columns(self.tokens, self.width, free - begin):
+        while columns := tiles.cross_entropy_columns(self.tokens, self.width, free - begin):
             part = slice(begin, begin + columns)
             logits = self.block(dweight[part.stop : free], everything, part, loss=False, gradient=True)
             torch.mm(logits.t(), self.hidden, out=dweight[part])

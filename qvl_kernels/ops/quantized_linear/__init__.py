@@ -1,11 +1,11 @@
 import torch
 
-from qvl_kernels import checks, dispatch, quant
+from qvl_kernels import checks, dispatch, quantization
 from qvl_kernels.library import call
 from qvl_kernels.ops.linear.weights import unsupported_scales
 from qvl_kernels.ops.quantized_linear.op import quantized_linear_op
 from qvl_kernels.ops.quantized_linear.reference import quantized_linear_reference
-from qvl_kernels.quant import QuantizedWeight
+from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["quantized_linear"]
 
@@ -28,13 +28,13 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
     Raises: TypeError or ValueError for dtype, device, shape or stride; RuntimeError if scales need a gradient or a
     forced backend cannot run here.
     Example:
-        >>> weight = qvl_kernels.quant.quantize(torch.randn(10, 64), bits=8)
+        >>> weight = qvl_kernels.quantization.quantize(torch.randn(10, 64), bits=8)
         >>> y = qvl_kernels.quantized_linear(torch.randn(3, 64), weight)
     """
     checks.check_tensor("quantized_linear", "x", x)
     if x.dim() < 1:
         raise ValueError("quantized_linear: x must have at least 1 dimension, got a scalar")
-    quant.check_weight("quantized_linear", weight, x.device)
+    quantization.check_weight("quantized_linear", weight, x.device)
     if x.shape[-1] != weight.in_features:
         raise ValueError(
             f"quantized_linear: x must have the {weight.in_features} inputs of weight, got shape {tuple(x.shape)}"

@@ -1,6 +1,6 @@
 import torch
 
-from qvl_kernels.quant import quantize
+from qvl_kernels.quantization import quantize
 from qvl_kernels.testing import Case, random_tensor
 
 __all__ = ["CASES"]

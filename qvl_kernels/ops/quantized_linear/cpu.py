@@ -1,7 +1,7 @@
 import torch
 
 from qvl_kernels.ops.linear.cpu import extension_linear
-from qvl_kernels.quant import QuantizedWeight
+from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["quantized_linear_cpu"]
 

@@ -4,7 +4,7 @@ import torch
 
 from qvl_kernels.library import register
 from qvl_kernels.ops.quantized_linear.cpu import quantized_linear_cpu
-from qvl_kernels.quant import QuantizedWeight, dequantize
+from qvl_kernels.quantization import QuantizedWeight, dequantize
 
 __all__ = ["quantized_linear_op"]
 

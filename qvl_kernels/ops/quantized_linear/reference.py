@@ -1,6 +1,6 @@
 import torch
 
-from qvl_kernels.quant import QuantizedWeight, dequantize
+from qvl_kernels.quantization import QuantizedWeight, dequantize
 
 __all__ = ["quantized_linear_reference"]
 

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from qvl_kernels import tuning
-from qvl_kernels.triton_lib import launch
+from qvl_kernels.gpu.launch import launch
+from qvl_kernels.gpu.tiles import cdiv
 
 __all__ = ["launch_dequantize"]
 
@@ -50,7 +50,7 @@ def launch_dequantize(values: torch.Tensor, scales: torch.Tensor, size: int, dty
     weight = torch.empty((n, size), dtype=dtype, device=values.device)
     launch(
         _dequantize_kernel,
-        (n, tuning.cdiv(columns, BLOCK)),
+        (n, cdiv(columns, BLOCK)),
         values,
         scales,
         weight,

@@ -6,8 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from qvl_kernels import gpu, tuning
-from qvl_kernels.triton_lib import describe, launch
+from qvl_kernels.gpu import features
+from qvl_kernels.gpu.device import PROCESSORS, architecture
+from qvl_kernels.gpu.launch import describe, launch
+from qvl_kernels.gpu.tiles import cdiv
+from qvl_kernels.ops.quantized_linear import tiles as quantized_linear_tiles
 
 __all__ = ["launch_int8_matmul", "launch_quantize_rows"]
 
@@ -111,7 +114,7 @@ def launch_quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         k,
         rows.stride(0),
         values.stride(0),
-        **tuning.quantize_rows(k),
+        **quantized_linear_tiles.quantize_rows(k),
     )
     return values, scales
 
@@ -122,17 +125,17 @@ def launch_int8_matmul(
     """y [M, N] = rows [M, K] times int8 values [N, K] with scales [N, 1]."""
     x, x_scales = launch_quantize_rows(rows)
     (m, k), n = rows.shape, values.shape[0]
-    arch = gpu.architecture(rows.device)
-    tile, flags = tuning.int8_matmul(m, n, arch), tuning.variants("int8_matmul", arch)
+    arch = architecture(rows.device)
+    tile, flags = quantized_linear_tiles.int8_matmul(m, n, arch), features.variants("int8_matmul", arch)
     described = None
     if flags["DESCRIPTORS"]:
         described = describe((x, [tile["BLOCK_M"], tile["BLOCK_K"]]), (values, [tile["BLOCK_N"], tile["BLOCK_K"]]))
     flags["DESCRIPTORS"] = described is not None
     x_tiles, w_tiles = described or (x, values)
-    programs = tuning.cdiv(m, tile["BLOCK_M"]) * tuning.cdiv(n, tile["BLOCK_N"])
+    programs = cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"])
     launch(
         _int8_matmul_kernel,
-        (min(programs, tuning.PROCESSORS[arch]) if flags["PERSISTENT"] else programs,),
+        (min(programs, PROCESSORS[arch]) if flags["PERSISTENT"] else programs,),
         x_tiles,
         x_scales,
         w_tiles,

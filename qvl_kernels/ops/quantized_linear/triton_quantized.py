@@ -1,15 +1,15 @@
 """quantized_linear on GPUs: matrix-vector kernels for few rows, then int8 products or PyTorch's on a widened copy
-(tuning.py).
+(tiles.py).
 """
 
 import torch
 
-from qvl_kernels import tuning
-from qvl_kernels.gemv.launch import launch_quantized_gemv
+from qvl_kernels.gpu.launch import as_rows
+from qvl_kernels.ops.gemv.launch import launch_quantized_gemv
 from qvl_kernels.ops.linear.pytorch import pytorch_linear
+from qvl_kernels.ops.quantized_linear import tiles
 from qvl_kernels.ops.quantized_linear.triton_dequantize import launch_dequantize
 from qvl_kernels.ops.quantized_linear.triton_int8 import launch_int8_matmul
-from qvl_kernels.triton_lib import as_rows
 
 __all__ = ["launch_quantized_linear"]
 
@@ -18,7 +18,7 @@ def launch_quantized_linear(
     x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     rows = as_rows(x)
-    route = tuning.quantized_linear_route(rows.shape[0], 8 if values.dtype == torch.int8 else 4)
+    route = tiles.quantized_linear_route(rows.shape[0], 8 if values.dtype == torch.int8 else 4)
     if route == "gemv":
         return launch_quantized_gemv(x, values, scales, bias, None, 0.0, None)
     if route == "dequantize":

@@ -8,8 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from qvl_kernels import gpu, tuning
-from qvl_kernels.triton_lib import await_inputs, caches_of_table, launch
+from qvl_kernels.gpu import features
+from qvl_kernels.gpu.device import architecture
+from qvl_kernels.gpu.device_functions import await_inputs, caches_of_table
+from qvl_kernels.gpu.launch import launch
+from qvl_kernels.gpu.tiles import PARTIAL_SUMS, cdiv
+from qvl_kernels.ops.rope import tiles
 
 __all__ = [
     "launch_qk_norm_rope",
@@ -389,14 +393,14 @@ def _forward(
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     batch, time, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    tile = tuning.rope(heads, kv_heads, head_dim // 2)
+    tile = tiles.rope(heads, kv_heads, head_dim // 2)
     values, v_out = (k, k_out) if v is None else (v, v_out)
     if table is not None:  # a graph must not hold addresses and sizes of today
         k_out = v_out = q
     q_weight, k_weight = (q, k) if weights is None else weights
     launch(
         _rope_kernel,
-        (batch * time, tuning.cdiv(heads, tile["ROWS"]) + tuning.cdiv(kv_heads, tile["ROWS"])),
+        (batch * time, cdiv(heads, tile["ROWS"]) + cdiv(kv_heads, tile["ROWS"])),
         q,
         k,
         values,
@@ -429,7 +433,7 @@ def _forward(
         HAS_V=v is not None,
         HAS_LENGTHS=lengths is not None,
         HAS_TABLE=table is not None,
-        **tuning.variants("decoding", gpu.architecture(q.device)),
+        **features.variants("decoding", architecture(q.device)),
         **tile,
     )
     return q_out
@@ -512,9 +516,9 @@ def launch_qk_norm_rope_backward(
     dq, dk = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
     batch, time, heads, head_dim = q.shape
     kv_heads, tokens = k.shape[2], batch * time
-    tile = tuning.rope(heads, kv_heads, head_dim // 2)
-    q_blocks, k_blocks = tuning.cdiv(heads, tile["ROWS"]), tuning.cdiv(kv_heads, tile["ROWS"])
-    programs = min(tokens, 4 * tuning.PARTIAL_SUMS)  # of few heads each
+    tile = tiles.rope(heads, kv_heads, head_dim // 2)
+    q_blocks, k_blocks = cdiv(heads, tile["ROWS"]), cdiv(kv_heads, tile["ROWS"])
+    programs = min(tokens, 4 * PARTIAL_SUMS)  # of few heads each
     partial = torch.empty((programs, q_blocks + k_blocks, head_dim), dtype=torch.float32, device=q.device)
     launch(
         _qk_norm_rope_backward_kernel,

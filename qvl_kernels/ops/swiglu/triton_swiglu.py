@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from qvl_kernels import tuning
-from qvl_kernels.triton_lib import as_rows, launch
+from qvl_kernels.gpu.launch import as_rows, launch
+from qvl_kernels.gpu.tiles import cdiv, elementwise
 
 __all__ = ["launch_swiglu", "launch_swiglu_backward"]
 
@@ -64,10 +64,10 @@ def launch_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     gate_rows, up_rows, y_rows = as_rows(gate), as_rows(up), as_rows(y)
     count, size = gate_rows.shape
-    tile = tuning.elementwise(size)
+    tile = elementwise(size)
     launch(
         _swiglu_kernel,
-        (count, tuning.cdiv(size, tile["BLOCK"])),
+        (count, cdiv(size, tile["BLOCK"])),
         gate_rows,
         up_rows,
         y_rows,
@@ -87,10 +87,10 @@ def launch_swiglu_backward(
     dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
     grad_rows, gate_rows, up_rows, dgate_rows, dup_rows = (as_rows(x) for x in (grad, gate, up, dgate, dup))
     count, size = gate_rows.shape
-    tile = tuning.elementwise(size)
+    tile = elementwise(size)
     launch(
         _swiglu_backward_kernel,
-        (count, tuning.cdiv(size, tile["BLOCK"])),
+        (count, cdiv(size, tile["BLOCK"])),
         grad_rows,
         gate_rows,
         up_rows,

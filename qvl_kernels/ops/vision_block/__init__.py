@@ -10,7 +10,7 @@ from qvl_kernels.ops.vision_block.compose import compose_vision_block
 from qvl_kernels.ops.vision_block.cpu import quantized_vision_block
 from qvl_kernels.ops.vision_block.op import vision_block_op
 from qvl_kernels.ops.vision_block.reference import vision_block_reference
-from qvl_kernels.quant import QuantizedWeight, dequantize
+from qvl_kernels.quantization import QuantizedWeight, dequantize
 
 __all__ = ["VisionWeights", "vision_block"]
 

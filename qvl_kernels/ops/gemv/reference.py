@@ -2,7 +2,7 @@
 
 import torch
 
-from qvl_kernels.quant import QuantizedWeight, dequantize
+from qvl_kernels.quantization import QuantizedWeight, dequantize
 
 __all__ = ["gemv_reference", "gemv_swiglu_reference", "quantized_gemv_reference", "quantized_gemv_swiglu_reference"]
 

@@ -2,11 +2,14 @@
 
 import torch
 
-from qvl_kernels import gpu, tuning
-from qvl_kernels.gemv.triton_dot import gemv_dot_kernel, normalise_rows_kernel
-from qvl_kernels.gemv.triton_fma import gemv_fma_kernel
-from qvl_kernels.gemv.triton_int4 import gemv_int4_kernel
-from qvl_kernels.triton_lib import as_rows, launch
+from qvl_kernels.gpu import features
+from qvl_kernels.gpu.device import architecture
+from qvl_kernels.gpu.launch import as_rows, launch
+from qvl_kernels.gpu.tiles import cdiv, elementwise, next_power_of_2
+from qvl_kernels.ops.gemv import tiles
+from qvl_kernels.ops.gemv.triton_dot import gemv_dot_kernel, normalise_rows_kernel
+from qvl_kernels.ops.gemv.triton_fma import gemv_fma_kernel
+from qvl_kernels.ops.gemv.triton_int4 import gemv_int4_kernel
 
 __all__ = ["launch_gemv", "launch_gemv_swiglu", "launch_quantized_gemv", "launch_quantized_gemv_swiglu"]
 
@@ -66,25 +69,23 @@ def _gemv(x, weight, up, bias, norm_weight, eps: float, residual) -> torch.Tenso
         return y
     bits = {torch.int8: 8, torch.uint8: 4}.get(values.dtype, 0)
     group = 2 * columns // scales.shape[1] if bits == 4 else 0
-    arch = gpu.architecture(x.device)
+    arch = architecture(x.device)
     residual_rows = rows if residual is None else as_rows(residual)
-    tile = tuning.gemv_fma(m, n, k, x.element_size(), bits, up is not None, arch)
+    tile = tiles.gemv_fma(m, n, k, x.element_size(), bits, up is not None, arch)
     flags = {"HAS_UP": up is not None, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
     words = None
     if tile is not None and bits == 4:
         words = _words(rows, norm_weight, values, up_values)
     if tile is None or (bits == 4 and words is None):
-        tile = {**tuning.gemv_dot(x.element_size(), bits, group, up is not None, arch), "BITS": bits}
-        kernel, programs = gemv_dot_kernel, (tuning.cdiv(n, tile["BLOCK_N"]), tuning.cdiv(m, 16))
+        tile = {**tiles.gemv_dot(x.element_size(), bits, group, up is not None, arch), "BITS": bits}
+        kernel, programs = gemv_dot_kernel, (cdiv(n, tile["BLOCK_N"]), cdiv(m, 16))
         if (
             norm_weight is not None and x.dtype == torch.float16
         ):  # x * weight, not yet divided by its norm, may overflow
             rows, norm_weight = _normalised(rows, norm_weight, eps), None
     else:
-        tile["COUNT"], tile["ROW_COUNT"] = (
-            tuning.next_power_of_2(size * tile["ROWS"]) for size in (tile["BLOCK_N"], 1)
-        )
-        kernel, programs = gemv_fma_kernel, (tuning.cdiv(n, tile["BLOCK_N"]), tuning.cdiv(m, tile["ROWS"]))
+        tile["COUNT"], tile["ROW_COUNT"] = (next_power_of_2(size * tile["ROWS"]) for size in (tile["BLOCK_N"], 1))
+        kernel, programs = gemv_fma_kernel, (cdiv(n, tile["BLOCK_N"]), cdiv(m, tile["ROWS"]))
         if bits == 4:
             rows, norm_weight, values, up_values = words
             k, columns = rows.shape[1], values.shape[1]
@@ -118,7 +119,7 @@ def _gemv(x, weight, up, bias, norm_weight, eps: float, residual) -> torch.Tenso
         residual_rows.stride(0),
         y_rows.stride(0),
         HAS_NORM=norm_weight is not None,
-        **tuning.variants("decoding", arch),
+        **features.variants("decoding", arch),
         **flags,
         **tile,
     )
@@ -151,7 +152,7 @@ def _normalised(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
         eps,
         rows.stride(0),
         y.stride(0),
-        **tuning.variants("decoding", gpu.architecture(rows.device)),
-        **tuning.elementwise(rows.shape[1]),
+        **features.variants("decoding", architecture(rows.device)),
+        **elementwise(rows.shape[1]),
     )
     return y

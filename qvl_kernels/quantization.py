@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from qvl_kernels import checks, pages
+from qvl_kernels import checks
+from qvl_kernels.memory import pages
 
 __all__ = [
     "GROUPS",

@@ -7,7 +7,7 @@ outputs are only 64 programs, and one warp alone could not keep up with its shar
 import triton
 import triton.language as tl
 
-from qvl_kernels.triton_lib import await_inputs
+from qvl_kernels.gpu.device_functions import await_inputs
 
 __all__ = ["gemv_dot_kernel", "normalise_rows_kernel"]
 

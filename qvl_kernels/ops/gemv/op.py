@@ -4,8 +4,8 @@ are [N, K].
 
 import torch
 
-from qvl_kernels.gemv import reference
 from qvl_kernels.library import register
+from qvl_kernels.ops.gemv import reference
 
 __all__ = ["gemv_op", "gemv_swiglu_op", "quantized_gemv_op", "quantized_gemv_swiglu_op"]
 
@@ -17,14 +17,14 @@ def _fake(x: torch.Tensor, weight: torch.Tensor, *_) -> torch.Tensor:
 gemv_op = register(
     "gemv(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual) -> Tensor",
     cpu=reference.gemv_reference,
-    triton="qvl_kernels.gemv.launch:launch_gemv",
+    triton="qvl_kernels.ops.gemv.launch:launch_gemv",
     fake=_fake,
 )
 
 gemv_swiglu_op = register(
     "gemv_swiglu(Tensor x, Tensor gate, Tensor up, Tensor? norm_weight, float eps) -> Tensor",
     cpu=reference.gemv_swiglu_reference,
-    triton="qvl_kernels.gemv.launch:launch_gemv_swiglu",
+    triton="qvl_kernels.ops.gemv.launch:launch_gemv_swiglu",
     fake=_fake,
 )
 
@@ -32,7 +32,7 @@ quantized_gemv_op = register(
     "quantized_gemv(Tensor x, Tensor values, Tensor scales, Tensor? bias, Tensor? norm_weight, float eps, Tensor? "
     "residual) -> Tensor",
     cpu=reference.quantized_gemv_reference,
-    triton="qvl_kernels.gemv.launch:launch_quantized_gemv",
+    triton="qvl_kernels.ops.gemv.launch:launch_quantized_gemv",
     fake=_fake,
 )
 
@@ -41,6 +41,6 @@ quantized_gemv_swiglu_op = register(
     "Tensor? norm_weight,"
     " float eps) -> Tensor",
     cpu=reference.quantized_gemv_swiglu_reference,
-    triton="qvl_kernels.gemv.launch:launch_quantized_gemv_swiglu",
+    triton="qvl_kernels.ops.gemv.launch:launch_quantized_gemv_swiglu",
     fake=_fake,
 )

@@ -2,8 +2,8 @@
 
 import torch
 
-from qvl_kernels.gemv.op import gemv_op, gemv_swiglu_op, quantized_gemv_op, quantized_gemv_swiglu_op
-from qvl_kernels.quant import quantize
+from qvl_kernels.ops.gemv.op import gemv_op, gemv_swiglu_op, quantized_gemv_op, quantized_gemv_swiglu_op
+from qvl_kernels.quantization import quantize
 from qvl_kernels.testing import Case, random_tensor
 
 __all__ = ["CASES", "op_of"]

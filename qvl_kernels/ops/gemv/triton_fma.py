@@ -10,7 +10,7 @@ not wait for the kernel that makes x.
 import triton
 import triton.language as tl
 
-from qvl_kernels.triton_lib import await_inputs
+from qvl_kernels.gpu.device_functions import await_inputs
 
 __all__ = ["finish_rows", "gemv_fma_kernel"]
 

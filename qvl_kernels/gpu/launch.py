@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the one way to launch them, and device functions that more than one op needs."""
+"""The one way to launch a Triton kernel, and how launches are recorded instead."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Launch", "as_rows", "await_inputs", "caches_of_table", "describe", "launch", "record", "visible_of_table"]
+__all__ = ["Launch", "as_rows", "describe", "launch", "record"]
 
 # Contracting a * b + c rounds once instead of twice: never less accurate, and what PyTorch's own kernels are built
 # with.
@@ -33,7 +32,7 @@ def record() -> Iterator[list[Launch]]:
     """Inside the block ``launch`` notes what it was given and runs nothing.
 
     Example:
-        >>> with gpu.assume("sm_90"), triton_lib.record() as launches:
+        >>> with gpu_device.assume("sm_90"), gpu_launch.record() as launches:
         ...     launcher(*fake_tensors)
     """
     global _recorded
@@ -69,36 +68,6 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
         return x
     rows = x.reshape(x.numel() // size if size else 0, size)
     return rows if size <= 1 or rows.stride(-1) == 1 else rows.contiguous()
-
-
-@triton.jit
-def await_inputs(DEPENDENT_LAUNCH: tl.constexpr):
-    """Before it, a kernel that may be launched while the one before it still runs touches weights at most: lets the
-    next one come, then waits for the results of the one before.
-    """
-    if DEPENDENT_LAUNCH:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def caches_of_table(table_ptr, like_ptr):
-    """(keys, values, capacity) of a layer from its row of GrowingCaches.table; the caches' dtype is that of
-    ``like_ptr``.
-
-    Alignment that the compiler cannot see behind an address is promised here: without it loads are not of 16 bytes.
-    """
-    k_ptr = tl.multiple_of(tl.load(table_ptr).to(like_ptr.dtype), 16)
-    v_ptr = tl.multiple_of(tl.load(table_ptr + 1).to(like_ptr.dtype), 16)
-    return k_ptr, v_ptr, tl.multiple_of(tl.load(table_ptr + 2), 16)
-
-
-@triton.jit
-def visible_of_table(table_ptr):
-    """(mask, stride of its rows), as ``caches_of_table``."""
-    return tl.multiple_of(tl.load(table_ptr + 3).to(tl.pointer_type(tl.uint8)), 16), tl.multiple_of(
-        tl.load(table_ptr + 4), 16
-    )
 
 
 def describe(*tensors: tuple[torch.Tensor, list[int]]) -> tuple[TensorDescriptor, ...] | None:

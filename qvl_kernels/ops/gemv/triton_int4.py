@@ -9,8 +9,8 @@ are taken from 32-bit words where they lie: nibble j of a word is an integer 16^
 import triton
 import triton.language as tl
 
-from qvl_kernels.gemv.triton_fma import finish_rows
-from qvl_kernels.triton_lib import await_inputs
+from qvl_kernels.gpu.device_functions import await_inputs
+from qvl_kernels.ops.gemv.triton_fma import finish_rows
 
 __all__ = ["gemv_int4_kernel"]
 

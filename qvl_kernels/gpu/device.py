@@ -10,9 +10,26 @@ import torch
 
 from qvl_kernels import config
 
-__all__ = ["ARCHITECTURES", "architecture", "assume", "nearest", "unavailable"]
+__all__ = ["ARCHITECTURES", "PROCESSORS", "SHARED_MEMORY", "architecture", "assume", "nearest", "unavailable"]
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")  # checked by bench.compile_check
+PROCESSORS = {
+    "sm_80": 108,
+    "sm_89": 128,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+    "gfx942": 304,
+}  # of the largest chip of each
+# Bytes of shared memory that one thread block may use.
+SHARED_MEMORY = {
+    "sm_80": 163 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)  # Ampere
 NO_GPU = "there is no GPU that this PyTorch can use"
@@ -25,8 +42,8 @@ def assume(name: str) -> Iterator[None]:
     """Inside the block, tiles are chosen and Triton is offered as if the GPU were ``name``; for compiling without one.
 
     Example:
-        >>> with gpu.assume("sm_90"):
-        ...     gpu.architecture(torch.device("cuda"))
+        >>> with gpu_device.assume("sm_90"):
+        ...     gpu_device.architecture(torch.device("cuda"))
         'sm_90'
     """
     global _assumed
@@ -117,7 +134,7 @@ def _unrunnable(index: int) -> str | None:
     if reason is not None:
         return reason
     try:  # no compiler for Triton's launchers, a driver too old, ...: said here once, not in the middle of a model
-        from qvl_kernels.gpu_probe import probe
+        from qvl_kernels.gpu.probe import probe
 
         with torch.cuda.device(index):
             probe(torch.device("cuda", index))

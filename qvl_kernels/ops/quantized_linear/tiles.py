@@ -1,0 +1,43 @@
+"""Which kernels multiply a quantised weight on a GPU, and their tiles."""
+
+from qvl_kernels.gpu.device import PROCESSORS, SHARED_MEMORY
+from qvl_kernels.gpu.tiles import next_power_of_2
+from qvl_kernels.ops.gemv.tiles import GEMV_ROWS
+
+__all__ = ["int8_matmul", "quantize_rows", "quantized_linear_route"]
+
+
+def quantized_linear_route(rows: int, bits: int) -> str:
+    """ "gemv", "int8" or "dequantize" (once to x's dtype, then PyTorch's product). Measured on an H100 with 17 to 4,096
+    rows:
+
+    int8 tensor cores win whatever the rows. int4 has none; a product that unpacked its weights for each 128 rows was up
+    to 3.8 times slower than this, and faster (by 0.005 ms) only with fewer than 64 rows.
+    """
+    if rows <= GEMV_ROWS:
+        return "gemv"
+    return "int8" if bits == 8 else "dequantize"
+
+
+def quantize_rows(k: int) -> dict:
+    """A row in one pass where it has at most 8,192 elements: 16 a thread."""
+    block = min(8192, next_power_of_2(k))
+    return {"BLOCK": block, "num_warps": min(8, max(1, block // 512))}
+
+
+def int8_matmul(m: int, n: int, arch: str) -> dict:
+    """int8 [m, k] times int8 [n, k]: 128 bytes of k at a time."""
+    # Enough programs for every processor first, and for two rounds of them before tiles are as large as 128 x 128
+    # (measured on an H100).
+    block_m = 32 if m <= 32 else 64 if m * n < 2 * PROCESSORS[arch] * 128 * 128 else 128
+    block_n = 128 if m * n >= PROCESSORS[arch] * block_m * 128 else 64
+    stage = (block_m + block_n) * 128
+    most = 3 if block_m * block_n == 128 * 128 else 4
+    stages = 2 if arch.startswith("gfx") else max(2, min(most, (SHARED_MEMORY[arch] - 2048) // stage))
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": 128,
+        "num_warps": 8 if block_m * block_n >= 128 * 128 else 4,
+        "num_stages": stages,
+    }
