@@ -45,7 +45,7 @@ def ops() -> dict[str, object]:
 
 def cases_of(op: str) -> list[Case]:
     """The cases of one op; folders with two ops keep one list for each."""
-    module = importlib.import_module(getattr(qvl_kernels, op).__module__ + ".cases")
+    module = importlib.import_module(getattr(qvl_kernels, op).__module__.rpartition(".")[0] + ".cases")
     lists = {"add_": "ADD_CASES", "vision_rope": "VISION_CASES"}
     return getattr(module, next((name for prefix, name in lists.items() if op.startswith(prefix)), "CASES"))
 

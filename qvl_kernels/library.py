@@ -1,7 +1,6 @@
 """Registration of ops with PyTorch under ``qvl::``."""
 
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -86,14 +85,14 @@ def register(
     *,
     cpu: Callable,
     fake: Callable,
-    triton: str | None = None,
+    triton: Callable | None = None,
     backward: Callable | None = None,
     backward_again: Callable | None = None,
     setup_context: Callable | None = None,
 ) -> Callable:
     """Registers an op: schema as in ``torch.library``, its CPU kernel, its fake kernel and, if trained, its backward.
 
-    ``triton``: "module:function" of the Triton launcher, imported at its first call (Triton is not needed on CPU).
+    ``triton``: the launcher on GPUs; where it needs Triton, a function that imports it when called.
     ``backward_again``: takes the place of ``backward`` where its results are differentiated themselves
     (``create_graph=True``). Ops named ``*_backward`` are once differentiable: a derivative of their results raises.
     Returns the callable op (``torch.ops.qvl.<name>.default``).
@@ -101,10 +100,10 @@ def register(
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     if triton is not None:
-        launcher = LAUNCHERS[name] = _lazily(triton)
-        _LIBRARY.impl(name, launcher, "CUDA")
+        LAUNCHERS[name] = triton
+        _LIBRARY.impl(name, triton, "CUDA")
         if config.interpreted():
-            cpu = _either(cpu, launcher)
+            cpu = _either(cpu, triton)
     _LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"qvl::{name}", fake, lib=_LIBRARY)
     if backward is not None:
@@ -117,7 +116,7 @@ def register(
     op = getattr(torch.ops.qvl, name).default
     _CPU[op] = cpu
     if triton is not None:
-        _GPU[op] = launcher
+        _GPU[op] = triton
     return op
 
 
@@ -194,18 +193,6 @@ def call(op: Callable, *args):
             if type(x) not in PLAIN or _keys(x) not in _plain_keys("cuda" if x.is_cuda else "cpu"):
                 return op(*args)
     return kernels[op](*args)
-
-
-def _lazily(path: str) -> Callable:
-    module, function = path.split(":")
-    loaded: list[Callable] = []
-
-    def launcher(*args):
-        if not loaded:
-            loaded.append(getattr(importlib.import_module(module), function))
-        return loaded[0](*args)
-
-    return launcher
 
 
 def _either(cpu: Callable, launcher: Callable) -> Callable:

@@ -29,6 +29,20 @@ def imported_packages(file: Path) -> set[str]:
     return names
 
 
+def imported_modules(file: Path) -> set[str]:
+    """Modules that ``file`` imports from, anywhere; a module imported from its package counts as itself."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                inner = ROOT.joinpath(*node.module.split("."), alias.name)
+                is_module = inner.with_suffix(".py").is_file() or (inner / "__init__.py").is_file()
+                names.add(f"{node.module}.{alias.name}" if is_module else node.module)
+    return names
+
+
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_direction_of_imports(package):
     wrong = {
@@ -53,11 +67,28 @@ def test_op_folder_is_complete(folder):
     assert (folder / "reference.py").is_file() and (folder / "cases.py").is_file()
     if folder.name in INTERNAL_OPS:
         return
-    module = f"qvl_kernels.ops.{folder.name}"
+    module = f"qvl_kernels.ops.{folder.name}.api"
     public = [name for name in qvl_kernels.__all__ if getattr(qvl_kernels, name).__module__ == module]
     assert public, f"{module} gives nothing to qvl_kernels.__all__"
     undocumented = [name for name in public if not (getattr(qvl_kernels, name).__doc__ or "").strip()]
     assert not undocumented, f"without docstring: {undocumented}"
+
+
+@pytest.mark.parametrize("folder", OP_FOLDERS, ids=lambda folder: folder.name)
+def test_layers_of_an_op(folder):
+    """The folder itself only re-exports, no kernel knows the public function, and none for GPUs one for CPUs."""
+    body = ast.parse((folder / "__init__.py").read_text()).body
+    assert not [node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    package = f"qvl_kernels.ops.{folder.name}"
+    kernels = [file for file in folder.glob("*.py") if re.fullmatch(r"op|cpu|reference|launch|triton_\w+", file.stem)]
+    wrong = [
+        (file.name, name) for file in kernels for name in imported_modules(file) if name in (package, f"{package}.api")
+    ]
+    for file in folder.glob("triton_*.py"):
+        wrong += [
+            (file.name, name) for name in imported_modules(file) if re.fullmatch(r"qvl_kernels\.ops\.\w+\.cpu", name)
+        ]
+    assert not wrong
 
 
 @pytest.mark.parametrize("package", ["qvl_kernels", "qvl_model"])

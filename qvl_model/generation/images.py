@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from qvl_kernels.ops.attention import unsupported_heads
+from qvl_kernels.ops.attention.api import unsupported_heads
 from qvl_kernels.ops.decoder_layer.decode_step import cross_attention_step
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
 from qvl_model.modules.linear import Linear

@@ -1,7 +1,7 @@
 from torch import Tensor, nn
 
 import qvl_kernels
-from qvl_kernels.ops.linear import few_rows
+from qvl_kernels.ops.gemv.tiles import few_rows
 from qvl_model.modules.plain import autocast_dtype, is_number, kernels_take
 
 __all__ = ["LayerNorm", "Linear"]

@@ -4,15 +4,11 @@ import torch
 
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
+from qvl_kernels.ops.attention.layout import row_strides
 
-__all__ = ["attention_backward_cpu", "attention_cpu", "mask_arguments", "row_strides"]
+__all__ = ["attention_backward_cpu", "attention_cpu", "mask_arguments"]
 
 BACKWARD_QUERIES = 512  # rows of scores that the backward keeps at once
-
-
-def row_strides(x: torch.Tensor) -> list[int]:
-    """Strides of batch, time, head; a packed [N, H, D] tensor has no batch."""
-    return [0, x.stride(0), x.stride(1)] if x.dim() == 3 else [x.stride(0), x.stride(1), x.stride(2)]
 
 
 def mask_arguments(mask: torch.Tensor | None, shape: tuple[int, int, int, int]) -> tuple[int, int, list[int]]:

@@ -25,6 +25,18 @@ def _attention_backward_fake(
     return tuple(torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
 
 
+def _launch_attention_backward(*args):
+    from qvl_kernels.ops.attention.triton_attention_backward import launch_attention_backward
+
+    return launch_attention_backward(*args)
+
+
+def _launch_attention(*args):
+    from qvl_kernels.ops.attention.triton_attention import launch_attention
+
+    return launch_attention(*args)
+
+
 # An op of its own: its work depends on the values of cu_seqlens, which tracing does not know.
 attention_backward_op = register(
     "attention_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -32,7 +44,7 @@ attention_backward_op = register(
     " Tensor? key_counts, Tensor? mask, bool causal, float scale, float dropout_p, Tensor? seed, bool mask_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=attention_backward_cpu,
-    triton="qvl_kernels.ops.attention.triton_attention_backward:launch_attention_backward",
+    triton=_launch_attention_backward,
     fake=_attention_backward_fake,
 )
 
@@ -100,7 +112,7 @@ attention_op = register(
     "float scale,"
     " float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor)",
     cpu=attention_cpu,
-    triton="qvl_kernels.ops.attention.triton_attention:launch_attention",
+    triton=_launch_attention,
     fake=_attention_fake,
     backward=_backward,
     backward_again=_backward_again,

@@ -13,7 +13,7 @@ from qvl_kernels.gpu.device import architecture
 from qvl_kernels.gpu.launch import describe, launch
 from qvl_kernels.gpu.tiles import cdiv
 from qvl_kernels.ops.attention import tiles
-from qvl_kernels.ops.attention.cpu import row_strides
+from qvl_kernels.ops.attention.layout import row_strides
 
 __all__ = [
     "LENGTHS",

@@ -11,7 +11,7 @@ import triton.language as tl
 from qvl_kernels.gpu.device import architecture
 from qvl_kernels.gpu.launch import launch
 from qvl_kernels.ops.attention import tiles
-from qvl_kernels.ops.attention.cpu import row_strides
+from qvl_kernels.ops.attention.layout import row_strides
 from qvl_kernels.ops.attention.triton_attention import (
     LENGTHS,
     LOG2E,

@@ -7,12 +7,19 @@ from qvl_kernels.ops.decode_attention.cpu import decode_attention_cpu
 
 __all__ = ["decode_attention_op"]
 
+
+def _launch_decode_attention(*args):
+    from qvl_kernels.ops.decode_attention.triton_decode import launch_decode_attention
+
+    return launch_decode_attention(*args)
+
+
 # ``table``: the caches' row of GrowingCaches.table, which a GPU asks where they and the mask are.
 decode_attention_op = register(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? mask, Tensor? k_scale, "
     "Tensor? v_scale,"
     " float scale, Tensor? table=None) -> Tensor",
     cpu=decode_attention_cpu,
-    triton="qvl_kernels.ops.decode_attention.triton_decode:launch_decode_attention",
+    triton=_launch_decode_attention,
     fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device),
 )

@@ -1,6 +1,6 @@
 import torch
 
-from qvl_kernels.ops.decoder_layer import DecoderWeights
+from qvl_kernels.ops.decoder_layer.api import DecoderWeights
 from qvl_kernels.testing import Case, random_tensor
 
 __all__ = ["CASES"]

@@ -6,9 +6,9 @@ import torch
 
 from qvl_kernels import dispatch
 from qvl_kernels.library import call
-from qvl_kernels.ops.attention import unsupported_heads
-from qvl_kernels.ops.cross_attention import cross_attention
-from qvl_kernels.ops.decode_attention import decode_attention
+from qvl_kernels.ops.attention.api import unsupported_heads
+from qvl_kernels.ops.cross_attention.api import cross_attention
+from qvl_kernels.ops.decode_attention.api import decode_attention
 from qvl_kernels.ops.decode_attention.op import decode_attention_op
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
 from qvl_kernels.ops.decoder_layer.parts import add_product, gated, normed_products

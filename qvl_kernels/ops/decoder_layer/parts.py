@@ -5,7 +5,7 @@ import torch
 from qvl_kernels import dispatch
 from qvl_kernels.library import call
 from qvl_kernels.ops.gemv import gemv_op, gemv_swiglu_op, quantized_gemv_op, quantized_gemv_swiglu_op
-from qvl_kernels.ops.linear import few_rows
+from qvl_kernels.ops.gemv.tiles import few_rows
 from qvl_kernels.ops.linear.op import linear_op
 from qvl_kernels.ops.linear.pytorch import pytorch_linear
 from qvl_kernels.ops.quantized_linear.op import quantized_linear_op

@@ -9,8 +9,8 @@ import torch
 from qvl_kernels import checks, dispatch
 from qvl_kernels.gpu import device as gpu_device
 from qvl_kernels.library import has_memory, is_plain, watched
-from qvl_kernels.ops.attention import unsupported_heads
-from qvl_kernels.ops.decoder_layer import OP, DecoderWeights, check_type, check_weights, decoder_layer
+from qvl_kernels.ops.attention.api import unsupported_heads
+from qvl_kernels.ops.decoder_layer.api import OP, DecoderWeights, check_type, check_weights, decoder_layer
 from qvl_kernels.ops.decoder_layer.caches import check_caches
 from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.decoder_layer.cpu import extension_cache, extension_layer, run_extension_layers

@@ -13,10 +13,22 @@ def _like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def _launch_gelu_tanh_backward(*args):
+    from qvl_kernels.ops.gelu_tanh.triton_gelu_tanh import launch_gelu_tanh_backward
+
+    return launch_gelu_tanh_backward(*args)
+
+
+def _launch_gelu_tanh(*args):
+    from qvl_kernels.ops.gelu_tanh.triton_gelu_tanh import launch_gelu_tanh
+
+    return launch_gelu_tanh(*args)
+
+
 gelu_tanh_backward_op = register(
     "gelu_tanh_backward(Tensor grad, Tensor x, Tensor? bias) -> Tensor",
     cpu=gelu_tanh_backward_cpu,
-    triton="qvl_kernels.ops.gelu_tanh.triton_gelu_tanh:launch_gelu_tanh_backward",
+    triton=_launch_gelu_tanh_backward,
     fake=lambda grad, x, bias: _like(x),
 )
 
@@ -42,7 +54,7 @@ def _backward_again(ctx, grad):
 gelu_tanh_op = register(
     "gelu_tanh(Tensor x, Tensor? bias) -> Tensor",
     cpu=gelu_tanh_cpu,
-    triton="qvl_kernels.ops.gelu_tanh.triton_gelu_tanh:launch_gelu_tanh",
+    triton=_launch_gelu_tanh,
     fake=lambda x, bias: _like(x),
     backward=_backward,
     backward_again=_backward_again,

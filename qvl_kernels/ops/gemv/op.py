@@ -14,17 +14,41 @@ def _fake(x: torch.Tensor, weight: torch.Tensor, *_) -> torch.Tensor:
     return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
 
 
+def _launch_gemv(*args):
+    from qvl_kernels.ops.gemv.launch import launch_gemv
+
+    return launch_gemv(*args)
+
+
+def _launch_gemv_swiglu(*args):
+    from qvl_kernels.ops.gemv.launch import launch_gemv_swiglu
+
+    return launch_gemv_swiglu(*args)
+
+
+def _launch_quantized_gemv(*args):
+    from qvl_kernels.ops.gemv.launch import launch_quantized_gemv
+
+    return launch_quantized_gemv(*args)
+
+
+def _launch_quantized_gemv_swiglu(*args):
+    from qvl_kernels.ops.gemv.launch import launch_quantized_gemv_swiglu
+
+    return launch_quantized_gemv_swiglu(*args)
+
+
 gemv_op = register(
     "gemv(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual) -> Tensor",
     cpu=reference.gemv_reference,
-    triton="qvl_kernels.ops.gemv.launch:launch_gemv",
+    triton=_launch_gemv,
     fake=_fake,
 )
 
 gemv_swiglu_op = register(
     "gemv_swiglu(Tensor x, Tensor gate, Tensor up, Tensor? norm_weight, float eps) -> Tensor",
     cpu=reference.gemv_swiglu_reference,
-    triton="qvl_kernels.ops.gemv.launch:launch_gemv_swiglu",
+    triton=_launch_gemv_swiglu,
     fake=_fake,
 )
 
@@ -32,7 +56,7 @@ quantized_gemv_op = register(
     "quantized_gemv(Tensor x, Tensor values, Tensor scales, Tensor? bias, Tensor? norm_weight, float eps, Tensor? "
     "residual) -> Tensor",
     cpu=reference.quantized_gemv_reference,
-    triton="qvl_kernels.ops.gemv.launch:launch_quantized_gemv",
+    triton=_launch_quantized_gemv,
     fake=_fake,
 )
 
@@ -41,6 +65,6 @@ quantized_gemv_swiglu_op = register(
     "Tensor? norm_weight,"
     " float eps) -> Tensor",
     cpu=reference.quantized_gemv_swiglu_reference,
-    triton="qvl_kernels.ops.gemv.launch:launch_quantized_gemv_swiglu",
+    triton=_launch_quantized_gemv_swiglu,
     fake=_fake,
 )

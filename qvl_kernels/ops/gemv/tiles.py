@@ -1,10 +1,17 @@
 """Tile choices of the matrix-vector kernels, and up to how many rows they serve."""
 
+import torch
+
 from qvl_kernels.gpu.device import SHARED_MEMORY
 
-__all__ = ["GEMV_ROWS", "gemv_dot", "gemv_fma"]
+__all__ = ["GEMV_ROWS", "few_rows", "gemv_dot", "gemv_fma"]
 
 GEMV_ROWS = 16  # up to so many rows a linear layer is bound by reading its weight; one tile of the tensor cores has 16
+
+
+def few_rows(x: torch.Tensor) -> bool:
+    """Whether x [..., K] is bound by the weight on a GPU, and goes to the matrix-vector kernels."""
+    return x.numel() <= GEMV_ROWS * x.shape[-1]
 
 
 def gemv_fma(rows: int, n: int, k: int, size: int, bits: int, pair: bool, arch: str) -> dict | None:

@@ -8,17 +8,33 @@ from qvl_kernels.ops.layer_norm.reference import layer_norm_reference
 
 __all__ = ["add_layer_norm_op", "layer_norm_op"]
 
-_TRITON = "qvl_kernels.ops.layer_norm.triton_layer_norm"
-
 
 def _like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def _launch_layer_norm_backward(*args):
+    from qvl_kernels.ops.layer_norm.triton_layer_norm import launch_layer_norm_backward
+
+    return launch_layer_norm_backward(*args)
+
+
+def _launch_layer_norm(*args):
+    from qvl_kernels.ops.layer_norm.triton_layer_norm import launch_layer_norm
+
+    return launch_layer_norm(*args)
+
+
+def _launch_add_layer_norm(*args):
+    from qvl_kernels.ops.layer_norm.triton_layer_norm import launch_add_layer_norm
+
+    return launch_add_layer_norm(*args)
+
+
 layer_norm_backward_op = register(
     "layer_norm_backward(Tensor grad, Tensor? grad_x, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     cpu=layer_norm_backward_cpu,
-    triton=f"{_TRITON}:launch_layer_norm_backward",
+    triton=_launch_layer_norm_backward,
     fake=lambda grad, grad_x, x, weight, eps: (_like(x), _like(weight), _like(weight)),
 )
 
@@ -67,7 +83,7 @@ def _add_backward_again(ctx, grad_y, grad_total):
 layer_norm_op = register(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
     cpu=layer_norm_cpu,
-    triton=f"{_TRITON}:launch_layer_norm",
+    triton=_launch_layer_norm,
     fake=lambda x, weight, bias, eps: _like(x),
     backward=_backward,
     backward_again=_backward_again,
@@ -76,7 +92,7 @@ layer_norm_op = register(
 add_layer_norm_op = register(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
     cpu=add_layer_norm_cpu,
-    triton=f"{_TRITON}:launch_add_layer_norm",
+    triton=_launch_add_layer_norm,
     fake=lambda x, residual, weight, bias, eps: (_like(x), _like(x)),
     backward=_add_backward,
     backward_again=_add_backward_again,

@@ -28,10 +28,16 @@ def _backward(ctx, grad):
     return dx, dw, db
 
 
+def _launch_linear(*args):
+    from qvl_kernels.ops.linear.triton_linear import launch_linear
+
+    return launch_linear(*args)
+
+
 linear_op = register(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     cpu=linear_cpu,
-    triton="qvl_kernels.ops.linear.triton_linear:launch_linear",
+    triton=_launch_linear,
     fake=lambda x, weight, bias: torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device),
     backward=_backward,
     setup_context=_setup,

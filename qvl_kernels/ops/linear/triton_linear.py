@@ -5,7 +5,7 @@ hipBLASLt).
 import torch
 
 from qvl_kernels.ops.gemv.launch import launch_gemv
-from qvl_kernels.ops.linear import few_rows
+from qvl_kernels.ops.gemv.tiles import few_rows
 from qvl_kernels.ops.linear.pytorch import pytorch_linear
 
 __all__ = ["launch_linear"]

@@ -13,8 +13,6 @@ from qvl_kernels.ops.linear_cross_entropy.reference import linear_cross_entropy_
 
 __all__ = ["loss_rows_op", "loss_sum_op"]
 
-_TRITON = "qvl_kernels.ops.linear_cross_entropy.triton_linear_cross_entropy"
-
 
 def _gradients(
     hidden: torch.Tensor, weight: torch.Tensor, hidden_wanted: bool, weight_wanted: bool
@@ -94,12 +92,30 @@ def _scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return torch.mul(x, factor.reshape(1, 1), out=x if in_place else torch.empty_like(x))
 
 
+def _launch_loss_rows_backward(*args):
+    from qvl_kernels.ops.linear_cross_entropy.triton_linear_cross_entropy import launch_loss_rows_backward
+
+    return launch_loss_rows_backward(*args)
+
+
+def _launch_loss_rows(*args):
+    from qvl_kernels.ops.linear_cross_entropy.triton_linear_cross_entropy import launch_loss_rows
+
+    return launch_loss_rows(*args)
+
+
+def _launch_loss_sum(*args):
+    from qvl_kernels.ops.linear_cross_entropy.triton_linear_cross_entropy import launch_loss_sum
+
+    return launch_loss_sum(*args)
+
+
 loss_rows_backward_op = register(
     "linear_cross_entropy_backward(Tensor grad, Tensor sums, Tensor hidden, Tensor weight, Tensor labels, int "
     "ignore_index,"
     " float label_smoothing, bool hidden_wanted, bool weight_wanted) -> (Tensor, Tensor)",
     cpu=loss_rows_backward_cpu,
-    triton=f"{_TRITON}:launch_loss_rows_backward",
+    triton=_launch_loss_rows_backward,
     fake=_rows_backward_fake,
 )
 
@@ -107,7 +123,7 @@ loss_rows_op = register(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, float label_smoothing) -> "
     "(Tensor, Tensor)",
     cpu=loss_rows_cpu,
-    triton=f"{_TRITON}:launch_loss_rows",
+    triton=_launch_loss_rows,
     fake=_rows_fake,
     backward=_rows_backward,
     backward_again=_rows_backward_again,
@@ -119,7 +135,7 @@ loss_sum_op = register(
     "bool hidden_wanted,"
     " bool weight_wanted) -> (Tensor, Tensor, Tensor)",
     cpu=loss_sum_cpu,
-    triton=f"{_TRITON}:launch_loss_sum",
+    triton=_launch_loss_sum,
     fake=_sum_fake,
     backward=_sum_backward,
     backward_again=_sum_backward_again,

@@ -25,10 +25,16 @@ def _backward(ctx, grad):
     return dx, None, None, db
 
 
+def _launch_quantized_linear(*args):
+    from qvl_kernels.ops.quantized_linear.triton_quantized import launch_quantized_linear
+
+    return launch_quantized_linear(*args)
+
+
 quantized_linear_op = register(
     "quantized_linear(Tensor x, Tensor values, Tensor scales, Tensor? bias) -> Tensor",
     cpu=quantized_linear_cpu,
-    triton="qvl_kernels.ops.quantized_linear.triton_quantized:launch_quantized_linear",
+    triton=_launch_quantized_linear,
     fake=lambda x, values, scales, bias: torch.empty((*x.shape[:-1], values.shape[0]), dtype=x.dtype, device=x.device),
     backward=_backward,
     setup_context=_setup,

@@ -8,17 +8,33 @@ from qvl_kernels.ops.rms_norm.reference import rms_norm_reference
 
 __all__ = ["add_rms_norm_op", "rms_norm_backward_op", "rms_norm_op"]
 
-_TRITON = "qvl_kernels.ops.rms_norm.triton_rms_norm"
-
 
 def _like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def _launch_rms_norm_backward(*args):
+    from qvl_kernels.ops.rms_norm.triton_rms_norm import launch_rms_norm_backward
+
+    return launch_rms_norm_backward(*args)
+
+
+def _launch_rms_norm(*args):
+    from qvl_kernels.ops.rms_norm.triton_rms_norm import launch_rms_norm
+
+    return launch_rms_norm(*args)
+
+
+def _launch_add_rms_norm(*args):
+    from qvl_kernels.ops.rms_norm.triton_rms_norm import launch_add_rms_norm
+
+    return launch_add_rms_norm(*args)
+
+
 rms_norm_backward_op = register(
     "rms_norm_backward(Tensor grad, Tensor? grad_x, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     cpu=rms_norm_backward_cpu,
-    triton=f"{_TRITON}:launch_rms_norm_backward",
+    triton=_launch_rms_norm_backward,
     fake=lambda grad, grad_x, x, weight, eps: (_like(x), _like(weight)),
 )
 
@@ -56,7 +72,7 @@ def _add_backward_again(ctx, grad_y, grad_total):
 rms_norm_op = register(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     cpu=rms_norm_cpu,
-    triton=f"{_TRITON}:launch_rms_norm",
+    triton=_launch_rms_norm,
     fake=lambda x, weight, eps: _like(x),
     backward=_backward,
     backward_again=_backward_again,
@@ -65,7 +81,7 @@ rms_norm_op = register(
 add_rms_norm_op = register(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     cpu=add_rms_norm_cpu,
-    triton=f"{_TRITON}:launch_add_rms_norm",
+    triton=_launch_add_rms_norm,
     fake=lambda x, residual, weight, eps: (_like(x), _like(x)),
     backward=_add_backward,
     backward_again=_add_backward_again,

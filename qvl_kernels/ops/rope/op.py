@@ -14,11 +14,39 @@ from qvl_kernels.ops.rope.reference import qk_norm_rope_reference, vision_rope_r
 
 __all__ = ["qk_norm_rope_op", "qk_norm_rope_to_cache_op", "vision_rope_op"]
 
-_TRITON = "qvl_kernels.ops.rope.triton_rope"
-
 
 def _like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _launch_qk_norm_rope_backward(*args):
+    from qvl_kernels.ops.rope.triton_rope import launch_qk_norm_rope_backward
+
+    return launch_qk_norm_rope_backward(*args)
+
+
+def _launch_vision_rope_backward(*args):
+    from qvl_kernels.ops.rope.triton_rope import launch_vision_rope_backward
+
+    return launch_vision_rope_backward(*args)
+
+
+def _launch_qk_norm_rope(*args):
+    from qvl_kernels.ops.rope.triton_rope import launch_qk_norm_rope
+
+    return launch_qk_norm_rope(*args)
+
+
+def _launch_qk_norm_rope_to_cache(*args):
+    from qvl_kernels.ops.rope.triton_rope import launch_qk_norm_rope_to_cache
+
+    return launch_qk_norm_rope_to_cache(*args)
+
+
+def _launch_vision_rope(*args):
+    from qvl_kernels.ops.rope.triton_rope import launch_vision_rope
+
+    return launch_vision_rope(*args)
 
 
 qk_norm_rope_backward_op = register(
@@ -26,13 +54,13 @@ qk_norm_rope_backward_op = register(
     "Tensor cos, Tensor sin,"
     " float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=qk_norm_rope_backward_cpu,
-    triton=f"{_TRITON}:launch_qk_norm_rope_backward",
+    triton=_launch_qk_norm_rope_backward,
     fake=lambda grad_q, grad_k, q, k, q_weight, k_weight, *rest: (_like(q), _like(k), _like(q_weight), _like(k_weight)),
 )
 vision_rope_backward_op = register(
     "vision_rope_backward(Tensor grad_q, Tensor grad_k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
     cpu=vision_rope_backward_cpu,
-    triton=f"{_TRITON}:launch_vision_rope_backward",
+    triton=_launch_vision_rope_backward,
     fake=lambda grad_q, grad_k, *tables: (_like(grad_q), _like(grad_k)),
 )
 
@@ -73,7 +101,7 @@ qk_norm_rope_op = register(
     "qk_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps) -> "
     "(Tensor, Tensor)",
     cpu=qk_norm_rope_cpu,
-    triton=f"{_TRITON}:launch_qk_norm_rope",
+    triton=_launch_qk_norm_rope,
     fake=lambda q, k, *rest: (_like(q), _like(k)),
     backward=_backward,
     backward_again=_backward_again,
@@ -86,13 +114,13 @@ qk_norm_rope_to_cache_op = register(
     "Tensor(a!) k_cache,"
     " Tensor(b!) v_cache, Tensor? lengths, int past, float eps, Tensor? table=None) -> Tensor",
     cpu=qk_norm_rope_to_cache_cpu,
-    triton=f"{_TRITON}:launch_qk_norm_rope_to_cache",
+    triton=_launch_qk_norm_rope_to_cache,
     fake=lambda q, *rest: _like(q),
 )
 vision_rope_op = register(
     "vision_rope(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
     cpu=vision_rope_cpu,
-    triton=f"{_TRITON}:launch_vision_rope",
+    triton=_launch_vision_rope,
     fake=lambda q, k, *tables: (_like(q), _like(k)),
     backward=_vision_backward,
     backward_again=_vision_backward_again,

@@ -13,10 +13,22 @@ def _like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def _launch_swiglu_backward(*args):
+    from qvl_kernels.ops.swiglu.triton_swiglu import launch_swiglu_backward
+
+    return launch_swiglu_backward(*args)
+
+
+def _launch_swiglu(*args):
+    from qvl_kernels.ops.swiglu.triton_swiglu import launch_swiglu
+
+    return launch_swiglu(*args)
+
+
 swiglu_backward_op = register(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     cpu=swiglu_backward_cpu,
-    triton="qvl_kernels.ops.swiglu.triton_swiglu:launch_swiglu_backward",
+    triton=_launch_swiglu_backward,
     fake=lambda grad, gate, up: (_like(gate), _like(up)),
 )
 
@@ -28,7 +40,7 @@ def _setup(ctx, inputs, output) -> None:
 swiglu_op = register(
     "swiglu(Tensor gate, Tensor up) -> Tensor",
     cpu=swiglu_cpu,
-    triton="qvl_kernels.ops.swiglu.triton_swiglu:launch_swiglu",
+    triton=_launch_swiglu,
     fake=lambda gate, up: _like(gate),
     backward=lambda ctx, grad: call(swiglu_backward_op, grad, *ctx.saved_tensors),
     backward_again=lambda ctx, grad: tuple(derivative_again(swiglu_reference, ctx.saved_tensors, (grad,))),

@@ -1,6 +1,6 @@
 import torch
 
-from qvl_kernels.ops.vision_block import VisionWeights
+from qvl_kernels.ops.vision_block.api import VisionWeights
 from qvl_kernels.testing import Case, random_tensor
 
 __all__ = ["CASES"]

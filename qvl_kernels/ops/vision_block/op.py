@@ -3,6 +3,7 @@
 import torch
 
 from qvl_kernels.library import register
+from qvl_kernels.ops.vision_block.compose import compose_vision_block
 from qvl_kernels.ops.vision_block.cpu import vision_block_cpu
 
 __all__ = ["vision_block_op"]
@@ -12,6 +13,6 @@ vision_block_op = register(
     "cu_seqlens,"
     " int num_heads, float eps) -> Tensor",
     cpu=vision_block_cpu,
-    triton="qvl_kernels.ops.vision_block.compose:compose_vision_block",
+    triton=compose_vision_block,
     fake=lambda x, *rest: torch.empty(x.shape, dtype=x.dtype, device=x.device),
 )
