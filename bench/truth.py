@@ -77,7 +77,7 @@ def fake_quantised(stock: nn.Module, packed: nn.Module) -> nn.Module:
     model's dtype.
     """
     from qvl_kernels.quantization import rounded_activations
-    from qvl_model.modules.packed import PackedEmbedding, PackedLinear
+    from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
 
     exact = copy.deepcopy(stock)
     modules = dict(exact.named_modules())

@@ -10,15 +10,15 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 import qvl_kernels
 from qvl_model.generation import loop, step_gpu
 from qvl_model.generation.sampling import MODES
+from qvl_model.modules.chunked_mlp import check_rows, set_rows
 from qvl_model.modules.decoder_layer import forget_plan
-from qvl_model.modules.head import set_skip_logits
-from qvl_model.modules.packed import PackedEmbedding, PackedLinear
-from qvl_model.modules.parts import check_rows, set_rows
-from qvl_model.modules.plain import FAST_DTYPES, FLASH
+from qvl_model.modules.fast_path import FAST_DTYPES, FLASH
+from qvl_model.modules.lm_head import set_skip_logits
 from qvl_model.modules.text import Qwen3VLTextAttention, Qwen3VLTextMLP
 from qvl_model.modules.vision import Qwen3VLVisionAttention, Qwen3VLVisionMLP, give_memory_back
 from qvl_model.modules.vision_tables import provide_tables
-from qvl_model.quantization import formats_of, pack_model, part_of, unpack_model
+from qvl_model.quantization.convert import formats_of, pack_model, part_of, unpack_model
+from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
 from qvl_model.replacements import MODEL_CLASSES, STOCK_CLASSES, replacement
 from qvl_model.self_check import why_stock
 

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from qvl_model.loading import load_config, one_line
+from qvl_model.checkpoint_files import load_config, one_line
 
 __all__ = ["main"]
 
@@ -138,12 +138,12 @@ def _weights(checkpoint: Path):
     """(model, what was missing, of another size or too much) of a checkpoint directory."""
     from transformers import AutoModelForImageTextToText
 
-    from qvl_model import packed_checkpoint
-    from qvl_model.quantization import is_packed_checkpoint
+    from qvl_model.quantization import checkpoint as quantized_checkpoint
+    from qvl_model.quantization.convert import is_packed_checkpoint
 
     try:
         if is_packed_checkpoint(checkpoint):
-            return packed_checkpoint.load(checkpoint, output_loading_info=True)
+            return quantized_checkpoint.load(checkpoint, output_loading_info=True)
         return AutoModelForImageTextToText.from_pretrained(
             checkpoint,
             dtype="auto",
@@ -220,7 +220,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from jinja2 import TemplateError
 
     import qvl_model
-    from qvl_model.quantization import is_packed_checkpoint
+    from qvl_model.quantization.convert import is_packed_checkpoint
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -260,14 +260,15 @@ def _quantize(arguments: argparse.Namespace) -> None:
     _config(checkpoint)
     import transformers
 
-    from qvl_model import packed_checkpoint, quantization
+    from qvl_model.quantization import checkpoint as quantized_checkpoint
+    from qvl_model.quantization import convert
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     start = time.perf_counter()
     try:
-        formats = quantization.formats_of(_weight_formats(arguments.weights))
-        packed_checkpoint.quantize(checkpoint, arguments.out, formats, arguments.group)
+        formats = convert.formats_of(_weight_formats(arguments.weights))
+        quantized_checkpoint.quantize(checkpoint, arguments.out, formats, arguments.group)
     except _reading_errors() as error:
         raise CommandError(one_line(error)) from error
     before, after = (
@@ -294,7 +295,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForImageTextToText
 
     import qvl_model
-    from qvl_model.quantization import is_packed_checkpoint
+    from qvl_model.quantization.convert import is_packed_checkpoint
 
     checkpoint = _checkpoint(arguments.model)
     config = _config(checkpoint)

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor as StockProcessor
 
-from qvl_model.loading import load_tokenizer
+from qvl_model.checkpoint_files import load_tokenizer
 from qvl_model.qvl.processing import QVLProcessor
 
 __all__ = ["Qwen3VLProcessor", "load_processor"]

@@ -3,8 +3,9 @@
 from torch import nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
-from qvl_model.modules import decoder_layer, generation, head, linear, text, vision
-from qvl_model.qvl import QVLForConditionalGeneration, QVLModel, QVLTextModel, QVLVisionModel, fast
+from qvl_model.modules import decoder_layer, generation, linear, lm_head, text, vision
+from qvl_model.modules import qvl as qvl_modules
+from qvl_model.qvl import QVLForConditionalGeneration, QVLModel, QVLTextModel, QVLVisionModel
 
 __all__ = ["MODEL_CLASSES", "REPLACEMENTS", "STOCK_CLASSES", "replacement"]
 
@@ -20,9 +21,9 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     stock.Qwen3VLVisionPatchEmbed: vision.Qwen3VLVisionPatchEmbed,
     nn.Linear: linear.Linear,
     nn.LayerNorm: linear.LayerNorm,
-    **fast.REPLACEMENTS,
+    **qvl_modules.REPLACEMENTS,
 }
-STOCK_CLASSES = {ours: theirs for theirs, ours in REPLACEMENTS.items()} | {head.Linear: nn.Linear}
+STOCK_CLASSES = {ours: theirs for theirs, ours in REPLACEMENTS.items()} | {lm_head.Linear: nn.Linear}
 MODEL_CLASSES = (
     stock.Qwen3VLForConditionalGeneration,
     stock.Qwen3VLModel,
@@ -38,5 +39,5 @@ MODEL_CLASSES = (
 def replacement(name: str, module: nn.Module) -> type[nn.Module] | None:
     """Our class for the module of this name in a model, or None: by its class, but for the head."""
     if type(module) is nn.Linear and name == "lm_head":
-        return head.Linear
+        return lm_head.Linear
     return REPLACEMENTS.get(type(module))

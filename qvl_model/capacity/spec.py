@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, Qwen3VLConfig
 
-from qvl_model.loading import load_config
+from qvl_model.checkpoint_files import load_config
 from qvl_model.qvl import QVLConfig
 
 __all__ = ["SPECS", "CapacitySpec", "heads_of", "innermost"]

@@ -9,11 +9,12 @@ from transformers.cache_utils import Cache
 from qvl_kernels.ops.attention.api import unsupported_heads
 from qvl_kernels.ops.decoder_layer.decode_step import cross_attention_step
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
+from qvl_model.modules import qvl as qvl_modules
+from qvl_model.modules.fast_path import attends_as_stock, is_number, is_plain, kernels_take, only_capture_hooks
 from qvl_model.modules.linear import Linear
-from qvl_model.modules.packed import PackedLinear
-from qvl_model.modules.plain import attends_as_stock, is_number, is_plain, kernels_take, only_capture_hooks
 from qvl_model.modules.text import Qwen3VLTextRMSNorm
-from qvl_model.qvl import fast, text
+from qvl_model.quantization.modules import PackedLinear
+from qvl_model.qvl import text
 
 __all__ = ["Images", "layers_with_images", "why_not"]
 
@@ -33,7 +34,7 @@ def _fusion_is_plain(fusion: nn.Module, dtype: torch.dtype) -> bool:
     attention, dropout = fusion.attn, fusion.dropout
     if (
         not is_plain(fusion, text.QVLFusion)
-        or type(attention) is not fast.QVLCrossAttention
+        or type(attention) is not qvl_modules.QVLCrossAttention
         or "forward" in attention.__dict__
     ):
         return False

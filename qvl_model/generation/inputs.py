@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from qvl_model.modules.decoder_layer import plan_of
-from qvl_model.modules.packed import PackedEmbedding
-from qvl_model.modules.plain import kernels_take, only_capture_hooks, runs_library_code
+from qvl_model.modules.fast_path import kernels_take, only_capture_hooks, runs_library_code
+from qvl_model.quantization.modules import PackedEmbedding
 from qvl_model.qvl.text import QVLTextModel
 
 __all__ = ["body_why_not", "cache_places", "token_inputs"]

@@ -22,8 +22,8 @@ from qvl_model.generation.inputs import cache_places
 from qvl_model.generation.kv_cache import keeps_plainly
 from qvl_model.generation.step_cpu import CpuStep
 from qvl_model.generation.step_gpu import GpuStep, StepFailed
-from qvl_model.modules import head
-from qvl_model.modules.plain import is_plain, no_global_hooks, runs_library_code
+from qvl_model.modules import lm_head
+from qvl_model.modules.fast_path import is_plain, no_global_hooks, runs_library_code
 from qvl_model.qvl import modeling as qvl
 from qvl_model.qvl.cache import VisualLayer
 
@@ -108,7 +108,7 @@ def model_why_not(model: nn.Module) -> str | None:
     if not isinstance(model, (stock.Qwen3VLForConditionalGeneration, qvl.QVLForConditionalGeneration)):
         return f"{type(model).__name__} is no model that generates"
     for module in (model, model.model, model.model.language_model):
-        if not is_plain(module, type(module), head.Forwards) or not runs_library_code(module, "forward", "__call__"):
+        if not is_plain(module, type(module), lm_head.Forwards) or not runs_library_code(module, "forward", "__call__"):
             return f"{type(module).__name__} has hooks or another forward"
     if not runs_library_code(model, "prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill"):
         return "another function prepares the inputs of a token"

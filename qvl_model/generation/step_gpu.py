@@ -24,10 +24,11 @@ from qvl_model.generation.images import Images
 from qvl_model.generation.inputs import body_why_not, cache_places, token_inputs
 from qvl_model.generation.kv_cache import forget
 from qvl_model.generation.sampling import Sampler
-from qvl_model.modules import head, text
+from qvl_model.modules import lm_head as head
+from qvl_model.modules import text
 from qvl_model.modules.decoder_layer import plan_of
-from qvl_model.modules.packed import PackedLinear
-from qvl_model.modules.plain import autocast_dtype, is_plain
+from qvl_model.modules.fast_path import autocast_dtype, is_plain
+from qvl_model.quantization.modules import PackedLinear
 from qvl_model.qvl import QVLForConditionalGeneration, QVLTextModel
 
 __all__ = ["DEPENDS_ON", "GpuStep", "StepFailed", "release", "why_failed", "why_no_graphs", "why_not"]

@@ -11,10 +11,8 @@ from qvl_kernels.memory import pages
 from qvl_kernels.quantization import QuantizedWeight
 from qvl_model.compat import CACHE, takes_cache
 from qvl_model.generation.kv_cache import Store, open_store
-from qvl_model.modules.linear import Linear
-from qvl_model.modules.packed import PackedLinear
-from qvl_model.modules.parts import splits
-from qvl_model.modules.plain import (
+from qvl_model.modules.chunked_mlp import splits
+from qvl_model.modules.fast_path import (
     FLASH,
     attends_as_stock,
     is_number,
@@ -23,6 +21,7 @@ from qvl_model.modules.plain import (
     no_global_hooks,
     only_capture_hooks,
 )
+from qvl_model.modules.linear import Linear
 from qvl_model.modules.text import (
     SILU,
     Qwen3VLTextAttention,
@@ -31,6 +30,7 @@ from qvl_model.modules.text import (
     has_special_arguments,
     tables_fit,
 )
+from qvl_model.quantization.modules import PackedLinear
 
 __all__ = ["Plan", "Qwen3VLTextDecoderLayer", "forget_plan", "plan_of"]
 

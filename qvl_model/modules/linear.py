@@ -2,7 +2,7 @@ from torch import Tensor, nn
 
 import qvl_kernels
 from qvl_kernels.ops.gemv.tiles import few_rows
-from qvl_model.modules.plain import autocast_dtype, is_number, kernels_take
+from qvl_model.modules.fast_path import autocast_dtype, is_number, kernels_take
 
 __all__ = ["LayerNorm", "Linear"]
 

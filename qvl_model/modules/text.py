@@ -8,8 +8,8 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 import qvl_kernels
 from qvl_model.compat import takes_cache, update_cache
-from qvl_model.modules.parts import in_parts
-from qvl_model.modules.plain import (
+from qvl_model.modules.chunked_mlp import in_parts
+from qvl_model.modules.fast_path import (
     attends_as_stock,
     autocast_dtype,
     dropout_fits,

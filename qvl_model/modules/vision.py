@@ -7,10 +7,8 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 import qvl_kernels
 from qvl_kernels.memory import pages
 from qvl_kernels.quantization import QuantizedWeight
-from qvl_model.modules.linear import LayerNorm, Linear
-from qvl_model.modules.packed import PackedLinear
-from qvl_model.modules.parts import in_parts, splits
-from qvl_model.modules.plain import (
+from qvl_model.modules.chunked_mlp import in_parts, splits
+from qvl_model.modules.fast_path import (
     FLASH,
     attends_as_stock,
     is_number,
@@ -19,6 +17,8 @@ from qvl_model.modules.plain import (
     no_global_hooks,
     only_capture_hooks,
 )
+from qvl_model.modules.linear import LayerNorm, Linear
+from qvl_model.quantization.modules import PackedLinear
 
 __all__ = [
     "Qwen3VLVisionAttention",

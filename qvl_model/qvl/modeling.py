@@ -231,11 +231,11 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As every model's; of a directory of packed weights an accelerated model."""
-        from qvl_model import packed_checkpoint  # which knows this class
-        from qvl_model.quantization import is_packed_checkpoint
+        from qvl_model.quantization import checkpoint as quantized_checkpoint  # which knows this class
+        from qvl_model.quantization.convert import is_packed_checkpoint
 
         if is_packed_checkpoint(pretrained_model_name_or_path):
-            return packed_checkpoint.load(pretrained_model_name_or_path, cls, **kwargs)
+            return quantized_checkpoint.load(pretrained_model_name_or_path, cls, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs})
 
     def get_input_embeddings(self) -> nn.Module:

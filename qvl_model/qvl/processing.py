@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import BatchEncoding
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from qvl_model.loading import load_tokenizer
+from qvl_model.checkpoint_files import load_tokenizer
 
 __all__ = ["QVLImageProcessor", "QVLProcessor"]
 

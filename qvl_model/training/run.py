@@ -18,8 +18,8 @@ from transformers import AutoModelForImageTextToText, TrainingArguments
 
 import qvl_model
 from qvl_model import capacity
+from qvl_model.checkpoint_files import load_config, one_line
 from qvl_model.compat import CHECKPOINTING
-from qvl_model.loading import load_config, one_line
 from qvl_model.training.checkpoints import RunRecord, last_complete, locked
 from qvl_model.training.config import ConfigError, TrainConfig
 from qvl_model.training.data import Rows, open_rows

@@ -17,8 +17,9 @@ class Mutation(NamedTuple):
 
 
 TEXT, VISION, CONNECTOR, MODELING = (f"qvl_model/qvl/{name}.py" for name in ("text", "vision", "connector", "modeling"))
-FAST, BASE, CONFIG, CACHE = (f"qvl_model/qvl/{name}.py" for name in ("fast", "base", "configuration", "cache"))
+BASE, CONFIG, CACHE = (f"qvl_model/qvl/{name}.py" for name in ("base", "configuration", "cache"))
 MODULES, TRAINING = "qvl_model/modules", "qvl_model/training"
+FAST = f"{MODULES}/qvl.py"
 
 REFERENCE = "tests/qvl/test_qvl_reference.py"
 EXACT_MLP, EXACT_ATTENTION = (

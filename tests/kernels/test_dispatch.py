@@ -121,7 +121,7 @@ def _gpus(monkeypatch, capabilities: list[tuple[int, int]], probe) -> None:
 )
 def test_gpus_that_cannot_run_the_kernels(capability, error, reason, monkeypatch):
     """One warning, and stock code."""
-    from qvl_model.modules import plain
+    from qvl_model.modules import fast_path
 
     def probe(device):
         if error is not None:
@@ -136,11 +136,11 @@ def test_gpus_that_cannot_run_the_kernels(capability, error, reason, monkeypatch
         )  # a dtype that no kernel takes: the tensor is not looked at further
 
     _gpus(monkeypatch, [capability], probe)
-    monkeypatch.setattr(plain, "_say_once", functools.cache(plain._say_once.__wrapped__))
+    monkeypatch.setattr(fast_path, "_say_once", functools.cache(fast_path._say_once.__wrapped__))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            assert not plain.kernels_take(OnGpu())
+            assert not fast_path.kernels_take(OnGpu())
     assert (gpu_device.unavailable() is None) == (reason is None)
     assert len(caught) == (reason is not None)
     if reason is not None:

@@ -624,7 +624,7 @@ class _Packed(nn.Linear):
         return self.stored.float()
 
 
-_Packed.__module__ = "qvl_model.modules.packed"
+_Packed.__module__ = "qvl_model.quantization.modules"
 
 
 def _pack(model):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from training_steps import BATCH, LABELS, accuracy, assert_same, loss_of, mask_rare
 
-from qvl_model.modules import head
+from qvl_model.modules import lm_head
 from qvl_model.modules.lazy_logits import LazyLogits
 
 
@@ -265,13 +265,13 @@ def test_second_derivative():
     labels = torch.randint(0, 12, (2, 5), generator=generator)
     results = []
     for lazy in (False, True):
-        x, head = hidden.clone().requires_grad_(), _head(weight)
-        logits = head(x, lazy)
+        x, lm_head = hidden.clone().requires_grad_(), _head(weight)
+        logits = lm_head(x, lazy)
         assert (type(logits) is LazyLogits) == lazy
-        loss = head.loss(logits, labels)
+        loss = lm_head.loss(logits, labels)
         dx, dlogits = torch.autograd.grad(loss, [x, logits], create_graph=True)
         penalty = dx.square().sum() + dlogits.sin().sum() + loss
-        results.append((dx, dlogits, *torch.autograd.grad(penalty, [x, head.weight])))
+        results.append((dx, dlogits, *torch.autograd.grad(penalty, [x, lm_head.weight])))
     for expected, ours in zip(*results):
         assert relative(ours.detach(), expected.detach()) < 1e-5
 
@@ -280,19 +280,19 @@ def _head(weight):
     """A head by itself: called as after a forward of its model."""
     linear = nn.Linear(*weight.shape[::-1], bias=False).train()
     linear.weight = nn.Parameter(weight.clone())
-    forwards = head.Forwards(True)
+    forwards = lm_head.Forwards(True)
 
     class Head(nn.Module):
         weight = linear.weight
 
         def forward(self, x, lazy):
-            linear.__class__ = head.Linear if lazy else nn.Linear
+            linear.__class__ = lm_head.Linear if lazy else nn.Linear
             if lazy:
                 forwards(linear, (), {})
             return linear(x)
 
         def loss(self, logits, labels):
-            return head.causal_loss(logits, labels, logits.shape[-1])
+            return lm_head.causal_loss(logits, labels, logits.shape[-1])
 
     return Head()
 

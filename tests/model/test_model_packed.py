@@ -18,8 +18,8 @@ import qvl_model
 from bench.truth import fake_quantised
 from qvl_kernels.quantization import dequantize, quantize, rounded_activations
 from qvl_model.generation.step_gpu import GpuStep
-from qvl_model.modules.packed import PackedEmbedding, PackedLinear
-from qvl_model.quantization import formats_of
+from qvl_model.quantization.convert import formats_of
+from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
 
 FEW, MANY = ([5], [3]), ([9, (1, 4, 6), 3], [14])  # up to 16 rows of text, and more with images
 FORMATS = ["int8", "int4", {"text": "int4", "vision": "int8", "lm_head": None}, {"lm_head": "int8"}]

@@ -10,7 +10,7 @@ from models import assert_close
 
 import qvl_kernels
 import qvl_model
-from qvl_model.modules import parts
+from qvl_model.modules import chunked_mlp
 
 ROWS = ([5, (1, 4, 6), 3], [14])
 
@@ -66,9 +66,9 @@ def test_inference_op_by_op(sizes):
 def test_fused_calls_give_way_on_gpus_only(monkeypatch):
     _, fast = models.pair("small")
     mlp, x = qvl_model.accelerate(fast, mlp_rows=5).model.language_model.layers[0].mlp, torch.zeros(2, 3, 64)
-    assert not parts.splits(mlp, x)
-    monkeypatch.setattr(parts.dispatch, "forced", lambda: "triton")  # as on a GPU
-    assert parts.splits(mlp, x) and not parts.splits(mlp, x[:, :2])
+    assert not chunked_mlp.splits(mlp, x)
+    monkeypatch.setattr(chunked_mlp.dispatch, "forced", lambda: "triton")  # as on a GPU
+    assert chunked_mlp.splits(mlp, x) and not chunked_mlp.splits(mlp, x[:, :2])
     layer, batch = fast.model.language_model.layers[0], models.inputs([9])
     seen = []
     original = type(layer)._fused
@@ -79,7 +79,7 @@ def test_fused_calls_give_way_on_gpus_only(monkeypatch):
         return out
 
     monkeypatch.setattr(type(layer), "_fused", fused)
-    monkeypatch.setattr(parts.dispatch, "forced", lambda: None)
+    monkeypatch.setattr(chunked_mlp.dispatch, "forced", lambda: None)
     with torch.no_grad():
         fast(**batch)
         monkeypatch.setattr("qvl_model.modules.decoder_layer.splits", lambda *_: True)

@@ -14,7 +14,7 @@ from torch import nn
 import qvl_kernels
 import qvl_model
 from qvl_kernels.quantization import dequantize, quantize
-from qvl_model.modules.packed import PackedEmbedding, PackedLinear
+from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
 
 LAYERS = ["q_proj", "down_proj", "qkv"]
 LORA = dict(r=4, target_modules=LAYERS, init_lora_weights=False)

@@ -21,8 +21,9 @@ from transformers import AutoModelForImageTextToText
 from transformers import Qwen3VLForConditionalGeneration as StockModel
 
 import qvl_model
-from qvl_model import cli, digits, packed_checkpoint
-from qvl_model.modules.packed import PackedEmbedding, PackedLinear
+from qvl_model import cli, digits
+from qvl_model.quantization import checkpoint as quantized_checkpoint
+from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
 
 FORMATS = ["int8", "int4", {"text": "int4", "lm_head": "int8"}, {"vision": "int4"}]
 FAMILIES = {
@@ -148,7 +149,7 @@ def test_what_is_not_packed_is_saved_as_ever(tmp_path):
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "packed.safetensors").exists() and type(StockModel.from_pretrained(tmp_path)) is StockModel
     with pytest.raises(ValueError, match="no packed layers"):
-        packed_checkpoint.save(model, tmp_path / "other")
+        quantized_checkpoint.save(model, tmp_path / "other")
     assert not (tmp_path / "other").exists()
     with pytest.raises(TypeError, match="push_to_hub"):
         _packed().save_pretrained(tmp_path / "other", push_to_hub=True)
@@ -262,7 +263,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     model = _packed("int8")
-    monkeypatch.setattr(packed_checkpoint, "save_file", fail)
+    monkeypatch.setattr(quantized_checkpoint, "save_file", fail)
     with pytest.raises(OSError, match="no space"):
         model.save_pretrained(tmp_path / "packed")
     assert os.listdir(tmp_path) == []
@@ -369,14 +370,14 @@ MEMORY = """
     import re, resource, sys, torch
     from pathlib import Path
     import qvl_model
-    from qvl_model import packed_checkpoint
-    from qvl_model.quantization import formats_of
+    from qvl_model.quantization import checkpoint
+    from qvl_model.quantization.convert import formats_of
 
     def resident(field):
         return int(re.search(rf"{field}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
     how, weights, source, out, tiny = sys.argv[1:]
-    packed_checkpoint.quantize(tiny, out + "-tiny", formats_of(weights))  # all code is loaded
+    checkpoint.quantize(tiny, out + "-tiny", formats_of(weights))  # all code is loaded
     model = None
     if how != "disk":
         model = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
@@ -386,7 +387,7 @@ MEMORY = """
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     if how == "disk":
-        packed_checkpoint.quantize(source, out, formats_of(weights))
+        checkpoint.quantize(source, out, formats_of(weights))
     else:
         qvl_model.accelerate(model, weights=weights)
     print(before, resident("VmHWM"), resident("VmRSS"))

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 import qvl_model
 from qvl_model import capacity
-from qvl_model.qvl import fast
+from qvl_model.modules import qvl as qvl_modules
 
 NAMES = ["mlp", "attention"]
 
@@ -323,4 +323,6 @@ def test_capacity_is_complete_before_and_after():
 
 
 def test_replacements_are_subclasses_of_the_same_name():
-    assert all(issubclass(ours, plain) and ours.__name__ == plain.__name__ for plain, ours in fast.REPLACEMENTS.items())
+    assert all(
+        issubclass(ours, plain) and ours.__name__ == plain.__name__ for plain, ours in qvl_modules.REPLACEMENTS.items()
+    )

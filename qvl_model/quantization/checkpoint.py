@@ -26,10 +26,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from qvl_kernels import checks, quantization
-from qvl_model.loading import load_config
-from qvl_model.modules.packed import PackedEmbedding, PackedLinear
-from qvl_model.modules.packed_weight import PackedWeight
-from qvl_model.quantization import (
+from qvl_model.checkpoint_files import load_config
+from qvl_model.quantization.convert import (
     METHOD,
     base_modules,
     is_packed,
@@ -40,6 +38,8 @@ from qvl_model.quantization import (
     tied_pairs,
     without_weights,
 )
+from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
+from qvl_model.quantization.weight import PackedWeight
 
 __all__ = ["PackedSaving", "load", "quantize", "save"]
 
@@ -257,7 +257,7 @@ def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[st
     Args:
         source: directory of a Qwen3-VL or QVL checkpoint in fp32, bf16 or fp16.
         out: directory that does not exist yet, or is empty.
-        formats: by part, as ``qvl_model.quantization.formats_of`` gives them.
+        formats: by part, as ``qvl_model.quantization.convert.formats_of`` gives them.
         group: inputs per int4 scale.
     Raises: ValueError for weights that are missing, hold NaN or Inf, or cannot be packed, a source that is packed
         already, and an ``out`` in use.

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from qvl_kernels import quantization
 from qvl_kernels.memory import pages
 from qvl_model.capacity.weights import is_finite
-from qvl_model.modules import head, linear
-from qvl_model.modules.packed import FORMATS, PackedEmbedding, PackedLinear
+from qvl_model.modules import linear, lm_head
+from qvl_model.quantization.modules import FORMATS, PackedEmbedding, PackedLinear
 
 __all__ = [
     "METHOD",
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 PARTS = ("text", "vision", "lm_head")
-_LINEAR = (nn.Linear, linear.Linear, head.Linear)  # subclasses of others may compute something else
+_LINEAR = (nn.Linear, linear.Linear, lm_head.Linear)  # subclasses of others may compute something else
 _INNER = ("original_module", "base_layer")  # where PEFT's wrappers and layers have the module that they stand for
 METHOD = "qvl"  # the quant_method in configs of packed checkpoints
 Weights = str | Mapping[str, str | None] | None
@@ -204,12 +204,12 @@ def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64)
         )
     for name, module, _ in chosen:
         _check_finite(name, module.weight)
-    head, embedding = modules.get("lm_head"), _tied_embedding(modules)
+    lm_head, embedding = modules.get("lm_head"), _tied_embedding(modules)
     for _, module, weights in chosen:
         weight = module.weight.detach()
         packed = quantization.quantize(weight, FORMATS[weights], group)
         PackedLinear.pack(module, packed)
-        if module is head and embedding is not None:
+        if module is lm_head and embedding is not None:
             PackedEmbedding.pack(embedding, packed)
             embedding.weight = module.weight
         pages.release(weight)

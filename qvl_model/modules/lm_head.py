@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from qvl_model.modules import linear
+from qvl_model.modules.fast_path import kernels_take
 from qvl_model.modules.lazy_logits import LazyLogits, lazy_logits, lazy_loss
-from qvl_model.modules.plain import kernels_take
 
 __all__ = ["Forwards", "Linear", "causal_loss", "set_skip_logits"]
 

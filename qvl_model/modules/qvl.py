@@ -7,13 +7,20 @@ from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import qvl_kernels
-from qvl_model import packed_checkpoint
 from qvl_model.compat import CACHE, takes_cache
 from qvl_model.modules.decoder_layer import Qwen3VLTextDecoderLayer
+from qvl_model.modules.fast_path import (
+    attends_as_stock,
+    dropout_fits,
+    is_number,
+    is_plain,
+    kernels_take,
+    no_global_hooks,
+)
 from qvl_model.modules.generation import GeneratesByStep
-from qvl_model.modules.head import causal_loss
-from qvl_model.modules.plain import attends_as_stock, dropout_fits, is_number, is_plain, kernels_take, no_global_hooks
+from qvl_model.modules.lm_head import causal_loss
 from qvl_model.modules.vision import Qwen3VLVisionBlock, is_gelu_tanh
+from qvl_model.quantization import checkpoint as quantized_checkpoint
 from qvl_model.qvl import connector, modeling, text, vision
 
 __all__ = [
@@ -120,7 +127,7 @@ class QVLPatchEmbed(vision.QVLPatchEmbed):
 
 
 class QVLForConditionalGeneration(
-    GeneratesByStep, packed_checkpoint.PackedSaving, modeling.QVLForConditionalGeneration
+    GeneratesByStep, quantized_checkpoint.PackedSaving, modeling.QVLForConditionalGeneration
 ):
     """The loss without logits where nobody reads them, packed weights saved, and tokens generated step by step; all
     else is the plain class.

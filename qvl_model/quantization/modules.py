@@ -1,0 +1,227 @@
+"""Linear layers and tied embeddings whose weights are stored as int8 or int4."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+import qvl_kernels
+from qvl_kernels import quantization
+from qvl_kernels.quantization import QuantizedWeight
+from qvl_model.modules.fast_path import autocast_dtype
+from qvl_model.quantization.weight import TAKEN_OUT, Kept, PackedWeight, copied_to_train, merge_in_progress
+
+__all__ = ["FORMATS", "PackedEmbedding", "PackedLinear"]
+
+FORMATS = {"int8": 8, "int4": 4}  # name -> bits
+
+
+class _Packed:
+    """What packed modules share: buffers ``weight_values`` and ``weight_scales`` (see ``qvl_kernels.quantization``) in
+    place of ``weight``.
+
+    The parameter of that name is empty, [N, 0], and in no state_dict: it follows the model's dtype and device, and
+    tells by its length and by being one for two modules what PEFT looks for, an embedding and what is tied to it.
+    """
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        return QuantizedWeight(self.weight_values, self.weight_scales, self._inputs)
+
+    @property
+    def weight(self) -> PackedWeight:
+        """The weight [N, K] in the model's dtype: dequantised where it is read, quantised again where it is written."""
+        return nn.Parameter(PackedWeight(self), requires_grad=False)
+
+    def __setattr__(self, name: str, value) -> None:
+        """A parameter as ``weight`` turns the module back into a plain one; the weight of another packed module is
+        shared, as tied weights are.
+        """
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif isinstance(value, PackedWeight):
+            self._share(value.module)
+        elif isinstance(value, nn.Parameter):
+            self.unpack(value)
+        else:
+            raise TypeError(
+                f"the weight of a quantised layer takes an nn.Parameter, got {type(value).__name__}; write other "
+                f"values to weight.data"
+            )
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            raise TypeError(TAKEN_OUT)
+        super().__delattr__(name)
+
+    def __deepcopy__(self, memo: dict) -> nn.Module:
+        """A packed copy; one that an adapter trains in place of the original (``modules_to_save``) has a
+        plain weight.
+        """
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        if copied_to_train(self):
+            copied.unpack(nn.Parameter(copied.dequantize(copied.weight.dtype)))
+        return copied
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the module multiplies with."""
+        return quantization.dequantize(self.quantized, dtype)
+
+    @torch.no_grad()
+    def requantize(self, weight: Tensor) -> None:
+        """Takes ``weight`` [N, K] in the module's format; rows that are as they were stay so bit for bit.
+
+        What was there before an adapter was merged is kept until the adapter is unmerged, and then put back.
+        Raises: ValueError for another K and weights that are not finite; RuntimeError where nothing was kept to put
+        back.
+        """
+        old = self.quantized
+        if weight.dim() != 2 or weight.shape[1] != old.in_features:
+            shape = list(weight.shape)
+            raise ValueError(
+                f"the weight of this quantised layer takes shape [N, {old.in_features}], got {shape}; replace the "
+                f"layer instead"
+            )
+        merge = merge_in_progress(self)
+        if merge is not None and merge.undone:
+            original = self._kept.undo(merge)
+            if original is not None:
+                return self._replace(original)
+        new = quantization.quantize(weight, old.bits, *([old.group] if old.bits == 4 else []))
+        rows = min(len(old.values), len(new.values))
+        same = (self.dequantize(weight.dtype)[:rows] == weight[:rows]).all(1).nonzero()[:, 0]
+        new.values[same], new.scales[same] = old.values[same], old.scales[same]
+        if merge is None or merge.for_good:
+            self._kept.forget()
+        elif not merge.undone:
+            self._kept.keep(merge, old)
+        self._replace(new)
+
+    def _replace(self, new: QuantizedWeight) -> None:
+        """In place where it fits, for a tied module to see it too."""
+        if new.values.shape == self.weight_values.shape:
+            self.weight_values.copy_(new.values)
+            self.weight_scales.copy_(new.scales)
+        else:
+            self.weight_values, self.weight_scales = new.values, new.scales
+            self._parameters["weight"] = nn.Parameter(
+                self._parameters["weight"].new_empty(len(new.values), 0), requires_grad=False
+            )
+
+    def _share(self, other: nn.Module) -> None:
+        """Becomes tied to ``other``."""
+        self.weight_values, self.weight_scales, self._kept = other.weight_values, other.weight_scales, other._kept
+        self._parameters["weight"] = other._parameters["weight"]
+
+    def unpack(self, weight: nn.Parameter) -> None:
+        """Turns the module itself back into a plain one with ``weight``: hooks, names and references to it stay."""
+        del self.weight_values, self.weight_scales, self._kept, self.was_trained
+        self.__class__ = nn.Linear if isinstance(self, nn.Linear) else nn.Embedding
+        self.weight = weight
+
+    def _apply(self, fn, recurse=True):
+        """Moves with ``.to(device)``; scales keep their dtype through ``.to(dtype)``, as integers do."""
+        scales = self.weight_scales
+        super()._apply(fn, recurse)
+        if self.weight_scales.dtype != scales.dtype:
+            self.weight_scales = scales.to(self.weight_scales.device)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}weight"]
+
+    def _load_from_state_dict(self, *args):
+        weight, self._parameters["weight"] = self._parameters["weight"], None
+        super()._load_from_state_dict(*args)
+        self._parameters["weight"] = weight
+
+    def _take(self, quantized: QuantizedWeight, weight: Tensor) -> None:
+        """Holds ``quantized`` in place of ``weight``."""
+        empty = torch.empty(weight.shape[0], 0, dtype=weight.dtype, device=quantized.values.device)
+        self._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
+        self.register_buffer("weight_values", quantized.values)
+        self.register_buffer("weight_scales", quantized.scales)
+        self._kept = Kept()
+        self.was_trained = weight.requires_grad
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """``nn.Linear`` with an int8 or int4 weight; the bias stays a parameter.
+
+    Example:
+        >>> packed = PackedLinear.from_linear(nn.Linear(64, 10), weights="int8")
+        >>> y = packed(torch.randn(3, 64))
+    """
+
+    @property
+    def _inputs(self) -> int:
+        return self.in_features
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, weights: str = "int8", *, group: int = 64) -> "PackedLinear":
+        """A packed copy of ``linear``, which stays as it is (its bias is shared).
+
+        Args:
+            linear: any floating-point linear layer.
+            weights: "int8" (a scale per row) or "int4" (a scale per row and ``group`` inputs).
+            group: 32, 64 or 128.
+        Raises: TypeError unless ``linear`` is an nn.Linear; ValueError for other formats or groups and weights that are
+        not finite.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"PackedLinear.from_linear takes an nn.Linear, got {type(linear).__name__}")
+        if weights not in FORMATS:
+            raise ValueError(f"PackedLinear.from_linear: weights must be one of {', '.join(FORMATS)}, got {weights!r}")
+        packed = cls.__new__(cls)
+        nn.Module.__init__(packed)
+        packed.in_features, packed.out_features, packed.training = (
+            linear.in_features,
+            linear.out_features,
+            linear.training,
+        )
+        packed._take(quantization.quantize(linear.weight.detach(), FORMATS[weights], group), linear.weight)
+        packed.register_parameter("bias", linear.bias)
+        return packed
+
+    @staticmethod
+    def pack(linear: nn.Linear, quantized: QuantizedWeight) -> None:
+        """Turns ``linear`` itself into a packed layer: hooks, names and references to it stay."""
+        weight = linear.weight
+        linear.__class__ = PackedLinear
+        linear._take(quantized, weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        lower = autocast_dtype(input.device)
+        if lower is None:
+            return qvl_kernels.quantized_linear(input.contiguous(), self.quantized, self.bias)
+        bias = None if self.bias is None else self.bias.to(lower)
+        with torch.autocast(input.device.type, enabled=False):
+            return qvl_kernels.quantized_linear(input.to(lower).contiguous(), self.quantized, bias)
+
+    def extra_repr(self) -> str:
+        quantized = self.quantized
+        return f"{super().extra_repr()}, int{quantized.bits}" + (
+            f" in groups of {quantized.group}" if quantized.bits == 4 else ""
+        )
+
+
+class PackedEmbedding(_Packed, nn.Embedding):
+    """An embedding tied to a packed head: rows are looked up in the head's own values and scales."""
+
+    @property
+    def _inputs(self) -> int:
+        return self.embedding_dim
+
+    @staticmethod
+    def pack(embedding: nn.Embedding, quantized: QuantizedWeight) -> None:
+        """Turns ``embedding`` itself into a packed one that gives rows in the dtype of its weight."""
+        weight = embedding.weight
+        embedding.__class__ = PackedEmbedding
+        embedding._take(quantized, weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        ids = input.reshape(-1)
+        rows = QuantizedWeight(self.weight_values[ids], self.weight_scales[ids], self.embedding_dim)
+        return quantization.dequantize(rows, self._parameters["weight"].dtype).view(*input.shape, self.embedding_dim)
