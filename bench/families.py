@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from bench import greedy
-from bench.checkpoint import FULL_CONFIG, IMAGE_PROCESSOR, special_token_ids, write_json
+from bench.checkpoint_files import FULL_CONFIG, IMAGE_PROCESSOR, special_token_ids, write_json
 from bench.targets import NOTES, PACKED_TARGETS, PEER_NOTES, PEER_TARGETS, QVL_NOTES, QVL_TARGETS, TARGETS, Target
 
 __all__ = ["FAMILIES", "Family", "family_of"]

@@ -138,12 +138,12 @@ def _weights(checkpoint: Path):
     """(model, what was missing, of another size or too much) of a checkpoint directory."""
     from transformers import AutoModelForImageTextToText
 
-    from qvl_model.quantization import checkpoint as quantized_checkpoint
+    from qvl_model import pretrained
     from qvl_model.quantization.convert import is_packed_checkpoint
 
     try:
         if is_packed_checkpoint(checkpoint):
-            return quantized_checkpoint.load(checkpoint, output_loading_info=True)
+            return pretrained.load(checkpoint, output_loading_info=True)
         return AutoModelForImageTextToText.from_pretrained(
             checkpoint,
             dtype="auto",
@@ -260,7 +260,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     _config(checkpoint)
     import transformers
 
-    from qvl_model.quantization import checkpoint as quantized_checkpoint
+    from qvl_model import pretrained
     from qvl_model.quantization import convert
 
     transformers.utils.logging.set_verbosity_error()
@@ -268,7 +268,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     try:
         formats = convert.formats_of(_weight_formats(arguments.weights))
-        quantized_checkpoint.quantize(checkpoint, arguments.out, formats, arguments.group)
+        pretrained.quantize(checkpoint, arguments.out, formats, arguments.group)
     except _reading_errors() as error:
         raise CommandError(one_line(error)) from error
     before, after = (

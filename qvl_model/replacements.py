@@ -3,7 +3,7 @@
 from torch import nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
-from qvl_model.modules import decoder_layer, generation, linear, lm_head, text, vision
+from qvl_model.modules import decoder_layer, generation, linear, lm_head, qvl_generation, text, vision
 from qvl_model.modules import qvl as qvl_modules
 from qvl_model.qvl import QVLForConditionalGeneration, QVLModel, QVLTextModel, QVLVisionModel
 
@@ -21,6 +21,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     stock.Qwen3VLVisionPatchEmbed: vision.Qwen3VLVisionPatchEmbed,
     nn.Linear: linear.Linear,
     nn.LayerNorm: linear.LayerNorm,
+    QVLForConditionalGeneration: qvl_generation.QVLForConditionalGeneration,
     **qvl_modules.REPLACEMENTS,
 }
 STOCK_CLASSES = {ours: theirs for theirs, ours in REPLACEMENTS.items()} | {lm_head.Linear: nn.Linear}

@@ -53,6 +53,42 @@ def test_direction_of_imports(package):
     assert not wrong, f"{package} must not import {sorted(FORBIDDEN[package])}: {wrong}"
 
 
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, over any number of others: Tarjan's strongly connected components."""
+    index, low, path, found = {}, {}, [], []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        path.append(module)
+        for other in imports[module]:
+            if other not in index:
+                visit(other)
+            if other in path:
+                low[module] = min(low[module], low[other])
+        if low[module] == index[module]:
+            start = path.index(module)
+            if len(path) - start > 1:
+                found.append(sorted(path[start:]))
+            del path[start:]
+
+    for module in imports:
+        if module not in index:
+            visit(module)
+    return found
+
+
+def test_no_circle_of_files():
+    """Neither by imports at the top of files nor by those inside functions."""
+    files = {}
+    for package in FORBIDDEN:
+        for file in (ROOT / package).rglob("*.py"):
+            name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+            files[name.removesuffix(".__init__")] = file
+    imports = {name: imported_modules(file) & files.keys() - {name} for name, file in files.items()}
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+    assert not circles(imports)
+
+
 def test_extension_needs_no_torch_headers():
     wrong = [
         file

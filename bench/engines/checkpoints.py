@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from bench.checkpoint import write_json
+from bench.checkpoint_files import write_json
 from bench.engines.environment import peers_directory
 
 __all__ = ["models_directory", "old_config", "old_style", "rope_parameters"]

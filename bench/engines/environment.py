@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.checkpoint import cache_directory
+from bench.checkpoint_files import cache_directory
 from bench.client import ROOT
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from bench.checkpoint import FULL_CONFIG, special_token_ids
+from bench.checkpoint_files import FULL_CONFIG, special_token_ids
 from bench.gpu.timing import compare, synchronize
 from bench.timing import summary
 from bench.truth import relative_error

@@ -3,10 +3,10 @@
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
+from qvl_model import loader
 from qvl_model.generation import loop, step_gpu
 from qvl_model.modules.lm_head import causal_loss
-from qvl_model.quantization import checkpoint as quantized_checkpoint
-from qvl_model.quantization.convert import is_packed_checkpoint
+from qvl_model.quantization.checkpoint import PackedSaving
 
 __all__ = ["GeneratesByStep", "Qwen3VLForConditionalGeneration"]
 
@@ -29,9 +29,7 @@ class GeneratesByStep:
         return super()._sample(*arguments, **options)
 
 
-class Qwen3VLForConditionalGeneration(
-    GeneratesByStep, quantized_checkpoint.PackedSaving, stock.Qwen3VLForConditionalGeneration
-):
+class Qwen3VLForConditionalGeneration(GeneratesByStep, PackedSaving, stock.Qwen3VLForConditionalGeneration):
     """The stock class whose ``from_pretrained`` returns an accelerated model, also from a directory of packed weights.
     Saved configs name the stock class.
 
@@ -42,14 +40,13 @@ class Qwen3VLForConditionalGeneration(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        from qvl_model.accelerate import accelerate  # which imports this module, to change a model's class to this one
-
-        if is_packed_checkpoint(pretrained_model_name_or_path):
-            return quantized_checkpoint.load(pretrained_model_name_or_path, cls, **kwargs)
+        packed = loader.load_packed(pretrained_model_name_or_path, cls, **kwargs)
+        if packed is not None:
+            return packed
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs})
         if isinstance(loaded, tuple):  # output_loading_info=True
-            return accelerate(loaded[0]), *loaded[1:]
-        return accelerate(loaded)
+            return loader.accelerate(loaded[0]), *loaded[1:]
+        return loader.accelerate(loaded)
 
     @property
     def loss_function(self):

@@ -4,7 +4,6 @@ linear layers) is replaced by ``qvl_model.modules``; these are the rest. Names s
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 import qvl_kernels
 from qvl_model.compat import CACHE, takes_cache
@@ -17,18 +16,14 @@ from qvl_model.modules.fast_path import (
     kernels_take,
     no_global_hooks,
 )
-from qvl_model.modules.generation import GeneratesByStep
-from qvl_model.modules.lm_head import causal_loss
 from qvl_model.modules.vision import Qwen3VLVisionBlock, is_gelu_tanh
-from qvl_model.quantization import checkpoint as quantized_checkpoint
-from qvl_model.qvl import connector, modeling, text, vision
+from qvl_model.qvl import connector, text, vision
 
 __all__ = [
     "QVLConnectorAttention",
     "QVLConnectorMLP",
     "QVLCrossAttention",
     "QVLDecoderLayer",
-    "QVLForConditionalGeneration",
     "QVLPatchEmbed",
     "QVLVisionBlock",
     "REPLACEMENTS",
@@ -126,23 +121,6 @@ class QVLPatchEmbed(vision.QVLPatchEmbed):
         return qvl_kernels.patch_embed(patches, weight.unsqueeze(2), bias).view(images, rows, columns, -1)
 
 
-class QVLForConditionalGeneration(
-    GeneratesByStep, quantized_checkpoint.PackedSaving, modeling.QVLForConditionalGeneration
-):
-    """The loss without logits where nobody reads them, packed weights saved, and tokens generated step by step; all
-    else is the plain class.
-    """
-
-    @property
-    def loss_function(self):
-        function = modeling.QVLForConditionalGeneration.loss_function.fget(self)
-        return causal_loss if function is ForCausalLMLoss else function
-
-    @loss_function.setter
-    def loss_function(self, value):
-        modeling.QVLForConditionalGeneration.loss_function.fset(self, value)
-
-
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     text.QVLDecoderLayer: QVLDecoderLayer,
     text.QVLCrossAttention: QVLCrossAttention,
@@ -150,5 +128,4 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     connector.QVLConnectorMLP: QVLConnectorMLP,
     vision.QVLVisionBlock: QVLVisionBlock,
     vision.QVLPatchEmbed: QVLPatchEmbed,
-    modeling.QVLForConditionalGeneration: QVLForConditionalGeneration,
 }

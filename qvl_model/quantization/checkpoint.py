@@ -1,5 +1,4 @@
-"""Packed models on disk: what ``save_pretrained`` writes for them, ``qvl quantize`` makes of a checkpoint, and
-``from_pretrained`` maps.
+"""Packed models on disk: the format, what ``save_pretrained`` writes, and what ``qvl_model.pretrained`` reads.
 
 A directory holds ``packed.safetensors`` with the packed and the other tensors under their names in ``state_dict``, one
 tensor under the first of its names, and ``config.json``, whose ``quantization_config`` says how to read them:
@@ -23,25 +22,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qvl_kernels import checks, quantization
-from qvl_model.checkpoint_files import load_config
 from qvl_model.quantization.convert import (
     METHOD,
     base_modules,
     is_packed,
-    is_packed_checkpoint,
     packed_elements,
     part_of,
-    section_of,
     tied_pairs,
     without_weights,
 )
 from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
 from qvl_model.quantization.weight import PackedWeight
 
-__all__ = ["PackedSaving", "load", "quantize", "save"]
+__all__ = ["PackedSaving", "fill", "read", "save"]
 
 VERSION, FILE = 1, "packed.safetensors"
 _ABOUT_LAYOUT = (
@@ -50,21 +46,6 @@ _ABOUT_LAYOUT = (
     "save_peft_format",
     "safe_serialization",
 )  # of other checkpoints
-# What from_pretrained may be told about finding files, which are at hand here.
-_ABOUT_DOWNLOADS = {
-    "adapter_kwargs",
-    "cache_dir",
-    "code_revision",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-    "use_safetensors",
-    "weights_only",
-}
 # Beside the weights: tokenizer, processor, chat template, licence.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "additional_chat_templates")
 _NOT_COPIED = ("config.json", "generation_config.json")
@@ -250,118 +231,7 @@ def _umask() -> int:
     return mask
 
 
-def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[str, str], group: int = 64) -> None:
-    """Packs a checkpoint directory into another one, layer by layer: in memory is what is packed, never the whole
-    source.
-
-    Args:
-        source: directory of a Qwen3-VL or QVL checkpoint in fp32, bf16 or fp16.
-        out: directory that does not exist yet, or is empty.
-        formats: by part, as ``qvl_model.quantization.convert.formats_of`` gives them.
-        group: inputs per int4 scale.
-    Raises: ValueError for weights that are missing, hold NaN or Inf, or cannot be packed, a source that is packed
-        already, and an ``out`` in use.
-    Example:
-        >>> quantize("qwen3-vl-2b", "qwen3-vl-2b-int8", formats_of("int8"))
-    """
-    from qvl_model import capacity
-    from qvl_model.accelerate import accelerate
-
-    source, out = Path(source), Path(out)
-    if is_packed_checkpoint(source):
-        raise ValueError(f"{source} is packed already; pack the checkpoint that it was made from")
-    if not formats:
-        raise ValueError("quantize: no part is to be packed")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists; give a directory that does not")
-    model_class = _class_of(load_config(source))
-    # As stock loads it: accelerating it first would move weights that are about to be packed to huge pages, which
-    # packing cannot give back.
-    model, info = super(model_class, model_class).from_pretrained(
-        source, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True
-    )
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{source} lacks {len(info['missing_keys'])} of the model's weights, such as {min(info['missing_keys'])}"
-        )
-    model = accelerate(model, weights=formats, group=group)  # which looks at what it packs
-    capacity.check_finite(model, source)
-    save(model, out, files_of=source)
-
-
-def _class_of(config) -> type[PreTrainedModel]:
-    from qvl_model.modules.generation import Qwen3VLForConditionalGeneration
-    from qvl_model.qvl import QVLForConditionalGeneration
-
-    for model_class in (Qwen3VLForConditionalGeneration, QVLForConditionalGeneration):
-        if isinstance(config, model_class.config_class):
-            return model_class
-    raise ValueError(f"a {config.model_type} model; qvl runs qwen3_vl and qvl")
-
-
-def load(
-    path: str | os.PathLike,
-    model_class: type[PreTrainedModel] | None = None,
-    *,
-    dtype: torch.dtype | str | None = None,
-    device_map=None,
-    attn_implementation: str | None = None,
-    output_loading_info: bool = False,
-    config=None,
-    **kwargs,
-) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
-    """The accelerated model of a packed directory, its tensors mapped from the file.
-
-    Args:
-        model_class: Qwen3VLForConditionalGeneration or QVLForConditionalGeneration; None takes the one that config.json
-            names.
-        dtype: of what is not packed; None or "auto" for the one it was saved in.
-        device_map: one device for all of it; None leaves it mapped, on the CPU.
-        attn_implementation, output_loading_info, config: as from_pretrained takes them.
-    Raises: ValueError for files that are damaged, incomplete, of another version, or do not belong together; TypeError
-        for arguments that it does not know.
-    Example:
-        >>> model = load("qwen3-vl-2b-int8")
-    """
-    from qvl_model.accelerate import accelerate
-
-    path = Path(path)
-    dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
-    unknown = sorted(set(kwargs) - _ABOUT_DOWNLOADS)
-    if unknown:
-        raise TypeError(
-            f"from_pretrained: a packed checkpoint takes dtype, device_map and attn_implementation, not "
-            f"{', '.join(unknown)}"
-        )
-    config = load_config(path) if config is None else copy.deepcopy(config)
-    vars(config).pop("quantization_config", None)  # it is about the files, and these are read here
-    tensors, shared = _read(path, section_of(path))
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    dtype = config.dtype if dtype in (None, "auto") else dtype
-    chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with torch.device("meta"):
-        model = (model_class or _class_of(config))._from_config(config, dtype=dtype, **chosen)
-    _fill(model, tensors, shared, dtype, path)
-    if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    model = accelerate(model.eval())
-    if device_map is not None:
-        model = model.to(_one_device(device_map))
-    nothing = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
-    return (model, nothing) if output_loading_info else model
-
-
-def _one_device(device_map) -> torch.device:
-    if isinstance(device_map, Mapping) and set(device_map) == {""}:
-        device_map = device_map[""]
-    if isinstance(device_map, Mapping) or device_map in ("balanced", "balanced_low_0", "sequential"):
-        raise ValueError(f"from_pretrained: a packed checkpoint goes to one device, got device_map={device_map!r}")
-    if device_map == "auto":
-        device_map = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device_map)
-
-
-def _read(path: Path, section: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read(path: Path, section: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, mapped; other names -> the name of their tensor) of a directory whose config has ``section``."""
     file = path / FILE
     if section.get("version") != VERSION:
@@ -384,7 +254,7 @@ def _read(path: Path, section: dict) -> tuple[dict[str, Tensor], dict[str, str]]
         raise ValueError(f"{file} is damaged ({error}); pack it again") from error
 
 
-def _fill(
+def fill(
     model: PreTrainedModel, tensors: dict[str, Tensor], shared: dict[str, str], dtype: torch.dtype, path: Path
 ) -> None:
     """Puts tensors into a model on the meta device, whose layers become packed where their tensors are."""

@@ -3,14 +3,11 @@
 import re
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
+from transformers import PreTrainedConfig
 
 from qvl_model.yaml_file import Loader
-
-if TYPE_CHECKING:
-    from qvl_model.qvl.configuration import QVLConfig
 
 __all__ = ["GROUPS", "read", "write"]
 
@@ -101,7 +98,7 @@ def read(source: str | PathLike) -> tuple[dict, list[str]]:
     return {key: value for key, value in keys.items() if key not in marked}, marked
 
 
-def write(config: "QVLConfig", path: str | PathLike | None) -> str:
+def write(config: PreTrainedConfig, path: str | PathLike | None) -> str:
     lines = [f"model_type: {MODEL_TYPE}"]
     for group, (specified, added) in GROUPS.items():
         lines += ["", f"# {group}"] + [_line(config, key) for key in specified]
@@ -112,6 +109,6 @@ def write(config: "QVLConfig", path: str | PathLike | None) -> str:
     return text
 
 
-def _line(config: "QVLConfig", key: str) -> str:
+def _line(config: PreTrainedConfig, key: str) -> str:
     value = yaml.safe_dump(getattr(config, key), default_flow_style=True, width=1000).removesuffix("...\n")
     return f"{key}: {value.strip()}"

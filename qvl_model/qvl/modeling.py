@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.utils import can_return_tuple
 
+from qvl_model import loader
 from qvl_model.compat import CACHE, CACHE_NAMES, CacheOutput, takes_cache
 from qvl_model.qvl.base import QVLPreTrainedModel
 from qvl_model.qvl.cache import holds_images
@@ -231,11 +232,9 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As every model's; of a directory of packed weights an accelerated model."""
-        from qvl_model.quantization import checkpoint as quantized_checkpoint  # which knows this class
-        from qvl_model.quantization.convert import is_packed_checkpoint
-
-        if is_packed_checkpoint(pretrained_model_name_or_path):
-            return quantized_checkpoint.load(pretrained_model_name_or_path, cls, **kwargs)
+        packed = loader.load_packed(pretrained_model_name_or_path, cls, **kwargs)
+        if packed is not None:
+            return packed
         return super().from_pretrained(pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs})
 
     def get_input_embeddings(self) -> nn.Module:

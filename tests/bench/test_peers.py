@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from bench import inputs
-from bench.checkpoint import FULL_CONFIG
+from bench.checkpoint_files import FULL_CONFIG
 from bench.client import Worker, WorkerError
 from bench.engines import PeerUnavailable, llama_cpp, open_vino, peers_of, prepared
 from bench.engines.__main__ import main

@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 
 import qvl_model
 import qvl_model.training as training
-from qvl_model import cli, digits
+from qvl_model import cli, digits, pretrained
 from qvl_model.checkpoint_files import load_tokenizer
 from qvl_model.digits.export import write_rows
-from qvl_model.quantization import checkpoint as quantized_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 OUR_OWN = ("QVLProcessor", "QVLImageProcessor")  # which read JSON, and a tokenizer by load_tokenizer
@@ -213,7 +212,7 @@ def test_code_beside_a_known_model_is_left_alone(checkpoint, marker, tmp_path, c
         assert not marker.exists(), f"{name} ran code of the checkpoint"
     for directory in (tmp_path / "packed", tmp_path / "out" / "final"):
         assert cli.main(["generate", "--model", str(directory), "--prompt", "Hi", "--max-new-tokens", "2"]) == 0
-    quantized_checkpoint.load(tmp_path / "packed").generate(torch.tensor([[5, 6]]), max_new_tokens=2)
+    pretrained.load(tmp_path / "packed").generate(torch.tensor([[5, 6]]), max_new_tokens=2)
     assert not marker.exists()
 
 

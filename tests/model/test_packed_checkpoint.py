@@ -370,14 +370,14 @@ MEMORY = """
     import re, resource, sys, torch
     from pathlib import Path
     import qvl_model
-    from qvl_model.quantization import checkpoint
+    from qvl_model import pretrained
     from qvl_model.quantization.convert import formats_of
 
     def resident(field):
         return int(re.search(rf"{field}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
     how, weights, source, out, tiny = sys.argv[1:]
-    checkpoint.quantize(tiny, out + "-tiny", formats_of(weights))  # all code is loaded
+    pretrained.quantize(tiny, out + "-tiny", formats_of(weights))  # all code is loaded
     model = None
     if how != "disk":
         model = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
@@ -387,7 +387,7 @@ MEMORY = """
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     if how == "disk":
-        checkpoint.quantize(source, out, formats_of(weights))
+        pretrained.quantize(source, out, formats_of(weights))
     else:
         qvl_model.accelerate(model, weights=weights)
     print(before, resident("VmHWM"), resident("VmRSS"))
@@ -486,7 +486,7 @@ def test_memory_while_packing(medium, how, weights):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("how", "weights"), [("disk", "int8"), ("disk", "int4"), ("loaded", "int8")])
 def test_memory_of_the_full_size(tmp_path, how, weights):
-    from bench.checkpoint import FULL_CONFIG
+    from bench.checkpoint_files import FULL_CONFIG
 
     final, largest = _write_large(tmp_path / "source", copy.deepcopy(FULL_CONFIG))
     _check_memory(tmp_path, how, weights, final, largest, slack=300_000_000)

@@ -1,36 +1,13 @@
 import torch
 
-from qvl_kernels import dispatch
-from qvl_kernels.checks import DTYPE_CODES
+from qvl_kernels.ops.linear.extension import extension_linear
 from qvl_kernels.ops.linear.onednn import use_onednn
 from qvl_kernels.ops.linear.pytorch import pytorch_linear
-from qvl_kernels.ops.linear.weights import extension_weight, out_features
-from qvl_kernels.quantization import QuantizedWeight
 
-__all__ = ["extension_linear", "linear_cpu"]
+__all__ = ["linear_cpu"]
 
 
 def linear_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if use_onednn(x, x.numel() // max(1, x.shape[-1]), weight):
         return pytorch_linear(x, weight, bias)
     return extension_linear(x, weight, bias)
-
-
-def extension_linear(
-    x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None
-) -> torch.Tensor:
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    n = out_features(weight)
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-    dispatch.extension().linear(
-        rows.data_ptr(),
-        extension_weight(weight, bias),
-        y.data_ptr(),
-        rows.shape[0],
-        n,
-        rows.shape[1],
-        rows.stride(0),
-        n,
-        DTYPE_CODES[x.dtype],
-    )
-    return y

@@ -5,6 +5,8 @@ import time
 
 import torch
 
+from qvl_kernels.ops.linear.extension import extension_linear
+
 __all__ = ["MIN_ROWS", "TILE_K", "onednn_is_faster", "use_onednn"]
 
 MIN_ROWS = 16  # fewer rows are bound by memory, where the extension's matrix-vector product wins
@@ -28,8 +30,6 @@ def onednn_is_faster() -> bool:
     reached 0.9 to 1.0 (Zen 5) and 0.6 (AVX-512 without AMX) times the extension's speed."""
     if not torch.cpu._is_amx_tile_supported():
         return False
-    from qvl_kernels.ops.linear.cpu import extension_linear
-
     x, weight = torch.randn(256, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
     return _best_time(lambda: torch.nn.functional.linear(x, weight)) < _best_time(
         lambda: extension_linear(x, weight, None)

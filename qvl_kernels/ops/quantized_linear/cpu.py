@@ -1,6 +1,6 @@
 import torch
 
-from qvl_kernels.ops.linear.cpu import extension_linear
+from qvl_kernels.ops.linear.extension import extension_linear
 from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["quantized_linear_cpu"]

@@ -1,0 +1,30 @@
+"""linear over the C++ kernel, for weights of any format."""
+
+import torch
+
+from qvl_kernels import dispatch
+from qvl_kernels.checks import DTYPE_CODES
+from qvl_kernels.ops.linear.weights import extension_weight, out_features
+from qvl_kernels.quantization import QuantizedWeight
+
+__all__ = ["extension_linear"]
+
+
+def extension_linear(
+    x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    n = out_features(weight)
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    dispatch.extension().linear(
+        rows.data_ptr(),
+        extension_weight(weight, bias),
+        y.data_ptr(),
+        rows.shape[0],
+        n,
+        rows.shape[1],
+        rows.stride(0),
+        n,
+        DTYPE_CODES[x.dtype],
+    )
+    return y

@@ -1,0 +1,23 @@
+"""What ``from_pretrained`` of the model classes calls: functions that ``qvl_model.pretrained`` provides.
+
+It accelerates models, which needs their classes, so these cannot import it.
+"""
+
+from collections.abc import Callable
+
+__all__ = ["accelerate", "load_packed", "provide"]
+
+_provided: dict[str, Callable] = {}
+
+
+def provide(**functions: Callable) -> None:
+    _provided.update(functions)
+
+
+def load_packed(path, model_class: type, /, **kwargs):
+    """The accelerated model of a directory of packed weights, or None for any other."""
+    return _provided["load_packed"](path, model_class, **kwargs)
+
+
+def accelerate(model):
+    return _provided["accelerate"](model)

@@ -1,0 +1,146 @@
+"""Loading checkpoints of packed weights, and packing a checkpoint, with the classes of models and ``accelerate``."""
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from qvl_model import capacity, loader
+from qvl_model.accelerate import accelerate
+from qvl_model.checkpoint_files import load_config
+from qvl_model.modules.generation import Qwen3VLForConditionalGeneration
+from qvl_model.quantization.checkpoint import fill, read, save
+from qvl_model.quantization.convert import is_packed_checkpoint, section_of
+from qvl_model.qvl import QVLForConditionalGeneration
+
+__all__ = ["load", "quantize"]
+
+# What from_pretrained may be told about finding files, which are at hand here.
+_ABOUT_DOWNLOADS = {
+    "adapter_kwargs",
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
+}
+
+
+def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[str, str], group: int = 64) -> None:
+    """Packs a checkpoint directory into another one, layer by layer: in memory is what is packed, never the whole
+    source.
+
+    Args:
+        source: directory of a Qwen3-VL or QVL checkpoint in fp32, bf16 or fp16.
+        out: directory that does not exist yet, or is empty.
+        formats: by part, as ``qvl_model.quantization.convert.formats_of`` gives them.
+        group: inputs per int4 scale.
+    Raises: ValueError for weights that are missing, hold NaN or Inf, or cannot be packed, a source that is packed
+        already, and an ``out`` in use.
+    Example:
+        >>> quantize("qwen3-vl-2b", "qwen3-vl-2b-int8", formats_of("int8"))
+    """
+    source, out = Path(source), Path(out)
+    if is_packed_checkpoint(source):
+        raise ValueError(f"{source} is packed already; pack the checkpoint that it was made from")
+    if not formats:
+        raise ValueError("quantize: no part is to be packed")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists; give a directory that does not")
+    model_class = _class_of(load_config(source))
+    # As stock loads it: accelerating it first would move weights that are about to be packed to huge pages, which
+    # packing cannot give back.
+    model, info = super(model_class, model_class).from_pretrained(
+        source, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True
+    )
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{source} lacks {len(info['missing_keys'])} of the model's weights, such as {min(info['missing_keys'])}"
+        )
+    model = accelerate(model, weights=formats, group=group)  # which looks at what it packs
+    capacity.check_finite(model, source)
+    save(model, out, files_of=source)
+
+
+def _class_of(config) -> type[PreTrainedModel]:
+    for model_class in (Qwen3VLForConditionalGeneration, QVLForConditionalGeneration):
+        if isinstance(config, model_class.config_class):
+            return model_class
+    raise ValueError(f"a {config.model_type} model; qvl runs qwen3_vl and qvl")
+
+
+def load(
+    path: str | os.PathLike,
+    model_class: type[PreTrainedModel] | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map=None,
+    attn_implementation: str | None = None,
+    output_loading_info: bool = False,
+    config=None,
+    **kwargs,
+) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
+    """The accelerated model of a packed directory, its tensors mapped from the file.
+
+    Args:
+        model_class: Qwen3VLForConditionalGeneration or QVLForConditionalGeneration; None takes the one that config.json
+            names.
+        dtype: of what is not packed; None or "auto" for the one it was saved in.
+        device_map: one device for all of it; None leaves it mapped, on the CPU.
+        attn_implementation, output_loading_info, config: as from_pretrained takes them.
+    Raises: ValueError for files that are damaged, incomplete, of another version, or do not belong together; TypeError
+        for arguments that it does not know.
+    Example:
+        >>> model = load("qwen3-vl-2b-int8")
+    """
+    path = Path(path)
+    dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
+    unknown = sorted(set(kwargs) - _ABOUT_DOWNLOADS)
+    if unknown:
+        raise TypeError(
+            f"from_pretrained: a packed checkpoint takes dtype, device_map and attn_implementation, not "
+            f"{', '.join(unknown)}"
+        )
+    config = load_config(path) if config is None else copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)  # it is about the files, and these are read here
+    tensors, shared = read(path, section_of(path))
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    dtype = config.dtype if dtype in (None, "auto") else dtype
+    chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with torch.device("meta"):
+        model = (model_class or _class_of(config))._from_config(config, dtype=dtype, **chosen)
+    fill(model, tensors, shared, dtype, path)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    model = accelerate(model.eval())
+    if device_map is not None:
+        model = model.to(_one_device(device_map))
+    nothing = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    return (model, nothing) if output_loading_info else model
+
+
+def _load_packed(path, model_class: type[PreTrainedModel], /, **kwargs):
+    """The model of a directory of packed weights, or None for any other."""
+    return load(path, model_class, **kwargs) if is_packed_checkpoint(path) else None
+
+
+def _one_device(device_map) -> torch.device:
+    if isinstance(device_map, Mapping) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if isinstance(device_map, Mapping) or device_map in ("balanced", "balanced_low_0", "sequential"):
+        raise ValueError(f"from_pretrained: a packed checkpoint goes to one device, got device_map={device_map!r}")
+    if device_map == "auto":
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device_map)
+
+
+loader.provide(load_packed=_load_packed, accelerate=accelerate)
