@@ -23,7 +23,6 @@ OFFERED = {
     "decoding": {"DEPENDENT_LAUNCH": ("sm_90", "sm_100", "sm_120")},
 }
 
-
 # (kernel, architecture) -> variants that a device has shown to be faster there than the plain form (make bench-gpu
 # measures both).
 FASTER: dict[tuple[str, str], tuple[str, ...]] = {
@@ -31,14 +30,10 @@ FASTER: dict[tuple[str, str], tuple[str, ...]] = {
     ("decoding", "sm_90"): ("DEPENDENT_LAUNCH",),
 }
 
-
 # Rows of a call from which on: a descriptor costs the host 5 us, more than it saves the device before.
 FASTER_FROM = {"attention": 2048}
 
-
 _tried: dict[str, tuple[str, ...]] = {}
-
-
 _thread = threading.local()
 
 

@@ -8,7 +8,7 @@ import torch
 __all__ = ["GrowingCaches"]
 
 GRAIN = 64  # capacities are multiples of it
-KEYS, VALUES, CAPACITY, VISIBLE, VISIBLE_STRIDE = range(5)  # columns of the table, which triton_lib reads
+KEYS, VALUES, CAPACITY, VISIBLE, VISIBLE_STRIDE = range(5)  # columns of the table, which gpu/device_functions.py reads
 COLUMNS = 8  # a row begins at a multiple of 64 bytes
 
 
