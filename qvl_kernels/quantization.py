@@ -22,6 +22,7 @@ __all__ = [
     "QuantizedWeight",
     "check_weight",
     "dequantize",
+    "embedding_rows",
     "quantize",
     "quantize_activations",
     "rounded_activations",
@@ -146,14 +147,23 @@ def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -
     _check_format("dequantize", quantized, None, 0)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dequantize: dtype must be a floating-point torch.dtype, got {dtype!r}")
+    return _dequantize(quantized, dtype)
+
+
+def _dequantize(quantized: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
     values, scales, size = quantized
     if quantized.bits == 8:
         return (values.float() * scales).to(dtype)
-    rows = values.shape[0]
-    padded = 2 * values.shape[1]
+    rows, padded = values.shape[0], 2 * values.shape[1]
     blocks = values.reshape(rows, padded // BLOCK, 1, BLOCK // 2)
     nibbles = torch.cat((blocks & 15, blocks >> 4), 2).view(rows, scales.shape[1], padded // max(1, scales.shape[1]))
     return ((nibbles.float() - 8) * scales.float()[..., None]).view(rows, padded)[:, :size].to(dtype)
+
+
+def embedding_rows(quantized: QuantizedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows ``ids`` int64 [n] of a weight that is known to be well-formed: [n, K] in ``dtype``."""
+    values, scales, size = quantized
+    return _dequantize(QuantizedWeight(values[ids], scales[ids], size), dtype)
 
 
 def quantize_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:

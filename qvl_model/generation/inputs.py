@@ -10,7 +10,7 @@ from qvl_model.modules.fast_path import kernels_take, only_capture_hooks, runs_l
 from qvl_model.quantization.modules import PackedEmbedding
 from qvl_model.qvl.text import QVLTextModel
 
-__all__ = ["body_why_not", "cache_places", "token_inputs"]
+__all__ = ["body_why_not", "cache_places", "token_embeddings", "token_inputs"]
 
 
 def body_why_not(body: nn.Module) -> str | None:
@@ -50,5 +50,11 @@ def token_inputs(body: nn.Module, tokens: Tensor, positions: Tensor) -> tuple[Te
     """Hidden states [B, 1, C], cos and sin [B, 1, D] of ``tokens`` int64 [B, 1] at ``positions``, int64 [3, B, 1] (QVL:
     [B, 1]).
     """
+    hidden = token_embeddings(body, tokens)
+    return hidden, *body.rotary_emb(hidden, positions)
+
+
+def token_embeddings(body: nn.Module, tokens: Tensor) -> Tensor:
+    """Hidden states [B, 1, C] of ``tokens`` int64 [B, 1]."""
     hidden = body.embed_text(tokens) if isinstance(body, QVLTextModel) else body.embed_tokens(tokens)
-    return hidden.contiguous(), *body.rotary_emb(hidden, positions)
+    return hidden.contiguous()

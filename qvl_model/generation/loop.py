@@ -153,7 +153,8 @@ def sample(
         if foreign and users:  # somebody may look into the cache between two tokens
             step = StockStep(model, chooser, kwargs)
         else:
-            step = _begin(model, chooser, kwargs, release=not (users or foreign or config.return_dict_in_generate))
+            release = not (users or foreign or config.return_dict_in_generate)
+            step = _begin(model, chooser, kwargs, release=release, foreign=foreign)
         foreign = foreign and not isinstance(step, StockStep)
         choice, begun, prompt = chooser, step.length, chooser.sequences.shape[1]
         try:
@@ -215,9 +216,11 @@ def _foreign(model: nn.Module, *parts) -> bool:
     )
 
 
-def _begin(model: nn.Module, chooser: Chooser, kwargs: dict, *, release: bool) -> "CpuStep | GpuStep | StockStep":
+def _begin(
+    model: nn.Module, chooser: Chooser, kwargs: dict, *, release: bool, foreign: bool
+) -> "CpuStep | GpuStep | StockStep":
     """The step that goes on from the prompt, at the positions that stock code would give the next token. ``release``:
-    see ``GpuStep``.
+    see ``GpuStep``; ``foreign``: see ``CpuStep``.
     """
     inputs = model.prepare_inputs_for_generation(chooser.sequences, next_sequence_length=1, **kwargs)
     positions, mask, cache = inputs.get("position_ids"), kwargs.get("attention_mask"), kwargs[CACHE]
@@ -241,7 +244,8 @@ def _begin(model: nn.Module, chooser: Chooser, kwargs: dict, *, release: bool) -
     hidden = mask is not None and not bool(mask.all())
     visible = mask.bool() if hidden else None
     if not _on_gpu(model):
-        return CpuStep.begin(model, cache, positions, visible) or StockStep(model, chooser, kwargs)
+        step = CpuStep.begin(model, cache, positions, visible, foreign=foreign)
+        return step or StockStep(model, chooser, kwargs)
     longest = chooser.criteria.max_length
     limit = None if longest is None else past + longest - chooser.sequences.shape[1]
     try:

@@ -2,18 +2,29 @@
 norm and head.
 """
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
-from qvl_kernels import PreparedCache, PreparedDecoderLayer, dispatch
-from qvl_kernels.ops.linear.weights import tensors_of
-from qvl_model.generation.inputs import body_why_not, cache_places, token_inputs
+from qvl_kernels import PreparedCache, PreparedDecoderLayer, dispatch, quantization
+from qvl_kernels.ops.decoder_layer.prepared import Run
+from qvl_kernels.ops.linear.extension import run_extension_linear
+from qvl_kernels.ops.linear.weights import extension_weight, out_features, tensors_of, unsupported_scales
+from qvl_kernels.ops.rms_norm.cpu import rms_norm_cpu
+from qvl_model.generation.inputs import body_why_not, cache_places, token_embeddings
 from qvl_model.generation.kv_cache import Store, open_store
 from qvl_model.modules.decoder_layer import plan_of
+from qvl_model.modules.fast_path import is_number, is_plain, kernels_take, runs_library_code
+from qvl_model.modules.lm_head import Linear
+from qvl_model.modules.text import Qwen3VLTextRMSNorm
+from qvl_model.quantization.modules import PackedLinear
+from qvl_model.qvl.text import QVLTextModel
 
 __all__ = ["CpuStep", "why_not"]
 
 _ROOM = 256  # positions by which the mask grows
+_TABLES = 64  # positions whose cos and sin are computed at once: for one they take as long
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -31,13 +42,20 @@ class CpuStep:
         cache: keys and values of all tokens before the next one; a DynamicCache, or a StaticCache with room for all.
         positions: int64 [3, B, 1] (QVL: [B, 1]), of the next token.
         visible: bool [B, keys], the next one included: False at padding; None if there is none.
+        foreign: others' code may run between two tokens, or in hooks of modules: nothing that it could change is kept,
+            and modules are called as such.
     Attributes:
         length: tokens in the cache.
     """
 
-    def __init__(self, model: nn.Module, cache: Cache, positions: Tensor, visible: Tensor | None) -> None:
-        self._model, self._body, self._cache = model, model.model.language_model, cache
+    def __init__(
+        self, model: nn.Module, cache: Cache, positions: Tensor, visible: Tensor | None, foreign: bool
+    ) -> None:
+        self._model, self._body, self._cache, self._foreign = model, model.model.language_model, cache, foreign
         self._positions, self._visible = positions.clone(), None if visible is None else visible[:, None, None]
+        self._cos, self._sin, self._next = None, None, 0
+        few = self._positions.shape[-2] < PreparedDecoderLayer.ROWS
+        self._end = None if foreign or not few else _End.of(self._body.norm, model.lm_head)
         self._layers = list(self._body.layers)
         self._calls, self._places = [plan_of(layer).prepared for layer in self._layers], cache_places(self._body)
         # Who swaps a weight's data meanwhile frees what the calls read.
@@ -52,24 +70,29 @@ class CpuStep:
         self.length = int(cache.get_seq_length())
 
     @classmethod
-    def begin(cls, model: nn.Module, cache: Cache, positions: Tensor, visible: Tensor | None) -> "CpuStep | None":
+    def begin(
+        cls, model: nn.Module, cache: Cache, positions: Tensor, visible: Tensor | None, *, foreign: bool
+    ) -> "CpuStep | None":
         """A step, or None if some layer of the cache is kept in another way."""
-        step = cls(model, cache, positions, visible)
+        step = cls(model, cache, positions, visible, foreign)
         return step if step._open() else None
 
     def run(self, tokens: Tensor) -> Tensor | None:
         """The logits [B, V] after ``tokens`` int64 [B, 1]; None where a static cache is full."""
-        hidden, cos, sin = token_inputs(self._body, tokens, self._positions)
         if self.length == self._capacity and not self._open():
             return None
-        mask = self._mask()
-        for layer, calls, memories in self._stretches:
+        hidden = token_embeddings(self._body, tokens)
+        cos, sin = self._tables(hidden)
+        mask, past = self._mask(), self.length
+        for layer, calls, memories, run in self._stretches:
             if layer is not None:
                 hidden = layer.fuse(hidden, None, None, self._cache, False)
-            hidden = PreparedDecoderLayer.run(calls, hidden, cos, sin, memories, past=self.length, mask=mask)[-1]
+            if self._foreign:
+                hidden = PreparedDecoderLayer.run(calls, hidden, cos, sin, memories, past=past, mask=mask)[-1]
+            else:
+                hidden = run(hidden, cos, sin, past=past, mask=mask)
         self.length += 1
-        self._positions += 1
-        return self._model.lm_head(self._body.norm(hidden))[:, -1]
+        return self._logits(hidden)[:, -1]
 
     def holds(self) -> bool:
         """Whether the model's layers are still those that this step runs."""
@@ -100,6 +123,22 @@ class CpuStep:
         self._stretches = _stretches(self._layers, self._calls, [store.memory for store in stores])
         return True
 
+    def _tables(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B or 1, 1, D] of the next position."""
+        if self._cos is None or self._next == self._cos.shape[1]:
+            several = not self._foreign and _rotates_each_by_itself(self._body)
+            positions = self._positions + torch.arange(_TABLES if several else 1)
+            self._cos, self._sin = self._body.rotary_emb(hidden, positions)
+            self._positions, self._next = positions[..., -1:] + 1, 0
+        at = self._next
+        self._next += 1
+        return self._cos[:, at : at + 1], self._sin[:, at : at + 1]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self._end is not None and hidden.dtype is self._end.dtype:
+            return self._end.logits(hidden)
+        return self._model.lm_head(self._body.norm(hidden))
+
     def _mask(self) -> Tensor | None:
         if self._visible is None:
             return None
@@ -110,8 +149,8 @@ class CpuStep:
 
 
 def _stretches(layers: list, calls: list, memories: list[PreparedCache]) -> list[tuple]:
-    """(layer that begins with cross-attention or None, calls, memories): layers that are one call, as far as
-    cross-attention lets them.
+    """(layer that begins with cross-attention or None, calls, memories, Run of them): layers that are one call, as far
+    as cross-attention lets them.
     """
     found = []
     for layer, call, memory in zip(layers, calls, memories):
@@ -120,4 +159,44 @@ def _stretches(layers: list, calls: list, memories: list[PreparedCache]) -> list
             found.append((layer if fuses else None, [], []))
         found[-1][1].append(call)
         found[-1][2].append(memory)
-    return found
+    return [(*stretch, Run(*stretch[1:])) for stretch in found]
+
+
+def _rotates_each_by_itself(body: nn.Module) -> bool:
+    """Whether cos and sin of a position do not depend on the other positions, as those of "dynamic" tables do."""
+    if isinstance(body, QVLTextModel):
+        return runs_library_code(body, "rotary_emb")
+    rotary = body.rotary_emb
+    plain = type(rotary) is stock.Qwen3VLTextRotaryEmbedding and runs_library_code(rotary, "forward")
+    return plain and rotary.rope_type == "default"
+
+
+class _End:
+    """Norm and head, one call of the extension each; it keeps their weights alive."""
+
+    def __init__(self, norm: nn.Module, head: nn.Module) -> None:
+        self._norm, self._eps, self.dtype = norm.weight.detach(), norm.variance_epsilon, norm.weight.dtype
+        weight = head.quantized if type(head) is PackedLinear else head.weight.detach()
+        self._alive = weight, head.bias
+        self._weight, self._outputs = extension_weight(weight, head.bias), out_features(weight)
+
+    @classmethod
+    def of(cls, norm: nn.Module, head: nn.Module) -> "_End | None":
+        """None if modules compute something else, or weights are not what the extension takes."""
+        if type(norm) is not Qwen3VLTextRMSNorm or type(head) not in (Linear, PackedLinear):
+            return None
+        if not is_plain(norm, type(norm)) or not is_plain(head, type(head)) or not is_number(norm.variance_epsilon):
+            return None
+        if type(head) is Linear:
+            sizes, fits = tuple(head.weight.shape), kernels_take(norm.weight, head.weight, head.bias)
+        else:
+            quantized = head.quantized
+            quantization.check_weight("lm_head", quantized, norm.weight.device)
+            sizes = out_features(quantized), quantized.in_features
+            fits = kernels_take(norm.weight, head.bias) and unsupported_scales(quantized) is None
+        fits = fits and sizes[1] == len(norm.weight) and (head.bias is None or head.bias.shape == sizes[:1])
+        return cls(norm, head) if fits else None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[B, 1, V] of [B, 1, C]."""
+        return run_extension_linear(rms_norm_cpu(hidden, self._norm, self._eps), self._weight, self._outputs)

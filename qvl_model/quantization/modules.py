@@ -222,6 +222,5 @@ class PackedEmbedding(_Packed, nn.Embedding):
         embedding._take(quantized, weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        ids = input.reshape(-1)
-        rows = QuantizedWeight(self.weight_values[ids], self.weight_scales[ids], self.embedding_dim)
-        return quantization.dequantize(rows, self._parameters["weight"].dtype).view(*input.shape, self.embedding_dim)
+        rows = quantization.embedding_rows(self.quantized, input.reshape(-1), self._parameters["weight"].dtype)
+        return rows.view(*input.shape, self.embedding_dim)

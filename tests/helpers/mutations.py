@@ -199,13 +199,15 @@ MUTATIONS = [
     Mutation(LOOP, "visible = mask.bool() if hidden else None", "visible = None", PADDED),
     Mutation(
         LOOP,
-        "release=not (users or foreign or config.return_dict_in_generate))",
-        "release=True)",
+        "release = not (users or foreign or config.return_dict_in_generate)",
+        "release = True",
         f"{ON_GPU}::test_returned_cache_goes_on_to_the_next_turn",
     ),
     Mutation(CHOOSING, "tokens = tokens * self.unfinished + self._pad * (1 - self.unfinished)", "pass", PADDED_ENDS),
     Mutation(CHOOSING, "self.unfinished.max() == 0", "self.unfinished.min() == 0", PADDED_ENDS),
-    Mutation(STEP_CPU, "self._positions += 1", "pass", f"{ON_CPU}::test_as_stock[text-greedy]"),
+    Mutation(STEP_CPU, "self._next += 1", "pass", f"{ON_CPU}::test_as_stock[text-greedy]"),
+    Mutation(STEP_CPU, "[..., -1:] + 1, 0", "[..., -1:], 0", f"{ON_CPU}::test_as_stock[text-many tokens]"),
+    Mutation(STEP_CPU, "_TABLES if several else 1", "_TABLES", f"{ON_CPU}::test_tables_that_depend_on_all_positions"),
     Mutation(STEP_CPU, "(0, _ROOM), value=True)", "(0, _ROOM), value=False)", PADDED),
     Mutation(
         STEP_CPU,

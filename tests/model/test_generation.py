@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache, masking_utils
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 import qvl_model
 from qvl_model.compat import CACHE
@@ -81,6 +82,20 @@ OPTIONS = {
 def test_as_stock(models, tokens, rows, options):
     _, ours = _same(models, inputs(*ROWS[rows]), **OPTIONS[options])
     assert len(tokens) == len(ours.scores) - 1  # all but the first, which the prompt gives
+
+
+class _Scaled(Qwen3VLTextRotaryEmbedding):
+    def forward(self, x, position_ids):
+        cos, sin = super().forward(x, position_ids)
+        scale = 1 + position_ids.max() / 10
+        return (cos * scale).to(x.dtype), (sin * scale).to(x.dtype)
+
+
+def test_tables_that_depend_on_all_positions(models, tokens):
+    for model in models:
+        model.model.language_model.rotary_emb.__class__ = _Scaled
+    _same(models, inputs([9]), **GREEDY)
+    assert tokens
 
 
 class _Tokens(BaseStreamer):
@@ -576,7 +591,7 @@ def test_memory_of_weights_that_are_swapped_meanwhile_stays():
     """By another thread, say: what a step reads is not freed under it."""
     _, ours = pair("odd")
     weight = _layer(ours, 1).mlp.up_proj.weight
-    step = CpuStep.begin(ours, _filled(ours), torch.full((3, 1, 1), 5), None)
+    step = CpuStep.begin(ours, _filled(ours), torch.full((3, 1, 1), 5), None, foreign=False)
     address, expected = weight.data_ptr(), weight.clone()
     weight.data = weight.data * 0.5
     (kept,) = [x for x in step._alive if x.data_ptr() == address]

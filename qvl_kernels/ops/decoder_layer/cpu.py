@@ -9,7 +9,7 @@ from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.linear.onednn import use_onednn
 from qvl_kernels.ops.linear.weights import extension_weight, out_features
 
-__all__ = ["decoder_layer_cpu", "extension_cache", "extension_layer", "run_extension_layers"]
+__all__ = ["decoder_layer_cpu", "extension_cache", "extension_layer", "run_extension_layers", "run_to_last"]
 
 
 def extension_layer(norms, weights, biases, num_heads: int, kv_heads: int, head_dim: int, eps: float, scale: float):
@@ -51,8 +51,29 @@ def run_extension_layers(
     """The outputs of ``extension_layer`` objects one after the other on an ``extension_cache`` each, in one call. All
     is checked.
     """
-    batch, time, _ = x.shape
     outs = [torch.empty_like(x) for _ in layers]
+    _run(layers, x, outs, cos, sin, caches, past, mask, num_heads)
+    return outs
+
+
+def run_to_last(
+    layers: Sequence,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    caches: Sequence,
+    past: int,
+    mask: torch.Tensor | None,
+    num_heads: int,
+) -> torch.Tensor:
+    """As ``run_extension_layers``, the output of the last layer alone."""
+    turns = torch.empty_like(x), torch.empty_like(x)
+    _run(layers, x, [turns[i % 2] for i in range(len(layers))], cos, sin, caches, past, mask, num_heads)
+    return turns[(len(layers) - 1) % 2]
+
+
+def _run(layers, x, outs, cos, sin, caches, past, mask, num_heads) -> None:
+    batch, time, _ = x.shape
     kind, pointer, mask_strides = mask_arguments(
         mask if mask is None else mask[..., : past + time], (batch, num_heads, time, past + time)
     )
@@ -73,7 +94,6 @@ def run_extension_layers(
         pointer,
         mask_strides,
     )
-    return outs
 
 
 def decoder_layer_cpu(x, norms, weights, biases, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale):

@@ -13,11 +13,11 @@ from qvl_kernels.ops.attention.api import unsupported_heads
 from qvl_kernels.ops.decoder_layer.api import OP, DecoderWeights, check_type, check_weights, decoder_layer
 from qvl_kernels.ops.decoder_layer.caches import check_caches
 from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
-from qvl_kernels.ops.decoder_layer.cpu import extension_cache, extension_layer, run_extension_layers
+from qvl_kernels.ops.decoder_layer.cpu import extension_cache, extension_layer, run_extension_layers, run_to_last
 from qvl_kernels.ops.linear.onednn import MIN_ROWS
 from qvl_kernels.ops.linear.weights import tensors_of
 
-__all__ = ["PreparedCache", "PreparedDecoderLayer"]
+__all__ = ["PreparedCache", "PreparedDecoderLayer", "Run"]
 
 
 class PreparedCache:
@@ -199,6 +199,32 @@ class PreparedDecoderLayer:
             eps=self.eps,
             scale=self.scale,
         )
+
+
+class Run:
+    """``PreparedDecoderLayer.run`` for calls between which only ``past``, the length of a mask and numbers in tensors
+    change: checked at the first one.
+
+    Args:
+        layers, caches: as for ``run``; the lists must not change.
+    """
+
+    __slots__ = ("_caches", "_handles", "_layers")
+
+    def __init__(self, layers: list[PreparedDecoderLayer], caches: list[PreparedCache]) -> None:
+        self._layers, self._caches, self._handles = layers, caches, None
+
+    def __call__(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, past: int, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The output of the last layer. ``past`` must leave room in the caches."""
+        layers, caches = self._layers, self._caches
+        if self._handles is None:
+            if not x.is_cpu or not _is_plain(layers, x, cos, sin, caches, past, mask):
+                return PreparedDecoderLayer.run(layers, x, cos, sin, caches, past=past, mask=mask)[-1]
+            self._handles = [layer._extension() for layer in layers], [cache.extension for cache in caches]
+        handles, memories = self._handles
+        return run_to_last(handles, x, cos, sin, memories, past, mask, layers[0].num_heads)
 
 
 def _storage(x: torch.Tensor) -> int:

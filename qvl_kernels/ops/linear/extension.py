@@ -7,18 +7,22 @@ from qvl_kernels.checks import DTYPE_CODES
 from qvl_kernels.ops.linear.weights import extension_weight, out_features
 from qvl_kernels.quantization import QuantizedWeight
 
-__all__ = ["extension_linear"]
+__all__ = ["extension_linear", "run_extension_linear"]
 
 
 def extension_linear(
     x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None
 ) -> torch.Tensor:
+    return run_extension_linear(x, extension_weight(weight, bias), out_features(weight))
+
+
+def run_extension_linear(x: torch.Tensor, weight, n: int) -> torch.Tensor:
+    """``weight``: of ``extension_weight``, with ``n`` rows."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    n = out_features(weight)
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
     dispatch.extension().linear(
         rows.data_ptr(),
-        extension_weight(weight, bias),
+        weight,
         y.data_ptr(),
         rows.shape[0],
         n,
