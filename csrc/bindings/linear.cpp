@@ -8,7 +8,7 @@ void bind_linear(py::module_& m) {
   py::class_<Weight>(m, "Weight", "A weight [n, k] of a linear layer, by pointers that must outlive it")
       .def(py::init([](Ptr w, int64_t stride, Ptr bias, int format, Ptr scales, int64_t scale_stride, int64_t group) {
              if (format < 0 || format > 2)
-               throw std::invalid_argument("format must be 0 (stored), 1 (int8) or 2 (int4), got " +
+               throw std::invalid_argument("format must be 0 (dense), 1 (int8) or 2 (int4), got " +
                                            std::to_string(format));
              return Weight{in(w), stride, in(bias), static_cast<WeightFormat>(format), in(scales), scale_stride, group};
            }),

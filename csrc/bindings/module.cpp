@@ -14,8 +14,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", &supported_isas, "Instruction sets that this machine can run, lowest first");
   m.def("use_isa", &use_isa, "isa"_a, "Changes the instruction set; no kernel may be running");
   m.def(
-      "gemm_route", [](int dtype) { return gemm_route(to_dtype(dtype), 2, 2) == Route::dot ? "dot" : "fma"; },
-      "dtype"_a, "How GEMMs of this dtype multiply: widening FMA or the bf16 pair dot product");
+      "gemm_route",
+      [](int dtype) { return gemm_backend(to_dtype(dtype), 2, 2) == GemmBackend::bf16_dot ? "dot" : "fma"; }, "dtype"_a,
+      "How GEMMs of this dtype multiply: widening FMA or the bf16 pair dot product");
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "repeats"_a, py::call_guard<py::gil_scoped_release>(),
         "Measured read bandwidth in GB/s");
   m.def("use_huge_pages", &use_huge_pages, "address"_a, "bytes"_a, "mapped"_a, "writable"_a,

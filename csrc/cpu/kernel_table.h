@@ -19,17 +19,17 @@ struct NormArgs {
 };
 
 // How a GEMM multiplies: widen weights to fp32 and use FMA, or multiply bf16 pairs with a dot instruction.
-enum class Route : int { fma = 0, dot = 1 };
+enum class GemmBackend : int { fma = 0, bf16_dot = 1 };
 
 // Activations as panels of `panel_width` rows, transposed so that rows are vector lanes:
 // fma: float [K][width]; dot: uint32 [K / 2][width], each a pair (k, k + 1) of bf16. The last panel is narrower
 // (a multiple of the vector width), its unused lanes are zero.
-struct PackArgs {
+struct GemmPackArgs {
   const void* x;  // [M, K] rows
   int64_t x_stride;
   int64_t m, k;
   DType dtype;  // of x
-  Route route;
+  GemmBackend backend;
   void* panels;
 };
 
@@ -39,7 +39,7 @@ enum class Activation : int { none = 0, gelu_tanh = 1, swiglu = 2 };
 struct GemmArgs {
   const void* panels;
   int64_t m, n, k;
-  Route route;
+  GemmBackend backend;
   const void* w;   // [n, k] with row stride w_stride
   const void* w2;  // swiglu only: up projection; w is the gate
   int64_t w_stride, w2_stride;
@@ -54,14 +54,14 @@ struct GemmArgs {
 };
 
 // Up to this many rows go through gemv: one pass over the weights.
-constexpr int64_t kGemvMaxRows = 16;
+constexpr int64_t kGemvMaxM = 16;
 
 // y[m, n] = x[m, :] . w[n, :] for few rows, at memory bandwidth. x is prepared by gemv_prepare.
 struct GemvArgs {
   const float* x;    // m prepared rows
   int64_t x_stride;  // in floats
   int64_t m, n, k;
-  Route route;
+  GemmBackend backend;
   const void* w;
   const void* w2;  // swiglu only
   int64_t w_stride, w2_stride;
@@ -74,7 +74,7 @@ struct GemvArgs {
   int64_t out_stride;
 };
 
-enum class WeightFormat : int { stored = 0, int8 = 1, int4 = 2 };  // layouts: qvl_kernels/quant
+enum class WeightFormat : int { dense = 0, int8 = 1, int4 = 2 };  // layouts: qvl_kernels/quant
 
 constexpr int64_t kInt8Group = 128;  // activations per scale with int8 weights; int4 weights bring their own group
 
@@ -95,19 +95,19 @@ struct QuantizeArgs {
 constexpr float kTinyActivation = 1e-30f;
 
 // One row of activations as quantised matrix-vector products read it: [k_padded] int8 or int16 values in the order of
-// the format's dot products, fp32 scales (int8: one per chunk; int4: one per lane), and int32 starts of each chunk's
-// sums, which undo the offset of unsigned operands.
+// the format's dot products, fp32 scales (int8: one per chunk; int4: one per lane), and int32 compensation of each
+// chunk's sums, which undo the offset of unsigned operands.
 constexpr int64_t kQuantChunk = 128;  // inputs; k_padded is a whole number of chunks
-inline int64_t quant_record_bytes(int64_t k_padded) { return 3 * k_padded; }
+inline int64_t packed_row_bytes(int64_t k_padded) { return 3 * k_padded; }
 
-constexpr int64_t kMaxQuantRows = 16;  // activation rows of one call
+constexpr int64_t kQuantGemvMaxM = 16;  // activation rows of one call
 
-struct QuantPrepareArgs {
+struct QuantGemvPrepareArgs {
   const void* x;  // [m, k] rows
   int64_t x_stride, k, k_padded, group;
   DType dtype;
   WeightFormat format;
-  char* records;  // of each row, 64-byte aligned
+  char* packed_rows;  // of each row, 64-byte aligned
 };
 
 // As GemvArgs over quantised weights, whose row strides are in bytes, and prepared activations.
@@ -115,15 +115,15 @@ struct QuantGemvArgs : GemvArgs {
   WeightFormat format;
   int64_t k_padded;
   int64_t group;  // inputs per activation scale, and of int4 per weight scale
-  char* records;
+  char* packed_rows;
   const void* scales;  // of the weights: fp32 [n], or bf16 [n][k padded / group], rows at scale_stride
   const void* scales2;
   int64_t scale_stride, scale2_stride;
 };
 
-// Rows of activations as int8 panels: like PackArgs, words of 32 bits [words][width] with a whole number of elements
-// each (KernelTable::quant_per_word; K is padded to a multiple of 4), and scales [groups][width] beside them.
-struct QuantPackArgs {
+// Rows of activations as int8 panels: like GemmPackArgs, words of 32 bits [words][width] with a whole number of
+// elements each (KernelTable::quant_per_word; K is padded to a multiple of 4), and scales [groups][width] beside them.
+struct QuantGemmPackArgs {
   QuantizeArgs rows;  // without values and scales
   int64_t m;
   uint32_t* words;
@@ -165,7 +165,7 @@ struct RopeArgs {
   const void *q_weight, *k_weight;  // [D] or nullptr for no norm
   const void *cos, *sin;
   int64_t cos_b, cos_t, sin_b, sin_t;
-  DType table_dtype;  // of cos and sin: f32 or dtype
+  DType cos_sin_dtype;  // of cos and sin: f32 or dtype
   int64_t batch, time, heads, kv_heads, head_dim;
   float eps;
   DType dtype;
@@ -197,7 +197,7 @@ struct AttentionArgs {
 
 // One block of query rows of one sequence and one key/value head. Its grouped query heads share the block: row r is
 // head r / queries of the group, query r % queries.
-struct AttentionTask {
+struct AttentionTile {
   const void *q, *k, *v;  // at the sequence's first query/key of this kv head's first query head / kv head
   void* k_rows;           // keys of this sequence and head side by side, and pairs of its values, [keys / 2][head_dim]
   float* v_pairs;         // words: what attention_gather makes of k and v. Both, or nullptr
@@ -209,7 +209,7 @@ struct AttentionTask {
   int64_t row_begin, row_end;  // at most panel_width rows
   int64_t key_begin, key_end;  // the keys of this split
   float* partial;              // split: per row [max, sum, out[head_dim]] instead of out and lse; or nullptr
-  Route route;
+  GemmBackend backend;
 };
 
 constexpr int64_t kAttentionKeys = 128;  // keys per block
@@ -219,56 +219,58 @@ struct KernelTable {
   int vector_width;  // fp32 lanes
   int panel_width;   // activation rows per GEMM panel
   void (*norm_rows)(const NormArgs&, int64_t begin, int64_t end);
-  void (*gemm_pack)(const PackArgs&, int64_t panel);
-  void (*gemm_task)(const GemmArgs&, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
+  void (*gemm_pack)(const GemmPackArgs&, int64_t panel);
+  void (*gemm_tile)(const GemmArgs&, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
                     float* scratch);
-  void (*gemv_prepare)(const void* x, DType dtype, int64_t k, Route route, float* out);
+  void (*gemv_prepare)(const void* x, DType dtype, int64_t k, GemmBackend backend, float* out);
   void (*gemv_rows)(const GemvArgs&, int64_t n_begin, int64_t n_end);
   void (*quantize_rows)(const QuantizeArgs&, int64_t begin, int64_t end);
-  void (*quant_prepare)(const QuantPrepareArgs&, int64_t begin, int64_t end);  // chunks of all rows
+  void (*quant_gemv_prepare)(const QuantGemvPrepareArgs&, int64_t begin, int64_t end);  // chunks of all rows
   void (*quant_gemv_rows)(const QuantGemvArgs&, int64_t n_begin, int64_t n_end);
-  void (*quant_pack)(const QuantPackArgs&, int64_t block, char* scratch);
-  void (*quant_gemm_task)(const QuantGemmArgs&, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
+  void (*quant_gemm_pack)(const QuantGemmPackArgs&, int64_t block, char* scratch);
+  void (*quant_gemm_tile)(const QuantGemmArgs&, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
                           float* scratch);
   void (*rope_rows)(const RopeArgs&, int64_t begin, int64_t end);
   void (*activation_rows)(const ActivationArgs&, int64_t begin, int64_t end);
-  // Writes the task's k_rows and v_pairs of keys [begin, end), begin even. For Route::dot without a mask.
-  void (*attention_gather)(const AttentionArgs&, const AttentionTask&, int64_t begin, int64_t end);
-  void (*attention_task)(const AttentionArgs&, const AttentionTask&, float* scratch);
+  // Writes the task's k_rows and v_pairs of keys [begin, end), begin even. For GemmBackend::bf16_dot without a mask.
+  void (*attention_gather)(const AttentionArgs&, const AttentionTile&, int64_t begin, int64_t end);
+  void (*attention_tile)(const AttentionArgs&, const AttentionTile&, float* scratch);
   float (*read_bytes)(const char* data, int64_t bytes);
   int quant_per_word;  // elements of k in a word of a quantised panel
-  bool has_dot;        // Route::dot is available in gemm_pack and gemm_task
+  bool has_bf16_dot;   // GemmBackend::bf16_dot is available in gemm_pack and gemm_tile
 };
 
-// GEMM blocking. A task is kGemmRows weight rows (half of them gate, half up for swiglu) by up to kGemmPanels panels.
-// Sized so that one panel's k-block (256 KB), the task's widened weights (384 KB) and its accumulators fit in a
+// GEMM blocking. A task is kGemmTileN weight rows (half of them gate, half up for swiglu) by up to kGemmTilePanels
+// panels. Sized so that one panel's k-block (256 KB), the task's widened weights (384 KB) and its accumulators fit in a
 // 1 MB L2 cache with AVX-512 panels.
-constexpr int64_t kGemmRows = 96;
-constexpr int64_t kGemmPanels = 8;
-constexpr int64_t kGemmDepth = 1024;  // 32-bit words of k: floats, or bf16 pairs
-constexpr int64_t kGemmDepthFp32 = 128;
+constexpr int64_t kGemmTileN = 96;
+constexpr int64_t kGemmTilePanels = 8;
+constexpr int64_t kGemmKBlock = 1024;  // 32-bit words of k: floats, or bf16 pairs
+constexpr int64_t kGemmKBlockFp32 = 128;
 
-// Scratch of one gemm_task: accumulators and widened weights.
+// Scratch of one gemm_tile: accumulators and widened weights.
 inline int64_t gemm_scratch_floats(const KernelTable& table) {
-  return kGemmPanels * kGemmRows * table.panel_width + kGemmRows * kGemmDepth;
+  return kGemmTilePanels * kGemmTileN * table.panel_width + kGemmTileN * kGemmKBlock;
 }
 
-// The same over quantised weights. A task is kQuantRows rows, a multiple of every group: what it computes is rounded in
-// whole groups for the next GEMM. For swiglu it is that many of both weights.
-constexpr int64_t kQuantRows = 128;
-constexpr int64_t kQuantRowBytes = 2048;  // of a widened row in one block of k
+// The same over quantised weights. A task is kQuantGemmTileN rows, a multiple of every group: what it computes is
+// rounded in whole groups for the next GEMM. For swiglu it is that many of both weights.
+constexpr int64_t kQuantGemmTileN = 128;
+constexpr int64_t kQuantGemmKBlockBytes = 2048;  // of a widened row in one block of k
 
-// Scratch of one quant_gemm_task: accumulators, widened rows, and starts and scales of groups of at least 32 inputs.
+// Scratch of one quant_gemm_tile: accumulators, widened rows, and compensation and scales of groups of at least 32
+// inputs.
 inline int64_t quant_gemm_scratch_floats(const KernelTable& table) {
-  return kGemmPanels * 2 * kQuantRows * table.panel_width + kQuantRows * (kQuantRowBytes / 4 + 2 * kQuantRowBytes / 32);
+  return kGemmTilePanels * 2 * kQuantGemmTileN * table.panel_width +
+         kQuantGemmTileN * (kQuantGemmKBlockBytes / 4 + 2 * kQuantGemmKBlockBytes / 32);
 }
 
-// Scratch of one quant_pack: the rows' values, read a vector at a time, and scales.
-inline int64_t quant_pack_scratch_bytes(const KernelTable& table, const QuantizeArgs& rows) {
+// Scratch of one quant_gemm_pack: the rows' values, read a vector at a time, and scales.
+inline int64_t quant_gemm_pack_scratch_bytes(const KernelTable& table, const QuantizeArgs& rows) {
   return table.vector_width * (rows.k_padded + rows.k_padded / rows.group * 4) + 64;
 }
 
-// Scratch of one attention_task: q panel, scores, pairs of scores, widened keys or values, mask, out, row state.
+// Scratch of one attention_tile: q panel, scores, pairs of scores, widened keys or values, mask, out, row state.
 inline int64_t attention_scratch_floats(const KernelTable& table, int64_t head_dim) {
   const int64_t padded = (head_dim + 15) / 16 * 16;
   return table.panel_width * (2 * padded + 3 * kAttentionKeys + 8) + padded * kAttentionKeys;

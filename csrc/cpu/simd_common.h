@@ -4,11 +4,11 @@
 #include <cstring>
 
 // The table entry list is the same for every target; only the bodies behind the names differ.
-#define QVL_KERNEL_TABLE(target_name)                                   \
-  {target_name,      Vec::kWidth,     Vec::kWidth * Vec::kPanelVectors, \
-   norm_rows,        gemm_pack,       gemm_task,                        \
-   gemv_prepare,     gemv_rows,       quantize_rows,                    \
-   quant_prepare,    quant_gemv_rows, quant_pack,                       \
-   quant_gemm_task,  rope_rows,       activation_rows,                  \
-   attention_gather, attention_task,  read_bytes,                       \
-   Ints::kPerWord,   Vec::kHasDot}
+#define QVL_KERNEL_TABLE(target_name)                                     \
+  {target_name,        Vec::kWidth,     Vec::kWidth * Vec::kPanelVectors, \
+   norm_rows,          gemm_pack,       gemm_tile,                        \
+   gemv_prepare,       gemv_rows,       quantize_rows,                    \
+   quant_gemv_prepare, quant_gemv_rows, quant_gemm_pack,                  \
+   quant_gemm_tile,    rope_rows,       activation_rows,                  \
+   attention_gather,   attention_tile,  read_bytes,                       \
+   GemmInts::kPerWord, Vec::kHasBf16Dot}

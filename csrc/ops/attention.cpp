@@ -60,11 +60,11 @@ int64_t list_sequences(const AttentionArgs& a, std::vector<Sequence>& sequences)
   return tasks;
 }
 
-AttentionTask make_task(const AttentionArgs& a, const Sequence& s, int64_t b, int64_t index, Route route) {
+AttentionTile make_tile(const AttentionArgs& a, const Sequence& s, int64_t b, int64_t index, GemmBackend backend) {
   const int64_t blocks = blocks_of(a, s.queries), kv_head = index / blocks, block = index % blocks;
   const int64_t group = a.heads / a.kv_heads, head = kv_head * group, size = dtype_bytes(a.dtype);
   const int64_t packed = a.cu_seqlens ? 0 : b;
-  AttentionTask t{};
+  AttentionTile t{};
   t.q = static_cast<const char*>(a.q) + (packed * a.q_b + s.query_begin * a.q_t + head * a.q_h) * size;
   t.k = static_cast<const char*>(a.k) + (packed * a.k_b + s.key_begin * a.k_s + kv_head * a.k_h) * size;
   t.v = static_cast<const char*>(a.v) + (packed * a.v_b + s.key_begin * a.v_s + kv_head * a.v_h) * size;
@@ -81,7 +81,7 @@ AttentionTask make_task(const AttentionArgs& a, const Sequence& s, int64_t b, in
   t.row_begin = block * kernels().panel_width;
   t.row_end = std::min(t.row_begin + kernels().panel_width, group * s.queries);
   t.key_begin = 0, t.key_end = s.keys;
-  t.route = route;
+  t.backend = backend;
   return t;
 }
 
@@ -100,7 +100,7 @@ void store(float value, DType dtype, void* base, int64_t index) {
 }
 
 // Adds up the splits of one task: each row's [max, sum, out] partials.
-void combine_splits(const AttentionArgs& a, const AttentionTask& t, const float* partials, int64_t splits,
+void combine_splits(const AttentionArgs& a, const AttentionTile& t, const float* partials, int64_t splits,
                     int64_t stride) {
   for (int64_t r = 0; r < t.row_end - t.row_begin; ++r) {
     const int64_t row = t.row_begin + r;
@@ -129,7 +129,7 @@ void run_attention(const AttentionArgs& a) {
   std::vector<Sequence>& sequences = sequences_storage;
   const int64_t tasks = list_sequences(a, sequences);
   if (tasks == 0) return;
-  const Route route = gemm_route(a.dtype, a.head_dim, 2);
+  const GemmBackend backend = gemm_backend(a.dtype, a.head_dim, 2);
   const int64_t scratch_floats = attention_scratch_floats(table, a.head_dim);
   const auto find = [&](int64_t task) {
     const auto after = std::upper_bound(sequences.begin(), sequences.end(), task,
@@ -142,7 +142,7 @@ void run_attention(const AttentionArgs& a) {
   const auto task_at = [&](int64_t task) {
     const int64_t b = find(task);
     const Sequence& s = sequences[size_t(b)];
-    AttentionTask t = make_task(a, s, b, task - s.first_task, route);
+    AttentionTile t = make_tile(a, s, b, task - s.first_task, backend);
     if (k_rows) {
       const int64_t row = (task - s.first_task) / blocks_of(a, s.queries) * rows + s.first_row;
       t.k_rows = k_rows + row * a.head_dim;
@@ -160,31 +160,31 @@ void run_attention(const AttentionArgs& a) {
     splits = std::min((2 * int64_t(max_threads()) + tasks - 1) / tasks, a.keys / kMinSplitKeys);
   if (splits <= 1) {
     const bool apart = a.k_s > a.head_dim && tasks >= kMinGatherBlocks * a.batch * a.kv_heads;
-    if (route == Route::dot && a.mask_kind == MaskKind::none && apart) {
+    if (backend == GemmBackend::bf16_dot && a.mask_kind == MaskKind::none && apart) {
       thread_local Workspace k_rows_ws, v_pairs_ws;
       k_rows = k_rows_ws.get<bf16>(a.kv_heads * rows * a.head_dim);
       v_pairs = v_pairs_ws.get<float>(a.kv_heads * rows / 2 * a.head_dim);
       // Each task gathers its share of the keys that all tasks of its head then read.
       parallel_tasks(tasks, [&](int64_t task) {
-        const AttentionTask t = task_at(task);
+        const AttentionTile t = task_at(task);
         const int64_t blocks = blocks_of(a, t.queries), block = t.row_begin / table.panel_width,
                       pairs = (t.keys + 1) / 2;
         table.attention_gather(a, t, pairs * block / blocks * 2, std::min(pairs * (block + 1) / blocks * 2, t.keys));
       });
     }
-    return parallel_tasks(tasks, [&](int64_t task) { table.attention_task(a, task_at(task), scratch()); });
+    return parallel_tasks(tasks, [&](int64_t task) { table.attention_tile(a, task_at(task), scratch()); });
   }
   const int64_t stride = table.panel_width * (a.head_dim + 2);
   thread_local Workspace partials_ws;
   float* partials = partials_ws.get<float>(tasks * splits * stride);
   parallel_tasks(tasks * splits, [&](int64_t index) {
-    AttentionTask t = task_at(index / splits);
+    AttentionTile t = task_at(index / splits);
     const int64_t split = index % splits, keys = t.keys;
     const int64_t block_count = (keys + kAttentionKeys - 1) / kAttentionKeys;
     t.key_begin = std::min(keys, block_count * split / splits * kAttentionKeys);
     t.key_end = std::min(keys, block_count * (split + 1) / splits * kAttentionKeys);
     t.partial = partials + index * stride;
-    table.attention_task(a, t, scratch());
+    table.attention_tile(a, t, scratch());
   });
   parallel_tasks(tasks, [&](int64_t task) {
     combine_splits(a, task_at(task), partials + task * splits * stride, splits, stride);

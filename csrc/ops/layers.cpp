@@ -65,7 +65,7 @@ void run_decoder_layer(const DecoderLayerArgs& a) {
   rope.q_weight = a.q_norm, rope.k_weight = a.k_norm;
   rope.cos = a.cos, rope.sin = a.sin;
   rope.cos_b = a.cos_b, rope.cos_t = a.cos_t, rope.sin_b = a.sin_b, rope.sin_t = a.sin_t;
-  rope.table_dtype = a.dtype;
+  rope.cos_sin_dtype = a.dtype;
   rope.batch = a.batch, rope.time = a.queries, rope.heads = a.heads, rope.kv_heads = a.kv_heads,
   rope.head_dim = a.head_dim;
   rope.eps = a.eps, rope.dtype = a.dtype;
@@ -125,7 +125,7 @@ void run_vision_block(const VisionBlockArgs& a) {
   rope.q_h = rope.q_out_h = rope.k_h = rope.k_out_h = a.head_dim;
   rope.cos = a.cos, rope.sin = a.sin;
   rope.cos_t = a.cos_t, rope.sin_t = a.sin_t;
-  rope.table_dtype = DType::f32;
+  rope.cos_sin_dtype = DType::f32;
   rope.batch = 1, rope.time = rows, rope.heads = a.heads, rope.kv_heads = a.heads, rope.head_dim = a.head_dim;
   rope.dtype = a.dtype;
   run_qk_norm_rope(rope);

@@ -4,7 +4,7 @@
 
 #include "../threads.h"
 #include "../workspace.h"
-#include "gemm_tasks.h"
+#include "tile_scheduler.h"
 #include "quant_linear.h"
 
 namespace qvl {
@@ -16,9 +16,9 @@ Workspace& gemm_scratch() {
   return scratch;
 }
 
-double time_route(Route route) {
+double time_gemm_backend(GemmBackend backend) {
   const KernelTable& table = kernels();
-  const int64_t m = table.panel_width, n = kGemmRows, k = 2048;
+  const int64_t m = table.panel_width, n = kGemmTileN, k = 2048;
   Workspace panels_ws, w_ws, out_ws;
   float* panels = panels_ws.get<float>(m * k);
   bf16* w = w_ws.get<bf16>(n * k);
@@ -28,7 +28,7 @@ double time_route(Route route) {
   GemmArgs args{};
   args.panels = panels;
   args.m = m, args.n = n, args.k = k;
-  args.route = route;
+  args.backend = backend;
   args.w = w, args.w_stride = k;
   args.dtype = DType::bf16;
   args.out = out, args.out_stride = n;
@@ -36,7 +36,7 @@ double time_route(Route route) {
   double best = 1e9;
   for (int repeat = 0; repeat < 5; ++repeat) {
     const auto start = std::chrono::steady_clock::now();
-    table.gemm_task(args, 0, n, 0, 1, scratch);
+    table.gemm_tile(args, 0, n, 0, 1, scratch);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     if (seconds < best) best = seconds;
   }
@@ -44,24 +44,24 @@ double time_route(Route route) {
 }
 
 // The dot instruction is twice as fast as FMA on Zen 5 and half as fast on some Intel parts: measure, do not guess.
-bool dot_is_faster() {
-  if (!kernels().has_dot) return false;
-  static const bool faster = time_route(Route::dot) < time_route(Route::fma);
+bool bf16_dot_is_faster() {
+  if (!kernels().has_bf16_dot) return false;
+  static const bool faster = time_gemm_backend(GemmBackend::bf16_dot) < time_gemm_backend(GemmBackend::fma);
   return faster;
 }
 
 // 32-bit words that panels of [m, k] take.
-int64_t panel_words(int64_t m, int64_t k, Route route) {
-  return panel_count(m) * kernels().panel_width * (route == Route::dot ? k / 2 : k);
+int64_t panel_words(int64_t m, int64_t k, GemmBackend backend) {
+  return panel_count(m) * kernels().panel_width * (backend == GemmBackend::bf16_dot ? k / 2 : k);
 }
 
-void pack_panels(const Rows& rows, int64_t first_row, int64_t m, Route route, float* panels) {
+void pack_panels(const Rows& rows, int64_t first_row, int64_t m, GemmBackend backend, float* panels) {
   const KernelTable& table = kernels();
   const char* x = static_cast<const char*>(rows.x) + first_row * rows.stride * dtype_bytes(rows.dtype);
-  const PackArgs args{x, rows.stride, m, rows.k, rows.dtype, route, panels};
+  const GemmPackArgs args{x, rows.stride, m, rows.k, rows.dtype, backend, panels};
   parallel_tasks(panel_count(m), [&](int64_t panel) {
     const int64_t begin = panel * table.panel_width, end = begin + table.panel_width;
-    fill(rows, first_row + begin, first_row + (end < m ? end : m));
+    norm_prologue(rows, first_row + begin, first_row + (end < m ? end : m));
     table.gemm_pack(args, panel);
   });
 }
@@ -71,11 +71,12 @@ Workspace& panels_workspace() {
   return workspace;
 }
 
-GemmArgs gemm_args(const LinearCall& call, const float* panels, int64_t m, int64_t k, Route route, DType dtype) {
+GemmArgs gemm_args(const LinearCall& call, const float* panels, int64_t m, int64_t k, GemmBackend backend,
+                   DType dtype) {
   GemmArgs args{};
   args.panels = panels;
   args.m = m, args.n = call.n, args.k = k;
-  args.route = route;
+  args.backend = backend;
   args.w = call.weight.w, args.w_stride = call.weight.stride;
   if (call.up) args.w2 = call.up->w, args.w2_stride = call.up->stride;
   args.bias = call.weight.bias;
@@ -86,15 +87,13 @@ GemmArgs gemm_args(const LinearCall& call, const float* panels, int64_t m, int64
   return args;
 }
 
-int64_t rows_per_task(const GemmArgs& args) {
-  return args.activation == Activation::swiglu ? kGemmRows / 2 : kGemmRows;
-}
+int64_t tile_n(const GemmArgs& args) { return args.activation == Activation::swiglu ? kGemmTileN / 2 : kGemmTileN; }
 
 void run_gemms(const GemmArgs* gemms, int count) {
   const KernelTable& table = kernels();
-  parallel_gemms(gemms, count, rows_per_task,
+  parallel_gemms(gemms, count, tile_n,
                  [&](const auto& args, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end) {
-                   table.gemm_task(args, n_begin, n_end, panel_begin, panel_end,
+                   table.gemm_tile(args, n_begin, n_end, panel_begin, panel_end,
                                    gemm_scratch().get<float>(gemm_scratch_floats(table)));
                  });
 }
@@ -103,15 +102,15 @@ void run_gemvs(const Rows& rows, const LinearCall* calls, int count) {
   const KernelTable& table = kernels();
   const int64_t block = 2 * table.vector_width;
   const int64_t k_padded = (rows.k + block - 1) / block * block;
-  const Route route = gemm_route(rows.dtype, 2, 2);
+  const GemmBackend backend = gemm_backend(rows.dtype, 2, 2);
   // One block of room between rows: rows of 4 KB on the other side would all want the same lines of L1.
-  const int64_t x_stride = (route == Route::dot ? k_padded / 2 : k_padded) + block;
+  const int64_t x_stride = (backend == GemmBackend::bf16_dot ? k_padded / 2 : k_padded) + block;
   thread_local Workspace prepared_ws;
   float* prepared = prepared_ws.get<float>(rows.m * x_stride);
   const int64_t row_bytes = rows.stride * dtype_bytes(rows.dtype);
-  fill(rows, 0, rows.m);
+  norm_prologue(rows, 0, rows.m);
   for (int64_t m = 0; m < rows.m; ++m)
-    table.gemv_prepare(static_cast<const char*>(rows.x) + m * row_bytes, rows.dtype, rows.k, route,
+    table.gemv_prepare(static_cast<const char*>(rows.x) + m * row_bytes, rows.dtype, rows.k, backend,
                        prepared + m * x_stride);
   int64_t total = 0;
   for (int i = 0; i < count; ++i) total += calls[i].n;
@@ -128,7 +127,7 @@ void run_gemvs(const Rows& rows, const LinearCall* calls, int count) {
       GemvArgs args{};
       args.x = prepared, args.x_stride = x_stride;
       args.m = rows.m, args.n = call.n, args.k = rows.k;
-      args.route = route;
+      args.backend = backend;
       args.w = call.weight.w, args.w_stride = call.weight.stride;
       if (call.up) args.w2 = call.up->w, args.w2_stride = call.up->stride;
       args.bias = call.weight.bias;
@@ -141,28 +140,28 @@ void run_gemvs(const Rows& rows, const LinearCall* calls, int count) {
   });
 }
 
-void run_stored(const Rows& rows, const LinearCall* calls, int count) {
-  if (rows.m <= kGemvMaxRows) return run_gemvs(rows, calls, count);
-  const Route route = gemm_route(rows.dtype, rows.k, 2);
-  const int64_t chunk = rows.m < kChunkRows ? rows.m : kChunkRows, element = dtype_bytes(rows.dtype);
-  float* panels = panels_workspace().get<float>(panel_words(chunk, rows.k, route));
+void run_dense(const Rows& rows, const LinearCall* calls, int count) {
+  if (rows.m <= kGemvMaxM) return run_gemvs(rows, calls, count);
+  const GemmBackend backend = gemm_backend(rows.dtype, rows.k, 2);
+  const int64_t chunk = rows.m < kChunkM ? rows.m : kChunkM, element = dtype_bytes(rows.dtype);
+  float* panels = panels_workspace().get<float>(panel_words(chunk, rows.k, backend));
   GemmArgs gemms[kMaxCalls];
   for (int64_t row = 0; row < rows.m; row += chunk) {
     const int64_t m = rows.m - row < chunk ? rows.m - row : chunk;
-    pack_panels(rows, row, m, route, panels);
+    pack_panels(rows, row, m, backend, panels);
     for (int i = 0; i < count; ++i)
-      gemms[i] = gemm_args(from_row(calls[i], row, element), panels, m, rows.k, route, rows.dtype);
+      gemms[i] = gemm_args(from_row(calls[i], row, element), panels, m, rows.k, backend, rows.dtype);
     run_gemms(gemms, count);
   }
 }
 
-bool quantized(const LinearCall& call) { return call.weight.format != WeightFormat::stored; }
+bool quantized(const LinearCall& call) { return call.weight.format != WeightFormat::dense; }
 
 }  // namespace
 
-Route gemm_route(DType dtype, int64_t k, int64_t n) {
-  if (dtype == DType::bf16 && k % 2 == 0 && n % 2 == 0 && dot_is_faster()) return Route::dot;
-  return Route::fma;
+GemmBackend gemm_backend(DType dtype, int64_t k, int64_t n) {
+  if (dtype == DType::bf16 && k % 2 == 0 && n % 2 == 0 && bf16_dot_is_faster()) return GemmBackend::bf16_dot;
+  return GemmBackend::fma;
 }
 
 void run_linears(Rows rows, const LinearCall* calls, int count) {
@@ -172,8 +171,8 @@ void run_linears(Rows rows, const LinearCall* calls, int count) {
     for (end = begin + 1;
          end < count && calls[end].weight.format == first.format && calls[end].weight.group == first.group;)
       ++end;
-    if (first.format == WeightFormat::stored) {
-      run_stored(rows, calls + begin, end - begin);
+    if (first.format == WeightFormat::dense) {
+      run_dense(rows, calls + begin, end - begin);
     } else {
       run_quant_linears(rows, calls + begin, end - begin);
     }
@@ -185,9 +184,9 @@ void run_mlp(const Rows& rows, const LinearCall& first, const LinearCall& down) 
   if (rows.m == 0) return;
   const int64_t hidden = first.n, element = dtype_bytes(rows.dtype);
   thread_local Workspace hidden_ws;
-  if (rows.m > kQuantGemvMaxRows && quantized(first) && quantized(down)) return run_quant_mlp(rows, first, down);
-  const int64_t chunk = rows.m < kChunkRows ? rows.m : kChunkRows;
-  if (rows.m <= kGemvMaxRows || quantized(first) || quantized(down)) {
+  if (rows.m > kQuantGemvMaxM && quantized(first) && quantized(down)) return run_quant_mlp(rows, first, down);
+  const int64_t chunk = rows.m < kChunkM ? rows.m : kChunkM;
+  if (rows.m <= kGemvMaxM || quantized(first) || quantized(down)) {
     LinearCall call = first;
     call.out = hidden_ws.get<char>(chunk * hidden * element);
     call.out_stride = hidden;
@@ -199,17 +198,17 @@ void run_mlp(const Rows& rows, const LinearCall& first, const LinearCall& down) 
     }
     return;
   }
-  const Route route = gemm_route(rows.dtype, rows.k, hidden);
-  float* panels = panels_workspace().get<float>(panel_words(chunk, rows.k, route));
-  float* hidden_panels = hidden_ws.get<float>(panel_words(chunk, hidden, route));
+  const GemmBackend backend = gemm_backend(rows.dtype, rows.k, hidden);
+  float* panels = panels_workspace().get<float>(panel_words(chunk, rows.k, backend));
+  float* hidden_panels = hidden_ws.get<float>(panel_words(chunk, hidden, backend));
   for (int64_t row = 0; row < rows.m; row += chunk) {
     const int64_t m = rows.m - row < chunk ? rows.m - row : chunk;
-    pack_panels(rows, row, m, route, panels);
-    GemmArgs args = gemm_args(first, panels, m, rows.k, route, rows.dtype);
+    pack_panels(rows, row, m, backend, panels);
+    GemmArgs args = gemm_args(first, panels, m, rows.k, backend, rows.dtype);
     args.out = hidden_panels;
     args.out_panels = true;
     run_gemms(&args, 1);
-    args = gemm_args(from_row(down, row, element), hidden_panels, m, hidden, route, rows.dtype);
+    args = gemm_args(from_row(down, row, element), hidden_panels, m, hidden, backend, rows.dtype);
     run_gemms(&args, 1);
   }
 }

@@ -8,7 +8,7 @@ struct Weight {
   const void* w;     // [n, k]: elements of the rows' dtype, int8 values, or nibbles
   int64_t stride;    // of rows, in elements; in bytes for int4
   const void* bias;  // [n] or nullptr
-  WeightFormat format = WeightFormat::stored;
+  WeightFormat format = WeightFormat::dense;
   const void* scales = nullptr;  // int8: fp32 [n]; int4: bf16 [n][k padded / group]
   int64_t scale_stride = 0;
   int64_t group = 0;  // int4: inputs per scale
@@ -36,7 +36,7 @@ struct Rows {
   int64_t norm_row = 0;  // the first of its rows
 };
 
-inline void fill(const Rows& rows, int64_t begin, int64_t end) {
+inline void norm_prologue(const Rows& rows, int64_t begin, int64_t end) {
   if (rows.norm) kernels().norm_rows(*rows.norm, rows.norm_row + begin, rows.norm_row + end);
 }
 
@@ -55,13 +55,11 @@ inline Rows from_row(Rows rows, int64_t row, int64_t count) {
   return rows;
 }
 
-constexpr int kMaxCalls = 4;          // over the same rows in one call
-constexpr int64_t kChunkRows = 2048;  // rows whose panels are held at once
+constexpr int kMaxCalls = 4;       // over the same rows in one call
+constexpr int64_t kChunkM = 2048;  // rows whose panels are held at once
 
-constexpr int64_t kQuantGemvMaxRows = kMaxQuantRows;  // kGemvMaxRows over quantised weights
-
-// The faster GEMM route of this machine for the dtype. dot needs k, and where panels are chained n, to be even.
-Route gemm_route(DType dtype, int64_t k, int64_t n);
+// The faster GEMM backend of this machine for the dtype. dot needs k, and where panels are chained n, to be even.
+GemmBackend gemm_backend(DType dtype, int64_t k, int64_t n);
 
 // All calls over the same rows; calls of one format beside each other share a parallel region.
 void run_linears(Rows rows, const LinearCall* calls, int count);

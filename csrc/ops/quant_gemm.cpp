@@ -1,6 +1,6 @@
 #include "../threads.h"
 #include "../workspace.h"
-#include "gemm_tasks.h"
+#include "tile_scheduler.h"
 #include "quant_linear.h"
 
 namespace qvl {
@@ -23,7 +23,7 @@ Panels get_panels(Workspace& workspace, int64_t m, int64_t k, int64_t group) {
 
 void pack_panels(const Rows& rows, const Panels& panels) {
   const KernelTable& table = kernels();
-  QuantPackArgs args{};
+  QuantGemmPackArgs args{};
   args.rows.x = rows.x, args.rows.x_stride = rows.stride;
   args.rows.k = rows.k, args.rows.group = panels.group, args.rows.dtype = rows.dtype;
   args.rows.k_padded = (rows.k + panels.group - 1) / panels.group * panels.group;
@@ -32,8 +32,8 @@ void pack_panels(const Rows& rows, const Panels& panels) {
   parallel_tasks((rows.m + table.vector_width - 1) / table.vector_width, [&](int64_t block) {
     thread_local Workspace scratch;
     const int64_t begin = block * table.vector_width, end = begin + table.vector_width;
-    fill(rows, begin, end < rows.m ? end : rows.m);
-    table.quant_pack(args, block, scratch.get<char>(quant_pack_scratch_bytes(table, args.rows)));
+    norm_prologue(rows, begin, end < rows.m ? end : rows.m);
+    table.quant_gemm_pack(args, block, scratch.get<char>(quant_gemm_pack_scratch_bytes(table, args.rows)));
   });
 }
 
@@ -59,11 +59,11 @@ QuantGemmArgs gemm_args(const LinearCall& call, const Panels& panels, int64_t m,
 
 void run_gemms(const QuantGemmArgs* gemms, int count) {
   const KernelTable& table = kernels();
-  const auto rows_per_task = [](const QuantGemmArgs&) { return kQuantRows; };
-  parallel_gemms(gemms, count, rows_per_task,
+  const auto tile_n = [](const QuantGemmArgs&) { return kQuantGemmTileN; };
+  parallel_gemms(gemms, count, tile_n,
                  [&](const auto& args, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end) {
                    thread_local Workspace scratch;
-                   table.quant_gemm_task(args, n_begin, n_end, panel_begin, panel_end,
+                   table.quant_gemm_tile(args, n_begin, n_end, panel_begin, panel_end,
                                          scratch.get<float>(quant_gemm_scratch_floats(table)));
                  });
 }
@@ -78,11 +78,11 @@ Workspace& panels_workspace() {
 }  // namespace
 
 void run_quant_linears(const Rows& rows, const LinearCall* calls, int count) {
-  if (rows.m <= kQuantGemvMaxRows) return run_quant_gemvs(rows, calls, count);
+  if (rows.m <= kQuantGemvMaxM) return run_quant_gemvs(rows, calls, count);
   const int64_t element = dtype_bytes(rows.dtype);
   QuantGemmArgs gemms[kMaxCalls];
-  for (int64_t row = 0; row < rows.m; row += kChunkRows) {
-    const Rows part = from_row(rows, row, kChunkRows);
+  for (int64_t row = 0; row < rows.m; row += kChunkM) {
+    const Rows part = from_row(rows, row, kChunkM);
     const Panels panels = get_panels(panels_workspace(), part.m, rows.k, group_of(calls[0]));
     pack_panels(part, panels);
     for (int i = 0; i < count; ++i) gemms[i] = gemm_args(from_row(calls[i], row, element), panels, part.m, rows.dtype);
@@ -92,8 +92,8 @@ void run_quant_linears(const Rows& rows, const LinearCall* calls, int count) {
 
 void run_quant_mlp(const Rows& rows, const LinearCall& first, const LinearCall& down) {
   thread_local Workspace hidden_ws;
-  for (int64_t row = 0; row < rows.m; row += kChunkRows) {
-    const Rows part = from_row(rows, row, kChunkRows);
+  for (int64_t row = 0; row < rows.m; row += kChunkM) {
+    const Rows part = from_row(rows, row, kChunkM);
     const Panels panels = get_panels(panels_workspace(), part.m, rows.k, group_of(first));
     const Panels hidden = get_panels(hidden_ws, part.m, first.n, group_of(down));
     pack_panels(part, panels);

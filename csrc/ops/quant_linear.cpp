@@ -12,12 +12,12 @@ void run_quant_gemvs(const Rows& rows, const LinearCall* calls, int count) {
   const WeightFormat format = calls[0].weight.format;
   const int64_t group = activation_group(format, calls[0].weight.group);
   const int64_t chunks = (rows.k + kQuantChunk - 1) / kQuantChunk, k_padded = chunks * kQuantChunk;
-  thread_local Workspace records_ws;
-  QuantPrepareArgs prepare{rows.x, rows.stride, rows.k, k_padded, group, rows.dtype, format, nullptr};
-  prepare.records = records_ws.get<char>(rows.m * quant_record_bytes(k_padded));
-  fill(rows, 0, rows.m);
+  thread_local Workspace packed_rows_ws;
+  QuantGemvPrepareArgs prepare{rows.x, rows.stride, rows.k, k_padded, group, rows.dtype, format, nullptr};
+  prepare.packed_rows = packed_rows_ws.get<char>(rows.m * packed_row_bytes(k_padded));
+  norm_prologue(rows, 0, rows.m);
   parallel_ranges(rows.m * chunks, kMinChunks,
-                  [&](int64_t begin, int64_t end) { table.quant_prepare(prepare, begin, end); });
+                  [&](int64_t begin, int64_t end) { table.quant_gemv_prepare(prepare, begin, end); });
   int64_t total = 0;
   for (int i = 0; i < count; ++i) total += calls[i].n;
   // 64 KB of weights a thread at least, or waking it costs more than it saves.
@@ -33,7 +33,7 @@ void run_quant_gemvs(const Rows& rows, const LinearCall* calls, int count) {
       QuantGemvArgs args{};
       args.m = rows.m, args.n = call.n, args.k = rows.k, args.k_padded = k_padded;
       args.format = format, args.group = group;
-      args.records = prepare.records;
+      args.packed_rows = prepare.packed_rows;
       args.w = call.weight.w, args.w_stride = call.weight.stride;
       args.scales = call.weight.scales, args.scale_stride = call.weight.scale_stride;
       if (call.up) {

@@ -4,14 +4,14 @@
 
 namespace qvl {
 
-// All calls over the same rows, at most kQuantGemvMaxRows of them, in one parallel region; their weights have one
+// All calls over the same rows, at most kQuantGemvMaxM of them, in one parallel region; their weights have one
 // quantised format and group.
 void run_quant_gemvs(const Rows& rows, const LinearCall* calls, int count);
 
 // All calls over the same rows, any number of them; one format and group, as above.
 void run_quant_linears(const Rows& rows, const LinearCall* calls, int count);
 
-// run_mlp for more than kQuantGemvMaxRows rows, both weights quantised: what lies between is rounded in panel layout.
+// run_mlp for more than kQuantGemvMaxM rows, both weights quantised: what lies between is rounded in panel layout.
 void run_quant_mlp(const Rows& rows, const LinearCall& first, const LinearCall& down);
 
 }  // namespace qvl

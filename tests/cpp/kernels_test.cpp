@@ -149,7 +149,7 @@ void test_rope(DType dtype) {
   args.k_b = args.k_out_b = time * kv_heads * size, args.k_t = args.k_out_t = kv_heads * size;
   args.q_h = args.q_out_h = args.k_h = args.k_out_h = size;
   args.q_weight = q_weight.data(), args.k_weight = k_weight.data(), args.cos = cosine.data(), args.sin = sine.data();
-  args.cos_b = args.sin_b = time * size, args.cos_t = args.sin_t = size, args.table_dtype = dtype;
+  args.cos_b = args.sin_b = time * size, args.cos_t = args.sin_t = size, args.cos_sin_dtype = dtype;
   args.batch = 1, args.time = time, args.heads = heads, args.kv_heads = kv_heads, args.head_dim = size;
   args.eps = 1e-6f, args.dtype = dtype;
   run_qk_norm_rope(args);

@@ -25,7 +25,7 @@ inline AttentionScratch attention_scratch(float* base, int64_t head_dim) {
 
 // Query rows -> panel [head_dim words][width].
 template <class T>
-inline void attention_pack_q(const AttentionArgs& a, const AttentionTask& t, bool dot, int64_t width, float* panel) {
+inline void attention_pack_q(const AttentionArgs& a, const AttentionTile& t, bool dot, int64_t width, float* panel) {
   const int64_t words = dot ? a.head_dim / 2 : a.head_dim;
   alignas(64) float block[Vec::kWidth * Vec::kWidth], turned[Vec::kWidth * Vec::kWidth];
   for (int64_t lane = 0; lane < width; lane += Vec::kWidth) {
@@ -48,7 +48,7 @@ inline void attention_pack_q(const AttentionArgs& a, const AttentionTask& t, boo
 
 // mask of keys [key, key + keys) as [keys][width] additive values, -inf where a boolean mask hides.
 template <class T>
-inline void attention_load_mask(const AttentionArgs& a, const AttentionTask& t, int64_t key, int64_t keys,
+inline void attention_load_mask(const AttentionArgs& a, const AttentionTile& t, int64_t key, int64_t keys,
                                 int64_t width, float* mask) {
   for (int64_t lane = 0; lane < width; ++lane) {
     const int64_t row = t.row_begin + lane < t.row_end ? t.row_begin + lane : t.row_end - 1;
@@ -83,8 +83,8 @@ inline void attention_mask_scores(const AttentionArgs& a, int64_t key, int64_t k
   }
 }
 
-// The maxima of a block of scores times a positive scale join row_max, which is left as it was; base gets what
-// exponents are taken from: the new maximum, or 0 for a row that has seen nothing, for exp(-inf) is 0 and no NaN.
+// The maxima of a block of scores times a positive scale transpose_reduce row_max, which is left as it was; base gets
+// what exponents are taken from: the new maximum, or 0 for a row that has seen nothing, for exp(-inf) is 0 and no NaN.
 inline void attention_row_max(int64_t keys, int64_t width, float scale_by, const AttentionScratch& s, Vec* new_max,
                               Vec* base) {
   const int vectors = int(width / Vec::kWidth);
@@ -100,8 +100,8 @@ inline void attention_row_max(int64_t keys, int64_t width, float scale_by, const
 }
 
 // After a block's probabilities: the row state, and out rescaled where a maximum rose.
-inline void attention_next_state(int64_t lane, int64_t width, int64_t head_dim, Vec new_max, Vec base, Vec sum,
-                                 bool first, const AttentionScratch& s) {
+inline void attention_update_state(int64_t lane, int64_t width, int64_t head_dim, Vec new_max, Vec base, Vec sum,
+                                   bool first, const AttentionScratch& s) {
   const Vec old_max = Vec::load(s.row_max + lane), alpha = vec_exp(old_max - base);
   Vec::fma(Vec::load(s.row_sum + lane), alpha, sum).store(s.row_sum + lane);
   new_max.store(s.row_max + lane);
@@ -126,11 +126,11 @@ inline void attention_softmax(int64_t keys, int64_t width, int64_t head_dim, flo
       sum = sum + p;
       p.store(at);
     }
-    attention_next_state(lane, width, head_dim, new_max[m], base[m], sum, first, s);
+    attention_update_state(lane, width, head_dim, new_max[m], base[m], sum, first, s);
   }
 }
 
-// The same for the dot route: probabilities leave as pairs of keys in bf16; an odd last key is paired with 0.
+// The same for the dot backend: probabilities leave as pairs of keys in bf16; an odd last key is paired with 0.
 template <class V>
 inline void attention_softmax_pairs(int64_t keys, int64_t width, int64_t head_dim, float scale_by, bool first,
                                     const AttentionScratch& s) {
@@ -158,12 +158,12 @@ inline void attention_softmax_pairs(int64_t keys, int64_t width, int64_t head_di
       even = even + low;
       V::pack_pair_flush(low, V::zero()).store(pairs);
     }
-    attention_next_state(lane, width, head_dim, new_max[m], base[m], even + odd, first, s);
+    attention_update_state(lane, width, head_dim, new_max[m], base[m], even + odd, first, s);
   }
 }
 
 // A key that no row of the block may see must not touch the result, whatever its value holds: NaN * 0 is NaN.
-inline bool attention_key_hidden(const float* mask, int64_t width) {
+inline bool attention_key_masked(const float* mask, int64_t width) {
   for (int64_t lane = 0; lane < width; ++lane)
     if (mask[lane] >= -3.4028234663852886e38f) return false;
   return true;
@@ -174,25 +174,25 @@ inline void attention_widen_values(const AttentionArgs& a, const T* v, int64_t k
                                    const AttentionScratch& s) {
   for (int64_t i = 0; i < keys; ++i) {
     float* row = s.kv + i * a.head_dim;
-    const bool hidden = masked && attention_key_hidden(s.mask + i * width, width);
+    const bool hidden = masked && attention_key_masked(s.mask + i * width, width);
     QVL_FOR_LANES(d, lanes, a.head_dim) {
       store_lanes(hidden ? Vec::zero() : load_lanes(v + i * a.v_s + d, lanes), row + d, lanes);
     }
   }
 }
 
-// Values in pairs of keys for the dot route, [keys / 2][head_dim] words; an odd last key is paired with zeros. mask: of
-// the keys, or nullptr.
+// Values in pairs of keys for the dot backend, [keys / 2][head_dim] words; an odd last key is paired with zeros. mask:
+// of the keys, or nullptr.
 template <class V>
 inline void attention_pair_values(const AttentionArgs& a, const bf16* v, int64_t keys, int64_t width, const float* mask,
                                   float* pairs) {
   bf16 zeros[kMaxHeadDim];
   std::memset(zeros, 0, sizeof(bf16) * size_t(a.head_dim));
   for (int64_t i = 0; i < keys; i += 2) {
-    const bool hide_low = mask && attention_key_hidden(mask + i * width, width);
-    const bool hide_high = i + 1 == keys || (mask && attention_key_hidden(mask + (i + 1) * width, width));
-    const bf16* low = hide_low ? zeros : v + i * a.v_s;
-    const bf16* high = hide_high ? zeros : v + (i + 1) * a.v_s;
+    const bool masked_low = mask && attention_key_masked(mask + i * width, width);
+    const bool masked_high = i + 1 == keys || (mask && attention_key_masked(mask + (i + 1) * width, width));
+    const bf16* low = masked_low ? zeros : v + i * a.v_s;
+    const bf16* high = masked_high ? zeros : v + (i + 1) * a.v_s;
     QVL_FOR_LANES(d, lanes, a.head_dim) {
       V::load_pair_n(low + d, high + d, lanes).store_n(pairs + i / 2 * a.head_dim + d, lanes);
     }
@@ -200,7 +200,8 @@ inline void attention_pair_values(const AttentionArgs& a, const bf16* v, int64_t
 }
 
 template <class T>
-inline void attention_finish(const AttentionArgs& a, const AttentionTask& t, int64_t width, const AttentionScratch& s) {
+inline void attention_epilogue(const AttentionArgs& a, const AttentionTile& t, int64_t width,
+                               const AttentionScratch& s) {
   alignas(64) float turned[Vec::kWidth * Vec::kWidth];
   const int64_t rows = t.row_end - t.row_begin;
   for (int64_t lane = 0; lane < width && !t.partial; lane += Vec::kWidth) {
@@ -236,7 +237,7 @@ inline void attention_finish(const AttentionArgs& a, const AttentionTask& t, int
 }
 
 template <class T, bool DOT>
-inline void attention_block(const AttentionArgs& a, const AttentionTask& t, int64_t key, int64_t keys,
+inline void attention_block(const AttentionArgs& a, const AttentionTile& t, int64_t key, int64_t keys,
                             int64_t min_limit, int64_t width, bool first, const AttentionScratch& s) {
   const int vectors = int(width / Vec::kWidth);
   const bool gathered = DOT && t.k_rows;
@@ -246,7 +247,7 @@ inline void attention_block(const AttentionArgs& a, const AttentionTask& t, int6
   const int64_t words = DOT ? a.head_dim / 2 : a.head_dim;
   const bool masked = a.mask_kind != MaskKind::none, limited = key + keys > min_limit;
   if (DOT || sizeof(T) == 4) {
-    const int64_t max_depth = DOT ? words : kGemmDepthFp32;  // short partial sums keep fp32 accuracy
+    const int64_t max_depth = DOT ? words : kGemmKBlockFp32;  // short partial sums keep fp32 accuracy
     for (int64_t word = 0; word < words; word += max_depth)
       gemm_block<DOT>(vectors, s.q + word * width, reinterpret_cast<const char*>(k) + word * 4,
                       k_s * int64_t(sizeof(T)), 4, min_i(max_depth, words - word), keys, s.scores, width, word > 0);
@@ -281,7 +282,7 @@ inline void attention_block(const AttentionArgs& a, const AttentionTask& t, int6
 }
 
 template <class T, bool DOT>
-inline void attention_task_typed(const AttentionArgs& a, const AttentionTask& t, float* scratch) {
+inline void attention_tile_typed(const AttentionArgs& a, const AttentionTile& t, float* scratch) {
   const AttentionScratch s = attention_scratch(scratch, a.head_dim);
   const int64_t rows = t.row_end - t.row_begin, width = (rows + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
   int64_t max_limit = 0, min_limit = t.keys;
@@ -299,13 +300,13 @@ inline void attention_task_typed(const AttentionArgs& a, const AttentionTask& t,
   const int64_t key_end = min_i(t.key_end, max_limit);
   for (int64_t key = t.key_begin; key < key_end; key += kAttentionKeys)
     attention_block<T, DOT>(a, t, key, min_i(kAttentionKeys, key_end - key), min_limit, width, key == t.key_begin, s);
-  attention_finish<T>(a, t, width, s);
+  attention_epilogue<T>(a, t, width, s);
 }
 
 // What every task of a sequence and head would otherwise do again, and with keys and values that lie 6 KB apart, as in
 // a vision tower's qkv, mostly from beyond L2.
-void attention_gather(const AttentionArgs& a, const AttentionTask& t, int64_t begin, int64_t end) {
-  if constexpr (Vec::kHasDot) {
+void attention_gather(const AttentionArgs& a, const AttentionTile& t, int64_t begin, int64_t end) {
+  if constexpr (Vec::kHasBf16Dot) {
     const size_t row_bytes = sizeof(bf16) * size_t(a.head_dim);
     for (int64_t i = begin; i < end; ++i)
       std::memcpy(static_cast<bf16*>(t.k_rows) + i * a.head_dim, static_cast<const bf16*>(t.k) + i * a.k_s, row_bytes);
@@ -314,26 +315,27 @@ void attention_gather(const AttentionArgs& a, const AttentionTask& t, int64_t be
   }
 }
 
-void attention_task(const AttentionArgs& a, const AttentionTask& t, float* scratch) {
-  if (t.row_end - t.row_begin <= kFewRows) {
+void attention_tile(const AttentionArgs& a, const AttentionTile& t, float* scratch) {
+  if (t.row_end - t.row_begin <= kDecodeRows) {
     switch (a.dtype) {
       case DType::f32:
-        return attention_few<float>(a, t, scratch);
+        return attention_decode<float>(a, t, scratch);
       case DType::bf16:
-        return attention_few<bf16>(a, t, scratch);
+        return attention_decode<bf16>(a, t, scratch);
       case DType::f16:
-        return attention_few<f16>(a, t, scratch);
+        return attention_decode<f16>(a, t, scratch);
     }
   }
-  if constexpr (Vec::kHasDot) {
-    if (a.dtype == DType::bf16 && t.route == Route::dot) return attention_task_typed<bf16, true>(a, t, scratch);
+  if constexpr (Vec::kHasBf16Dot) {
+    if (a.dtype == DType::bf16 && t.backend == GemmBackend::bf16_dot)
+      return attention_tile_typed<bf16, true>(a, t, scratch);
   }
   switch (a.dtype) {
     case DType::f32:
-      return attention_task_typed<float, false>(a, t, scratch);
+      return attention_tile_typed<float, false>(a, t, scratch);
     case DType::bf16:
-      return attention_task_typed<bf16, false>(a, t, scratch);
+      return attention_tile_typed<bf16, false>(a, t, scratch);
     case DType::f16:
-      return attention_task_typed<f16, false>(a, t, scratch);
+      return attention_tile_typed<f16, false>(a, t, scratch);
   }
 }

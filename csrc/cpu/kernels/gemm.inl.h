@@ -15,18 +15,18 @@ inline V multiply_add(V acc, V a, const char* word) {
   }
 }
 
-// c[n][lane] (+)= sum_k w[n][k] * panel[k][lane]. w_row and w_step in bytes. FETCH: the NR rows after these are brought
-// nearer meanwhile; the first panel of a task would otherwise wait for memory at every new row.
-template <bool DOT, int MV, int NR, bool FETCH>
-inline void gemm_tile(const float* panel, const char* w, int64_t w_row, int64_t w_step, int64_t words, float* c,
-                      int64_t c_stride, bool accumulate) {
+// c[n][lane] (+)= sum_k w[n][k] * panel[k][lane]. w_row and w_step in bytes. PREFETCH: the NR rows after these are
+// brought nearer meanwhile; the first panel of a task would otherwise wait for memory at every new row.
+template <bool DOT, int MV, int NR, bool PREFETCH>
+inline void gemm_microkernel(const float* panel, const char* w, int64_t w_row, int64_t w_step, int64_t words, float* c,
+                             int64_t c_stride, bool accumulate) {
   Vec acc[NR][MV];
 #pragma GCC unroll 16
   for (int n = 0; n < NR; ++n)
 #pragma GCC unroll 4
     for (int m = 0; m < MV; ++m) acc[n][m] = Vec::zero();
   for (int64_t k = 0; k < words; ++k) {
-    if (FETCH && k % 16 == 0)
+    if (PREFETCH && k % 16 == 0)
 #pragma GCC unroll 16
       for (int n = 0; n < NR; ++n) __builtin_prefetch(w + (NR + n) * w_row, 0, 2);
     Vec a[MV];
@@ -51,40 +51,44 @@ inline void gemm_tile(const float* panel, const char* w, int64_t w_row, int64_t 
 // All n rows of one panel with MV vectors of lanes, NR rows at a time.
 template <bool DOT, int MV, int NR>
 inline void gemm_rows(const float* panel, const char* w, int64_t w_row, int64_t w_step, int64_t words, int64_t rows,
-                      float* c, int64_t c_stride, bool accumulate, bool fetch) {
+                      float* c, int64_t c_stride, bool accumulate, bool prefetch) {
   int64_t n = 0;
-  if (fetch)
+  if (prefetch)
     for (; n + 2 * NR <= rows; n += NR)
-      gemm_tile<DOT, MV, NR, true>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride, accumulate);
+      gemm_microkernel<DOT, MV, NR, true>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride,
+                                          accumulate);
   for (; n + NR <= rows; n += NR)
-    gemm_tile<DOT, MV, NR, false>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride, accumulate);
+    gemm_microkernel<DOT, MV, NR, false>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride,
+                                         accumulate);
   for (; n + 2 <= rows; n += 2)
-    gemm_tile<DOT, MV, 2, false>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride, accumulate);
+    gemm_microkernel<DOT, MV, 2, false>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride,
+                                        accumulate);
   for (; n < rows; ++n)
-    gemm_tile<DOT, MV, 1, false>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride, accumulate);
+    gemm_microkernel<DOT, MV, 1, false>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride,
+                                        accumulate);
 }
 
 // rows x (vectors * kWidth) block of c from one panel. Panel stride is vectors * kWidth words, c stride is c_stride.
 template <bool DOT>
 inline void gemm_block(int vectors, const float* panel, const char* w, int64_t w_row, int64_t w_step, int64_t words,
-                       int64_t rows, float* c, int64_t c_stride, bool accumulate, bool fetch = false) {
+                       int64_t rows, float* c, int64_t c_stride, bool accumulate, bool prefetch = false) {
   if constexpr (Vec::kPanelVectors == 4) {  // 32 vector registers: up to 24 accumulators
     switch (vectors) {
       case 1:
-        return gemm_rows<DOT, 1, 12>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
+        return gemm_rows<DOT, 1, 12>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, prefetch);
       case 2:
-        return gemm_rows<DOT, 2, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
+        return gemm_rows<DOT, 2, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, prefetch);
       case 3:
-        return gemm_rows<DOT, 3, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
+        return gemm_rows<DOT, 3, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, prefetch);
       default:
-        return gemm_rows<DOT, 4, 6>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
+        return gemm_rows<DOT, 4, 6>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, prefetch);
     }
   } else {  // 16 vector registers: 12 accumulators
     switch (vectors) {
       case 1:
-        return gemm_rows<DOT, 1, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
+        return gemm_rows<DOT, 1, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, prefetch);
       default:
-        return gemm_rows<DOT, 2, 6>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, fetch);
+        return gemm_rows<DOT, 2, 6>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, prefetch);
     }
   }
 }
@@ -99,12 +103,12 @@ inline int panel_vectors(int64_t m, int64_t panel) {
 // kWidth x kWidth words of x: rows [row, row + kWidth) clipped to m, words [word, ...) clipped to words; zero
 // elsewhere.
 template <class T>
-inline void load_block(const PackArgs& a, int64_t row, int64_t word, float* block) {
+inline void load_block(const GemmPackArgs& a, int64_t row, int64_t word, float* block) {
   for (int r = 0; r < Vec::kWidth; ++r) {
     Vec values = Vec::zero();
     if (row + r < a.m) {
       const T* x = static_cast<const T*>(a.x) + (row + r) * a.x_stride;
-      if (a.route == Route::dot) {
+      if (a.backend == GemmBackend::bf16_dot) {
         values = Vec::load_n(reinterpret_cast<const float*>(x) + word, min_i(Vec::kWidth, a.k / 2 - word));
       } else {
         values = load_lanes(x + word, min_i(Vec::kWidth, a.k - word));
@@ -115,8 +119,8 @@ inline void load_block(const PackArgs& a, int64_t row, int64_t word, float* bloc
 }
 
 template <class T>
-void gemm_pack_typed(const PackArgs& a, int64_t panel) {
-  const int64_t words = a.route == Route::dot ? a.k / 2 : a.k;
+void gemm_pack_typed(const GemmPackArgs& a, int64_t panel) {
+  const int64_t words = a.backend == GemmBackend::bf16_dot ? a.k / 2 : a.k;
   const int vectors = panel_vectors(a.m, panel);
   const int64_t width = vectors * Vec::kWidth;
   float* out = static_cast<float*>(a.panels) + panel * kPanelWidth * words;
@@ -136,7 +140,7 @@ void gemm_pack_typed(const PackArgs& a, int64_t panel) {
   }
 }
 
-void gemm_pack(const PackArgs& a, int64_t panel) {
+void gemm_pack(const GemmPackArgs& a, int64_t panel) {
   switch (a.dtype) {
     case DType::f32:
       return gemm_pack_typed<float>(a, panel);
@@ -150,7 +154,7 @@ void gemm_pack(const PackArgs& a, int64_t panel) {
 template <class T>
 inline void widen_rows(const T* w, int64_t w_stride, int64_t rows, int64_t count, float* out) {
   for (int64_t n = 0; n < rows; ++n) QVL_FOR_LANES(i, lanes, count) {
-      load_lanes(w + n * w_stride + i, lanes).store(out + n * kGemmDepth + i);
+      load_lanes(w + n * w_stride + i, lanes).store(out + n * kGemmKBlock + i);
     }
 }
 
@@ -158,11 +162,11 @@ inline void widen_rows(const T* w, int64_t w_stride, int64_t rows, int64_t count
 template <class T>
 inline void gemm_accumulate(const GemmArgs& a, const T* w, int64_t w_stride, int64_t n_begin, int64_t rows,
                             int64_t panel_begin, int64_t panel_end, int64_t row0, float* c, float* widened) {
-  const bool dot = Vec::kHasDot && a.route == Route::dot;
+  const bool dot = Vec::kHasBf16Dot && a.backend == GemmBackend::bf16_dot;
   const int64_t words = dot ? a.k / 2 : a.k;
   w += n_begin * w_stride;
   // fp32 weights ask for fp32 accuracy: short partial sums, added up, lose less than one long running sum.
-  const int64_t max_depth = sizeof(T) == 4 ? kGemmDepthFp32 : kGemmDepth;
+  const int64_t max_depth = sizeof(T) == 4 ? kGemmKBlockFp32 : kGemmKBlock;
   for (int64_t word = 0; word == 0 || word < words;
        word += max_depth) {  // once without inputs, too: the sums are 0 then
     const int64_t depth = min_i(max_depth, words - word);
@@ -174,13 +178,13 @@ inline void gemm_accumulate(const GemmArgs& a, const T* w, int64_t w_stride, int
     } else {
       widen_rows(w + word, w_stride, rows, depth, widened);
       rows_ptr = reinterpret_cast<const char*>(widened);
-      row_bytes = kGemmDepth * 4;
+      row_bytes = kGemmKBlock * 4;
     }
     for (int64_t p = panel_begin; p < panel_end; ++p) {
       const int vectors = panel_vectors(a.m, p);
       const float* panel = static_cast<const float*>(a.panels) + p * kPanelWidth * words + word * vectors * Vec::kWidth;
-      float* block = c + ((p - panel_begin) * kGemmRows + row0) * kPanelWidth;
-      if constexpr (Vec::kHasDot) {
+      float* block = c + ((p - panel_begin) * kGemmTileN + row0) * kPanelWidth;
+      if constexpr (Vec::kHasBf16Dot) {
         if (dot) {
           gemm_block<true>(vectors, panel, rows_ptr, row_bytes, 4, depth, rows, block, kPanelWidth, word > 0,
                            p == panel_begin);
@@ -196,7 +200,8 @@ inline void gemm_accumulate(const GemmArgs& a, const T* w, int64_t w_stride, int
 // bias and activation on c[row][lane], in place; swiglu finds the up projection from row up_row on and leaves its
 // result in the first `rows` rows.
 template <class T>
-inline void gemm_activate(const GemmArgs& a, int64_t n_begin, int64_t rows, int64_t width, int64_t up_row, float* c) {
+inline void gemm_epilogue_activate(const GemmArgs& a, int64_t n_begin, int64_t rows, int64_t width, int64_t up_row,
+                                   float* c) {
   const T* bias = static_cast<const T*>(a.bias);
   if (!bias && a.activation == Activation::none) return;
   for (int64_t n = 0; n < rows; ++n) {
@@ -213,11 +218,11 @@ inline void gemm_activate(const GemmArgs& a, int64_t n_begin, int64_t rows, int6
 
 // c as rows [n_begin, n_begin + rows) of the next GEMM's panel p: the layouts agree, so nothing is transposed.
 template <class V>
-inline void gemm_store_panel(const GemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, int64_t width,
-                             const float* c) {
+inline void gemm_epilogue_store_panel(const GemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, int64_t width,
+                                      const float* c) {
   float* out = static_cast<float*>(a.out);
-  if constexpr (V::kHasDot) {
-    if (a.route == Route::dot) {
+  if constexpr (V::kHasBf16Dot) {
+    if (a.backend == GemmBackend::bf16_dot) {
       out += p * kPanelWidth * (a.n / 2) + n_begin / 2 * width;
       for (int64_t n = 0; n < rows; n += 2, out += width)
         for (int64_t lane = 0; lane < width; lane += Vec::kWidth)
@@ -232,7 +237,7 @@ inline void gemm_store_panel(const GemmArgs& a, int64_t p, int64_t n_begin, int6
 }
 
 template <class T>
-inline void gemm_store_rows(const GemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, const float* c) {
+inline void gemm_epilogue_store_rows(const GemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, const float* c) {
   alignas(64) float turned[Vec::kWidth * Vec::kWidth];
   const int64_t row0 = p * kPanelWidth, row_count = min_i(kPanelWidth, a.m - row0);
   for (int64_t lane = 0; lane < row_count; lane += Vec::kWidth) {
@@ -252,35 +257,35 @@ inline void gemm_store_rows(const GemmArgs& a, int64_t p, int64_t n_begin, int64
 }
 
 template <class T>
-void gemm_task_typed(const GemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
+void gemm_tile_typed(const GemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
                      float* scratch) {
   const int64_t rows = n_end - n_begin;
   float* c = scratch;
-  float* widened = scratch + kGemmPanels * kGemmRows * kPanelWidth;
+  float* widened = scratch + kGemmTilePanels * kGemmTileN * kPanelWidth;
   gemm_accumulate(a, static_cast<const T*>(a.w), a.w_stride, n_begin, rows, panel_begin, panel_end, 0, c, widened);
   if (a.activation == Activation::swiglu)
-    gemm_accumulate(a, static_cast<const T*>(a.w2), a.w2_stride, n_begin, rows, panel_begin, panel_end, kGemmRows / 2,
+    gemm_accumulate(a, static_cast<const T*>(a.w2), a.w2_stride, n_begin, rows, panel_begin, panel_end, kGemmTileN / 2,
                     c, widened);
   for (int64_t p = panel_begin; p < panel_end; ++p) {
-    float* block = c + (p - panel_begin) * kGemmRows * kPanelWidth;
+    float* block = c + (p - panel_begin) * kGemmTileN * kPanelWidth;
     const int64_t width = panel_vectors(a.m, p) * Vec::kWidth;
-    gemm_activate<T>(a, n_begin, rows, width, kGemmRows / 2, block);
+    gemm_epilogue_activate<T>(a, n_begin, rows, width, kGemmTileN / 2, block);
     if (a.out_panels) {
-      gemm_store_panel<Vec>(a, p, n_begin, rows, width, block);
+      gemm_epilogue_store_panel<Vec>(a, p, n_begin, rows, width, block);
     } else {
-      gemm_store_rows<T>(a, p, n_begin, rows, block);
+      gemm_epilogue_store_rows<T>(a, p, n_begin, rows, block);
     }
   }
 }
 
-void gemm_task(const GemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
+void gemm_tile(const GemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
                float* scratch) {
   switch (a.dtype) {
     case DType::f32:
-      return gemm_task_typed<float>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+      return gemm_tile_typed<float>(a, n_begin, n_end, panel_begin, panel_end, scratch);
     case DType::bf16:
-      return gemm_task_typed<bf16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+      return gemm_tile_typed<bf16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
     case DType::f16:
-      return gemm_task_typed<f16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+      return gemm_tile_typed<f16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
   }
 }

@@ -4,9 +4,9 @@
 // page, reach 88 to 92. Sums are fp32; bf16 is multiplied in pairs by the dot instruction, else weights are widened in
 // registers.
 
-constexpr int64_t kGemvBlock = 2 * Vec::kWidth;  // elements of k per step
-constexpr int64_t kGemvAhead = 1024;             // bytes that a stream is prefetched ahead where the products are many
-constexpr int64_t kGemvSpan =
+constexpr int64_t kGemvKStep = 2 * Vec::kWidth;  // elements of k per step
+constexpr int64_t kGemvPrefetchBytes = 1024;     // bytes that a stream is prefetched ahead where the products are many
+constexpr int64_t kGemvNBlock =
     16;  // rows of a stream whose sums are kept until bias, activation and residual follow in vectors
 
 // Two vectors of weights in the order in which gemv_prepare lays out x.
@@ -17,15 +17,15 @@ inline void gemv_load(const T* p, Vec& first, Vec& second) {
 }
 inline void gemv_load(const bf16* p, Vec& first, Vec& second) { Vec::load_even_odd(p, first, second); }
 
-// One row x [k] widened, in the order of gemv_load, padded with zeros to a multiple of kGemvBlock.
+// One row x [k] widened, in the order of gemv_load, padded with zeros to a multiple of kGemvKStep.
 template <class T>
 inline void gemv_prepare_typed(const T* x, int64_t k, float* out) {
-  for (int64_t i = 0; i < k; i += kGemvBlock) {
+  for (int64_t i = 0; i < k; i += kGemvKStep) {
     Vec first, second;
-    if (i + kGemvBlock <= k) {
+    if (i + kGemvKStep <= k) {
       gemv_load(x + i, first, second);
     } else {
-      T tail[kGemvBlock];
+      T tail[kGemvKStep];
       std::memset(tail, 0, sizeof(tail));
       std::memcpy(tail, x + i, size_t(k - i) * sizeof(T));
       gemv_load(static_cast<const T*>(tail), first, second);
@@ -36,10 +36,10 @@ inline void gemv_prepare_typed(const T* x, int64_t k, float* out) {
 }
 
 // dot: x as it is, padded with zeros; fma: widened.
-void gemv_prepare(const void* x, DType dtype, int64_t k, Route route, float* out) {
-  if (route == Route::dot) {
+void gemv_prepare(const void* x, DType dtype, int64_t k, GemmBackend backend, float* out) {
+  if (backend == GemmBackend::bf16_dot) {
     if (k > 0) std::memcpy(out, x, size_t(k) * 2);  // rows of no elements have no address
-    std::memset(reinterpret_cast<char*>(out) + k * 2, 0, size_t((kGemvBlock - k % kGemvBlock) % kGemvBlock) * 2);
+    std::memset(reinterpret_cast<char*>(out) + k * 2, 0, size_t((kGemvKStep - k % kGemvKStep) % kGemvKStep) * 2);
     return;
   }
   switch (dtype) {
@@ -56,13 +56,13 @@ void gemv_prepare(const void* x, DType dtype, int64_t k, Route route, float* out
 template <bool DOT, int ROWS, int M, class V, class T>  // V is always Vec, as in multiply_add
 inline void gemv_step(const T* w, int64_t w_stride, const float* x, int64_t x_stride, V (&acc)[ROWS][M]) {
   if constexpr (M > 2) {  // what waits for its operands keeps later loads out of the processor's window
-    constexpr int64_t kBytes = kGemvBlock * int64_t(sizeof(T));
+    constexpr int64_t kBytes = kGemvKStep * int64_t(sizeof(T));
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
       for (int64_t i = 0; i < kBytes; i += 64)
-        __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(w + r * w_stride) + uintptr_t(kGemvAhead + i)), 0,
-                           3);
+        __builtin_prefetch(
+            reinterpret_cast<const void*>(uintptr_t(w + r * w_stride) + uintptr_t(kGemvPrefetchBytes + i)), 0, 3);
   }
   if constexpr (DOT) {
     V weights[ROWS];
@@ -96,27 +96,27 @@ inline void gemv_tile(const GemvArgs& a, const T* w, int64_t w_stride, const flo
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) acc[r][m] = Vec::zero();
-  constexpr int64_t kWords = DOT ? kGemvBlock / 2 : kGemvBlock;  // of prepared x per step
+  constexpr int64_t kWords = DOT ? kGemvKStep / 2 : kGemvKStep;  // of prepared x per step
   int64_t i = 0;
-  for (; i + kGemvBlock <= a.k; i += kGemvBlock, x += kWords) gemv_step<DOT>(w + i, w_stride, x, a.x_stride, acc);
+  for (; i + kGemvKStep <= a.k; i += kGemvKStep, x += kWords) gemv_step<DOT>(w + i, w_stride, x, a.x_stride, acc);
   if (i < a.k) {
-    T tail[ROWS * kGemvBlock];
+    T tail[ROWS * kGemvKStep];
     std::memset(tail, 0, sizeof(tail));
     for (int r = 0; r < ROWS; ++r)
-      std::memcpy(tail + r * kGemvBlock, w + r * w_stride + i, size_t(a.k - i) * sizeof(T));
-    gemv_step<DOT>(static_cast<const T*>(tail), kGemvBlock, x, a.x_stride, acc);
+      std::memcpy(tail + r * kGemvKStep, w + r * w_stride + i, size_t(a.k - i) * sizeof(T));
+    gemv_step<DOT>(static_cast<const T*>(tail), kGemvKStep, x, a.x_stride, acc);
   }
   for (int m = 0; m < M; ++m)
-    for (int r = 0; r < ROWS; ++r) sums[(m * ROWS + r) * kGemvSpan] = acc[r][m].sum();
+    for (int r = 0; r < ROWS; ++r) sums[(m * ROWS + r) * kGemvNBlock] = acc[r][m].sum();
 }
 
-constexpr int kGemvChunk = 4;  // rows of x at a time
+constexpr int kGemvTileM = 4;  // rows of x at a time
 
 // gemv_tile for `count` rows of x, at most M.
 template <bool DOT, int ROWS, int M, class T>
-inline void gemv_chunk(const GemvArgs& a, int64_t count, const T* w, int64_t w_stride, const float* x, float* sums) {
+inline void gemv_tile_m(const GemvArgs& a, int64_t count, const T* w, int64_t w_stride, const float* x, float* sums) {
   if constexpr (M > 1) {
-    if (count < M) return gemv_chunk<DOT, ROWS, M - 1>(a, count, w, w_stride, x, sums);
+    if (count < M) return gemv_tile_m<DOT, ROWS, M - 1>(a, count, w, w_stride, x, sums);
   }
   gemv_tile<DOT, ROWS, M>(a, w, w_stride, x, sums);
 }
@@ -125,23 +125,24 @@ inline void gemv_chunk(const GemvArgs& a, int64_t count, const T* w, int64_t w_s
 // the first find the weights in cache.
 template <bool DOT, int ROWS, class T>
 inline void gemv_sums(const GemvArgs& a, const T* w, int64_t w_stride, int64_t apart, int64_t rows, float* sums) {
-  const int64_t chunks = (a.m + kGemvChunk - 1) / kGemvChunk;
+  const int64_t chunks = (a.m + kGemvTileM - 1) / kGemvTileM;
   for (int64_t i = 0; i < rows; ++i, w += w_stride)
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t m = a.m * c / chunks, count = a.m * (c + 1) / chunks - m;
-      float* out = sums + m * ROWS * kGemvSpan + i;
-      gemv_chunk<DOT, ROWS, kGemvChunk>(a, count, w, apart * w_stride, a.x + m * a.x_stride, out);
+      float* out = sums + m * ROWS * kGemvNBlock + i;
+      gemv_tile_m<DOT, ROWS, kGemvTileM>(a, count, w, apart * w_stride, a.x + m * a.x_stride, out);
     }
 }
 
-// Outputs [n, n + rows) of row m, at most a span of them, from their sums.
+// Outputs [n, n + rows) of row m, at most an N-block of them, from their sums.
 template <class T>
-inline void gemv_finish(const GemvArgs& a, int64_t m, int64_t n, int64_t rows, const float* sums, const float* gated) {
+inline void gemv_epilogue(const GemvArgs& a, int64_t m, int64_t n, int64_t rows, const float* sums,
+                          const float* up_sums) {
   QVL_FOR_LANES(r, lanes, rows) {
     Vec y = Vec::load(sums + r);
     if (a.bias) y = y + load_lanes(static_cast<const T*>(a.bias) + n + r, lanes);
     if (a.activation == Activation::gelu_tanh) y = vec_gelu_tanh(y);
-    if (a.activation == Activation::swiglu) y = vec_silu(y) * Vec::load(gated + r);
+    if (a.activation == Activation::swiglu) y = vec_silu(y) * Vec::load(up_sums + r);
     if (a.residual) y = y + load_lanes(static_cast<const T*>(a.residual) + m * a.residual_stride + n + r, lanes);
     store_lanes(y, static_cast<T*>(a.out) + m * a.out_stride + n + r, lanes);
   }
@@ -150,16 +151,16 @@ inline void gemv_finish(const GemvArgs& a, int64_t m, int64_t n, int64_t rows, c
 // ROWS streams of `rows` outputs each.
 template <bool DOT, int ROWS, class T>
 inline void gemv_streams(const GemvArgs& a, int64_t n_begin, int64_t apart) {
-  alignas(64) float sums[kGemvMaxRows * ROWS * kGemvSpan], gated[kGemvMaxRows * ROWS * kGemvSpan];
-  for (int64_t i = 0; i < apart; i += kGemvSpan) {
-    const int64_t rows = min_i(kGemvSpan, apart - i), n = n_begin + i;
+  alignas(64) float sums[kGemvMaxM * ROWS * kGemvNBlock], up_sums[kGemvMaxM * ROWS * kGemvNBlock];
+  for (int64_t i = 0; i < apart; i += kGemvNBlock) {
+    const int64_t rows = min_i(kGemvNBlock, apart - i), n = n_begin + i;
     gemv_sums<DOT, ROWS>(a, static_cast<const T*>(a.w) + n * a.w_stride, a.w_stride, apart, rows, sums);
     if (a.activation == Activation::swiglu)
-      gemv_sums<DOT, ROWS>(a, static_cast<const T*>(a.w2) + n * a.w2_stride, a.w2_stride, apart, rows, gated);
+      gemv_sums<DOT, ROWS>(a, static_cast<const T*>(a.w2) + n * a.w2_stride, a.w2_stride, apart, rows, up_sums);
     for (int64_t m = 0; m < a.m; ++m)
       for (int64_t r = 0; r < ROWS; ++r) {
-        const int64_t at = (m * ROWS + r) * kGemvSpan;
-        gemv_finish<T>(a, m, n + r * apart, rows, sums + at, gated + at);
+        const int64_t at = (m * ROWS + r) * kGemvNBlock;
+        gemv_epilogue<T>(a, m, n + r * apart, rows, sums + at, up_sums + at);
       }
   }
 }
@@ -175,14 +176,14 @@ inline void gemv_split(const GemvArgs& a, int64_t n_begin, int64_t n_end) {
 template <bool DOT, class T>
 inline void gemv_rows_typed(const GemvArgs& a, int64_t n_begin, int64_t n_end) {
   constexpr bool kMany = Vec::kPanelVectors == 4;  // 32 vector registers, else 16
-  if (DOT && a.m > kGemvChunk) return gemv_split<DOT, 6, T>(a, n_begin, n_end);
+  if (DOT && a.m > kGemvTileM) return gemv_split<DOT, 6, T>(a, n_begin, n_end);
   if (!kMany && a.m > 2) return gemv_split<DOT, 2, T>(a, n_begin, n_end);
   return gemv_split<DOT, 4, T>(a, n_begin, n_end);
 }
 
 void gemv_rows(const GemvArgs& a, int64_t n_begin, int64_t n_end) {
-  if constexpr (Vec::kHasDot) {
-    if (a.route == Route::dot) return gemv_rows_typed<true, bf16>(a, n_begin, n_end);
+  if constexpr (Vec::kHasBf16Dot) {
+    if (a.backend == GemmBackend::bf16_dot) return gemv_rows_typed<true, bf16>(a, n_begin, n_end);
   }
   switch (a.dtype) {
     case DType::f32:

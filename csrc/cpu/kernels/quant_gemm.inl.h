@@ -1,11 +1,12 @@
 // GEMM over int8 and int4 weights and activations rounded to int8: activations packed, weights broadcast, as in
-// gemm.inl.h. A word is 32 bits of k: as many elements as the target multiplies at once (Ints). Integer sums run over
-// one group of activations, fp32 sums over the groups. Where the instruction takes activations as unsigned bytes, 128
-// is added to them, and sums begin at -128 times the sum of the group's weights.
+// gemm.inl.h. A word is 32 bits of k: as many elements as the target multiplies at once (GemmInts). Integer sums run
+// over one group of activations, fp32 sums over the groups. Where the instruction takes activations as unsigned bytes,
+// 128 is added to them, and sums begin at -128 times the sum of the group's weights.
 
-constexpr int64_t kQuantDepth = kQuantRowBytes / int64_t(sizeof(Ints::Weight));  // elements of k per block
+constexpr int64_t kQuantGemmKBlock =
+    kQuantGemmKBlockBytes / int64_t(sizeof(GemmInts::Weight));  // elements of k per block
 
-inline int64_t quant_words(int64_t k) { return (k + 3) / 4 * 4 / Ints::kPerWord; }
+inline int64_t quant_words(int64_t k) { return (k + 3) / 4 * 4 / GemmInts::kPerWord; }
 
 struct QuantWeight {
   const void* w;
@@ -18,24 +19,24 @@ struct QuantWeight {
 struct QuantBlock {
   WeightFormat format;
   const char* stored;  // the rows in memory; bytes of a row, and of a group of it
-  int64_t stored_row, stored_group;
+  int64_t source_row_bytes, source_group_bytes;
   const void*
-      stored_scales;  // of the rows: int4 bf16 from the block's first group on, int8 fp32 in the last block or nullptr
+      source_scales;  // of the rows: int4 bf16 from the block's first group on, int8 fp32 in the last block or nullptr
   int64_t scale_stride;
-  Ints::Weight* widened;  // [rows][kQuantDepth], or nullptr where the stored rows are words already
-  const char* words;      // [rows][words] at word_row bytes: either of them
+  GemmInts::Weight* widened;  // [rows][kQuantGemmKBlock], or nullptr where the stored rows are words already
+  const char* words;          // [rows][words] at word_row bytes: either of them
   int64_t word_row;
-  int64_t depth;         // elements of k
-  int64_t count, group;  // words, and words of a group: the last group may be shorter
-  int32_t* starts;       // [group][kQuantRows]: integer sums begin here
-  float* scales;         // int4: [group][kQuantRows]; int8: [kQuantRows], 1 until the last block of k
+  int64_t depth;          // elements of k
+  int64_t count, group;   // words, and words of a group: the last group may be shorter
+  int32_t* compensation;  // [group][kQuantGemmTileN]: integer sums begin here
+  float* scales;          // int4: [group][kQuantGemmTileN]; int8: [kQuantGemmTileN], 1 until the last block of k
 };
 
 // c[n][lane] (+)= sum over groups of x_scales[group][lane] * the group's integer sum, times the weights' scale: of the
-// group (GROUPED) or of the row. fetch: the NR rows after these are brought nearer meanwhile.
+// group (GROUPED) or of the row. prefetch: the NR rows after these are brought nearer meanwhile.
 template <bool GROUPED, int MV, int NR>
-inline void quant_tile(const QuantBlock& b, int64_t n0, const uint32_t* panel, const float* x_scales, float* c,
-                       bool accumulate, bool fetch) {
+inline void quant_microkernel(const QuantBlock& b, int64_t n0, const uint32_t* panel, const float* x_scales, float* c,
+                              bool accumulate, bool prefetch) {
   const char* words = b.words + n0 * b.word_row;
   c += n0 * kPanelWidth;
   Vec sum[NR][MV];
@@ -45,32 +46,32 @@ inline void quant_tile(const QuantBlock& b, int64_t n0, const uint32_t* panel, c
     for (int m = 0; m < MV; ++m)
       sum[n][m] = accumulate ? Vec::load(c + n * kPanelWidth + m * Vec::kWidth) : Vec::zero();
   for (int64_t begin = 0, group = 0; begin < b.count; begin += b.group, ++group) {
-    Ints acc[NR][MV];
+    GemmInts acc[NR][MV];
 #pragma GCC unroll 8
     for (int n = 0; n < NR; ++n) {
-      const Ints start = Ints::set1(b.starts[group * kQuantRows + n0 + n]);
+      const GemmInts start = GemmInts::set1(b.compensation[group * kQuantGemmTileN + n0 + n]);
 #pragma GCC unroll 4
       for (int m = 0; m < MV; ++m) acc[n][m] = start;
     }
-    if (fetch) {
-      const char* next = b.stored + (n0 + NR) * b.stored_row + group * b.stored_group;
+    if (prefetch) {
+      const char* next = b.stored + (n0 + NR) * b.source_row_bytes + group * b.source_group_bytes;
 #pragma GCC unroll 8
-      for (int n = 0; n < NR; ++n, next += b.stored_row) {
+      for (int n = 0; n < NR; ++n, next += b.source_row_bytes) {
         __builtin_prefetch(next, 0, 2);  // a group of int8 is two lines, of int4 at most one
         __builtin_prefetch(next + 64, 0, 2);
       }
     }
     const int64_t count = min_i(b.group, b.count - begin);
     for (int64_t k = 0; k < count; ++k) {
-      Ints a[MV];
+      GemmInts a[MV];
 #pragma GCC unroll 4
-      for (int m = 0; m < MV; ++m) a[m] = Ints::load(panel + m * Vec::kWidth);
+      for (int m = 0; m < MV; ++m) a[m] = GemmInts::load(panel + m * Vec::kWidth);
 #pragma GCC unroll 8
       for (int n = 0; n < NR; ++n) {
         uint32_t word;
         std::memcpy(&word, words + n * b.word_row, 4);
 #pragma GCC unroll 4
-        for (int m = 0; m < MV; ++m) acc[n][m] = Ints::multiply_add(acc[n][m], a[m], word);
+        for (int m = 0; m < MV; ++m) acc[n][m] = GemmInts::multiply_add(acc[n][m], a[m], word);
       }
       panel += MV * Vec::kWidth;
       words += 4;
@@ -80,7 +81,7 @@ inline void quant_tile(const QuantBlock& b, int64_t n0, const uint32_t* panel, c
       const Vec x_scale = Vec::load(x_scales + m * Vec::kWidth);
 #pragma GCC unroll 8
       for (int n = 0; n < NR; ++n) {
-        const Vec scale = GROUPED ? x_scale * Vec::set1(b.scales[group * kQuantRows + n0 + n]) : x_scale;
+        const Vec scale = GROUPED ? x_scale * Vec::set1(b.scales[group * kQuantGemmTileN + n0 + n]) : x_scale;
         sum[n][m] = Vec::fma(acc[n][m].to_float(), scale, sum[n][m]);
       }
     }
@@ -94,28 +95,28 @@ inline void quant_tile(const QuantBlock& b, int64_t n0, const uint32_t* panel, c
 }
 
 // Rows [n, end) of the block made ready for the tiles.
-inline void quant_ready(const QuantBlock& b, int64_t n, int64_t end) {
+inline void quant_unpack_rows(const QuantBlock& b, int64_t n, int64_t end) {
   for (; n < end; ++n) {
-    const char* stored = b.stored + n * b.stored_row;
+    const char* stored = b.stored + n * b.source_row_bytes;
     if (b.widened) {
-      Ints::Weight* out = b.widened + n * kQuantDepth;
+      GemmInts::Weight* out = b.widened + n * kQuantGemmKBlock;
       if (b.format == WeightFormat::int4) {
         for (int64_t i = 0; i < b.depth; i += 32)
-          Ints::unpack(reinterpret_cast<const uint8_t*>(stored) + i / 2, out + i);
+          GemmInts::unpack(reinterpret_cast<const uint8_t*>(stored) + i / 2, out + i);
       } else {
-        for (int64_t i = 0; i < b.depth; ++i) out[i] = Ints::Weight(reinterpret_cast<const int8_t*>(stored)[i]);
-        for (int64_t i = b.depth; i < b.count * Ints::kPerWord; ++i) out[i] = Ints::Weight(0);
+        for (int64_t i = 0; i < b.depth; ++i) out[i] = GemmInts::Weight(reinterpret_cast<const int8_t*>(stored)[i]);
+        for (int64_t i = b.depth; i < b.count * GemmInts::kPerWord; ++i) out[i] = GemmInts::Weight(0);
       }
     }
     for (int64_t begin = 0, group = 0; begin < b.count; begin += b.group, ++group) {
-      b.starts[group * kQuantRows + n] =
-          Ints::start(b.words + n * b.word_row + begin * 4, min_i(b.group, b.count - begin));
+      b.compensation[group * kQuantGemmTileN + n] =
+          GemmInts::zero_point_compensation(b.words + n * b.word_row + begin * 4, min_i(b.group, b.count - begin));
       if (b.format == WeightFormat::int4)
-        b.scales[group * kQuantRows + n] =
-            to_float(static_cast<const bf16*>(b.stored_scales)[n * b.scale_stride + group]);
+        b.scales[group * kQuantGemmTileN + n] =
+            to_float(static_cast<const bf16*>(b.source_scales)[n * b.scale_stride + group]);
     }
     if (b.format == WeightFormat::int8)
-      b.scales[n] = b.stored_scales ? static_cast<const float*>(b.stored_scales)[n * b.scale_stride] : 1.0f;
+      b.scales[n] = b.source_scales ? static_cast<const float*>(b.source_scales)[n * b.scale_stride] : 1.0f;
   }
 }
 
@@ -126,12 +127,12 @@ inline void quant_rows(const QuantBlock& b, int64_t rows, const uint32_t* panel,
                        bool accumulate, bool first) {
   int64_t n = 0;
   for (; n + NR <= rows; n += NR) {
-    if (first) quant_ready(b, n, n + NR);
-    quant_tile<GROUPED, MV, NR>(b, n, panel, x_scales, c, accumulate, first && n + 2 * NR <= rows);
+    if (first) quant_unpack_rows(b, n, n + NR);
+    quant_microkernel<GROUPED, MV, NR>(b, n, panel, x_scales, c, accumulate, first && n + 2 * NR <= rows);
   }
   for (; n < rows; ++n) {
-    if (first) quant_ready(b, n, n + 1);
-    quant_tile<GROUPED, MV, 1>(b, n, panel, x_scales, c, accumulate, false);
+    if (first) quant_unpack_rows(b, n, n + 1);
+    quant_microkernel<GROUPED, MV, 1>(b, n, panel, x_scales, c, accumulate, false);
   }
 }
 
@@ -166,23 +167,23 @@ inline void quant_accumulate(const QuantGemmArgs& a, const QuantWeight& weight, 
   const int64_t groups = (a.k + a.group - 1) / a.group;
   QuantBlock b{};
   b.format = a.format;
-  b.stored_row = weight.stride, b.stored_group = int4 ? a.group / 2 : a.group;
+  b.source_row_bytes = weight.stride, b.source_group_bytes = int4 ? a.group / 2 : a.group;
   b.scale_stride = weight.scale_stride;
-  b.group = a.group / Ints::kPerWord;
-  if (int4 || Ints::kPerWord < 4 || a.k % 4 != 0) b.widened = reinterpret_cast<Ints::Weight*>(scratch);
-  b.starts = reinterpret_cast<int32_t*>(scratch + kQuantRows * kQuantRowBytes / 4);
-  b.scales = scratch + kQuantRows * (kQuantRowBytes / 4 + kQuantRowBytes / 32);
-  for (int64_t k = 0; k < a.k; k += kQuantDepth) {
-    b.depth = min_i(kQuantDepth, a.k - k);
+  b.group = a.group / GemmInts::kPerWord;
+  if (int4 || GemmInts::kPerWord < 4 || a.k % 4 != 0) b.widened = reinterpret_cast<GemmInts::Weight*>(scratch);
+  b.compensation = reinterpret_cast<int32_t*>(scratch + kQuantGemmTileN * kQuantGemmKBlockBytes / 4);
+  b.scales = scratch + kQuantGemmTileN * (kQuantGemmKBlockBytes / 4 + kQuantGemmKBlockBytes / 32);
+  for (int64_t k = 0; k < a.k; k += kQuantGemmKBlock) {
+    b.depth = min_i(kQuantGemmKBlock, a.k - k);
     b.count = quant_words(b.depth);
     b.stored = static_cast<const char*>(weight.w) + n_begin * weight.stride + (int4 ? k / 2 : k);
     if (int4) {
-      b.stored_scales = static_cast<const bf16*>(weight.scales) + n_begin * weight.scale_stride + k / a.group;
-    } else if (k + kQuantDepth >= a.k) {
-      b.stored_scales = static_cast<const float*>(weight.scales) + n_begin * weight.scale_stride;
+      b.source_scales = static_cast<const bf16*>(weight.scales) + n_begin * weight.scale_stride + k / a.group;
+    } else if (k + kQuantGemmKBlock >= a.k) {
+      b.source_scales = static_cast<const float*>(weight.scales) + n_begin * weight.scale_stride;
     }
     b.words = b.widened ? reinterpret_cast<const char*>(b.widened) : b.stored;
-    b.word_row = b.widened ? kQuantRowBytes : b.stored_row;
+    b.word_row = b.widened ? kQuantGemmKBlockBytes : b.source_row_bytes;
     for (int64_t p = panel_begin; p < panel_end; ++p) {
       const int vectors = panel_vectors(a.m, p);
       const int64_t width = vectors * Vec::kWidth;
@@ -198,18 +199,18 @@ inline void quant_accumulate(const QuantGemmArgs& a, const QuantWeight& weight, 
 
 // The scale of one group of activations in each lane: see QuantizeArgs.
 struct LaneScales {
-  Vec top = Vec::zero(), poison = Vec::zero();
+  Vec top = Vec::zero(), nonfinite = Vec::zero();
   void see(Vec x) {
     top = Vec::max(Vec::max(x, Vec::zero() - x), top);
-    poison = Vec::fma(x, Vec::zero(), poison);
+    nonfinite = Vec::fma(x, Vec::zero(), nonfinite);
   }
-  Vec scale() const { return top / Vec::set1(127.0f) + poison; }
+  Vec scale() const { return top / Vec::set1(127.0f) + nonfinite; }
   Vec inverse() const { return Vec::select_lt(Vec::set1(kTinyActivation), top, Vec::set1(127.0f) / top, Vec::zero()); }
 };
 
 // c as inputs [n_begin, n_begin + rows) of the next GEMM's panel p. Its groups lie within one task.
-inline void quant_store_panel(const QuantGemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, int64_t width,
-                              const float* c) {
+inline void quant_epilogue_store_panel(const QuantGemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, int64_t width,
+                                       const float* c) {
   const int64_t groups = (a.n + a.out_group - 1) / a.out_group;
   uint32_t* out = static_cast<uint32_t*>(a.out) + p * kPanelWidth * quant_words(a.n) + quant_words(n_begin) * width;
   float* scales = a.out_scales + p * kPanelWidth * groups + n_begin / a.out_group * width;
@@ -222,12 +223,12 @@ inline void quant_store_panel(const QuantGemmArgs& a, int64_t p, int64_t n_begin
       of.scale().store(scales + lane);
       const Vec inverse = of.inverse();
       for (int64_t word = 0; word < words; ++word) {
-        Vec elements[Ints::kPerWord];
-        for (int e = 0; e < Ints::kPerWord; ++e) {
-          const int64_t i = word * Ints::kPerWord + e;
+        Vec elements[GemmInts::kPerWord];
+        for (int e = 0; e < GemmInts::kPerWord; ++e) {
+          const int64_t i = word * GemmInts::kPerWord + e;
           elements[e] = i < count ? Vec::load(column + i * kPanelWidth) * inverse : Vec::zero();
         }
-        Ints::pack(elements).store(out + word * width + lane);
+        GemmInts::pack(elements).store(out + word * width + lane);
       }
     }
     out += words * width;
@@ -235,35 +236,35 @@ inline void quant_store_panel(const QuantGemmArgs& a, int64_t p, int64_t n_begin
 }
 
 template <class T>
-void quant_gemm_task_typed(const QuantGemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin,
+void quant_gemm_tile_typed(const QuantGemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin,
                            int64_t panel_end, float* scratch) {
-  const int64_t rows = n_end - n_begin, c_panel = 2 * kQuantRows * kPanelWidth;
+  const int64_t rows = n_end - n_begin, c_panel = 2 * kQuantGemmTileN * kPanelWidth;
   float* c = scratch;
-  scratch += kGemmPanels * c_panel;
+  scratch += kGemmTilePanels * c_panel;
   const QuantWeight weight{a.w, a.w_stride, a.scales, a.scale_stride},
       up{a.w2, a.w2_stride, a.scales2, a.scale2_stride};
   quant_accumulate(a, weight, n_begin, rows, panel_begin, panel_end, c, c_panel, scratch);
   if (a.activation == Activation::swiglu)
-    quant_accumulate(a, up, n_begin, rows, panel_begin, panel_end, c + kQuantRows * kPanelWidth, c_panel, scratch);
+    quant_accumulate(a, up, n_begin, rows, panel_begin, panel_end, c + kQuantGemmTileN * kPanelWidth, c_panel, scratch);
   for (int64_t p = panel_begin; p < panel_end; ++p, c += c_panel) {
     const int64_t width = panel_vectors(a.m, p) * Vec::kWidth;
-    gemm_activate<T>(a, n_begin, rows, width, kQuantRows, c);
+    gemm_epilogue_activate<T>(a, n_begin, rows, width, kQuantGemmTileN, c);
     if (a.out_panels) {
-      quant_store_panel(a, p, n_begin, rows, width, c);
+      quant_epilogue_store_panel(a, p, n_begin, rows, width, c);
     } else {
-      gemm_store_rows<T>(a, p, n_begin, rows, c);
+      gemm_epilogue_store_rows<T>(a, p, n_begin, rows, c);
     }
   }
 }
 
-void quant_gemm_task(const QuantGemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
+void quant_gemm_tile(const QuantGemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
                      float* scratch) {
   switch (a.dtype) {
     case DType::f32:
-      return quant_gemm_task_typed<float>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+      return quant_gemm_tile_typed<float>(a, n_begin, n_end, panel_begin, panel_end, scratch);
     case DType::bf16:
-      return quant_gemm_task_typed<bf16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+      return quant_gemm_tile_typed<bf16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
     case DType::f16:
-      return quant_gemm_task_typed<f16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
+      return quant_gemm_tile_typed<f16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
   }
 }

@@ -5,14 +5,14 @@ constexpr int64_t kMaxGroup = 128;
 template <class T>
 inline void quantize_group(const T* x, int64_t count, int8_t* values, float* scale) {
   alignas(64) float rounded[kMaxGroup];
-  Vec top = Vec::zero(), poison = Vec::zero();
+  Vec top = Vec::zero(), nonfinite = Vec::zero();
   QVL_FOR_LANES(i, lanes, count) {
     const Vec value = load_lanes(x + i, lanes);
     top = Vec::max(Vec::max(value, Vec::zero() - value), top);
-    poison = Vec::fma(value, Vec::zero(), poison);
+    nonfinite = Vec::fma(value, Vec::zero(), nonfinite);
     value.store(rounded + i);
   }
-  const float largest = top.max_lane(), invalid = poison.sum();
+  const float largest = top.max_lane(), invalid = nonfinite.sum();
   *scale = largest / 127.0f + invalid;
   if (!(largest > kTinyActivation) || invalid != 0.0f) {
     std::memset(values, 0, size_t(count));

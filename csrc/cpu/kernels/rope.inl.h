@@ -1,10 +1,10 @@
 // q and k heads: optional RMS norm (rounded as the separate op would), then x cos + rotate_half(x) sin in fp32.
 
 template <class T>
-inline void load_table(const void* table, DType table_dtype, int64_t offset, int64_t size, float* out) {
+inline void load_cos_sin(const void* table, DType cos_sin_dtype, int64_t offset, int64_t size, float* out) {
   QVL_FOR_LANES(i, lanes, size) {
-    const Vec x = table_dtype == DType::f32 ? load_lanes(static_cast<const float*>(table) + offset + i, lanes)
-                                            : load_lanes(static_cast<const T*>(table) + offset + i, lanes);
+    const Vec x = cos_sin_dtype == DType::f32 ? load_lanes(static_cast<const float*>(table) + offset + i, lanes)
+                                              : load_lanes(static_cast<const T*>(table) + offset + i, lanes);
     store_lanes(x, out + i, lanes);
   }
 }
@@ -42,8 +42,8 @@ void rope_rows_typed(const RopeArgs& a, int64_t begin, int64_t end) {
   alignas(64) float cos[kMaxHeadDim], sin[kMaxHeadDim];
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / a.time, t = row % a.time;
-    load_table<T>(a.cos, a.table_dtype, b * a.cos_b + t * a.cos_t, a.head_dim, cos);
-    load_table<T>(a.sin, a.table_dtype, b * a.sin_b + t * a.sin_t, a.head_dim, sin);
+    load_cos_sin<T>(a.cos, a.cos_sin_dtype, b * a.cos_b + t * a.cos_t, a.head_dim, cos);
+    load_cos_sin<T>(a.sin, a.cos_sin_dtype, b * a.sin_b + t * a.sin_t, a.head_dim, sin);
     const T* q = static_cast<const T*>(a.q) + b * a.q_b + t * a.q_t;
     const T* k = static_cast<const T*>(a.k) + b * a.k_b + t * a.k_t;
     T* q_out = static_cast<T*>(a.q_out) + b * a.q_out_b + t * a.q_out_t;

@@ -14,7 +14,7 @@ namespace qvl::avx2 {
 struct Vec {
   static constexpr int kWidth = 8;
   static constexpr int kPanelVectors = 2;
-  static constexpr bool kHasDot = false;
+  static constexpr bool kHasBf16Dot = false;
   __m256 v;
 
   static Vec zero() { return {_mm256_setzero_ps()}; }
@@ -126,7 +126,7 @@ struct Vec {
 
 // Dot products of bytes along k for the quantised matrix-vector products: int8 pairs widened to 16 bits; nibbles times
 // int8 activations, which cannot saturate.
-struct Bytes {
+struct GemvInts {
   static constexpr int kInt8Step = 16, kInt4Step = 64;
   using Int8Value = int16_t;
   using Int4Value = int8_t;
@@ -138,13 +138,13 @@ struct Bytes {
   };
   __m256i v;
 
-  static Bytes zero() { return {_mm256_setzero_si256()}; }
-  static Bytes load(const int32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+  static GemvInts zero() { return {_mm256_setzero_si256()}; }
+  static GemvInts load(const int32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
   void store(int32_t* p) const { _mm256_storeu_si256((__m256i*)p, v); }
-  Bytes operator-(Bytes b) const { return {_mm256_sub_epi32(v, b.v)}; }
+  GemvInts operator-(GemvInts b) const { return {_mm256_sub_epi32(v, b.v)}; }
   Vec to_float() const { return {_mm256_cvtepi32_ps(v)}; }
   // In each block of four lanes the block's sums of a, b, c and d.
-  static Bytes join(Bytes a, Bytes b, Bytes c, Bytes d) {
+  static GemvInts transpose_reduce(GemvInts a, GemvInts b, GemvInts c, GemvInts d) {
     return {_mm256_hadd_epi32(_mm256_hadd_epi32(a.v, b.v), _mm256_hadd_epi32(c.v, d.v))};
   }
 
@@ -153,15 +153,15 @@ struct Bytes {
     const __m256i bytes = _mm256_loadu_si256((const __m256i*)p), nibble = _mm256_set1_epi8(15);
     return {_mm256_and_si256(bytes, nibble), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble)};
   }
-  static Bytes dot(Bytes acc, Int8 w, const int16_t* x) {
+  static GemvInts dot(GemvInts acc, Int8 w, const int16_t* x) {
     return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(w.v, _mm256_loadu_si256((const __m256i*)x)))};
   }
-  static Bytes dot(Bytes acc, Int4 w, const int8_t* x) {
+  static GemvInts dot(GemvInts acc, Int4 w, const int8_t* x) {
     const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w.low, _mm256_loadu_si256((const __m256i*)x)),
                                            _mm256_maddubs_epi16(w.high, _mm256_loadu_si256((const __m256i*)(x + 32))));
     return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
   }
-  // Scales of four rows' groups in the places of ``join``: 64 inputs lie in two blocks of 32.
+  // Scales of four rows' groups in the places of ``transpose_reduce``: 64 inputs lie in two blocks of 32.
   template <int GROUP>
   static Vec load_scales(const char* p, int64_t stride) {
     const auto row = [&](int64_t r) {
@@ -176,21 +176,21 @@ struct Bytes {
 };
 
 // Integer words of the quantised GEMM: two 16-bit elements. (vpmaddubsw would saturate.)
-struct Ints {
+struct GemmInts {
   using Weight = int16_t;
   static constexpr int kPerWord = 2;
   __m256i v;
 
-  static Ints set1(int32_t x) { return {_mm256_set1_epi32(x)}; }
-  static Ints load(const uint32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+  static GemmInts set1(int32_t x) { return {_mm256_set1_epi32(x)}; }
+  static GemmInts load(const uint32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
   void store(uint32_t* p) const { _mm256_storeu_si256((__m256i*)p, v); }
   void store(float* p) const { _mm256_storeu_si256((__m256i*)p, v); }
-  static Ints multiply_add(Ints acc, Ints activations, uint32_t weights) {
+  static GemmInts multiply_add(GemmInts acc, GemmInts activations, uint32_t weights) {
     return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(activations.v, _mm256_set1_epi32(int(weights))))};
   }
   Vec to_float() const { return {_mm256_cvtepi32_ps(v)}; }
-  static int32_t start(const char*, int64_t) { return 0; }
-  static Ints load_values(const int8_t* p) { return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p))}; }
+  static int32_t zero_point_compensation(const char*, int64_t) { return 0; }
+  static GemmInts load_values(const int8_t* p) { return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p))}; }
   // 16 bytes of nibbles, the low ones first, as 32 elements.
   static void unpack(const uint8_t* nibbles, Weight* out) {
     const __m128i x = _mm_loadu_si128((const __m128i*)nibbles);
@@ -199,7 +199,7 @@ struct Ints {
     _mm256_storeu_si256((__m256i*)out, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(values)));
     _mm256_storeu_si256((__m256i*)(out + 16), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(values, 1)));
   }
-  static Ints pack(const Vec* x) {
+  static GemmInts pack(const Vec* x) {
     return {_mm256_blend_epi16(_mm256_cvtps_epi32(x[0].v), _mm256_slli_epi32(_mm256_cvtps_epi32(x[1].v), 16), 0xaa)};
   }
 };

@@ -15,14 +15,14 @@ namespace qvl::avx512 {
 struct Vec {
   static constexpr int kWidth = 16;
   static constexpr int kPanelVectors = 4;
-  static constexpr bool kHasDot = false;
+  static constexpr bool kHasBf16Dot = false;
 #include "avx512_vec.inl.h"
 };
 
 // Dot products of bytes along k for the quantised matrix-vector products: int8 pairs widened to 16 bits; nibbles times
 // int8 activations, which cannot saturate.
-struct Bytes {
-#include "avx512_bytes.inl.h"
+struct GemvInts {
+#include "avx512_gemv_ints.inl.h"
   static constexpr int kInt8Step = 32;
   using Int8Value = int16_t;
   struct Int8 {
@@ -30,10 +30,10 @@ struct Bytes {
   };
 
   static Int8 load_int8(const int8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
-  static Bytes dot(Bytes acc, Int8 w, const int16_t* x) {
+  static GemvInts dot(GemvInts acc, Int8 w, const int16_t* x) {
     return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(w.v, _mm512_loadu_si512(x)))};
   }
-  static Bytes dot(Bytes acc, Int4 w, const int8_t* x) {
+  static GemvInts dot(GemvInts acc, Int4 w, const int8_t* x) {
     const __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16(w.low, _mm512_loadu_si512(x)),
                                            _mm512_maddubs_epi16(w.high, _mm512_loadu_si512(x + 64)));
     return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
@@ -41,21 +41,21 @@ struct Bytes {
 };
 
 // Integer words of the quantised GEMM: two 16-bit elements. (vpmaddubsw would saturate.)
-struct Ints {
+struct GemmInts {
   using Weight = int16_t;
   static constexpr int kPerWord = 2;
   __m512i v;
 
-  static Ints set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
-  static Ints load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+  static GemmInts set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  static GemmInts load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
   void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
   void store(float* p) const { _mm512_storeu_si512(p, v); }
-  static Ints multiply_add(Ints acc, Ints activations, uint32_t weights) {
+  static GemmInts multiply_add(GemmInts acc, GemmInts activations, uint32_t weights) {
     return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(activations.v, _mm512_set1_epi32(int(weights))))};
   }
   Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
-  static int32_t start(const char*, int64_t) { return 0; }
-  static Ints load_values(const int8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
+  static int32_t zero_point_compensation(const char*, int64_t) { return 0; }
+  static GemmInts load_values(const int8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
   // 16 bytes of nibbles, the low ones first, as 32 elements.
   static void unpack(const uint8_t* nibbles, Weight* out) {
     const __m128i x = _mm_loadu_si128((const __m128i*)nibbles);
@@ -63,7 +63,7 @@ struct Ints {
     const __m256i values = _mm256_sub_epi8(_mm256_and_si256(both, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
     _mm512_storeu_si512(out, _mm512_cvtepi8_epi16(values));
   }
-  static Ints pack(const Vec* x) {
+  static GemmInts pack(const Vec* x) {
     const __m512i low = _mm512_cvtps_epi32(x[0].v), high = _mm512_slli_epi32(_mm512_cvtps_epi32(x[1].v), 16);
     return {_mm512_mask_blend_epi16(0xaaaaaaaau, low, high)};
   }

@@ -16,7 +16,7 @@ namespace qvl::avx512_bf16 {
 struct Vec {
   static constexpr int kWidth = 16;
   static constexpr int kPanelVectors = 4;
-  static constexpr bool kHasDot = true;
+  static constexpr bool kHasBf16Dot = true;
 #include "avx512_vec.inl.h"
 
   // acc + a.lo * b.lo + a.hi * b.hi for 16 lanes of bf16 pairs.
@@ -40,8 +40,8 @@ struct Vec {
   }
 };
 
-#include "vnni_bytes.inl.h"
-#include "vnni_ints.inl.h"
+#include "vnni_gemv_ints.inl.h"
+#include "vnni_gemm_ints.inl.h"
 
 #include "../kernels/all.inl.h"
 

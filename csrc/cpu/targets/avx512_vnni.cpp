@@ -15,12 +15,12 @@ namespace qvl::avx512_vnni {
 struct Vec {
   static constexpr int kWidth = 16;
   static constexpr int kPanelVectors = 4;
-  static constexpr bool kHasDot = false;
+  static constexpr bool kHasBf16Dot = false;
 #include "avx512_vec.inl.h"
 };
 
-#include "vnni_bytes.inl.h"
-#include "vnni_ints.inl.h"
+#include "vnni_gemv_ints.inl.h"
+#include "vnni_gemm_ints.inl.h"
 
 #include "../kernels/all.inl.h"
 

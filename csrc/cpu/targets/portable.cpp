@@ -9,7 +9,7 @@ namespace qvl::portable {
 struct Vec {
   static constexpr int kWidth = 4;
   static constexpr int kPanelVectors = 2;
-  static constexpr bool kHasDot = false;
+  static constexpr bool kHasBf16Dot = false;
   typedef float Float4 __attribute__((vector_size(16)));
   typedef int32_t Int4 __attribute__((vector_size(16)));
   Float4 v;
@@ -87,7 +87,7 @@ struct Vec {
 
 // Dot products of bytes along k for the quantised matrix-vector products, in vectors of eight 16-bit numbers: two
 // products of int8, or four of nibbles and int8, add up without overflow.
-struct Bytes {
+struct GemvInts {
   static constexpr int kInt8Step = 16, kInt4Step = 32;
   using Int8Value = int16_t;
   using Int4Value = int16_t;
@@ -102,18 +102,18 @@ struct Bytes {
   };
   Vec::Int4 v;
 
-  static Bytes zero() { return {Vec::Int4{0, 0, 0, 0}}; }
-  static Bytes load(const int32_t* p) {
-    Bytes sums;
+  static GemvInts zero() { return {Vec::Int4{0, 0, 0, 0}}; }
+  static GemvInts load(const int32_t* p) {
+    GemvInts sums;
     std::memcpy(&sums.v, p, sizeof(sums.v));
     return sums;
   }
   void store(int32_t* p) const { std::memcpy(p, &v, sizeof(v)); }
-  Bytes operator-(Bytes b) const { return {v - b.v}; }
+  GemvInts operator-(GemvInts b) const { return {v - b.v}; }
   Vec to_float() const { return {__builtin_convertvector(v, Vec::Float4)}; }
   // The sums of a, b, c and d.
-  static Bytes join(Bytes a, Bytes b, Bytes c, Bytes d) {
-    const auto sum = [](const Bytes& x) { return x.v[0] + x.v[1] + x.v[2] + x.v[3]; };
+  static GemvInts transpose_reduce(GemvInts a, GemvInts b, GemvInts c, GemvInts d) {
+    const auto sum = [](const GemvInts& x) { return x.v[0] + x.v[1] + x.v[2] + x.v[3]; };
     return {Vec::Int4{sum(a), sum(b), sum(c), sum(d)}};
   }
 
@@ -132,20 +132,20 @@ struct Bytes {
     const Short8 first = widen(p), second = widen(p + 8);
     return {{first & 15, second & 15, (first >> 4) & 15, (second >> 4) & 15}};
   }
-  Bytes add(Short8 x) const {
+  GemvInts add(Short8 x) const {
     Short4 low, high;
     std::memcpy(&low, &x, sizeof(low));
     std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(low), sizeof(high));
     return {v + __builtin_convertvector(low, Vec::Int4) + __builtin_convertvector(high, Vec::Int4)};
   }
-  static Bytes dot(Bytes acc, const Int8& w, const int16_t* x) {
+  static GemvInts dot(GemvInts acc, const Int8& w, const int16_t* x) {
     return acc.add(w.v[0] * load_values(x) + w.v[1] * load_values(x + 8));
   }
-  static Bytes dot(Bytes acc, const Int4& w, const int16_t* x) {
+  static GemvInts dot(GemvInts acc, const Int4& w, const int16_t* x) {
     return acc.add(w.v[0] * load_values(x) + w.v[1] * load_values(x + 8) + w.v[2] * load_values(x + 16) +
                    w.v[3] * load_values(x + 24));
   }
-  // Scales of four rows' groups in the places of ``join``.
+  // Scales of four rows' groups in the places of ``transpose_reduce``.
   template <int GROUP>
   static Vec load_scales(const char* p, int64_t stride) {
     float scales[4];
@@ -159,21 +159,21 @@ struct Bytes {
 };
 
 // Words of the quantised GEMM: one element as a float. Products of bytes summed over a group are exact in fp32.
-struct Ints {
+struct GemmInts {
   using Weight = float;
   static constexpr int kPerWord = 1;
   Vec v;
 
-  static Ints set1(int32_t x) { return {Vec::set1(float(x))}; }
-  static Ints load(const uint32_t* p) { return {Vec::load(reinterpret_cast<const float*>(p))}; }
+  static GemmInts set1(int32_t x) { return {Vec::set1(float(x))}; }
+  static GemmInts load(const uint32_t* p) { return {Vec::load(reinterpret_cast<const float*>(p))}; }
   void store(uint32_t* p) const { v.store(reinterpret_cast<float*>(p)); }
   void store(float* p) const { v.store(p); }
-  static Ints multiply_add(Ints acc, Ints activations, uint32_t weight) {
+  static GemmInts multiply_add(GemmInts acc, GemmInts activations, uint32_t weight) {
     return {Vec::fma(activations.v, Vec::set1(bits_to_float(weight)), acc.v)};
   }
   Vec to_float() const { return v; }
-  static int32_t start(const char*, int64_t) { return 0; }
-  static Ints load_values(const int8_t* p) {
+  static int32_t zero_point_compensation(const char*, int64_t) { return 0; }
+  static GemmInts load_values(const int8_t* p) {
     return {{Vec::Float4{float(p[0]), float(p[1]), float(p[2]), float(p[3])}}};
   }
   // 16 bytes of nibbles, the low ones first, as 32 elements.
@@ -183,7 +183,7 @@ struct Ints {
       out[j + 16] = float(int(nibbles[j] >> 4) - 8);
     }
   }
-  static Ints pack(const Vec* x) { return {Vec::round(x[0])}; }
+  static GemmInts pack(const Vec* x) { return {Vec::round(x[0])}; }
 };
 
 #include "../kernels/all.inl.h"

@@ -47,7 +47,7 @@ def qk_norm_rope_cpu(q, k, q_weight, k_weight, cos, sin, eps):
         sin=sin.data_ptr(),
         cos_strides=_table_strides(cos),
         sin_strides=_table_strides(sin),
-        table_dtype=DTYPE_CODES[cos.dtype],
+        cos_sin_dtype=DTYPE_CODES[cos.dtype],
         batch=q.shape[0] if q.dim() == 4 else 1,
         time=q.shape[-3],
         heads=q.shape[-2],

@@ -1,14 +1,14 @@
 // Integer words of the quantised GEMM: four bytes, those of activations unsigned (+ 128). Inside the AVX-512 VNNI
 // targets.
-struct Ints {
+struct GemmInts {
   using Weight = int8_t;
   static constexpr int kPerWord = 4;
   __m512i v;
 
-  static Ints set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  static GemmInts set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
   // The empty statement keeps the load out of the loop over weight rows, where GCC 12 would repeat it.
-  static Ints load(const uint32_t* p) {
-    Ints words{_mm512_loadu_si512(p)};
+  static GemmInts load(const uint32_t* p) {
+    GemmInts words{_mm512_loadu_si512(p)};
     asm("" : "+v"(words.v));
     return words;
   }
@@ -16,19 +16,21 @@ struct Ints {
   void store(float* p) const { _mm512_storeu_si512(p, v); }
   // In assembly because GCC 12 copies and spills the sums around its intrinsic: 200 GOP/s a core instead of 455 on
   // Zen 4.
-  static Ints multiply_add(Ints acc, Ints activations, uint32_t weights) {
+  static GemmInts multiply_add(GemmInts acc, GemmInts activations, uint32_t weights) {
     asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(activations.v), "v"(_mm512_set1_epi32(int(weights))));
     return acc;
   }
   Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
-  static int32_t start(const char* weights, int64_t words) {
+  static int32_t zero_point_compensation(const char* weights, int64_t words) {
     const __m512i ones = _mm512_set1_epi8(1);
     __m512i sum = _mm512_setzero_si512();
     for (; words > 0; words -= 16, weights += 64)
       sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi32(Vec::mask(words), weights));
     return -128 * _mm512_reduce_add_epi32(sum);
   }
-  static Ints load_values(const int8_t* p) { return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))}; }
+  static GemmInts load_values(const int8_t* p) {
+    return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
+  }
   // 16 bytes of nibbles, the low ones first, as 32 elements.
   static void unpack(const uint8_t* nibbles, Weight* out) {
     const __m128i x = _mm_loadu_si128((const __m128i*)nibbles);
@@ -36,7 +38,7 @@ struct Ints {
     const __m256i values = _mm256_sub_epi8(_mm256_and_si256(both, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
     _mm256_storeu_si256((__m256i*)out, values);
   }
-  static Ints pack(const Vec* x) {
+  static GemmInts pack(const Vec* x) {
     const __m512i low = _mm512_add_epi32(_mm512_cvtps_epi32(x[0].v), _mm512_slli_epi32(_mm512_cvtps_epi32(x[1].v), 8));
     const __m512i high = _mm512_add_epi32(_mm512_cvtps_epi32(x[2].v), _mm512_slli_epi32(_mm512_cvtps_epi32(x[3].v), 8));
     return {_mm512_add_epi32(_mm512_add_epi32(low, _mm512_slli_epi32(high, 16)), _mm512_set1_epi32(int(0x80808080u)))};

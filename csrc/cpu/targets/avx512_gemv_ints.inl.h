@@ -1,4 +1,4 @@
-// Members of Bytes shared by the AVX-512 targets. Included inside struct Bytes.
+// Members of GemvInts shared by the AVX-512 targets. Included inside struct GemvInts.
 static constexpr int kInt4Step = 128;
 using Int4Value = int8_t;
 struct Int4 {
@@ -6,13 +6,13 @@ struct Int4 {
 };
 __m512i v;
 
-static Bytes zero() { return {_mm512_setzero_si512()}; }
-static Bytes load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+static GemvInts zero() { return {_mm512_setzero_si512()}; }
+static GemvInts load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
-Bytes operator-(Bytes b) const { return {_mm512_sub_epi32(v, b.v)}; }
+GemvInts operator-(GemvInts b) const { return {_mm512_sub_epi32(v, b.v)}; }
 Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
 // In each block of four lanes the block's sums of a, b, c and d: a quarter of the conversions that each would need.
-static Bytes join(Bytes a, Bytes b, Bytes c, Bytes d) {
+static GemvInts transpose_reduce(GemvInts a, GemvInts b, GemvInts c, GemvInts d) {
   const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a.v, b.v), _mm512_unpackhi_epi32(a.v, b.v));
   const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c.v, d.v), _mm512_unpackhi_epi32(c.v, d.v));
   return {_mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd))};
@@ -22,7 +22,7 @@ static Int4 load_int4(const uint8_t* p) {
   asm("" : "+v"(bytes));  // else GCC 12 stores them to load them twice
   return {_mm512_and_si512(bytes, nibble), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble)};
 }
-// Scales of four rows' groups in the places of ``join``: 128 inputs lie in blocks of 32.
+// Scales of four rows' groups in the places of ``transpose_reduce``: 128 inputs lie in blocks of 32.
 template <int GROUP>
 static Vec load_scales(const char* p, int64_t stride) {
   const auto row = [&](int64_t r) {  // its scales in a register: through memory they would wait for their own stores

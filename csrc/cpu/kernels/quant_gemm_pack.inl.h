@@ -1,7 +1,7 @@
 // Rows of activations rounded to int8 and laid out as panels for quant_gemm.
 
 // Rows [block * kWidth, (block + 1) * kWidth) of x, clipped to m; a panel is shared by up to kPanelVectors blocks.
-void quant_pack(const QuantPackArgs& a, int64_t block, char* scratch) {
+void quant_gemm_pack(const QuantGemmPackArgs& a, int64_t block, char* scratch) {
   const QuantizeArgs& x = a.rows;
   const int64_t row0 = block * Vec::kWidth, rows = min_i(Vec::kWidth, a.m - row0);
   const int64_t panel = block / Vec::kPanelVectors, width = panel_vectors(a.m, panel) * Vec::kWidth;
@@ -23,7 +23,7 @@ void quant_pack(const QuantPackArgs& a, int64_t block, char* scratch) {
   alignas(64) float turned[Vec::kWidth * Vec::kWidth], rows_of_words[Vec::kWidth * Vec::kWidth];
   for (int64_t word = 0; word < words; word += Vec::kWidth) {
     for (int64_t row = 0; row < Vec::kWidth; ++row)
-      Ints::load_values(part.values + row * x.k_padded + word * Ints::kPerWord)
+      GemmInts::load_values(part.values + row * x.k_padded + word * GemmInts::kPerWord)
           .store(rows_of_words + row * Vec::kWidth);
     Vec::transpose(rows_of_words, Vec::kWidth, turned, Vec::kWidth);
     for (int64_t i = 0; i < min_i(Vec::kWidth, words - word); ++i)

@@ -1,37 +1,37 @@
 // Attention of up to four query rows (decoding): keys and values are streamed once, as stored, with the queries and the
 // result in registers. A panel of lanes would multiply 16 columns to use two of them and is bound by arithmetic.
 
-constexpr int64_t kFewRows = 4;
-constexpr int64_t kFewKeys = 512;         // per block: long enough that changing between keys and values costs nothing
-constexpr int64_t kFewAheadBytes = 4096;  // how far ahead rows are prefetched
+constexpr int64_t kDecodeRows = 4;
+constexpr int64_t kDecodeKeys = 512;  // per block: long enough that changing between keys and values costs nothing
+constexpr int64_t kDecodePrefetchBytes = 4096;  // how far ahead rows are prefetched
 
 // Keys that a row may see: a prefix.
-inline int64_t attention_limit(const AttentionArgs& a, const AttentionTask& t, int64_t row) {
+inline int64_t attention_limit(const AttentionArgs& a, const AttentionTile& t, int64_t row) {
   const int64_t limit = a.causal ? t.keys - t.queries + row % t.queries + 1 : t.keys;
   return limit > 0 ? limit : 0;
 }
 
-// Lives in the scratch of attention_task, which is larger for every head_dim and panel width.
-struct FewScratch {
+// Lives in the scratch of attention_tile, which is larger for every head_dim and panel width.
+struct DecodeScratch {
   float *q, *out;  // [rows][padded], in the order of gemv_load
-  float* scores;   // [rows][kFewKeys]
+  float* scores;   // [rows][kDecodeKeys]
   int64_t padded;
-  float row_max[kFewRows], row_sum[kFewRows];
-  int64_t limit[kFewRows];
-  bool seen[kFewKeys];  // whether any row sees the key; filled where there is a mask
+  float row_max[kDecodeRows], row_sum[kDecodeRows];
+  int64_t limit[kDecodeRows];
+  bool seen[kDecodeKeys];  // whether any row sees the key; filled where there is a mask
 };
 
 // Place of element d in a row in the order of gemv_load.
-inline int64_t few_place(int64_t d, DType dtype) {
+inline int64_t decode_index(int64_t d, DType dtype) {
   if (dtype != DType::bf16) return d;
-  const int64_t in_block = d % kGemvBlock;
+  const int64_t in_block = d % kGemvKStep;
   return d - in_block + in_block % 2 * Vec::kWidth + in_block / 2;
 }
 
 // sums[r][m] = w[row + r, :] . x[m, :]; rows are short, and the next ones prefetched.
 template <class T, int ROWS, int M>
-inline void few_dot(const T* w, int64_t w_stride, const T* next, const float* x, int64_t k_padded, int64_t k,
-                    float* sums) {
+inline void decode_qk(const T* w, int64_t w_stride, const T* next, const float* x, int64_t k_padded, int64_t k,
+                      float* sums) {
   Vec acc[ROWS][M][2];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
@@ -39,7 +39,7 @@ inline void few_dot(const T* w, int64_t w_stride, const T* next, const float* x,
     for (int m = 0; m < M; ++m) acc[r][m][0] = acc[r][m][1] = Vec::zero();
   constexpr int64_t kAhead = 1024 / int64_t(sizeof(T));
   int64_t i = 0;
-  for (; i + kGemvBlock <= k; i += kGemvBlock) {
+  for (; i + kGemvKStep <= k; i += kGemvKStep) {
     const T* ahead = i + kAhead < k ? w + i + kAhead : next + (i + kAhead - k);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
@@ -55,7 +55,7 @@ inline void few_dot(const T* w, int64_t w_stride, const T* next, const float* x,
   }
   if (i < k) {
     for (int r = 0; r < ROWS; ++r) {
-      T tail[kGemvBlock];
+      T tail[kGemvKStep];
       std::memset(tail, 0, sizeof(tail));
       std::memcpy(tail, w + r * w_stride + i, size_t(k - i) * sizeof(T));
       Vec first, second;
@@ -71,25 +71,25 @@ inline void few_dot(const T* w, int64_t w_stride, const T* next, const float* x,
 }
 
 template <class T, int M>
-inline void few_scores(const AttentionArgs& a, const T* k, int64_t keys, int64_t ahead, const FewScratch& s) {
+inline void decode_scores(const AttentionArgs& a, const T* k, int64_t keys, int64_t ahead, const DecodeScratch& s) {
   float sums[4 * M];
   int64_t i = 0;
   for (; i + 4 <= keys; i += 4) {
     const T* row = k + i * a.k_s;
-    few_dot<T, 4, M>(row, a.k_s, row + ahead * a.k_s, s.q, s.padded, a.head_dim, sums);
+    decode_qk<T, 4, M>(row, a.k_s, row + ahead * a.k_s, s.q, s.padded, a.head_dim, sums);
     for (int r = 0; r < 4; ++r)
-      for (int m = 0; m < M; ++m) s.scores[m * kFewKeys + i + r] = sums[r * M + m];
+      for (int m = 0; m < M; ++m) s.scores[m * kDecodeKeys + i + r] = sums[r * M + m];
   }
   for (; i < keys; ++i) {
     const T* row = k + i * a.k_s;
-    few_dot<T, 1, M>(row, a.k_s, row, s.q, s.padded, a.head_dim, sums);
-    for (int m = 0; m < M; ++m) s.scores[m * kFewKeys + i] = sums[m];
+    decode_qk<T, 1, M>(row, a.k_s, row, s.q, s.padded, a.head_dim, sums);
+    for (int m = 0; m < M; ++m) s.scores[m * kDecodeKeys + i] = sums[m];
   }
 }
 
 template <class T>
-inline void few_add_mask(const AttentionArgs& a, const AttentionTask& t, int64_t key, int64_t keys, int64_t row,
-                         float* x) {
+inline void decode_add_mask(const AttentionArgs& a, const AttentionTile& t, int64_t key, int64_t keys, int64_t row,
+                            float* x) {
   const int64_t offset = row / t.queries * a.mask_h + row % t.queries * a.mask_t + key * a.mask_s;
   if (a.mask_kind == MaskKind::boolean) {
     const uint8_t* visible = static_cast<const uint8_t*>(t.mask) + offset;
@@ -106,13 +106,13 @@ inline void few_add_mask(const AttentionArgs& a, const AttentionTask& t, int64_t
 
 // Scores of one row -> probabilities; updates the row's state and rescales its part of out.
 template <class T>
-inline void few_softmax(const AttentionArgs& a, const AttentionTask& t, int64_t key, int64_t keys, int m,
-                        FewScratch& s) {
-  float* x = s.scores + m * kFewKeys;
+inline void decode_softmax(const AttentionArgs& a, const AttentionTile& t, int64_t key, int64_t keys, int m,
+                           DecodeScratch& s) {
+  float* x = s.scores + m * kDecodeKeys;
   const Vec scale = Vec::set1(a.scale);
   const int64_t padded = (keys + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
   for (int64_t i = 0; i < padded; i += Vec::kWidth) (Vec::load(x + i) * scale).store(x + i);
-  if (a.mask_kind != MaskKind::none) few_add_mask<T>(a, t, key, keys, t.row_begin + m, x);
+  if (a.mask_kind != MaskKind::none) decode_add_mask<T>(a, t, key, keys, t.row_begin + m, x);
   const int64_t visible = min_i(keys, s.limit[m] - key);
   for (int64_t i = visible > 0 ? visible : 0; i < padded; ++i) x[i] = -__builtin_inff();
   if (a.mask_kind != MaskKind::none)
@@ -139,8 +139,8 @@ inline void few_softmax(const AttentionArgs& a, const AttentionTask& t, int64_t 
 
 // out[m] += sum_i p[m][i] v[i] over BLOCKS blocks of columns, held in registers meanwhile.
 template <class T, int M, int BLOCKS>
-inline void few_columns(const AttentionArgs& a, const T* v, int64_t keys, int64_t ahead, bool masked, float* out,
-                        const FewScratch& s) {
+inline void decode_pv_columns(const AttentionArgs& a, const T* v, int64_t keys, int64_t ahead, bool masked, float* out,
+                              const DecodeScratch& s) {
   Vec acc[M][BLOCKS][2];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
@@ -148,18 +148,18 @@ inline void few_columns(const AttentionArgs& a, const T* v, int64_t keys, int64_
     for (int b = 0; b < BLOCKS; ++b)
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half)
-        acc[m][b][half] = Vec::load(out + m * s.padded + b * kGemvBlock + half * Vec::kWidth);
+        acc[m][b][half] = Vec::load(out + m * s.padded + b * kGemvKStep + half * Vec::kWidth);
   for (int64_t i = 0; i < keys; ++i) {
     if (masked && !s.seen[i]) continue;  // 0 * NaN is NaN
     const T* row = v + i * a.v_s;
 #pragma GCC unroll 4
     for (int b = 0; b < BLOCKS; ++b) {
       Vec first, second;
-      __builtin_prefetch(reinterpret_cast<const char*>(row + ahead * a.v_s + b * kGemvBlock), 0, 3);
-      gemv_load(row + b * kGemvBlock, first, second);
+      __builtin_prefetch(reinterpret_cast<const char*>(row + ahead * a.v_s + b * kGemvKStep), 0, 3);
+      gemv_load(row + b * kGemvKStep, first, second);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
-        const Vec p = Vec::set1(s.scores[m * kFewKeys + i]);
+        const Vec p = Vec::set1(s.scores[m * kDecodeKeys + i]);
         acc[m][b][0] = Vec::fma(first, p, acc[m][b][0]);
         acc[m][b][1] = Vec::fma(second, p, acc[m][b][1]);
       }
@@ -171,20 +171,20 @@ inline void few_columns(const AttentionArgs& a, const T* v, int64_t keys, int64_
     for (int b = 0; b < BLOCKS; ++b)
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half)
-        acc[m][b][half].store(out + m * s.padded + b * kGemvBlock + half * Vec::kWidth);
+        acc[m][b][half].store(out + m * s.padded + b * kGemvKStep + half * Vec::kWidth);
 }
 
 template <class T, int M>
-inline void few_values(const AttentionArgs& a, const T* v, int64_t keys, int64_t ahead, bool masked,
-                       const FewScratch& s) {
+inline void decode_pv(const AttentionArgs& a, const T* v, int64_t keys, int64_t ahead, bool masked,
+                      const DecodeScratch& s) {
   constexpr int kBlocks = Vec::kPanelVectors == 4 ? (M <= 2 ? 4 : 2) : (M == 1 ? 4 : M == 2 ? 2 : 1);  // registers
   int64_t d = 0;
-  for (; d + kBlocks * kGemvBlock <= a.head_dim; d += kBlocks * kGemvBlock)
-    few_columns<T, M, kBlocks>(a, v + d, keys, ahead, masked, s.out + d, s);
-  for (; d + kGemvBlock <= a.head_dim; d += kGemvBlock)
-    few_columns<T, M, 1>(a, v + d, keys, ahead, masked, s.out + d, s);
+  for (; d + kBlocks * kGemvKStep <= a.head_dim; d += kBlocks * kGemvKStep)
+    decode_pv_columns<T, M, kBlocks>(a, v + d, keys, ahead, masked, s.out + d, s);
+  for (; d + kGemvKStep <= a.head_dim; d += kGemvKStep)
+    decode_pv_columns<T, M, 1>(a, v + d, keys, ahead, masked, s.out + d, s);
   if (d == a.head_dim) return;
-  T tail[kGemvBlock];
+  T tail[kGemvKStep];
   std::memset(tail, 0, sizeof(tail));
   for (int64_t i = 0; i < keys; ++i) {
     if (masked && !s.seen[i]) continue;
@@ -192,7 +192,7 @@ inline void few_values(const AttentionArgs& a, const T* v, int64_t keys, int64_t
     Vec first, second;
     gemv_load(static_cast<const T*>(tail), first, second);
     for (int m = 0; m < M; ++m) {
-      const Vec p = Vec::set1(s.scores[m * kFewKeys + i]);
+      const Vec p = Vec::set1(s.scores[m * kDecodeKeys + i]);
       float* out = s.out + m * s.padded + d;
       Vec::fma(first, p, Vec::load(out)).store(out);
       Vec::fma(second, p, Vec::load(out + Vec::kWidth)).store(out + Vec::kWidth);
@@ -201,7 +201,7 @@ inline void few_values(const AttentionArgs& a, const T* v, int64_t keys, int64_t
 }
 
 template <class T>
-inline void few_finish(const AttentionArgs& a, const AttentionTask& t, const FewScratch& s) {
+inline void decode_epilogue(const AttentionArgs& a, const AttentionTile& t, const DecodeScratch& s) {
   for (int64_t m = 0; m < t.row_end - t.row_begin; ++m) {
     const int64_t row = t.row_begin + m;
     const float* out = s.out + m * s.padded;
@@ -210,20 +210,20 @@ inline void few_finish(const AttentionArgs& a, const AttentionTask& t, const Few
       float* partial = t.partial + m * (a.head_dim + 2);
       partial[0] = s.row_max[m];
       partial[1] = sum;
-      for (int64_t d = 0; d < a.head_dim; ++d) partial[2 + d] = out[few_place(d, a.dtype)];
+      for (int64_t d = 0; d < a.head_dim; ++d) partial[2 + d] = out[decode_index(d, a.dtype)];
       continue;
     }
     const float inverse = sum > 0.0f ? 1.0f / sum : (sum != sum ? sum : 0.0f);
     T* to = static_cast<T*>(t.out) + row / t.queries * a.out_h + row % t.queries * a.out_t;
-    for (int64_t d = 0; d < a.head_dim; ++d) from_float(out[few_place(d, a.dtype)] * inverse, to[d]);
+    for (int64_t d = 0; d < a.head_dim; ++d) from_float(out[decode_index(d, a.dtype)] * inverse, to[d]);
     if (t.lse) t.lse[row / t.queries * t.lse_h + row % t.queries] = s.row_max[m] + __builtin_logf(sum);
   }
 }
 
 template <class T, int M>
-inline void attention_few_typed(const AttentionArgs& a, const AttentionTask& t, float* scratch) {
-  FewScratch s;
-  s.padded = (a.head_dim + kGemvBlock - 1) / kGemvBlock * kGemvBlock;
+inline void attention_decode_typed(const AttentionArgs& a, const AttentionTile& t, float* scratch) {
+  DecodeScratch s;
+  s.padded = (a.head_dim + kGemvKStep - 1) / kGemvKStep * kGemvKStep;
   s.q = scratch;
   s.out = s.q + M * s.padded;
   s.scores = s.out + M * s.padded;
@@ -238,27 +238,27 @@ inline void attention_few_typed(const AttentionArgs& a, const AttentionTask& t, 
     if (s.limit[m] > max_limit) max_limit = s.limit[m];
   }
   for (int64_t i = 0; i < M * s.padded; i += Vec::kWidth) Vec::zero().store(s.out + i);
-  const int64_t ahead = 1 + kFewAheadBytes / (a.head_dim * int64_t(sizeof(T)));
+  const int64_t ahead = 1 + kDecodePrefetchBytes / (a.head_dim * int64_t(sizeof(T)));
   const int64_t key_end = min_i(t.key_end, max_limit);
-  for (int64_t key = t.key_begin; key < key_end; key += kFewKeys) {
-    const int64_t keys = min_i(kFewKeys, key_end - key);
-    few_scores<T, M>(a, static_cast<const T*>(t.k) + key * a.k_s, keys, ahead, s);
-    for (int m = 0; m < M; ++m) few_softmax<T>(a, t, key, keys, m, s);
-    few_values<T, M>(a, static_cast<const T*>(t.v) + key * a.v_s, keys, ahead, a.mask_kind != MaskKind::none, s);
+  for (int64_t key = t.key_begin; key < key_end; key += kDecodeKeys) {
+    const int64_t keys = min_i(kDecodeKeys, key_end - key);
+    decode_scores<T, M>(a, static_cast<const T*>(t.k) + key * a.k_s, keys, ahead, s);
+    for (int m = 0; m < M; ++m) decode_softmax<T>(a, t, key, keys, m, s);
+    decode_pv<T, M>(a, static_cast<const T*>(t.v) + key * a.v_s, keys, ahead, a.mask_kind != MaskKind::none, s);
   }
-  few_finish<T>(a, t, s);
+  decode_epilogue<T>(a, t, s);
 }
 
 template <class T>
-inline void attention_few(const AttentionArgs& a, const AttentionTask& t, float* scratch) {
+inline void attention_decode(const AttentionArgs& a, const AttentionTile& t, float* scratch) {
   switch (t.row_end - t.row_begin) {
     case 1:
-      return attention_few_typed<T, 1>(a, t, scratch);
+      return attention_decode_typed<T, 1>(a, t, scratch);
     case 2:
-      return attention_few_typed<T, 2>(a, t, scratch);
+      return attention_decode_typed<T, 2>(a, t, scratch);
     case 3:
-      return attention_few_typed<T, 3>(a, t, scratch);
+      return attention_decode_typed<T, 3>(a, t, scratch);
     default:
-      return attention_few_typed<T, 4>(a, t, scratch);
+      return attention_decode_typed<T, 4>(a, t, scratch);
   }
 }
