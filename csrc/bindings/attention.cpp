@@ -1,13 +1,10 @@
 #include "../ops/attention.h"
 
-#include <array>
-
 #include "common.h"
 
 namespace qvl {
 
 void bind_attention(py::module_& m) {
-  using Strides = std::array<int64_t, 3>;  // batch, time, head
   m.def(
       "attention",
       [](Ptr q, Ptr k, Ptr v, Ptr out_, Ptr lse, int64_t batch, int64_t queries, int64_t keys, int64_t heads,
@@ -16,18 +13,14 @@ void bind_attention(py::module_& m) {
          int dtype) {
         if (head_dim > kMaxHeadDim) throw std::invalid_argument("attention: head_dim must be at most 512");
         AttentionArgs a{};
-        a.q = in(q), a.k = in(k), a.v = in(v), a.out = out(out_), a.lse = static_cast<float*>(out(lse));
+        a.q = view(q, q_s), a.k = view(k, k_s), a.v = view(v, v_s), a.out = mutable_view(out_, out_s);
+        a.lse = static_cast<float*>(out(lse));
         a.batch = batch, a.queries = queries, a.keys = keys;
         a.heads = heads, a.kv_heads = kv_heads, a.head_dim = head_dim;
-        a.q_b = q_s[0], a.q_t = q_s[1], a.q_h = q_s[2];
-        a.k_b = k_s[0], a.k_s = k_s[1], a.k_h = k_s[2];
-        a.v_b = v_s[0], a.v_s = v_s[1], a.v_h = v_s[2];
-        a.out_b = out_s[0], a.out_t = out_s[1], a.out_h = out_s[2];
         a.scale = scale, a.causal = causal;
         a.key_counts = static_cast<const int64_t*>(in(key_counts));
         a.cu_seqlens = static_cast<const int32_t*>(in(cu_seqlens));
-        a.mask_kind = static_cast<MaskKind>(mask_kind), a.mask = in(mask);
-        a.mask_b = mask_s[0], a.mask_h = mask_s[1], a.mask_t = mask_s[2], a.mask_s = mask_s[3];
+        a.mask = mask_view(mask_kind, mask, mask_s);
         a.dtype = to_dtype(dtype);
         py::gil_scoped_release release;
         run_attention(a);
@@ -35,7 +28,7 @@ void bind_attention(py::module_& m) {
       "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "batch"_a, "queries"_a, "keys"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
       "q_strides"_a, "k_strides"_a, "v_strides"_a, "out_strides"_a, "scale"_a, "causal"_a, "key_counts"_a,
       "cu_seqlens"_a, "mask_kind"_a, "mask"_a, "mask_strides"_a, "dtype"_a,
-      "Scaled dot-product attention; packed sequences when cu_seqlens is given");
+      "Scaled dot-product attention; varlen when cu_seqlens is given");
 }
 
 }  // namespace qvl

@@ -4,10 +4,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
-#include "../dtype.h"
+#include "../cpu/kernel_table.h"
 
 namespace qvl {
 
@@ -17,6 +18,14 @@ using namespace py::literals;
 using Ptr = uintptr_t;
 inline const void* in(Ptr p) { return reinterpret_cast<const void*>(p); }
 inline void* out(Ptr p) { return reinterpret_cast<void*>(p); }
+
+using Strides = std::array<int64_t, 3>;  // batch, time, head
+inline View view(Ptr data, Strides s) { return {in(data), s[0], s[1], s[2]}; }
+inline MutableView mutable_view(Ptr data, Strides s) { return {out(data), s[0], s[1], s[2]}; }
+inline CosSinView cos_sin_view(Ptr data, std::array<int64_t, 2> s) { return {in(data), s[0], s[1]}; }
+inline MaskView mask_view(int kind, Ptr data, std::array<int64_t, 4> s) {
+  return {static_cast<MaskKind>(kind), in(data), s[0], s[1], s[2], s[3]};
+}
 
 inline DType to_dtype(int code) {
   if (code < 0 || code > 2)

@@ -7,10 +7,9 @@
 
 namespace qvl {
 
-// Where keys and values lie, and the strides of batch, head and position of both.
+// KV-cache handle: where a layer's keys and values [B, Hkv, S_cap, D] lie.
 struct LayerCache {
-  Ptr keys, values;
-  std::array<int64_t, 3> keys_s, values_s;
+  MutableView keys, values;
 };
 
 void bind_layers(py::module_& m) {
@@ -32,8 +31,11 @@ void bind_layers(py::module_& m) {
 
   py::class_<LayerCache>(m, "LayerCache",
                          "Where the keys and values of a layer lie, for many calls; the memory must outlive it")
-      .def(py::init<Ptr, Ptr, std::array<int64_t, 3>, std::array<int64_t, 3>>(), "keys"_a, "values"_a, "keys_strides"_a,
-           "values_strides"_a, "strides of batch, head and position");
+      .def(py::init([](Ptr keys, Ptr values, Strides keys_s, Strides values_s) {
+             const auto cache_view = [](Ptr data, Strides s) { return mutable_view(data, {s[0], s[2], s[1]}); };
+             return LayerCache{cache_view(keys, keys_s), cache_view(values, values_s)};
+           }),
+           "keys"_a, "values"_a, "keys_strides"_a, "values_strides"_a, "strides of batch, head and position");
 
   m.def(
       "decoder_layers",
@@ -46,15 +48,10 @@ void bind_layers(py::module_& m) {
         for (size_t i = 0; i < layers.size(); ++i) {
           DecoderLayerArgs a = *layers[i];
           a.x = in(i ? outs[i - 1] : x), a.out = out(outs[i]);
-          a.cos = in(cos), a.sin = in(sin);
-          a.cos_b = cos_s[0], a.cos_t = cos_s[1], a.sin_b = sin_s[0], a.sin_t = sin_s[1];
-          const LayerCache& c = *caches[i];
-          a.k_cache = out(c.keys), a.v_cache = out(c.values);
-          a.k_b = c.keys_s[0], a.k_h = c.keys_s[1], a.k_s = c.keys_s[2];
-          a.v_b = c.values_s[0], a.v_h = c.values_s[1], a.v_s = c.values_s[2];
+          a.cos = cos_sin_view(cos, cos_s), a.sin = cos_sin_view(sin, sin_s);
+          a.k_cache = caches[i]->keys, a.v_cache = caches[i]->values;
           a.batch = batch, a.queries = queries, a.past = past;
-          a.mask_kind = static_cast<MaskKind>(mask_kind), a.mask = in(mask);
-          a.mask_b = mask_s[0], a.mask_h = mask_s[1], a.mask_t = mask_s[2], a.mask_s = mask_s[3];
+          a.mask = mask_view(mask_kind, mask, mask_s);
           run_decoder_layer(a);
         }
       },
@@ -71,8 +68,7 @@ void bind_layers(py::module_& m) {
         a.x = in(x), a.out = out(out_);
         a.norm1_w = in(norms[0]), a.norm1_b = in(norms[1]), a.norm2_w = in(norms[2]), a.norm2_b = in(norms[3]);
         a.qkv = weights[0], a.proj = weights[1], a.fc1 = weights[2], a.fc2 = weights[3];
-        a.cos = static_cast<const float*>(in(cos)), a.sin = static_cast<const float*>(in(sin));
-        a.cos_t = cos_t, a.sin_t = sin_t;
+        a.cos = {in(cos), 0, cos_t}, a.sin = {in(sin), 0, sin_t};
         a.cu_seqlens = static_cast<const int32_t*>(in(cu_seqlens));
         a.sequences = sequences, a.tokens = tokens, a.hidden = hidden;
         a.heads = heads, a.head_dim = head_dim, a.mlp = mlp;

@@ -156,42 +156,57 @@ struct ActivationArgs {
 
 constexpr int64_t kMaxHeadDim = 512;  // of rope and attention: bounds their stack buffers
 
-// Rotary embedding of q [B, T, H, D] and k [B, T, Hkv, D] by strides in elements, after an RMS norm of each head where
-// weights are given. Outputs may be the inputs, or rows of a KV cache. cos, sin [B, T, D] (stride 0 where broadcast).
+// A tensor [B, T, H, D] by its strides in elements; D is contiguous. Pointer: const void* to read, void* to write.
+template <class Pointer>
+struct HeadsView {
+  Pointer data;
+  int64_t stride_b, stride_t, stride_h;
+};
+using View = HeadsView<const void*>;
+using MutableView = HeadsView<void*>;
+
+inline View read_only(const MutableView& view) { return {view.data, view.stride_b, view.stride_t, view.stride_h}; }
+
+// The cos or sin cache [B, T, D]; stride_b is 0 where one row serves the whole batch.
+struct CosSinView {
+  const void* data;
+  int64_t stride_b, stride_t;
+};
+
+enum class MaskKind : int { none = 0, boolean = 1, additive = 2 };
+
+// Attention mask [B, H, T, S] by its strides in elements (0 where broadcast). boolean: a nonzero byte lets the query
+// see the key; additive: an attention bias of q's dtype, added to the scaled scores.
+struct MaskView {
+  MaskKind kind;
+  const void* data;
+  int64_t stride_b, stride_h, stride_t, stride_s;
+};
+
+// Rotary embedding of q [B, T, H, D] and k [B, T, Hkv, D], after an RMS norm of each head where weights are given.
+// Outputs may be the inputs, or rows of a KV cache.
 struct RopeArgs {
-  const void *q, *k;
-  void *q_out, *k_out;
-  int64_t q_b, q_t, q_h, k_b, k_t, k_h, q_out_b, q_out_t, q_out_h, k_out_b, k_out_t, k_out_h;
+  View q, k;
+  MutableView q_out, k_out;
   const void *q_weight, *k_weight;  // [D] or nullptr for no norm
-  const void *cos, *sin;
-  int64_t cos_b, cos_t, sin_b, sin_t;
-  DType cos_sin_dtype;  // of cos and sin: f32 or dtype
+  CosSinView cos, sin;
+  DType cos_sin_dtype;  // f32 or dtype
   int64_t batch, time, heads, kv_heads, head_dim;
   float eps;
   DType dtype;
 };
 
-enum class MaskKind : int {
-  none = 0,
-  boolean = 1,
-  additive = 2
-};  // boolean: nonzero byte = visible; additive: dtype as q
-
 struct AttentionArgs {
-  const void* q;  // [B, T, H, D] by strides in elements; D contiguous
-  const void* k;  // [B, S, Hkv, D]
-  const void* v;  // [B, S, Hkv, D]
-  void* out;      // [B, T, H, D]
-  float* lse;     // [B, H, T] contiguous (natural log, -inf for rows that see nothing), or nullptr
+  View q;           // [B, T, H, D]
+  View k, v;        // [B, S, Hkv, D]
+  MutableView out;  // [B, T, H, D]
+  float* lse;       // [B, H, T] contiguous (natural log, -inf for rows that see nothing), or nullptr
   int64_t batch, queries, keys, heads, kv_heads, head_dim;
-  int64_t q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, out_b, out_t, out_h;
   float scale;
   bool causal;                // query i of a sequence of T sees keys <= S_b - T + i, S_b the sequence's key count
   const int64_t* key_counts;  // [B] visible keys (a prefix), or nullptr for all
-  const int32_t* cu_seqlens;  // [B + 1]: q, k, v, out are packed [N, ...], strides *_b unused; or nullptr
-  MaskKind mask_kind;
-  const void* mask;  // [B, H, T, S] by strides (0 where broadcast)
-  int64_t mask_b, mask_h, mask_t, mask_s;
+  const int32_t* cu_seqlens;  // [B + 1]: q, k, v, out are varlen [N, ...], stride_b unused; or nullptr
+  MaskView mask;
   DType dtype;
 };
 

@@ -65,17 +65,21 @@ AttentionTile make_tile(const AttentionArgs& a, const Sequence& s, int64_t b, in
   const int64_t group = a.heads / a.kv_heads, head = kv_head * group, size = dtype_bytes(a.dtype);
   const int64_t packed = a.cu_seqlens ? 0 : b;
   AttentionTile t{};
-  t.q = static_cast<const char*>(a.q) + (packed * a.q_b + s.query_begin * a.q_t + head * a.q_h) * size;
-  t.k = static_cast<const char*>(a.k) + (packed * a.k_b + s.key_begin * a.k_s + kv_head * a.k_h) * size;
-  t.v = static_cast<const char*>(a.v) + (packed * a.v_b + s.key_begin * a.v_s + kv_head * a.v_h) * size;
-  t.out = static_cast<char*>(a.out) + (packed * a.out_b + s.query_begin * a.out_t + head * a.out_h) * size;
+  t.q = static_cast<const char*>(a.q.data) +
+        (packed * a.q.stride_b + s.query_begin * a.q.stride_t + head * a.q.stride_h) * size;
+  t.k = static_cast<const char*>(a.k.data) +
+        (packed * a.k.stride_b + s.key_begin * a.k.stride_t + kv_head * a.k.stride_h) * size;
+  t.v = static_cast<const char*>(a.v.data) +
+        (packed * a.v.stride_b + s.key_begin * a.v.stride_t + kv_head * a.v.stride_h) * size;
+  t.out = static_cast<char*>(a.out.data) +
+          (packed * a.out.stride_b + s.query_begin * a.out.stride_t + head * a.out.stride_h) * size;
   if (a.lse) {
     t.lse = a.cu_seqlens ? a.lse + head * a.queries + s.query_begin : a.lse + (b * a.heads + head) * a.queries;
     t.lse_h = a.queries;
   }
-  if (a.mask_kind != MaskKind::none) {
-    const int64_t mask_size = a.mask_kind == MaskKind::boolean ? 1 : size;
-    t.mask = static_cast<const char*>(a.mask) + (b * a.mask_b + head * a.mask_h) * mask_size;
+  if (a.mask.kind != MaskKind::none) {
+    const int64_t mask_size = a.mask.kind == MaskKind::boolean ? 1 : size;
+    t.mask = static_cast<const char*>(a.mask.data) + (b * a.mask.stride_b + head * a.mask.stride_h) * mask_size;
   }
   t.queries = s.queries, t.keys = s.keys;
   t.row_begin = block * kernels().panel_width;
@@ -115,7 +119,7 @@ void combine_splits(const AttentionArgs& a, const AttentionTile& t, const float*
       for (int64_t d = 0; d < a.head_dim; ++d) out[d] += partial[2 + d] * alpha;
     }
     const float inverse = sum > 0.0f ? 1.0f / sum : (sum != sum ? sum : 0.0f);
-    const int64_t offset = row / t.queries * a.out_h + row % t.queries * a.out_t;
+    const int64_t offset = row / t.queries * a.out.stride_h + row % t.queries * a.out.stride_t;
     for (int64_t d = 0; d < a.head_dim; ++d) store(out[d] * inverse, a.dtype, t.out, offset + d);
     if (t.lse) t.lse[row / t.queries * t.lse_h + row % t.queries] = max + std::log(sum);
   }
@@ -159,8 +163,8 @@ void run_attention(const AttentionArgs& a) {
   if (tasks < 2 * max_threads() && !a.cu_seqlens)
     splits = std::min((2 * int64_t(max_threads()) + tasks - 1) / tasks, a.keys / kMinSplitKeys);
   if (splits <= 1) {
-    const bool apart = a.k_s > a.head_dim && tasks >= kMinGatherBlocks * a.batch * a.kv_heads;
-    if (backend == GemmBackend::bf16_dot && a.mask_kind == MaskKind::none && apart) {
+    const bool apart = a.k.stride_t > a.head_dim && tasks >= kMinGatherBlocks * a.batch * a.kv_heads;
+    if (backend == GemmBackend::bf16_dot && a.mask.kind == MaskKind::none && apart) {
       thread_local Workspace k_rows_ws, v_pairs_ws;
       k_rows = k_rows_ws.get<bf16>(a.kv_heads * rows * a.head_dim);
       v_pairs = v_pairs_ws.get<float>(a.kv_heads * rows / 2 * a.head_dim);

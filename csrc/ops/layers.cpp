@@ -27,6 +27,16 @@ NormArgs norm(const void* x, const void* weight, const void* bias, void* y, int6
   return args;
 }
 
+void* head_at(const MutableView& view, int64_t b, int64_t t, int64_t h, int64_t element_bytes) {
+  return static_cast<char*>(view.data) + (b * view.stride_b + t * view.stride_t + h * view.stride_h) * element_bytes;
+}
+
+// The view with its tokens from t on.
+MutableView from_token(MutableView view, int64_t t, int64_t element_bytes) {
+  view.data = head_at(view, 0, t, 0, element_bytes);
+  return view;
+}
+
 LinearCall call(const Weight& weight, int64_t n, void* out, int64_t out_stride) {
   LinearCall linear;
   linear.weight = weight;
@@ -53,18 +63,13 @@ void run_decoder_layer(const DecoderLayerArgs& a) {
                              call(a.v, kv_width, v, qkv_width)};
   run_linears(Rows{normed, a.hidden, rows, a.hidden, a.dtype, &input_norm}, qkv, 3);
 
-  char* new_k = static_cast<char*>(a.k_cache) + a.past * a.k_s * size;
-  char* new_v = static_cast<char*>(a.v_cache) + a.past * a.v_s * size;
+  const auto heads_of = [&](void* data) { return MutableView{data, a.queries * qkv_width, qkv_width, a.head_dim}; };
+  const MutableView new_k = from_token(a.k_cache, a.past, size), new_v = from_token(a.v_cache, a.past, size);
   RopeArgs rope{};
-  rope.q = q, rope.q_out = q;
-  rope.q_b = rope.q_out_b = a.queries * qkv_width, rope.q_t = rope.q_out_t = qkv_width,
-  rope.q_h = rope.q_out_h = a.head_dim;
-  rope.k = k, rope.k_out = new_k;
-  rope.k_b = a.queries * qkv_width, rope.k_t = qkv_width, rope.k_h = a.head_dim;
-  rope.k_out_b = a.k_b, rope.k_out_t = a.k_s, rope.k_out_h = a.k_h;
+  rope.q_out = heads_of(q), rope.q = read_only(rope.q_out);
+  rope.k = read_only(heads_of(k)), rope.k_out = new_k;
   rope.q_weight = a.q_norm, rope.k_weight = a.k_norm;
   rope.cos = a.cos, rope.sin = a.sin;
-  rope.cos_b = a.cos_b, rope.cos_t = a.cos_t, rope.sin_b = a.sin_b, rope.sin_t = a.sin_t;
   rope.cos_sin_dtype = a.dtype;
   rope.batch = a.batch, rope.time = a.queries, rope.heads = a.heads, rope.kv_heads = a.kv_heads,
   rope.head_dim = a.head_dim;
@@ -73,22 +78,18 @@ void run_decoder_layer(const DecoderLayerArgs& a) {
   parallel_ranges(rows, 1 + 65536 / (kv_width * size), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t h = 0; h < a.kv_heads; ++h)
-        std::memcpy(new_v + (row / a.queries * a.v_b + row % a.queries * a.v_s + h * a.v_h) * size,
+        std::memcpy(head_at(new_v, row / a.queries, row % a.queries, h, size),
                     v + (row * qkv_width + h * a.head_dim) * size, size_t(a.head_dim * size));
   });
 
   AttentionArgs attention{};
-  attention.q = q, attention.k = a.k_cache, attention.v = a.v_cache, attention.out = attended;
+  attention.q = rope.q, attention.k = read_only(a.k_cache), attention.v = read_only(a.v_cache);
+  attention.out = {attended, a.queries * q_width, q_width, a.head_dim};
   attention.batch = a.batch, attention.queries = a.queries, attention.keys = a.past + a.queries;
   attention.heads = a.heads, attention.kv_heads = a.kv_heads, attention.head_dim = a.head_dim;
-  attention.q_b = a.queries * qkv_width, attention.q_t = qkv_width, attention.q_h = a.head_dim;
-  attention.k_b = a.k_b, attention.k_s = a.k_s, attention.k_h = a.k_h;
-  attention.v_b = a.v_b, attention.v_s = a.v_s, attention.v_h = a.v_h;
-  attention.out_b = a.queries * q_width, attention.out_t = q_width, attention.out_h = a.head_dim;
   attention.scale = a.scale;
-  attention.causal = a.mask_kind == MaskKind::none;
-  attention.mask_kind = a.mask_kind, attention.mask = a.mask;
-  attention.mask_b = a.mask_b, attention.mask_h = a.mask_h, attention.mask_t = a.mask_t, attention.mask_s = a.mask_s;
+  attention.causal = a.mask.kind == MaskKind::none;
+  attention.mask = a.mask;
   attention.dtype = a.dtype;
   run_attention(attention);
 
@@ -118,25 +119,21 @@ void run_vision_block(const VisionBlockArgs& a) {
   const LinearCall qkv = call(a.qkv, 3 * width, q, 3 * width);
   run_linears(Rows{normed, a.hidden, rows, a.hidden, a.dtype, &norm1}, &qkv, 1);
 
+  const auto heads_of = [&](void* data) { return MutableView{data, 0, 3 * width, a.head_dim}; };
   RopeArgs rope{};
-  rope.q = q, rope.q_out = q;
-  rope.k = q + width * size, rope.k_out = q + width * size;
-  rope.q_t = rope.q_out_t = rope.k_t = rope.k_out_t = 3 * width;
-  rope.q_h = rope.q_out_h = rope.k_h = rope.k_out_h = a.head_dim;
+  rope.q_out = heads_of(q), rope.q = read_only(rope.q_out);
+  rope.k_out = heads_of(q + width * size), rope.k = read_only(rope.k_out);
   rope.cos = a.cos, rope.sin = a.sin;
-  rope.cos_t = a.cos_t, rope.sin_t = a.sin_t;
   rope.cos_sin_dtype = DType::f32;
   rope.batch = 1, rope.time = rows, rope.heads = a.heads, rope.kv_heads = a.heads, rope.head_dim = a.head_dim;
   rope.dtype = a.dtype;
   run_qk_norm_rope(rope);
 
   AttentionArgs attention{};
-  attention.q = q, attention.k = q + width * size, attention.v = q + 2 * width * size, attention.out = attended;
+  attention.q = rope.q, attention.k = rope.k, attention.v = read_only(heads_of(q + 2 * width * size));
+  attention.out = {attended, 0, width, a.head_dim};
   attention.batch = a.sequences, attention.cu_seqlens = a.cu_seqlens;
   attention.heads = attention.kv_heads = a.heads, attention.head_dim = a.head_dim;
-  attention.q_t = attention.k_s = attention.v_s = 3 * width;
-  attention.q_h = attention.k_h = attention.v_h = attention.out_h = a.head_dim;
-  attention.out_t = width;
   attention.queries = attention.keys = rows;
   attention.scale = a.scale;
   attention.dtype = a.dtype;

@@ -10,14 +10,10 @@ struct DecoderLayerArgs {
   void* out;      // [B, T, C] contiguous; may not alias x
   const void *input_norm, *q_norm, *k_norm, *post_norm;
   Weight q, k, v, o, gate, up, down;
-  const void *cos, *sin;  // [B or 1, T, D], dtype of x
-  int64_t cos_b, cos_t, sin_b, sin_t;
-  void *k_cache, *v_cache;  // [B, Hkv, S_cap, D]; rows [past, past + T) are written
-  int64_t k_b, k_h, k_s, v_b, v_h, v_s;
+  CosSinView cos, sin;           // [B or 1, T, D], dtype of x
+  MutableView k_cache, v_cache;  // the KV cache [B, Hkv, S_cap, D], S_cap along stride_t; [past, past + T) are written
   int64_t batch, queries, past, hidden, heads, kv_heads, head_dim, mlp;
-  MaskKind mask_kind;
-  const void* mask;  // replaces the causal rule
-  int64_t mask_b, mask_h, mask_t, mask_s;
+  MaskView mask;  // replaces the causal rule
   float eps, scale;
   DType dtype;
 };
@@ -28,8 +24,7 @@ struct VisionBlockArgs {
   void* out;      // [N, C] contiguous; may not alias x
   const void *norm1_w, *norm1_b, *norm2_w, *norm2_b;
   Weight qkv, proj, fc1, fc2;
-  const float *cos, *sin;  // [N, D]
-  int64_t cos_t, sin_t;
+  CosSinView cos, sin;        // [N, D], fp32
   const int32_t* cu_seqlens;  // [sequences + 1]
   int64_t sequences, tokens, hidden, heads, head_dim, mlp;
   float eps, scale;

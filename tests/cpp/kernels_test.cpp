@@ -144,12 +144,13 @@ void test_rope(DType dtype) {
   Buffer q_weight = Buffer::random(dtype, size), k_weight = Buffer::random(dtype, size);
   Buffer cosine = Buffer::random(dtype, time * size), sine = Buffer::random(dtype, time * size);
   RopeArgs args{};
-  args.q = q.data(), args.k = k.data(), args.q_out = q_out.data(), args.k_out = k_out.data();
-  args.q_b = args.q_out_b = time * heads * size, args.q_t = args.q_out_t = heads * size;
-  args.k_b = args.k_out_b = time * kv_heads * size, args.k_t = args.k_out_t = kv_heads * size;
-  args.q_h = args.q_out_h = args.k_h = args.k_out_h = size;
-  args.q_weight = q_weight.data(), args.k_weight = k_weight.data(), args.cos = cosine.data(), args.sin = sine.data();
-  args.cos_b = args.sin_b = time * size, args.cos_t = args.sin_t = size, args.cos_sin_dtype = dtype;
+  args.q = {q.data(), time * heads * size, heads * size, size};
+  args.k = {k.data(), time * kv_heads * size, kv_heads * size, size};
+  args.q_out = {q_out.data(), time * heads * size, heads * size, size};
+  args.k_out = {k_out.data(), time * kv_heads * size, kv_heads * size, size};
+  args.q_weight = q_weight.data(), args.k_weight = k_weight.data();
+  args.cos = {cosine.data(), time * size, size}, args.sin = {sine.data(), time * size, size};
+  args.cos_sin_dtype = dtype;
   args.batch = 1, args.time = time, args.heads = heads, args.kv_heads = kv_heads, args.head_dim = size;
   args.eps = 1e-6f, args.dtype = dtype;
   run_qk_norm_rope(args);
@@ -176,12 +177,12 @@ void test_attention(DType dtype) {
     Buffer q = Buffer::random(dtype, queries * heads * size), k = Buffer::random(dtype, keys * kv_heads * size);
     Buffer v = Buffer::random(dtype, keys * kv_heads * size), out(dtype, q.size());
     AttentionArgs args{};
-    args.q = q.data(), args.k = k.data(), args.v = v.data(), args.out = out.data();
+    args.q = {q.data(), queries * heads * size, heads * size, size};
+    args.k = {k.data(), keys * kv_heads * size, kv_heads * size, size};
+    args.v = {v.data(), keys * kv_heads * size, kv_heads * size, size};
+    args.out = {out.data(), queries * heads * size, heads * size, size};
     args.batch = 1, args.queries = queries, args.keys = keys, args.heads = heads, args.kv_heads = kv_heads,
     args.head_dim = size;
-    args.q_b = args.out_b = queries * heads * size, args.q_t = args.out_t = heads * size;
-    args.k_b = args.v_b = keys * kv_heads * size, args.k_s = args.v_s = kv_heads * size;
-    args.q_h = args.k_h = args.v_h = args.out_h = size;
     args.scale = 0.7f, args.causal = true, args.dtype = dtype;
     run_attention(args);
     std::vector<double> truth;

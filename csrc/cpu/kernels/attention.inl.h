@@ -35,7 +35,7 @@ inline void attention_pack_q(const AttentionArgs& a, const AttentionTile& t, boo
         const int64_t row = t.row_begin + lane + r;
         Vec values = Vec::zero();
         if (row < t.row_end) {
-          const T* q = static_cast<const T*>(t.q) + row / t.queries * a.q_h + row % t.queries * a.q_t;
+          const T* q = static_cast<const T*>(t.q) + row / t.queries * a.q.stride_h + row % t.queries * a.q.stride_t;
           values = dot ? Vec::load_n(reinterpret_cast<const float*>(q) + word, count) : Vec::load_n(q + word, count);
         }
         values.store(block + r * Vec::kWidth);
@@ -52,13 +52,15 @@ inline void attention_load_mask(const AttentionArgs& a, const AttentionTile& t, 
                                 int64_t width, float* mask) {
   for (int64_t lane = 0; lane < width; ++lane) {
     const int64_t row = t.row_begin + lane < t.row_end ? t.row_begin + lane : t.row_end - 1;
-    const int64_t offset = row / t.queries * a.mask_h + row % t.queries * a.mask_t + key * a.mask_s;
-    if (a.mask_kind == MaskKind::boolean) {
+    const int64_t offset =
+        row / t.queries * a.mask.stride_h + row % t.queries * a.mask.stride_t + key * a.mask.stride_s;
+    if (a.mask.kind == MaskKind::boolean) {
       const uint8_t* visible = static_cast<const uint8_t*>(t.mask) + offset;
-      for (int64_t s = 0; s < keys; ++s) mask[s * width + lane] = visible[s * a.mask_s] ? 0.0f : -__builtin_inff();
+      for (int64_t s = 0; s < keys; ++s)
+        mask[s * width + lane] = visible[s * a.mask.stride_s] ? 0.0f : -__builtin_inff();
     } else {
       const T* bias = static_cast<const T*>(t.mask) + offset;
-      for (int64_t s = 0; s < keys; ++s) mask[s * width + lane] = to_float(bias[s * a.mask_s]);
+      for (int64_t s = 0; s < keys; ++s) mask[s * width + lane] = to_float(bias[s * a.mask.stride_s]);
     }
   }
 }
@@ -176,7 +178,7 @@ inline void attention_widen_values(const AttentionArgs& a, const T* v, int64_t k
     float* row = s.kv + i * a.head_dim;
     const bool hidden = masked && attention_key_masked(s.mask + i * width, width);
     QVL_FOR_LANES(d, lanes, a.head_dim) {
-      store_lanes(hidden ? Vec::zero() : load_lanes(v + i * a.v_s + d, lanes), row + d, lanes);
+      store_lanes(hidden ? Vec::zero() : load_lanes(v + i * a.v.stride_t + d, lanes), row + d, lanes);
     }
   }
 }
@@ -191,8 +193,8 @@ inline void attention_pair_values(const AttentionArgs& a, const bf16* v, int64_t
   for (int64_t i = 0; i < keys; i += 2) {
     const bool masked_low = mask && attention_key_masked(mask + i * width, width);
     const bool masked_high = i + 1 == keys || (mask && attention_key_masked(mask + (i + 1) * width, width));
-    const bf16* low = masked_low ? zeros : v + i * a.v_s;
-    const bf16* high = masked_high ? zeros : v + (i + 1) * a.v_s;
+    const bf16* low = masked_low ? zeros : v + i * a.v.stride_t;
+    const bf16* high = masked_high ? zeros : v + (i + 1) * a.v.stride_t;
     QVL_FOR_LANES(d, lanes, a.head_dim) {
       V::load_pair_n(low + d, high + d, lanes).store_n(pairs + i / 2 * a.head_dim + d, lanes);
     }
@@ -220,7 +222,9 @@ inline void attention_epilogue(const AttentionArgs& a, const AttentionTile& t, i
         if (t.partial) {
           x.store_n(t.partial + (lane + r) * (a.head_dim + 2) + 2 + d, count);
         } else {
-          store_lanes(x, static_cast<T*>(t.out) + row / t.queries * a.out_h + row % t.queries * a.out_t + d, count);
+          store_lanes(x,
+                      static_cast<T*>(t.out) + row / t.queries * a.out.stride_h + row % t.queries * a.out.stride_t + d,
+                      count);
         }
       }
     }
@@ -241,11 +245,11 @@ inline void attention_block(const AttentionArgs& a, const AttentionTile& t, int6
                             int64_t min_limit, int64_t width, bool first, const AttentionScratch& s) {
   const int vectors = int(width / Vec::kWidth);
   const bool gathered = DOT && t.k_rows;
-  const int64_t k_s = gathered ? a.head_dim : a.k_s;
+  const int64_t k_s = gathered ? a.head_dim : a.k.stride_t;
   const T* k = static_cast<const T*>(gathered ? t.k_rows : t.k) + key * k_s;
-  const T* v = static_cast<const T*>(t.v) + key * a.v_s;
+  const T* v = static_cast<const T*>(t.v) + key * a.v.stride_t;
   const int64_t words = DOT ? a.head_dim / 2 : a.head_dim;
-  const bool masked = a.mask_kind != MaskKind::none, limited = key + keys > min_limit;
+  const bool masked = a.mask.kind != MaskKind::none, limited = key + keys > min_limit;
   if (DOT || sizeof(T) == 4) {
     const int64_t max_depth = DOT ? words : kGemmKBlockFp32;  // short partial sums keep fp32 accuracy
     for (int64_t word = 0; word < words; word += max_depth)
@@ -272,8 +276,8 @@ inline void attention_block(const AttentionArgs& a, const AttentionTile& t, int6
   }
   attention_softmax(keys, width, a.head_dim, scale, first, s);
   if (sizeof(T) == 4 && !masked) {
-    gemm_block<false>(vectors, s.scores, reinterpret_cast<const char*>(v), 4, a.v_s * 4, keys, a.head_dim, s.out, width,
-                      !first);
+    gemm_block<false>(vectors, s.scores, reinterpret_cast<const char*>(v), 4, a.v.stride_t * 4, keys, a.head_dim, s.out,
+                      width, !first);
   } else {
     attention_widen_values(a, v, keys, width, masked, s);
     gemm_block<false>(vectors, s.scores, reinterpret_cast<const char*>(s.kv), 4, a.head_dim * 4, keys, a.head_dim,
@@ -309,8 +313,9 @@ void attention_gather(const AttentionArgs& a, const AttentionTile& t, int64_t be
   if constexpr (Vec::kHasBf16Dot) {
     const size_t row_bytes = sizeof(bf16) * size_t(a.head_dim);
     for (int64_t i = begin; i < end; ++i)
-      std::memcpy(static_cast<bf16*>(t.k_rows) + i * a.head_dim, static_cast<const bf16*>(t.k) + i * a.k_s, row_bytes);
-    attention_pair_values<Vec>(a, static_cast<const bf16*>(t.v) + begin * a.v_s, end - begin, 0, nullptr,
+      std::memcpy(static_cast<bf16*>(t.k_rows) + i * a.head_dim, static_cast<const bf16*>(t.k) + i * a.k.stride_t,
+                  row_bytes);
+    attention_pair_values<Vec>(a, static_cast<const bf16*>(t.v) + begin * a.v.stride_t, end - begin, 0, nullptr,
                                t.v_pairs + begin / 2 * a.head_dim);
   }
 }

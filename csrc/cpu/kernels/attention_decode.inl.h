@@ -75,14 +75,14 @@ inline void decode_scores(const AttentionArgs& a, const T* k, int64_t keys, int6
   float sums[4 * M];
   int64_t i = 0;
   for (; i + 4 <= keys; i += 4) {
-    const T* row = k + i * a.k_s;
-    decode_qk<T, 4, M>(row, a.k_s, row + ahead * a.k_s, s.q, s.padded, a.head_dim, sums);
+    const T* row = k + i * a.k.stride_t;
+    decode_qk<T, 4, M>(row, a.k.stride_t, row + ahead * a.k.stride_t, s.q, s.padded, a.head_dim, sums);
     for (int r = 0; r < 4; ++r)
       for (int m = 0; m < M; ++m) s.scores[m * kDecodeKeys + i + r] = sums[r * M + m];
   }
   for (; i < keys; ++i) {
-    const T* row = k + i * a.k_s;
-    decode_qk<T, 1, M>(row, a.k_s, row, s.q, s.padded, a.head_dim, sums);
+    const T* row = k + i * a.k.stride_t;
+    decode_qk<T, 1, M>(row, a.k.stride_t, row, s.q, s.padded, a.head_dim, sums);
     for (int m = 0; m < M; ++m) s.scores[m * kDecodeKeys + i] = sums[m];
   }
 }
@@ -90,15 +90,15 @@ inline void decode_scores(const AttentionArgs& a, const T* k, int64_t keys, int6
 template <class T>
 inline void decode_add_mask(const AttentionArgs& a, const AttentionTile& t, int64_t key, int64_t keys, int64_t row,
                             float* x) {
-  const int64_t offset = row / t.queries * a.mask_h + row % t.queries * a.mask_t + key * a.mask_s;
-  if (a.mask_kind == MaskKind::boolean) {
+  const int64_t offset = row / t.queries * a.mask.stride_h + row % t.queries * a.mask.stride_t + key * a.mask.stride_s;
+  if (a.mask.kind == MaskKind::boolean) {
     const uint8_t* visible = static_cast<const uint8_t*>(t.mask) + offset;
     for (int64_t i = 0; i < keys; ++i)
-      if (!visible[i * a.mask_s]) x[i] = -__builtin_inff();
+      if (!visible[i * a.mask.stride_s]) x[i] = -__builtin_inff();
   } else {
     const T* bias = static_cast<const T*>(t.mask) + offset;
     for (int64_t i = 0; i < keys; ++i) {
-      const float b = to_float(bias[i * a.mask_s]);
+      const float b = to_float(bias[i * a.mask.stride_s]);
       x[i] = b < -3.4028234663852886e38f ? b : x[i] + b;  // hidden whatever the score is, NaN included
     }
   }
@@ -112,10 +112,10 @@ inline void decode_softmax(const AttentionArgs& a, const AttentionTile& t, int64
   const Vec scale = Vec::set1(a.scale);
   const int64_t padded = (keys + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
   for (int64_t i = 0; i < padded; i += Vec::kWidth) (Vec::load(x + i) * scale).store(x + i);
-  if (a.mask_kind != MaskKind::none) decode_add_mask<T>(a, t, key, keys, t.row_begin + m, x);
+  if (a.mask.kind != MaskKind::none) decode_add_mask<T>(a, t, key, keys, t.row_begin + m, x);
   const int64_t visible = min_i(keys, s.limit[m] - key);
   for (int64_t i = visible > 0 ? visible : 0; i < padded; ++i) x[i] = -__builtin_inff();
-  if (a.mask_kind != MaskKind::none)
+  if (a.mask.kind != MaskKind::none)
     for (int64_t i = 0; i < keys; ++i) s.seen[i] = (m > 0 && s.seen[i]) || x[i] != -__builtin_inff();
 
   Vec highest = Vec::set1(s.row_max[m]);
@@ -151,11 +151,11 @@ inline void decode_pv_columns(const AttentionArgs& a, const T* v, int64_t keys, 
         acc[m][b][half] = Vec::load(out + m * s.padded + b * kGemvKStep + half * Vec::kWidth);
   for (int64_t i = 0; i < keys; ++i) {
     if (masked && !s.seen[i]) continue;  // 0 * NaN is NaN
-    const T* row = v + i * a.v_s;
+    const T* row = v + i * a.v.stride_t;
 #pragma GCC unroll 4
     for (int b = 0; b < BLOCKS; ++b) {
       Vec first, second;
-      __builtin_prefetch(reinterpret_cast<const char*>(row + ahead * a.v_s + b * kGemvKStep), 0, 3);
+      __builtin_prefetch(reinterpret_cast<const char*>(row + ahead * a.v.stride_t + b * kGemvKStep), 0, 3);
       gemv_load(row + b * kGemvKStep, first, second);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
@@ -188,7 +188,7 @@ inline void decode_pv(const AttentionArgs& a, const T* v, int64_t keys, int64_t 
   std::memset(tail, 0, sizeof(tail));
   for (int64_t i = 0; i < keys; ++i) {
     if (masked && !s.seen[i]) continue;
-    std::memcpy(tail, v + i * a.v_s + d, size_t(a.head_dim - d) * sizeof(T));
+    std::memcpy(tail, v + i * a.v.stride_t + d, size_t(a.head_dim - d) * sizeof(T));
     Vec first, second;
     gemv_load(static_cast<const T*>(tail), first, second);
     for (int m = 0; m < M; ++m) {
@@ -214,7 +214,7 @@ inline void decode_epilogue(const AttentionArgs& a, const AttentionTile& t, cons
       continue;
     }
     const float inverse = sum > 0.0f ? 1.0f / sum : (sum != sum ? sum : 0.0f);
-    T* to = static_cast<T*>(t.out) + row / t.queries * a.out_h + row % t.queries * a.out_t;
+    T* to = static_cast<T*>(t.out) + row / t.queries * a.out.stride_h + row % t.queries * a.out.stride_t;
     for (int64_t d = 0; d < a.head_dim; ++d) from_float(out[decode_index(d, a.dtype)] * inverse, to[d]);
     if (t.lse) t.lse[row / t.queries * t.lse_h + row % t.queries] = s.row_max[m] + __builtin_logf(sum);
   }
@@ -230,8 +230,8 @@ inline void attention_decode_typed(const AttentionArgs& a, const AttentionTile& 
   int64_t max_limit = 0;
   for (int m = 0; m < M; ++m) {
     const int64_t row = t.row_begin + m;
-    gemv_prepare_typed(static_cast<const T*>(t.q) + row / t.queries * a.q_h + row % t.queries * a.q_t, a.head_dim,
-                       s.q + m * s.padded);
+    gemv_prepare_typed(static_cast<const T*>(t.q) + row / t.queries * a.q.stride_h + row % t.queries * a.q.stride_t,
+                       a.head_dim, s.q + m * s.padded);
     s.row_max[m] = -__builtin_inff();
     s.row_sum[m] = 0.0f;
     s.limit[m] = attention_limit(a, t, row);
@@ -242,9 +242,9 @@ inline void attention_decode_typed(const AttentionArgs& a, const AttentionTile& 
   const int64_t key_end = min_i(t.key_end, max_limit);
   for (int64_t key = t.key_begin; key < key_end; key += kDecodeKeys) {
     const int64_t keys = min_i(kDecodeKeys, key_end - key);
-    decode_scores<T, M>(a, static_cast<const T*>(t.k) + key * a.k_s, keys, ahead, s);
+    decode_scores<T, M>(a, static_cast<const T*>(t.k) + key * a.k.stride_t, keys, ahead, s);
     for (int m = 0; m < M; ++m) decode_softmax<T>(a, t, key, keys, m, s);
-    decode_pv<T, M>(a, static_cast<const T*>(t.v) + key * a.v_s, keys, ahead, a.mask_kind != MaskKind::none, s);
+    decode_pv<T, M>(a, static_cast<const T*>(t.v) + key * a.v.stride_t, keys, ahead, a.mask.kind != MaskKind::none, s);
   }
   decode_epilogue<T>(a, t, s);
 }

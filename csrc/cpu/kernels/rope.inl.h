@@ -42,16 +42,18 @@ void rope_rows_typed(const RopeArgs& a, int64_t begin, int64_t end) {
   alignas(64) float cos[kMaxHeadDim], sin[kMaxHeadDim];
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / a.time, t = row % a.time;
-    load_cos_sin<T>(a.cos, a.cos_sin_dtype, b * a.cos_b + t * a.cos_t, a.head_dim, cos);
-    load_cos_sin<T>(a.sin, a.cos_sin_dtype, b * a.sin_b + t * a.sin_t, a.head_dim, sin);
-    const T* q = static_cast<const T*>(a.q) + b * a.q_b + t * a.q_t;
-    const T* k = static_cast<const T*>(a.k) + b * a.k_b + t * a.k_t;
-    T* q_out = static_cast<T*>(a.q_out) + b * a.q_out_b + t * a.q_out_t;
-    T* k_out = static_cast<T*>(a.k_out) + b * a.k_out_b + t * a.k_out_t;
+    load_cos_sin<T>(a.cos.data, a.cos_sin_dtype, b * a.cos.stride_b + t * a.cos.stride_t, a.head_dim, cos);
+    load_cos_sin<T>(a.sin.data, a.cos_sin_dtype, b * a.sin.stride_b + t * a.sin.stride_t, a.head_dim, sin);
+    const T* q = static_cast<const T*>(a.q.data) + b * a.q.stride_b + t * a.q.stride_t;
+    const T* k = static_cast<const T*>(a.k.data) + b * a.k.stride_b + t * a.k.stride_t;
+    T* q_out = static_cast<T*>(a.q_out.data) + b * a.q_out.stride_b + t * a.q_out.stride_t;
+    T* k_out = static_cast<T*>(a.k_out.data) + b * a.k_out.stride_b + t * a.k_out.stride_t;
     for (int64_t h = 0; h < a.heads; ++h)
-      rope_head(q + h * a.q_h, static_cast<const T*>(a.q_weight), a.eps, cos, sin, a.head_dim, q_out + h * a.q_out_h);
+      rope_head(q + h * a.q.stride_h, static_cast<const T*>(a.q_weight), a.eps, cos, sin, a.head_dim,
+                q_out + h * a.q_out.stride_h);
     for (int64_t h = 0; h < a.kv_heads; ++h)
-      rope_head(k + h * a.k_h, static_cast<const T*>(a.k_weight), a.eps, cos, sin, a.head_dim, k_out + h * a.k_out_h);
+      rope_head(k + h * a.k.stride_h, static_cast<const T*>(a.k_weight), a.eps, cos, sin, a.head_dim,
+                k_out + h * a.k_out.stride_h);
   }
 }
 
