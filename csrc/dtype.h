@@ -14,6 +14,19 @@ struct f16 {
   uint16_t bits;
 };
 
+// body(element) with a value of the type that dtype names.
+template <class Body>
+inline void for_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32:
+      return body(float{});
+    case DType::bf16:
+      return body(bf16{});
+    case DType::f16:
+      return body(f16{});
+  }
+}
+
 inline int64_t dtype_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 inline float bits_to_float(uint32_t bits) {

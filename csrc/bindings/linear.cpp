@@ -21,7 +21,7 @@ void bind_linear(py::module_& m) {
         call.weight = weight;
         call.n = n;
         call.out = out(y), call.out_stride = y_stride;
-        const Rows input{in(x), x_stride, rows, k, to_dtype(dtype)};
+        const LinearInput input{in(x), x_stride, rows, k, to_dtype(dtype)};
         py::gil_scoped_release release;
         run_linears(input, &call, 1);
       },

@@ -35,46 +35,52 @@ struct GemmPackArgs {
 
 enum class Activation : int { none = 0, gelu_tanh = 1, swiglu = 2 };
 
-// out = act(A * W^T + bias) + residual. A comes as panels; W rows are used as they lie in memory.
-struct GemmArgs {
-  const void* panels;
-  int64_t m, n, k;
-  GemmBackend backend;
-  const void* w;   // [n, k] with row stride w_stride
-  const void* w2;  // swiglu only: up projection; w is the gate
-  int64_t w_stride, w2_stride;
+enum class WeightFormat : int { dense = 0, int8 = 1, int4 = 2 };  // layouts: qvl_kernels/quant
+
+// A weight [n, k] of a linear layer, its bias, and the scales of a quantised one.
+struct Weight {
+  const void* w;     // elements of the activations' dtype, int8 values, or nibbles
+  int64_t stride;    // of rows, in elements; in bytes for int4
   const void* bias;  // [n] or nullptr
-  DType dtype;       // of weights, bias, residual and row-major output
-  Activation activation;
-  const void* residual;  // [m, n] or nullptr
-  int64_t residual_stride;
-  void* out;  // row-major [m, n], or panels for the next GEMM when out_panels
-  int64_t out_stride;
+  WeightFormat format = WeightFormat::dense;
+  const void* scales = nullptr;  // int8: fp32 [n]; int4: bf16 [n][k padded / group]
+  int64_t scale_stride = 0;
+  int64_t group = 0;  // int4: inputs per scale
+};
+
+// out [m, n] = act(x [m, k] W^T + bias) + residual. x comes with the kernel that is called.
+struct LinearCall {
+  Weight weight;
+  Weight up{};  // swiglu: the up projection, weight is the gate; both in one format
+  int64_t n = 0;
+  Activation activation = Activation::none;
+  const void* residual = nullptr;  // [m, n] or nullptr
+  int64_t residual_stride = 0;
+  void* out = nullptr;
+  int64_t out_stride = 0;
+};
+
+// What every GEMV and GEMM kernel takes besides its activations.
+struct LinearArgs : LinearCall {
+  int64_t m, k;
+  DType dtype;  // of x, bias, residual, row-major output, and dense weights
+};
+
+// Weight rows are used as they lie in memory. out_panels: out is panels of the next GEMM, else row-major.
+struct GemmArgs : LinearArgs {
+  const void* panels;
+  GemmBackend backend;
   bool out_panels;
 };
 
-// Up to this many rows go through gemv: one pass over the weights.
+// Up to this many activation rows go through GEMV, one pass over the weights at memory bandwidth.
 constexpr int64_t kGemvMaxM = 16;
 
-// y[m, n] = x[m, :] . w[n, :] for few rows, at memory bandwidth. x is prepared by gemv_prepare.
-struct GemvArgs {
-  const float* x;    // m prepared rows
+struct GemvArgs : LinearArgs {
+  const float* x;    // m rows that gemv_prepare wrote
   int64_t x_stride;  // in floats
-  int64_t m, n, k;
   GemmBackend backend;
-  const void* w;
-  const void* w2;  // swiglu only
-  int64_t w_stride, w2_stride;
-  const void* bias;
-  DType dtype;
-  Activation activation;
-  const void* residual;
-  int64_t residual_stride;
-  void* out;  // [m, n]
-  int64_t out_stride;
 };
-
-enum class WeightFormat : int { dense = 0, int8 = 1, int4 = 2 };  // layouts: qvl_kernels/quant
 
 constexpr int64_t kInt8Group = 128;  // activations per scale with int8 weights; int4 weights bring their own group
 
@@ -107,18 +113,14 @@ struct QuantGemvPrepareArgs {
   int64_t x_stride, k, k_padded, group;
   DType dtype;
   WeightFormat format;
-  char* packed_rows;  // of each row, 64-byte aligned
+  char* packed_rows;  // m of them, 64-byte aligned
 };
 
-// As GemvArgs over quantised weights, whose row strides are in bytes, and prepared activations.
-struct QuantGemvArgs : GemvArgs {
-  WeightFormat format;
+// GEMV over quantised weights, whose row strides are in bytes.
+struct QuantGemvArgs : LinearArgs {
   int64_t k_padded;
-  int64_t group;  // inputs per activation scale, and of int4 per weight scale
-  char* packed_rows;
-  const void* scales;  // of the weights: fp32 [n], or bf16 [n][k padded / group], rows at scale_stride
-  const void* scales2;
-  int64_t scale_stride, scale2_stride;
+  int64_t group;      // inputs per activation scale, and of int4 per weight scale
+  char* packed_rows;  // m rows that quant_gemv_prepare wrote
 };
 
 // Rows of activations as int8 panels: like GemmPackArgs, words of 32 bits [words][width] with a whole number of
@@ -133,12 +135,8 @@ struct QuantGemmPackArgs {
 // As GemmArgs over int8 panels and quantised weights, whose row strides are in bytes. out_panels: out is the words of
 // the next GEMM's panels, rounded in groups of out_group, with their scales in out_scales.
 struct QuantGemmArgs : GemmArgs {
-  WeightFormat format;
   int64_t group;  // inputs per activation scale, and of int4 per weight scale
   const float* x_scales;
-  const void* scales;  // as in QuantGemvArgs
-  const void* scales2;
-  int64_t scale_stride, scale2_stride;
   int64_t out_group;
   float* out_scales;
 };
@@ -229,22 +227,43 @@ struct AttentionTile {
 
 constexpr int64_t kAttentionKeys = 128;  // keys per block
 
+// GEMM blocking. A tile is kGemmTileN weight rows (half of them gate, half up for SwiGLU) by up to kGemmTilePanels
+// panels. Sized so that one panel's K-block (256 KB), the tile's widened weights (384 KB) and its accumulators fit in a
+// 1 MB L2 cache with AVX-512 panels.
+constexpr int64_t kGemmTileN = 96;
+constexpr int64_t kGemmTilePanels = 8;
+constexpr int64_t kGemmKBlock = 1024;  // 32-bit words of k: floats, or bf16 pairs
+constexpr int64_t kGemmKBlockFp32 = 128;
+
+// Over quantised weights the tile is a whole number of quantisation groups, because what it computes may be quantised
+// in groups for the next GEMM. SwiGLU takes that many rows of both weights.
+constexpr int64_t kQuantGemmTileN = 128;
+constexpr int64_t kQuantGemmKBlockBytes = 2048;  // of an unpacked weight row
+
+inline int64_t gemm_tile_n(const GemmArgs& args) {
+  return args.activation == Activation::swiglu ? kGemmTileN / 2 : kGemmTileN;
+}
+inline int64_t gemm_tile_n(const QuantGemmArgs&) { return kQuantGemmTileN; }
+
+// Coordinates of one tile of a GEMM's output: weight rows by panels.
+struct GemmTile {
+  int64_t n_begin, n_end, panel_begin, panel_end;
+};
+
 struct KernelTable {
   const char* name;
   int vector_width;  // fp32 lanes
   int panel_width;   // activation rows per GEMM panel
   void (*norm_rows)(const NormArgs&, int64_t begin, int64_t end);
   void (*gemm_pack)(const GemmPackArgs&, int64_t panel);
-  void (*gemm_tile)(const GemmArgs&, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
-                    float* scratch);
+  void (*gemm_tile)(const GemmArgs&, const GemmTile&, float* scratch);
   void (*gemv_prepare)(const void* x, DType dtype, int64_t k, GemmBackend backend, float* out);
   void (*gemv_rows)(const GemvArgs&, int64_t n_begin, int64_t n_end);
   void (*quantize_rows)(const QuantizeArgs&, int64_t begin, int64_t end);
   void (*quant_gemv_prepare)(const QuantGemvPrepareArgs&, int64_t begin, int64_t end);  // chunks of all rows
   void (*quant_gemv_rows)(const QuantGemvArgs&, int64_t n_begin, int64_t n_end);
   void (*quant_gemm_pack)(const QuantGemmPackArgs&, int64_t block, char* scratch);
-  void (*quant_gemm_tile)(const QuantGemmArgs&, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
-                          float* scratch);
+  void (*quant_gemm_tile)(const QuantGemmArgs&, const GemmTile&, float* scratch);
   void (*rope_rows)(const RopeArgs&, int64_t begin, int64_t end);
   void (*activation_rows)(const ActivationArgs&, int64_t begin, int64_t end);
   // Writes the task's k_rows and v_pairs of keys [begin, end), begin even. For GemmBackend::bf16_dot without a mask.
@@ -255,26 +274,13 @@ struct KernelTable {
   bool has_bf16_dot;   // GemmBackend::bf16_dot is available in gemm_pack and gemm_tile
 };
 
-// GEMM blocking. A task is kGemmTileN weight rows (half of them gate, half up for swiglu) by up to kGemmTilePanels
-// panels. Sized so that one panel's k-block (256 KB), the task's widened weights (384 KB) and its accumulators fit in a
-// 1 MB L2 cache with AVX-512 panels.
-constexpr int64_t kGemmTileN = 96;
-constexpr int64_t kGemmTilePanels = 8;
-constexpr int64_t kGemmKBlock = 1024;  // 32-bit words of k: floats, or bf16 pairs
-constexpr int64_t kGemmKBlockFp32 = 128;
-
 // Scratch of one gemm_tile: accumulators and widened weights.
 inline int64_t gemm_scratch_floats(const KernelTable& table) {
   return kGemmTilePanels * kGemmTileN * table.panel_width + kGemmTileN * kGemmKBlock;
 }
 
-// The same over quantised weights. A task is kQuantGemmTileN rows, a multiple of every group: what it computes is
-// rounded in whole groups for the next GEMM. For swiglu it is that many of both weights.
-constexpr int64_t kQuantGemmTileN = 128;
-constexpr int64_t kQuantGemmKBlockBytes = 2048;  // of a widened row in one block of k
-
-// Scratch of one quant_gemm_tile: accumulators, widened rows, and compensation and scales of groups of at least 32
-// inputs.
+// Scratch of one quant_gemm_tile: accumulators, unpacked weight rows, and the zero-point compensation and scales of
+// groups of at least 32 inputs.
 inline int64_t quant_gemm_scratch_floats(const KernelTable& table) {
   return kGemmTilePanels * 2 * kQuantGemmTileN * table.panel_width +
          kQuantGemmTileN * (kQuantGemmKBlockBytes / 4 + 2 * kQuantGemmKBlockBytes / 32);

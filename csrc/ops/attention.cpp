@@ -90,17 +90,7 @@ AttentionTile make_tile(const AttentionArgs& a, const Sequence& s, int64_t b, in
 }
 
 void store(float value, DType dtype, void* base, int64_t index) {
-  switch (dtype) {
-    case DType::f32:
-      static_cast<float*>(base)[index] = value;
-      break;
-    case DType::bf16:
-      from_float(value, static_cast<bf16*>(base)[index]);
-      break;
-    case DType::f16:
-      from_float(value, static_cast<f16*>(base)[index]);
-      break;
-  }
+  for_dtype(dtype, [&](auto element) { from_float(value, static_cast<decltype(element)*>(base)[index]); });
 }
 
 // Adds up the splits of one task: each row's [max, sum, out] partials.

@@ -61,7 +61,7 @@ void run_decoder_layer(const DecoderLayerArgs& a) {
   const NormArgs input_norm = norm(a.x, a.input_norm, nullptr, normed, a.hidden, a.eps, a.dtype);
   const LinearCall qkv[3] = {call(a.q, q_width, q, qkv_width), call(a.k, kv_width, k, qkv_width),
                              call(a.v, kv_width, v, qkv_width)};
-  run_linears(Rows{normed, a.hidden, rows, a.hidden, a.dtype, &input_norm}, qkv, 3);
+  run_linears(LinearInput{normed, a.hidden, rows, a.hidden, a.dtype, &input_norm}, qkv, 3);
 
   const auto heads_of = [&](void* data) { return MutableView{data, a.queries * qkv_width, qkv_width, a.head_dim}; };
   const MutableView new_k = from_token(a.k_cache, a.past, size), new_v = from_token(a.v_cache, a.past, size);
@@ -96,15 +96,15 @@ void run_decoder_layer(const DecoderLayerArgs& a) {
   // The sum after attention lies in out until the MLP adds to it.
   LinearCall o = call(a.o, a.hidden, a.out, a.hidden);
   o.residual = a.x, o.residual_stride = a.hidden;
-  run_linears(Rows{attended, q_width, rows, q_width, a.dtype}, &o, 1);
+  run_linears(LinearInput{attended, q_width, rows, q_width, a.dtype}, &o, 1);
 
   const NormArgs post_norm = norm(a.out, a.post_norm, nullptr, normed, a.hidden, a.eps, a.dtype);
   LinearCall gate = call(a.gate, a.mlp, nullptr, 0);
-  gate.up = &a.up;
+  gate.up = a.up;
   gate.activation = Activation::swiglu;
   LinearCall down = call(a.down, a.hidden, a.out, a.hidden);
   down.residual = a.out, down.residual_stride = a.hidden;
-  run_mlp(Rows{normed, a.hidden, rows, a.hidden, a.dtype, &post_norm}, gate, down);
+  run_mlp(LinearInput{normed, a.hidden, rows, a.hidden, a.dtype, &post_norm}, gate, down);
 }
 
 void run_vision_block(const VisionBlockArgs& a) {
@@ -117,7 +117,7 @@ void run_vision_block(const VisionBlockArgs& a) {
 
   const NormArgs norm1 = norm(a.x, a.norm1_w, a.norm1_b, normed, a.hidden, a.eps, a.dtype);
   const LinearCall qkv = call(a.qkv, 3 * width, q, 3 * width);
-  run_linears(Rows{normed, a.hidden, rows, a.hidden, a.dtype, &norm1}, &qkv, 1);
+  run_linears(LinearInput{normed, a.hidden, rows, a.hidden, a.dtype, &norm1}, &qkv, 1);
 
   const auto heads_of = [&](void* data) { return MutableView{data, 0, 3 * width, a.head_dim}; };
   RopeArgs rope{};
@@ -141,14 +141,14 @@ void run_vision_block(const VisionBlockArgs& a) {
 
   LinearCall proj = call(a.proj, a.hidden, a.out, a.hidden);
   proj.residual = a.x, proj.residual_stride = a.hidden;
-  run_linears(Rows{attended, width, rows, width, a.dtype}, &proj, 1);
+  run_linears(LinearInput{attended, width, rows, width, a.dtype}, &proj, 1);
 
   const NormArgs norm2 = norm(a.out, a.norm2_w, a.norm2_b, normed, a.hidden, a.eps, a.dtype);
   LinearCall fc1 = call(a.fc1, a.mlp, nullptr, 0);
   fc1.activation = Activation::gelu_tanh;
   LinearCall fc2 = call(a.fc2, a.hidden, a.out, a.hidden);
   fc2.residual = a.out, fc2.residual_stride = a.hidden;
-  run_mlp(Rows{normed, a.hidden, rows, a.hidden, a.dtype, &norm2}, fc1, fc2);
+  run_mlp(LinearInput{normed, a.hidden, rows, a.hidden, a.dtype, &norm2}, fc1, fc2);
 }
 
 }  // namespace qvl

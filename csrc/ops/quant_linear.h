@@ -4,14 +4,14 @@
 
 namespace qvl {
 
-// All calls over the same rows, at most kQuantGemvMaxM of them, in one parallel region; their weights have one
+// All calls over the same input of at most kQuantGemvMaxM rows, in one parallel region; their weights have one
 // quantised format and group.
-void run_quant_gemvs(const Rows& rows, const LinearCall* calls, int count);
+void run_quant_gemvs(const LinearInput& input, const LinearCall* calls, int count);
 
-// All calls over the same rows, any number of them; one format and group, as above.
-void run_quant_linears(const Rows& rows, const LinearCall* calls, int count);
+// All calls over the same input of any number of rows; one format and group, as above.
+void run_quant_linears(const LinearInput& input, const LinearCall* calls, int count);
 
-// run_mlp for more than kQuantGemvMaxM rows, both weights quantised: what lies between is rounded in panel layout.
-void run_quant_mlp(const Rows& rows, const LinearCall& first, const LinearCall& down);
+// run_mlp for more than kQuantGemvMaxM rows, both weights quantised: the hidden layer is quantised in panel layout.
+void run_quant_mlp(const LinearInput& input, const LinearCall& first, const LinearCall& down);
 
 }  // namespace qvl

@@ -1,28 +1,46 @@
-// How GEMMs are split over threads.
+// Tile scheduler: how the outputs of GEMVs and GEMMs over the same activations are split over threads.
 #pragma once
 #include "../cpu/kernel_table.h"
 #include "../threads.h"
 
 namespace qvl {
 
+// GEMVs in one parallel region: every thread takes an even range of all outputs, body(call, n_begin, n_end) its part of
+// one call. weight_row_bytes: a thread gets 64 KB of weights at least, or waking it costs more than it saves.
+template <class Body>
+inline void parallel_gemvs(const LinearCall* calls, int count, int64_t weight_row_bytes, const Body& body) {
+  int64_t total = 0;
+  for (int i = 0; i < count; ++i) total += calls[i].n;
+  parallel_ranges(total, 1 + 65536 / (weight_row_bytes + 1), [&](int64_t begin, int64_t end) {
+    int64_t offset = 0;
+    for (int i = 0; i < count; ++i) {
+      const int64_t n = calls[i].n, n_begin = begin > offset ? begin - offset : 0;
+      const int64_t n_end = end < offset + n ? end - offset : n;
+      offset += n;
+      if (n_begin < n_end) body(calls[i], n_begin, n_end);
+    }
+  });
+}
+
 inline int64_t panel_count(int64_t m) { return (m + kernels().panel_width - 1) / kernels().panel_width; }
 
-// GEMMs over the same panels in one parallel region: body(args, n_begin, n_end, panel_begin, panel_end), a task being
-// tile_n(args) weight rows by up to kGemmTilePanels panels.
-template <class Args, class RowsPerTask, class Body>
-inline void parallel_gemms(const Args* gemms, int count, const RowsPerTask& tile_n, const Body& body) {
+// GEMMs over the same panels in one parallel region: body(args, tile) for every tile of every GEMM, handed out one at a
+// time. Tiles of the same weight rows follow each other.
+template <class Args, class Body>
+inline void parallel_gemms(const Args* gemms, int count, const Body& body) {
   const int64_t panels = panel_count(gemms[0].m), m_tiles = (panels + kGemmTilePanels - 1) / kGemmTilePanels;
-  const auto n_tiles = [&](const Args& args) { return (args.n + tile_n(args) - 1) / tile_n(args); };
-  int64_t tasks = 0;
-  for (int i = 0; i < count; ++i) tasks += n_tiles(gemms[i]) * m_tiles;
-  parallel_tasks(tasks, [&](int64_t task) {
+  const auto n_tiles = [](const Args& args) { return (args.n + gemm_tile_n(args) - 1) / gemm_tile_n(args); };
+  int64_t tiles = 0;
+  for (int i = 0; i < count; ++i) tiles += n_tiles(gemms[i]) * m_tiles;
+  parallel_tasks(tiles, [&](int64_t index) {
     const Args* args = gemms;
-    int64_t n_tile = task / m_tiles;
+    int64_t n_tile = index / m_tiles;
     for (; n_tile >= n_tiles(*args); ++args) n_tile -= n_tiles(*args);
-    const int64_t rows = tile_n(*args), n_begin = n_tile * rows, panel_begin = task % m_tiles * kGemmTilePanels;
-    const int64_t n_end = n_begin + rows < args->n ? n_begin + rows : args->n;
-    const int64_t panel_end = panel_begin + kGemmTilePanels < panels ? panel_begin + kGemmTilePanels : panels;
-    body(*args, n_begin, n_end, panel_begin, panel_end);
+    GemmTile tile;
+    tile.n_begin = n_tile * gemm_tile_n(*args), tile.panel_begin = index % m_tiles * kGemmTilePanels;
+    tile.n_end = tile.n_begin + gemm_tile_n(*args) < args->n ? tile.n_begin + gemm_tile_n(*args) : args->n;
+    tile.panel_end = tile.panel_begin + kGemmTilePanels < panels ? tile.panel_begin + kGemmTilePanels : panels;
+    body(*args, tile);
   });
 }
 

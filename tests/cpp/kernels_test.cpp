@@ -102,13 +102,12 @@ void test_linear(DType dtype) {
              up = Buffer::random(dtype, n * k, 0.2);
       Buffer bias = Buffer::random(dtype, n), residual = Buffer::random(dtype, m * n), out(dtype, m * n);
       const bool swiglu = activation == Activation::swiglu;
-      const Weight up_weight{up.data(), k, nullptr};
       LinearCall call;
       call.weight = {w.data(), k, swiglu ? nullptr : bias.data()};
-      call.up = swiglu ? &up_weight : nullptr;
+      if (swiglu) call.up = {up.data(), k, nullptr};
       call.n = n, call.activation = activation;
       call.residual = residual.data(), call.residual_stride = n, call.out = out.data(), call.out_stride = n;
-      run_linears(Rows{x.data(), k, m, k, dtype}, &call, 1);
+      run_linears(LinearInput{x.data(), k, m, k, dtype}, &call, 1);
       std::vector<double> truth;
       for (int64_t r = 0; r < m; ++r)
         for (int64_t c = 0; c < n; ++c) {

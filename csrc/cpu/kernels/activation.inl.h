@@ -22,12 +22,5 @@ void activation_rows_typed(const ActivationArgs& a, int64_t begin, int64_t end) 
 }
 
 void activation_rows(const ActivationArgs& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case DType::f32:
-      return activation_rows_typed<float>(a, begin, end);
-    case DType::bf16:
-      return activation_rows_typed<bf16>(a, begin, end);
-    case DType::f16:
-      return activation_rows_typed<f16>(a, begin, end);
-  }
+  for_dtype(a.dtype, [&](auto element) { activation_rows_typed<decltype(element)>(a, begin, end); });
 }

@@ -321,26 +321,13 @@ void attention_gather(const AttentionArgs& a, const AttentionTile& t, int64_t be
 }
 
 void attention_tile(const AttentionArgs& a, const AttentionTile& t, float* scratch) {
-  if (t.row_end - t.row_begin <= kDecodeRows) {
-    switch (a.dtype) {
-      case DType::f32:
-        return attention_decode<float>(a, t, scratch);
-      case DType::bf16:
-        return attention_decode<bf16>(a, t, scratch);
-      case DType::f16:
-        return attention_decode<f16>(a, t, scratch);
-    }
-  }
   if constexpr (Vec::kHasBf16Dot) {
-    if (a.dtype == DType::bf16 && t.backend == GemmBackend::bf16_dot)
+    if (t.row_end - t.row_begin > kDecodeRows && a.dtype == DType::bf16 && t.backend == GemmBackend::bf16_dot)
       return attention_tile_typed<bf16, true>(a, t, scratch);
   }
-  switch (a.dtype) {
-    case DType::f32:
-      return attention_tile_typed<float, false>(a, t, scratch);
-    case DType::bf16:
-      return attention_tile_typed<bf16, false>(a, t, scratch);
-    case DType::f16:
-      return attention_tile_typed<f16, false>(a, t, scratch);
-  }
+  for_dtype(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (t.row_end - t.row_begin <= kDecodeRows) return attention_decode<T>(a, t, scratch);
+    attention_tile_typed<T, false>(a, t, scratch);
+  });
 }

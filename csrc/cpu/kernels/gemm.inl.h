@@ -141,14 +141,7 @@ void gemm_pack_typed(const GemmPackArgs& a, int64_t panel) {
 }
 
 void gemm_pack(const GemmPackArgs& a, int64_t panel) {
-  switch (a.dtype) {
-    case DType::f32:
-      return gemm_pack_typed<float>(a, panel);
-    case DType::bf16:
-      return gemm_pack_typed<bf16>(a, panel);
-    case DType::f16:
-      return gemm_pack_typed<f16>(a, panel);
-  }
+  for_dtype(a.dtype, [&](auto element) { gemm_pack_typed<decltype(element)>(a, panel); });
 }
 
 template <class T>
@@ -158,13 +151,14 @@ inline void widen_rows(const T* w, int64_t w_stride, int64_t rows, int64_t count
     }
 }
 
-// c[panel][row][lane] for weight rows [n_begin, n_begin + rows) of w over all k; rows are rows [row0, ...) of c.
+// c[panel][row][lane] of a tile's rows of one weight over all k; c holds them from row0 on.
 template <class T>
-inline void gemm_accumulate(const GemmArgs& a, const T* w, int64_t w_stride, int64_t n_begin, int64_t rows,
-                            int64_t panel_begin, int64_t panel_end, int64_t row0, float* c, float* widened) {
+inline void gemm_accumulate(const GemmArgs& a, const Weight& weight, const GemmTile& tile, int64_t row0, float* c,
+                            float* widened) {
   const bool dot = Vec::kHasBf16Dot && a.backend == GemmBackend::bf16_dot;
   const int64_t words = dot ? a.k / 2 : a.k;
-  w += n_begin * w_stride;
+  const int64_t rows = tile.n_end - tile.n_begin, w_stride = weight.stride;
+  const T* w = static_cast<const T*>(weight.w) + tile.n_begin * w_stride;
   // fp32 weights ask for fp32 accuracy: short partial sums, added up, lose less than one long running sum.
   const int64_t max_depth = sizeof(T) == 4 ? kGemmKBlockFp32 : kGemmKBlock;
   for (int64_t word = 0; word == 0 || word < words;
@@ -180,19 +174,19 @@ inline void gemm_accumulate(const GemmArgs& a, const T* w, int64_t w_stride, int
       rows_ptr = reinterpret_cast<const char*>(widened);
       row_bytes = kGemmKBlock * 4;
     }
-    for (int64_t p = panel_begin; p < panel_end; ++p) {
+    for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p) {
       const int vectors = panel_vectors(a.m, p);
       const float* panel = static_cast<const float*>(a.panels) + p * kPanelWidth * words + word * vectors * Vec::kWidth;
-      float* block = c + ((p - panel_begin) * kGemmTileN + row0) * kPanelWidth;
+      float* block = c + ((p - tile.panel_begin) * kGemmTileN + row0) * kPanelWidth;
       if constexpr (Vec::kHasBf16Dot) {
         if (dot) {
           gemm_block<true>(vectors, panel, rows_ptr, row_bytes, 4, depth, rows, block, kPanelWidth, word > 0,
-                           p == panel_begin);
+                           p == tile.panel_begin);
           continue;
         }
       }
       gemm_block<false>(vectors, panel, rows_ptr, row_bytes, 4, depth, rows, block, kPanelWidth, word > 0,
-                        p == panel_begin);
+                        p == tile.panel_begin);
     }
   }
 }
@@ -202,7 +196,7 @@ inline void gemm_accumulate(const GemmArgs& a, const T* w, int64_t w_stride, int
 template <class T>
 inline void gemm_epilogue_activate(const GemmArgs& a, int64_t n_begin, int64_t rows, int64_t width, int64_t up_row,
                                    float* c) {
-  const T* bias = static_cast<const T*>(a.bias);
+  const T* bias = static_cast<const T*>(a.weight.bias);
   if (!bias && a.activation == Activation::none) return;
   for (int64_t n = 0; n < rows; ++n) {
     const Vec b = Vec::set1(bias ? to_float(bias[n_begin + n]) : 0.0f);
@@ -257,35 +251,24 @@ inline void gemm_epilogue_store_rows(const GemmArgs& a, int64_t p, int64_t n_beg
 }
 
 template <class T>
-void gemm_tile_typed(const GemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
-                     float* scratch) {
-  const int64_t rows = n_end - n_begin;
+void gemm_tile_typed(const GemmArgs& a, const GemmTile& tile, float* scratch) {
+  const int64_t rows = tile.n_end - tile.n_begin;
   float* c = scratch;
   float* widened = scratch + kGemmTilePanels * kGemmTileN * kPanelWidth;
-  gemm_accumulate(a, static_cast<const T*>(a.w), a.w_stride, n_begin, rows, panel_begin, panel_end, 0, c, widened);
-  if (a.activation == Activation::swiglu)
-    gemm_accumulate(a, static_cast<const T*>(a.w2), a.w2_stride, n_begin, rows, panel_begin, panel_end, kGemmTileN / 2,
-                    c, widened);
-  for (int64_t p = panel_begin; p < panel_end; ++p) {
-    float* block = c + (p - panel_begin) * kGemmTileN * kPanelWidth;
+  gemm_accumulate<T>(a, a.weight, tile, 0, c, widened);
+  if (a.activation == Activation::swiglu) gemm_accumulate<T>(a, a.up, tile, kGemmTileN / 2, c, widened);
+  for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p) {
+    float* block = c + (p - tile.panel_begin) * kGemmTileN * kPanelWidth;
     const int64_t width = panel_vectors(a.m, p) * Vec::kWidth;
-    gemm_epilogue_activate<T>(a, n_begin, rows, width, kGemmTileN / 2, block);
+    gemm_epilogue_activate<T>(a, tile.n_begin, rows, width, kGemmTileN / 2, block);
     if (a.out_panels) {
-      gemm_epilogue_store_panel<Vec>(a, p, n_begin, rows, width, block);
+      gemm_epilogue_store_panel<Vec>(a, p, tile.n_begin, rows, width, block);
     } else {
-      gemm_epilogue_store_rows<T>(a, p, n_begin, rows, block);
+      gemm_epilogue_store_rows<T>(a, p, tile.n_begin, rows, block);
     }
   }
 }
 
-void gemm_tile(const GemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
-               float* scratch) {
-  switch (a.dtype) {
-    case DType::f32:
-      return gemm_tile_typed<float>(a, n_begin, n_end, panel_begin, panel_end, scratch);
-    case DType::bf16:
-      return gemm_tile_typed<bf16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
-    case DType::f16:
-      return gemm_tile_typed<f16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
-  }
+void gemm_tile(const GemmArgs& a, const GemmTile& tile, float* scratch) {
+  for_dtype(a.dtype, [&](auto element) { gemm_tile_typed<decltype(element)>(a, tile, scratch); });
 }

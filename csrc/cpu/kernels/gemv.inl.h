@@ -42,14 +42,7 @@ void gemv_prepare(const void* x, DType dtype, int64_t k, GemmBackend backend, fl
     std::memset(reinterpret_cast<char*>(out) + k * 2, 0, size_t((kGemvKStep - k % kGemvKStep) % kGemvKStep) * 2);
     return;
   }
-  switch (dtype) {
-    case DType::f32:
-      return gemv_prepare_typed(static_cast<const float*>(x), k, out);
-    case DType::bf16:
-      return gemv_prepare_typed(static_cast<const bf16*>(x), k, out);
-    case DType::f16:
-      return gemv_prepare_typed(static_cast<const f16*>(x), k, out);
-  }
+  for_dtype(dtype, [&](auto element) { gemv_prepare_typed(static_cast<const decltype(element)*>(x), k, out); });
 }
 
 // acc[r][m] += w[r, block] . x[m, block]
@@ -136,11 +129,11 @@ inline void gemv_sums(const GemvArgs& a, const T* w, int64_t w_stride, int64_t a
 
 // Outputs [n, n + rows) of row m, at most an N-block of them, from their sums.
 template <class T>
-inline void gemv_epilogue(const GemvArgs& a, int64_t m, int64_t n, int64_t rows, const float* sums,
+inline void gemv_epilogue(const LinearArgs& a, int64_t m, int64_t n, int64_t rows, const float* sums,
                           const float* up_sums) {
   QVL_FOR_LANES(r, lanes, rows) {
     Vec y = Vec::load(sums + r);
-    if (a.bias) y = y + load_lanes(static_cast<const T*>(a.bias) + n + r, lanes);
+    if (a.weight.bias) y = y + load_lanes(static_cast<const T*>(a.weight.bias) + n + r, lanes);
     if (a.activation == Activation::gelu_tanh) y = vec_gelu_tanh(y);
     if (a.activation == Activation::swiglu) y = vec_silu(y) * Vec::load(up_sums + r);
     if (a.residual) y = y + load_lanes(static_cast<const T*>(a.residual) + m * a.residual_stride + n + r, lanes);
@@ -154,9 +147,10 @@ inline void gemv_streams(const GemvArgs& a, int64_t n_begin, int64_t apart) {
   alignas(64) float sums[kGemvMaxM * ROWS * kGemvNBlock], up_sums[kGemvMaxM * ROWS * kGemvNBlock];
   for (int64_t i = 0; i < apart; i += kGemvNBlock) {
     const int64_t rows = min_i(kGemvNBlock, apart - i), n = n_begin + i;
-    gemv_sums<DOT, ROWS>(a, static_cast<const T*>(a.w) + n * a.w_stride, a.w_stride, apart, rows, sums);
+    gemv_sums<DOT, ROWS>(a, static_cast<const T*>(a.weight.w) + n * a.weight.stride, a.weight.stride, apart, rows,
+                         sums);
     if (a.activation == Activation::swiglu)
-      gemv_sums<DOT, ROWS>(a, static_cast<const T*>(a.w2) + n * a.w2_stride, a.w2_stride, apart, rows, up_sums);
+      gemv_sums<DOT, ROWS>(a, static_cast<const T*>(a.up.w) + n * a.up.stride, a.up.stride, apart, rows, up_sums);
     for (int64_t m = 0; m < a.m; ++m)
       for (int64_t r = 0; r < ROWS; ++r) {
         const int64_t at = (m * ROWS + r) * kGemvNBlock;
@@ -185,12 +179,5 @@ void gemv_rows(const GemvArgs& a, int64_t n_begin, int64_t n_end) {
   if constexpr (Vec::kHasBf16Dot) {
     if (a.backend == GemmBackend::bf16_dot) return gemv_rows_typed<true, bf16>(a, n_begin, n_end);
   }
-  switch (a.dtype) {
-    case DType::f32:
-      return gemv_rows_typed<false, float>(a, n_begin, n_end);
-    case DType::bf16:
-      return gemv_rows_typed<false, bf16>(a, n_begin, n_end);
-    case DType::f16:
-      return gemv_rows_typed<false, f16>(a, n_begin, n_end);
-  }
+  for_dtype(a.dtype, [&](auto element) { gemv_rows_typed<false, decltype(element)>(a, n_begin, n_end); });
 }

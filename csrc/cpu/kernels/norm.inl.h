@@ -50,12 +50,5 @@ void norm_rows_typed(const NormArgs& a, int64_t begin, int64_t end) {
 }
 
 void norm_rows(const NormArgs& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case DType::f32:
-      return norm_rows_typed<float>(a, begin, end);
-    case DType::bf16:
-      return norm_rows_typed<bf16>(a, begin, end);
-    case DType::f16:
-      return norm_rows_typed<f16>(a, begin, end);
-  }
+  for_dtype(a.dtype, [&](auto element) { norm_rows_typed<decltype(element)>(a, begin, end); });
 }

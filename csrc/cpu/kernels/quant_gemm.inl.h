@@ -8,13 +8,6 @@ constexpr int64_t kQuantGemmKBlock =
 
 inline int64_t quant_words(int64_t k) { return (k + 3) / 4 * 4 / GemmInts::kPerWord; }
 
-struct QuantWeight {
-  const void* w;
-  int64_t stride;  // bytes
-  const void* scales;
-  int64_t scale_stride;
-};
-
 // One block of k of a task's weight rows, shared by the tiles of all panels.
 struct QuantBlock {
   WeightFormat format;
@@ -160,13 +153,13 @@ inline void quant_panel(int vectors, const QuantBlock& b, int64_t rows, const ui
   }
 }
 
-// Rows [n_begin, n_begin + rows) of a weight times the panels, over all k.
-inline void quant_accumulate(const QuantGemmArgs& a, const QuantWeight& weight, int64_t n_begin, int64_t rows,
-                             int64_t panel_begin, int64_t panel_end, float* c, int64_t c_panel, float* scratch) {
-  const bool int4 = a.format == WeightFormat::int4;
-  const int64_t groups = (a.k + a.group - 1) / a.group;
+// A tile's rows of one weight times its panels, over all k.
+inline void quant_accumulate(const QuantGemmArgs& a, const Weight& weight, const GemmTile& tile, float* c,
+                             int64_t c_panel, float* scratch) {
+  const bool int4 = weight.format == WeightFormat::int4;
+  const int64_t groups = (a.k + a.group - 1) / a.group, rows = tile.n_end - tile.n_begin;
   QuantBlock b{};
-  b.format = a.format;
+  b.format = weight.format;
   b.source_row_bytes = weight.stride, b.source_group_bytes = int4 ? a.group / 2 : a.group;
   b.scale_stride = weight.scale_stride;
   b.group = a.group / GemmInts::kPerWord;
@@ -176,23 +169,23 @@ inline void quant_accumulate(const QuantGemmArgs& a, const QuantWeight& weight, 
   for (int64_t k = 0; k < a.k; k += kQuantGemmKBlock) {
     b.depth = min_i(kQuantGemmKBlock, a.k - k);
     b.count = quant_words(b.depth);
-    b.stored = static_cast<const char*>(weight.w) + n_begin * weight.stride + (int4 ? k / 2 : k);
+    b.stored = static_cast<const char*>(weight.w) + tile.n_begin * weight.stride + (int4 ? k / 2 : k);
     if (int4) {
-      b.source_scales = static_cast<const bf16*>(weight.scales) + n_begin * weight.scale_stride + k / a.group;
+      b.source_scales = static_cast<const bf16*>(weight.scales) + tile.n_begin * weight.scale_stride + k / a.group;
     } else if (k + kQuantGemmKBlock >= a.k) {
-      b.source_scales = static_cast<const float*>(weight.scales) + n_begin * weight.scale_stride;
+      b.source_scales = static_cast<const float*>(weight.scales) + tile.n_begin * weight.scale_stride;
     }
     b.words = b.widened ? reinterpret_cast<const char*>(b.widened) : b.stored;
     b.word_row = b.widened ? kQuantGemmKBlockBytes : b.source_row_bytes;
-    for (int64_t p = panel_begin; p < panel_end; ++p) {
+    for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p) {
       const int vectors = panel_vectors(a.m, p);
       const int64_t width = vectors * Vec::kWidth;
       const uint32_t* panel =
           static_cast<const uint32_t*>(a.panels) + p * kPanelWidth * quant_words(a.k) + quant_words(k) * width;
       const float* x_scales = a.x_scales + p * kPanelWidth * groups + k / a.group * width;
-      float* block = c + (p - panel_begin) * c_panel;
+      float* block = c + (p - tile.panel_begin) * c_panel;
       const auto multiply = int4 ? quant_panel<true> : quant_panel<false>;
-      multiply(vectors, b, rows, panel, x_scales, block, k > 0, p == panel_begin);
+      multiply(vectors, b, rows, panel, x_scales, block, k > 0, p == tile.panel_begin);
     }
   }
 }
@@ -236,35 +229,24 @@ inline void quant_epilogue_store_panel(const QuantGemmArgs& a, int64_t p, int64_
 }
 
 template <class T>
-void quant_gemm_tile_typed(const QuantGemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin,
-                           int64_t panel_end, float* scratch) {
-  const int64_t rows = n_end - n_begin, c_panel = 2 * kQuantGemmTileN * kPanelWidth;
+void quant_gemm_tile_typed(const QuantGemmArgs& a, const GemmTile& tile, float* scratch) {
+  const int64_t rows = tile.n_end - tile.n_begin, c_panel = 2 * kQuantGemmTileN * kPanelWidth;
   float* c = scratch;
   scratch += kGemmTilePanels * c_panel;
-  const QuantWeight weight{a.w, a.w_stride, a.scales, a.scale_stride},
-      up{a.w2, a.w2_stride, a.scales2, a.scale2_stride};
-  quant_accumulate(a, weight, n_begin, rows, panel_begin, panel_end, c, c_panel, scratch);
+  quant_accumulate(a, a.weight, tile, c, c_panel, scratch);
   if (a.activation == Activation::swiglu)
-    quant_accumulate(a, up, n_begin, rows, panel_begin, panel_end, c + kQuantGemmTileN * kPanelWidth, c_panel, scratch);
-  for (int64_t p = panel_begin; p < panel_end; ++p, c += c_panel) {
+    quant_accumulate(a, a.up, tile, c + kQuantGemmTileN * kPanelWidth, c_panel, scratch);
+  for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p, c += c_panel) {
     const int64_t width = panel_vectors(a.m, p) * Vec::kWidth;
-    gemm_epilogue_activate<T>(a, n_begin, rows, width, kQuantGemmTileN, c);
+    gemm_epilogue_activate<T>(a, tile.n_begin, rows, width, kQuantGemmTileN, c);
     if (a.out_panels) {
-      quant_epilogue_store_panel(a, p, n_begin, rows, width, c);
+      quant_epilogue_store_panel(a, p, tile.n_begin, rows, width, c);
     } else {
-      gemm_epilogue_store_rows<T>(a, p, n_begin, rows, c);
+      gemm_epilogue_store_rows<T>(a, p, tile.n_begin, rows, c);
     }
   }
 }
 
-void quant_gemm_tile(const QuantGemmArgs& a, int64_t n_begin, int64_t n_end, int64_t panel_begin, int64_t panel_end,
-                     float* scratch) {
-  switch (a.dtype) {
-    case DType::f32:
-      return quant_gemm_tile_typed<float>(a, n_begin, n_end, panel_begin, panel_end, scratch);
-    case DType::bf16:
-      return quant_gemm_tile_typed<bf16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
-    case DType::f16:
-      return quant_gemm_tile_typed<f16>(a, n_begin, n_end, panel_begin, panel_end, scratch);
-  }
+void quant_gemm_tile(const QuantGemmArgs& a, const GemmTile& tile, float* scratch) {
+  for_dtype(a.dtype, [&](auto element) { quant_gemm_tile_typed<decltype(element)>(a, tile, scratch); });
 }

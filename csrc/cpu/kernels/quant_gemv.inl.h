@@ -79,14 +79,7 @@ void quant_gemv_prepare_typed(const QuantGemvPrepareArgs& a, int64_t begin, int6
 }
 
 void quant_gemv_prepare(const QuantGemvPrepareArgs& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case DType::f32:
-      return quant_gemv_prepare_typed<float>(a, begin, end);
-    case DType::bf16:
-      return quant_gemv_prepare_typed<bf16>(a, begin, end);
-    case DType::f16:
-      return quant_gemv_prepare_typed<f16>(a, begin, end);
-  }
+  for_dtype(a.dtype, [&](auto element) { quant_gemv_prepare_typed<decltype(element)>(a, begin, end); });
 }
 
 // A matrix of weights from its row n on.
@@ -289,12 +282,10 @@ struct Int4Format {
   };
 };
 
-inline QuantMatrix quant_matrix(const QuantGemvArgs& a, int64_t n, bool second) {
-  const int64_t scale_bytes = a.format == WeightFormat::int8 ? 4 : 2;
-  const int64_t stride = second ? a.w2_stride : a.w_stride,
-                scale_stride = (second ? a.scale2_stride : a.scale_stride) * scale_bytes;
-  return {static_cast<const char*>(second ? a.w2 : a.w) + n * stride, stride,
-          static_cast<const char*>(second ? a.scales2 : a.scales) + n * scale_stride, scale_stride};
+inline QuantMatrix quant_matrix(const Weight& weight, int64_t n) {
+  const int64_t scale_stride = weight.scale_stride * (weight.format == WeightFormat::int8 ? 4 : 2);
+  return {static_cast<const char*>(weight.w) + n * weight.stride, weight.stride,
+          static_cast<const char*>(weight.scales) + n * scale_stride, scale_stride};
 }
 
 // sums[m][r] += chunks [begin, end) of ROWS weight rows times M activation rows; the last chunk may be a part of one.
@@ -373,12 +364,6 @@ inline void quant_gemv_n_block(const QuantGemvArgs& a, const QuantMatrix& matrix
       (Vec::load(sums.row(m) + r) * Vec::load(scales + r)).store(sums.row(m) + r);
 }
 
-template <class T>
-void quant_gemv_epilogue(const QuantGemvArgs& a, int64_t n, int64_t rows, const QuantSums& sums,
-                         const QuantSums& sums2) {
-  for (int64_t m = 0; m < a.m; ++m) gemv_epilogue<T>(a, m, n, rows, sums.row(m), sums2.row(m));
-}
-
 template <class Format>
 void quant_gemv_format(const QuantGemvArgs& a, int64_t n_begin, int64_t n_end) {
   alignas(64) float sums_memory[kQuantGemvSums], sums2_memory[kQuantGemvSums];
@@ -388,30 +373,22 @@ void quant_gemv_format(const QuantGemvArgs& a, int64_t n_begin, int64_t n_end) {
   const QuantSums sums{sums_memory, n_block}, sums2{sums2_memory, n_block};
   for (int64_t n = n_begin; n < n_end; n += n_block) {
     const int64_t rows = min_i(n_block, n_end - n);
-    const char* next = n + n_block < n_end ? quant_matrix(a, n + n_block, false).w : nullptr;
+    const char* next = n + n_block < n_end ? quant_matrix(a.weight, n + n_block).w : nullptr;
     if (a.activation == Activation::swiglu) {
-      const QuantMatrix up = quant_matrix(a, n, true);
-      quant_gemv_n_block<Format>(a, quant_matrix(a, n, false), rows, up.w, sums);
+      const QuantMatrix up = quant_matrix(a.up, n);
+      quant_gemv_n_block<Format>(a, quant_matrix(a.weight, n), rows, up.w, sums);
       quant_gemv_n_block<Format>(a, up, rows, next, sums2);
     } else {
-      quant_gemv_n_block<Format>(a, quant_matrix(a, n, false), rows, next, sums);
+      quant_gemv_n_block<Format>(a, quant_matrix(a.weight, n), rows, next, sums);
     }
-    switch (a.dtype) {
-      case DType::f32:
-        quant_gemv_epilogue<float>(a, n, rows, sums, sums2);
-        break;
-      case DType::bf16:
-        quant_gemv_epilogue<bf16>(a, n, rows, sums, sums2);
-        break;
-      case DType::f16:
-        quant_gemv_epilogue<f16>(a, n, rows, sums, sums2);
-        break;
-    }
+    for_dtype(a.dtype, [&](auto element) {
+      for (int64_t m = 0; m < a.m; ++m) gemv_epilogue<decltype(element)>(a, m, n, rows, sums.row(m), sums2.row(m));
+    });
   }
 }
 
 void quant_gemv_rows(const QuantGemvArgs& a, int64_t n_begin, int64_t n_end) {
-  if (a.format == WeightFormat::int8) return quant_gemv_format<Int8Format>(a, n_begin, n_end);
+  if (a.weight.format == WeightFormat::int8) return quant_gemv_format<Int8Format>(a, n_begin, n_end);
   switch (a.group) {
     case 32:
       return quant_gemv_format<Int4Format<32>>(a, n_begin, n_end);

@@ -36,12 +36,5 @@ void quantize_rows_typed(const QuantizeArgs& a, int64_t begin, int64_t end) {
 }
 
 void quantize_rows(const QuantizeArgs& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case DType::f32:
-      return quantize_rows_typed<float>(a, begin, end);
-    case DType::bf16:
-      return quantize_rows_typed<bf16>(a, begin, end);
-    case DType::f16:
-      return quantize_rows_typed<f16>(a, begin, end);
-  }
+  for_dtype(a.dtype, [&](auto element) { quantize_rows_typed<decltype(element)>(a, begin, end); });
 }

@@ -58,12 +58,5 @@ void rope_rows_typed(const RopeArgs& a, int64_t begin, int64_t end) {
 }
 
 void rope_rows(const RopeArgs& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case DType::f32:
-      return rope_rows_typed<float>(a, begin, end);
-    case DType::bf16:
-      return rope_rows_typed<bf16>(a, begin, end);
-    case DType::f16:
-      return rope_rows_typed<f16>(a, begin, end);
-  }
+  for_dtype(a.dtype, [&](auto element) { rope_rows_typed<decltype(element)>(a, begin, end); });
 }
