@@ -1,4 +1,6 @@
-// RMS norm and layer norm of rows, with an optional residual added first (rounded to T, as a separate add would).
+// RMS norm and layer norm of rows: one kernel, in which RMS norm is the case without mean and bias. An optional
+// residual is added first and rounded to T, as a separate add would. RMS norm rounds to T before the weight, as
+// transformers does.
 
 template <class T>
 void norm_rows_typed(const NormArgs& a, int64_t begin, int64_t end) {
@@ -35,16 +37,11 @@ void norm_rows_typed(const NormArgs& a, int64_t begin, int64_t end) {
       square_sum += d * d;
     }
     const Vec rstd = Vec::set1(1.0f) / Vec::sqrt(Vec::set1(square_sum / float(a.size) + a.eps));
-    if (bias) {
-      QVL_FOR_LANES(j, lanes, a.size) {
-        const Vec normed = (load_lanes(x + j, lanes) - mean) * rstd;
-        store_lanes(Vec::fma(normed, load_lanes(weight + j, lanes), load_lanes(bias + j, lanes)), y + j, lanes);
-      }
-    } else {
-      QVL_FOR_LANES(j, lanes, a.size) {
-        const Vec normed = round_to<T>(load_lanes(x + j, lanes) * rstd);
-        store_lanes(normed * load_lanes(weight + j, lanes), y + j, lanes);
-      }
+    QVL_FOR_LANES(j, lanes, a.size) {
+      const Vec value = load_lanes(x + j, lanes), w = load_lanes(weight + j, lanes);
+      const Vec out =
+          bias ? Vec::fma((value - mean) * rstd, w, load_lanes(bias + j, lanes)) : round_to<T>(value * rstd) * w;
+      store_lanes(out, y + j, lanes);
     }
   }
 }
