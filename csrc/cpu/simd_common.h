@@ -3,6 +3,16 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+namespace qvl {
+// What all AVX-512 targets need. Baseline code, as every supported() is.
+inline bool avx512_supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+}  // namespace qvl
+#endif
+
 // The table entry list is the same for every target; only the bodies behind the names differ.
 #define QVL_KERNEL_TABLE(target_name)                                     \
   {target_name,        Vec::kWidth,     Vec::kWidth * Vec::kPanelVectors, \

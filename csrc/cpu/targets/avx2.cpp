@@ -175,6 +175,8 @@ struct GemvInts {
   }
 };
 
+#include "int4_unpack.inl.h"
+
 // Integer words of the quantised GEMM: two 16-bit elements. (vpmaddubsw would saturate.)
 struct GemmInts {
   using Weight = int16_t;
@@ -191,11 +193,9 @@ struct GemmInts {
   Vec to_float() const { return {_mm256_cvtepi32_ps(v)}; }
   static int32_t zero_point_compensation(const char*, int64_t) { return 0; }
   static GemmInts load_values(const int8_t* p) { return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p))}; }
-  // 16 bytes of nibbles, the low ones first, as 32 elements.
+  // See unpack_int4.
   static void unpack(const uint8_t* nibbles, Weight* out) {
-    const __m128i x = _mm_loadu_si128((const __m128i*)nibbles);
-    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_srli_epi16(x, 4), 1);
-    const __m256i values = _mm256_sub_epi8(_mm256_and_si256(both, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
+    const __m256i values = unpack_int4(nibbles);
     _mm256_storeu_si256((__m256i*)out, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(values)));
     _mm256_storeu_si256((__m256i*)(out + 16), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(values, 1)));
   }

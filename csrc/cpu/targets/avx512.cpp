@@ -40,6 +40,8 @@ struct GemvInts {
   }
 };
 
+#include "int4_unpack.inl.h"
+
 // Integer words of the quantised GEMM: two 16-bit elements. (vpmaddubsw would saturate.)
 struct GemmInts {
   using Weight = int16_t;
@@ -56,12 +58,9 @@ struct GemmInts {
   Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
   static int32_t zero_point_compensation(const char*, int64_t) { return 0; }
   static GemmInts load_values(const int8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
-  // 16 bytes of nibbles, the low ones first, as 32 elements.
+  // See unpack_int4.
   static void unpack(const uint8_t* nibbles, Weight* out) {
-    const __m128i x = _mm_loadu_si128((const __m128i*)nibbles);
-    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_srli_epi16(x, 4), 1);
-    const __m256i values = _mm256_sub_epi8(_mm256_and_si256(both, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
-    _mm512_storeu_si512(out, _mm512_cvtepi8_epi16(values));
+    _mm512_storeu_si512(out, _mm512_cvtepi8_epi16(unpack_int4(nibbles)));
   }
   static GemmInts pack(const Vec* x) {
     const __m512i low = _mm512_cvtps_epi32(x[0].v), high = _mm512_slli_epi32(_mm512_cvtps_epi32(x[1].v), 16);
@@ -77,9 +76,5 @@ const KernelTable kTable = QVL_KERNEL_TABLE("avx512");
 #pragma GCC pop_options
 
 namespace qvl {
-bool avx512_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-}
 extern const Target kAvx512Target{"avx512", avx512_supported, &avx512::kTable};
 }  // namespace qvl

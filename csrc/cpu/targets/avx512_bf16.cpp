@@ -41,6 +41,7 @@ struct Vec {
 };
 
 #include "vnni_gemv_ints.inl.h"
+#include "int4_unpack.inl.h"
 #include "vnni_gemm_ints.inl.h"
 
 #include "../kernels/all.inl.h"
@@ -52,9 +53,7 @@ const KernelTable kTable = QVL_KERNEL_TABLE("avx512_bf16");
 
 namespace qvl {
 bool avx512_bf16_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+  return avx512_supported() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
 extern const Target kAvx512Bf16Target{"avx512_bf16", avx512_bf16_supported, &avx512_bf16::kTable};
 }  // namespace qvl

@@ -20,6 +20,7 @@ struct Vec {
 };
 
 #include "vnni_gemv_ints.inl.h"
+#include "int4_unpack.inl.h"
 #include "vnni_gemm_ints.inl.h"
 
 #include "../kernels/all.inl.h"
@@ -30,10 +31,6 @@ const KernelTable kTable = QVL_KERNEL_TABLE("avx512_vnni");
 #pragma GCC pop_options
 
 namespace qvl {
-bool avx512_vnni_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
-}
+bool avx512_vnni_supported() { return avx512_supported() && __builtin_cpu_supports("avx512vnni"); }
 extern const Target kAvx512VnniTarget{"avx512_vnni", avx512_vnni_supported, &avx512_vnni::kTable};
 }  // namespace qvl

@@ -31,13 +31,8 @@ struct GemmInts {
   static GemmInts load_values(const int8_t* p) {
     return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
   }
-  // 16 bytes of nibbles, the low ones first, as 32 elements.
-  static void unpack(const uint8_t* nibbles, Weight* out) {
-    const __m128i x = _mm_loadu_si128((const __m128i*)nibbles);
-    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_srli_epi16(x, 4), 1);
-    const __m256i values = _mm256_sub_epi8(_mm256_and_si256(both, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
-    _mm256_storeu_si256((__m256i*)out, values);
-  }
+  // See unpack_int4.
+  static void unpack(const uint8_t* nibbles, Weight* out) { _mm256_storeu_si256((__m256i*)out, unpack_int4(nibbles)); }
   static GemmInts pack(const Vec* x) {
     const __m512i low = _mm512_add_epi32(_mm512_cvtps_epi32(x[0].v), _mm512_slli_epi32(_mm512_cvtps_epi32(x[1].v), 8));
     const __m512i high = _mm512_add_epi32(_mm512_cvtps_epi32(x[2].v), _mm512_slli_epi32(_mm512_cvtps_epi32(x[3].v), 8));
