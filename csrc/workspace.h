@@ -1,5 +1,5 @@
-// Scratch memory: 64-byte aligned, grown on demand, kept per thread. No kernel allocates in a loop. What large images
-// needed is not kept for the text that follows.
+// Scratch memory: 64-byte aligned, grown on demand, kept per thread. No kernel allocates in a loop. More
+// than 16 MB is given back once half of it would do, so that decoding does not keep what a large image needed.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -25,7 +25,7 @@ class Workspace {
       std::free(data_);
       data_ = nullptr;
       capacity_ = 0;
-      // Panels of megabytes live in huge pages: 2 to 3 % faster GEMM on Zen 5, and fewer page faults.
+      // Panels of megabytes lie on huge pages: GEMM is 2 to 3 % faster on Zen 5, with fewer page faults.
       const bool huge = !kExact && bytes >= kHugePage / 4;
       const size_t unit = huge ? kHugePage : 64, size = (bytes + unit - 1) / unit * unit;
       data_ = std::aligned_alloc(unit, size);
@@ -41,8 +41,8 @@ class Workspace {
  private:
   static constexpr size_t kHugePage = size_t(2) << 20, kKept = size_t(16) << 20;
 #if defined(__SANITIZE_ADDRESS__)
-  static constexpr bool kExact =
-      true;  // room left over from a larger request would hide what runs past the end of this one
+  // An exact size: room left over from a larger request would hide an overrun from AddressSanitizer.
+  static constexpr bool kExact = true;
 #else
   static constexpr bool kExact = false;
 #endif

@@ -1,3 +1,4 @@
+// Python binding of swiglu and gelu_tanh.
 #include "../ops/activation.h"
 
 #include "common.h"

@@ -1,3 +1,4 @@
+// Python binding of attention.
 #include "../ops/attention.h"
 
 #include "common.h"

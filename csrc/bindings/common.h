@@ -1,6 +1,6 @@
-#pragma once
 // Shared by the files that bind ops. Pointers are integers (Tensor.data_ptr()), 0 for none; strides are in elements;
 // dtypes are 0 fp32, 1 bf16, 2 fp16. No arithmetic here: callers (qvl_kernels/ops/*/cpu.py) have checked shapes.
+#pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,3 +1,4 @@
+// Python binding of decoder_layers, with its layer and KV-cache handles, and vision_block.
 #include "../ops/layers.h"
 
 #include <array>

@@ -1,3 +1,4 @@
+// Python binding of linear, and the weight handle.
 #include "../ops/linear.h"
 
 #include "common.h"

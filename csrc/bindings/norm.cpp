@@ -1,3 +1,4 @@
+// Python binding of norm.
 #include "../ops/norm.h"
 
 #include "common.h"

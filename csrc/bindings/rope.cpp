@@ -1,3 +1,4 @@
+// Python binding of qk_norm_rope.
 #include "../ops/rope.h"
 
 #include "common.h"

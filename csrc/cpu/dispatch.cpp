@@ -1,4 +1,4 @@
-// Chooses the instruction set at the first call: the best one that the machine supports, or QVL_CPU_ISA.
+// Kernel selection: the best instruction set that the machine supports, or QVL_CPU_ISA, at the first call.
 #include "dispatch.h"
 
 #include <atomic>

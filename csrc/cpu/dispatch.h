@@ -1,3 +1,4 @@
+// Kernel selection by instruction set: what is supported, and the override for tests.
 #pragma once
 #include <string>
 

@@ -1,4 +1,5 @@
-// One struct of plain function pointers per instruction set. Ops (csrc/ops) split work over threads and call the table.
+// The arguments of all kernels, and the kernel table: one struct of function pointers per instruction set. csrc/ops
+// splits work over threads and calls the table.
 #pragma once
 #include "../dtype.h"
 
@@ -18,12 +19,12 @@ struct NormArgs {
   DType dtype;
 };
 
-// How a GEMM multiplies: widen weights to fp32 and use FMA, or multiply bf16 pairs with a dot instruction.
+// How GEMM, GEMV and attention multiply: FMA on operands widened to fp32, or the dot product of bf16 pairs (vdpbf16ps).
 enum class GemmBackend : int { fma = 0, bf16_dot = 1 };
 
-// Activations as panels of `panel_width` rows, transposed so that rows are vector lanes:
-// fma: float [K][width]; dot: uint32 [K / 2][width], each a pair (k, k + 1) of bf16. The last panel is narrower
-// (a multiple of the vector width), its unused lanes are zero.
+// Packs activations into GEMM panels of `panel_width` rows, transposed so that rows are vector lanes.
+// fma: float [K][width]; bf16_dot: uint32 [K / 2][width], each a pair (k, k + 1) of bf16 (the VNNI layout). The last
+// panel is narrower, a multiple of the vector width; its unused lanes are zero.
 struct GemmPackArgs {
   const void* x;  // [M, K] rows
   int64_t x_stride;
@@ -84,13 +85,13 @@ struct GemvArgs : LinearArgs {
 
 constexpr int64_t kInt8Group = 128;  // activations per scale with int8 weights; int4 weights bring their own group
 
-// Inputs of a row per scale of its rounded activations; k_padded is a whole number of groups.
+// Inputs per scale of a quantised activation row; k_padded is a whole number of groups.
 inline int64_t activation_group(WeightFormat format, int64_t weight_group) {
   return format == WeightFormat::int8 ? kInt8Group : weight_group;
 }
 
-// Rows of activations as int8, one scale per row and group: values = round(x * 127 / max |x|), scale = max |x| / 127.
-// A group with an element that is not finite gets the scale NaN; one below kTinyActivation is zeros.
+// Quantises activations to int8, one scale per row and group: values = round(x * 127 / amax), scale = amax / 127.
+// A group with an element that is not finite gets the scale NaN; one with amax below kTinyActivation becomes zeros.
 struct QuantizeArgs {
   const void* x;  // [m, k] rows
   int64_t x_stride, k, group, k_padded;
@@ -100,13 +101,14 @@ struct QuantizeArgs {
 };
 constexpr float kTinyActivation = 1e-30f;
 
-// One row of activations as quantised matrix-vector products read it: [k_padded] int8 or int16 values in the order of
-// the format's dot products, fp32 scales (int8: one per chunk; int4: one per lane), and int32 compensation of each
-// chunk's sums, which undo the offset of unsigned operands.
+// Packed quantised activation row, what the quantised GEMV reads: [k_padded] int8 or int16 values in the order of the
+// format's dot products, fp32 scales (int8: one per chunk; int4: one per lane), and int32 zero-point compensation. The
+// dot instructions are u8s8: int8 weights carry an offset of 128 and int4 weights one of 8, so each chunk's integer sum
+// begins at minus that offset times the sum of its activations.
 constexpr int64_t kQuantChunk = 128;  // inputs; k_padded is a whole number of chunks
 inline int64_t packed_row_bytes(int64_t k_padded) { return 3 * k_padded; }
 
-constexpr int64_t kQuantGemvMaxM = 16;  // activation rows of one call
+constexpr int64_t kQuantGemvMaxM = 16;  // as kGemvMaxM, over quantised weights
 
 struct QuantGemvPrepareArgs {
   const void* x;  // [m, k] rows
@@ -123,8 +125,8 @@ struct QuantGemvArgs : LinearArgs {
   char* packed_rows;  // m rows that quant_gemv_prepare wrote
 };
 
-// Rows of activations as int8 panels: like GemmPackArgs, words of 32 bits [words][width] with a whole number of
-// elements each (KernelTable::quant_per_word; K is padded to a multiple of 4), and scales [groups][width] beside them.
+// Packs activations into int8 GEMM panels: 32-bit words [words][width] with a whole number of elements each
+// (KernelTable::quant_per_word; K is padded to a multiple of 4), and scales [groups][width] beside them.
 struct QuantGemmPackArgs {
   QuantizeArgs rows;  // without values and scales
   int64_t m;
@@ -133,7 +135,7 @@ struct QuantGemmPackArgs {
 };
 
 // As GemmArgs over int8 panels and quantised weights, whose row strides are in bytes. out_panels: out is the words of
-// the next GEMM's panels, rounded in groups of out_group, with their scales in out_scales.
+// the next GEMM's panels, quantised in groups of out_group, with their scales in out_scales.
 struct QuantGemmArgs : GemmArgs {
   int64_t group;  // inputs per activation scale, and of int4 per weight scale
   const float* x_scales;
@@ -198,22 +200,24 @@ struct AttentionArgs {
   View q;           // [B, T, H, D]
   View k, v;        // [B, S, Hkv, D]
   MutableView out;  // [B, T, H, D]
-  float* lse;       // [B, H, T] contiguous (natural log, -inf for rows that see nothing), or nullptr
+  float* lse;       // log-sum-exp [B, H, T], contiguous, natural log, -inf for fully masked rows; or nullptr
   int64_t batch, queries, keys, heads, kv_heads, head_dim;
   float scale;
   bool causal;                // query i of a sequence of T sees keys <= S_b - T + i, S_b the sequence's key count
-  const int64_t* key_counts;  // [B] visible keys (a prefix), or nullptr for all
+  const int64_t* key_counts;  // [B] valid keys of each sequence, a prefix (cache_seqlens); or nullptr for all
   const int32_t* cu_seqlens;  // [B + 1]: q, k, v, out are varlen [N, ...], stride_b unused; or nullptr
   MaskView mask;
   DType dtype;
 };
 
-// One block of query rows of one sequence and one key/value head. Its grouped query heads share the block: row r is
-// head r / queries of the group, query r % queries.
+// A tile of attention: one block of query rows of one sequence and one key/value head. Its grouped query heads share
+// the block: row r is head r / queries of the group, query r % queries.
 struct AttentionTile {
   const void *q, *k, *v;  // at the sequence's first query/key of this kv head's first query head / kv head
-  void* k_rows;           // keys of this sequence and head side by side, and pairs of its values, [keys / 2][head_dim]
-  float* v_pairs;         // words: what attention_gather makes of k and v. Both, or nullptr
+  // What attention_gather makes of this sequence and head, or both nullptr: the keys contiguous, and the values as bf16
+  // pairs of neighbouring keys, [keys / 2][head_dim] words.
+  void* k_rows;
+  float* v_pairs;
   void* out;
   float* lse;  // [heads of the group][queries] with stride lse_h, or nullptr
   int64_t lse_h;
@@ -221,7 +225,7 @@ struct AttentionTile {
   int64_t queries, keys;       // of this sequence
   int64_t row_begin, row_end;  // at most panel_width rows
   int64_t key_begin, key_end;  // the keys of this split
-  float* partial;              // split: per row [max, sum, out[head_dim]] instead of out and lse; or nullptr
+  float* partial;              // split: per row [row_max, row_sum, out[head_dim]] instead of out and lse; or nullptr
   GemmBackend backend;
 };
 
@@ -266,7 +270,7 @@ struct KernelTable {
   void (*quant_gemm_tile)(const QuantGemmArgs&, const GemmTile&, float* scratch);
   void (*rope_rows)(const RopeArgs&, int64_t begin, int64_t end);
   void (*activation_rows)(const ActivationArgs&, int64_t begin, int64_t end);
-  // Writes the task's k_rows and v_pairs of keys [begin, end), begin even. For GemmBackend::bf16_dot without a mask.
+  // Writes the tile's k_rows and v_pairs of keys [begin, end), begin even. For GemmBackend::bf16_dot without a mask.
   void (*attention_gather)(const AttentionArgs&, const AttentionTile&, int64_t begin, int64_t end);
   void (*attention_tile)(const AttentionArgs&, const AttentionTile&, float* scratch);
   float (*read_bytes)(const char* data, int64_t bytes);
@@ -291,7 +295,7 @@ inline int64_t quant_gemm_pack_scratch_bytes(const KernelTable& table, const Qua
   return table.vector_width * (rows.k_padded + rows.k_padded / rows.group * 4) + 64;
 }
 
-// Scratch of one attention_tile: q panel, scores, pairs of scores, widened keys or values, mask, out, row state.
+// Scratch of one attention_tile: q panel, scores, pairs of scores, widened keys or values, mask, out, softmax state.
 inline int64_t attention_scratch_floats(const KernelTable& table, int64_t head_dim) {
   const int64_t padded = (head_dim + 15) / 16 * 16;
   return table.panel_width * (2 * padded + 3 * kAttentionKeys + 8) + padded * kAttentionKeys;

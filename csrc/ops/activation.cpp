@@ -1,3 +1,4 @@
+// swiglu and gelu_tanh of rows, split over threads.
 #include "activation.h"
 
 #include "../threads.h"

@@ -1,3 +1,4 @@
+// Elementwise activations on the CPU.
 #pragma once
 #include "../cpu/kernel_table.h"
 

@@ -1,3 +1,4 @@
+// Splits attention into tiles and, in decoding, over keys; combines the splits.
 #include "attention.h"
 
 #include <algorithm>
@@ -14,16 +15,16 @@ namespace qvl {
 
 namespace {
 
-constexpr int64_t kMinSplitKeys = 1024;  // fewer keys a split cost more in combining than they gain
-constexpr int64_t kMinGatherBlocks = 4;  // query blocks of a head that share what is gathered
+constexpr int64_t kMinSplitKeys = 1024;  // of a split: with fewer, combining the splits costs more than they gain
+constexpr int64_t kMinGatherBlocks = 4;  // query blocks of a head, from which on gathering its keys and values pays
 
 struct Sequence {
-  int64_t query_begin, queries, key_begin, keys;  // begins are row offsets of packed tensors, else 0
-  int64_t first_task;
+  int64_t query_begin, queries, key_begin, keys;  // begins are token offsets of varlen tensors, else 0
+  int64_t first_tile;
   int64_t first_row;  // of gathered keys
 };
 
-// Rows that the gathered keys of a sequence take: its pairs of values begin at even ones.
+// Rows that the gathered keys of a sequence take: an even number, because values are gathered in pairs.
 int64_t gathered_rows(int64_t keys) { return (keys + 1) / 2 * 2; }
 
 int64_t blocks_of(const AttentionArgs& a, int64_t queries) {
@@ -31,11 +32,11 @@ int64_t blocks_of(const AttentionArgs& a, int64_t queries) {
   return (rows + width - 1) / width;
 }
 
-// The sequences of a call; returns the number of (kv head, row block) tasks of all. Lengths are checked here too: under
-// torch.compile the callers cannot see them, and a wrong one reads foreign memory.
+// The sequences of a call; returns the number of (kv head, row block) tiles of all. Lengths are checked here, because
+// under torch.compile the callers cannot see them, and a wrong one would read foreign memory.
 int64_t list_sequences(const AttentionArgs& a, std::vector<Sequence>& sequences) {
   sequences.resize(size_t(a.batch));
-  int64_t tasks = 0, rows = 0;
+  int64_t tiles = 0, rows = 0;
   for (int64_t b = 0; b < a.batch; ++b) {
     Sequence& s = sequences[size_t(b)];
     if (a.cu_seqlens) {
@@ -54,25 +55,25 @@ int64_t list_sequences(const AttentionArgs& a, std::vector<Sequence>& sequences)
     }
     s.first_row = rows;
     rows += gathered_rows(s.keys);
-    s.first_task = tasks;
-    tasks += s.queries ? blocks_of(a, s.queries) * a.kv_heads : 0;
+    s.first_tile = tiles;
+    tiles += s.queries ? blocks_of(a, s.queries) * a.kv_heads : 0;
   }
-  return tasks;
+  return tiles;
 }
 
 AttentionTile make_tile(const AttentionArgs& a, const Sequence& s, int64_t b, int64_t index, GemmBackend backend) {
   const int64_t blocks = blocks_of(a, s.queries), kv_head = index / blocks, block = index % blocks;
   const int64_t group = a.heads / a.kv_heads, head = kv_head * group, size = dtype_bytes(a.dtype);
-  const int64_t packed = a.cu_seqlens ? 0 : b;
+  const int64_t batch = a.cu_seqlens ? 0 : b;
   AttentionTile t{};
   t.q = static_cast<const char*>(a.q.data) +
-        (packed * a.q.stride_b + s.query_begin * a.q.stride_t + head * a.q.stride_h) * size;
+        (batch * a.q.stride_b + s.query_begin * a.q.stride_t + head * a.q.stride_h) * size;
   t.k = static_cast<const char*>(a.k.data) +
-        (packed * a.k.stride_b + s.key_begin * a.k.stride_t + kv_head * a.k.stride_h) * size;
+        (batch * a.k.stride_b + s.key_begin * a.k.stride_t + kv_head * a.k.stride_h) * size;
   t.v = static_cast<const char*>(a.v.data) +
-        (packed * a.v.stride_b + s.key_begin * a.v.stride_t + kv_head * a.v.stride_h) * size;
+        (batch * a.v.stride_b + s.key_begin * a.v.stride_t + kv_head * a.v.stride_h) * size;
   t.out = static_cast<char*>(a.out.data) +
-          (packed * a.out.stride_b + s.query_begin * a.out.stride_t + head * a.out.stride_h) * size;
+          (batch * a.out.stride_b + s.query_begin * a.out.stride_t + head * a.out.stride_h) * size;
   if (a.lse) {
     t.lse = a.cu_seqlens ? a.lse + head * a.queries + s.query_begin : a.lse + (b * a.heads + head) * a.queries;
     t.lse_h = a.queries;
@@ -93,7 +94,7 @@ void store(float value, DType dtype, void* base, int64_t index) {
   for_dtype(dtype, [&](auto element) { from_float(value, static_cast<decltype(element)*>(base)[index]); });
 }
 
-// Adds up the splits of one task: each row's [max, sum, out] partials.
+// Combines the splits of one tile (flash-decoding): each row's [row_max, row_sum, out] partials.
 void combine_splits(const AttentionArgs& a, const AttentionTile& t, const float* partials, int64_t splits,
                     int64_t stride) {
   for (int64_t r = 0; r < t.row_end - t.row_begin; ++r) {
@@ -121,24 +122,24 @@ void run_attention(const AttentionArgs& a) {
   const KernelTable& table = kernels();
   thread_local std::vector<Sequence> sequences_storage;
   std::vector<Sequence>& sequences = sequences_storage;
-  const int64_t tasks = list_sequences(a, sequences);
-  if (tasks == 0) return;
+  const int64_t tiles = list_sequences(a, sequences);
+  if (tiles == 0) return;
   const GemmBackend backend = gemm_backend(a.dtype, a.head_dim, 2);
   const int64_t scratch_floats = attention_scratch_floats(table, a.head_dim);
-  const auto find = [&](int64_t task) {
-    const auto after = std::upper_bound(sequences.begin(), sequences.end(), task,
-                                        [](int64_t value, const Sequence& s) { return value < s.first_task; });
+  const auto find = [&](int64_t tile) {
+    const auto after = std::upper_bound(sequences.begin(), sequences.end(), tile,
+                                        [](int64_t value, const Sequence& s) { return value < s.first_tile; });
     return int64_t(after - sequences.begin()) - 1;
   };
   bf16* k_rows = nullptr;  // of all heads and sequences, where they are gathered
   float* v_pairs = nullptr;
   const int64_t rows = sequences.back().first_row + gathered_rows(sequences.back().keys);
-  const auto task_at = [&](int64_t task) {
-    const int64_t b = find(task);
+  const auto tile_at = [&](int64_t tile) {
+    const int64_t b = find(tile);
     const Sequence& s = sequences[size_t(b)];
-    AttentionTile t = make_tile(a, s, b, task - s.first_task, backend);
+    AttentionTile t = make_tile(a, s, b, tile - s.first_tile, backend);
     if (k_rows) {
-      const int64_t row = (task - s.first_task) / blocks_of(a, s.queries) * rows + s.first_row;
+      const int64_t row = (tile - s.first_tile) / blocks_of(a, s.queries) * rows + s.first_row;
       t.k_rows = k_rows + row * a.head_dim;
       t.v_pairs = v_pairs + row / 2 * a.head_dim;
     }
@@ -150,29 +151,29 @@ void run_attention(const AttentionArgs& a) {
   };
 
   int64_t splits = 1;
-  if (tasks < 2 * max_threads() && !a.cu_seqlens)
-    splits = std::min((2 * int64_t(max_threads()) + tasks - 1) / tasks, a.keys / kMinSplitKeys);
+  if (tiles < 2 * max_threads() && !a.cu_seqlens)
+    splits = std::min((2 * int64_t(max_threads()) + tiles - 1) / tiles, a.keys / kMinSplitKeys);
   if (splits <= 1) {
-    const bool apart = a.k.stride_t > a.head_dim && tasks >= kMinGatherBlocks * a.batch * a.kv_heads;
+    const bool apart = a.k.stride_t > a.head_dim && tiles >= kMinGatherBlocks * a.batch * a.kv_heads;
     if (backend == GemmBackend::bf16_dot && a.mask.kind == MaskKind::none && apart) {
       thread_local Workspace k_rows_ws, v_pairs_ws;
       k_rows = k_rows_ws.get<bf16>(a.kv_heads * rows * a.head_dim);
       v_pairs = v_pairs_ws.get<float>(a.kv_heads * rows / 2 * a.head_dim);
-      // Each task gathers its share of the keys that all tasks of its head then read.
-      parallel_tasks(tasks, [&](int64_t task) {
-        const AttentionTile t = task_at(task);
+      // Each tile gathers its share of the keys and values that all tiles of its head then read.
+      parallel_tasks(tiles, [&](int64_t tile) {
+        const AttentionTile t = tile_at(tile);
         const int64_t blocks = blocks_of(a, t.queries), block = t.row_begin / table.panel_width,
                       pairs = (t.keys + 1) / 2;
         table.attention_gather(a, t, pairs * block / blocks * 2, std::min(pairs * (block + 1) / blocks * 2, t.keys));
       });
     }
-    return parallel_tasks(tasks, [&](int64_t task) { table.attention_tile(a, task_at(task), scratch()); });
+    return parallel_tasks(tiles, [&](int64_t tile) { table.attention_tile(a, tile_at(tile), scratch()); });
   }
   const int64_t stride = table.panel_width * (a.head_dim + 2);
   thread_local Workspace partials_ws;
-  float* partials = partials_ws.get<float>(tasks * splits * stride);
-  parallel_tasks(tasks * splits, [&](int64_t index) {
-    AttentionTile t = task_at(index / splits);
+  float* partials = partials_ws.get<float>(tiles * splits * stride);
+  parallel_tasks(tiles * splits, [&](int64_t index) {
+    AttentionTile t = tile_at(index / splits);
     const int64_t split = index % splits, keys = t.keys;
     const int64_t block_count = (keys + kAttentionKeys - 1) / kAttentionKeys;
     t.key_begin = std::min(keys, block_count * split / splits * kAttentionKeys);
@@ -180,8 +181,8 @@ void run_attention(const AttentionArgs& a) {
     t.partial = partials + index * stride;
     table.attention_tile(a, t, scratch());
   });
-  parallel_tasks(tasks, [&](int64_t task) {
-    combine_splits(a, task_at(task), partials + task * splits * stride, splits, stride);
+  parallel_tasks(tiles, [&](int64_t tile) {
+    combine_splits(a, tile_at(tile), partials + tile * splits * stride, splits, stride);
   });
 }
 

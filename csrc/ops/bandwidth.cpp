@@ -1,3 +1,4 @@
+// Measures the read bandwidth that is achieved: the memory roofline of decoding.
 #include "bandwidth.h"
 
 #include <chrono>

@@ -1,3 +1,4 @@
+// The memory roofline: achieved read bandwidth.
 #pragma once
 #include <cstdint>
 

@@ -1,3 +1,4 @@
+// Moves weights to huge pages (Linux), in place.
 #include "huge_pages.h"
 
 #include <cstring>
@@ -16,14 +17,15 @@ namespace {
 #ifndef MADV_COLLAPSE
 constexpr int MADV_COLLAPSE = 25;  // Linux 6.1
 #endif
-constexpr int64_t kPiece = 16 * kHugePage;  // memory in use twice while it moves
+constexpr int64_t kPiece = 16 * kHugePage;  // bytes moved at a time: they are in use twice meanwhile
 
 // Copies a piece to `fresh`, memory on huge pages, and moves those pages under its addresses, in one step to other
 // threads.
 bool move_piece(char* piece, int64_t bytes, char* fresh, bool writable) {
-  std::memcpy(fresh, piece,
-              size_t(bytes));  // by one thread: a process that has used OpenMP may not fork and use it again
-  if (madvise(fresh, size_t(bytes), MADV_COLLAPSE) != 0) return false;  // at once where they are huge already
+  // Copied by one thread: a process that has used OpenMP may not fork and use it again.
+  std::memcpy(fresh, piece, size_t(bytes));
+  if (madvise(fresh, size_t(bytes), MADV_COLLAPSE) != 0)
+    return false;  // returns at once for pages that are huge already
   if (!writable && mprotect(fresh, size_t(bytes), PROT_READ) != 0) return false;
   if (mremap(fresh, size_t(bytes), size_t(bytes), MREMAP_MAYMOVE | MREMAP_FIXED, piece) == piece) return true;
   // The kernel may have unmapped the piece before it ran out of memory of its own. The copy is still there.
@@ -44,7 +46,7 @@ bool replace_piece(char* piece, int64_t bytes, bool writable) {
   char* const fresh = reinterpret_cast<char*>((uintptr_t(reserve) + kHugePage - 1) / kHugePage * kHugePage);
   const bool moved = madvise(fresh, size_t(bytes), MADV_HUGEPAGE) == 0 && move_piece(piece, bytes, fresh, writable);
   if (fresh > start) munmap(start, size_t(fresh - start));
-  if (!moved) munmap(fresh, size_t(bytes));  // what moved away may be another thread's by now
+  if (!moved) munmap(fresh, size_t(bytes));  // only then: after the move the addresses may be another thread's
   munmap(fresh + bytes, reserved - size_t(fresh - start) - size_t(bytes));
   return moved;
 }
@@ -61,7 +63,7 @@ int64_t use_huge_pages(uintptr_t address, int64_t bytes, bool mapped, bool writa
     const bool done = mapped ? replace_piece(piece, piece_bytes, writable)
                              : madvise(piece, size_t(piece_bytes), MADV_HUGEPAGE) == 0 &&
                                    madvise(piece, size_t(piece_bytes), MADV_COLLAPSE) == 0;
-    if (!done) break;  // no huge pages are left, or none can be had at all: the next piece would fare no better
+    if (!done) break;  // no huge page is left, or the kernel gives none: the next piece would fail too
     huge += piece_bytes;
   }
   return huge;

@@ -1,3 +1,4 @@
+// Huge pages for weights: fewer TLB misses while they are streamed.
 #pragma once
 #include <cstdint>
 

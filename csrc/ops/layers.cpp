@@ -1,3 +1,4 @@
+// A decoder layer and a vision block, op by op over scratch memory.
 #include "layers.h"
 
 #include <cstring>
@@ -93,7 +94,7 @@ void run_decoder_layer(const DecoderLayerArgs& a) {
   attention.dtype = a.dtype;
   run_attention(attention);
 
-  // The sum after attention lies in out until the MLP adds to it.
+  // The residual stream after attention lies in out until the MLP's epilogue adds to it.
   LinearCall o = call(a.o, a.hidden, a.out, a.hidden);
   o.residual = a.x, o.residual_stride = a.hidden;
   run_linears(LinearInput{attended, q_width, rows, q_width, a.dtype}, &o, 1);

@@ -41,7 +41,8 @@ double time_gemm_backend(GemmBackend backend) {
   return best;
 }
 
-// The dot instruction is twice as fast as FMA on Zen 5 and half as fast on some Intel parts: measure, do not guess.
+// The bf16 dot instruction is twice as fast as FMA on Zen 5 and half as fast on some Intel processors: it is measured,
+// once per process.
 bool bf16_dot_is_faster() {
   if (!kernels().has_bf16_dot) return false;
   static const bool faster = time_gemm_backend(GemmBackend::bf16_dot) < time_gemm_backend(GemmBackend::fma);

@@ -1,3 +1,4 @@
+// RMS norm and layer norm of rows, split over threads.
 #include "norm.h"
 
 #include "../threads.h"

@@ -1,3 +1,4 @@
+// RMS norm and layer norm on the CPU.
 #pragma once
 #include "../cpu/kernel_table.h"
 

@@ -1,3 +1,4 @@
+// QK norm and rotary embedding of rows, split over threads.
 #include "rope.h"
 
 #include "../threads.h"

@@ -1,4 +1,4 @@
-// The C++ kernels against plain loops in double, without Python: what tests/aarch64.sh runs under emulation.
+// The C++ kernels against fp64 references, plain loops, without Python: what tests/aarch64.sh runs under emulation.
 #include <cmath>
 #include <cstdio>
 #include <utility>
@@ -55,12 +55,12 @@ class Buffer {
 
 int passed = 0, failed = 0;
 
-// ||out - truth|| / ||truth|| must be within a few roundings of the dtype.
-void check(const char* name, DType dtype, const Buffer& out, const std::vector<double>& truth) {
+// ||out - reference|| / ||reference|| must be within a few roundings of the dtype.
+void check(const char* name, DType dtype, const Buffer& out, const std::vector<double>& reference) {
   double difference = 0, norm = 0;
-  for (size_t i = 0; i < truth.size(); ++i) {
-    difference += (out[int64_t(i)] - truth[i]) * (out[int64_t(i)] - truth[i]);
-    norm += truth[i] * truth[i];
+  for (size_t i = 0; i < reference.size(); ++i) {
+    difference += (out[int64_t(i)] - reference[i]) * (out[int64_t(i)] - reference[i]);
+    norm += reference[i] * reference[i];
   }
   const double limit = dtype == DType::f32 ? 2e-6 : dtype == DType::bf16 ? 8e-3 : 1e-3;
   const double error = std::sqrt(difference / norm);
@@ -79,15 +79,15 @@ void test_norms(DType dtype) {
     args.x = x.data(), args.weight = weight.data(), args.bias = layer ? bias.data() : nullptr, args.y = y.data();
     args.size = size, args.x_stride = size, args.y_stride = size, args.eps = 1e-6f, args.dtype = dtype;
     run_norm(args, rows);
-    std::vector<double> truth;
+    std::vector<double> reference;
     for (int64_t r = 0; r < rows; ++r) {
       double mean = 0, square = 0;
       for (int64_t i = 0; i < size; ++i) mean += layer ? x[r * size + i] / size : 0;
       for (int64_t i = 0; i < size; ++i) square += std::pow(x[r * size + i] - mean, 2) / size;
       for (int64_t i = 0; i < size; ++i)
-        truth.push_back((x[r * size + i] - mean) / std::sqrt(square + 1e-6) * weight[i] + (layer ? bias[i] : 0));
+        reference.push_back((x[r * size + i] - mean) / std::sqrt(square + 1e-6) * weight[i] + (layer ? bias[i] : 0));
     }
-    check(layer ? "layer_norm" : "rms_norm", dtype, y, truth);
+    check(layer ? "layer_norm" : "rms_norm", dtype, y, reference);
   }
 }
 
@@ -108,15 +108,15 @@ void test_linear(DType dtype) {
       call.n = n, call.activation = activation;
       call.residual = residual.data(), call.residual_stride = n, call.out = out.data(), call.out_stride = n;
       run_linears(LinearInput{x.data(), k, m, k, dtype}, &call, 1);
-      std::vector<double> truth;
+      std::vector<double> reference;
       for (int64_t r = 0; r < m; ++r)
         for (int64_t c = 0; c < n; ++c) {
           double a = swiglu ? 0 : bias[c], b = 0;
           for (int64_t i = 0; i < k; ++i) a += x[r * k + i] * w[c * k + i], b += x[r * k + i] * up[c * k + i];
           const double value = swiglu ? silu(a) * b : activation == Activation::gelu_tanh ? gelu(a) : a;
-          truth.push_back(value + residual[r * n + c]);
+          reference.push_back(value + residual[r * n + c]);
         }
-      check("linear", dtype, out, truth);
+      check("linear", dtype, out, reference);
     }
   }
 }
@@ -129,10 +129,10 @@ void test_activation(DType dtype) {
     args.activation = activation, args.x = x.data(), args.up = up.data(), args.y = y.data();
     args.rows = rows, args.size = size, args.x_stride = args.up_stride = args.y_stride = size, args.dtype = dtype;
     run_activation(args);
-    std::vector<double> truth;
+    std::vector<double> reference;
     for (int64_t i = 0; i < rows * size; ++i)
-      truth.push_back(activation == Activation::swiglu ? silu(x[i]) * up[i] : gelu(x[i]));
-    check("activation", dtype, y, truth);
+      reference.push_back(activation == Activation::swiglu ? silu(x[i]) * up[i] : gelu(x[i]));
+    check("activation", dtype, y, reference);
   }
 }
 
@@ -153,7 +153,7 @@ void test_rope(DType dtype) {
   args.batch = 1, args.time = time, args.heads = heads, args.kv_heads = kv_heads, args.head_dim = size;
   args.eps = 1e-6f, args.dtype = dtype;
   run_qk_norm_rope(args);
-  const auto truth = [&](const Buffer& x, const Buffer& weight, int64_t count) {
+  const auto reference = [&](const Buffer& x, const Buffer& weight, int64_t count) {
     std::vector<double> result;
     for (int64_t row = 0; row < time * count; ++row) {
       double square = 0;
@@ -166,8 +166,8 @@ void test_rope(DType dtype) {
     }
     return result;
   };
-  check("qk_norm_rope q", dtype, q_out, truth(q, q_weight, heads));
-  check("qk_norm_rope k", dtype, k_out, truth(k, k_weight, kv_heads));
+  check("qk_norm_rope q", dtype, q_out, reference(q, q_weight, heads));
+  check("qk_norm_rope k", dtype, k_out, reference(k, k_weight, kv_heads));
 }
 
 void test_attention(DType dtype) {
@@ -184,7 +184,7 @@ void test_attention(DType dtype) {
     args.head_dim = size;
     args.scale = 0.7f, args.causal = true, args.dtype = dtype;
     run_attention(args);
-    std::vector<double> truth;
+    std::vector<double> reference;
     for (int64_t t = 0; t < queries; ++t)
       for (int64_t h = 0; h < heads; ++h) {
         const int64_t kv = h / (heads / kv_heads), visible = keys - queries + t + 1;
@@ -198,9 +198,9 @@ void test_attention(DType dtype) {
         }
         for (int64_t s = 0; s < visible; ++s)
           for (int64_t d = 0; d < size; ++d) row[d] += weights[s] / total * v[(s * kv_heads + kv) * size + d];
-        truth.insert(truth.end(), row.begin(), row.end());
+        reference.insert(reference.end(), row.begin(), row.end());
       }
-    check("attention", dtype, out, truth);
+    check("attention", dtype, out, reference);
   }
 }
 

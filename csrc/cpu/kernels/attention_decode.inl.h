@@ -1,11 +1,11 @@
-// Attention of up to four query rows (decoding): keys and values are streamed once, as stored, with the queries and the
-// result in registers. A panel of lanes would multiply 16 columns to use two of them and is bound by arithmetic.
+// Decode attention: up to four query rows. Keys and values are streamed once from the KV cache, with the queries and
+// the result in registers. Lanes as in attention.inl.h would compute 16 columns to use two, and be bound by arithmetic.
 
 constexpr int64_t kDecodeRows = 4;
-constexpr int64_t kDecodeKeys = 512;  // per block: long enough that changing between keys and values costs nothing
-constexpr int64_t kDecodePrefetchBytes = 4096;  // how far ahead rows are prefetched
+constexpr int64_t kDecodeKeys = 512;            // per block: changing between keys and values is then rare
+constexpr int64_t kDecodePrefetchBytes = 4096;  // distance of the software prefetch
 
-// Keys that a row may see: a prefix.
+// The keys of a row's causal prefix.
 inline int64_t attention_limit(const AttentionArgs& a, const AttentionTile& t, int64_t row) {
   const int64_t limit = a.causal ? t.keys - t.queries + row % t.queries + 1 : t.keys;
   return limit > 0 ? limit : 0;
@@ -18,17 +18,17 @@ struct DecodeScratch {
   int64_t padded;
   float row_max[kDecodeRows], row_sum[kDecodeRows];
   int64_t limit[kDecodeRows];
-  bool seen[kDecodeKeys];  // whether any row sees the key; filled where there is a mask
+  bool unmasked[kDecodeKeys];  // whether any row sees the key; filled where there is a mask
 };
 
-// Place of element d in a row in the order of gemv_load.
+// Index of element d in a row in the order of gemv_load.
 inline int64_t decode_index(int64_t d, DType dtype) {
   if (dtype != DType::bf16) return d;
   const int64_t in_block = d % kGemvKStep;
   return d - in_block + in_block % 2 * Vec::kWidth + in_block / 2;
 }
 
-// sums[r][m] = w[row + r, :] . x[m, :]; rows are short, and the next ones prefetched.
+// sums[r][m] = w[row + r, :] . x[m, :]. Rows are short: software prefetch runs on into the rows at `next`.
 template <class T, int ROWS, int M>
 inline void decode_qk(const T* w, int64_t w_stride, const T* next, const float* x, int64_t k_padded, int64_t k,
                       float* sums) {
@@ -37,14 +37,14 @@ inline void decode_qk(const T* w, int64_t w_stride, const T* next, const float* 
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) acc[r][m][0] = acc[r][m][1] = Vec::zero();
-  constexpr int64_t kAhead = 1024 / int64_t(sizeof(T));
+  constexpr int64_t kPrefetch = 1024 / int64_t(sizeof(T));
   int64_t i = 0;
   for (; i + kGemvKStep <= k; i += kGemvKStep) {
-    const T* ahead = i + kAhead < k ? w + i + kAhead : next + (i + kAhead - k);
+    const T* prefetch = i + kPrefetch < k ? w + i + kPrefetch : next + (i + kPrefetch - k);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       Vec first, second;
-      __builtin_prefetch(reinterpret_cast<const char*>(ahead + r * w_stride), 0, 3);
+      __builtin_prefetch(reinterpret_cast<const char*>(prefetch + r * w_stride), 0, 3);
       gemv_load(w + r * w_stride + i, first, second);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
@@ -71,12 +71,13 @@ inline void decode_qk(const T* w, int64_t w_stride, const T* next, const float* 
 }
 
 template <class T, int M>
-inline void decode_scores(const AttentionArgs& a, const T* k, int64_t keys, int64_t ahead, const DecodeScratch& s) {
+inline void decode_scores(const AttentionArgs& a, const T* k, int64_t keys, int64_t prefetch_rows,
+                          const DecodeScratch& s) {
   float sums[4 * M];
   int64_t i = 0;
   for (; i + 4 <= keys; i += 4) {
     const T* row = k + i * a.k.stride_t;
-    decode_qk<T, 4, M>(row, a.k.stride_t, row + ahead * a.k.stride_t, s.q, s.padded, a.head_dim, sums);
+    decode_qk<T, 4, M>(row, a.k.stride_t, row + prefetch_rows * a.k.stride_t, s.q, s.padded, a.head_dim, sums);
     for (int r = 0; r < 4; ++r)
       for (int m = 0; m < M; ++m) s.scores[m * kDecodeKeys + i + r] = sums[r * M + m];
   }
@@ -99,12 +100,12 @@ inline void decode_add_mask(const AttentionArgs& a, const AttentionTile& t, int6
     const T* bias = static_cast<const T*>(t.mask) + offset;
     for (int64_t i = 0; i < keys; ++i) {
       const float b = to_float(bias[i * a.mask.stride_s]);
-      x[i] = b < -3.4028234663852886e38f ? b : x[i] + b;  // hidden whatever the score is, NaN included
+      x[i] = b < -3.4028234663852886e38f ? b : x[i] + b;  // masked whatever the score is, NaN included
     }
   }
 }
 
-// Scores of one row -> probabilities; updates the row's state and rescales its part of out.
+// Online softmax of one row: scores become probabilities, row_max and row_sum are updated, the row's out is rescaled.
 template <class T>
 inline void decode_softmax(const AttentionArgs& a, const AttentionTile& t, int64_t key, int64_t keys, int m,
                            DecodeScratch& s) {
@@ -116,11 +117,11 @@ inline void decode_softmax(const AttentionArgs& a, const AttentionTile& t, int64
   const int64_t visible = min_i(keys, s.limit[m] - key);
   for (int64_t i = visible > 0 ? visible : 0; i < padded; ++i) x[i] = -__builtin_inff();
   if (a.mask.kind != MaskKind::none)
-    for (int64_t i = 0; i < keys; ++i) s.seen[i] = (m > 0 && s.seen[i]) || x[i] != -__builtin_inff();
+    for (int64_t i = 0; i < keys; ++i) s.unmasked[i] = (m > 0 && s.unmasked[i]) || x[i] != -__builtin_inff();
 
-  Vec highest = Vec::set1(s.row_max[m]);
-  for (int64_t i = 0; i < padded; i += Vec::kWidth) highest = Vec::max(highest, Vec::load(x + i));
-  const float max = highest.max_lane();
+  Vec max_lanes = Vec::set1(s.row_max[m]);
+  for (int64_t i = 0; i < padded; i += Vec::kWidth) max_lanes = Vec::max(max_lanes, Vec::load(x + i));
+  const float max = max_lanes.max_lane();
   const Vec base = Vec::set1(max == -__builtin_inff() ? 0.0f : max);
   Vec sum = Vec::zero();
   for (int64_t i = 0; i < padded; i += Vec::kWidth) {
@@ -137,10 +138,10 @@ inline void decode_softmax(const AttentionArgs& a, const AttentionTile& t, int64
   s.row_max[m] = max;
 }
 
-// out[m] += sum_i p[m][i] v[i] over BLOCKS blocks of columns, held in registers meanwhile.
+// out[m] += sum_i p[m][i] v[i] over BLOCKS blocks of columns, which stay in registers.
 template <class T, int M, int BLOCKS>
-inline void decode_pv_columns(const AttentionArgs& a, const T* v, int64_t keys, int64_t ahead, bool masked, float* out,
-                              const DecodeScratch& s) {
+inline void decode_pv_columns(const AttentionArgs& a, const T* v, int64_t keys, int64_t prefetch_rows, bool masked,
+                              float* out, const DecodeScratch& s) {
   Vec acc[M][BLOCKS][2];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
@@ -150,12 +151,12 @@ inline void decode_pv_columns(const AttentionArgs& a, const T* v, int64_t keys, 
       for (int half = 0; half < 2; ++half)
         acc[m][b][half] = Vec::load(out + m * s.padded + b * kGemvKStep + half * Vec::kWidth);
   for (int64_t i = 0; i < keys; ++i) {
-    if (masked && !s.seen[i]) continue;  // 0 * NaN is NaN
+    if (masked && !s.unmasked[i]) continue;  // a masked value may be NaN, and 0 * NaN is NaN
     const T* row = v + i * a.v.stride_t;
 #pragma GCC unroll 4
     for (int b = 0; b < BLOCKS; ++b) {
       Vec first, second;
-      __builtin_prefetch(reinterpret_cast<const char*>(row + ahead * a.v.stride_t + b * kGemvKStep), 0, 3);
+      __builtin_prefetch(reinterpret_cast<const char*>(row + prefetch_rows * a.v.stride_t + b * kGemvKStep), 0, 3);
       gemv_load(row + b * kGemvKStep, first, second);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
@@ -175,19 +176,19 @@ inline void decode_pv_columns(const AttentionArgs& a, const T* v, int64_t keys, 
 }
 
 template <class T, int M>
-inline void decode_pv(const AttentionArgs& a, const T* v, int64_t keys, int64_t ahead, bool masked,
+inline void decode_pv(const AttentionArgs& a, const T* v, int64_t keys, int64_t prefetch_rows, bool masked,
                       const DecodeScratch& s) {
   constexpr int kBlocks = Vec::kPanelVectors == 4 ? (M <= 2 ? 4 : 2) : (M == 1 ? 4 : M == 2 ? 2 : 1);  // registers
   int64_t d = 0;
   for (; d + kBlocks * kGemvKStep <= a.head_dim; d += kBlocks * kGemvKStep)
-    decode_pv_columns<T, M, kBlocks>(a, v + d, keys, ahead, masked, s.out + d, s);
+    decode_pv_columns<T, M, kBlocks>(a, v + d, keys, prefetch_rows, masked, s.out + d, s);
   for (; d + kGemvKStep <= a.head_dim; d += kGemvKStep)
-    decode_pv_columns<T, M, 1>(a, v + d, keys, ahead, masked, s.out + d, s);
+    decode_pv_columns<T, M, 1>(a, v + d, keys, prefetch_rows, masked, s.out + d, s);
   if (d == a.head_dim) return;
   T tail[kGemvKStep];
   std::memset(tail, 0, sizeof(tail));
   for (int64_t i = 0; i < keys; ++i) {
-    if (masked && !s.seen[i]) continue;
+    if (masked && !s.unmasked[i]) continue;
     std::memcpy(tail, v + i * a.v.stride_t + d, size_t(a.head_dim - d) * sizeof(T));
     Vec first, second;
     gemv_load(static_cast<const T*>(tail), first, second);
@@ -238,13 +239,14 @@ inline void attention_decode_typed(const AttentionArgs& a, const AttentionTile& 
     if (s.limit[m] > max_limit) max_limit = s.limit[m];
   }
   for (int64_t i = 0; i < M * s.padded; i += Vec::kWidth) Vec::zero().store(s.out + i);
-  const int64_t ahead = 1 + kDecodePrefetchBytes / (a.head_dim * int64_t(sizeof(T)));
+  const int64_t prefetch_rows = 1 + kDecodePrefetchBytes / (a.head_dim * int64_t(sizeof(T)));
   const int64_t key_end = min_i(t.key_end, max_limit);
   for (int64_t key = t.key_begin; key < key_end; key += kDecodeKeys) {
     const int64_t keys = min_i(kDecodeKeys, key_end - key);
-    decode_scores<T, M>(a, static_cast<const T*>(t.k) + key * a.k.stride_t, keys, ahead, s);
+    decode_scores<T, M>(a, static_cast<const T*>(t.k) + key * a.k.stride_t, keys, prefetch_rows, s);
     for (int m = 0; m < M; ++m) decode_softmax<T>(a, t, key, keys, m, s);
-    decode_pv<T, M>(a, static_cast<const T*>(t.v) + key * a.v.stride_t, keys, ahead, a.mask.kind != MaskKind::none, s);
+    decode_pv<T, M>(a, static_cast<const T*>(t.v) + key * a.v.stride_t, keys, prefetch_rows,
+                    a.mask.kind != MaskKind::none, s);
   }
   decode_epilogue<T>(a, t, s);
 }

@@ -1,13 +1,12 @@
-// Products of few rows with weights as stored, each weight read from memory once. A thread's rows of weights are read
-// as a few streams side by side, each from its first row to its last: the processor's own prefetchers follow a stream
-// from page to page. On Zen 5 97 to 100 % of plain reads, where neighbouring rows side by side, of which each begins a
-// page, reach 88 to 92. Sums are fp32; bf16 is multiplied in pairs by the dot instruction, else weights are widened in
-// registers.
+// Dense GEMV and small-M GEMM (up to 16 rows of activations): every weight is read from memory once. A thread reads its
+// weight rows as a few streams side by side, each from its first row to its last, because the hardware prefetchers
+// follow a stream from page to page: 97 to 100 % of the achieved read bandwidth on Zen 5. Neighbouring rows side by
+// side, of which each begins a page, reach 88 to 92 %. Sums are fp32; bf16 is multiplied in pairs by the dot
+// instruction, other weights are widened in registers.
 
 constexpr int64_t kGemvKStep = 2 * Vec::kWidth;  // elements of k per step
-constexpr int64_t kGemvPrefetchBytes = 1024;     // bytes that a stream is prefetched ahead where the products are many
-constexpr int64_t kGemvNBlock =
-    16;  // rows of a stream whose sums are kept until bias, activation and residual follow in vectors
+constexpr int64_t kGemvPrefetchBytes = 1024;     // distance of the software prefetch in a stream, from 3 rows of x on
+constexpr int64_t kGemvNBlock = 16;              // weight rows of a stream between two vectorised epilogues
 
 // Two vectors of weights in the order in which gemv_prepare lays out x.
 template <class T>
@@ -35,7 +34,7 @@ inline void gemv_prepare_typed(const T* x, int64_t k, float* out) {
   }
 }
 
-// dot: x as it is, padded with zeros; fma: widened.
+// bf16_dot: x as it is, padded with zeros; fma: widened.
 void gemv_prepare(const void* x, DType dtype, int64_t k, GemmBackend backend, float* out) {
   if (backend == GemmBackend::bf16_dot) {
     if (k > 0) std::memcpy(out, x, size_t(k) * 2);  // rows of no elements have no address
@@ -48,7 +47,8 @@ void gemv_prepare(const void* x, DType dtype, int64_t k, GemmBackend backend, fl
 // acc[r][m] += w[r, block] . x[m, block]
 template <bool DOT, int ROWS, int M, class V, class T>  // V is always Vec, as in multiply_add
 inline void gemv_step(const T* w, int64_t w_stride, const float* x, int64_t x_stride, V (&acc)[ROWS][M]) {
-  if constexpr (M > 2) {  // what waits for its operands keeps later loads out of the processor's window
+  // From 3 rows of x on, waiting multiplications fill the out-of-order window, and later loads do not enter it.
+  if constexpr (M > 2) {
     constexpr int64_t kBytes = kGemvKStep * int64_t(sizeof(T));
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
@@ -114,8 +114,8 @@ inline void gemv_tile_m(const GemvArgs& a, int64_t count, const T* w, int64_t w_
   gemv_tile<DOT, ROWS, M>(a, w, w_stride, x, sums);
 }
 
-// sums[m][r][i] = w[r, i, :] . x[m, :] for `rows` rows of every stream r. Where that takes several chunks of x, all but
-// the first find the weights in cache.
+// sums[m][r][i] = w[r, i, :] . x[m, :] for `rows` rows of every stream r. x takes several passes of kGemvTileM rows;
+// all but the first find the weights in cache.
 template <bool DOT, int ROWS, class T>
 inline void gemv_sums(const GemvArgs& a, const T* w, int64_t w_stride, int64_t apart, int64_t rows, float* sums) {
   const int64_t chunks = (a.m + kGemvTileM - 1) / kGemvTileM;
@@ -127,7 +127,7 @@ inline void gemv_sums(const GemvArgs& a, const T* w, int64_t w_stride, int64_t a
     }
 }
 
-// Outputs [n, n + rows) of row m, at most an N-block of them, from their sums.
+// Epilogue: outputs [n, n + rows) of row m from their sums, with bias, activation and residual. up_sums: SwiGLU's.
 template <class T>
 inline void gemv_epilogue(const LinearArgs& a, int64_t m, int64_t n, int64_t rows, const float* sums,
                           const float* up_sums) {
@@ -166,7 +166,8 @@ inline void gemv_split(const GemvArgs& a, int64_t n_begin, int64_t n_end) {
   gemv_streams<DOT, 1, T>(a, rest, n_end - rest);
 }
 
-// Four streams read fastest; more take work off the loads of x, fewer are all whose sums fit in registers.
+// Four streams read fastest. Six load x less often per weight, which pays with the dot instruction from 5 rows on; with
+// 16 vector registers and more than 2 rows, the sums of only two fit.
 template <bool DOT, class T>
 inline void gemv_rows_typed(const GemvArgs& a, int64_t n_begin, int64_t n_end) {
   constexpr bool kMany = Vec::kPanelVectors == 4;  // 32 vector registers, else 16

@@ -1,32 +1,33 @@
-// GEMM over int8 and int4 weights and activations rounded to int8: activations packed, weights broadcast, as in
-// gemm.inl.h. A word is 32 bits of k: as many elements as the target multiplies at once (GemmInts). Integer sums run
-// over one group of activations, fp32 sums over the groups. Where the instruction takes activations as unsigned bytes,
-// 128 is added to them, and sums begin at -128 times the sum of the group's weights.
+// Quantised GEMM: int8 and int4 weights times activations quantised to int8. Activations are packed, weights broadcast,
+// as in gemm.inl.h. A word is 32 bits of k: as many elements as the target multiplies at once (GemmInts). Integer sums
+// run over one group of activations, fp32 sums over the groups. The VNNI instruction takes activations as unsigned
+// bytes (u8s8): 128 is added to them, and the zero-point compensation, -128 times the sum of the group's weights,
+// starts sums.
 
 constexpr int64_t kQuantGemmKBlock =
     kQuantGemmKBlockBytes / int64_t(sizeof(GemmInts::Weight));  // elements of k per block
 
 inline int64_t quant_words(int64_t k) { return (k + 3) / 4 * 4 / GemmInts::kPerWord; }
 
-// One block of k of a task's weight rows, shared by the tiles of all panels.
+// One K-block of a tile's weight rows, shared by all panels of the tile.
 struct QuantBlock {
   WeightFormat format;
-  const char* stored;  // the rows in memory; bytes of a row, and of a group of it
+  const char* source;  // the weight rows in memory; bytes of a row, and of a group of it
   int64_t source_row_bytes, source_group_bytes;
-  const void*
-      source_scales;  // of the rows: int4 bf16 from the block's first group on, int8 fp32 in the last block or nullptr
+  // int4: bf16 [rows][groups] from the block's first group on; int8: fp32 [rows] in the last K-block, else nullptr
+  const void* source_scales;
   int64_t scale_stride;
-  GemmInts::Weight* widened;  // [rows][kQuantGemmKBlock], or nullptr where the stored rows are words already
-  const char* words;          // [rows][words] at word_row bytes: either of them
+  GemmInts::Weight* unpacked;  // [rows][kQuantGemmKBlock], or nullptr where the rows in memory are words already
+  const char* words;           // [rows][words] at word_row bytes: either of them
   int64_t word_row;
   int64_t depth;          // elements of k
   int64_t count, group;   // words, and words of a group: the last group may be shorter
-  int32_t* compensation;  // [group][kQuantGemmTileN]: integer sums begin here
-  float* scales;          // int4: [group][kQuantGemmTileN]; int8: [kQuantGemmTileN], 1 until the last block of k
+  int32_t* compensation;  // zero-point compensation [group][kQuantGemmTileN], 0 where the target is s8s8
+  float* scales;          // int4: [group][kQuantGemmTileN]; int8: [kQuantGemmTileN], 1 until the last K-block
 };
 
-// c[n][lane] (+)= sum over groups of x_scales[group][lane] * the group's integer sum, times the weights' scale: of the
-// group (GROUPED) or of the row. prefetch: the NR rows after these are brought nearer meanwhile.
+// Micro-kernel: c[n][lane] (+)= sum over groups of x_scales[group][lane] * the group's integer sum, times the scale of
+// the weights: of the group (GROUPED) or of the row. prefetch: software prefetch of the NR rows after these.
 template <bool GROUPED, int MV, int NR>
 inline void quant_microkernel(const QuantBlock& b, int64_t n0, const uint32_t* panel, const float* x_scales, float* c,
                               bool accumulate, bool prefetch) {
@@ -47,7 +48,7 @@ inline void quant_microkernel(const QuantBlock& b, int64_t n0, const uint32_t* p
       for (int m = 0; m < MV; ++m) acc[n][m] = start;
     }
     if (prefetch) {
-      const char* next = b.stored + (n0 + NR) * b.source_row_bytes + group * b.source_group_bytes;
+      const char* next = b.source + (n0 + NR) * b.source_row_bytes + group * b.source_group_bytes;
 #pragma GCC unroll 8
       for (int n = 0; n < NR; ++n, next += b.source_row_bytes) {
         __builtin_prefetch(next, 0, 2);  // a group of int8 is two lines, of int4 at most one
@@ -87,17 +88,17 @@ inline void quant_microkernel(const QuantBlock& b, int64_t n0, const uint32_t* p
       (GROUPED ? sum[n][m] : sum[n][m] * Vec::set1(b.scales[n0 + n])).store(c + n * kPanelWidth + m * Vec::kWidth);
 }
 
-// Rows [n, end) of the block made ready for the tiles.
+// Unpacks rows [n, end) of the block, and computes their zero-point compensation and scales.
 inline void quant_unpack_rows(const QuantBlock& b, int64_t n, int64_t end) {
   for (; n < end; ++n) {
-    const char* stored = b.stored + n * b.source_row_bytes;
-    if (b.widened) {
-      GemmInts::Weight* out = b.widened + n * kQuantGemmKBlock;
+    const char* source = b.source + n * b.source_row_bytes;
+    if (b.unpacked) {
+      GemmInts::Weight* out = b.unpacked + n * kQuantGemmKBlock;
       if (b.format == WeightFormat::int4) {
         for (int64_t i = 0; i < b.depth; i += 32)
-          GemmInts::unpack(reinterpret_cast<const uint8_t*>(stored) + i / 2, out + i);
+          GemmInts::unpack(reinterpret_cast<const uint8_t*>(source) + i / 2, out + i);
       } else {
-        for (int64_t i = 0; i < b.depth; ++i) out[i] = GemmInts::Weight(reinterpret_cast<const int8_t*>(stored)[i]);
+        for (int64_t i = 0; i < b.depth; ++i) out[i] = GemmInts::Weight(reinterpret_cast<const int8_t*>(source)[i]);
         for (int64_t i = b.depth; i < b.count * GemmInts::kPerWord; ++i) out[i] = GemmInts::Weight(0);
       }
     }
@@ -113,8 +114,8 @@ inline void quant_unpack_rows(const QuantBlock& b, int64_t n, int64_t end) {
   }
 }
 
-// All rows of the block and one panel. The first panel finds rows that are not ready: made so just before their tile,
-// while the next ones are fetched.
+// All rows of the block and one panel. The first panel of a tile unpacks rows just before it multiplies them, while the
+// next ones are prefetched.
 template <bool GROUPED, int MV, int NR>
 inline void quant_rows(const QuantBlock& b, int64_t rows, const uint32_t* panel, const float* x_scales, float* c,
                        bool accumulate, bool first) {
@@ -163,20 +164,20 @@ inline void quant_accumulate(const QuantGemmArgs& a, const Weight& weight, const
   b.source_row_bytes = weight.stride, b.source_group_bytes = int4 ? a.group / 2 : a.group;
   b.scale_stride = weight.scale_stride;
   b.group = a.group / GemmInts::kPerWord;
-  if (int4 || GemmInts::kPerWord < 4 || a.k % 4 != 0) b.widened = reinterpret_cast<GemmInts::Weight*>(scratch);
+  if (int4 || GemmInts::kPerWord < 4 || a.k % 4 != 0) b.unpacked = reinterpret_cast<GemmInts::Weight*>(scratch);
   b.compensation = reinterpret_cast<int32_t*>(scratch + kQuantGemmTileN * kQuantGemmKBlockBytes / 4);
   b.scales = scratch + kQuantGemmTileN * (kQuantGemmKBlockBytes / 4 + kQuantGemmKBlockBytes / 32);
   for (int64_t k = 0; k < a.k; k += kQuantGemmKBlock) {
     b.depth = min_i(kQuantGemmKBlock, a.k - k);
     b.count = quant_words(b.depth);
-    b.stored = static_cast<const char*>(weight.w) + tile.n_begin * weight.stride + (int4 ? k / 2 : k);
+    b.source = static_cast<const char*>(weight.w) + tile.n_begin * weight.stride + (int4 ? k / 2 : k);
     if (int4) {
       b.source_scales = static_cast<const bf16*>(weight.scales) + tile.n_begin * weight.scale_stride + k / a.group;
     } else if (k + kQuantGemmKBlock >= a.k) {
       b.source_scales = static_cast<const float*>(weight.scales) + tile.n_begin * weight.scale_stride;
     }
-    b.words = b.widened ? reinterpret_cast<const char*>(b.widened) : b.stored;
-    b.word_row = b.widened ? kQuantGemmKBlockBytes : b.source_row_bytes;
+    b.words = b.unpacked ? reinterpret_cast<const char*>(b.unpacked) : b.source;
+    b.word_row = b.unpacked ? kQuantGemmKBlockBytes : b.source_row_bytes;
     for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p) {
       const int vectors = panel_vectors(a.m, p);
       const int64_t width = vectors * Vec::kWidth;
@@ -192,16 +193,18 @@ inline void quant_accumulate(const QuantGemmArgs& a, const Weight& weight, const
 
 // The scale of one group of activations in each lane: see QuantizeArgs.
 struct LaneScales {
-  Vec top = Vec::zero(), nonfinite = Vec::zero();
+  Vec amax = Vec::zero(), nonfinite = Vec::zero();
   void see(Vec x) {
-    top = Vec::max(Vec::max(x, Vec::zero() - x), top);
+    amax = Vec::max(Vec::max(x, Vec::zero() - x), amax);
     nonfinite = Vec::fma(x, Vec::zero(), nonfinite);
   }
-  Vec scale() const { return top / Vec::set1(127.0f) + nonfinite; }
-  Vec inverse() const { return Vec::select_lt(Vec::set1(kTinyActivation), top, Vec::set1(127.0f) / top, Vec::zero()); }
+  Vec scale() const { return amax / Vec::set1(127.0f) + nonfinite; }
+  Vec inverse() const {
+    return Vec::select_lt(Vec::set1(kTinyActivation), amax, Vec::set1(127.0f) / amax, Vec::zero());
+  }
 };
 
-// c as inputs [n_begin, n_begin + rows) of the next GEMM's panel p. Its groups lie within one task.
+// Epilogue: c becomes k = [n_begin, n_begin + rows) of the next GEMM's panel p, quantised. Groups lie within one tile.
 inline void quant_epilogue_store_panel(const QuantGemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, int64_t width,
                                        const float* c) {
   const int64_t groups = (a.n + a.out_group - 1) / a.out_group;

@@ -1,4 +1,4 @@
-// Rows of activations rounded to int8 and laid out as panels for quant_gemm.
+// Quantises activations to int8 and packs them into panels for quant_gemm.inl.h.
 
 // Rows [block * kWidth, (block + 1) * kWidth) of x, clipped to m; a panel is shared by up to kPanelVectors blocks.
 void quant_gemm_pack(const QuantGemmPackArgs& a, int64_t block, char* scratch) {

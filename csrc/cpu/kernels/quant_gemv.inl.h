@@ -1,21 +1,19 @@
-// Matrix-vector products over int8 and int4 weights for up to 16 rows of activations rounded to int8. GemvInts are
-// multiplied and summed in int32 over chunks of 128 inputs (int4: over the group), and the chunks in fp32.
+// Quantised GEMV and small-M GEMM: int8 and int4 weights times up to 16 rows of activations quantised to int8. Integer
+// sums run in int32 over chunks of 128 inputs (int4: over the group), and the chunks are summed in fp32.
 //
-// Weights are read front to back, a few rows at a time, and prefetched in the order of their addresses while what comes
-// before them is multiplied, a line beside each load: on Zen 4 31 GB/s a core, against 12 where each row prefetches its
-// own place, or where the lines come in bursts of eight. For one activation row that is the next four weight rows, in
-// L1; for more, whose passes and parts of k find weights in L2, the next 32. The scales of int4 are fetched four rows
+// Weights are read front to back, a few rows at a time. Software prefetch runs through memory in the order of
+// addresses, one cache line beside each load: 31 GB/s a core on Zen 4, 1 row. It is 12 GB/s where each weight row
+// prefetches within itself, or where lines come in bursts of eight. With one activation row the next four weight rows
+// are prefetched into L1; with more, whose passes find weights in L2, the next 32. int4 scales are prefetched four rows
 // ahead.
 
 constexpr int kQuantGemvTileN = 4;                                // weight rows and activation rows held in registers:
 constexpr int kQuantGemvTileM = Vec::kPanelVectors == 4 ? 4 : 2;  // 32 or 16 vector registers
-constexpr int64_t kQuantGemvSums = 512;  // kept until bias, activation and residual follow in vectors: of an N-block of
-                                         // weight rows, all activation rows
-constexpr int64_t kQuantGemvKBlockChunks =
-    16;  // chunks of an activation row in use at a time: 4 rows of them take 12 KB
+constexpr int64_t kQuantGemvSums = 512;         // fp32 sums of all activation rows between two vectorised epilogues
+constexpr int64_t kQuantGemvKBlockChunks = 16;  // K-block of several activation rows: 4 of them take 12 KB of L1
 constexpr int64_t kInt4Steps = kQuantChunk / GemvInts::kInt4Step;
 
-// Where an activation row's prepared numbers lie: see QuantGemvPrepareArgs.
+// The parts of a packed quantised activation row: see packed_row_bytes.
 template <class Value>
 inline Value* packed_row_values(char* packed_row) {
   return reinterpret_cast<Value*>(packed_row);
@@ -27,7 +25,7 @@ inline int32_t* packed_row_compensation(char* packed_row, int64_t k_padded) {
   return reinterpret_cast<int32_t*>(packed_row + 5 * k_padded / 2);
 }
 
-// values [128] of one chunk, in the order in which the format's dot products read them.
+// Packs the values [128] of one chunk in the order in which the format's dot products read them.
 inline void pack_row_int8(const int8_t* values, float scale, char* packed_row, int64_t k_padded, int64_t chunk) {
   auto* out = packed_row_values<GemvInts::Int8Value>(packed_row) + chunk * kQuantChunk;
   for (int64_t i = 0; i < kQuantChunk; ++i) out[i] = values[i];
@@ -82,7 +80,7 @@ void quant_gemv_prepare(const QuantGemvPrepareArgs& a, int64_t begin, int64_t en
   for_dtype(a.dtype, [&](auto element) { quant_gemv_prepare_typed<decltype(element)>(a, begin, end); });
 }
 
-// A matrix of weights from its row n on.
+// Quantised weights from row n on.
 struct QuantMatrix {
   const char* w;
   int64_t stride_bytes;
@@ -90,7 +88,8 @@ struct QuantMatrix {
   int64_t scale_stride_bytes;
 };
 
-// Prefetches run through memory once: `lines` for each 64 bytes of ROWS rows.
+// Software prefetch that runs through memory once: of every 64 bytes of the tile's rows, the first `lines` rows bring
+// one line each.
 struct SoftwarePrefetch {
   const char* next;
   int64_t lines;
@@ -102,7 +101,7 @@ struct SoftwarePrefetch {
   }
 };
 
-// sums[i] += lanes i, i + 4, i + 8, ... of x: rows that GemvInts::transpose_reduce laid side by side.
+// sums[i] += lanes i, i + 4, i + 8, ... of x: the last step of the transposed horizontal reduction.
 inline void add_reduced_blocks(Vec x, float* sums) {
   typedef float Float4 __attribute__((vector_size(16)));
   alignas(64) float lanes[Vec::kWidth];
@@ -116,15 +115,15 @@ inline void add_reduced_blocks(Vec x, float* sums) {
   std::memcpy(sums, &sum, sizeof(sum));
 }
 
-// The sums of a chunk's rows side by side. One row alone is added up in the same order, so that it does not depend on
-// who its neighbours are.
+// Transposed horizontal reduction (4x4): the sums of four weight rows side by side. One row alone is added up in the
+// same order, so that its result does not depend on its neighbours.
 template <int ROWS, int M>
 inline Vec reduce_rows(const GemvInts (&acc)[ROWS][M], int m) {
   if constexpr (ROWS == 4) return GemvInts::transpose_reduce(acc[0][m], acc[1][m], acc[2][m], acc[3][m]).to_float();
   return GemvInts::transpose_reduce(acc[0][m], GemvInts::zero(), GemvInts::zero(), GemvInts::zero()).to_float();
 }
 
-// Sums of one matrix, [m][n_block].
+// fp32 sums of one weight, [m][n_block].
 struct QuantSums {
   float* sums;
   int64_t n_block;
@@ -132,7 +131,7 @@ struct QuantSums {
   float* row(int64_t m) const { return sums + m * n_block; }
   QuantSums from(int64_t m, int64_t r) const { return {row(m) + r, n_block}; }
 
-  // [m][r] += the joined rows of total[m].
+  // [m][r] += the reduced rows of total[m].
   template <int ROWS, int M>
   void add(const Vec (&total)[M]) const {
     for (int m = 0; m < M; ++m) {
@@ -303,7 +302,7 @@ void quant_gemv_k_block(const QuantGemvArgs& a, QuantMatrix matrix, char* packed
   Format::template add<ROWS, M>(matrix, packed_rows, a.k_padded, begin, end, prefetch, sums);
 }
 
-// sums[m][r] of `rows` weight rows and M activation rows, whose part of a few chunks stays in the L1 cache.
+// sums[m][r] of `rows` weight rows and M activation rows, whose current K-block stays in the L1 cache.
 template <class Format, int M>
 void quant_gemv_m_tile(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_t rows, char* packed_rows,
                        SoftwarePrefetch prefetch, const QuantSums& sums) {
@@ -312,7 +311,7 @@ void quant_gemv_m_tile(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_
                        matrix.scales + r * matrix.scale_stride_bytes, matrix.scale_stride_bytes};
   };
   std::memset(sums.sums, 0, size_t(M * sums.n_block) * sizeof(float));
-  const SoftwarePrefetch following = prefetch;
+  const SoftwarePrefetch next_n_block = prefetch;
   const int64_t chunks = a.k_padded / kQuantChunk, depth = a.m == 1 ? chunks : kQuantGemvKBlockChunks;
   for (int64_t begin = 0; begin < chunks; begin += depth) {
     const int64_t end = min_i(begin + depth, chunks);
@@ -320,7 +319,7 @@ void quant_gemv_m_tile(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_
     for (; r + kQuantGemvTileN <= rows; r += kQuantGemvTileN) {
       if (a.m == 1)
         prefetch = r + 2 * kQuantGemvTileN <= rows ? SoftwarePrefetch{from(r + kQuantGemvTileN).w, kQuantGemvTileN}
-                                                   : following;
+                                                   : next_n_block;
       Format::prefetch_scales(from(r + kQuantGemvTileN), begin, end);
       quant_gemv_k_block<Format, kQuantGemvTileN, M>(a, from(r), packed_rows, begin, end, prefetch, sums.from(0, r));
     }
@@ -329,8 +328,8 @@ void quant_gemv_m_tile(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_
   }
 }
 
-// sums[m][r] of an N-block of weight rows: passes over them, which stay in the L2 cache, with at most kQuantGemvTileM
-// activation rows each. A pass fetches its share of the rows at `next`.
+// sums[m][r] of an N-block of weight rows: passes of at most kQuantGemvTileM activation rows, in which the weights stay
+// in the L2 cache. A pass prefetches its share of the rows at `next`.
 template <class Format>
 inline void quant_gemv_n_block(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_t rows, const char* next,
                                const QuantSums& sums) {
@@ -367,8 +366,8 @@ inline void quant_gemv_n_block(const QuantGemvArgs& a, const QuantMatrix& matrix
 template <class Format>
 void quant_gemv_format(const QuantGemvArgs& a, int64_t n_begin, int64_t n_end) {
   alignas(64) float sums_memory[kQuantGemvSums], sums2_memory[kQuantGemvSums];
-  // Several activation rows find weights in L2 that the N-block before has fetched: a short one. One row fetches what
-  // comes next, and reads on the faster the more rarely SwiGLU changes matrices.
+  // With several activation rows the N-block is short, so that it stays in L2, where the block before has prefetched
+  // it. One row prefetches on its own, and reads faster the less often SwiGLU changes between its two weights.
   const int64_t n_block = a.m == 1 ? kQuantGemvSums : kQuantGemvSums / kQuantGemvMaxM;
   const QuantSums sums{sums_memory, n_block}, sums2{sums2_memory, n_block};
   for (int64_t n = n_begin; n < n_end; n += n_block) {

@@ -1,24 +1,24 @@
-// Activations rounded to int8 in groups: see QuantizeArgs.
+// Dynamic quantisation of activations to int8, one scale per group: see QuantizeArgs.
 
 constexpr int64_t kMaxGroup = 128;
 
 template <class T>
 inline void quantize_group(const T* x, int64_t count, int8_t* values, float* scale) {
   alignas(64) float rounded[kMaxGroup];
-  Vec top = Vec::zero(), nonfinite = Vec::zero();
+  Vec amax_lanes = Vec::zero(), nonfinite = Vec::zero();
   QVL_FOR_LANES(i, lanes, count) {
     const Vec value = load_lanes(x + i, lanes);
-    top = Vec::max(Vec::max(value, Vec::zero() - value), top);
+    amax_lanes = Vec::max(Vec::max(value, Vec::zero() - value), amax_lanes);
     nonfinite = Vec::fma(value, Vec::zero(), nonfinite);
     value.store(rounded + i);
   }
-  const float largest = top.max_lane(), invalid = nonfinite.sum();
-  *scale = largest / 127.0f + invalid;
-  if (!(largest > kTinyActivation) || invalid != 0.0f) {
+  const float amax = amax_lanes.max_lane(), invalid = nonfinite.sum();
+  *scale = amax / 127.0f + invalid;
+  if (!(amax > kTinyActivation) || invalid != 0.0f) {
     std::memset(values, 0, size_t(count));
     return;
   }
-  const Vec inverse = Vec::set1(127.0f / largest);
+  const Vec inverse = Vec::set1(127.0f / amax);
   QVL_FOR_LANES(i, lanes, count) { Vec::round(Vec::load(rounded + i) * inverse).store(rounded + i); }
   for (int64_t i = 0; i < count; ++i) values[i] = int8_t(int32_t(rounded[i]));
 }

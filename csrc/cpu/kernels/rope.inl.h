@@ -1,4 +1,5 @@
-// q and k heads: optional RMS norm (rounded as the separate op would), then x cos + rotate_half(x) sin in fp32.
+// Rotary embedding (RoPE) of q and k heads: optional RMS norm, rounded as the separate op would, then
+// x cos + rotate_half(x) sin in fp32.
 
 template <class T>
 inline void load_cos_sin(const void* table, DType cos_sin_dtype, int64_t offset, int64_t size, float* out) {

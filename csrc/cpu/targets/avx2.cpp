@@ -58,7 +58,7 @@ struct Vec {
     const __m256i high = _mm256_srli_epi32(rounded_bf16_bits(), 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
   }
-  // 16 stored bf16 -> the even and the odd elements (cheaper than widening in order).
+  // 16 bf16 -> the even and the odd elements (cheaper than widening in order).
   static void load_even_odd(const bf16* p, Vec& even, Vec& odd) {
     const __m256i bits = _mm256_loadu_si256((const __m256i*)p);
     even = {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
@@ -124,7 +124,7 @@ struct Vec {
   }
 };
 
-// Dot products of bytes along k for the quantised matrix-vector products: int8 pairs widened to 16 bits; nibbles times
+// Integer dot products along k for the quantised GEMV: int8 pairs widened to 16 bits; int4 weights, unsigned, times
 // int8 activations, which cannot saturate.
 struct GemvInts {
   static constexpr int kInt8Step = 16, kInt4Step = 64;
@@ -143,7 +143,7 @@ struct GemvInts {
   void store(int32_t* p) const { _mm256_storeu_si256((__m256i*)p, v); }
   GemvInts operator-(GemvInts b) const { return {_mm256_sub_epi32(v, b.v)}; }
   Vec to_float() const { return {_mm256_cvtepi32_ps(v)}; }
-  // In each block of four lanes the block's sums of a, b, c and d.
+  // Transposed horizontal reduction (4x4): in each block of four lanes the block's sums of a, b, c and d.
   static GemvInts transpose_reduce(GemvInts a, GemvInts b, GemvInts c, GemvInts d) {
     return {_mm256_hadd_epi32(_mm256_hadd_epi32(a.v, b.v), _mm256_hadd_epi32(c.v, d.v))};
   }
@@ -161,7 +161,7 @@ struct GemvInts {
                                            _mm256_maddubs_epi16(w.high, _mm256_loadu_si256((const __m256i*)(x + 32))));
     return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
   }
-  // Scales of four rows' groups in the places of ``transpose_reduce``: 64 inputs lie in two blocks of 32.
+  // Scales of four weight rows' groups in the lanes of transpose_reduce: 64 inputs lie in two blocks of 32.
   template <int GROUP>
   static Vec load_scales(const char* p, int64_t stride) {
     const auto row = [&](int64_t r) {
@@ -177,7 +177,7 @@ struct GemvInts {
 
 #include "int4_unpack.inl.h"
 
-// Integer words of the quantised GEMM: two 16-bit elements. (vpmaddubsw would saturate.)
+// Integer words of the quantised GEMM: two 16-bit elements, because vpmaddubsw on bytes would saturate.
 struct GemmInts {
   using Weight = int16_t;
   static constexpr int kPerWord = 2;

@@ -19,7 +19,7 @@ struct Vec {
 #include "avx512_vec.inl.h"
 };
 
-// Dot products of bytes along k for the quantised matrix-vector products: int8 pairs widened to 16 bits; nibbles times
+// Integer dot products along k for the quantised GEMV: int8 pairs widened to 16 bits; int4 weights, unsigned, times
 // int8 activations, which cannot saturate.
 struct GemvInts {
 #include "avx512_gemv_ints.inl.h"
@@ -42,7 +42,7 @@ struct GemvInts {
 
 #include "int4_unpack.inl.h"
 
-// Integer words of the quantised GEMM: two 16-bit elements. (vpmaddubsw would saturate.)
+// Integer words of the quantised GEMM: two 16-bit elements, because vpmaddubsw on bytes would saturate.
 struct GemmInts {
   using Weight = int16_t;
   static constexpr int kPerWord = 2;

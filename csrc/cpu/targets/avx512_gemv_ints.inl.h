@@ -1,4 +1,5 @@
-// Members of GemvInts shared by the AVX-512 targets. Included inside struct GemvInts.
+// Members of GemvInts, the integer dot products of the quantised GEMV, shared by the AVX-512 targets. Included inside
+// it.
 static constexpr int kInt4Step = 128;
 using Int4Value = int8_t;
 struct Int4 {
@@ -11,7 +12,8 @@ static GemvInts load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
 GemvInts operator-(GemvInts b) const { return {_mm512_sub_epi32(v, b.v)}; }
 Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
-// In each block of four lanes the block's sums of a, b, c and d: a quarter of the conversions that each would need.
+// Transposed horizontal reduction (4x4): in each block of four lanes the block's sums of a, b, c and d. One conversion
+// to fp32 serves four weight rows.
 static GemvInts transpose_reduce(GemvInts a, GemvInts b, GemvInts c, GemvInts d) {
   const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a.v, b.v), _mm512_unpackhi_epi32(a.v, b.v));
   const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c.v, d.v), _mm512_unpackhi_epi32(c.v, d.v));
@@ -19,13 +21,15 @@ static GemvInts transpose_reduce(GemvInts a, GemvInts b, GemvInts c, GemvInts d)
 }
 static Int4 load_int4(const uint8_t* p) {
   __m512i bytes = _mm512_loadu_si512(p), nibble = _mm512_set1_epi8(15);
-  asm("" : "+v"(bytes));  // else GCC 12 stores them to load them twice
+  // Keeps the bytes in a register: GCC 12 stores them and loads them twice.
+  asm("" : "+v"(bytes));
   return {_mm512_and_si512(bytes, nibble), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble)};
 }
-// Scales of four rows' groups in the places of ``transpose_reduce``: 128 inputs lie in blocks of 32.
+// Scales of four weight rows' groups in the lanes of transpose_reduce: 128 inputs lie in blocks of 32.
 template <int GROUP>
 static Vec load_scales(const char* p, int64_t stride) {
-  const auto row = [&](int64_t r) {  // its scales in a register: through memory they would wait for their own stores
+  // A row's scales go through a register: loads from a buffer would wait for the stores to it.
+  const auto row = [&](int64_t r) {
     std::conditional_t<GROUP == 32, uint64_t, std::conditional_t<GROUP == 64, uint32_t, uint16_t>> scales;
     std::memcpy(&scales, p + r * stride, sizeof(scales));
     return int64_t(scales);

@@ -1,4 +1,4 @@
-// Members shared by the AVX-512 targets. Included inside struct Vec.
+// Members of Vec, 16 floats, shared by the AVX-512 targets. Included inside struct Vec.
 __m512 v;
 
 static Vec zero() { return {_mm512_setzero_ps()}; }
@@ -38,7 +38,7 @@ static Vec pack_pair(Vec low, Vec high) {
   const __m512i high_bits = _mm512_and_si512(high.rounded_bf16_bits(), _mm512_set1_epi32(int(0xffff0000u)));
   return {_mm512_castsi512_ps(_mm512_or_si512(low_bits, high_bits))};
 }
-// 32 stored bf16 -> the even and the odd elements (cheaper than widening in order).
+// 32 bf16 -> the even and the odd elements (cheaper than widening in order).
 static void load_even_odd(const bf16* p, Vec& even, Vec& odd) {
   const __m512i bits = _mm512_loadu_si512(p);
   even = {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};

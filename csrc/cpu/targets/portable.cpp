@@ -35,7 +35,7 @@ struct Vec {
   void store_n(T* p, int64_t n) const {
     for (int64_t i = 0; i < n && i < 4; ++i) from_float(v[i], p[i]);
   }
-  // 8 stored bf16 -> the even and the odd elements.
+  // 8 bf16 -> the even and the odd elements.
   static void load_even_odd(const bf16* p, Vec& even, Vec& odd) {
     even = {Float4{to_float(p[0]), to_float(p[2]), to_float(p[4]), to_float(p[6])}};
     odd = {Float4{to_float(p[1]), to_float(p[3]), to_float(p[5]), to_float(p[7])}};
@@ -85,8 +85,8 @@ struct Vec {
   static Vec blend(Int4 mask, Vec x, Vec y) { return {(Float4)(((Int4)x.v & mask) | ((Int4)y.v & ~mask))}; }
 };
 
-// Dot products of bytes along k for the quantised matrix-vector products, in vectors of eight 16-bit numbers: two
-// products of int8, or four of nibbles and int8, add up without overflow.
+// Integer dot products along k for the quantised GEMV, in vectors of eight 16-bit numbers: two products of int8, or
+// four of int4 and int8, add up without overflow.
 struct GemvInts {
   static constexpr int kInt8Step = 16, kInt4Step = 32;
   using Int8Value = int16_t;
@@ -111,7 +111,7 @@ struct GemvInts {
   void store(int32_t* p) const { std::memcpy(p, &v, sizeof(v)); }
   GemvInts operator-(GemvInts b) const { return {v - b.v}; }
   Vec to_float() const { return {__builtin_convertvector(v, Vec::Float4)}; }
-  // The sums of a, b, c and d.
+  // Transposed horizontal reduction (4x4): the sums of a, b, c and d.
   static GemvInts transpose_reduce(GemvInts a, GemvInts b, GemvInts c, GemvInts d) {
     const auto sum = [](const GemvInts& x) { return x.v[0] + x.v[1] + x.v[2] + x.v[3]; };
     return {Vec::Int4{sum(a), sum(b), sum(c), sum(d)}};
@@ -145,7 +145,7 @@ struct GemvInts {
     return acc.add(w.v[0] * load_values(x) + w.v[1] * load_values(x + 8) + w.v[2] * load_values(x + 16) +
                    w.v[3] * load_values(x + 24));
   }
-  // Scales of four rows' groups in the places of ``transpose_reduce``.
+  // Scales of four weight rows' groups in the lanes of transpose_reduce.
   template <int GROUP>
   static Vec load_scales(const char* p, int64_t stride) {
     float scales[4];

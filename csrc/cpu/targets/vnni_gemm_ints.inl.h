@@ -1,12 +1,12 @@
-// Integer words of the quantised GEMM: four bytes, those of activations unsigned (+ 128). Inside the AVX-512 VNNI
-// targets.
+// Integer words of the quantised GEMM for the AVX-512 VNNI targets (vpdpbusd, u8s8): four bytes, those of activations
+// unsigned (+ 128).
 struct GemmInts {
   using Weight = int8_t;
   static constexpr int kPerWord = 4;
   __m512i v;
 
   static GemmInts set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
-  // The empty statement keeps the load out of the loop over weight rows, where GCC 12 would repeat it.
+  // The empty statement keeps the load outside the loop over weight rows: GCC 12 would repeat it there.
   static GemmInts load(const uint32_t* p) {
     GemmInts words{_mm512_loadu_si512(p)};
     asm("" : "+v"(words.v));
@@ -14,8 +14,7 @@ struct GemmInts {
   }
   void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
   void store(float* p) const { _mm512_storeu_si512(p, v); }
-  // In assembly because GCC 12 copies and spills the sums around its intrinsic: 200 GOP/s a core instead of 455 on
-  // Zen 4.
+  // In assembly, because GCC 12 copies and spills the sums around its intrinsic: 200 -> 455 GOP/s a core on Zen 4.
   static GemmInts multiply_add(GemmInts acc, GemmInts activations, uint32_t weights) {
     asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(activations.v), "v"(_mm512_set1_epi32(int(weights))));
     return acc;

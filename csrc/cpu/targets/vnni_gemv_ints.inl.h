@@ -1,5 +1,5 @@
-// Dot products of bytes along k for the quantised matrix-vector products: weights + 128, or nibbles, times int8
-// activations. Inside the AVX-512 VNNI targets.
+// Integer dot products of the quantised GEMV for the AVX-512 VNNI targets (vpdpbusd, u8s8): int8 weights + 128, or int4
+// weights + 8, times int8 activations.
 struct GemvInts {
 #include "avx512_gemv_ints.inl.h"
   static constexpr int kInt8Step = 64;
