@@ -1,11 +1,11 @@
 // Attention of one block of query rows, which are the vector lanes. Scores are computed transposed, [keys][lanes], by
-// the GEMM tile with keys in the place of weight rows, so that softmax runs down the columns without any horizontal
-// reduction; the result is already the panel that the second product, with values as the weight rows, reads.
+// the GEMM micro-kernel with keys in the place of weight rows: softmax runs down the columns without a horizontal
+// reduction, and its result is already the panel that the second matmul, with values as the weight rows, reads.
 // [FlashAttention-2, Dao 2023, arXiv:2307.08691: online softmax over key blocks]
 
 struct AttentionScratch {
   float *q, *scores, *pairs, *kv, *mask, *out;
-  float *row_max, *row_sum, *limit;  // limit: keys that the row may see
+  float *row_max, *row_sum, *limit;  // limit: the row's causal limit, in keys
 };
 
 inline AttentionScratch attention_scratch(float* base, int64_t head_dim) {
@@ -22,6 +22,16 @@ inline AttentionScratch attention_scratch(float* base, int64_t head_dim) {
   s.limit = s.row_sum + kPanelWidth;
   return s;
 }
+
+// The keys [key, key + keys) of one step of the online softmax.
+struct KeyBlock {
+  int64_t key, keys;
+  int64_t width, head_dim;  // width: lanes
+  bool masked, limited;     // by the attention mask; by the causal limit of at least one row
+  bool first;               // of the tile: out is written, not added to
+  bool scale_first;         // scores are scaled before mask and limit, else inside the softmax
+  float scale;              // of the softmax: positive, 1 with scale_first
+};
 
 // Query rows -> panel [head_dim words][width].
 template <class T>
@@ -46,7 +56,7 @@ inline void attention_pack_q(const AttentionArgs& a, const AttentionTile& t, boo
   }
 }
 
-// mask of keys [key, key + keys) as [keys][width] additive values, -inf where a boolean mask hides.
+// The mask of keys [key, key + keys) as an attention bias [keys][width], -inf where a boolean mask is false.
 template <class T>
 inline void attention_load_mask(const AttentionArgs& a, const AttentionTile& t, int64_t key, int64_t keys,
                                 int64_t width, float* mask) {
@@ -65,32 +75,33 @@ inline void attention_load_mask(const AttentionArgs& a, const AttentionTile& t, 
   }
 }
 
-// Scale, mask and limit the scores of one block.
-inline void attention_mask_scores(const AttentionArgs& a, int64_t key, int64_t keys, int64_t width, bool limited,
-                                  bool masked, const AttentionScratch& s) {
-  const Vec scale = Vec::set1(a.scale), hidden = Vec::set1(-__builtin_inff()),
+// Applies scale, attention mask and causal limit to the scores of one block.
+inline void attention_mask_scores(const KeyBlock& b, float scale_by, const AttentionScratch& s) {
+  const int64_t keys = b.keys, width = b.width;
+  const bool masked = b.masked, limited = b.limited;
+  const Vec scale = Vec::set1(scale_by), minus_inf = Vec::set1(-__builtin_inff()),
             lowest = Vec::set1(-3.4028234663852886e38f);
   for (int64_t i = 0; i < keys; ++i) {
-    const Vec index = Vec::set1(float(key + i));
+    const Vec index = Vec::set1(float(b.key + i));
     for (int64_t lane = 0; lane < width; lane += Vec::kWidth) {
       float* at = s.scores + i * width + lane;
       Vec x = Vec::load(at) * scale;
       if (masked) {
         const Vec m = Vec::load(s.mask + i * width + lane);
-        x = Vec::select_lt(m, lowest, hidden, x + m);
+        x = Vec::select_lt(m, lowest, minus_inf, x + m);
       }
-      if (limited) x = Vec::select_lt(index, Vec::load(s.limit + lane), x, hidden);
+      if (limited) x = Vec::select_lt(index, Vec::load(s.limit + lane), x, minus_inf);
       x.store(at);
     }
   }
 }
 
-// The maxima of a block of scores times a positive scale transpose_reduce row_max, which is left as it was; base gets
-// what exponents are taken from: the new maximum, or 0 for a row that has seen nothing, for exp(-inf) is 0 and no NaN.
-inline void attention_row_max(int64_t keys, int64_t width, float scale_by, const AttentionScratch& s, Vec* new_max,
-                              Vec* base) {
+// new_max: row_max after this block of scores, times the scale; row_max itself is left as it was. base: what is
+// subtracted in the exponent, new_max, or 0 for a fully masked row, since -inf - -inf would be NaN.
+inline void attention_row_max(const KeyBlock& b, const AttentionScratch& s, Vec* new_max, Vec* base) {
+  const int64_t keys = b.keys, width = b.width;
   const int vectors = int(width / Vec::kWidth);
-  const Vec scale = Vec::set1(scale_by), lowest = Vec::set1(-3.4028234663852886e38f);
+  const Vec scale = Vec::set1(b.scale), lowest = Vec::set1(-3.4028234663852886e38f);
   for (int m = 0; m < vectors; ++m) new_max[m] = Vec::load(s.scores + m * Vec::kWidth);
   for (int64_t i = 1; i < keys; ++i)
     for (int m = 0; m < vectors; ++m)
@@ -101,23 +112,24 @@ inline void attention_row_max(int64_t keys, int64_t width, float scale_by, const
   }
 }
 
-// After a block's probabilities: the row state, and out rescaled where a maximum rose.
-inline void attention_update_state(int64_t lane, int64_t width, int64_t head_dim, Vec new_max, Vec base, Vec sum,
-                                   bool first, const AttentionScratch& s) {
+// Online softmax after a block: updates row_max and row_sum, and rescales out where a maximum rose.
+inline void attention_update_state(const KeyBlock& b, int64_t lane, Vec new_max, Vec base, Vec sum,
+                                   const AttentionScratch& s) {
+  const int64_t width = b.width, head_dim = b.head_dim;
   const Vec old_max = Vec::load(s.row_max + lane), alpha = vec_exp(old_max - base);
   Vec::fma(Vec::load(s.row_sum + lane), alpha, sum).store(s.row_sum + lane);
   new_max.store(s.row_max + lane);
-  if (!first && Vec::any_lt(old_max, new_max))
+  if (!b.first && Vec::any_lt(old_max, new_max))
     for (int64_t d = 0; d < head_dim; ++d)
       (Vec::load(s.out + d * width + lane) * alpha).store(s.out + d * width + lane);
 }
 
-// Scores times a positive scale -> probabilities.
-inline void attention_softmax(int64_t keys, int64_t width, int64_t head_dim, float scale_by, bool first,
-                              const AttentionScratch& s) {
-  const Vec scale = Vec::set1(scale_by);
+// Scores, times the scale -> probabilities.
+inline void attention_softmax(const KeyBlock& b, const AttentionScratch& s) {
+  const int64_t keys = b.keys, width = b.width;
+  const Vec scale = Vec::set1(b.scale);
   Vec new_max[Vec::kPanelVectors], base[Vec::kPanelVectors];
-  attention_row_max(keys, width, scale_by, s, new_max, base);
+  attention_row_max(b, s, new_max, base);
   for (int64_t lane = 0; lane < width; lane += Vec::kWidth) {
     const int m = int(lane / Vec::kWidth);
     const Vec minus_base = Vec::zero() - base[m];
@@ -128,21 +140,21 @@ inline void attention_softmax(int64_t keys, int64_t width, int64_t head_dim, flo
       sum = sum + p;
       p.store(at);
     }
-    attention_update_state(lane, width, head_dim, new_max[m], base[m], sum, first, s);
+    attention_update_state(b, lane, new_max[m], base[m], sum, s);
   }
 }
 
-// The same for the dot backend: probabilities leave as pairs of keys in bf16; an odd last key is paired with 0.
+// The same for bf16_dot: probabilities leave as bf16 pairs of keys; an odd last key is paired with 0.
 template <class V>
-inline void attention_softmax_pairs(int64_t keys, int64_t width, int64_t head_dim, float scale_by, bool first,
-                                    const AttentionScratch& s) {
-  const V log2_e = V::set1(1.44269504088896341f), scale = V::set1(scale_by);
+inline void attention_softmax_pairs(const KeyBlock& b, const AttentionScratch& s) {
+  const int64_t keys = b.keys, width = b.width;
+  const V log2_e = V::set1(1.44269504088896341f), scale = V::set1(b.scale);
   V new_max[V::kPanelVectors], base[V::kPanelVectors];
-  attention_row_max(keys, width, scale_by, s, new_max, base);
+  attention_row_max(b, s, new_max, base);
   for (int64_t lane = 0; lane < width; lane += V::kWidth) {
     const int m = int(lane / V::kWidth);
     const V minus_base = V::zero() - base[m];
-    // log2_e comes last: it would overflow a base of the least float, which masks are made of.
+    // log2_e is multiplied last: times the lowest float, which masks are made of, it would overflow.
     const auto probability = [&](const float* at) {
       return vec_exp2_short(V::fma(V::load(at), scale, minus_base) * log2_e);
     };
@@ -160,11 +172,11 @@ inline void attention_softmax_pairs(int64_t keys, int64_t width, int64_t head_di
       even = even + low;
       V::pack_pair_flush(low, V::zero()).store(pairs);
     }
-    attention_update_state(lane, width, head_dim, new_max[m], base[m], even + odd, first, s);
+    attention_update_state(b, lane, new_max[m], base[m], even + odd, s);
   }
 }
 
-// A key that no row of the block may see must not touch the result, whatever its value holds: NaN * 0 is NaN.
+// True for a key that is masked for all rows of the block. Its value is then zeroed, because NaN * 0 would be NaN.
 inline bool attention_key_masked(const float* mask, int64_t width) {
   for (int64_t lane = 0; lane < width; ++lane)
     if (mask[lane] >= -3.4028234663852886e38f) return false;
@@ -176,15 +188,15 @@ inline void attention_widen_values(const AttentionArgs& a, const T* v, int64_t k
                                    const AttentionScratch& s) {
   for (int64_t i = 0; i < keys; ++i) {
     float* row = s.kv + i * a.head_dim;
-    const bool hidden = masked && attention_key_masked(s.mask + i * width, width);
+    const bool skip = masked && attention_key_masked(s.mask + i * width, width);
     QVL_FOR_LANES(d, lanes, a.head_dim) {
-      store_lanes(hidden ? Vec::zero() : load_lanes(v + i * a.v.stride_t + d, lanes), row + d, lanes);
+      store_lanes(skip ? Vec::zero() : load_lanes(v + i * a.v.stride_t + d, lanes), row + d, lanes);
     }
   }
 }
 
-// Values in pairs of keys for the dot backend, [keys / 2][head_dim] words; an odd last key is paired with zeros. mask:
-// of the keys, or nullptr.
+// Values as bf16 pairs of keys for bf16_dot, [keys / 2][head_dim] words; an odd last key is paired with zeros. mask: of
+// the keys, or nullptr.
 template <class V>
 inline void attention_pair_values(const AttentionArgs& a, const bf16* v, int64_t keys, int64_t width, const float* mask,
                                   float* pairs) {
@@ -241,47 +253,46 @@ inline void attention_epilogue(const AttentionArgs& a, const AttentionTile& t, i
 }
 
 template <class T, bool DOT>
-inline void attention_block(const AttentionArgs& a, const AttentionTile& t, int64_t key, int64_t keys,
-                            int64_t min_limit, int64_t width, bool first, const AttentionScratch& s) {
+inline void attention_block(const AttentionArgs& a, const AttentionTile& t, const KeyBlock& b,
+                            const AttentionScratch& s) {
+  const int64_t key = b.key, keys = b.keys, width = b.width;
   const int vectors = int(width / Vec::kWidth);
   const bool gathered = DOT && t.k_rows;
   const int64_t k_s = gathered ? a.head_dim : a.k.stride_t;
   const T* k = static_cast<const T*>(gathered ? t.k_rows : t.k) + key * k_s;
   const T* v = static_cast<const T*>(t.v) + key * a.v.stride_t;
   const int64_t words = DOT ? a.head_dim / 2 : a.head_dim;
-  const bool masked = a.mask.kind != MaskKind::none, limited = key + keys > min_limit;
   if (DOT || sizeof(T) == 4) {
     const int64_t max_depth = DOT ? words : kGemmKBlockFp32;  // short partial sums keep fp32 accuracy
     for (int64_t word = 0; word < words; word += max_depth)
-      gemm_block<DOT>(vectors, s.q + word * width, reinterpret_cast<const char*>(k) + word * 4,
-                      k_s * int64_t(sizeof(T)), 4, min_i(max_depth, words - word), keys, s.scores, width, word > 0);
+      gemm_block<DOT>(vectors,
+                      {s.q + word * width, reinterpret_cast<const char*>(k) + word * 4, k_s * int64_t(sizeof(T)), 4,
+                       min_i(max_depth, words - word), keys, s.scores, width, word > 0});
   } else {
     for (int64_t i = 0; i < keys; ++i) QVL_FOR_LANES(d, lanes, a.head_dim) {
         store_lanes(load_lanes(k + i * k_s + d, lanes), s.kv + i * a.head_dim + d, lanes);
       }
-    gemm_block<false>(vectors, s.q, reinterpret_cast<const char*>(s.kv), a.head_dim * 4, 4, words, keys, s.scores,
-                      width, false);
+    gemm_block<false>(
+        vectors, {s.q, reinterpret_cast<const char*>(s.kv), a.head_dim * 4, 4, words, keys, s.scores, width, false});
   }
-  if (masked) attention_load_mask<T>(a, t, key, keys, width, s.mask);
-  const bool plain = !masked && !limited && a.scale > 0.0f;
-  const float scale = plain ? a.scale : 1.0f;
-  if (!plain) attention_mask_scores(a, key, keys, width, limited, masked, s);
+  if (b.masked) attention_load_mask<T>(a, t, key, keys, width, s.mask);
+  if (b.scale_first) attention_mask_scores(b, a.scale, s);
   if constexpr (DOT) {
-    attention_softmax_pairs<Vec>(keys, width, a.head_dim, scale, first, s);
+    attention_softmax_pairs<Vec>(b, s);
     const float* pairs = gathered ? t.v_pairs + key / 2 * a.head_dim : s.kv;
-    if (!gathered) attention_pair_values<Vec>(a, v, keys, width, masked ? s.mask : nullptr, s.kv);
-    gemm_block<true>(vectors, s.pairs, reinterpret_cast<const char*>(pairs), 4, a.head_dim * 4, (keys + 1) / 2,
-                     a.head_dim, s.out, width, !first);
+    if (!gathered) attention_pair_values<Vec>(a, v, keys, width, b.masked ? s.mask : nullptr, s.kv);
+    gemm_block<true>(vectors, {s.pairs, reinterpret_cast<const char*>(pairs), 4, a.head_dim * 4, (keys + 1) / 2,
+                               a.head_dim, s.out, width, !b.first});
     return;
   }
-  attention_softmax(keys, width, a.head_dim, scale, first, s);
-  if (sizeof(T) == 4 && !masked) {
-    gemm_block<false>(vectors, s.scores, reinterpret_cast<const char*>(v), 4, a.v.stride_t * 4, keys, a.head_dim, s.out,
-                      width, !first);
+  attention_softmax(b, s);
+  if (sizeof(T) == 4 && !b.masked) {
+    gemm_block<false>(vectors, {s.scores, reinterpret_cast<const char*>(v), 4, a.v.stride_t * 4, keys, a.head_dim,
+                                s.out, width, !b.first});
   } else {
-    attention_widen_values(a, v, keys, width, masked, s);
-    gemm_block<false>(vectors, s.scores, reinterpret_cast<const char*>(s.kv), 4, a.head_dim * 4, keys, a.head_dim,
-                      s.out, width, !first);
+    attention_widen_values(a, v, keys, width, b.masked, s);
+    gemm_block<false>(vectors, {s.scores, reinterpret_cast<const char*>(s.kv), 4, a.head_dim * 4, keys, a.head_dim,
+                                s.out, width, !b.first});
   }
 }
 
@@ -302,13 +313,18 @@ inline void attention_tile_typed(const AttentionArgs& a, const AttentionTile& t,
   for (int64_t i = 0; i < a.head_dim * width; i += Vec::kWidth) Vec::zero().store(s.out + i);
   attention_pack_q<T>(a, t, DOT, width, s.q);
   const int64_t key_end = min_i(t.key_end, max_limit);
-  for (int64_t key = t.key_begin; key < key_end; key += kAttentionKeys)
-    attention_block<T, DOT>(a, t, key, min_i(kAttentionKeys, key_end - key), min_limit, width, key == t.key_begin, s);
+  for (int64_t key = t.key_begin; key < key_end; key += kAttentionKeys) {
+    KeyBlock b{key, min_i(kAttentionKeys, key_end - key), width, a.head_dim};
+    b.masked = a.mask.kind != MaskKind::none, b.limited = key + b.keys > min_limit, b.first = key == t.key_begin;
+    b.scale_first = b.masked || b.limited || !(a.scale > 0.0f);
+    b.scale = b.scale_first ? 1.0f : a.scale;
+    attention_block<T, DOT>(a, t, b, s);
+  }
   attention_epilogue<T>(a, t, width, s);
 }
 
-// What every task of a sequence and head would otherwise do again, and with keys and values that lie 6 KB apart, as in
-// a vision tower's qkv, mostly from beyond L2.
+// Gathers keys and values once per sequence and head for all its tiles. In a vision tower's qkv they lie 6 KB apart, so
+// that each tile would read them again from beyond L2.
 void attention_gather(const AttentionArgs& a, const AttentionTile& t, int64_t begin, int64_t end) {
   if constexpr (Vec::kHasBf16Dot) {
     const size_t row_bytes = sizeof(bf16) * size_t(a.head_dim);

@@ -1,6 +1,6 @@
-// GEMM in which activations are the packed side and weights are broadcast as they lie in memory: no weight packing.
-// A tile holds out^T: NR weight rows by MV vectors of activation rows. Both routes step over 32-bit words of k:
-// a float (fma) or a pair of bf16 (dot).
+// Dense GEMM. Activations are packed into panels, weights are broadcast as they lie in memory: no weight packing. The
+// micro-kernel holds out^T in registers: NR weight rows by MV vectors of activation rows. Both backends step over
+// 32-bit words of k: a float (fma) or a pair of bf16 (bf16_dot).
 
 template <bool DOT, class V>  // V is always Vec: a parameter only so that targets without dot_pairs compile
 inline V multiply_add(V acc, V a, const char* word) {
@@ -15,11 +15,25 @@ inline V multiply_add(V acc, V a, const char* word) {
   }
 }
 
-// c[n][lane] (+)= sum_k w[n][k] * panel[k][lane]. w_row and w_step in bytes. PREFETCH: the NR rows after these are
-// brought nearer meanwhile; the first panel of a task would otherwise wait for memory at every new row.
+// One panel times a block of weight rows: c[n][lane] (+)= sum_k w[n][k] * panel[k][lane].
+struct GemmBlock {
+  const float* panel;  // [words][vectors * kWidth]
+  const char* w;
+  int64_t w_row_bytes, w_word_bytes;  // from a weight row to the next, and from a word of k to the next
+  int64_t words, rows;
+  float* c;
+  int64_t c_stride;
+  bool accumulate;
+};
+
+// NR weight rows, the first of them w, into rows c. PREFETCH: software prefetch of the NR rows after these, so that the
+// first panel of a tile does not wait for memory at every new row.
 template <bool DOT, int MV, int NR, bool PREFETCH>
-inline void gemm_microkernel(const float* panel, const char* w, int64_t w_row, int64_t w_step, int64_t words, float* c,
-                             int64_t c_stride, bool accumulate) {
+inline void gemm_microkernel(const GemmBlock& b, const char* w, float* c) {
+  // Locals, because the compiler would read the struct again after every store to c.
+  const int64_t w_row = b.w_row_bytes, w_word = b.w_word_bytes, words = b.words, c_stride = b.c_stride;
+  const bool accumulate = b.accumulate;
+  const float* panel = b.panel;
   Vec acc[NR][MV];
 #pragma GCC unroll 16
   for (int n = 0; n < NR; ++n)
@@ -37,7 +51,7 @@ inline void gemm_microkernel(const float* panel, const char* w, int64_t w_row, i
 #pragma GCC unroll 4
       for (int m = 0; m < MV; ++m) acc[n][m] = multiply_add<DOT>(acc[n][m], a[m], w + n * w_row);
     panel += MV * Vec::kWidth;
-    w += w_step;
+    w += w_word;
   }
 #pragma GCC unroll 16
   for (int n = 0; n < NR; ++n)
@@ -48,47 +62,39 @@ inline void gemm_microkernel(const float* panel, const char* w, int64_t w_row, i
     }
 }
 
-// All n rows of one panel with MV vectors of lanes, NR rows at a time.
+// All rows of the block with a panel of MV vectors, NR rows at a time.
 template <bool DOT, int MV, int NR>
-inline void gemm_rows(const float* panel, const char* w, int64_t w_row, int64_t w_step, int64_t words, int64_t rows,
-                      float* c, int64_t c_stride, bool accumulate, bool prefetch) {
+inline void gemm_rows(const GemmBlock& b, bool prefetch) {
+  const char* w = b.w;
+  float* c = b.c;
   int64_t n = 0;
+  const auto step = [&](int64_t rows) { n += rows, w += rows * b.w_row_bytes, c += rows * b.c_stride; };
   if (prefetch)
-    for (; n + 2 * NR <= rows; n += NR)
-      gemm_microkernel<DOT, MV, NR, true>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride,
-                                          accumulate);
-  for (; n + NR <= rows; n += NR)
-    gemm_microkernel<DOT, MV, NR, false>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride,
-                                         accumulate);
-  for (; n + 2 <= rows; n += 2)
-    gemm_microkernel<DOT, MV, 2, false>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride,
-                                        accumulate);
-  for (; n < rows; ++n)
-    gemm_microkernel<DOT, MV, 1, false>(panel, w + n * w_row, w_row, w_step, words, c + n * c_stride, c_stride,
-                                        accumulate);
+    for (; n + 2 * NR <= b.rows; step(NR)) gemm_microkernel<DOT, MV, NR, true>(b, w, c);
+  for (; n + NR <= b.rows; step(NR)) gemm_microkernel<DOT, MV, NR, false>(b, w, c);
+  for (; n + 2 <= b.rows; step(2)) gemm_microkernel<DOT, MV, 2, false>(b, w, c);
+  for (; n < b.rows; step(1)) gemm_microkernel<DOT, MV, 1, false>(b, w, c);
 }
 
-// rows x (vectors * kWidth) block of c from one panel. Panel stride is vectors * kWidth words, c stride is c_stride.
 template <bool DOT>
-inline void gemm_block(int vectors, const float* panel, const char* w, int64_t w_row, int64_t w_step, int64_t words,
-                       int64_t rows, float* c, int64_t c_stride, bool accumulate, bool prefetch = false) {
+inline void gemm_block(int vectors, const GemmBlock& b, bool prefetch = false) {
   if constexpr (Vec::kPanelVectors == 4) {  // 32 vector registers: up to 24 accumulators
     switch (vectors) {
       case 1:
-        return gemm_rows<DOT, 1, 12>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, prefetch);
+        return gemm_rows<DOT, 1, 12>(b, prefetch);
       case 2:
-        return gemm_rows<DOT, 2, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, prefetch);
+        return gemm_rows<DOT, 2, 8>(b, prefetch);
       case 3:
-        return gemm_rows<DOT, 3, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, prefetch);
+        return gemm_rows<DOT, 3, 8>(b, prefetch);
       default:
-        return gemm_rows<DOT, 4, 6>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, prefetch);
+        return gemm_rows<DOT, 4, 6>(b, prefetch);
     }
   } else {  // 16 vector registers: 12 accumulators
     switch (vectors) {
       case 1:
-        return gemm_rows<DOT, 1, 8>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, prefetch);
+        return gemm_rows<DOT, 1, 8>(b, prefetch);
       default:
-        return gemm_rows<DOT, 2, 6>(panel, w, w_row, w_step, words, rows, c, c_stride, accumulate, prefetch);
+        return gemm_rows<DOT, 2, 6>(b, prefetch);
     }
   }
 }
@@ -100,7 +106,7 @@ inline int panel_vectors(int64_t m, int64_t panel) {
   return int((rows + Vec::kWidth - 1) / Vec::kWidth);
 }
 
-// kWidth x kWidth words of x: rows [row, row + kWidth) clipped to m, words [word, ...) clipped to words; zero
+// A kWidth x kWidth block of words of x: rows [row, row + kWidth) clipped to m, words from `word` on clipped to k; zero
 // elsewhere.
 template <class T>
 inline void load_block(const GemmPackArgs& a, int64_t row, int64_t word, float* block) {
@@ -159,10 +165,10 @@ inline void gemm_accumulate(const GemmArgs& a, const Weight& weight, const GemmT
   const int64_t words = dot ? a.k / 2 : a.k;
   const int64_t rows = tile.n_end - tile.n_begin, w_stride = weight.stride;
   const T* w = static_cast<const T*>(weight.w) + tile.n_begin * w_stride;
-  // fp32 weights ask for fp32 accuracy: short partial sums, added up, lose less than one long running sum.
+  // fp32 weights ask for fp32 accuracy: adding short partial sums rounds less than one long running sum.
   const int64_t max_depth = sizeof(T) == 4 ? kGemmKBlockFp32 : kGemmKBlock;
-  for (int64_t word = 0; word == 0 || word < words;
-       word += max_depth) {  // once without inputs, too: the sums are 0 then
+  // With k = 0 there is one empty block, which sets c to 0.
+  for (int64_t word = 0; word == 0 || word < words; word += max_depth) {
     const int64_t depth = min_i(max_depth, words - word);
     const char* rows_ptr;
     int64_t row_bytes;
@@ -178,21 +184,20 @@ inline void gemm_accumulate(const GemmArgs& a, const Weight& weight, const GemmT
       const int vectors = panel_vectors(a.m, p);
       const float* panel = static_cast<const float*>(a.panels) + p * kPanelWidth * words + word * vectors * Vec::kWidth;
       float* block = c + ((p - tile.panel_begin) * kGemmTileN + row0) * kPanelWidth;
+      const GemmBlock b{panel, rows_ptr, row_bytes, 4, depth, rows, block, kPanelWidth, word > 0};
       if constexpr (Vec::kHasBf16Dot) {
         if (dot) {
-          gemm_block<true>(vectors, panel, rows_ptr, row_bytes, 4, depth, rows, block, kPanelWidth, word > 0,
-                           p == tile.panel_begin);
+          gemm_block<true>(vectors, b, p == tile.panel_begin);
           continue;
         }
       }
-      gemm_block<false>(vectors, panel, rows_ptr, row_bytes, 4, depth, rows, block, kPanelWidth, word > 0,
-                        p == tile.panel_begin);
+      gemm_block<false>(vectors, b, p == tile.panel_begin);
     }
   }
 }
 
-// bias and activation on c[row][lane], in place; swiglu finds the up projection from row up_row on and leaves its
-// result in the first `rows` rows.
+// Epilogue: bias and activation on c[row][lane], in place. SwiGLU is fused: the up projection begins at row up_row of
+// c, and the result replaces the first `rows` rows.
 template <class T>
 inline void gemm_epilogue_activate(const GemmArgs& a, int64_t n_begin, int64_t rows, int64_t width, int64_t up_row,
                                    float* c) {
@@ -210,7 +215,7 @@ inline void gemm_epilogue_activate(const GemmArgs& a, int64_t n_begin, int64_t r
   }
 }
 
-// c as rows [n_begin, n_begin + rows) of the next GEMM's panel p: the layouts agree, so nothing is transposed.
+// Epilogue: c becomes k = [n_begin, n_begin + rows) of the next GEMM's panel p. The layouts agree: no transpose.
 template <class V>
 inline void gemm_epilogue_store_panel(const GemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, int64_t width,
                                       const float* c) {
@@ -230,6 +235,7 @@ inline void gemm_epilogue_store_panel(const GemmArgs& a, int64_t p, int64_t n_be
     for (int64_t lane = 0; lane < width; lane += Vec::kWidth) V::load(c + n * kPanelWidth + lane).store(out + lane);
 }
 
+// Epilogue: c is transposed to row-major, and the residual added.
 template <class T>
 inline void gemm_epilogue_store_rows(const GemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, const float* c) {
   alignas(64) float turned[Vec::kWidth * Vec::kWidth];
