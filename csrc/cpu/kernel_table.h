@@ -36,7 +36,7 @@ struct GemmPackArgs {
 
 enum class Activation : int { none = 0, gelu_tanh = 1, swiglu = 2 };
 
-enum class WeightFormat : int { dense = 0, int8 = 1, int4 = 2 };  // layouts: qvl_kernels/quant
+enum class WeightFormat : int { dense = 0, int8 = 1, int4 = 2 };  // layouts: qvl_kernels/quantization.py
 
 // A weight [n, k] of a linear layer, its bias, and the scales of a quantised one.
 struct Weight {
