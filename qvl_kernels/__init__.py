@@ -2,6 +2,8 @@
 models.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from qvl_kernels.dispatch import backends, cpu_info, fallbacks, use_backend
 from qvl_kernels.memory.huge_pages import use_huge_pages
 from qvl_kernels.ops.attention import attention
@@ -50,3 +52,8 @@ __all__ = [
     "vision_block",
     "vision_rope",
 ]
+
+try:
+    __version__ = version("qvl")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"

@@ -1,5 +1,6 @@
 """Qwen3-VL and QVL made fast: ``accelerate`` a model in place, or import the drop-in class of Qwen3-VL."""
 
+from qvl_kernels import __version__ as __version__
 from qvl_model import pretrained  # noqa: F401  provides from_pretrained of the classes
 from qvl_model.accelerate import Report, accelerate, is_accelerated, release, report, restore
 from qvl_model.modules.generation import Qwen3VLForConditionalGeneration
