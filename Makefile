@@ -1,5 +1,6 @@
 # make bench     speed, memory and accuracy of stock against accelerated Qwen3-VL (FAMILY=qvl: of QVL; MODEL=PATH: of a real checkpoint; ARGS=... for options)
 # make test      the tests that fit into 20 minutes on 2 cores
+# make lint      ruff (lint and format) and clang-format; make test does it first
 # make setup     only the environment (.venv) and the C++ extension; the two above do it themselves
 # make test-all  every test, also on older supported transformers and, under emulation, on aarch64; and make mutate
 # make test-torch TORCH=2.14.1  the tests on another PyTorch
@@ -19,7 +20,7 @@ CXX ?= g++
 PINNED_TORCH := 2.13.0
 CSRC := $(shell find csrc -type f)
 
-.PHONY: audit audit-oldest bench bench-all bench-gpu bench-kernels mutate peers test test-all test-between test-install test-oldest test-torch aarch64 sanitize setup clean
+.PHONY: audit audit-oldest bench bench-all bench-gpu bench-kernels lint mutate peers test test-all test-between test-install test-oldest test-torch aarch64 sanitize setup clean
 
 bench: setup
 	$(VENV)/bin/python -m bench $(if $(FAMILY),--family $(FAMILY)) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -45,11 +46,16 @@ audit: setup
 audit-oldest: setup $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m bench.compile_check --no-write $(ARGS)
 
-test: setup
+lint: $(VENV)/.dependencies
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+
+test: lint setup
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m "not slow" tests/gpu
 	$(VENV)/bin/python -m pytest -m "not slow" --durations=15 $(ARGS)
 
-test-all: setup
+test-all: lint setup
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/gpu
 	$(VENV)/bin/python -m pytest --durations=40 $(ARGS)
 	$(MAKE) mutate audit
@@ -97,9 +103,9 @@ $(VENV)/.installed: $(VENV)/.dependencies pyproject.toml setup.py
 	$(VENV)/bin/python -m pip install -q --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.dependencies: requirements.txt requirements-common.txt
+$(VENV)/.dependencies: requirements.txt requirements-common.txt requirements-lint.txt
 	$(call create-environment,$(VENV))
-	$(VENV)/bin/python -m pip install -q -r requirements.txt
+	$(VENV)/bin/python -m pip install -q -r requirements.txt -r requirements-lint.txt
 	@touch $@
 
 $(OLDEST)/.installed: requirements-oldest.txt requirements-common.txt
