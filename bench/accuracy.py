@@ -13,8 +13,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
 
 __all__ = ["PRECISIONS", "Item", "Precision", "load_questions", "main", "run"]
 
@@ -85,7 +89,9 @@ def _digits_items(limit: int | None) -> list[Item]:
     return [Item([q.image], q.question, q.answer) for q in questions]
 
 
-def _batches(processor, items: list[Item], with_answers: bool) -> Iterator[tuple[list[Item], dict, torch.Tensor]]:
+def _batches(
+    processor: "ProcessorMixin", items: list[Item], with_answers: bool
+) -> Iterator[tuple[list[Item], dict, torch.Tensor]]:
     """(items, model inputs, tokens of each answer); questions padded on the left, answers appended if asked for."""
     for begin in range(0, len(items), BATCH):
         part = items[begin : begin + BATCH]
@@ -103,7 +109,7 @@ def _batches(processor, items: list[Item], with_answers: bool) -> Iterator[tuple
         yield part, dict(inputs), torch.tensor(answer_tokens)
 
 
-def _evaluate(model, processor, items: list[Item]) -> dict:
+def _evaluate(model: "PreTrainedModel", processor: "ProcessorMixin", items: list[Item]) -> dict:
     """{"answers": [...], "log_likelihood": summed, "tokens": counted} of a model on all items."""
     answers, total, tokens = [], 0.0, 0
     # Room for the longest reference answer and for a wrong one to show that it goes on.

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 __all__ = ["Worker", "WorkerError"]
 
@@ -39,7 +40,7 @@ class Worker:
             stderr=self._log,
         )
 
-    def ask(self, operation: str, **arguments):
+    def ask(self, operation: str, **arguments: Any) -> Any:
         """Runs one operation in the worker and returns its value. Raises WorkerError if it failed or the
         worker died.
         """

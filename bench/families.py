@@ -38,7 +38,7 @@ class Family(Protocol):
     def full_config(self) -> dict:
         """Keyword arguments of ``config`` for the full size."""
 
-    def config(self, **settings) -> Any:
+    def config(self, **settings: Any) -> Any:
         """A transformers config with the token ids of the tokenizer that is written beside the weights."""
 
     def write_image_processor(self, directory: Path) -> None:
@@ -71,7 +71,7 @@ class Qwen3VL(Family):
     def full_config(self) -> dict:
         return FULL_CONFIG
 
-    def config(self, **settings) -> Any:
+    def config(self, **settings: Any) -> Any:
         from transformers import Qwen3VLConfig
 
         return Qwen3VLConfig(**settings, **special_token_ids())
@@ -113,7 +113,7 @@ class QVL(Family):
         settings = yaml.safe_load(QVLConfig.from_preset("qvl-2b").to_yaml())
         return {key: value for key, value in settings.items() if key not in ("model_type", "image_token_id")}
 
-    def config(self, **settings) -> Any:
+    def config(self, **settings: Any) -> Any:
         from qvl_model.qvl import QVLConfig
 
         return QVLConfig(**settings, image_token_id=special_token_ids()["image_token_id"])

@@ -5,6 +5,8 @@ Imports nothing of this project, for peers run it in environments of their own.
 
 import time
 
+import torch
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 __all__ = ["timed_generate"]
@@ -17,7 +19,7 @@ class _Clock(BaseStreamer):
         self.times: list[float] = []
         self._prompt_seen = False
 
-    def put(self, value) -> None:
+    def put(self, value: torch.Tensor) -> None:
         if self._prompt_seen:
             self.times.append(time.perf_counter())
         self._prompt_seen = True
@@ -26,7 +28,7 @@ class _Clock(BaseStreamer):
         pass
 
 
-def timed_generate(model, prompt: dict, tokens: int) -> dict[str, float | None]:
+def timed_generate(model: PreTrainedModel, prompt: dict, tokens: int) -> dict[str, float | None]:
     """Greedy generation: seconds to the first token and per token after it (None for a single token)."""
     clock = _Clock()
     start = time.perf_counter()

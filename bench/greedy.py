@@ -2,9 +2,13 @@
 
 import copy
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["CONFIGS", "QVL_CONFIGS", "compare", "qvl_models", "qwen3_vl_models", "run", "tiny_config"]
 
@@ -94,7 +98,9 @@ def _prompt(grid: tuple[int, int, int], generator: torch.Generator) -> dict[str,
     }
 
 
-def compare(stock, ours, prompt: dict[str, torch.Tensor], tokens: int = TOKENS) -> tuple[int, int]:
+def compare(
+    stock: "PreTrainedModel", ours: "PreTrainedModel", prompt: dict[str, torch.Tensor], tokens: int = TOKENS
+) -> tuple[int, int]:
     """(tokens that must agree, tokens of those that do).
 
     The first difference ends the comparison, since the texts go separate ways after it. It counts as a failure if

@@ -2,8 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 __all__ = ["batch_prompt", "image_prompt", "load", "photographs", "save", "text_prompt"]
 
@@ -40,7 +44,7 @@ def _text_of_length(count: Callable[[str], int], tokens: int) -> str:
     return next((text[:end] for end in range(low, min(low + 40, len(text))) if count(text[:end]) == tokens), text[:low])
 
 
-def image_prompt(processor, images: list, text_tokens: int) -> dict[str, torch.Tensor]:
+def image_prompt(processor: "ProcessorMixin", images: list, text_tokens: int) -> dict[str, torch.Tensor]:
     """One chat turn with ``images``; all tokens that are not visual number ``text_tokens``."""
 
     def chat(text: str) -> str:
@@ -56,7 +60,7 @@ def image_prompt(processor, images: list, text_tokens: int) -> dict[str, torch.T
     return dict(processor(images=images, text=[prompt], return_tensors="pt"))
 
 
-def text_prompt(processor, tokens: int) -> dict[str, torch.Tensor]:
+def text_prompt(processor: "ProcessorMixin", tokens: int) -> dict[str, torch.Tensor]:
     """A chat turn of ``tokens`` tokens without an image."""
 
     def chat(text: str) -> str:
@@ -70,7 +74,7 @@ def text_prompt(processor, tokens: int) -> dict[str, torch.Tensor]:
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 
-def batch_prompt(processor, rows: int, tokens: int) -> dict[str, torch.Tensor]:
+def batch_prompt(processor: "ProcessorMixin", rows: int, tokens: int) -> dict[str, torch.Tensor]:
     """``rows`` chat turns without images, of ``tokens`` tokens down to about half of that, padded on the left."""
     prompts = [text_prompt(processor, tokens - row * tokens // (2 * rows)) for row in range(rows)]
     width = max(prompt["input_ids"].shape[1] for prompt in prompts)

@@ -9,6 +9,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import IO
 
 __all__ = ["Task", "run_all"]
 
@@ -17,7 +20,7 @@ Task = tuple[Hashable, Callable[[], object], float]
 LOG_TAIL = 1500
 
 
-def _child(function: Callable[[], object], connection, log) -> None:
+def _child(function: Callable[[], object], connection: Connection, log: IO[str]) -> None:
     os.setsid()  # so that what it starts can be ended with it
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -73,7 +76,7 @@ def run_all(
             yield key, _answer(connection, process, log, timeout if connection in late else None)
 
 
-def _answer(connection, process, log, late: float | None) -> dict:
+def _answer(connection: Connection, process: BaseProcess, log: IO[str], late: float | None) -> dict:
     if late is not None:
         os.killpg(process.pid, signal.SIGKILL)
         answer = {"error": f"took longer than {late:.0f} s"}

@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def _check(op: str, case: Case) -> None:
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize(("op", "case"), MODEL_CASES)
-def test_speed(op, case, backend, benchmark):
+def test_speed(op: str, case: Case, backend: str, benchmark: Any) -> None:
     if backend == "cpp":
         _check(op, case)
     copies = min(MAX_COPIES, max(1, math.ceil(COLD_BYTES / max(1.0, case.bytes(DTYPE.itemsize)))))
@@ -114,7 +115,7 @@ def test_speed(op, case, backend, benchmark):
 class _Summary:
     """A pytest plugin that prints one line per case instead of pytest-benchmark's table."""
 
-    def pytest_terminal_summary(self, terminalreporter, config) -> None:
+    def pytest_terminal_summary(self, terminalreporter: Any, config: Any) -> None:
         from rich.console import Console
         from rich.table import Table
 

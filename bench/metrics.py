@@ -1,15 +1,22 @@
 """From raw times, sizes and errors to the numbers of the table: one metric per key of targets.py, and a few notes."""
 
+from collections.abc import Callable
+from typing import Any
+
 from bench.timing import median, paired_ratio
 
 __all__ = ["from_raw"]
 
 
-def _metric(value: float, stock: str, ours: str, low: float | None = None, high: float | None = None, **more) -> dict:
+def _metric(
+    value: float, stock: str, ours: str, low: float | None = None, high: float | None = None, **more: Any
+) -> dict:
     return {"value": value, "low": low, "high": high, "stock": stock, "ours": ours, **more}
 
 
-def _speed(times: dict[str, list[float]], show, variant: str = "ours", baseline: str = "stock") -> dict:
+def _speed(
+    times: dict[str, list[float]], show: Callable[[float], str], variant: str = "ours", baseline: str = "stock"
+) -> dict:
     ratio = paired_ratio(times[baseline], times[variant])
     return _metric(
         ratio["median"], show(median(times[baseline])), show(median(times[variant])), ratio["low"], ratio["high"]
@@ -24,7 +31,7 @@ def _rate(value: float) -> str:
     return f"{1 / value:.2f} tok/s"
 
 
-def _lower_is_better(values: dict[str, float], show, variant: str = "ours") -> dict:
+def _lower_is_better(values: dict[str, float], show: Callable[[float], str], variant: str = "ours") -> dict:
     return _metric(values[variant] / values["stock"], show(values["stock"]), show(values[variant]))
 
 

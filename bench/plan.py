@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def _in_turn(workers: Workers, index: int) -> list[str]:
     return list(workers)[:: 1 if index % 2 == 0 else -1]
 
 
-def _ask_in_turn(workers: Workers, index: int, operation: str, **arguments) -> dict:
+def _ask_in_turn(workers: Workers, index: int, operation: str, **arguments: Any) -> dict:
     """The same request to all, one right after the other."""
     return {variant: workers[variant].ask(operation, **arguments) for variant in _in_turn(workers, index)}
 

@@ -9,9 +9,13 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.families import FAMILIES, Family
 from bench.targets import Target, verdict
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = [
     "accuracy_passed",
@@ -101,7 +105,7 @@ def machine_line(result: dict) -> str:
     )
 
 
-def print_table(result: dict, console) -> None:
+def print_table(result: dict, console: "Console") -> None:
     """The table with targets and verdicts, then the machine and anything that a reader must know."""
     from rich.table import Table
 

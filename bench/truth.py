@@ -5,7 +5,8 @@ weights the same rounded numbers.
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ class KeepDouble(TorchFunctionMode):
     float64 tensors.
     """
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
             if function is torch.Tensor.float:
@@ -110,7 +111,7 @@ def cosines_of_packed(
             packed = qvl_model.accelerate(copy.deepcopy(stock), weights=name)
             cosines: list[float] = []
 
-            def compare(layer: nn.Module, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+            def compare(layer: nn.Module, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
                 outputs = (x[0] if isinstance(x, tuple) else x for x in (layer(*args, **kwargs), output))
                 cosines.append(torch.cosine_similarity(*(x.double().flatten() for x in outputs), dim=0).item())
 

@@ -4,6 +4,7 @@ the form that is on.
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 from qvl_kernels.gpu import features
 
@@ -26,7 +27,7 @@ COMBINATIONS = [
 def using(function: Callable, kernel: str, names: tuple[str, ...]) -> Callable:
     """``function`` with these variants of the kernel on."""
 
-    def call(**arguments):
+    def call(**arguments: Any) -> Any:
         with features.trying(kernel, *names):
             return function(**arguments)
 
@@ -36,7 +37,7 @@ def using(function: Callable, kernel: str, names: tuple[str, ...]) -> Callable:
 def plain(function: Callable) -> Callable:
     """``function`` with no variant of any kernel."""
 
-    def call(**arguments):
+    def call(**arguments: Any) -> Any:
         with contextlib.ExitStack() as stack:
             for kernel in features.OFFERED:
                 stack.enter_context(features.trying(kernel))

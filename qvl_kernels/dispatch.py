@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch.autograd import forward_ad
@@ -23,7 +24,7 @@ _forced: str | None = None
 _fallbacks: dict[str, None] = {}  # "op: reason" in order of appearance
 
 
-def _load_extension():
+def _load_extension() -> tuple[ModuleType | None, str | None]:
     """qvl_kernels._C of this folder and of no other: one of other sources might compute something else."""
     name, here = "qvl_kernels._C", Path(__file__).parent
     if PathFinder.find_spec(name, [str(here)]) is None:
@@ -46,7 +47,7 @@ def _load_extension():
 _extension, _extension_error = _load_extension()
 
 
-def extension():
+def extension() -> ModuleType:
     """The C++ extension module, or RuntimeError with the command that builds it."""
     if _extension is None:
         raise RuntimeError(f"qvl_kernels: {_extension_error}")

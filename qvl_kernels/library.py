@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch.autograd import forward_ad
@@ -127,7 +128,7 @@ def _either_order(backward: Callable, backward_again: Callable | None) -> Callab
 
 
 def _once_differentiable(name: str) -> Callable:
-    def refuse(ctx, *grads):
+    def refuse(ctx: Any, *grads: torch.Tensor | None) -> NoReturn:
         raise RuntimeError(
             f"qvl::{name} is once differentiable: there is no second derivative of {name.removesuffix('_backward')} "
             f"here. "
@@ -174,7 +175,7 @@ def watched() -> bool:
     )
 
 
-def call(op: Callable, *args):
+def call(op: Callable, *args: Any) -> Any:
     """``op(*args)``, past PyTorch's dispatcher where it has nothing to do: inference on plain tensors. On CPUs for ops
     of every decoded token, whose weights have pushed the dispatcher out of the processor's caches: it takes 0.1 ms
     there. On GPUs because a prompt's many small kernels take the host longer than the device. Not for ops that write to

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -89,7 +90,7 @@ def assert_close_to_truth(
 _empty = torch.empty
 
 
-def poisoned_empty(*size, **options) -> torch.Tensor:
+def poisoned_empty(*size: Any, **options: Any) -> torch.Tensor:
     """``torch.empty`` filled with NaN: an element that a kernel forgets to write fails the comparison."""
     out = _empty(*size, **options)
     return out.fill_(float("nan")) if out.is_floating_point() else out
@@ -127,7 +128,9 @@ class GuardedEmpty:
     def __init__(self) -> None:
         self._memories: list[torch.Tensor] = []
 
-    def __call__(self, *size, dtype: torch.dtype | None = None, device=None) -> torch.Tensor:
+    def __call__(
+        self, *size: Any, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> torch.Tensor:
         shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
         memory, elements = _surrounded_storage(
             torch.Size(shape).numel(), dtype or torch.get_default_dtype(), torch.device(device or "cpu")

@@ -1,7 +1,7 @@
 """accelerate and restore: layers and leaf modules of a stock model change class, nothing else moves."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class Report:
         return "\n".join(lines)
 
 
-def _summary(rows) -> list[str]:
+def _summary(rows: Iterable[tuple[str, str]]) -> list[str]:
     counts: dict[tuple[str, str], int] = {}
     for row in rows:
         counts[row] = counts.get(row, 0) + 1

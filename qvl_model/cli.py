@@ -8,8 +8,13 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qvl_model.checkpoint_files import load_config, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig
 
 __all__ = ["main"]
 
@@ -94,7 +99,7 @@ def _checkpoint(path: str | None) -> Path:
     return checkpoint
 
 
-def _config(checkpoint: Path):
+def _config(checkpoint: Path) -> "PreTrainedConfig":
     try:
         return load_config(checkpoint)
     except (OSError, ValueError) as error:
@@ -134,7 +139,7 @@ def _reading_errors() -> tuple[type[Exception], ...]:
     )
 
 
-def _weights(checkpoint: Path):
+def _weights(checkpoint: Path) -> Any:
     """(model, what was missing, of another size or too much) of a checkpoint directory."""
     from transformers import AutoModelForImageTextToText
 
@@ -156,7 +161,7 @@ def _weights(checkpoint: Path):
         raise CommandError(f"{checkpoint} cannot be loaded: {one_line(error)}") from error
 
 
-def _load(checkpoint: Path):
+def _load(checkpoint: Path) -> tuple[Any, Any]:
     """(model, processor) of a checkpoint directory; CommandError unless every weight of the model is in it, and is a
     number.
     """
@@ -192,14 +197,14 @@ def _load(checkpoint: Path):
 class _TimedStreamer:
     """A TextStreamer that notes when each token arrived."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Any) -> None:
         from transformers import TextStreamer
 
         self._streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._prompt_seen = False
         self.times: list[float] = []
 
-    def put(self, value) -> None:
+    def put(self, value: "Tensor") -> None:
         if self._prompt_seen:
             self.times.append(time.perf_counter())
         self._prompt_seen = True

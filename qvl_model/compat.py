@@ -7,6 +7,7 @@ with the old name accepted under a warning. qvl's own code says ``cache``.
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -39,7 +40,7 @@ def takes_cache(forward: Callable) -> Callable:
         return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward)
 
     @functools.wraps(forward)
-    def renamed(*args, **kwargs):
+    def renamed(*args: Any, **kwargs: Any) -> Any:
         if CACHE in kwargs:
             kwargs["cache"] = kwargs.pop(CACHE)
         return forward(*args, **kwargs)
@@ -71,14 +72,14 @@ else:
         def past_key_values(self) -> Cache | None:
             return self.cache
 
-        def __getitem__(self, key):
+        def __getitem__(self, key: str | int | slice) -> Any:
             return super().__getitem__(_newer(key))
 
-        def __contains__(self, key) -> bool:
+        def __contains__(self, key: object) -> bool:
             return super().__contains__(_newer(key))
 
-        def get(self, key, default=None):
+        def get(self, key: str, default: Any = None) -> Any:
             return super().get(_newer(key), default)
 
-    def _newer(key):
+    def _newer(key: Any) -> Any:
         return "cache" if key == CACHE else key

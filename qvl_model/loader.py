@@ -3,7 +3,11 @@
 It accelerates models, which needs their classes, so these cannot import it.
 """
 
+import os
 from collections.abc import Callable
+from typing import Any
+
+from torch import nn
 
 __all__ = ["accelerate", "load_packed", "provide"]
 
@@ -14,10 +18,10 @@ def provide(**functions: Callable) -> None:
     _provided.update(functions)
 
 
-def load_packed(path, model_class: type, /, **kwargs):
+def load_packed(path: str | os.PathLike, model_class: type, /, **kwargs: Any) -> Any:
     """The accelerated model of a directory of packed weights, or None for any other."""
     return _provided["load_packed"](path, model_class, **kwargs)
 
 
-def accelerate(model):
+def accelerate(model: nn.Module) -> Any:
     return _provided["accelerate"](model)

@@ -4,9 +4,10 @@ import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from qvl_model import capacity, loader
 from qvl_model.accelerate import accelerate
@@ -71,7 +72,7 @@ def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[st
     save(model, out, files_of=source)
 
 
-def _class_of(config) -> type[PreTrainedModel]:
+def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for model_class in (Qwen3VLForConditionalGeneration, QVLForConditionalGeneration):
         if isinstance(config, model_class.config_class):
             return model_class
@@ -83,11 +84,11 @@ def load(
     model_class: type[PreTrainedModel] | None = None,
     *,
     dtype: torch.dtype | str | None = None,
-    device_map=None,
+    device_map: Any = None,
     attn_implementation: str | None = None,
     output_loading_info: bool = False,
-    config=None,
-    **kwargs,
+    config: PreTrainedConfig | None = None,
+    **kwargs: Any,
 ) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
     """The accelerated model of a packed directory, its tensors mapped from the file.
 
@@ -128,12 +129,14 @@ def load(
     return (model, nothing) if output_loading_info else model
 
 
-def _load_packed(path, model_class: type[PreTrainedModel], /, **kwargs):
+def _load_packed(
+    path: str | os.PathLike, model_class: type[PreTrainedModel], /, **kwargs: Any
+) -> PreTrainedModel | tuple[PreTrainedModel, dict] | None:
     """The model of a directory of packed weights, or None for any other."""
     return load(path, model_class, **kwargs) if is_packed_checkpoint(path) else None
 
 
-def _one_device(device_map) -> torch.device:
+def _one_device(device_map: Any) -> torch.device:
     if isinstance(device_map, Mapping) and set(device_map) == {""}:
         device_map = device_map[""]
     if isinstance(device_map, Mapping) or device_map in ("balanced", "balanced_low_0", "sequential"):

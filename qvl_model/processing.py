@@ -3,7 +3,9 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+from transformers import BatchFeature
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor as StockProcessor
 
@@ -16,13 +18,15 @@ __all__ = ["Qwen3VLProcessor", "load_processor"]
 class Qwen3VLProcessor(StockProcessor):
     """The stock processor for text and images; without a video processor, so videos are refused."""
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(image_processor, tokenizer, video_processor=None, chat_template=chat_template)
 
-    def check_argument_for_proper_class(self, argument_name: str, argument) -> type | None:
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type | None:
         return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
 
-    def __call__(self, images=None, text=None, videos=None, **kwargs):
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
         if videos is not None:
             raise ValueError("videos need transformers' own processor and torchvision; this one takes text and images")
         return super().__call__(images=images, text=text, **kwargs)

@@ -12,7 +12,7 @@ class Loader(yaml.SafeLoader):
     key given twice, of which PyYAML would silently take the last.
     """
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
             name = self.construct_object(key, deep=True)

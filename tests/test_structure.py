@@ -161,7 +161,11 @@ def test_tests_mirror_the_packages():
     """Each test file lies in the folder of what it tests; only those of the repository as a whole lie beside them."""
     folders = {file.parent.name for file in (ROOT / "tests").rglob("test_*.py")}
     assert folders == {"tests", "kernels", "model", "qvl", "training", "bench", "gpu"}
-    assert {file.name for file in (ROOT / "tests").glob("test_*.py")} == {"test_structure.py", "test_mutations.py"}
+    assert {file.name for file in (ROOT / "tests").glob("test_*.py")} == {
+        "test_structure.py",
+        "test_mutations.py",
+        "test_typing.py",
+    }
     names = [file.name for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py"]
     twice = sorted({name for name in names if names.count(name) > 1})
     assert not twice, f"pytest imports test files by their names alone, which must differ: {twice}"

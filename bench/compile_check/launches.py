@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import triton
@@ -63,17 +64,17 @@ class _Context:
         self.saved_tensors: tuple = ()
         self.materialize = True
 
-    def save_for_backward(self, *tensors) -> None:
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
         self.saved_tensors = tensors
 
     def set_materialize_grads(self, value: bool) -> None:
         self.materialize = value
 
-    def mark_non_differentiable(self, *tensors) -> None:
+    def mark_non_differentiable(self, *tensors: torch.Tensor) -> None:
         pass
 
 
-def _bytes(*values) -> int:
+def _bytes(*values: Any) -> int:
     tensors = {id(x): x for x in tree_flatten(values)[0] if isinstance(x, torch.Tensor)}
     return sum(x.numel() * x.element_size() for x in tensors.values())
 
@@ -85,7 +86,7 @@ class _Launchers(TorchDispatchMode):
         super().__init__()
         self.launches, self.calls, self.differentiable = launches, [], []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = function._schema.name.removeprefix("qvl::")
         if function.namespace != "qvl" or name not in library.LAUNCHERS:
             return function(*args, **(kwargs or {}))
@@ -123,7 +124,7 @@ class _Launchers(TorchDispatchMode):
         return self.calls[begin:]
 
 
-def _like(x, device: str):
+def _like(x: Any, device: str) -> Any:
     """A tensor with the shape, strides, dtype and storage offset of ``x`` on another device; anything else as it is."""
     if not isinstance(x, torch.Tensor):
         return x
@@ -134,7 +135,7 @@ def _like(x, device: str):
 
 
 @functools.cache
-def _arguments(case: Case, dtype: torch.dtype):
+def _arguments(case: Case, dtype: torch.dtype) -> dict:
     """The arguments of a case as meta tensors."""
     try:
         with FakeTensorMode():  # the largest cases take seconds and gigabytes otherwise
@@ -193,7 +194,7 @@ def record_training(function: Callable, case: Case, dtype: torch.dtype, arch: st
     """Calls of the forward where gradients are wanted, of an op in GRADIENTS_WITH_LOSS."""
     arguments = _arguments(case, dtype)
 
-    def make():
+    def make() -> dict:
         made = tree_map(lambda x: _like(x, "cuda"), arguments)
         return tree_map(
             lambda x: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, made

@@ -1,9 +1,13 @@
 """Shows an audit: tables on the terminal, audit.md, and the summary for the README (see bench/gpu/report.py)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from bench.compile_check.chips import LIMITS, ROOFLINES
 from qvl_kernels.gpu.device import ARCHITECTURES, SHARED_MEMORY
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["data", "markdown", "print_tables", "summary", "summary_markdown"]
 
@@ -21,7 +25,7 @@ SUMMARY_HEADER = (
 )
 
 
-def data(result, versions: dict[str, str]) -> dict:
+def data(result: Any, versions: dict[str, str]) -> dict:
     """What audit.json holds."""
     return {
         "versions": versions,
@@ -77,7 +81,7 @@ def summary(rows: list[dict]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def print_tables(result, console) -> None:
+def print_tables(result: Any, console: "Console") -> None:
     """Summary, the worst of each kernel on each architecture, then everything that fails or is waived."""
     from rich.markup import escape
     from rich.table import Table
@@ -120,7 +124,7 @@ def print_tables(result, console) -> None:
         console.print(f"{len(result.rows)} compilations, nothing is wrong", style="green", highlight=False)
 
 
-def _table(header: tuple[str, ...], rows) -> list[str]:
+def _table(header: tuple[str, ...], rows: Iterable[Sequence[str]]) -> list[str]:
     return [
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),

@@ -5,6 +5,7 @@ assembly.
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +78,9 @@ def _loop_blocks(blocks: dict[str, _Block]) -> set[str]:
     return inside
 
 
-def instructions(code: list[tuple[str | None, str, str | None, bool]], family) -> Instructions:
+def instructions(
+    code: list[tuple[str | None, str, str | None, bool]], family: Callable[[str], str | None]
+) -> Instructions:
     """Counts over code as (label or None, instruction, branch target or None, whether the next instruction may follow).
 
     ``family`` names the matrix family of an instruction, or None. A loop is a set of blocks that can reach themselves;

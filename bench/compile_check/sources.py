@@ -5,6 +5,7 @@ steps of decoding, all of them plain, and the variants of kernels.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ C, H, HKV, D, F = 2048, 16, 8, 128, 6144  # of a decoder layer
 KEYS = 1024  # of each row: what its FLOPs and bytes count; kernels do not depend on it
 
 
-def _weight(n: int, k: int, bits: int, dtype: torch.dtype):
+def _weight(n: int, k: int, bits: int, dtype: torch.dtype) -> torch.Tensor | QuantizedWeight:
     if bits == 16:
         return torch.empty(n, k, dtype=dtype)
     if bits == 8:
@@ -48,8 +49,8 @@ def _weight(n: int, k: int, bits: int, dtype: torch.dtype):
 def _decode_step_case(rows: int, bits: int) -> Case:
     """One token of ``rows`` rows through a layer, as a CUDA graph of decoding holds it."""
 
-    def make(dtype, generator):
-        def tensor(*shape):
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
+        def tensor(*shape: int) -> torch.Tensor:
             return random_tensor(shape, dtype, generator)
 
         q, kv = _weight(H * D, C, bits, dtype), _weight(HKV * D, C, bits, dtype)
@@ -74,7 +75,7 @@ def _decode_step_case(rows: int, bits: int) -> Case:
     )
 
 
-def _decode_step(*, x, weights, **arguments):
+def _decode_step(*, x: torch.Tensor, weights: Any, **arguments: Any) -> Any:
     layer = SimpleNamespace(weights=weights, num_heads=H, kv_heads=HKV, head_dim=D, eps=1e-6, scale=D**-0.5)
     caches = GrowingCaches(1, x.shape[0], HKV, D, x.dtype, x.device)  # empty: kernels are given its table only
     return decode_step(x, layer, caches=caches, index=0, **arguments)
@@ -99,7 +100,7 @@ def _with_dropout() -> tuple[Case, Case]:
     """Attention and cross-attention of QVL in training. No shared cases: what is dropped differs between backends."""
     b, t, s, h, hkv, d = 4, 2048, 256, 32, 8, 64
 
-    def made(keys: int, heads: int, **others) -> Callable[[torch.dtype, torch.Generator], dict]:
+    def made(keys: int, heads: int, **others: Any) -> Callable[[torch.dtype, torch.Generator], dict]:
         return lambda dtype, generator: {
             "q": random_tensor((b, t, h, d), dtype, generator),
             "k": random_tensor((b, keys, heads, d), dtype, generator),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.checkpoint_files import cache_directory
 from bench.client import ROOT
@@ -119,7 +120,7 @@ def tried_once(prepare: Callable) -> Callable:
     reasons: dict[object, str] = {}
 
     @functools.wraps(prepare)
-    def wrapped(self, show: Show) -> None:
+    def wrapped(self: Any, show: Show) -> None:
         if self in reasons:
             raise PeerUnavailable(reasons[self])
         try:

@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -84,7 +85,9 @@ def _kernel(case: gpu_kernels.KernelCase) -> Entry:
     )
 
 
-def _model(name: str, seconds: float, function: Callable[..., dict], *, needs: str | None = None, **options) -> Entry:
+def _model(
+    name: str, seconds: float, function: Callable[..., dict], *, needs: str | None = None, **options: Any
+) -> Entry:
     case = functools.partial(function, **options)
     once = dataclasses.replace(gpu_models.FULL, rounds=1, tokens=2)
     compiles = (

@@ -4,6 +4,7 @@ decoding steps.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
@@ -40,7 +41,7 @@ class KernelCase:
     step: bool = False
 
 
-def _normal(device, dtype, *shape: int, scale: float = 1.0) -> torch.Tensor:
+def _normal(device: torch.device | str, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> torch.Tensor:
     return torch.randn(shape, device=device, dtype=dtype) * scale
 
 
@@ -54,13 +55,13 @@ def _elementwise(name: str, op: str, shapes: dict[str, tuple[int, ...]], moved: 
     )
 
 
-def _tables(device, dtype, *shape: int) -> dict[str, torch.Tensor]:
+def _tables(device: torch.device | str, dtype: torch.dtype, *shape: int) -> dict[str, torch.Tensor]:
     angles = torch.rand(shape, device=device, dtype=torch.float32) * 50
     return {"cos": angles.cos().to(dtype), "sin": angles.sin().to(dtype)}
 
 
 def _qk_norm_rope(b: int, t: int, h: int, hkv: int, d: int) -> KernelCase:
-    def make(device, dtype):
+    def make(device: torch.device | str, dtype: torch.dtype) -> dict:
         return {
             "q": _normal(device, dtype, b, t, h, d),
             "k": _normal(device, dtype, b, t, hkv, d),
@@ -79,7 +80,7 @@ def _qk_norm_rope(b: int, t: int, h: int, hkv: int, d: int) -> KernelCase:
 
 
 def _vision_rope(n: int, h: int, d: int) -> KernelCase:
-    def make(device, dtype):
+    def make(device: torch.device | str, dtype: torch.dtype) -> dict:
         return {
             "q": _normal(device, dtype, n, h, d),
             "k": _normal(device, dtype, n, h, d),
@@ -94,7 +95,7 @@ def _vision_rope(n: int, h: int, d: int) -> KernelCase:
 def _attention(
     name: str, b: int, t: int, h: int, hkv: int, d: int, *, causal: bool, packed: bool = False
 ) -> KernelCase:
-    def make(device, dtype):
+    def make(device: torch.device | str, dtype: torch.dtype) -> dict:
         lead = (b * t,) if packed else (b, t)
         arguments = {
             "q": _normal(device, dtype, *lead, h, d),
@@ -117,7 +118,7 @@ def _attention(
 
 
 def _cross_attention(b: int, t: int, s: int, h: int, d: int) -> KernelCase:
-    def make(device, dtype):
+    def make(device: torch.device | str, dtype: torch.dtype) -> dict:
         return {
             "q": _normal(device, dtype, b, t, h, d),
             "k": _normal(device, dtype, b, s, h, d),
@@ -137,7 +138,7 @@ def _cross_attention(b: int, t: int, s: int, h: int, d: int) -> KernelCase:
 
 
 def _decode_attention(name: str, b: int, s: int, h: int = 16, hkv: int = 8, d: int = 128) -> KernelCase:
-    def make(device, dtype):
+    def make(device: torch.device | str, dtype: torch.dtype) -> dict:
         return {
             "q": _normal(device, dtype, b, 1, h, d),
             "k_cache": _normal(device, dtype, b, hkv, s, d),
@@ -157,7 +158,7 @@ def _decode_attention(name: str, b: int, s: int, h: int = 16, hkv: int = 8, d: i
 
 
 def _linear(name: str, m: int, n: int, k: int, *, bits: int = 16) -> KernelCase:
-    def make(device, dtype):
+    def make(device: torch.device | str, dtype: torch.dtype) -> dict:
         x = _normal(device, dtype, m, k)
         if bits == 16:
             return {"x": x, "weight": _normal(device, dtype, n, k, scale=k**-0.5)}
@@ -178,7 +179,7 @@ def _linear(name: str, m: int, n: int, k: int, *, bits: int = 16) -> KernelCase:
 
 
 def _linear_cross_entropy(m: int, v: int, c: int) -> KernelCase:
-    def make(device, dtype):
+    def make(device: torch.device | str, dtype: torch.dtype) -> dict:
         return {
             "hidden": _normal(device, dtype, m, c),
             "weight": _normal(device, dtype, v, c, scale=c**-0.5),
@@ -200,14 +201,14 @@ def _linear_cross_entropy(m: int, v: int, c: int) -> KernelCase:
 def _patch_embed(n: int, e: int) -> KernelCase:
     kernel = (3, 2, 16, 16)
 
-    def make(device, dtype):
+    def make(device: torch.device | str, dtype: torch.dtype) -> dict:
         return {
             "pixels": _normal(device, dtype, n, 1536),
             "weight": _normal(device, dtype, e, *kernel, scale=1536**-0.5),
             "bias": _normal(device, dtype, e),
         }
 
-    def convolution(pixels, weight, bias):
+    def convolution(pixels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.conv3d(pixels.view(-1, *kernel), weight, bias, stride=kernel[1:]).flatten(1)
 
     return KernelCase(
@@ -254,18 +255,18 @@ CASES = [
 ]
 
 
-def _outputs(result) -> list[torch.Tensor]:
+def _outputs(result: Any) -> list[torch.Tensor]:
     return [x for x in (result if isinstance(result, tuple) else (result,)) if x.is_floating_point()]
 
 
-def _fp32(x):
+def _fp32(x: Any) -> Any:
     return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 def _own(arguments: dict, backward: bool) -> dict:
     """A copy of the arguments for one contestant: some libraries write gradients over their inputs."""
 
-    def copy(name, x):
+    def copy(name: str, x: Any) -> Any:
         return tree_map(
             lambda t: (
                 t.clone().requires_grad_(backward and t.is_floating_point() and name not in CONSTANTS)
@@ -290,7 +291,7 @@ def _step(function: Callable, arguments: dict) -> Callable[[], object]:
     """Forward and backward, as in training: the graph serves once."""
     inputs = [x for x in arguments.values() if isinstance(x, torch.Tensor) and x.requires_grad]
 
-    def step():
+    def step() -> tuple[torch.Tensor, ...]:
         out = [x for x in _outputs(function(**arguments)) if x.requires_grad]
         return torch.autograd.grad(out, inputs, [torch.ones_like(x) for x in out])
 

@@ -4,13 +4,14 @@ installed.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import qvl_kernels
-from qvl_kernels.quantization import dequantize
+from qvl_kernels.quantization import QuantizedWeight, dequantize
 
 __all__ = [
     "attention_rivals",
@@ -27,7 +28,7 @@ Rivals = dict[str, Callable[..., object]]
 def _eager(op: str) -> Callable[..., object]:
     function = getattr(qvl_kernels, op)
 
-    def call(**arguments):
+    def call(**arguments: Any) -> Any:
         with qvl_kernels.use_backend("reference"):
             return function(**arguments)
 
@@ -61,13 +62,13 @@ def plain_rivals(op: str) -> Rivals:
 
 
 def linear_cross_entropy_rivals() -> Rivals:
-    def stock(hidden, weight, labels):
+    def stock(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return cross_entropy((hidden @ weight.t()).float(), labels)
 
     return {"eager": stock} | ({"liger": _liger()["linear_cross_entropy"]} if _liger() else {})
 
 
-def _sdpa(q, k, v, **options):
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
     """[B, T, H, D] in and out."""
     if q.dtype == torch.float32:  # the truth: with grouped queries SDPA would hold all scores
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
@@ -78,7 +79,7 @@ def _sdpa(q, k, v, **options):
 
 
 def _with_backend(backend: SDPBackend, function: Callable[..., object]) -> Callable[..., object]:
-    def call(**arguments):
+    def call(**arguments: Any) -> Any:
         with sdpa_kernel([backend]):
             return function(**arguments)
 
@@ -90,7 +91,7 @@ def attention_rivals(*, causal: bool, lengths: tuple[int, int] | None = None) ->
     packed inputs.
     """
 
-    def sdpa(q, k, v, **_):
+    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: object) -> torch.Tensor:
         if lengths is None:
             return _sdpa(q, k, v, is_causal=causal)
         return _sdpa(*(x.view(*lengths, *x.shape[1:]) for x in (q, k, v)), is_causal=causal).reshape(q.shape)
@@ -114,7 +115,7 @@ def attention_rivals(*, causal: bool, lengths: tuple[int, int] | None = None) ->
 
 
 def cross_attention_rivals() -> Rivals:
-    def sdpa(q, k, v, kv_lens):
+    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_lens: torch.Tensor) -> torch.Tensor:
         visible = torch.arange(k.shape[1], device=q.device)[None, None, None] < kv_lens[:, None, None, None]
         return _sdpa(q, k, v, attn_mask=visible)
 
@@ -122,7 +123,7 @@ def cross_attention_rivals() -> Rivals:
 
 
 def decode_attention_rivals() -> Rivals:
-    def sdpa(q, k_cache, v_cache, lengths):
+    def sdpa(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """A step over a static cache, as stock transformers does it: a mask hides what is not filled yet."""
         visible = torch.arange(k_cache.shape[2], device=q.device)[None, None, None] < lengths[:, None, None, None]
         out = scaled_dot_product_attention(q.transpose(1, 2), k_cache, v_cache, attn_mask=visible, enable_gqa=True)
@@ -137,7 +138,7 @@ def quantized_rivals() -> Rivals:
     """
     kept: dict[int, torch.Tensor] = {}
 
-    def dequantised(x, weight):
+    def dequantised(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
         key = id(weight.values)
         if key not in kept:
             kept[key] = dequantize(weight, x.dtype)

@@ -2,7 +2,7 @@
 and its bound.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from bench.targets import Target
@@ -41,7 +41,7 @@ def bandwidth_share(cases: Cases, case: str) -> float | None:
     return cases[case]["bytes"] / cases[case]["forward"]["ours"]["median"] / 1e6 / cases["copy"]["gb_s"]
 
 
-def _worst(values) -> float | None:
+def _worst(values: Iterable[float | None]) -> float | None:
     """The least of those that were measured."""
     return min((value for value in values if value is not None), default=None)
 

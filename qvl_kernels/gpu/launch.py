@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -43,7 +43,7 @@ def record() -> Iterator[list[Launch]]:
         _recorded = previous
 
 
-def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args, **meta) -> None:
+def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """kernel[grid](*args, **meta) on the device of the first tensor; an empty grid launches nothing."""
     if 0 in grid:
         return

@@ -67,6 +67,6 @@ class CapacityError(ValueError):
         report: the CapacityReport with every violation.
     """
 
-    def __init__(self, report: CapacityReport):
+    def __init__(self, report: CapacityReport) -> None:
         super().__init__(_listed(report.violations))
         self.report = report

@@ -4,6 +4,7 @@ repeat another one.
 
 import math
 import re
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -180,7 +181,7 @@ def _compare_sizes(sizes: dict[str, dict[str, float]], report: CapacityReport) -
                 )
 
 
-def _matrices(module: nn.Module):
+def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     """(name, parameter) of what is looked at: matrices, the weights of norms and the gates; (name, None) for a packed
     weight.
     """
@@ -195,7 +196,7 @@ def _matrices(module: nn.Module):
             yield name, parameter
 
 
-def _other_tensors(module: nn.Module):
+def _other_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the rest: biases and buffers."""
     seen = {name for name, _ in _matrices(module)}
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):

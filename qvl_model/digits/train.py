@@ -89,7 +89,7 @@ def chat_ids(
 class _Scenes(Dataset):
     """``size`` training questions, each a function of (seed, index): new scenes all the time, the same in every run."""
 
-    def __init__(self, size: int, seed: int):
+    def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
 
     def __len__(self) -> int:
@@ -101,7 +101,7 @@ class _Scenes(Dataset):
 
 
 class _Collator:
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, family: Family):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, family: Family) -> None:
         self.tokenizer, self.family = tokenizer, family
         self.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
 

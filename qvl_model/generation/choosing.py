@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from qvl_model.compat import CACHE
 
@@ -27,7 +28,7 @@ class Chooser:
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
-        streamer,
+        streamer: BaseStreamer | None,
     ) -> None:
         self.sequences, self.processors, self.criteria, self.config, self.streamer = (
             sequences,

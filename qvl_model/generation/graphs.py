@@ -5,6 +5,7 @@ are.
 import contextlib
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, cuda
@@ -34,7 +35,7 @@ class Device:
         """Inside, this is the current device."""
         return contextlib.nullcontext()
 
-    def captured(self, function: Callable[[], None], pool=None) -> "Captured":
+    def captured(self, function: Callable[[], None], pool: Any = None) -> "Captured":
         """``function``, which reads and writes buffers that stay where they are, as one replay. It may have run when
         this returns, so it
         must not draw random numbers: the generator would go on. ``pool``: of a graph that never runs at the same time,
@@ -44,7 +45,7 @@ class Device:
         """
         return Captured(function)
 
-    def follow(self, stream, tensors: Callable[[], list[Tensor]]):
+    def follow(self, stream: cuda.Stream | None, tensors: Callable[[], list[Tensor]]) -> cuda.Stream | None:
         """Orders what comes now after all work of ``stream``, on which ``tensors()`` were used last; returns the stream
         that is current now.
         """
@@ -63,7 +64,7 @@ class Device:
 class Captured:
     """What ``Device.captured`` returns. ``pool``: of the graph's memory, or None."""
 
-    def __init__(self, replay: Callable[[], None], graph=None) -> None:
+    def __init__(self, replay: Callable[[], None], graph: cuda.CUDAGraph | None = None) -> None:
         self.replay, self.pool = replay, None if graph is None else graph.pool()
 
 
@@ -79,7 +80,7 @@ class Cuda(Device):
     def active(self) -> contextlib.AbstractContextManager:
         return cuda.device(self.device)
 
-    def captured(self, function: Callable[[], None], pool=None) -> Captured:
+    def captured(self, function: Callable[[], None], pool: Any = None) -> Captured:
         with self._lock, self.active():
             if self._stream is None:
                 self._stream = cuda.Stream(self.device)
@@ -100,7 +101,7 @@ class Cuda(Device):
                 caller.wait_stream(self._stream)
         return Captured(graph.replay, graph)
 
-    def follow(self, stream, tensors: Callable[[], list[Tensor]]):
+    def follow(self, stream: cuda.Stream | None, tensors: Callable[[], list[Tensor]]) -> cuda.Stream | None:
         current = cuda.current_stream(self.device)
         if stream is not None and stream != current:
             current.wait_stream(stream)

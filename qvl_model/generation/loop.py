@@ -7,12 +7,15 @@ stock code.
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
+from transformers.generation.streamers import BaseStreamer
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 from qvl_model.compat import CACHE
@@ -20,6 +23,7 @@ from qvl_model.generation import step_cpu, step_gpu
 from qvl_model.generation.choosing import Chooser
 from qvl_model.generation.inputs import cache_places
 from qvl_model.generation.kv_cache import keeps_plainly
+from qvl_model.generation.sampling import Sampler
 from qvl_model.generation.step_cpu import CpuStep
 from qvl_model.generation.step_gpu import GpuStep, StepFailed
 from qvl_model.modules import lm_head
@@ -132,14 +136,14 @@ def _on_gpu(model: nn.Module) -> bool:
 def sample(
     model: nn.Module,
     input_ids: Tensor,
-    processors,
-    criteria,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
     config: GenerationConfig,
     *,
-    streamer=None,
-    synced_gpus=False,
-    **kwargs,
-):
+    streamer: BaseStreamer | None = None,
+    synced_gpus: bool = False,
+    **kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
     """``_sample`` of a call that ``why_not`` has nothing against."""
     chooser = Chooser(input_ids, processors, criteria, config, streamer)
     outputs = model._prefill(input_ids, config, kwargs, is_first_iteration=not config.is_assistant)
@@ -182,7 +186,9 @@ def sample(
     return chooser.result(chooser.sequences, cache)
 
 
-def _next_logits(model: nn.Module, cache: Cache, step, choice, foreign: bool) -> Tensor | None:
+def _next_logits(
+    model: nn.Module, cache: Cache, step: "CpuStep | GpuStep | StockStep", choice: Chooser | Sampler, foreign: bool
+) -> Tensor | None:
     """Of the tokens chosen last; None where stock code has to go on: model or cache were changed between two tokens, or
     memory is short.
     """
@@ -199,7 +205,7 @@ def _warn(error: StepFailed) -> None:
     warnings.warn(f"qvl_model: decoding goes on without CUDA graphs: {error}", RuntimeWarning, stacklevel=4)
 
 
-def _foreign(model: nn.Module, *parts) -> bool:
+def _foreign(model: nn.Module, *parts: object) -> bool:
     """Whether any streamer, processor or criterion, or a hook that a step calls, is not transformers' own: it may do
     anything to the model between two tokens.
     """

@@ -5,6 +5,7 @@ serves every temperature, length and penalty.
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +24,14 @@ NEVER = 2**62  # a length
 
 
 class _Temperature:
-    def __init__(self, processor, sampler: "Sampler") -> None:
+    def __init__(self, processor: stock.TemperatureLogitsWarper, sampler: "Sampler") -> None:
         self.value, self.inverse = sampler.buffer(torch.float32), sampler.inverse
 
     @staticmethod
-    def structure(processor) -> tuple:
+    def structure(processor: stock.TemperatureLogitsWarper) -> tuple:
         return ()
 
-    def load(self, processor, sequences: Tensor) -> None:
+    def load(self, processor: stock.TemperatureLogitsWarper, sequences: Tensor) -> None:
         self.value.fill_(_factor(processor.temperature, self.inverse))
 
     def apply(self, scores: Tensor, length: Tensor) -> Tensor:
@@ -38,15 +39,15 @@ class _Temperature:
 
 
 class _TopK:
-    def __init__(self, processor, sampler: "Sampler") -> None:
+    def __init__(self, processor: stock.TopKLogitsWarper, sampler: "Sampler") -> None:
         self.count, self.filter_value = _largest(processor, sampler.vocabulary), processor.filter_value
         self.index, self.vocabulary = sampler.buffer(torch.long, 1), sampler.vocabulary
 
     @staticmethod
-    def structure(processor) -> tuple:
+    def structure(processor: stock.TopKLogitsWarper) -> tuple:
         return _largest(processor), processor.filter_value
 
-    def load(self, processor, sequences: Tensor) -> None:
+    def load(self, processor: stock.TopKLogitsWarper, sequences: Tensor) -> None:
         self.index.fill_(min(processor.top_k, self.vocabulary) - 1)
 
     def apply(self, scores: Tensor, length: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ class _TopK:
         return scores.masked_fill(scores < smallest, self.filter_value)
 
 
-def _largest(processor, vocabulary: int = NEVER) -> int:
+def _largest(processor: stock.TopKLogitsWarper, vocabulary: int = NEVER) -> int:
     return min(1 << (max(processor.top_k, SMALLEST_TOP) - 1).bit_length(), vocabulary)
 
 
@@ -65,15 +66,15 @@ class _Own:
 
     attribute: str
 
-    def __init__(self, processor, sampler: "Sampler") -> None:
+    def __init__(self, processor: stock.LogitsProcessor, sampler: "Sampler") -> None:
         self.value, self.processor = sampler.buffer(torch.float64), copy.copy(processor)
         setattr(self.processor, self.attribute, self.value)
 
     @staticmethod
-    def structure(processor) -> tuple:
+    def structure(processor: stock.LogitsProcessor) -> tuple:
         return processor.filter_value, processor.min_tokens_to_keep
 
-    def load(self, processor, sequences: Tensor) -> None:
+    def load(self, processor: stock.LogitsProcessor, sequences: Tensor) -> None:
         self.value.fill_(getattr(processor, self.attribute))
 
     def apply(self, scores: Tensor, length: Tensor) -> Tensor:
@@ -91,14 +92,14 @@ class _MinP(_Own):
 class _MinimumLength:
     """No end-of-sequence token may come while sequences are shorter than ``minimum``."""
 
-    def __init__(self, processor, sampler: "Sampler") -> None:
+    def __init__(self, processor: stock.LogitsProcessor, sampler: "Sampler") -> None:
         self.minimum, self.ends = sampler.buffer(torch.long), sampler.buffer(torch.bool, sampler.vocabulary)
 
     @staticmethod
-    def structure(processor) -> tuple:
+    def structure(processor: stock.LogitsProcessor) -> tuple:
         return ()
 
-    def load(self, processor, sequences: Tensor) -> None:
+    def load(self, processor: stock.LogitsProcessor, sequences: Tensor) -> None:
         self.minimum.fill_(self.length(processor))
         _mark(self.ends, [processor.eos_token_id])
 
@@ -106,18 +107,18 @@ class _MinimumLength:
         return torch.where(self.ends & (length < self.minimum), -math.inf, scores)
 
     @staticmethod
-    def length(processor) -> int:
+    def length(processor: Any) -> int:
         return processor.min_length
 
 
 class _MinimumNewTokens(_MinimumLength):
     @staticmethod
-    def length(processor) -> int:
+    def length(processor: Any) -> int:
         return processor.prompt_length_to_skip + processor.min_new_tokens
 
 
 class _RepetitionPenalty:
-    def __init__(self, processor, sampler: "Sampler") -> None:
+    def __init__(self, processor: stock.RepetitionPenaltyLogitsProcessor, sampler: "Sampler") -> None:
         self.penalty, self.reward, self.inverse = (
             sampler.buffer(torch.float32),
             sampler.buffer(torch.float32),
@@ -130,10 +131,10 @@ class _RepetitionPenalty:
         self.ignored = sampler.buffer(torch.long, sampler.batch, 1)  # first positions of a row that do not count
 
     @staticmethod
-    def structure(processor) -> tuple:
+    def structure(processor: stock.RepetitionPenaltyLogitsProcessor) -> tuple:
         return ()
 
-    def load(self, processor, sequences: Tensor) -> None:
+    def load(self, processor: stock.RepetitionPenaltyLogitsProcessor, sequences: Tensor) -> None:
         self.penalty.fill_(processor.penalty)
         self.reward.fill_(_factor(processor.penalty, self.inverse))
         ignored = getattr(processor, "prompt_ignore_length", None)
@@ -212,7 +213,7 @@ class Sampler:
     """
 
     def __init__(
-        self, chooser: Chooser, logits: Tensor, tokens: Tensor, embeddings: int, device: Device, pool=None
+        self, chooser: Chooser, logits: Tensor, tokens: Tensor, embeddings: int, device: Device, pool: Any = None
     ) -> None:
         self.batch, self.vocabulary = logits.shape
         self.inverse = logits.is_cuda

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -225,7 +226,7 @@ def _reason(error: BaseException) -> str | None:
     return message if isinstance(error, RuntimeError) and short else None
 
 
-def _attempt(pool: _Pool, device: graphs.Device, function: Callable):
+def _attempt(pool: _Pool, device: graphs.Device, function: Callable) -> tuple[Any, str | None]:
     """(what ``function`` returns, None), or (None, why not) where there is no memory, idle steps being freed first, or
     no graph.
     """

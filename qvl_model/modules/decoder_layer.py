@@ -1,9 +1,11 @@
 """A decoder layer as one fused call at inference."""
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 import qvl_kernels
@@ -221,7 +223,7 @@ def forget_plan(layer: nn.Module) -> None:
 
 
 class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
-    def __call__(self, *args, **kwargs) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """A plain layer at inference goes past ``nn.Module``'s own call and all that decorates ``forward``: a third of
         a token's time here.
         """
@@ -239,9 +241,9 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache=None,
+        cache: Cache | None = None,
         use_cache: bool | None = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         arguments = {
             "attention_mask": attention_mask,
@@ -266,7 +268,7 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor | None:
         """The layer in one call, or None if that is not what its modules compute."""
         tables, mask, positions, cache = position_embeddings, attention_mask, position_ids, kwargs.pop(CACHE)
@@ -352,5 +354,5 @@ def _causal_mask(mask: Tensor, queries: int) -> Tensor:
     return mask.bool()[:, None, None] & causal
 
 
-def __getattr__(name: str):  # transformers looks functions up in the module of a class
+def __getattr__(name: str) -> Any:  # transformers looks functions up in the module of a class
     return getattr(stock, name)

@@ -4,6 +4,7 @@ time.
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ FLASH = ("flash_attention_2", "flash_attention_3")  # implementations of attenti
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _attention_function(implementation: str):
+def _attention_function(implementation: str) -> Callable:
     return stock.ALL_ATTENTION_FUNCTIONS.get(implementation, stock.eager_attention_forward)
 
 
@@ -53,7 +54,7 @@ def attends_as_stock(implementation: str) -> bool:
     return _attention_function(implementation) is _ATTENTION_FUNCTIONS.get(implementation)
 
 
-def is_number(*values) -> bool:
+def is_number(*values: object) -> bool:
     """A tensor, say, may be a setting as well: stock code takes it."""
     return all(type(value) is float or type(value) is int for value in values)
 

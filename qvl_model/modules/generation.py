@@ -1,5 +1,12 @@
 """The top of the model: stock, but for where tokens are chosen and how the loss is computed."""
 
+import os
+from collections.abc import Callable
+from typing import Any, Self
+
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
@@ -16,12 +23,19 @@ class GeneratesByStep:
     would.
     """
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         if mode:  # captured steps hold memory that training needs
             step_gpu.release(self)
         return super().train(mode)
 
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **options):
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **options: Any,
+    ) -> Any:
         """Greedy and sampling: ``generate`` calls this once everything is prepared."""
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
         if loop.why_not(self, input_ids, generation_config, options) is None:
@@ -39,7 +53,7 @@ class Qwen3VLForConditionalGeneration(GeneratesByStep, PackedSaving, stock.Qwen3
     """
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         packed = loader.load_packed(pretrained_model_name_or_path, cls, **kwargs)
         if packed is not None:
             return packed
@@ -49,15 +63,15 @@ class Qwen3VLForConditionalGeneration(GeneratesByStep, PackedSaving, stock.Qwen3
         return loader.accelerate(loaded)
 
     @property
-    def loss_function(self):
+    def loss_function(self) -> Callable:
         """The stock loss; where it is the usual one, ours, which equals it and takes lazy logits too."""
         function = stock.Qwen3VLForConditionalGeneration.loss_function.fget(self)
         return causal_loss if function is ForCausalLMLoss else function
 
     @loss_function.setter
-    def loss_function(self, value):
+    def loss_function(self, value: Callable) -> None:
         stock.Qwen3VLForConditionalGeneration.loss_function.fset(self, value)
 
 
-def __getattr__(name: str):  # transformers looks functions up in the module of a class
+def __getattr__(name: str) -> Any:  # transformers looks functions up in the module of a class
     return getattr(stock, name)

@@ -6,11 +6,13 @@ the head (_LazyGradient).
 """
 
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -28,7 +30,7 @@ _CHUNK_BYTES = {"cpu": 1 << 22}  # of a fingerprint: within a cache
 _CHUNK_BYTES_GPU = 1 << 28  # few launches
 
 
-def lazy_logits(hidden: Tensor, weight: Tensor, own: tuple[bool, bool], forward) -> "LazyLogits":
+def lazy_logits(hidden: Tensor, weight: Tensor, own: tuple[bool, bool], forward: Any) -> "LazyLogits":
     """hidden [..., C] @ weight [V, C].T, computed at its first use other than asking for its shape, dtype or device.
 
     Args:
@@ -94,7 +96,7 @@ class _Source:
     graph.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, own: tuple[bool, bool], forward) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, own: tuple[bool, bool], forward: Any) -> None:
         self.hidden, self.weight, self.device = hidden.detach(), weight.detach(), hidden.device
         self.needs_grad = hidden.requires_grad, weight.requires_grad
         self.watched = _Watched(*(x for x, is_own in ((self.hidden, own[0]), (weight, own[1])) if not is_own))
@@ -144,14 +146,14 @@ class _Wrapper(Tensor):
     """
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
             return _natively(func, args, kwargs)
         return func(*_values(args), **_values(kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func: Any, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Past ``__torch_function__``: from C++ (autograd adds up gradients) or through an autograd function, which has
         built its graph.
         """
@@ -169,7 +171,7 @@ class LazyLogits(_Wrapper):
     """
 
     @staticmethod
-    def __new__(cls, cell: _Cell) -> "LazyLogits":
+    def __new__(cls: type, cell: _Cell) -> "LazyLogits":
         return Tensor._make_wrapper_subclass(cls, cell.shape, dtype=cell.dtype, device=cell.device)
 
     def __init__(self, cell: _Cell) -> None:
@@ -224,7 +226,7 @@ class LazyLogits(_Wrapper):
             self._own, self._followed = _native_node(self), self._value.grad_fn
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in _OF_GRAPH:
             return _in_graph(func, *tree_map_only(LazyLogits, lambda x: x.node(), (args, kwargs)))
@@ -245,7 +247,7 @@ class _LazyGradient(_Wrapper):
     """The gradient of a skipped loss by its logits, which the head takes without its values."""
 
     @staticmethod
-    def __new__(cls, loss: "_SkippedLoss", factor: Tensor, cell: _Cell, dtype: torch.dtype) -> "_LazyGradient":
+    def __new__(cls: type, loss: "_SkippedLoss", factor: Tensor, cell: _Cell, dtype: torch.dtype) -> "_LazyGradient":
         return Tensor._make_wrapper_subclass(cls, cell.shape, dtype=dtype, device=cell.device)
 
     def __init__(self, loss: "_SkippedLoss", factor: Tensor, cell: _Cell, dtype: torch.dtype) -> None:
@@ -271,25 +273,25 @@ class _LazyGradient(_Wrapper):
     detached_value = value
 
 
-def _natively(func, args: tuple, kwargs: dict):
+def _natively(func: Callable, args: tuple, kwargs: dict) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 
 
-def _native_node(x: Tensor):
+def _native_node(x: Tensor) -> Node | None:
     """The node of the graph that a wrapper itself comes from."""
     return _natively(Tensor.grad_fn.__get__, (x,), {})
 
 
-def _values(tree, detached: bool = False):
+def _values(tree: Any, detached: bool = False) -> Any:
     return tree_map_only(_Wrapper, lambda x: x.detached_value() if detached else x.value(), tree)
 
 
-def _gradients(tree):
+def _gradients(tree: Any) -> Any:
     return tree_map_only(_LazyGradient, lambda x: x.value(), tree)
 
 
-def _in_graph(func, args: tuple, kwargs: dict):
+def _in_graph(func: Callable, args: tuple, kwargs: dict) -> Any:
     """A function that looks at the graph, or at gradients, which it gets with their values."""
     asked = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)]
     if func is Tensor.register_hook and asked and not _takes_notice_only(args[1]):
@@ -310,14 +312,14 @@ def _in_graph(func, args: tuple, kwargs: dict):
             handle.remove()
 
 
-def _widens(func, args: tuple, kwargs: dict) -> bool:
+def _widens(func: Callable, args: tuple, kwargs: dict) -> bool:
     """What mixed-precision wrappers do to every output, and the loss by itself."""
     return not kwargs and (
         func is Tensor.float and len(args) == 1 or func is Tensor.to and args[1:] == (torch.float32,)
     )
 
 
-def _takes_notice_only(hook) -> bool:
+def _takes_notice_only(hook: Callable) -> bool:
     """FSDP's hooks do not look at the gradient."""
     return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
 
@@ -326,14 +328,14 @@ class _Head(Function):
     """hidden, weight -> LazyLogits"""
 
     @staticmethod
-    def forward(ctx, hidden, weight, own, forward):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, own: tuple[bool, bool], forward: Any) -> LazyLogits:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight)
         ctx.source = _Source(hidden, weight, own, forward)
         return LazyLogits(_Cell(ctx.source, torch.Size((*hidden.shape[:-1], weight.shape[0])), hidden.dtype))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None
         hidden, weight = ctx.saved_tensors
@@ -354,11 +356,11 @@ class _Read(Function):
     """Lazy logits -> ``values()``, of which they are the source in the graph."""
 
     @staticmethod
-    def forward(ctx, logits, values):
+    def forward(ctx: Any, logits: LazyLogits, values: Callable[[], Tensor]) -> Tensor:
         return values()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -366,12 +368,12 @@ class _Follow(Function):
     """Lazy logits, their edited value -> the lazy logits, at the place of the value in the graph"""
 
     @staticmethod
-    def forward(ctx, logits, value):
+    def forward(ctx: Any, logits: LazyLogits, value: Tensor) -> LazyLogits:
         ctx.mark_dirty(logits)
         return logits
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, grad
 
 
@@ -379,13 +381,13 @@ class _Widen(Function):
     """Lazy logits -> the same in fp32"""
 
     @staticmethod
-    def forward(ctx, logits):
+    def forward(ctx: Any, logits: LazyLogits) -> LazyLogits:
         ctx.set_materialize_grads(False)
         ctx.dtype = logits.cell.dtype
         return LazyLogits(_Cell(logits.source, logits.cell.shape, torch.float32))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         if isinstance(grad, _LazyGradient) and not grad.computed:
             return grad.cast(ctx.dtype)
         return None if grad is None else _gradients(grad).to(ctx.dtype)
@@ -456,12 +458,12 @@ class _Loss(Function):
     """Lazy logits -> the loss"""
 
     @staticmethod
-    def forward(ctx, logits, loss):
+    def forward(ctx: Any, logits: LazyLogits, loss: "_SkippedLoss") -> Tensor:
         ctx.logits, ctx.loss = logits, loss
         return loss.record()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, loss = ctx.logits, ctx.loss
         if not torch.is_grad_enabled():
             return _LazyGradient(loss, grad, logits.cell, logits.cell.dtype), None

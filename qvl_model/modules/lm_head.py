@@ -3,6 +3,7 @@ never does.
 """
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,11 +94,11 @@ def causal_loss(
     logits: Tensor,
     labels: Tensor,
     vocab_size: int,
-    num_items_in_batch=None,
+    num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100,
-    shift_labels=None,
-    **kwargs,
-):
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
     """``ForCausalLMLoss`` of transformers; of logits that are not computed through ``linear_cross_entropy``, which
     keeps none.
     """

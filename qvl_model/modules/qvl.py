@@ -2,6 +2,8 @@
 linear layers) is replaced by ``qvl_model.modules``; these are the rest. Names stay those of the plain classes.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -45,7 +47,7 @@ class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
         use_cache: bool | None = False,
         visual: text.Visual | None = None,
         output_attentions: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         hidden_states = self.fuse(hidden_states, visual_tokens, visual, cache, output_attentions)
         return super().forward(

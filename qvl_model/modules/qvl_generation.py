@@ -1,5 +1,7 @@
 """The top of QVL: the plain class, but for where tokens are chosen and how the loss is computed."""
 
+from collections.abc import Callable
+
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from qvl_model.modules.generation import GeneratesByStep
@@ -16,10 +18,10 @@ class QVLForConditionalGeneration(GeneratesByStep, PackedSaving, modeling.QVLFor
     """
 
     @property
-    def loss_function(self):
+    def loss_function(self) -> Callable:
         function = modeling.QVLForConditionalGeneration.loss_function.fget(self)
         return causal_loss if function is ForCausalLMLoss else function
 
     @loss_function.setter
-    def loss_function(self, value):
+    def loss_function(self, value: Callable) -> None:
         modeling.QVLForConditionalGeneration.loss_function.fset(self, value)

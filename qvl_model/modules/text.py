@@ -2,8 +2,11 @@
 call.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 import qvl_kernels
@@ -78,8 +81,8 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        cache=None,
-        **kwargs,
+        cache: Cache | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         dropout = self.attention_dropout if self.training else 0.0
         lower = autocast_dtype(hidden_states.device)
@@ -154,5 +157,5 @@ def _mask_fits(mask: Tensor | None, q: Tensor, k: Tensor) -> bool:
     )
 
 
-def __getattr__(name: str):  # transformers looks functions up in the module of a class
+def __getattr__(name: str) -> Any:  # transformers looks functions up in the module of a class
     return getattr(stock, name)

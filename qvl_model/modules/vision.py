@@ -1,5 +1,7 @@
 """The vision tower: one fused call per block at inference, op by op with gradients, stock code for the rest."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
@@ -33,7 +35,7 @@ _GELU_TANH = "gelu_pytorch_tanh"
 _LARGE = 4096  # patches: a picture of 1,024 x 1,024 pixels
 
 
-def give_memory_back(visual: nn.Module, args: tuple, output=None) -> None:
+def give_memory_back(visual: nn.Module, args: tuple, output: Any = None) -> None:
     """A hook before and after the tower: with large images, what was freed before goes back to the system, and then
     what they needed in passing, so that both do not add up with the cache. The C library keeps freed tensors below 32
     MB; those are some hundred MB, and giving them back takes milliseconds beside the seconds of the tower.
@@ -81,7 +83,7 @@ class Qwen3VLVisionAttention(stock.Qwen3VLVisionAttention):
         hidden_states: Tensor,
         cu_seqlens: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         dropout = self.attention_dropout if self.training else 0.0
         if not _attends_plainly(self) or dropout > 0.0 or not kernels_take(hidden_states, cast=False):
@@ -110,7 +112,7 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
         hidden_states: Tensor,
         cu_seqlens: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         weights = self._fused_weights(hidden_states, position_embeddings)
         if weights is not None:
@@ -178,5 +180,5 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
         return weights
 
 
-def __getattr__(name: str):  # transformers looks functions up in the module of a class
+def __getattr__(name: str) -> Any:  # transformers looks functions up in the module of a class
     return getattr(stock, name)

@@ -14,9 +14,10 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,7 +55,7 @@ _NOT_COPIED = ("config.json", "generation_config.json")
 class PackedSaving:
     """What model classes whose linear layers may be packed do otherwise than transformers has it."""
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """``.to`` and its like: what was tied is one tensor again."""
         tied = tied_pairs(self)
         super()._apply(fn, recurse)
@@ -62,7 +63,7 @@ class PackedSaving:
             embedding.weight = head.weight
         return self
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As transformers' own, which makes a new head: that is quantised as the old one was. Rows that stay do so bit
         for bit.
         """
@@ -85,7 +86,13 @@ class PackedSaving:
         count = super().num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
         return count if only_trainable else count + packed_elements(self, exclude_embeddings=exclude_embeddings)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
         """As transformers' own; a packed model is written as this module says, all at once."""
         if getattr(self, "_hf_peft_config_loaded", False) or not is_packed(self):
             return super().save_pretrained(

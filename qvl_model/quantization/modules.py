@@ -1,6 +1,8 @@
 """Linear layers and tied embeddings whose weights are stored as int8 or int4."""
 
 import copy
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ class _Packed:
         """The weight [N, K] in the model's dtype: dequantised where it is read, quantised again where it is written."""
         return nn.Parameter(PackedWeight(self), requires_grad=False)
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         """A parameter as ``weight`` turns the module back into a plain one; the weight of another packed module is
         shared, as tied weights are.
         """
@@ -120,7 +122,7 @@ class _Packed:
         self.__class__ = nn.Linear if isinstance(self, nn.Linear) else nn.Embedding
         self.weight = weight
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves with ``.to(device)``; scales keep their dtype through ``.to(dtype)``, as integers do."""
         scales = self.weight_scales
         super()._apply(fn, recurse)
@@ -128,11 +130,11 @@ class _Packed:
             self.weight_scales = scales.to(self.weight_scales.device)
         return self
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[f"{prefix}weight"]
 
-    def _load_from_state_dict(self, *args):
+    def _load_from_state_dict(self, *args: Any) -> None:
         weight, self._parameters["weight"] = self._parameters["weight"], None
         super()._load_from_state_dict(*args)
         self._parameters["weight"] = weight

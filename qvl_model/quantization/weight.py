@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class PackedWeight(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, module: nn.Module, views: tuple[Callable[[Tensor], Tensor], ...] = ()) -> "PackedWeight":
+    def __new__(cls: type, module: nn.Module, views: tuple[Callable[[Tensor], Tensor], ...] = ()) -> "PackedWeight":
         if "weight" not in module._parameters:
             raise TypeError(TAKEN_OUT)
         shape = (module.weight_values.shape[0], module.quantized.in_features)
@@ -71,7 +71,7 @@ class PackedWeight(Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func: Any, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return cls(args[0].module, args[0].views)
@@ -82,7 +82,7 @@ class PackedWeight(Tensor):
         dtypes = {weight.dtype for weight in written}
         bases: dict[nn.Module, Tensor] = {}
 
-        def plain(value):
+        def plain(value: Any) -> Any:
             if isinstance(value, cls):
                 if value.module not in bases:
                     bases[value.module] = value.module.dequantize(torch.float32 if written else value.dtype)
@@ -101,7 +101,7 @@ def _through(views: tuple[Callable[[Tensor], Tensor], ...], weight: Tensor) -> T
     return weight
 
 
-def _views(func, args: tuple, kwargs: dict) -> "PackedWeight | list[PackedWeight]":
+def _views(func: Any, args: tuple, kwargs: dict) -> "PackedWeight | list[PackedWeight]":
     """The view, or views, that ``func`` makes of its first argument."""
     weight, *others = args
 
@@ -116,7 +116,7 @@ def _views(func, args: tuple, kwargs: dict) -> "PackedWeight | list[PackedWeight
     return at(None) if isinstance(out, Tensor) else [at(place) for place in range(len(out))]
 
 
-def _written(func, args: tuple, kwargs: dict) -> list:
+def _written(func: Any, args: tuple, kwargs: dict) -> list:
     """What an operator changes in place."""
     found = []
     for place, argument in enumerate(func._schema.arguments):

@@ -1,6 +1,7 @@
 """What all QVL models share: their config, first weights, and what transformers must know about them."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class QVLPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = False
 
-    def __init__(self, config: QVLConfig, *args, **kwargs):
+    def __init__(self, config: QVLConfig, *args: Any, **kwargs: Any) -> None:
         config.check()  # it may have been edited since it was made
         super().__init__(config, *args, **kwargs)
 

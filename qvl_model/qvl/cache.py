@@ -18,7 +18,7 @@ class VisualLayer(CacheLayerMixin):
     is_compileable = True  # its size does not change from step to step
     is_croppable = True  # images are no part of what is cropped
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.lengths: Tensor | None = None
 
@@ -46,7 +46,7 @@ class VisualLayer(CacheLayerMixin):
         self.keys = self.values = self.lengths = None
         self.is_initialized = False
 
-    def crop(self, *_) -> None:
+    def crop(self, *_: object) -> None:
         pass
 
     def batch_select_indices(self, indices: Tensor) -> None:

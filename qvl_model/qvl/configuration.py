@@ -2,7 +2,9 @@
 
 import difflib
 import functools
+from collections.abc import Callable
 from os import PathLike
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -24,9 +26,9 @@ def _standard_errors(cls: type) -> type:
     of.
     """
 
-    def converting(method):
+    def converting(method: Callable) -> Callable:
         @functools.wraps(method)
-        def call(self, *args, **kwargs):
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 return method(self, *args, **kwargs)
             except StrictDataclassError as error:
@@ -144,7 +146,7 @@ class QVLConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 151645
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.cross_attention_layers is None:
             self.cross_attention_layers = list(range(3, self.num_hidden_layers, 4)) or [
                 max(0, self.num_hidden_layers - 1)
@@ -158,7 +160,7 @@ class QVLConfig(PreTrainedConfig):
         self.check()
 
     @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
+    def from_dict(cls, config_dict: dict, **kwargs: Any) -> Any:
         """As PreTrainedConfig's; keys that no QVL has are kept if they cannot be a misspelt one. Raises: as
         the class.
         """
@@ -286,7 +288,7 @@ class QVLConfig(PreTrainedConfig):
             )
 
     @classmethod
-    def from_preset(cls, name: str, **changes) -> "QVLConfig":
+    def from_preset(cls, name: str, **changes: Any) -> "QVLConfig":
         """The settings of a named preset, with ``changes``.
 
         Args:

@@ -13,7 +13,7 @@ __all__ = ["QVLAttentionConnector", "QVLConnectorAttention", "QVLConnectorLayer"
 
 
 class QVLConnectorMLP(nn.Module):
-    def __init__(self, config: QVLConfig, inputs: int):
+    def __init__(self, config: QVLConfig, inputs: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(inputs, config.vision_intermediate_size)
         self.act_fn = ACT2FN[config.vision_hidden_act]
@@ -26,7 +26,7 @@ class QVLConnectorMLP(nn.Module):
 class QVLMLPConnector(nn.Module):
     """Every patch becomes one visual token."""
 
-    def __init__(self, config: QVLConfig):
+    def __init__(self, config: QVLConfig) -> None:
         super().__init__()
         self.mlp = QVLConnectorMLP(config, config.vision_hidden_size)
 
@@ -38,7 +38,7 @@ class QVLMLPConnector(nn.Module):
 class QVLConnectorAttention(nn.Module):
     """Queries of an image attend to its patches."""
 
-    def __init__(self, config: QVLConfig):
+    def __init__(self, config: QVLConfig) -> None:
         super().__init__()
         self.config = config
         width = config.vision_projection_dim
@@ -71,7 +71,7 @@ class QVLConnectorAttention(nn.Module):
 
 
 class QVLConnectorLayer(GradientCheckpointingLayer):
-    def __init__(self, config: QVLConfig):
+    def __init__(self, config: QVLConfig) -> None:
         super().__init__()
         width, eps = config.vision_projection_dim, config.layer_norm_eps
         self.norm1 = nn.LayerNorm(width, eps=eps)
@@ -87,7 +87,7 @@ class QVLConnectorLayer(GradientCheckpointingLayer):
 class QVLAttentionConnector(nn.Module):
     """Every image becomes ``num_query_tokens`` visual tokens, whatever its size."""
 
-    def __init__(self, config: QVLConfig):
+    def __init__(self, config: QVLConfig) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.empty(config.num_query_tokens, config.vision_projection_dim))
         self.layers = nn.ModuleList(QVLConnectorLayer(config) for _ in range(config.connector_num_layers))

@@ -1,7 +1,9 @@
 """QVLModel (vision, connector, decoder) and QVLForConditionalGeneration (with the language head)."""
 
 import functools
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +73,7 @@ class QVLModel(QVLPreTrainedModel):
         >>> out.last_hidden_state.shape, out.pooler_output.shape
     """
 
-    def __init__(self, config: QVLConfig):
+    def __init__(self, config: QVLConfig) -> None:
         super().__init__(config)
         self.visual = QVLVisionModel(config)
         self.connector = (QVLAttentionConnector if config.connector_type == "attention" else QVLMLPConnector)(config)
@@ -142,7 +144,7 @@ class QVLModel(QVLPreTrainedModel):
         pixel_values: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> QVLModelOutput:
         """Hidden states of text that sees images.
 
@@ -223,14 +225,14 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
-    def __init__(self, config: QVLConfig):
+    def __init__(self, config: QVLConfig) -> None:
         super().__init__(config)
         self.model = QVLModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """As every model's; of a directory of packed weights an accelerated model."""
         packed = loader.load_packed(pretrained_model_name_or_path, cls, **kwargs)
         if packed is not None:
@@ -268,7 +270,7 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> QVLCausalOutput:
         """Logits, and the loss if there are labels.
 
@@ -309,14 +311,16 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
         )
 
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, inputs=None, *args, **kwargs):
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         text = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), inputs)
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         check_prompt(text, kwargs.get("attention_mask"), cache)
         return super().generate(inputs, *args, **kwargs)
 
     @takes_cache
-    def prepare_inputs_for_generation(self, input_ids, *args, cache=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, cache: Cache | None = None, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict:
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, **{CACHE: cache}, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -328,7 +332,9 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
             inputs.pop("pixel_attention_mask", None)
         return inputs
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor | None, dict]:
         """Images are not repeated for beams: the model reads each once and repeats keys and values."""
         images = {name: kwargs.pop(name) for name in ("pixel_values", "pixel_attention_mask") if name in kwargs}
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)

@@ -40,7 +40,7 @@ class QVLImageProcessor:
         max_pixels: int = 1024 * 1024,
         image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
-    ):
+    ) -> None:
         if patch_size < 1 or not 0 < min_pixels <= max_pixels:
             raise ValueError(
                 f"QVLImageProcessor: needs patch_size >= 1 and 0 < min_pixels <= max_pixels, got {patch_size}, "
@@ -92,7 +92,7 @@ class QVLProcessor:
 
     video_token = None
 
-    def __init__(self, image_processor: QVLImageProcessor, tokenizer: Any, chat_template: str | None = None):
+    def __init__(self, image_processor: QVLImageProcessor, tokenizer: Any, chat_template: str | None = None) -> None:
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.chat_template = chat_template or tokenizer.chat_template
         self.image_token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
@@ -108,10 +108,12 @@ class QVLProcessor:
         self.tokenizer.save_pretrained(path)
         self.image_processor.save_pretrained(path)
 
-    def apply_chat_template(self, conversation: list, **kwargs) -> Any:
+    def apply_chat_template(self, conversation: list, **kwargs: Any) -> Any:
         return self.tokenizer.apply_chat_template(conversation, chat_template=self.chat_template, **kwargs)
 
-    def __call__(self, images=None, text: str | list[str] | None = None, videos=None, **kwargs) -> BatchEncoding:
+    def __call__(
+        self, images: Any = None, text: str | list[str] | None = None, videos: Any = None, **kwargs: Any
+    ) -> BatchEncoding:
         """Model inputs for texts and the pictures that their image tokens stand for, in order.
 
         Args:
@@ -149,11 +151,11 @@ class QVLProcessor:
             mask[row, i, : tensor.shape[1], : tensor.shape[2]] = 1
         return (values, mask) if max(counts) > 1 else (values[:, 0], mask[:, 0])
 
-    def batch_decode(self, *args, **kwargs) -> list[str]:
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         return self.tokenizer.batch_decode(*args, **kwargs)
 
 
-def _flat(images) -> list[Image.Image]:
+def _flat(images: Any) -> list[Image.Image]:
     if images is None:
         return []
     if isinstance(images, Image.Image):

@@ -2,7 +2,7 @@
 config names.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Visual(NamedTuple):
 class QVLCrossAttention(nn.Module):
     """Text attends to visual tokens; heads are normalised as in the decoder's own attention, without positions."""
 
-    def __init__(self, config: QVLConfig):
+    def __init__(self, config: QVLConfig) -> None:
         super().__init__()
         self.config = config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -78,7 +78,7 @@ class QVLCrossAttention(nn.Module):
 class QVLFusion(nn.Module):
     """x + tanh(gate) * cross_attention(norm(x)): begins a decoder layer. Without images there is nothing to add."""
 
-    def __init__(self, config: QVLConfig, index: int):
+    def __init__(self, config: QVLConfig, index: int) -> None:
         super().__init__()
         self.layer_idx, self._text_layers = index, config.num_hidden_layers
         self.norm = stock.Qwen3VLTextRMSNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -122,7 +122,7 @@ class QVLFusion(nn.Module):
 class QVLDecoderLayer(stock.Qwen3VLTextDecoderLayer):
     """The stock decoder layer with dropout, and with cross-attention before it where the config names the layer."""
 
-    def __init__(self, config: QVLConfig, layer_idx: int):
+    def __init__(self, config: QVLConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if config.hidden_act == "swish":  # one function under two names, of which the stock modules use this one
             self.mlp.act_fn = ACT2FN["silu"]
@@ -143,7 +143,7 @@ class QVLDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         visual: Visual | None = None,
         fuse: bool = True,
         output_attentions: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         """``visual_tokens`` are those of ``visual``, by themselves because reentrant checkpointing follows plain
         arguments only; ``fuse``: whether cross-attention is still to be done; ``output_attentions``: attention by the
@@ -200,7 +200,7 @@ class QVLTextModel(QVLPreTrainedModel):
         "cross_attentions": OutputRecorder(QVLCrossAttention, index=1),
     }
 
-    def __init__(self, config: QVLConfig):
+    def __init__(self, config: QVLConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
@@ -228,7 +228,7 @@ class QVLTextModel(QVLPreTrainedModel):
         token_type_ids: Tensor | None = None,
         use_cache: bool | None = None,
         visual: Visual | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         check_keywords(kwargs)
         if (input_ids is None) == (inputs_embeds is None):

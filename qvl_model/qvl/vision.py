@@ -18,7 +18,7 @@ __all__ = ["QVLPatchEmbed", "QVLVisionBlock", "QVLVisionModel"]
 class QVLPatchEmbed(nn.Module):
     """[I, C, H, W] -> [I, H / p, W / p, E], H and W multiples of the patch size p."""
 
-    def __init__(self, config: QVLConfig):
+    def __init__(self, config: QVLConfig) -> None:
         super().__init__()
         self.patch_size = config.vision_patch_size
         self.proj = nn.Conv2d(config.vision_num_channels, config.vision_hidden_size, self.patch_size, self.patch_size)
@@ -30,7 +30,7 @@ class QVLPatchEmbed(nn.Module):
 class QVLVisionPositions(nn.Module):
     """One learned vector per patch of a square image of the native size; other sizes interpolate between them."""
 
-    def __init__(self, config: QVLConfig):
+    def __init__(self, config: QVLConfig) -> None:
         super().__init__()
         self.side = config.vision_image_size // config.vision_patch_size
         self.positions = nn.Parameter(torch.empty(self.side, self.side, config.vision_hidden_size))
@@ -63,7 +63,7 @@ def _block_config(config: QVLConfig) -> Qwen3VLVisionConfig:
 class QVLVisionBlock(stock.Qwen3VLVisionBlock):
     """The stock vision block with QVL's epsilon and its config."""
 
-    def __init__(self, config: QVLConfig):
+    def __init__(self, config: QVLConfig) -> None:
         super().__init__(_block_config(config))
         self.attn.config = config
         self.norm1.eps = self.norm2.eps = config.layer_norm_eps
@@ -75,7 +75,7 @@ class QVLVisionModel(QVLPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
 
-    def __init__(self, config: QVLConfig):
+    def __init__(self, config: QVLConfig) -> None:
         super().__init__(config)
         self.patch_embed = QVLPatchEmbed(config)
         self.position_embed = QVLVisionPositions(config)

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from qvl_model.training.config import ConfigError
 
@@ -59,7 +60,7 @@ def locked(directory: Path) -> Iterator[None]:
 class RunRecord:
     """What the curve of a run depends on, kept in run.json: a run is only resumed with the same."""
 
-    def __init__(self, config: dict, fingerprints: dict[str, str], ranks: int):
+    def __init__(self, config: dict, fingerprints: dict[str, str], ranks: int) -> None:
         run = {key: value for key, value in config["run"].items() if key not in _FREE}
         data = {
             key: value for key, value in config["data"].items() if key not in ("train", "validation", "images")
@@ -94,7 +95,7 @@ class RunRecord:
             )
 
 
-def _differences(before: dict, now: dict, group: str = ""):
+def _differences(before: dict, now: dict, group: str = "") -> Iterator[tuple[str, Any, Any]]:
     for key in dict.fromkeys((*before, *now)):
         was, new = before.get(key), now.get(key)
         if isinstance(was, dict) and isinstance(new, dict):

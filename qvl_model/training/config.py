@@ -6,6 +6,7 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -29,16 +30,16 @@ class ConfigError(ValueError):
 
 
 def _key(
-    default,
+    default: Any,
     doc: str,
     *,
-    low=None,
-    above=None,
-    high=None,
-    one_of=None,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    one_of: tuple[str, ...] | None = None,
     path: bool = False,
     names: dict[str, Path] | None = None,
-):
+) -> Any:
     meta = dict(doc=doc, low=low, above=above, high=high, one_of=one_of, path=path, names=names or {})
     return dataclasses.field(default=default, metadata=meta)
 
@@ -207,7 +208,7 @@ def _refuse_unknown(values: dict, known: typing.Iterable[str], group: str) -> No
             raise ConfigError(f"unknown key {group}{key}; known are {', '.join(known)}")
 
 
-def _group(kind: type, values: object, name: str, folder: Path):
+def _group(kind: type, values: object, name: str, folder: Path) -> Any:
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -223,7 +224,7 @@ def _group(kind: type, values: object, name: str, folder: Path):
     return kind(**result)
 
 
-def _checked(name: str, value: object, field: dataclasses.Field, folder: Path):
+def _checked(name: str, value: object, field: dataclasses.Field, folder: Path) -> Any:
     options = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
     if value is None and types.NoneType in options:
         return None

@@ -58,7 +58,7 @@ class JsonlRows:
         images: folder of relative picture paths; default the folder of the file.
     """
 
-    def __init__(self, file: str | Path, images: str | Path | None = None):
+    def __init__(self, file: str | Path, images: str | Path | None = None) -> None:
         self.file = Path(file)
         self.folder = Path(images) if images is not None else self.file.parent
         self.lines: list[tuple[int, int]] = []  # (number, byte offset)
@@ -96,7 +96,7 @@ class DatasetRows:
     number.
     """
 
-    def __init__(self, dataset: Any, name: str = "dataset"):
+    def __init__(self, dataset: Any, name: str = "dataset") -> None:
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise DataError(
                 f"{name} is a {type(dataset).__name__}, which cannot be asked for row number i; save it to disk first"
@@ -141,7 +141,7 @@ class Rows(Dataset):
         *,
         columns: dict[str, str] | None = None,
         decode: bool = True,
-    ):
+    ) -> None:
         self.source, self.encoder, self.columns = source, encoder, columns
         self.skipped = Skipped(source.name, len(source))
         self.good: list[int] = []

@@ -30,7 +30,7 @@ class Encoder:
         >>> row = encoder(parse({"image": image, "question": "Which digit is this?", "answer": "7"}), [image])
     """
 
-    def __init__(self, processor: Any, max_length: int = 2048, max_images: int | None = None):
+    def __init__(self, processor: Any, max_length: int = 2048, max_images: int | None = None) -> None:
         if processor.chat_template is None:
             raise ValueError(
                 "the processor has no chat template; put its chat_template.jinja into the checkpoint directory"
@@ -174,7 +174,7 @@ def _joined(name: str, values: list[Tensor], dim: int) -> Tensor:
 class Collator:
     """``pad`` as the data_collator of a Trainer."""
 
-    def __init__(self, processor: Any):
+    def __init__(self, processor: Any) -> None:
         token = processor.tokenizer.pad_token_id
         self.pad_token_id = token if token is not None else processor.tokenizer.eos_token_id
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForImageTextToText, TrainingArguments
+from transformers import AutoModelForImageTextToText, TrainerControl, TrainerState, TrainingArguments
 
 import qvl_model
 from qvl_model import capacity
@@ -331,10 +331,10 @@ def _copy_processor(source: Path, target: Path) -> None:
 class _ProcessorCallback(transformers.TrainerCallback):
     """Puts the processor into every checkpoint, so that each can be used by itself."""
 
-    def __init__(self, source: Path):
+    def __init__(self, source: Path) -> None:
         self.source = source
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.process_index == 0:
             _copy_processor(self.source, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -37,7 +38,7 @@ class Trainer(transformers.Trainer):
     says that it is complete; and FSDP2 works on CPU ranks too.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True
 
@@ -85,12 +86,12 @@ class CapacityCallback(TrainerCallback):
         callbacks=[CapacityCallback("qwen3-vl-2b", every=100)])
     """
 
-    def __init__(self, spec: "capacity.Spec" = None, every: int = 500):
+    def __init__(self, spec: "capacity.Spec" = None, every: int = 500) -> None:
         if every < 1:
             raise ValueError(f"CapacityCallback: every must be at least 1 step, got {every}")
         self.spec, self.every, self.checks = spec, every, 0
 
-    def _verify(self, model: nn.Module, optimizer) -> None:
+    def _verify(self, model: nn.Module, optimizer: Any) -> None:
         if not isinstance(self.spec, capacity.CapacitySpec):
             inner = capacity.innermost(model)
             self.spec = capacity.CapacitySpec.of(self.spec if self.spec is not None else inner.config, type(inner))
@@ -102,10 +103,10 @@ class CapacityCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model=None,
-        optimizer=None,
-        **kwargs,
-    ):
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         self._verify(model, optimizer)
 
     def on_step_end(
@@ -113,10 +114,10 @@ class CapacityCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model=None,
-        optimizer=None,
-        **kwargs,
-    ):
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         if state.global_step % self.every == 0:
             self._verify(model, optimizer)
 
@@ -125,24 +126,33 @@ class CapacityCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model=None,
-        optimizer=None,
-        **kwargs,
-    ):
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         self._verify(model, optimizer)
 
 
 class LogCallback(TrainerCallback):
     """Writes losses into log.jsonl, one line each, flushed at once; a resumed run goes on where its checkpoint was."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if args.process_index == 0:
             truncate_log(self.directory, state.global_step)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if args.process_index != 0 or not logs or not ("loss" in logs or "eval_loss" in logs):
             return
         kept = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "eval_loss") if key in logs}

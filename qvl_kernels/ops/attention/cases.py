@@ -22,13 +22,13 @@ def _case(
     padding: bool = False,
     scale: float = 1.0,
 ) -> Case:
-    def tensor(shape, dtype, generator):
+    def tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
         if layout == "bhtd":  # a transposed view, as in a key/value cache
             b_, t_, h_, d_ = shape
             return random_tensor((b_, h_, t_ + 3, d_), dtype, generator, scale=scale)[:, :, 1 : 1 + t_].transpose(1, 2)
         return random_tensor(shape, dtype, generator, scale=scale)
 
-    def make(dtype, generator):
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
         if lengths is not None:
             n = sum(lengths)
             bounds = torch.tensor([0, *lengths]).cumsum(0).int()

@@ -69,8 +69,19 @@ def attention_cpu(
 
 
 def _sequence_backward(
-    q, k, v, out, lse, grad, grad_lse, visible_keys, mask, causal: bool, scale: float, mask_grad: bool
-):
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    visible_keys: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    mask_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of one batch [B, T, H, D], in fp32: dP = dO V^T, dS = P (dP - rowsum(dO O) + dlse), dQ = dS K, dK =
     dS^T Q.
     """
@@ -78,7 +89,7 @@ def _sequence_backward(
     keys, kv_heads = k.shape[1], k.shape[2]
     group = heads // kv_heads
 
-    def split(x):  # [B, T, H, D] -> [B, Hkv, G, T, D]
+    def split(x: torch.Tensor) -> torch.Tensor:  # [B, T, H, D] -> [B, Hkv, G, T, D]
         return x.float().reshape(batch, -1, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
 
     kf, vf = k.float().transpose(1, 2), v.float().transpose(1, 2)  # [B, Hkv, S, D]
@@ -132,8 +143,22 @@ def _sequence_backward(
 
 
 def attention_backward_cpu(
-    grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_counts, mask, causal, scale, dropout_p, seed, mask_grad
-):
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    key_counts: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    mask_grad: bool,
+) -> tuple[torch.Tensor, ...]:
     if cu_seqlens is None:
         visible = None
         if key_counts is not None:

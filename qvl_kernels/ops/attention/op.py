@@ -1,5 +1,7 @@
 """torch ops qvl::attention and its backward."""
 
+from typing import Any
+
 import torch
 
 from qvl_kernels.library import call, derivative_again, register
@@ -9,7 +11,18 @@ from qvl_kernels.ops.attention.reference import attention_reference, packed_atte
 __all__ = ["attention_backward_op", "attention_op"]
 
 
-def _attention_fake(q, k, v, cu_seqlens, key_counts, mask, causal, scale, dropout_p=0.0, seed=None):
+def _attention_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    key_counts: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     heads, queries = q.shape[-2], q.shape[-3]
     lse_shape = (heads, queries) if cu_seqlens is not None else (q.shape[0], heads, queries)
     return (
@@ -19,19 +32,33 @@ def _attention_fake(q, k, v, cu_seqlens, key_counts, mask, causal, scale, dropou
 
 
 def _attention_backward_fake(
-    grad, grad_lse, q, k, v, out, lse, cu_seqlens, key_counts, mask, causal, scale, dropout_p, seed, mask_grad
-):
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    key_counts: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    mask_grad: bool,
+) -> tuple[torch.Tensor, ...]:
     shapes = (q.shape, k.shape, v.shape, mask.shape if mask_grad else (0,))
     return tuple(torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
 
 
-def _launch_attention_backward(*args):
+def _launch_attention_backward(*args: Any) -> Any:
     from qvl_kernels.ops.attention.triton_attention_backward import launch_attention_backward
 
     return launch_attention_backward(*args)
 
 
-def _launch_attention(*args):
+def _launch_attention(*args: Any) -> Any:
     from qvl_kernels.ops.attention.triton_attention import launch_attention
 
     return launch_attention(*args)
@@ -49,13 +76,13 @@ attention_backward_op = register(
 )
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
     q, k, v, cu_seqlens, key_counts, mask, ctx.causal, ctx.scale, ctx.dropout_p, seed = inputs
     ctx.save_for_backward(q, k, v, cu_seqlens, key_counts, mask, seed, *output)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, grad_lse):
+def _backward(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     q, k, v, cu_seqlens, key_counts, mask, seed, out, lse = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(out)
@@ -81,7 +108,9 @@ def _backward(ctx, grad, grad_lse):
     return dq, dk, dv, None, None, dmask if mask_grad else None, None, None, None, None
 
 
-def _backward_again(ctx, grad, grad_lse):
+def _backward_again(
+    ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
     q, k, v, cu_seqlens, key_counts, mask, *_ = ctx.saved_tensors
     if ctx.dropout_p > 0.0:  # the reference draws other numbers
         return _backward(ctx, grad, grad_lse)
@@ -99,7 +128,9 @@ def _backward_again(ctx, grad, grad_lse):
         seen = masked if seen is None else seen & masked
     differentiable_mask = (mask,) if mask is not None and mask.requires_grad else ()
 
-    def function(q, k, v, *masks):
+    def function(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *masks: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return attention_reference(q, k, v, key_padding_mask=seen, mask=masks[0] if masks else mask, **options)
 
     dq, dk, dv, *dmask = derivative_again(function, (*inputs, *differentiable_mask), (grad, grad_lse))

@@ -452,7 +452,18 @@ def _attention_kernel(
 class Layout:
     """What the forward and the backward kernels are told about a call, besides their own tensors."""
 
-    def __init__(self, q, k, cu_seqlens, key_counts, mask, causal: bool, scale: float, dropout_p: float, seed) -> None:
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        key_counts: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        causal: bool,
+        scale: float,
+        dropout_p: float,
+        seed: torch.Tensor | None,
+    ) -> None:
         self.packed = cu_seqlens is not None
         self.batch = 1 if self.packed else q.shape[0]
         self.queries, self.heads, self.head_dim = q.shape[-3:]

@@ -6,9 +6,19 @@ __all__ = ["CASES"]
 
 
 def _case(
-    name: str, b: int, t: int, s: int, h: int, hkv: int, d: int, *, lens=None, padding=False, model=False
+    name: str,
+    b: int,
+    t: int,
+    s: int,
+    h: int,
+    hkv: int,
+    d: int,
+    *,
+    lens: list[int] | None = None,
+    padding: bool = False,
+    model: bool = False,
 ) -> Case:
-    def make(dtype, generator):
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
         arguments = {
             "q": random_tensor((b, t, h, d), dtype, generator),
             "k": random_tensor((b, s, hkv, d), dtype, generator),

@@ -6,9 +6,20 @@ __all__ = ["CASES"]
 
 
 def _case(
-    name: str, b: int, t: int, s: int, h: int, hkv: int, d: int, lengths, *, masked=False, int8=False, model=False
+    name: str,
+    b: int,
+    t: int,
+    s: int,
+    h: int,
+    hkv: int,
+    d: int,
+    lengths: int | list[int],
+    *,
+    masked: bool = False,
+    int8: bool = False,
+    model: bool = False,
 ) -> Case:
-    def make(dtype, generator):
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
         arguments = {
             "q": random_tensor((b, t, h, d), dtype, generator),
             "k_cache": random_tensor((b, hkv, s, d), dtype, generator),

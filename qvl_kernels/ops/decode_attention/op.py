@@ -1,5 +1,7 @@
 """torch op qvl::decode_attention; inference only."""
 
+from typing import Any
+
 import torch
 
 from qvl_kernels.library import register
@@ -8,7 +10,7 @@ from qvl_kernels.ops.decode_attention.cpu import decode_attention_cpu
 __all__ = ["decode_attention_op"]
 
 
-def _launch_decode_attention(*args):
+def _launch_decode_attention(*args: Any) -> Any:
     from qvl_kernels.ops.decode_attention.triton_decode import launch_decode_attention
 
     return launch_decode_attention(*args)

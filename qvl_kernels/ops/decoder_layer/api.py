@@ -97,7 +97,15 @@ def check_type(weights: object) -> None:
 
 
 def check_call(
-    x, weights: DecoderWeights, cos, sin, k_cache, v_cache, past: int, mask, num_heads: int
+    x: torch.Tensor,
+    weights: DecoderWeights,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    past: int,
+    mask: torch.Tensor | None,
+    num_heads: int,
 ) -> tuple[int, torch.Tensor | None]:
     """``past`` and the part of the mask that counts, once all arguments are known to fit together; weights as for
     ``check_weights``.

@@ -23,11 +23,11 @@ def _case(
 ) -> Case:
     capacity = past + t + 5
 
-    def make(dtype, generator):
-        def w(n, k):
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
+        def w(n: int, k: int) -> torch.Tensor:
             return random_tensor((n, k), dtype, generator, scale=k**-0.5)
 
-        def norm(n):
+        def norm(n: int) -> torch.Tensor:
             return 1.0 + 0.1 * random_tensor((n,), dtype, generator)
 
         weights = DecoderWeights(

@@ -2,15 +2,34 @@
 make that faster.
 """
 
+from collections.abc import Sequence
+
+import torch
+
 from qvl_kernels.library import call
 from qvl_kernels.ops.attention.op import attention_op
 from qvl_kernels.ops.decoder_layer.parts import add_product, gated, normed_products
 from qvl_kernels.ops.rope.op import qk_norm_rope_to_cache_op
+from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["compose_decoder_layer"]
 
 
-def compose_decoder_layer(x, norms, weights, biases, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale):
+def compose_decoder_layer(
+    x: torch.Tensor,
+    norms: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor | QuantizedWeight],
+    biases: Sequence[torch.Tensor | None],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    past: int,
+    mask: torch.Tensor | None,
+    num_heads: int,
+    eps: float,
+    scale: float,
+) -> torch.Tensor:
     """As ``decoder_layer``; each of the weights may be a QuantizedWeight."""
     batch, time, _ = x.shape
     kv_heads, head_dim, end = k_cache.shape[1], k_cache.shape[3], past + time

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -8,11 +9,21 @@ from qvl_kernels.ops.attention.cpu import mask_arguments
 from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.linear.onednn import use_onednn
 from qvl_kernels.ops.linear.weights import extension_weight, out_features
+from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["decoder_layer_cpu", "extension_cache", "extension_layer", "run_extension_layers", "run_to_last"]
 
 
-def extension_layer(norms, weights, biases, num_heads: int, kv_heads: int, head_dim: int, eps: float, scale: float):
+def extension_layer(
+    norms: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor | QuantizedWeight],
+    biases: Sequence[torch.Tensor | None],
+    num_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    eps: float,
+    scale: float,
+) -> Any:
     """A layer as the extension takes it; the tensors must outlive it. norms: input, q, k, post; weights: q, k, v, o,
     gate, up, down; biases of the first four.
     """
@@ -31,7 +42,7 @@ def extension_layer(norms, weights, biases, num_heads: int, kv_heads: int, head_
     )
 
 
-def extension_cache(k_cache: torch.Tensor, v_cache: torch.Tensor):
+def extension_cache(k_cache: torch.Tensor, v_cache: torch.Tensor) -> Any:
     """Caches [B, Hkv, S_cap, D] as the extension takes them; the tensors must outlive it."""
     return dispatch.extension().LayerCache(
         k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride()[:3], v_cache.stride()[:3]
@@ -96,7 +107,21 @@ def _run(layers, x, outs, cos, sin, caches, past, mask, num_heads) -> None:
     )
 
 
-def decoder_layer_cpu(x, norms, weights, biases, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale):
+def decoder_layer_cpu(
+    x: torch.Tensor,
+    norms: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    past: int,
+    mask: torch.Tensor | None,
+    num_heads: int,
+    eps: float,
+    scale: float,
+) -> torch.Tensor:
     if use_onednn(x, x.shape[0] * x.shape[1], *weights):
         return compose_decoder_layer(
             x, norms, weights, biases, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale

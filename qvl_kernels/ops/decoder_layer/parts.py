@@ -51,7 +51,14 @@ def _few(x: torch.Tensor) -> bool:
     return on_gpu and few_rows(x)
 
 
-def _gemv(x, weight, bias, norm, eps, residual):
+def _gemv(
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    norm: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
     if isinstance(weight, QuantizedWeight):
         return call(quantized_gemv_op, x, weight.values, weight.scales, bias, norm, eps, residual)
     return call(gemv_op, x, weight, bias, norm, eps, residual)

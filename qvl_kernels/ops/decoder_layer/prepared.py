@@ -3,6 +3,7 @@ layers.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -166,7 +167,7 @@ class PreparedDecoderLayer:
             [layer._extension() for layer in layers], x, cos, sin, memories, past, mask, layers[0].num_heads
         )
 
-    def _extension(self):
+    def _extension(self) -> Any:
         """The layer as the extension takes it."""
         if self._extension_layer is None:
             self._extension_layer = extension_layer(
@@ -178,13 +179,31 @@ class PreparedDecoderLayer:
         """Whether the extension computes the layer for so many rows in one call."""
         return self._plain and rows < self.ROWS
 
-    def _composed(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
+    def _composed(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        past: int,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
         """The layer from single ops, of arguments that are known to fit together."""
         return compose_decoder_layer(
             x, *self.weights.groups(), cos, sin, k_cache, v_cache, past, mask, self.num_heads, self.eps, self.scale
         )
 
-    def _in_ops(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
+    def _in_ops(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        past: int,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
         """The layer of arguments that are not plain; refuses what does not fit together."""
         return decoder_layer(
             x,
@@ -238,7 +257,15 @@ def _checked(name: str, items: object, kind: type) -> list:
     return list(items)
 
 
-def _is_plain(layers, x, cos, sin, caches, past, mask) -> bool:
+def _is_plain(
+    layers: Sequence[PreparedDecoderLayer],
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    caches: Sequence[PreparedCache],
+    past: int,
+    mask: torch.Tensor | None,
+) -> bool:
     """Whether the extension, or on a GPU the kernels one by one, may be called as things are; whatever is odd, errors
     included, is left to ``decoder_layer``.
     """

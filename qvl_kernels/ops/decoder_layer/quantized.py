@@ -39,7 +39,16 @@ class QuantizedDecoderLayer(PreparedDecoderLayer):
     def _one_call(self, rows: int) -> bool:
         return self._plain and self._one_format
 
-    def _in_ops(self, x, cos, sin, k_cache, v_cache, past, mask) -> torch.Tensor:
+    def _in_ops(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        past: int,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
         past, mask = check_call(x, self._shapes(self.weights), cos, sin, k_cache, v_cache, past, mask, self.num_heads)
         quantised = [weight for weight in self.weights if isinstance(weight, QuantizedWeight)]
         checks.check_no_gradient(OP, NO_BACKWARD, *(weight.scales for weight in quantised))

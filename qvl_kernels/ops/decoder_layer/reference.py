@@ -1,3 +1,7 @@
+from typing import Any
+
+import torch
+
 from qvl_kernels.ops.attention.reference import attention_reference
 from qvl_kernels.ops.linear.reference import linear_reference
 from qvl_kernels.ops.rms_norm.reference import rms_norm_reference
@@ -8,8 +12,18 @@ __all__ = ["decoder_layer_reference"]
 
 
 def decoder_layer_reference(
-    x, w, cos, sin, k_cache, v_cache, past: int, mask, num_heads: int, eps: float, scale: float
-):
+    x: torch.Tensor,
+    w: Any,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    past: int,
+    mask: torch.Tensor | None,
+    num_heads: int,
+    eps: float,
+    scale: float,
+) -> torch.Tensor:
     batch, time, _ = x.shape
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     normed = rms_norm_reference(x, w.input_norm, eps)

@@ -1,10 +1,12 @@
+import torch
+
 from qvl_kernels.testing import Case, random_tensor
 
 __all__ = ["CASES"]
 
 
-def _case(name: str, shape: tuple[int, ...], *, scale=1.0, bias=False, model=False) -> Case:
-    def make(dtype, generator):
+def _case(name: str, shape: tuple[int, ...], *, scale: float = 1.0, bias: bool = False, model: bool = False) -> Case:
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
         return {
             "x": random_tensor(shape, dtype, generator, scale=scale),
             "bias": random_tensor(shape[-1:], dtype, generator) if bias else None,

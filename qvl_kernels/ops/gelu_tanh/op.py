@@ -1,5 +1,7 @@
 """torch ops qvl::gelu_tanh and its backward."""
 
+from typing import Any
+
 import torch
 
 from qvl_kernels.library import call, derivative_again, register
@@ -13,13 +15,13 @@ def _like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _launch_gelu_tanh_backward(*args):
+def _launch_gelu_tanh_backward(*args: Any) -> Any:
     from qvl_kernels.ops.gelu_tanh.triton_gelu_tanh import launch_gelu_tanh_backward
 
     return launch_gelu_tanh_backward(*args)
 
 
-def _launch_gelu_tanh(*args):
+def _launch_gelu_tanh(*args: Any) -> Any:
     from qvl_kernels.ops.gelu_tanh.triton_gelu_tanh import launch_gelu_tanh
 
     return launch_gelu_tanh(*args)
@@ -33,18 +35,18 @@ gelu_tanh_backward_op = register(
 )
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, bias = ctx.saved_tensors
     dx = call(gelu_tanh_backward_op, grad, x, bias)
     db = None if bias is None else dx.reshape(-1, x.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)
     return dx, db
 
 
-def _backward_again(ctx, grad):
+def _backward_again(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, bias = ctx.saved_tensors
     if bias is None:
         return *derivative_again(lambda x: gelu_tanh_reference(x, None), (x,), (grad,)), None

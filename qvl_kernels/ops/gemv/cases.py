@@ -1,5 +1,7 @@
 """Arguments of the matrix-vector ops, for tests and for compiling them at the shapes of Qwen3-VL-2B (``model``)."""
 
+from collections.abc import Callable
+
 import torch
 
 from qvl_kernels.ops.gemv.op import gemv_op, gemv_swiglu_op, quantized_gemv_op, quantized_gemv_swiglu_op
@@ -11,7 +13,7 @@ __all__ = ["CASES", "op_of"]
 EPS = 1e-6
 
 
-def op_of(arguments: dict):
+def op_of(arguments: dict) -> Callable:
     """The op whose schema has these arguments."""
     quantized, pair = (
         "values" in arguments or "gate_values" in arguments,
@@ -46,7 +48,7 @@ def _case(
         wider[:, strided:] = x
         return wider[:, strided:]
 
-    def make(dtype, generator):
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
         def weight(prefix: str) -> dict:
             w = random_tensor((n, k), torch.float32 if bits else dtype, generator, scale=max(1, k) ** -0.5)
             if not bits:

@@ -55,7 +55,15 @@ def launch_quantized_gemv_swiglu(
     return _gemv(x, (gate_values, gate_scales), (up_values, up_scales), None, norm_weight, eps, None)
 
 
-def _gemv(x, weight, up, bias, norm_weight, eps: float, residual) -> torch.Tensor:
+def _gemv(
+    x: torch.Tensor,
+    weight: tuple[torch.Tensor, torch.Tensor | None],
+    up: tuple[torch.Tensor, torch.Tensor | None] | None,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
     """``weight`` and ``up`` are (values, scales or None); absent tensors are replaced by x, which the kernels then do
     not read.
     """

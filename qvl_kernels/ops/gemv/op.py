@@ -2,6 +2,8 @@
 are [N, K].
 """
 
+from typing import Any
+
 import torch
 
 from qvl_kernels.library import register
@@ -10,29 +12,29 @@ from qvl_kernels.ops.gemv import reference
 __all__ = ["gemv_op", "gemv_swiglu_op", "quantized_gemv_op", "quantized_gemv_swiglu_op"]
 
 
-def _fake(x: torch.Tensor, weight: torch.Tensor, *_) -> torch.Tensor:
+def _fake(x: torch.Tensor, weight: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
 
 
-def _launch_gemv(*args):
+def _launch_gemv(*args: Any) -> Any:
     from qvl_kernels.ops.gemv.launch import launch_gemv
 
     return launch_gemv(*args)
 
 
-def _launch_gemv_swiglu(*args):
+def _launch_gemv_swiglu(*args: Any) -> Any:
     from qvl_kernels.ops.gemv.launch import launch_gemv_swiglu
 
     return launch_gemv_swiglu(*args)
 
 
-def _launch_quantized_gemv(*args):
+def _launch_quantized_gemv(*args: Any) -> Any:
     from qvl_kernels.ops.gemv.launch import launch_quantized_gemv
 
     return launch_quantized_gemv(*args)
 
 
-def _launch_quantized_gemv_swiglu(*args):
+def _launch_quantized_gemv_swiglu(*args: Any) -> Any:
     from qvl_kernels.ops.gemv.launch import launch_quantized_gemv_swiglu
 
     return launch_quantized_gemv_swiglu(*args)

@@ -1,3 +1,5 @@
+import torch
+
 from qvl_kernels.ops.rms_norm.cases import ADD_CASES as RMS_ADD_CASES
 from qvl_kernels.ops.rms_norm.cases import CASES as RMS_CASES
 from qvl_kernels.testing import Case, random_tensor
@@ -6,7 +8,7 @@ __all__ = ["ADD_CASES", "CASES"]
 
 
 def _with_bias(case: Case) -> Case:
-    def make(dtype, generator):
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
         arguments = case.make(dtype, generator)
         return {**arguments, "bias": random_tensor(tuple(arguments["weight"].shape), dtype, generator)}
 

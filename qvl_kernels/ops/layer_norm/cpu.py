@@ -10,7 +10,9 @@ def layer_norm_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, ep
     return add_layer_norm_cpu(x, None, weight, bias, eps)[0]
 
 
-def add_layer_norm_cpu(x, residual, weight, bias, eps):
+def add_layer_norm_cpu(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     residual_rows = None if residual is None else residual.reshape(x.shape[:-1].numel(), x.shape[-1])
     y = torch.empty(x.shape, dtype=x.dtype)

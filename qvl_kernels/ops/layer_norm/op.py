@@ -1,5 +1,7 @@
 """torch ops qvl::layer_norm, qvl::add_layer_norm and their backward."""
 
+from typing import Any
+
 import torch
 
 from qvl_kernels.library import call, derivative_again, register
@@ -13,19 +15,19 @@ def _like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _launch_layer_norm_backward(*args):
+def _launch_layer_norm_backward(*args: Any) -> Any:
     from qvl_kernels.ops.layer_norm.triton_layer_norm import launch_layer_norm_backward
 
     return launch_layer_norm_backward(*args)
 
 
-def _launch_layer_norm(*args):
+def _launch_layer_norm(*args: Any) -> Any:
     from qvl_kernels.ops.layer_norm.triton_layer_norm import launch_layer_norm
 
     return launch_layer_norm(*args)
 
 
-def _launch_add_layer_norm(*args):
+def _launch_add_layer_norm(*args: Any) -> Any:
     from qvl_kernels.ops.layer_norm.triton_layer_norm import launch_add_layer_norm
 
     return launch_add_layer_norm(*args)
@@ -39,16 +41,16 @@ layer_norm_backward_op = register(
 )
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     x, weight, _, ctx.eps = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return *call(layer_norm_backward_op, grad, None, *ctx.saved_tensors, ctx.eps), None
 
 
-def _again(ctx, grad, grad_total) -> tuple:
+def _again(ctx: Any, grad: torch.Tensor, grad_total: torch.Tensor | None) -> tuple:
     """Gradients of x, weight and bias, as functions of x and weight: the bias is only added, its value does
     not count.
     """
@@ -61,21 +63,21 @@ def _again(ctx, grad, grad_total) -> tuple:
     )
 
 
-def _backward_again(ctx, grad):
+def _backward_again(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return *_again(ctx, grad, None), None
 
 
-def _add_setup(ctx, inputs, output) -> None:
+def _add_setup(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
     _, _, weight, _, ctx.eps = inputs
     ctx.save_for_backward(output[1], weight)
 
 
-def _add_backward(ctx, grad_y, grad_total):
+def _add_backward(ctx: Any, grad_y: torch.Tensor, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     dx, dw, db = call(layer_norm_backward_op, grad_y, grad_total, *ctx.saved_tensors, ctx.eps)
     return dx, dx, dw, db, None
 
 
-def _add_backward_again(ctx, grad_y, grad_total):
+def _add_backward_again(ctx: Any, grad_y: torch.Tensor, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     dx, dw, db = _again(ctx, grad_y, grad_total)
     return dx, dx, dw, db, None
 

@@ -1,10 +1,12 @@
+import torch
+
 from qvl_kernels.testing import Case, random_tensor
 
 __all__ = ["CASES"]
 
 
 def _case(name: str, m: int, n: int, k: int, *, bias: bool = False, model: bool = False, strided: bool = False) -> Case:
-    def make(dtype, generator):
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
         x = random_tensor((m, k + 5 if strided else k), dtype, generator)
         weight = random_tensor((n, k + 3 if strided else k), dtype, generator, scale=k**-0.5 if k else 1.0)
         if strided:

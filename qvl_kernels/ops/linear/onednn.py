@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -36,7 +37,7 @@ def onednn_is_faster() -> bool:
     )
 
 
-def _best_time(function) -> float:
+def _best_time(function: Callable[[], object]) -> float:
     times = []
     for _ in range(4):
         start = time.perf_counter()

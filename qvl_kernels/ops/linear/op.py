@@ -1,5 +1,7 @@
 """torch op qvl::linear; its backward is PyTorch's own products."""
 
+from typing import Any
+
 import torch
 
 from qvl_kernels.library import register
@@ -8,13 +10,13 @@ from qvl_kernels.ops.linear.cpu import linear_cpu
 __all__ = ["linear_op"]
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     x, weight, bias = inputs
     ctx.save_for_backward(x, weight)
     ctx.has_bias = bias is not None
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     dx = dw = db = None
     count = x.shape[:-1].numel()
@@ -28,7 +30,7 @@ def _backward(ctx, grad):
     return dx, dw, db
 
 
-def _launch_linear(*args):
+def _launch_linear(*args: Any) -> Any:
     from qvl_kernels.ops.linear.triton_linear import launch_linear
 
     return launch_linear(*args)

@@ -1,5 +1,7 @@
 """Weights of any format as the extension takes them."""
 
+from typing import Any
+
 import torch
 
 from qvl_kernels import dispatch, quantization
@@ -10,7 +12,7 @@ __all__ = ["extension_weight", "out_features", "stand_in", "tensors_of", "unsupp
 STORED, INT8, INT4 = range(3)  # as csrc/cpu/kernel_table.h
 
 
-def extension_weight(weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None):
+def extension_weight(weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None) -> Any:
     """Pointers and layout of a checked weight; the tensors must outlive it."""
     bias_pointer = 0 if bias is None else bias.data_ptr()
     if isinstance(weight, torch.Tensor):

@@ -5,8 +5,18 @@ from qvl_kernels.testing import Case, random_tensor
 __all__ = ["CASES"]
 
 
-def _case(name: str, m: int, v: int, c: int, *, ignored=0, smoothing=0.0, reduction="mean", model=False) -> Case:
-    def make(dtype, generator):
+def _case(
+    name: str,
+    m: int,
+    v: int,
+    c: int,
+    *,
+    ignored: int = 0,
+    smoothing: float = 0.0,
+    reduction: str = "mean",
+    model: bool = False,
+) -> Case:
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
         labels = torch.randint(0, v, (m,), generator=generator)
         labels[:ignored] = -100
         return {

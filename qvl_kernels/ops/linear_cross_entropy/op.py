@@ -5,6 +5,8 @@ sums [2, M]: the largest logit of each row, and the logarithm of the sum of exp(
 would lose the digits of the second beside a huge first.
 """
 
+from typing import Any
+
 import torch
 
 from qvl_kernels.library import call, derivative_again, register
@@ -24,54 +26,74 @@ def _gradients(
     )
 
 
-def _rows_fake(hidden, weight, labels, ignore_index, label_smoothing):
+def _rows_fake(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, label_smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     options = {"dtype": torch.float32, "device": hidden.device}
     return torch.empty((hidden.shape[0],), **options), torch.empty((2, hidden.shape[0]), **options)
 
 
 def _rows_backward_fake(
-    grad, sums, hidden, weight, labels, ignore_index, label_smoothing, hidden_wanted, weight_wanted
-):
+    grad: torch.Tensor,
+    sums: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    hidden_wanted: bool,
+    weight_wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     return _gradients(hidden, weight, hidden_wanted, weight_wanted)
 
 
-def _sum_fake(hidden, weight, labels, ignore_index, label_smoothing, hidden_wanted, weight_wanted):
+def _sum_fake(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    hidden_wanted: bool,
+    weight_wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     loss = torch.empty((), dtype=torch.float32, device=hidden.device)
     return loss, *_gradients(hidden, weight, hidden_wanted, weight_wanted)
 
 
-def _rows_setup(ctx, inputs, output) -> None:
+def _rows_setup(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
     hidden, weight, labels, ctx.ignore_index, ctx.label_smoothing = inputs
     ctx.save_for_backward(output[1], hidden, weight, labels)
     ctx.mark_non_differentiable(output[1])
 
 
-def _rows_backward(ctx, grad, _):
+def _rows_backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     wanted = ctx.needs_input_grad[:2]
     gradients = call(loss_rows_backward_op, grad, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing, *wanted)
     return *(x if needed else None for x, needed in zip(gradients, wanted)), None, None, None
 
 
-def _rows_backward_again(ctx, grad, _):
+def _rows_backward_again(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Over all logits at once: a second derivative needs them."""
     _, hidden, weight, labels = ctx.saved_tensors
     return *_gradients_again(ctx, hidden, weight, labels, "none", grad), None, None, None
 
 
-def _gradients_again(ctx, hidden, weight, labels, reduction: str, grad: torch.Tensor) -> list[torch.Tensor | None]:
-    def function(hidden, weight):
+def _gradients_again(
+    ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, reduction: str, grad: torch.Tensor
+) -> list[torch.Tensor | None]:
+    def function(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return linear_cross_entropy_reference(hidden, weight, labels, ctx.ignore_index, ctx.label_smoothing, reduction)
 
     return derivative_again(function, (hidden, weight), (grad,))
 
 
-def _sum_setup(ctx, inputs, output) -> None:
+def _sum_setup(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:3], *output[1:])
     ctx.ignore_index, ctx.label_smoothing = inputs[3:5]
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _sum_backward(ctx, grad, *_):
+def _sum_backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     _, _, labels, *unscaled = ctx.saved_tensors
     # With no row counted the mean is 0 / 0, its gradient infinite; times nothing it is nothing, as in PyTorch.
     factor = torch.where((labels != ctx.ignore_index).any(), grad, 0.0)
@@ -79,7 +101,7 @@ def _sum_backward(ctx, grad, *_):
     return *gradients, None, None, None, None, None
 
 
-def _sum_backward_again(ctx, grad, *_):
+def _sum_backward_again(ctx: Any, grad: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return *_gradients_again(ctx, *ctx.saved_tensors[:3], "sum", grad), None, None, None, None, None
 
 
@@ -92,19 +114,19 @@ def _scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return torch.mul(x, factor.reshape(1, 1), out=x if in_place else torch.empty_like(x))
 
 
-def _launch_loss_rows_backward(*args):
+def _launch_loss_rows_backward(*args: Any) -> Any:
     from qvl_kernels.ops.linear_cross_entropy.triton_linear_cross_entropy import launch_loss_rows_backward
 
     return launch_loss_rows_backward(*args)
 
 
-def _launch_loss_rows(*args):
+def _launch_loss_rows(*args: Any) -> Any:
     from qvl_kernels.ops.linear_cross_entropy.triton_linear_cross_entropy import launch_loss_rows
 
     return launch_loss_rows(*args)
 
 
-def _launch_loss_sum(*args):
+def _launch_loss_sum(*args: Any) -> Any:
     from qvl_kernels.ops.linear_cross_entropy.triton_linear_cross_entropy import launch_loss_sum
 
     return launch_loss_sum(*args)

@@ -90,7 +90,15 @@ class _Logits:
     """hidden weight^T, block by block, turned into losses or their gradient in place."""
 
     def __init__(
-        self, hidden, weight, labels, ignore_index: int, label_smoothing: float, sums, losses=None, scales=None
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        ignore_index: int,
+        label_smoothing: float,
+        sums: torch.Tensor,
+        losses: torch.Tensor | None = None,
+        scales: torch.Tensor | None = None,
     ) -> None:
         self.hidden, self.weight, self.labels, self.sums, self.losses, self.scales = (
             hidden,

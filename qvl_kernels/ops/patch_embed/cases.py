@@ -1,13 +1,17 @@
+import torch
+
 from qvl_kernels.testing import Case, random_tensor
 
 __all__ = ["CASES"]
 
 
-def _case(name: str, n: int, e: int, kernel: tuple[int, int, int, int], *, bias=True, model=False) -> Case:
+def _case(
+    name: str, n: int, e: int, kernel: tuple[int, int, int, int], *, bias: bool = True, model: bool = False
+) -> Case:
     c, t, h, w = kernel
     k = c * t * h * w
 
-    def make(dtype, generator):
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
         return {
             "pixels": random_tensor((n, k), dtype, generator),
             "weight": random_tensor((e, *kernel), dtype, generator, scale=k**-0.5),

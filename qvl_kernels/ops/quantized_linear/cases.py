@@ -28,7 +28,7 @@ def _case(
     strided: bool = False,
     model: bool = False,
 ) -> Case:
-    def make(dtype, generator):
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
         x = _exact_in_int8(m, k, 5 if strided else 0, dtype, generator)
         weight = quantize(random_tensor((n, k), torch.float32, generator, scale=k**-0.5), bits, group)
         if strided:

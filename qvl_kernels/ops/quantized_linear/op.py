@@ -1,5 +1,7 @@
 """torch op qvl::quantized_linear; its weight is a constant, so the backward gives gradients of x and bias only."""
 
+from typing import Any
+
 import torch
 
 from qvl_kernels.library import register
@@ -9,14 +11,14 @@ from qvl_kernels.quantization import QuantizedWeight, dequantize
 __all__ = ["quantized_linear_op"]
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     _, values, scales, bias = inputs
     ctx.save_for_backward(values, scales)
     ctx.size = inputs[0].shape[-1]
     ctx.has_bias = bias is not None
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     dx = db = None
     if ctx.needs_input_grad[0]:
         dx = grad @ dequantize(QuantizedWeight(*ctx.saved_tensors, ctx.size), grad.dtype)
@@ -25,7 +27,7 @@ def _backward(ctx, grad):
     return dx, None, None, db
 
 
-def _launch_quantized_linear(*args):
+def _launch_quantized_linear(*args: Any) -> Any:
     from qvl_kernels.ops.quantized_linear.triton_quantized import launch_quantized_linear
 
     return launch_quantized_linear(*args)

@@ -1,10 +1,12 @@
+import torch
+
 from qvl_kernels.testing import Case, random_tensor
 
 __all__ = ["ADD_CASES", "CASES"]
 
 
 def _case(name: str, shape: tuple[int, ...], *, model: bool = False, strided: bool = False, scale: float = 1.0) -> Case:
-    def make(dtype, generator):
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
         x = random_tensor(shape, dtype, generator, scale=scale)
         if strided:  # rows of a wider buffer, misaligned
             wide = random_tensor((*shape[:-1], shape[-1] + 7), dtype, generator, scale=scale)
@@ -18,7 +20,7 @@ def _case(name: str, shape: tuple[int, ...], *, model: bool = False, strided: bo
 
 
 def _with_residual(case: Case) -> Case:
-    def make(dtype, generator):
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
         arguments = case.make(dtype, generator)
         return {**arguments, "residual": random_tensor(tuple(arguments["x"].shape), dtype, generator)}
 

@@ -1,5 +1,7 @@
 """torch ops qvl::rms_norm, qvl::add_rms_norm and their backward."""
 
+from typing import Any
+
 import torch
 
 from qvl_kernels.library import call, derivative_again, register
@@ -13,19 +15,19 @@ def _like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _launch_rms_norm_backward(*args):
+def _launch_rms_norm_backward(*args: Any) -> Any:
     from qvl_kernels.ops.rms_norm.triton_rms_norm import launch_rms_norm_backward
 
     return launch_rms_norm_backward(*args)
 
 
-def _launch_rms_norm(*args):
+def _launch_rms_norm(*args: Any) -> Any:
     from qvl_kernels.ops.rms_norm.triton_rms_norm import launch_rms_norm
 
     return launch_rms_norm(*args)
 
 
-def _launch_add_rms_norm(*args):
+def _launch_add_rms_norm(*args: Any) -> Any:
     from qvl_kernels.ops.rms_norm.triton_rms_norm import launch_add_rms_norm
 
     return launch_add_rms_norm(*args)
@@ -39,30 +41,30 @@ rms_norm_backward_op = register(
 )
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     x, weight, ctx.eps = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return *call(rms_norm_backward_op, grad, None, *ctx.saved_tensors, ctx.eps), None
 
 
-def _backward_again(ctx, grad):
+def _backward_again(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return *derivative_again(lambda x, weight: rms_norm_reference(x, weight, ctx.eps), ctx.saved_tensors, (grad,)), None
 
 
-def _add_setup(ctx, inputs, output) -> None:
+def _add_setup(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
     _, _, weight, ctx.eps = inputs
     ctx.save_for_backward(output[1], weight)
 
 
-def _add_backward(ctx, grad_y, grad_total):
+def _add_backward(ctx: Any, grad_y: torch.Tensor, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     dx, dw = call(rms_norm_backward_op, grad_y, grad_total, *ctx.saved_tensors, ctx.eps)
     return dx, dx, dw, None
 
 
-def _add_backward_again(ctx, grad_y, grad_total):
+def _add_backward_again(ctx: Any, grad_y: torch.Tensor, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     dx, dw = derivative_again(
         lambda x, weight: (rms_norm_reference(x, weight, ctx.eps), x), ctx.saved_tensors, (grad_y, grad_total)
     )

@@ -11,8 +11,10 @@ def _tables(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
     return {"cos": angles.cos().to(dtype), "sin": angles.sin().to(dtype)}
 
 
-def _case(name: str, b: int, t: int, h: int, hkv: int, d: int, *, tables: int = 1, strided=False, model=False) -> Case:
-    def make(dtype, generator):
+def _case(
+    name: str, b: int, t: int, h: int, hkv: int, d: int, *, tables: int = 1, strided: bool = False, model: bool = False
+) -> Case:
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
         if strided:  # slices of a fused qkv projection
             qkv = random_tensor((b, t, (h + hkv) * d + 3), dtype, generator)
             q, k = qkv[..., 1 : 1 + h * d].view(b, t, h, d), qkv[..., 1 + h * d : 1 + (h + hkv) * d].view(b, t, hkv, d)
@@ -30,8 +32,8 @@ def _case(name: str, b: int, t: int, h: int, hkv: int, d: int, *, tables: int = 
     return Case(name, make, flops=10.0 * elements, bytes=lambda size: 2.0 * elements * size, model=model)
 
 
-def _vision_case(name: str, n: int, h: int, d: int, *, strided=False, model=False) -> Case:
-    def make(dtype, generator):
+def _vision_case(name: str, n: int, h: int, d: int, *, strided: bool = False, model: bool = False) -> Case:
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
         if strided:
             qkv = random_tensor((n, 3, h, d), dtype, generator)
             q, k = qkv[:, 0], qkv[:, 1]

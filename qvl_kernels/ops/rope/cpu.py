@@ -26,11 +26,21 @@ def _table_strides(x: torch.Tensor) -> list[int]:
     return [x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)]
 
 
-def vision_rope_cpu(q, k, cos, sin):
+def vision_rope_cpu(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     return qk_norm_rope_cpu(q, k, None, None, cos, sin, 0.0)
 
 
-def qk_norm_rope_cpu(q, k, q_weight, k_weight, cos, sin, eps):
+def qk_norm_rope_cpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     q_out, k_out = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
     dispatch.extension().qk_norm_rope(
         q=q.data_ptr(),
@@ -59,7 +69,21 @@ def qk_norm_rope_cpu(q, k, q_weight, k_weight, cos, sin, eps):
     return q_out, k_out
 
 
-def qk_norm_rope_to_cache_cpu(q, k, v, q_weight, k_weight, cos, sin, k_cache, v_cache, lengths, past, eps, table=None):
+def qk_norm_rope_to_cache_cpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor | None,
+    past: int,
+    eps: float,
+    table: torch.Tensor | None = None,
+) -> torch.Tensor:
     q, k = qk_norm_rope_cpu(q, k, q_weight, k_weight, cos, sin, eps)
     time, capacity = k.shape[1], k_cache.shape[2]
     if lengths is None and 0 <= past <= capacity - time:
@@ -81,12 +105,24 @@ def _rope_backward(grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     return g * cos - rotate_half(g * sin)
 
 
-def qk_norm_rope_backward_cpu(grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, eps):
+def qk_norm_rope_backward_cpu(
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dq, dqw = rms_norm_backward_cpu(_rope_backward(grad_q, cos, sin), None, q, q_weight, eps)
     dk, dkw = rms_norm_backward_cpu(_rope_backward(grad_k, cos, sin), None, k, k_weight, eps)
     return dq, dk, dqw, dkw
 
 
-def vision_rope_backward_cpu(grad_q, grad_k, cos, sin):
+def vision_rope_backward_cpu(
+    grad_q: torch.Tensor, grad_k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     dq, dk = (_rope_backward(grad, cos, sin).to(grad.dtype).contiguous() for grad in (grad_q, grad_k))
     return dq, dk

@@ -1,5 +1,7 @@
 """torch ops qvl::qk_norm_rope, qvl::vision_rope, their backward, and qvl::qk_norm_rope_to_cache for inference."""
 
+from typing import Any
+
 import torch
 
 from qvl_kernels.library import call, derivative_again, register
@@ -19,31 +21,31 @@ def _like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _launch_qk_norm_rope_backward(*args):
+def _launch_qk_norm_rope_backward(*args: Any) -> Any:
     from qvl_kernels.ops.rope.triton_rope import launch_qk_norm_rope_backward
 
     return launch_qk_norm_rope_backward(*args)
 
 
-def _launch_vision_rope_backward(*args):
+def _launch_vision_rope_backward(*args: Any) -> Any:
     from qvl_kernels.ops.rope.triton_rope import launch_vision_rope_backward
 
     return launch_vision_rope_backward(*args)
 
 
-def _launch_qk_norm_rope(*args):
+def _launch_qk_norm_rope(*args: Any) -> Any:
     from qvl_kernels.ops.rope.triton_rope import launch_qk_norm_rope
 
     return launch_qk_norm_rope(*args)
 
 
-def _launch_qk_norm_rope_to_cache(*args):
+def _launch_qk_norm_rope_to_cache(*args: Any) -> Any:
     from qvl_kernels.ops.rope.triton_rope import launch_qk_norm_rope_to_cache
 
     return launch_qk_norm_rope_to_cache(*args)
 
 
-def _launch_vision_rope(*args):
+def _launch_vision_rope(*args: Any) -> Any:
     from qvl_kernels.ops.rope.triton_rope import launch_vision_rope
 
     return launch_vision_rope(*args)
@@ -65,16 +67,16 @@ vision_rope_backward_op = register(
 )
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, grad_q, grad_k):
+def _backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return *call(qk_norm_rope_backward_op, grad_q, grad_k, *ctx.saved_tensors, ctx.eps), None, None, None
 
 
-def _backward_again(ctx, grad_q, grad_k):
+def _backward_again(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     *inputs, cos, sin = ctx.saved_tensors
     gradients = derivative_again(
         lambda *inputs: qk_norm_rope_reference(*inputs, cos, sin, ctx.eps), inputs, (grad_q, grad_k)
@@ -82,15 +84,15 @@ def _backward_again(ctx, grad_q, grad_k):
     return *gradients, None, None, None
 
 
-def _vision_setup(ctx, inputs, output) -> None:
+def _vision_setup(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
     ctx.save_for_backward(inputs[2], inputs[3])
 
 
-def _vision_backward(ctx, grad_q, grad_k):
+def _vision_backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return *call(vision_rope_backward_op, grad_q, grad_k, *ctx.saved_tensors), None, None
 
 
-def _vision_backward_again(ctx, grad_q, grad_k):
+def _vision_backward_again(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Linear, so that it is its own formula at any place."""
     q, k = (torch.zeros_like(grad, requires_grad=True) for grad in (grad_q, grad_k))
     gradients = derivative_again(lambda q, k: vision_rope_reference(q, k, *ctx.saved_tensors), (q, k), (grad_q, grad_k))

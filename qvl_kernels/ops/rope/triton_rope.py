@@ -385,7 +385,20 @@ def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 def _forward(
-    q, k, v, weights, cos, sin, k_out, v_out, lengths, past, eps, *, transposed=False, table=None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    weights: tuple[torch.Tensor, torch.Tensor] | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    past: int,
+    eps: float,
+    *,
+    transposed: bool = False,
+    table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q, k, v: [B, T, heads, D]; k_out, v_out: [B, heads, S, D], or as ``table`` says at the time of the run. Returns
     the rotated q.
@@ -482,7 +495,9 @@ def launch_vision_rope_backward(
     return _vision(_last_contiguous(grad_q), _last_contiguous(grad_k), cos, sin, transposed=True)
 
 
-def _vision(q, k, cos, sin, *, transposed):
+def _vision(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, transposed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     q_out = _forward(
         q[None],

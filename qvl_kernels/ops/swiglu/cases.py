@@ -1,10 +1,12 @@
+import torch
+
 from qvl_kernels.testing import Case, random_tensor
 
 __all__ = ["CASES"]
 
 
-def _case(name: str, shape: tuple[int, ...], *, scale=1.0, strided=False, model=False) -> Case:
-    def make(dtype, generator):
+def _case(name: str, shape: tuple[int, ...], *, scale: float = 1.0, strided: bool = False, model: bool = False) -> Case:
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
         if strided:  # halves of a fused gate_up projection
             both = random_tensor((*shape[:-1], 2 * shape[-1] + 1), dtype, generator)
             return {"gate": both[..., : shape[-1]], "up": both[..., shape[-1] : 2 * shape[-1]]}

@@ -1,5 +1,7 @@
 """torch ops qvl::swiglu and its backward."""
 
+from typing import Any
+
 import torch
 
 from qvl_kernels.library import call, derivative_again, register
@@ -13,13 +15,13 @@ def _like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _launch_swiglu_backward(*args):
+def _launch_swiglu_backward(*args: Any) -> Any:
     from qvl_kernels.ops.swiglu.triton_swiglu import launch_swiglu_backward
 
     return launch_swiglu_backward(*args)
 
 
-def _launch_swiglu(*args):
+def _launch_swiglu(*args: Any) -> Any:
     from qvl_kernels.ops.swiglu.triton_swiglu import launch_swiglu
 
     return launch_swiglu(*args)
@@ -33,7 +35,7 @@ swiglu_backward_op = register(
 )
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 

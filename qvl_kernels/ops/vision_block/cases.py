@@ -9,11 +9,11 @@ __all__ = ["CASES"]
 def _case(name: str, lengths: list[int], c: int, h: int, f: int, *, model: bool = False) -> Case:
     tokens = sum(lengths)
 
-    def make(dtype, generator):
-        def w(n, k):
+    def make(dtype: torch.dtype, generator: torch.Generator) -> dict:
+        def w(n: int, k: int) -> torch.Tensor:
             return random_tensor((n, k), dtype, generator, scale=k**-0.5)
 
-        def b(n):
+        def b(n: int) -> torch.Tensor:
             return 0.1 * random_tensor((n,), dtype, generator)
 
         weights = VisionWeights(

@@ -2,17 +2,32 @@
 (through oneDNN) make that faster.
 """
 
+from collections.abc import Sequence
+
+import torch
+
 from qvl_kernels.library import call
 from qvl_kernels.ops.attention.op import attention_op
 from qvl_kernels.ops.decoder_layer.parts import product
 from qvl_kernels.ops.gelu_tanh.op import gelu_tanh_op
 from qvl_kernels.ops.layer_norm.op import add_layer_norm_op, layer_norm_op
 from qvl_kernels.ops.rope.op import vision_rope_op
+from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["compose_vision_block"]
 
 
-def compose_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps):
+def compose_vision_block(
+    x: torch.Tensor,
+    norms: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor | QuantizedWeight],
+    biases: Sequence[torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    num_heads: int,
+    eps: float,
+) -> torch.Tensor:
     """As ``vision_block``; each of the weights may be a QuantizedWeight."""
     tokens = x.shape[0]
     (qkv_w, proj_w, fc1_w, fc2_w), (qkv_b, proj_b, fc1_b, fc2_b) = weights, biases

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import torch
 
 from qvl_kernels import dispatch
@@ -6,17 +8,38 @@ from qvl_kernels.library import is_plain
 from qvl_kernels.ops.linear.onednn import use_onednn
 from qvl_kernels.ops.linear.weights import extension_weight, out_features, tensors_of
 from qvl_kernels.ops.vision_block.compose import compose_vision_block
+from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["quantized_vision_block", "vision_block_cpu"]
 
 
-def vision_block_cpu(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps):
+def vision_block_cpu(
+    x: torch.Tensor,
+    norms: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    num_heads: int,
+    eps: float,
+) -> torch.Tensor:
     if use_onednn(x, x.shape[0], *weights):
         return compose_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps)
     return _extension_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps)
 
 
-def quantized_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps):
+def quantized_vision_block(
+    x: torch.Tensor,
+    norms: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor | QuantizedWeight],
+    biases: Sequence[torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    num_heads: int,
+    eps: float,
+) -> torch.Tensor:
     """As ``vision_block_op``, over weights any of which is a QuantizedWeight: no op of PyTorch's takes those."""
     plain = (
         x.is_cpu
@@ -33,7 +56,17 @@ def quantized_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_
     return function(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps)
 
 
-def _extension_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps):
+def _extension_vision_block(
+    x: torch.Tensor,
+    norms: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor | QuantizedWeight],
+    biases: Sequence[torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    num_heads: int,
+    eps: float,
+) -> torch.Tensor:
     """One C++ call; each of the weights may be a QuantizedWeight."""
     tokens, hidden = x.shape
     head_dim = out_features(weights[0]) // (3 * num_heads)

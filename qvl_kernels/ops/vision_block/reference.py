@@ -1,3 +1,7 @@
+from typing import Any
+
+import torch
+
 from qvl_kernels.ops.attention.reference import packed_attention_reference
 from qvl_kernels.ops.gelu_tanh.reference import gelu_tanh_reference
 from qvl_kernels.ops.layer_norm.reference import layer_norm_reference
@@ -7,7 +11,9 @@ from qvl_kernels.ops.rope.reference import vision_rope_reference
 __all__ = ["vision_block_reference"]
 
 
-def vision_block_reference(x, w, cos, sin, cu_seqlens, num_heads: int, eps: float):
+def vision_block_reference(
+    x: torch.Tensor, w: Any, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor, num_heads: int, eps: float
+) -> torch.Tensor:
     tokens = x.shape[0]
     normed = layer_norm_reference(x, w.norm1_w, w.norm1_b, eps)
     q, k, v = linear_reference(normed, w.qkv_w, w.qkv_b).view(tokens, 3, num_heads, x.shape[1] // num_heads).unbind(1)
