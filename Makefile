@@ -1,6 +1,6 @@
 # make bench     speed, memory and accuracy of stock against accelerated Qwen3-VL (FAMILY=qvl: of QVL; MODEL=PATH: of a real checkpoint; ARGS=... for options)
 # make test      the tests that fit into 20 minutes on 2 cores
-# make lint      ruff (lint and format) and clang-format; make test does it first
+# make lint      ruff (lint and format), clang-format and mypy; make test does it first
 # make setup     only the environment (.venv) and the C++ extension; the two above do it themselves
 # make test-all  every test, also on older supported transformers and, under emulation, on aarch64; and make mutate
 # make test-torch TORCH=2.14.1  the tests on another PyTorch
@@ -50,6 +50,7 @@ lint: $(VENV)/.dependencies
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+	$(VENV)/bin/mypy
 
 test: lint setup
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m "not slow" tests/gpu

@@ -1,6 +1,7 @@
 """Argument checks shared by the public functions. Messages say what was expected, what came, and what to do."""
 
 import numbers
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc
 LARGEST = torch.finfo(torch.float32).max  # kernels compute in fp32
 
 
-def check_tensor(op: str, name: str, x: object, ndim: int | None = None) -> None:
+def check_tensor(op: str, name: str, x: Any, ndim: int | None = None) -> None:
     """TypeError unless ``x`` is a floating-point tensor; ValueError unless it is dense and has ``ndim`` dimensions."""
     check_kind(op, name, x)
     if not x.is_floating_point():
@@ -41,7 +42,7 @@ def check_tensor(op: str, name: str, x: object, ndim: int | None = None) -> None
         raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {tuple(x.shape)}")
 
 
-def check_dtype(op: str, name: str, x: object, *dtypes: torch.dtype) -> None:
+def check_dtype(op: str, name: str, x: Any, *dtypes: torch.dtype) -> None:
     """TypeError unless ``x`` is a tensor of one of ``dtypes``; ValueError unless it is dense."""
     check_kind(op, name, x)
     if x.dtype not in dtypes:
@@ -51,7 +52,7 @@ def check_dtype(op: str, name: str, x: object, *dtypes: torch.dtype) -> None:
         )
 
 
-def check_kind(op: str, name: str, x: object) -> None:
+def check_kind(op: str, name: str, x: Any) -> None:
     """TypeError unless ``x`` is a tensor; ValueError unless it is dense and its memory is there."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
@@ -83,12 +84,12 @@ def check_memory(op: str, name: str, x: torch.Tensor) -> None:
         )
 
 
-def _untraced(value: object) -> object:
+def _untraced(value: Any) -> Any:
     """Under ``torch.jit.trace`` sizes, and what is computed from them, are tensors."""
     return value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 and torch.jit.is_tracing() else value
 
 
-def check_int(op: str, name: str, value: object, low: int, high: int = 2**63 - 1) -> int:
+def check_int(op: str, name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
     """``value`` as an int; TypeError unless it is one (bool is none), ValueError unless low <= value <= high."""
     if type(value) is not int:
         value = _untraced(value)
@@ -100,7 +101,7 @@ def check_int(op: str, name: str, value: object, low: int, high: int = 2**63 - 1
     return value
 
 
-def check_number(op: str, name: str, value: object, low: float, high: float) -> float:
+def check_number(op: str, name: str, value: Any, low: float, high: float) -> float:
     """``value`` as a float; TypeError unless it is a number (bool is none), ValueError unless low <= value <= high,
     which NaN is not.
     """
@@ -113,7 +114,7 @@ def check_number(op: str, name: str, value: object, low: float, high: float) -> 
     return value if type(value) is float else torch.sym_float(value)
 
 
-def check_probability(op: str, name: str, value: object) -> float:
+def check_probability(op: str, name: str, value: Any) -> float:
     """In [0, 1)."""
     value = check_number(op, name, value, 0.0, 1.0)
     if value == 1.0:
@@ -130,7 +131,7 @@ def check_scale(op: str, scale: object, head_dim: int) -> float:
     return head_dim**-0.5 if scale is None else check_number(op, "scale", scale, -LARGEST, LARGEST)
 
 
-def check_bool(op: str, name: str, value: object) -> bool:
+def check_bool(op: str, name: str, value: Any) -> bool:
     value = _untraced(value)
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}")

@@ -29,7 +29,7 @@ def _load_extension() -> tuple[ModuleType | None, str | None]:
     name, here = "qvl_kernels._C", Path(__file__).parent
     if PathFinder.find_spec(name, [str(here)]) is None:
         folders = [str(Path(entry or ".").resolve() / here.name) for entry in sys.path]
-        found = [spec.origin for finder in sys.meta_path if (spec := finder.find_spec(name, folders)) is not None]
+        found = [str(spec.origin) for finder in sys.meta_path if (spec := finder.find_spec(name, folders)) is not None]
         if found:
             raise ImportError(
                 f"{here} has no built extension and hides the qvl_kernels installed in {Path(found[0]).parents[1]}: "
@@ -140,13 +140,12 @@ def choose(op: str, device: torch.device, unsupported: str | None = None) -> str
         return _forced
     if fast == "cpp" and _extension is None:
         extension()
-    reason = (
-        f"there are no fast kernels for {device.type} tensors"
-        if fast is None
-        else _unavailable(fast, device) or unsupported
-    )
-    if reason is None:
-        return fast
+    if fast is None:
+        reason = f"there are no fast kernels for {device.type} tensors"
+    else:
+        reason = _unavailable(fast, device) or unsupported
+        if reason is None:
+            return fast
     if not torch.compiler.is_compiling():
         _note_fallback(op, reason)
     return "reference"

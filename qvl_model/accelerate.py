@@ -3,8 +3,10 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 import qvl_kernels
@@ -59,6 +61,9 @@ _ATTENTION = {  # (part, implementation) -> what computes it
 }
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 @dataclass
 class Report:
     """What ``accelerate`` replaced (or would replace) in a model, and what it left alone, with the reason.
@@ -93,9 +98,10 @@ def _summary(rows: Iterable[tuple[str, str]]) -> list[str]:
     return [f"  {count:4d} x {name} {what}" for (name, what), count in counts.items()]
 
 
-def _base_model(model: nn.Module) -> nn.Module:
+def _base_model(model: nn.Module) -> PreTrainedModel:
     """The model inside, through a PEFT wrapper if there is one."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapper: Any = model
+    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(inner, MODEL_CLASSES):
         accepted = ", ".join(cls.__name__ for cls in MODEL_CLASSES)
         raise TypeError(f"qvl_model takes {accepted} (or a PEFT model around one), got {type(model).__name__}")
@@ -128,13 +134,13 @@ def _check(model: nn.Module) -> None:
 
 
 def accelerate(
-    model: nn.Module,
+    model: Model,
     *,
     weights: str | Mapping[str, str | None] | None = None,
     group: int = 64,
     mlp_rows: int | None = None,
     skip_logits: bool = True,
-) -> nn.Module:
+) -> Model:
     """Makes a stock Qwen3-VL model, or a QVL model, fast, in place; returns the same object.
 
     Parameters are not replaced or re-laid, unless ``weights`` says so: ``state_dict``, ``save_pretrained``, ``.to()``
@@ -218,7 +224,7 @@ def _read_by_every_token(model: nn.Module) -> Iterator[Tensor]:
             yield from module.buffers(recurse=False)  # packed weights
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Model) -> Model:
     """Gives the stock model back, in place; a model that is not accelerated stays as it is. Packed weights are read
     again from the checkpoint that the model was loaded from.
 

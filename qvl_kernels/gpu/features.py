@@ -13,7 +13,7 @@ __all__ = ["FASTER", "FASTER_FROM", "OFFERED", "decoding", "trying", "variants"]
 # WARP_SPECIALIZE: some warps copy while others multiply. DEPENDENT_LAUNCH: a kernel is launched while the one before it
 # still runs, and waits for its results itself (programmatic dependent launch); "decoding" are the kernels of a decoding
 # step.
-OFFERED = {
+OFFERED: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"DESCRIPTORS": ("sm_90", "sm_100")},
     "int8_matmul": {
         "DESCRIPTORS": ("sm_90", "sm_100"),

@@ -53,11 +53,12 @@ class _Shared:
     """Memory that several tensors share; only they keep it alive."""
 
     def __init__(self) -> None:
-        self._lock, self._memory, self._free, self._end = threading.Lock(), None, 0, 0
+        self._lock, self._free, self._end = threading.Lock(), 0, 0
+        self._memory: weakref.ref[mmap.mmap] | None = None
 
     def take(self, size: int) -> tuple[mmap.mmap, int]:
         with self._lock:
-            memory = self._memory and self._memory()
+            memory = None if self._memory is None else self._memory()
             if memory is None or self._free + size > self._end:
                 memory, self._free = _map(_SHARED)
                 self._memory, self._end = weakref.ref(memory), self._free + _SHARED

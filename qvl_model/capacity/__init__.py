@@ -40,12 +40,12 @@ def examine(
     """What ``verify`` finds, without raising. Arguments as there."""
     if hasattr(model, "get_base_model"):
         raise TypeError("capacity: the model carries adapters (PEFT); merge them first: model.merge_and_unload()")
-    model = innermost(model)
-    spec = CapacitySpec.of(spec if spec is not None else model.config, type(model))
-    report = structure.compare(model, spec)
-    weights.read(model, spec, report)
+    inner = innermost(model)
+    expected = CapacitySpec.of(spec if spec is not None else inner.config, type(inner))
+    report = structure.compare(inner, expected)
+    weights.read(inner, expected, report)
     if training:
-        structure.check_trainable(model, report, optimizer)
+        structure.check_trainable(inner, report, optimizer)
     return report
 
 

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -62,7 +63,7 @@ SPECS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def innermost(model: nn.Module) -> nn.Module:
+def innermost(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside DistributedDataParallel and torch.compile."""
     while not isinstance(model, PreTrainedModel):
         inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
@@ -91,7 +92,7 @@ class CapacitySpec:
     """
 
     name: str
-    modules: dict[str, tuple[type, dict[str, object]]] = field(repr=False)
+    modules: dict[str, tuple[type[nn.Module], dict[str, object]]] = field(repr=False)
     parameters: dict[str, tuple[int, ...]] = field(repr=False)
     shared: dict[str, str]
     count: int
@@ -122,16 +123,17 @@ class CapacitySpec:
     ) -> "CapacitySpec":
         """Builds the model that ``config`` describes, without memory, and writes down what is in it."""
         if model_class is None:
-            model_class = AutoModelForImageTextToText._model_mapping[type(config)]
-        model_class = _defining_class(model_class)
-        if not isinstance(config, model_class.config_class):
+            model_class = cast(type, AutoModelForImageTextToText._model_mapping[type(config)])
+        kind: Any = _defining_class(model_class)
+        if not isinstance(config, kind.config_class):
             raise TypeError(
-                f"capacity: {model_class.__name__} is described by {model_class.config_class.__name__}, got "
-                f"{type(config).__name__}"
+                f"capacity: {kind.__name__} is described by {kind.config_class.__name__}, got {type(config).__name__}"
             )
         with torch.device("meta"):
-            model = model_class(copy.deepcopy(config))
-        parameters, shared, first = {}, {}, {}
+            model: PreTrainedModel = kind(copy.deepcopy(config))
+        parameters: dict[str, tuple[int, ...]] = {}
+        shared: dict[str, str] = {}
+        first: dict[int, str] = {}
         for key, parameter in model.named_parameters(remove_duplicate=False):
             parameters[key] = tuple(parameter.shape)
             if first.setdefault(id(parameter), key) != key:
@@ -172,7 +174,8 @@ def heads_of(module: nn.Module) -> int | None:
     head_dim = getattr(module, "head_dim", None)
     if "Attention" not in type(module).__name__ or not isinstance(head_dim, int):
         return None
-    if isinstance(getattr(module, "num_heads", None), int):
-        return module.num_heads
-    query = getattr(module, "q_proj", None)
+    num_heads = getattr(module, "num_heads", None)
+    if isinstance(num_heads, int):
+        return num_heads
+    query: Any = getattr(module, "q_proj", None)
     return query.out_features // head_dim if hasattr(query, "out_features") else None

@@ -79,7 +79,7 @@ def _compare_parameters(model: nn.Module, spec: CapacitySpec, report: CapacityRe
             continue
         parameter, owner = found.get(name), model.get_submodule(owner_name)
         if own_name == "weight" and is_packed(owner):
-            shape = shape_of(owner)
+            shape: tuple[int, ...] = shape_of(owner)
         elif parameter is not None:
             shape = tuple(parameter.shape)
         else:

@@ -5,6 +5,7 @@ repeat another one.
 import math
 import re
 from collections.abc import Iterator
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ _COLUMN_HEADS = ("o_proj", "out_proj", "proj")
 _LISTED = 8
 
 
-def is_packed(module: nn.Module) -> bool:
+def is_packed(module: nn.Module) -> TypeGuard[nn.Linear | nn.Embedding]:
     """A linear layer or embedding whose weight is not a parameter but stored in a quantised format."""
     return isinstance(module, nn.Linear | nn.Embedding) and hasattr(module, "dequantize")
 
@@ -46,9 +47,8 @@ def weight_of(linear: nn.Module) -> Tensor | None:
         >>> weight_of(model.lm_head).shape
         torch.Size([151936, 2048])
     """
-    if is_packed(linear):
-        return linear.dequantize()
-    return _values(linear.weight)
+    layer: Any = linear
+    return layer.dequantize() if is_packed(linear) else _values(layer.weight)
 
 
 def _values(parameter: Tensor) -> Tensor | None:
@@ -86,7 +86,7 @@ def not_finite(model: nn.Module) -> list[str]:
         []
     """
     tensors = (*model.named_parameters(), *model.named_buffers())
-    return [name for name, tensor in tensors if not tensor.is_meta and not is_finite(_values(tensor))]
+    return [name for name, tensor in tensors if (values := _values(tensor)) is not None and not is_finite(values)]
 
 
 def check_finite(model: nn.Module, source: object) -> None:
@@ -110,7 +110,8 @@ def read(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> None:
     modules = dict(model.named_modules())
     for name, module in modules.items():
         for own_name, tensor in _other_tensors(module):
-            if not tensor.is_meta and not is_finite(_values(tensor)):
+            values = _values(tensor)
+            if values is not None and not is_finite(values):
                 report.add(name, f"{own_name} holds NaN or Inf")
         for own_name, parameter in _matrices(module):
             full_name = f"{name}.{own_name}".lstrip(".")
@@ -240,9 +241,9 @@ def _check_lines(
 ) -> None:
     heads = heads_of(parent) if parent is not None else None
     own_name = name.rpartition(".")[2]
-    if heads is not None and own_name in _ROW_HEADS:
+    if parent is not None and heads is not None and own_name in _ROW_HEADS:
         rows = _without_dead_heads(name, rows, parent, "rows", report)
-    elif heads is not None and own_name in _COLUMN_HEADS:
+    elif parent is not None and heads is not None and own_name in _COLUMN_HEADS:
         columns = _without_dead_heads(name, columns, parent, "columns", report)
     if isinstance(module, nn.Embedding):
         _add_lines(name, "row", _without_unused(module, rows), report)
@@ -266,7 +267,7 @@ def _without_unused(embedding: nn.Embedding, rows: Tensor) -> Tensor:
     return rows
 
 
-def _without_dead_heads(name: str, sizes: Tensor, attention: nn.Module, what: str, report: CapacityReport) -> Tensor:
+def _without_dead_heads(name: str, sizes: Tensor, attention: Any, what: str, report: CapacityReport) -> Tensor:
     """Reports heads of which nothing lives; returns ``sizes`` with these no longer dead, so that they are reported
     once.
     """
@@ -337,9 +338,9 @@ def _report_repeats(model: nn.Module, prints: dict[tuple, list[str]], report: Ca
         else:
             report.add(name.rpartition(".")[0], f"has the weights of {other.rpartition('.')[0]}")
     everything = [name for names in prints.values() for name in names]
-    for (mine, theirs), repeated in layers.items():
-        if len(repeated) == sum(name.startswith(mine + ".") for name in everything):
-            report.add(mine, f"repeats the weights of {theirs}")
+    for (layer, original), repeated in layers.items():
+        if len(repeated) == sum(name.startswith(layer + ".") for name in everything):
+            report.add(layer, f"repeats the weights of {original}")
         else:
             for name, other in repeated:
                 report.add(name.rpartition(".")[0], f"has the weights of {other.rpartition('.')[0]}")
@@ -348,11 +349,11 @@ def _report_repeats(model: nn.Module, prints: dict[tuple, list[str]], report: Ca
 def _in_layer(name: str) -> tuple[str, str]:
     """(layer, rest) of a parameter's name: ("layers.3", "mlp.up_proj.weight"); ("", name) outside layers."""
     found = re.match(r"(.*\.\d+)\.(.+)", name)
-    return found.groups() if found else ("", name)
+    return (found[1], found[2]) if found else ("", name)
 
 
 def _same_numbers(model: nn.Module, name: str, other: str) -> bool:
-    tensors = []
+    tensors: list[Any] = []
     for full_name in (name, other):
         owner, _, own_name = full_name.rpartition(".")
         module = model.get_submodule(owner)

@@ -53,7 +53,7 @@ class Qwen3VLForConditionalGeneration(GeneratesByStep, PackedSaving, stock.Qwen3
     """
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Self:
         packed = loader.load_packed(pretrained_model_name_or_path, cls, **kwargs)
         if packed is not None:
             return packed

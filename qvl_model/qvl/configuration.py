@@ -4,7 +4,7 @@ import difflib
 import functools
 from collections.abc import Callable
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -18,10 +18,11 @@ from qvl_model.qvl.presets import PRESETS
 
 __all__ = ["QVLConfig"]
 
+T = TypeVar("T")
 logger = logging.get_logger(__name__)
 
 
-def _standard_errors(cls: type) -> type:
+def _standard_errors(cls: type[T]) -> type[T]:
     """What a strict dataclass raises, an Exception of huggingface_hub, as the TypeError or ValueError that it was made
     of.
     """
@@ -37,9 +38,10 @@ def _standard_errors(cls: type) -> type:
 
         return call
 
-    assign = cls.__setattr__
-    cls.__setattr__ = lambda self, name, value: assign(
-        self, cls.attribute_map.get(name, name), value
+    config_class: Any = cls
+    assign = config_class.__setattr__
+    config_class.__setattr__ = lambda self, name, value: assign(
+        self, config_class.attribute_map.get(name, name), value
     )  # values are checked by a field's own name
     for name in ("__init__", "__setattr__", "validate"):
         setattr(cls, name, converting(getattr(cls, name)))

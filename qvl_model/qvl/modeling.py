@@ -3,7 +3,7 @@
 import functools
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -232,7 +232,7 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Self:
         """As every model's; of a directory of packed weights an accelerated model."""
         packed = loader.load_packed(pretrained_model_name_or_path, cls, **kwargs)
         if packed is not None:

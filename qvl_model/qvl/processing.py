@@ -60,7 +60,9 @@ class QVLImageProcessor:
         height, width = self.target_size(image.height, image.width)
         if (height, width) != (image.height, image.width):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        pixels = (np.asarray(image, np.float32) / 255 - np.float32(self.image_mean)) / np.float32(self.image_std)
+        pixels = (np.asarray(image, np.float32) / 255 - np.asarray(self.image_mean, np.float32)) / np.asarray(
+            self.image_std, np.float32
+        )
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
     @classmethod

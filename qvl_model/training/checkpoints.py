@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def locked(directory: Path) -> Iterator[None]:
 class RunRecord:
     """What the curve of a run depends on, kept in run.json: a run is only resumed with the same."""
 
-    def __init__(self, config: dict, fingerprints: dict[str, str], ranks: int) -> None:
+    def __init__(self, config: dict, fingerprints: Mapping[str, str | None], ranks: int) -> None:
         run = {key: value for key, value in config["run"].items() if key not in _FREE}
         data = {
             key: value for key, value in config["data"].items() if key not in ("train", "validation", "images")

@@ -173,7 +173,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict, folder: str | Path = ".") -> "TrainConfig":
         """The same from a dictionary of groups; relative paths start from ``folder``. Raises: ConfigError as above."""
-        groups = {field.name: field.type for field in dataclasses.fields(cls)}
+        groups: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
         if not isinstance(values, dict):
             raise ConfigError(f"expected the groups {', '.join(groups)}, got {_shown(values)}")
         _refuse_unknown(values, groups, "")
@@ -224,7 +224,7 @@ def _group(kind: type, values: object, name: str, folder: Path) -> Any:
     return kind(**result)
 
 
-def _checked(name: str, value: object, field: dataclasses.Field, folder: Path) -> Any:
+def _checked(name: str, value: Any, field: dataclasses.Field, folder: Path) -> Any:
     options = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
     if value is None and types.NoneType in options:
         return None
@@ -265,7 +265,8 @@ def describe_keys() -> str:
     lines = []
     for group in dataclasses.fields(TrainConfig):
         lines.append(f"{group.name}:")
-        for field in dataclasses.fields(group.type):
+        kind: Any = group.type
+        for field in dataclasses.fields(kind):
             default = (
                 "required"
                 if field.default is None and field.type is str

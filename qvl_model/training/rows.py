@@ -14,6 +14,7 @@ question. A picture is a path, the bytes of a file, or what the datasets library
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -57,7 +58,9 @@ def parse(row: object, columns: dict[str, str] | None = None) -> Conversation:
     else:
         turns = [_turn(turn, i) for i, turn in enumerate(_list(row[forms[0]], forms[0]))]
     images = _outer_images(row)
-    messages, placed, used = [], [], 0
+    messages: list[dict[str, Any]] = []
+    placed: list = []
+    used = 0
     for i, (role, content) in enumerate(turns):
         parts = []
         for part in _parts(content, i):
@@ -163,11 +166,12 @@ def load_image(source: object, folder: Path, *, decode: bool = True) -> Image.Im
     if not isinstance(source, (str, bytes)):
         raise BadRow(f"has a picture that is a {type(source).__name__}, not a path")
     if isinstance(source, bytes):
-        name, file = "from bytes", io.BytesIO(source)
+        name = "from bytes"
+        file: io.BytesIO | Path = io.BytesIO(source)
     else:
         name = source
-        file = folder / source.removeprefix("file://")
-        if not file.is_file():
+        file = path = folder / source.removeprefix("file://")
+        if not path.is_file():
             raise BadRow(f"picture {name} does not exist")
     try:
         with Image.open(file) as image:

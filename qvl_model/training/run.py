@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import AutoModelForImageTextToText, TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoModelForImageTextToText, PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 import qvl_model
 from qvl_model import capacity
@@ -72,7 +71,7 @@ def _checkpoint_of(config: TrainConfig) -> Path:
     return path
 
 
-def load_model(config: TrainConfig) -> tuple[nn.Module, capacity.CapacitySpec, torch.dtype]:
+def load_model(config: TrainConfig) -> tuple[PreTrainedModel, capacity.CapacitySpec, torch.dtype]:
     """The model to train, in fp32 and accelerated if asked for; its specification; the dtype to save it in.
 
     Raises: ConfigError if the checkpoint cannot be loaded, lacks weights, or holds NaN or Inf.
@@ -88,7 +87,7 @@ def load_model(config: TrainConfig) -> tuple[nn.Module, capacity.CapacitySpec, t
             torch.manual_seed(config.run.seed)
             model = AutoModelForImageTextToText.from_config(settings, dtype=torch.float32, trust_remote_code=False)
         else:
-            model, info = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 path,
                 config=settings,
                 dtype=torch.float32,
@@ -97,6 +96,7 @@ def load_model(config: TrainConfig) -> tuple[nn.Module, capacity.CapacitySpec, t
                 trust_remote_code=False,
                 local_files_only=True,
             )
+            model, info = loaded
             for keys in (info["missing_keys"], info["mismatched_keys"]):
                 if keys:
                     first = min(key if isinstance(key, str) else key[0] for key in keys)
@@ -136,7 +136,9 @@ def _set_dropout(settings: Any, config: TrainConfig) -> None:
             setattr(part, name, value)
 
 
-def build_arguments(config: TrainConfig, model: nn.Module, *, pictures_in_every_row: bool = True) -> TrainingArguments:
+def build_arguments(
+    config: TrainConfig, model: PreTrainedModel, *, pictures_in_every_row: bool = True
+) -> TrainingArguments:
     """transformers' TrainingArguments for a configuration; what it leaves out is up to the caller.
 
     Args:
@@ -164,7 +166,7 @@ def build_arguments(config: TrainConfig, model: nn.Module, *, pictures_in_every_
                 "others for ever"
             )
         present = {type(module).__name__ for module in model.modules()}
-        wrapped = [name for name in model._no_split_modules if name in present]
+        wrapped = [name for name in model._no_split_modules or () if name in present]
         options |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": wrapped}}
     if ranks > 1:
         options |= {"ddp_find_unused_parameters": not pictures_in_every_row, "ddp_backend": "nccl" if cuda else "gloo"}
@@ -235,7 +237,7 @@ def _tensorboard(config: TrainConfig, main: bool, step: int) -> list:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # type: ignore[no-redef]
     # What a killed run logged after its last checkpoint is hidden: the resumed run logs it again.
     return [
         TensorBoardCallback(
@@ -336,14 +338,14 @@ class _ProcessorCallback(transformers.TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.process_index == 0:
-            _copy_processor(self.source, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            _copy_processor(self.source, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
-def _save_final(trainer: Trainer, source: Path, target: Path, dtype: torch.dtype) -> None:
+def _save_final(trainer: Any, source: Path, target: Path, dtype: torch.dtype) -> None:
     """Weights in the dtype of the checkpoint that training began with, config, generation config and processor."""
     state = trainer.accelerator.get_state_dict(trainer.model)  # gathers sharded weights: every rank takes part
     if trainer.is_world_process_zero():
-        model = capacity.innermost(trainer.model)
+        model: Any = capacity.innermost(trainer.model)
         model.config.use_cache = True  # the Trainer switched it off
         state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
         model.save_pretrained(target, state_dict=state)

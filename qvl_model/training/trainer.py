@@ -156,6 +156,6 @@ class LogCallback(TrainerCallback):
         if args.process_index != 0 or not logs or not ("loss" in logs or "eval_loss" in logs):
             return
         kept = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm", "eval_loss") if key in logs}
-        kept = {key: value if math.isfinite(value) else str(value) for key, value in kept.items()}
+        shown = {key: value if math.isfinite(value) else str(value) for key, value in kept.items()}
         with open(self.directory / LOG, "a") as stream:
-            stream.write(json.dumps({"step": state.global_step, **kept}) + "\n")
+            stream.write(json.dumps({"step": state.global_step, **shown}) + "\n")

@@ -130,7 +130,7 @@ def attention(
     """
     packed = cu_seqlens is not None
     check_qkv("attention", q, k, v, 3 if packed else 4)
-    if packed:
+    if cu_seqlens is not None:
         if key_padding_mask is not None or mask is not None:
             raise ValueError(
                 "attention: cu_seqlens excludes key_padding_mask and mask; packed sequences have no padding"
@@ -153,7 +153,7 @@ def attention(
     dropout_p = checks.check_probability("attention", "dropout_p", dropout_p)
     scale = checks.check_scale("attention", scale, q.shape[-1])
     if dispatch.choose("attention", q.device, unsupported_case(q, dropout_p)) == "reference":
-        if packed:
+        if cu_seqlens is not None:
             out, lse = packed_attention_reference(q, k, v, cu_seqlens, causal=causal, scale=scale, dropout_p=dropout_p)
         else:
             out, lse = attention_reference(

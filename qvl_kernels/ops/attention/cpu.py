@@ -34,7 +34,7 @@ def attention_cpu(
     if dropout_p > 0.0:
         raise RuntimeError("attention: the C++ kernel has no dropout; the reference and Triton have")
     packed = cu_seqlens is not None
-    batch = cu_seqlens.numel() - 1 if packed else q.shape[0]
+    batch = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     queries, heads, head_dim = q.shape[-3:]
     keys, kv_heads = k.shape[-3], k.shape[-2]
     out = torch.empty(q.shape, dtype=q.dtype)
@@ -59,7 +59,7 @@ def attention_cpu(
         scale=scale,
         causal=causal,
         key_counts=0 if key_counts is None else key_counts.data_ptr(),
-        cu_seqlens=cu_seqlens.data_ptr() if packed else 0,
+        cu_seqlens=0 if cu_seqlens is None else cu_seqlens.data_ptr(),
         mask_kind=kind,
         mask=pointer,
         mask_strides=strides,
@@ -102,7 +102,7 @@ def _sequence_backward(
         kf, vf = kf.masked_fill(hidden, 0), vf.masked_fill(hidden, 0)
     dq = torch.zeros(batch, kv_heads, group, queries, head_dim, dtype=torch.float32, device=q.device)
     dk, dv = torch.zeros_like(kf), torch.zeros_like(vf)
-    dmask = torch.zeros_like(mask, dtype=torch.float32) if mask_grad else None
+    dmask = torch.zeros_like(mask, dtype=torch.float32) if mask is not None and mask_grad else None
     qf, of, gf = split(q), split(out), split(grad)
     lse = lse.reshape(batch, kv_heads, group, queries, 1)
     delta = (of * gf).sum(-1, keepdim=True)
@@ -187,7 +187,7 @@ def attention_backward_cpu(
                 scale,
                 False,
             )
-            for whole, part in zip((dq, dk, dv), parts):
+            for whole, part in zip((dq, dk, dv), parts[:3]):
                 whole[s] = part[0]
-    dmask = q.new_empty(0) if dmask is None else dmask.to(mask.dtype)
+    dmask = q.new_empty(0) if dmask is None or mask is None else dmask.to(mask.dtype)
     return *(dx.to(x.dtype).contiguous() for dx, x in ((dq, q), (dk, k), (dv, v))), dmask

@@ -48,7 +48,7 @@ def _attention_backward_fake(
     seed: torch.Tensor | None,
     mask_grad: bool,
 ) -> tuple[torch.Tensor, ...]:
-    shapes = (q.shape, k.shape, v.shape, mask.shape if mask_grad else (0,))
+    shapes = (q.shape, k.shape, v.shape, mask.shape if mask is not None and mask_grad else (0,))
     return tuple(torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
 
 
@@ -117,7 +117,7 @@ def _backward_again(
     options, inputs = {"causal": ctx.causal, "scale": ctx.scale}, (q, k, v)
     if cu_seqlens is not None:
         dq, dk, dv = derivative_again(
-            lambda *qkv: packed_attention_reference(*qkv, cu_seqlens, dropout_p=0.0, **options),
+            lambda q, k, v: packed_attention_reference(q, k, v, cu_seqlens, dropout_p=0.0, **options),
             inputs,
             (grad, grad_lse),
         )

@@ -1,5 +1,7 @@
 """Public function: decode_attention."""
 
+from typing import Any
+
 import torch
 
 from qvl_kernels import checks, dispatch
@@ -95,7 +97,8 @@ def _check_caches(
                 raise ValueError(f"{op}: {name} must have shape [B, Hkv, S_cap, D], got {tuple(x.shape)}")
             checks.check_device(op, name, x, q.device)
         checks.check_shape(op, "v_cache", v_cache, tuple(k_cache.shape))
-        for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+        scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
+        for name, x in scales.items():
             checks.check_tensor(op, name, x, 3)
             checks.check_shape(op, name, x, tuple(k_cache.shape[:3]))
             checks.check_device(op, name, x, q.device)

@@ -19,7 +19,7 @@ def decode_attention_cpu(
     """The C++ attention with one number of keys per row; keys and values of an int8 cache are widened first, the used
     ones only.
     """
-    if k_scale is not None:
+    if k_scale is not None and v_scale is not None:
         used = int(lengths.max()) if lengths.numel() else 0
         k_cache = dequantize_cache(k_cache[:, :, :used], k_scale[:, :, :used], q.dtype)
         v_cache = dequantize_cache(v_cache[:, :, :used], v_scale[:, :, :used], q.dtype)

@@ -24,7 +24,7 @@ def decode_attention_reference(
     outs = []
     for b, length in enumerate(lengths.tolist()):
         k, v = (cache[b : b + 1, :, :length] for cache in (k_cache, v_cache))
-        if k_scale is not None:
+        if k_scale is not None and v_scale is not None:
             k, v = (dequantize_cache(x, s[b : b + 1, :, :length], q.dtype) for x, s in ((k, k_scale), (v, v_scale)))
         row_mask = None
         if mask is not None:

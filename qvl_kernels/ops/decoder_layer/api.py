@@ -1,6 +1,6 @@
 """Public names: DecoderWeights, decoder_layer."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +11,7 @@ from qvl_kernels.ops.decoder_layer.caches import check_apart, check_caches
 from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.decoder_layer.op import decoder_layer_op
 from qvl_kernels.ops.decoder_layer.reference import decoder_layer_reference
+from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["NO_BACKWARD", "OP", "DecoderWeights", "check_call", "check_type", "check_weights", "decoder_layer"]
 
@@ -22,16 +23,16 @@ class DecoderWeights(NamedTuple):
     """Tensors of one decoder layer, as ``nn.Linear`` and the norms store them. C hidden, F MLP width, D head_dim."""
 
     input_norm: torch.Tensor  # [C]
-    q: torch.Tensor  # [H * D, C]
-    k: torch.Tensor  # [Hkv * D, C]
-    v: torch.Tensor  # [Hkv * D, C]
+    q: torch.Tensor | QuantizedWeight  # [H * D, C]
+    k: torch.Tensor | QuantizedWeight  # [Hkv * D, C]
+    v: torch.Tensor | QuantizedWeight  # [Hkv * D, C]
     q_norm: torch.Tensor  # [D]
     k_norm: torch.Tensor  # [D]
-    o: torch.Tensor  # [C, H * D]
+    o: torch.Tensor | QuantizedWeight  # [C, H * D]
     post_norm: torch.Tensor  # [C]
-    gate: torch.Tensor  # [F, C]
-    up: torch.Tensor  # [F, C]
-    down: torch.Tensor  # [C, F]
+    gate: torch.Tensor | QuantizedWeight  # [F, C]
+    up: torch.Tensor | QuantizedWeight  # [F, C]
+    down: torch.Tensor | QuantizedWeight  # [C, F]
     q_bias: torch.Tensor | None = None
     k_bias: torch.Tensor | None = None
     v_bias: torch.Tensor | None = None
@@ -46,7 +47,7 @@ class DecoderWeights(NamedTuple):
         )
 
 
-def check_weights(x: torch.Tensor, w: DecoderWeights, num_heads: int, kv_heads: int, head_dim: int) -> None:
+def check_weights(x: torch.Tensor, w: Any, num_heads: int, kv_heads: int, head_dim: int) -> None:
     """Weights, of which quantised ones are replaced by tensors of their shape, beside x [B, T, C]."""
     if num_heads % kv_heads:
         raise ValueError(f"{OP}: num_heads {num_heads} must be a multiple of the cache's {kv_heads} key/value heads")

@@ -83,7 +83,17 @@ def run_to_last(
     return turns[(len(layers) - 1) % 2]
 
 
-def _run(layers, x, outs, cos, sin, caches, past, mask, num_heads) -> None:
+def _run(
+    layers: Sequence,
+    x: torch.Tensor,
+    outs: list[torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    caches: Sequence,
+    past: int,
+    mask: torch.Tensor | None,
+    num_heads: int,
+) -> None:
     batch, time, _ = x.shape
     kind, pointer, mask_strides = mask_arguments(
         mask if mask is None else mask[..., : past + time], (batch, num_heads, time, past + time)

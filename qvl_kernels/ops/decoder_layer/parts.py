@@ -33,7 +33,7 @@ def normed_products(
 def gated(x: torch.Tensor, norm: torch.Tensor, eps: float, gate: Weight, up: Weight) -> torch.Tensor:
     """silu(n gate^T) * (n up^T) of n = rms_norm(x)."""
     if _few(x) and type(gate) is type(up):
-        if isinstance(gate, QuantizedWeight):
+        if isinstance(gate, QuantizedWeight) and isinstance(up, QuantizedWeight):
             if gate.bits == up.bits and gate.group == up.group:
                 return call(quantized_gemv_swiglu_op, x, gate.values, gate.scales, up.values, up.scales, norm, eps)
         else:

@@ -44,7 +44,8 @@ class PreparedCache:
         check_caches("PreparedCache", k_cache, v_cache)
         batch, kv_heads, self.capacity, head_dim = k_cache.shape
         self.k_cache, self.v_cache, self.sizes = k_cache, v_cache, (k_cache.dtype, batch, kv_heads, head_dim)
-        self.extension, self.storages = None, None
+        self.extension: Any = None
+        self.storages: frozenset[int] = frozenset()
         self.plain = not torch.compiler.is_compiling() and all(
             type(x) is torch.Tensor and is_plain(x, x.device.type) and x.stride(3) == 1 for x in (k_cache, v_cache)
         )
@@ -74,7 +75,9 @@ class PreparedDecoderLayer:
 
     ROWS = MIN_ROWS  # fewer than these; more may go to oneDNN
 
-    def __init__(self, weights: DecoderWeights, *, num_heads: int, kv_heads: int, eps: float, scale: float) -> None:
+    def __init__(
+        self, weights: DecoderWeights, *, num_heads: int, kv_heads: int, eps: float, scale: float | None
+    ) -> None:
         check_type(weights)
         checks.check_tensor(OP, "input_norm", weights.input_norm, 1)
         checks.check_tensor(OP, "q_norm", weights.q_norm, 1)
@@ -231,7 +234,8 @@ class Run:
     __slots__ = ("_caches", "_handles", "_layers")
 
     def __init__(self, layers: list[PreparedDecoderLayer], caches: list[PreparedCache]) -> None:
-        self._layers, self._caches, self._handles = layers, caches, None
+        self._layers, self._caches = layers, caches
+        self._handles: tuple[list, list] | None = None  # of the extension
 
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, past: int, mask: torch.Tensor | None

@@ -34,7 +34,7 @@ class QuantizedDecoderLayer(PreparedDecoderLayer):
         self._one_format = _one_format(weights.gate, weights.up)
 
     def _shapes(self, weights: DecoderWeights) -> DecoderWeights:
-        return DecoderWeights(*(stand_in(OP, weight, weights.input_norm) for weight in weights))
+        return DecoderWeights._make(stand_in(OP, weight, weights.input_norm) for weight in weights)
 
     def _one_call(self, rows: int) -> bool:
         return self._plain and self._one_format
@@ -53,8 +53,8 @@ class QuantizedDecoderLayer(PreparedDecoderLayer):
         quantised = [weight for weight in self.weights if isinstance(weight, QuantizedWeight)]
         checks.check_no_gradient(OP, NO_BACKWARD, *(weight.scales for weight in quantised))
         if dispatch.choose(OP, x.device, self._unsupported or unsupported_heads(x, self.head_dim)) == "reference":
-            weights = DecoderWeights(
-                *(dequantize(w, x.dtype) if isinstance(w, QuantizedWeight) else w for w in self.weights)
+            weights = DecoderWeights._make(
+                dequantize(w, x.dtype) if isinstance(w, QuantizedWeight) else w for w in self.weights
             )
             return decoder_layer_reference(
                 x, weights, cos, sin, k_cache, v_cache, past, mask, self.num_heads, self.eps, self.scale

@@ -1,6 +1,7 @@
 """Arguments of the matrix-vector ops, for tests and for compiling them at the shapes of Qwen3-VL-2B (``model``)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -56,7 +57,7 @@ def _case(
             values, scales, _ = quantize(w, bits, group)
             return {f"{prefix}_values".strip("_"): spread(values), f"{prefix}_scales".strip("_"): scales}
 
-        arguments = {"x": spread(random_tensor((m, k), dtype, generator, scale=scale))}
+        arguments: dict[str, Any] = {"x": spread(random_tensor((m, k), dtype, generator, scale=scale))}
         arguments |= weight("gate") | weight("up") if swiglu else weight("")
         if not swiglu:
             arguments["bias"] = random_tensor((n,), dtype, generator) if plus else None

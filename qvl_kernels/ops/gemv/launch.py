@@ -1,5 +1,7 @@
 """Launchers of the matrix-vector kernels: which of the two runs, and with which tiles."""
 
+from typing import Any
+
 import torch
 
 from qvl_kernels.gpu import features
@@ -76,12 +78,12 @@ def _gemv(
     if m == 0 or n == 0:
         return y
     bits = {torch.int8: 8, torch.uint8: 4}.get(values.dtype, 0)
-    group = 2 * columns // scales.shape[1] if bits == 4 else 0
+    group = 2 * columns // scales.shape[1] if scales is not None and bits == 4 else 0
     arch = architecture(x.device)
     residual_rows = rows if residual is None else as_rows(residual)
     tile = tiles.gemv_fma(m, n, k, x.element_size(), bits, up is not None, arch)
     flags = {"HAS_UP": up is not None, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
-    words = None
+    words: Any = None
     if tile is not None and bits == 4:
         words = _words(rows, norm_weight, values, up_values)
     if tile is None or (bits == 4 and words is None):
@@ -100,7 +102,7 @@ def _gemv(
             kernel, tile["GROUP_BLOCKS"] = gemv_int4_kernel, group // 32
         else:
             tile["VECTOR"], tile["BITS"] = 16 // values.element_size(), bits
-    if scales is None:
+    if scales is None or up_scales is None:
         scales = up_scales = y_rows  # not read
     launch(
         kernel,

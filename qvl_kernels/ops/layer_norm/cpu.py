@@ -12,14 +12,14 @@ def layer_norm_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, ep
 
 def add_layer_norm_cpu(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     residual_rows = None if residual is None else residual.reshape(x.shape[:-1].numel(), x.shape[-1])
     y = torch.empty(x.shape, dtype=x.dtype)
     total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
     dispatch.extension().norm(
         x=rows.data_ptr(),
-        residual=0 if residual is None else residual_rows.data_ptr(),
+        residual=0 if residual_rows is None else residual_rows.data_ptr(),
         weight=weight.data_ptr(),
         bias=bias.data_ptr(),
         y=y.data_ptr(),
@@ -27,7 +27,7 @@ def add_layer_norm_cpu(
         rows=rows.shape[0],
         size=rows.shape[1],
         x_stride=rows.stride(0),
-        residual_stride=0 if residual is None else residual_rows.stride(0),
+        residual_stride=0 if residual_rows is None else residual_rows.stride(0),
         y_stride=rows.shape[1],
         sum_stride=rows.shape[1],
         eps=eps,

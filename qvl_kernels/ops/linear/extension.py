@@ -1,5 +1,7 @@
 """linear over the C++ kernel, for weights of any format."""
 
+from typing import Any
+
 import torch
 
 from qvl_kernels import dispatch
@@ -16,7 +18,7 @@ def extension_linear(
     return run_extension_linear(x, extension_weight(weight, bias), out_features(weight))
 
 
-def run_extension_linear(x: torch.Tensor, weight, n: int) -> torch.Tensor:
+def run_extension_linear(x: torch.Tensor, weight: Any, n: int) -> torch.Tensor:
     """``weight``: of ``extension_weight``, with ``n`` rows."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)

@@ -40,13 +40,13 @@ def tensors_of(weight: torch.Tensor | QuantizedWeight) -> tuple[torch.Tensor, ..
     return weight[:2] if isinstance(weight, QuantizedWeight) else (weight,)
 
 
-def unsupported_scales(*weights: torch.Tensor | QuantizedWeight) -> str | None:
+def unsupported_scales(*weights: torch.Tensor | QuantizedWeight | None) -> str | None:
     """Why the fast backends cannot take the scales of the weights, or None."""
     wide = any(isinstance(weight, QuantizedWeight) and weight.scales.dtype is torch.float64 for weight in weights)
     return "scales of torch.float64 (the tests' truth)" if wide else None
 
 
-def stand_in(op: str, weight: torch.Tensor | QuantizedWeight, x: torch.Tensor) -> torch.Tensor:
+def stand_in(op: str, weight: torch.Tensor | QuantizedWeight | None, x: torch.Tensor) -> torch.Tensor | None:
     """A plain weight as it is; for a quantised one, once it is checked, a tensor of its shape and x's dtype without its
     memory.
     """

@@ -18,7 +18,7 @@ __all__ = ["loss_rows_op", "loss_sum_op"]
 
 def _gradients(
     hidden: torch.Tensor, weight: torch.Tensor, hidden_wanted: bool, weight_wanted: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Uninitialised; of size 0 where not wanted."""
     return tuple(
         torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
@@ -29,7 +29,7 @@ def _gradients(
 def _rows_fake(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, label_smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    options = {"dtype": torch.float32, "device": hidden.device}
+    options: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
     return torch.empty((hidden.shape[0],), **options), torch.empty((2, hidden.shape[0]), **options)
 
 
@@ -43,7 +43,7 @@ def _rows_backward_fake(
     label_smoothing: float,
     hidden_wanted: bool,
     weight_wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     return _gradients(hidden, weight, hidden_wanted, weight_wanted)
 
 
@@ -55,7 +55,7 @@ def _sum_fake(
     label_smoothing: float,
     hidden_wanted: bool,
     weight_wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     loss = torch.empty((), dtype=torch.float32, device=hidden.device)
     return loss, *_gradients(hidden, weight, hidden_wanted, weight_wanted)
 
@@ -102,7 +102,8 @@ def _sum_backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor | None) -> tupl
 
 
 def _sum_backward_again(ctx: Any, grad: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    return *_gradients_again(ctx, *ctx.saved_tensors[:3], "sum", grad), None, None, None, None, None
+    hidden, weight, labels = ctx.saved_tensors[:3]
+    return *_gradients_again(ctx, hidden, weight, labels, "sum", grad), None, None, None, None, None
 
 
 def _scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

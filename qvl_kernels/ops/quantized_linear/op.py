@@ -21,7 +21,8 @@ def _setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     dx = db = None
     if ctx.needs_input_grad[0]:
-        dx = grad @ dequantize(QuantizedWeight(*ctx.saved_tensors, ctx.size), grad.dtype)
+        values, scales = ctx.saved_tensors
+        dx = grad @ dequantize(QuantizedWeight(values, scales, ctx.size), grad.dtype)
     if ctx.has_bias and ctx.needs_input_grad[3]:
         db = grad.reshape(-1, grad.shape[-1]).sum(0)
     return dx, None, None, db

@@ -79,7 +79,9 @@ def _backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[tor
 def _backward_again(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     *inputs, cos, sin = ctx.saved_tensors
     gradients = derivative_again(
-        lambda *inputs: qk_norm_rope_reference(*inputs, cos, sin, ctx.eps), inputs, (grad_q, grad_k)
+        lambda q, k, q_weight, k_weight: qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, ctx.eps),
+        inputs,
+        (grad_q, grad_k),
     )
     return *gradients, None, None, None
 

@@ -1,6 +1,6 @@
 """Public names: VisionWeights, vision_block."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,22 +22,22 @@ class VisionWeights(NamedTuple):
 
     norm1_w: torch.Tensor  # [C]
     norm1_b: torch.Tensor
-    qkv_w: torch.Tensor  # [3 * C, C]
+    qkv_w: torch.Tensor | QuantizedWeight  # [3 * C, C]
     qkv_b: torch.Tensor
-    proj_w: torch.Tensor  # [C, C]
+    proj_w: torch.Tensor | QuantizedWeight  # [C, C]
     proj_b: torch.Tensor
     norm2_w: torch.Tensor  # [C]
     norm2_b: torch.Tensor
-    fc1_w: torch.Tensor  # [F, C]
+    fc1_w: torch.Tensor | QuantizedWeight  # [F, C]
     fc1_b: torch.Tensor
-    fc2_w: torch.Tensor  # [C, F]
+    fc2_w: torch.Tensor | QuantizedWeight  # [C, F]
     fc2_b: torch.Tensor
 
 
 NO_BACKWARD = "has no backward; call it under torch.no_grad(), or compose the single ops to train"
 
 
-def _check_weights(x: torch.Tensor, w: VisionWeights) -> None:
+def _check_weights(x: torch.Tensor, w: Any) -> None:
     for name, weight in zip(VisionWeights._fields, w):
         if not isinstance(weight, torch.Tensor):
             raise TypeError(f"vision_block: {name} must be a torch.Tensor, got {type(weight).__name__}")
@@ -109,7 +109,7 @@ def vision_block(
         raise TypeError(
             f"{op}: weights must be VisionWeights, got {type(weights).__name__}; give VisionWeights(*weights)"
         )
-    w = VisionWeights(*(stand_in(op, weight, x) for weight in weights))
+    w = VisionWeights._make(stand_in(op, weight, x) for weight in weights)
     _check_weights(x, w)
     for name, table in (("cos", cos), ("sin", sin)):
         checks.check_tensor(op, name, table, 2)
@@ -127,8 +127,8 @@ def vision_block(
     backend = dispatch.choose(op, x.device, unsupported_scales(*weights) or unsupported_heads(x, head_dim))
     if backend == "reference":
         if quantized:
-            w = VisionWeights(
-                *(dequantize(weight, x.dtype) if isinstance(weight, QuantizedWeight) else weight for weight in w)
+            w = VisionWeights._make(
+                dequantize(weight, x.dtype) if isinstance(weight, QuantizedWeight) else weight for weight in w
             )
         return vision_block_reference(x, w, cos, sin, cu_seqlens, num_heads, eps)
     function = quantized_vision_block if quantized else vision_block_op
