@@ -4,6 +4,7 @@
 # make setup     only the environment (.venv) and the C++ extension; the two above do it themselves
 # make test-all  every test, also on older supported transformers and, under emulation, on aarch64; and make mutate
 # make test-torch TORCH=2.14.1  the tests on another PyTorch
+# make test-python  the extension built and imported on every supported Python that is installed (PYTHONS="python3.12 ...")
 # make mutate    faults put into a copy of the tree, each of which some test must see
 # make sanitize  the kernel tests over an extension built with AddressSanitizer and UBSan
 # make audit     every Triton kernel compiled for every GPU architecture and read back; needs no GPU
@@ -20,7 +21,7 @@ CXX ?= g++
 PINNED_TORCH := 2.13.0
 CSRC := $(shell find csrc -type f)
 
-.PHONY: audit audit-oldest bench bench-all bench-gpu bench-kernels lint mutate peers test test-all test-between test-install test-oldest test-torch aarch64 sanitize setup clean
+.PHONY: audit audit-oldest bench bench-all bench-gpu bench-kernels lint mutate peers test test-all test-between test-install test-oldest test-python test-torch aarch64 sanitize setup clean
 
 bench: setup
 	$(VENV)/bin/python -m bench $(if $(FAMILY),--family $(FAMILY)) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -83,6 +84,9 @@ test-torch: setup
 # As users install it: into an empty environment that has PyTorch.
 test-install:
 	PYTHON=$(PYTHON) TORCH=$(PINNED_TORCH) bash tests/install.sh
+
+test-python:
+	PYTHONS="$(PYTHONS)" bash tests/python_versions.sh
 
 test-between: setup $(BETWEEN)/.installed
 	$(BETWEEN)/bin/python -m pytest -m "not slow" $(VERSION_TESTS)
