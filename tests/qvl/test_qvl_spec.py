@@ -8,7 +8,7 @@ from qvl_models import plain_model
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = (ROOT / "qvl_model" / "SPEC.md").read_text()
+TEXT = (ROOT / "docs" / "qvl.md").read_text()
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in TEXT.split("## Measured")[0].splitlines()
@@ -25,10 +25,10 @@ def test_no_row_is_empty():
 
 def test_files_and_tests_exist():
     for name in re.findall(r"`((?:qvl_model|qvl_kernels|csrc|tests|bench|docs)/[\w/.-]+)", TEXT):
-        assert (ROOT / name).is_file(), f"SPEC.md names {name}"
+        assert (ROOT / name).is_file(), f"docs/qvl.md names {name}"
     for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TEXT):
         assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), flags=re.MULTILINE), (
-            f"SPEC.md names {file}::{test}"
+            f"docs/qvl.md names {file}::{test}"
         )
 
 
