@@ -60,9 +60,9 @@ def test_numbers_are_those_of_the_result_file():
         row("peak RSS after two images of 1,024 × 1,024 pixels", "peak_rss_long"),
         row("error against fp32, all logits of the prompt", "error_bf16_full"),
         f"{ratio('decode')} decode, {ratio('ttft')} first token (below)",
-        f"int8 weights, peak RSS {ratio('peak_rss_int8')} plain's (below); with bf16 weights it is "
+        f"int8 weights, peak RSS {ratio('peak_rss_int8')} stock's (below); with bf16 weights it is "
         f"{ratio('peak_rss')}.",
-        f"error {ratio('error_bf16_full')} the plain model's (below)",
+        f"error {ratio('error_bf16_full')} the stock model's (below)",
         f"answers {exact[0]} of {result['accuracy']['questions']:,} held-out questions exactly, accelerated "
         f"{exact[1]} (bf16), {exact[2]} (int8)",
         f"{result['machine']['cores']} cores of an {result['machine']['cpu']} (Zen 5)",
@@ -90,11 +90,10 @@ def test_sizes_are_those_of_the_preset():
     assert f"{2 * parameters / 1e9:.1f} GB of safetensors in 16 bit, {4 * parameters / 1e9:.1f} GB in fp32" in TEXT
 
 
-def test_readme_example():
+def test_example():
     """It runs as it stands."""
-    section = (ROOT / "README.md").read_text().split("## QVL\n")[1].split("\n## ")[0]
     names: dict = {}
-    exec(re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)[1], names)
+    exec(re.search(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)[1], names)
     assert names["tokens"].shape == (2, 11)
 
 

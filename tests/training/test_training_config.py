@@ -1,4 +1,4 @@
-"""The configuration of training: what is refused, with which message; defaults; the README's example."""
+"""The configuration of training: what is refused, with which message; defaults; the example of docs/training.md."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from qvl_model.digits import export
 from qvl_model.training import TrainConfig
 
 SMALLEST = {"data": {"train": "rows.jsonl"}, "run": {"steps": 5}, "output": {"directory": "out"}}
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 
 
 def _config(**groups):
@@ -119,12 +119,12 @@ def test_every_key_is_described(capsys):
 
 
 @pytest.mark.parametrize("model", digits.SHIPPED)
-def test_readme_example(model, tmp_path, capsys):
-    """What the README shows, with either model: data, training, the same command again, verification, an answer. Only
+def test_documented_example(model, tmp_path, capsys):
+    """What the page shows, with either model: data, training, the same command again, verification, an answer. Only
     shorter.
     """
-    example = re.search(r"```yaml\n(.+?)```", README.read_text(), re.DOTALL)[1]
-    assert "path: digits " in example and "path: qvl-tiny" in README.read_text()
+    example = re.search(r"```yaml\n(.+?)```", PAGE.read_text(), re.DOTALL)[1]
+    assert "path: digits " in example and "path: qvl-tiny" in PAGE.read_text()
     example = example.replace("path: digits ", f"path: {model} ")
     file = tmp_path / "train.yaml"
     file.write_text(example)
