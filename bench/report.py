@@ -1,7 +1,6 @@
-"""Shows a result: table on the terminal, JSON file, PNG chart, and the table of the README.
+"""Shows a result: table on the terminal, JSON file, PNG chart, and the same table as Markdown (see bench/docs.py).
 
-python -m bench.report RESULT.json             prints the table of a committed result
-python -m bench.report --readme RESULT.json    writes it into README.md between the markers of its family
+python -m bench.report RESULT.json    prints the table of a committed result
 """
 
 import argparse
@@ -21,25 +20,17 @@ __all__ = [
     "accuracy_passed",
     "family_of_result",
     "machine_line",
-    "markers",
+    "markdown_table",
     "print_table",
-    "readme_table",
     "rows",
     "save",
-    "write_readme",
 ]
 
-ROOT = Path(__file__).resolve().parent.parent
 HEADER = ("", "stock", "accelerated", "ratio", "range", "target", "")
 
 
 def family_of_result(result: dict) -> Family:
     return FAMILIES[result["options"].get("family", "qwen3-vl")]
-
-
-def markers(family: Family) -> tuple[str, str]:
-    """The lines of README.md around the family's table."""
-    return f"<!-- results {family.name}: begin -->", f"<!-- results {family.name}: end -->"
 
 
 def _number(target: Target, value: float) -> str:
@@ -186,7 +177,7 @@ def _chart(result: dict, file: Path) -> None:
     pyplot.close(figure)
 
 
-def readme_table(result: dict) -> str:
+def markdown_table(result: dict) -> str:
     """The same rows as Markdown, with how they were measured."""
     header = ("", "stock", "accelerated", "ratio", "range", "target", "result")
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -203,26 +194,14 @@ def readme_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def write_readme(result: dict, file: Path = ROOT / "README.md") -> None:
-    """Replaces what stands between the family's markers in ``file``."""
-    text, (begin, end) = file.read_text(), markers(family_of_result(result))
-    if any(text.count(marker) != 1 for marker in (begin, end)):
-        raise ValueError(f"{file} must hold the lines {begin!r} and {end!r} once each")
-    before, after = text.split(begin)[0], text.split(end)[1]
-    file.write_text(f"{before}{begin}\n{readme_table(result)}\n{end}{after}")
-
-
 def main() -> None:
     from rich.console import Console
 
     parser = argparse.ArgumentParser(description="Show a result of python -m bench.")
     parser.add_argument("result", type=Path)
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     arguments = parser.parse_args()
     result = json.loads(arguments.result.read_text())
     print_table(result, Console(width=None if sys.stdout.isatty() else 140))
-    if arguments.readme:
-        write_readme(result)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import qvl_kernels
 import qvl_model
+from bench import docs
 from bench.compile_check import report
 from bench.compile_check.chips import ROOFLINES
 from bench.compile_check.compiled import compile_all, violations
@@ -36,7 +37,6 @@ from bench.compile_check.launches import (
 )
 from bench.compile_check.sources import Source, sources
 from bench.compile_check.waivers import WAIVERS, Waiver
-from bench.gpu import report as gpu_report
 from bench.session import DTYPES
 from qvl_kernels import config
 from qvl_kernels.gpu.device import ARCHITECTURES
@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         (arguments.output / "audit.md").write_text(report.markdown(data))
         console.print(f"written: {arguments.output / 'audit.json'} and audit.md", highlight=False)
         if arguments.output == RESULTS:
-            gpu_report.write_readme()
+            docs.write()
     return 1 if result.failures else 0
 
 

@@ -1,4 +1,4 @@
-"""Shows an audit: tables on the terminal, audit.md, and the summary for the README (see bench/gpu/report.py)."""
+"""Shows an audit: tables on the terminal, audit.md, and the summary for the documentation (see bench/docs.py)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any

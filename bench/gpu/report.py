@@ -1,7 +1,6 @@
-"""Shows results of `make bench-gpu`: tables, charts, and the GPU section of the README.
+"""Shows results of `make bench-gpu`: tables, charts, and all GPU results as Markdown (see bench/docs.py).
 
-python -m bench.gpu.report RESULT.json     prints the tables of a result
-python -m bench.gpu.report --readme        writes the README's section from the files in bench/results
+python -m bench.gpu.report RESULT.json    prints the tables of a result
 """
 
 import argparse
@@ -12,11 +11,10 @@ from pathlib import Path
 from bench.gpu.targets import TARGETS, bandwidth_share, speed
 from bench.targets import verdict
 
-__all__ = ["chart", "readme_section", "tables", "write_readme"]
+__all__ = ["chart", "markdown_section", "tables"]
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
-MARKERS = ("<!-- gpu: begin -->", "<!-- gpu: end -->")
 SIDES = ("first", "decode", "replay", "vision", "forward", "backward")
 RIVALS = ("stock", "eager", "compile", "sdpa", "flash", "cudnn", "flash-attn", "liger", "conv3d", "dequantised")
 
@@ -165,7 +163,7 @@ def _gpu_results(folder: Path) -> list[dict]:
     return [result for result in results if "gpu" in result]
 
 
-def readme_section(folder: Path = RESULTS) -> str:
+def markdown_section(folder: Path = RESULTS) -> str:
     """Tables of every GPU result, or that there is none, and the audit's summary."""
     results, audit = _gpu_results(folder), folder / "audit.json"
     lines = ["`make bench-gpu` measured:", *map(tables, results)]
@@ -179,33 +177,18 @@ def readme_section(folder: Path = RESULTS) -> str:
         from bench.compile_check.report import summary_markdown
 
         lines += [
-            "What a compiler can show has been checked (`make audit`, [all of it](bench/results/audit.md)): every "
+            "What a compiler can show has been checked (`make audit`, [all of it](../bench/results/audit.md)): every "
             "kernel at the model's real "
             "shapes, compiled for each architecture. " + summary_markdown(json.loads(audit.read_text()))
         ]
     return "\n\n".join(lines)
 
 
-def write_readme(folder: Path = RESULTS, file: Path = ROOT / "README.md") -> None:
-    """Replaces what stands between the markers of ``file``."""
-    text = file.read_text()
-    if any(text.count(marker) != 1 for marker in MARKERS):
-        raise ValueError(f"{file} must hold the lines {MARKERS[0]!r} and {MARKERS[1]!r} once each")
-    before, after = text.split(MARKERS[0])[0], text.split(MARKERS[1])[1]
-    file.write_text(f"{before}{MARKERS[0]}\n{readme_section(folder)}\n{MARKERS[1]}{after}")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.report", description=__doc__.split("\n\n")[0])
-    parser.add_argument("result", type=Path, nargs="?", help="a result file of make bench-gpu")
-    parser.add_argument(
-        "--readme", action="store_true", help="write the README's GPU section from the files in bench/results"
-    )
+    parser.add_argument("result", type=Path, help="a result file of make bench-gpu")
     arguments = parser.parse_args(argv)
-    if arguments.result is not None:
-        print(tables(json.loads(arguments.result.read_text())))
-    if arguments.readme:
-        write_readme()
+    print(tables(json.loads(arguments.result.read_text())))
     return 0
 
 

@@ -306,28 +306,13 @@ def test_targets_follow_from_what_was_measured():
     assert len({item.target.key for item in TARGETS}) == len(TARGETS)
 
 
-def test_readme_section(tmp_path):
-    assert "GPU figures are not measured yet" in gpu_report.readme_section(tmp_path)
+def test_markdown_section(tmp_path):
+    assert "GPU figures are not measured yet" in gpu_report.markdown_section(tmp_path)
     (tmp_path / "a.json").write_text(json.dumps(_result(copy={"gb_s": 2.0, "milliseconds": _times(1.0)})))
     (tmp_path / "other.json").write_text("{}")
-    section = gpu_report.readme_section(tmp_path)
+    section = gpu_report.markdown_section(tmp_path)
     assert (
         "not measured yet" not in section
         and "Test GPU 80GB, 80 GiB; torch 2.11.0; commit abc" in section
         and "| decode, batch 32" in section
-    )
-    file = tmp_path / "README.md"
-    file.write_text(f"before\n{gpu_report.MARKERS[0]}\nold\n{gpu_report.MARKERS[1]}\nafter\n")
-    gpu_report.write_readme(tmp_path, file)
-    assert file.read_text() == f"before\n{gpu_report.MARKERS[0]}\n{section}\n{gpu_report.MARKERS[1]}\nafter\n"
-    file.write_text("no markers")
-    with pytest.raises(ValueError, match="once each"):
-        gpu_report.write_readme(tmp_path, file)
-
-
-def test_readme_shows_the_committed_results():
-    text = (gpu_report.ROOT / "README.md").read_text()
-    assert (
-        text.split(gpu_report.MARKERS[0])[1].split(gpu_report.MARKERS[1])[0].strip()
-        == gpu_report.readme_section().strip()
     )
