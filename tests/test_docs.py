@@ -1,0 +1,284 @@
+"""README.md, docs/ and examples/: commands, paths and links exist, Python runs, and numbers and messages are the real
+ones.
+"""
+
+import ast
+import importlib.util
+import json
+import pkgutil
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import Qwen3VLForConditionalGeneration as Stock
+
+import bench.__main__ as bench_command
+import qvl_model
+from bench import docs
+from qvl_model import cli, digits
+from qvl_model.digits.export import main as export_digits
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("[A-Z]*.md"), *(ROOT / "docs").glob("*.md")])
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+NEEDS_GPU = "<!-- needs a GPU -->"
+# So that examples run on the small model that ships, and quickly.
+SUBSTITUTES = {
+    '"qwen3-vl-2b"': "None",
+    "steps: 200": "steps: 2",
+    "log_every: 10": "log_every: 1",
+    "save_every: 50": "save_every: 1",
+    'TrainingArguments("out"': 'TrainingArguments("out", max_steps=1',
+}
+
+
+def _text(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def _code(text: str) -> list[str]:
+    """Lines of code blocks, and code within lines."""
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", rest)
+
+
+def test_the_front_page_is_short():
+    assert len(_text("README.md").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_make_targets_and_modules_exist(name):
+    targets = set(re.findall(r"^([a-z-]+):", _text("Makefile"), flags=re.MULTILINE))
+    for line in _code(_text(name)):
+        for target in re.findall(r"(?:^|[;:&] )make ([a-z][a-z-]*)", line):
+            assert target in targets, f"{name} names make {target}"
+        for module in re.findall(r"python -m ((?:bench|qvl_model|qvl_kernels)[\w.]*)", line):
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), f"{name} names {module}"
+
+
+def test_both_commands_stand_on_the_front_page():
+    assert {"make bench", "make test"} <= {" ".join(line.split()[:2]) for line in _code(_text("README.md"))}
+
+
+def _options(main, arguments: list[str], capsys) -> set[str]:
+    with pytest.raises(SystemExit):
+        main([*arguments, "--help"])
+    return set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_exist(name, capsys):
+    for line in _code(_text(name)):
+        if command := re.match(r"qvl ([a-z]+)", line):
+            used = set(re.findall(r"(?<=\s)--[a-z][a-z-]*", line))
+            assert used <= _options(cli.main, [command[1]], capsys), f"{name}: {line}"
+        if arguments := re.search(r'make bench\b.*ARGS="([^"]*)"', line):
+            assert set(arguments[1].split()) <= _options(bench_command.main, [], capsys), f"{name}: {line}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paths_exist(name):
+    folders = "qvl_model|qvl_kernels|bench|csrc|tests|docs|examples"
+    for path in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./<>*-]*)", _text(name)):
+        if not set(path) & set("<>*"):
+            assert (ROOT / path.rstrip(".")).exists(), f"{name} names {path}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_python_names_exist(name):
+    for line in _code(_text(name)):
+        for dotted in re.findall(r"(?<![\w/.-])qvl_(?:model|kernels)(?:\.\w+)+", line):
+            assert pkgutil.resolve_name(dotted) is not None
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_resolve(name):
+    page = ROOT / name
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{name} links to {link}"
+        assert not anchor or anchor in _anchors(target), f"{name} links to {link}"
+
+
+def test_every_page_is_listed():
+    for index in ("README.md", "docs/README.md"):
+        links = set(re.findall(r"\]\((?:docs/)?([\w-]+\.md)\)", _text(index)))
+        assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= links, index
+
+
+def test_every_variable_is_described():
+    sources = [
+        file
+        for pattern in ("qvl_*/**/*.py", "bench/**/*.py", "csrc/**/*.cpp", "setup.py")
+        for file in ROOT.glob(pattern)
+    ]
+    asked = r'(?:environ\.get\(|environ\[|getenv\(|VARIABLE = |ParallelCompile\()"(QVL_[A-Z_]+)"'
+    read = {name for file in sources for name in re.findall(asked, file.read_text())}
+    assert read == set(re.findall(r"\| `(QVL_[A-Z_]+)` \|", _text("docs/environment.md")))
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(("page", "name"), docs.SECTIONS, ids="-".join)
+def test_tables_are_those_of_the_result_files(page, name):
+    """Whoever changes a result file writes the pages again: python -m bench.docs."""
+    assert docs.section(_text(page), name) == docs.SECTIONS[page, name](docs.RESULTS).strip()
+
+
+def test_the_chart_is_that_of_the_result_files(tmp_path):
+    assert json.loads(Image.open(docs.CHART).info["Description"]) == docs.chart_numbers()
+    docs.draw_chart(tmp_path / "again.png")
+    assert json.loads(Image.open(tmp_path / "again.png").info["Description"]) == docs.chart_numbers()
+
+
+def test_generated_parts_are_replaced():
+    begin, end = docs.markers("cpu")
+    page = f"before\n{begin}\nold\n{end}\nafter\n"
+    assert docs.replace_section(page, "cpu", "new") == f"before\n{begin}\nnew\n{end}\nafter\n"
+    for wrong in ("no markers", page + page):
+        with pytest.raises(ValueError, match="once each"):
+            docs.replace_section(wrong, "cpu", "new")
+
+
+# Python
+
+
+def _python_blocks(name: str) -> list[tuple[str, bool]]:
+    """(code, whether it needs a GPU)."""
+    found = re.findall(rf"({NEEDS_GPU}\n)?```python\n(.*?)```", _text(name), flags=re.DOTALL)
+    return [(code, bool(gpu)) for gpu, code in found]
+
+
+def _shortened(text: str) -> str:
+    for long, short in SUBSTITUTES.items():
+        text = text.replace(long, short)
+    return text
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if _python_blocks(name)])
+def test_python_runs(name, tmp_path, monkeypatch):
+    """Blocks of a page share their names. They begin with a stock model and its path, and the digits model stands for
+    every model that is fetched.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: str(digits.CHECKPOINT))
+    shutil.copy(digits.SAMPLE, "photo.jpg")  # PIL goes by the contents
+    if "train.yaml" in _text(name) and (example := re.search(r"```yaml\n(.+?)```", _text(name), flags=re.DOTALL)):
+        Path("train.yaml").write_text(_shortened(example[1]) + "  progress: false\n")
+        export_digits(["digits", "--rows", "20"])
+    names = {
+        "path": str(digits.CHECKPOINT),
+        "model": Stock.from_pretrained(digits.CHECKPOINT, dtype="auto"),
+        "qvl_model": qvl_model,
+        "Qwen3VLForConditionalGeneration": qvl_model.Qwen3VLForConditionalGeneration,
+    }
+    for code, needs_gpu in _python_blocks(name):
+        compiled = compile(_shortened(code), name, "exec")
+        if not needs_gpu:
+            exec(compiled, names)
+
+
+def _example(name: str):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_example_generate():
+    assert _example("generate").main() == "8 6 9"
+
+
+def test_example_int8(tmp_path):
+    assert qvl_model.is_accelerated(_example("int8").main(out=str(tmp_path / "int8")))
+
+
+def test_example_finetune(tmp_path):
+    losses = _example("finetune").main(str(tmp_path), "2")
+    assert len(losses) == 2 and (tmp_path / "model.safetensors").is_file()
+
+
+def test_every_example_is_tested():
+    assert {file.stem for file in (ROOT / "examples").glob("*.py")} == {"generate", "int8", "finetune"}
+
+
+# Messages
+
+GAP = "…"  # what differs from one message to the next
+NOT_FOR_USERS = ("testing.py",)
+
+
+def _documented() -> list[str]:
+    cells = [line.split(" | ")[0] for line in _text("docs/troubleshooting.md").splitlines() if line.startswith("| `")]
+    return [message.strip() for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+
+
+def _message(node: ast.expr | None, constants: dict[str, str]) -> str:
+    """The text of a message, with GAP for values."""
+    match node:
+        case ast.Constant(value=str(value)):
+            return value
+        case ast.JoinedStr():
+            return "".join(part.value if isinstance(part, ast.Constant) else GAP for part in node.values)
+        case ast.BinOp():
+            return _message(node.left, constants) + _message(node.right, constants)
+        case ast.Name(id=name):
+            return constants.get(name, GAP)
+    return GAP
+
+
+def _raised() -> dict[str, str]:
+    """Messages of raise and warn -> the file."""
+    found = {}
+    for file in [*ROOT.glob("qvl_model/**/*.py"), *ROOT.glob("qvl_kernels/**/*.py")]:
+        tree = ast.parse(file.read_text())
+        constants = {
+            node.targets[0].id: _message(node.value, {})
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        }
+        for node in ast.walk(tree):
+            call = node.exc if isinstance(node, ast.Raise) else node
+            warns = isinstance(call, ast.Call) and ast.unparse(call.func) == "warnings.warn"
+            if isinstance(call, ast.Call) and call.args and (isinstance(node, ast.Raise) or warns):
+                found[_message(call.args[0], constants)] = file.name
+    return found
+
+
+def test_every_message_has_a_way_out():
+    patterns = [re.compile(".*".join(map(re.escape, text.split(GAP))), re.DOTALL) for text in _documented()]
+    missing = {
+        message: file
+        for message, file in _raised().items()
+        if re.search(r"[a-z]{3}.*[a-z]{3} ", message)  # those of values alone repeat another message
+        and message != f"qvl_kernels: {GAP}"
+        and file not in NOT_FOR_USERS
+        and not any(pattern.match(message) for pattern in patterns)
+    }
+    assert not missing, "docs/troubleshooting.md lacks these messages"
+
+
+def test_every_way_out_has_its_message():
+    texts = [_text("Makefile"), _text("setup.py"), *(file.read_text() for file in ROOT.glob("csrc/**/*.cpp"))]
+    for file in [*ROOT.glob("qvl_model/**/*.py"), *ROOT.glob("qvl_kernels/**/*.py")]:
+        texts += [
+            _message(node, {})
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Constant | ast.JoinedStr)
+        ]
+    everything = "\n".join(texts)
+    gone = [text for text in _documented() if any(part.strip() not in everything for part in text.split(GAP))]
+    assert not gone, "docs/troubleshooting.md names messages that do not exist"
