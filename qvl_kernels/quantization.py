@@ -22,7 +22,6 @@ __all__ = [
     "QuantizedWeight",
     "check_weight",
     "dequantize",
-    "embedding_rows",
     "quantize",
     "quantize_activations",
     "rounded_activations",
