@@ -1,5 +1,5 @@
-"""Which variants of kernels (``features.OFFERED``) are compiled by the audit and measured by the GPU benchmark, beside
-the form that is on.
+"""Which variants of kernels (``features.SUPPORTED``) are compiled by the audit and measured by the GPU benchmark,
+beside the form that is on.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ def using(function: Callable, kernel: str, names: tuple[str, ...]) -> Callable:
     """``function`` with these variants of the kernel on."""
 
     def call(**arguments: Any) -> Any:
-        with features.trying(kernel, *names):
+        with features.override(kernel, *names):
             return function(**arguments)
 
     return call
@@ -39,8 +39,8 @@ def plain(function: Callable) -> Callable:
 
     def call(**arguments: Any) -> Any:
         with contextlib.ExitStack() as stack:
-            for kernel in features.OFFERED:
-                stack.enter_context(features.trying(kernel))
+            for kernel in features.SUPPORTED:
+                stack.enter_context(features.override(kernel))
             return function(**arguments)
 
     return call
@@ -57,11 +57,11 @@ def offered(op: str, function: Callable, arch: str) -> dict[str, Callable]:
     there = [
         (kernel, names)
         for owner, kernel, names in COMBINATIONS
-        if owner == op and all(arch in features.OFFERED[kernel][name] for name in names)
+        if owner == op and all(arch in features.SUPPORTED[kernel][name] for name in names)
     ]
     found = {
         "+".join(names): using(function, kernel, names)
         for kernel, names in there
-        if kernel == "decoding" or names != features.FASTER.get((kernel, arch))
+        if kernel == "decoding" or names != features.DEFAULT.get((kernel, arch))
     }
     return found if len(found) == len(there) else {"plain": plain(function), **found}

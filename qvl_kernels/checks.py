@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from qvl_kernels.library import PLAIN, has_memory
+from qvl_kernels.library import TENSOR_TYPES, has_memory
 
 __all__ = [
     "DTYPE_CODES",
@@ -62,7 +62,7 @@ def check_kind(op: str, name: str, x: Any) -> None:
         return
     if x._is_zerotensor():
         raise ValueError(f"{op}: {name} stands for zeros and has no memory; call {name}.clone() first")
-    if type(x) in PLAIN and not torch._C._are_functorch_transforms_active() and not has_memory(x):
+    if type(x) in TENSOR_TYPES and not torch._C._are_functorch_transforms_active() and not has_memory(x):
         there = x.untyped_storage().nbytes()
         raise ValueError(
             f"{op}: the memory of {name} was freed or cut: its storage has {there} bytes for shape "

@@ -11,24 +11,24 @@ from torch.utils._device import DeviceContext
 from qvl_kernels import config, dispatch
 
 __all__ = [
-    "FORMULAS",
+    "AUTOGRAD",
     "LAUNCHERS",
-    "PLAIN",
+    "TENSOR_TYPES",
     "call",
     "derivative_again",
     "has_memory",
-    "is_plain",
+    "is_eligible",
     "ops_are_seen",
     "register",
-    "watched",
+    "needs_dispatcher",
 ]
 
 _LIBRARY = torch.library.Library("qvl", "DEF")
 LAUNCHERS: dict[str, Callable] = {}  # op name -> its Triton launcher
-FORMULAS: dict[str, tuple[Callable, Callable | None]] = {}  # op name -> (backward, setup_context)
+AUTOGRAD: dict[str, tuple[Callable, Callable | None]] = {}  # op name -> (backward, setup_context)
 _CPU: dict[Callable, Callable] = {}  # op -> its CPU kernel
 _GPU: dict[Callable, Callable] = {}  # op -> its Triton launcher
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 def _keys(x: torch.Tensor) -> int:
@@ -49,11 +49,11 @@ def _plain_keys(device: str) -> frozenset[int]:
 _plain_keys("cpu")  # while nothing traces or compiles
 
 
-def is_plain(x: torch.Tensor, device: str) -> bool:
+def is_eligible(x: torch.Tensor, device: str) -> bool:
     """Whether kernels may take a tensor's memory on a "cpu" or "cuda" as it is: dense, not fake, not negated when read,
     no subclass, ...
     """
-    return type(x) in PLAIN and _keys(x) in _plain_keys(device)
+    return type(x) in TENSOR_TYPES and _keys(x) in _plain_keys(device)
 
 
 def has_memory(x: torch.Tensor) -> bool:
@@ -108,7 +108,7 @@ def register(
     _LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"qvl::{name}", fake, lib=_LIBRARY)
     if backward is not None:
-        FORMULAS[name] = backward, setup_context
+        AUTOGRAD[name] = backward, setup_context
         torch.library.register_autograd(
             f"qvl::{name}", _either_order(backward, backward_again), setup_context=setup_context, lib=_LIBRARY
         )
@@ -161,7 +161,7 @@ def derivative_again(
     return [next(found) if x.requires_grad else None for x in inputs]
 
 
-def watched() -> bool:
+def needs_dispatcher() -> bool:
     """Whether PyTorch must see every op: it differentiates, compiles, transforms or traces in this thread, or a
     dispatch mode does as it likes.
     """
@@ -184,14 +184,14 @@ def call(op: Callable, *args: Any) -> Any:
     Example:
         >>> y = call(rms_norm_op, x, weight, 1e-6)
     """
-    if watched() or torch._C._len_torch_function_stack():
+    if needs_dispatcher() or torch._C._len_torch_function_stack():
         return op(*args)
     kernels = _CPU
     for x in args:
         if isinstance(x, torch.Tensor):
             if x.is_cuda:
                 kernels = _GPU
-            if type(x) not in PLAIN or _keys(x) not in _plain_keys("cuda" if x.is_cuda else "cpu"):
+            if type(x) not in TENSOR_TYPES or _keys(x) not in _plain_keys("cuda" if x.is_cuda else "cpu"):
                 return op(*args)
     return kernels[op](*args)
 

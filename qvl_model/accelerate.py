@@ -13,7 +13,7 @@ import qvl_kernels
 from qvl_model.generation import loop, step_gpu
 from qvl_model.generation.sampling import MODES
 from qvl_model.modules.chunked_mlp import check_rows, set_rows
-from qvl_model.modules.decoder_layer import forget_plan
+from qvl_model.modules.decoder_layer import forget_fused_layer
 from qvl_model.modules.fast_path import FAST_DTYPES, FLASH
 from qvl_model.modules.lm_head import set_skip_logits
 from qvl_model.modules.text import Qwen3VLTextAttention, Qwen3VLTextMLP
@@ -214,7 +214,7 @@ def _forget_plans(model: nn.Module) -> None:
     """Lets go of weights that are about to be replaced, and of captured steps over them."""
     step_gpu.release(model)
     for module in model.modules():
-        forget_plan(module)
+        forget_fused_layer(module)
 
 
 def _read_by_every_token(model: nn.Module) -> Iterator[Tensor]:

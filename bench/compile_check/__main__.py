@@ -4,7 +4,7 @@ read back.
 Needs no GPU. The kernels are those that the public ops launch on their shared cases with ``model=True``, forward and
 backward; a kernel that none of these reaches is compiled for the first other case that does. Registers, stack, spills,
 shared memory, resident warps and the matrix instructions inside loops go to bench/results/audit.json and audit.md. Exit
-status 1 for a violation that no waiver (bench/compile_check/waivers.py) names, or for a waiver that nothing needs.
+status 1 for a violation that no waiver (bench/compile_check/known_issues.py) names, or for a waiver that nothing needs.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from bench import docs
 from bench.compile_check import report
 from bench.compile_check.chips import ROOFLINES
 from bench.compile_check.compiled import compile_all, violations
+from bench.compile_check.known_issues import KNOWN_ISSUES, Waiver
 from bench.compile_check.launches import (
     GRADIENTS_WITH_LOSS,
     Call,
@@ -36,7 +37,6 @@ from bench.compile_check.launches import (
     specialise,
 )
 from bench.compile_check.sources import Source, sources
-from bench.compile_check.waivers import WAIVERS, Waiver
 from bench.session import DTYPES
 from qvl_kernels import config
 from qvl_kernels.gpu.device import ARCHITECTURES
@@ -189,14 +189,15 @@ def _row(kernel: _Kernel, found: dict) -> dict:
     }
 
 
-def _judge(result: Audit, row: dict, waivers: list[Waiver], used: set[Waiver]) -> None:
+def _judge(result: Audit, row: dict, known_issues: list[Waiver], used: set[Waiver]) -> None:
     """Adds a row with its violations, waived or not."""
     wrong = [("compile", row["error"])] if "error" in row else violations(row["arch"], row)
     row["violations"] = []
     for kind, sentence in wrong:
         text = f"{row['kernel']}, {row['arch']}, {row['dtype']} ({row['cases'][0]}): {sentence}"
         waiver = next(
-            (w for w in waivers if w.covers(row["kernel"], row["arch"], row["dtype"], kind, triton.__version__)), None
+            (w for w in known_issues if w.covers(row["kernel"], row["arch"], row["dtype"], kind, triton.__version__)),
+            None,
         )
         row["violations"].append({"kind": kind, "text": sentence, "waiver": waiver.reason if waiver else None})
         if waiver is None:
@@ -211,7 +212,7 @@ def audit(
     *,
     names: list[str] | None = None,
     plan: list[tuple[str, str]] = PLAN,
-    waivers: list[Waiver] = WAIVERS,
+    known_issues: list[Waiver] = KNOWN_ISSUES,
     jobs: int = 2,
     console: Console | None = None,
 ) -> Audit:
@@ -238,14 +239,14 @@ def audit(
         for specialisation, inspected in compile_all(
             [k.specialisation for k in found], jobs=jobs, tick=progress.refresh
         ):
-            _judge(result, _row(by_key[specialisation.key], inspected), waivers, used)
+            _judge(result, _row(by_key[specialisation.key], inspected), known_issues, used)
             progress.advance(bar)
         progress.refresh()
     result.rows.sort(key=lambda row: (row["kernel"], row["dtype"], row["arch"], row["cases"]))
     if names is None and {arch for arch, _ in plan} == set(ARCHITECTURES):
         result.failures += [
             f"unused waiver: {w.kernel}, {w.arch}, {w.dtype}, {w.kind} ({w.reason})"
-            for w in waivers
+            for w in known_issues
             if w not in used and triton.__version__.startswith(w.triton)
         ]
     return result

@@ -94,7 +94,7 @@ class _Launchers(TorchDispatchMode):
         with self:  # a launcher may call other ops
             out = library.LAUNCHERS[name](*args, **(kwargs or {}))
         self.calls.append(Call(name, _bytes(args, out), self.launches[before:]))
-        if name in library.FORMULAS:
+        if name in library.AUTOGRAD:
             defaults = [argument.default_value for argument in function._schema.arguments[len(args) :]]
             self.differentiable.append((name, (*args, *defaults), out))
         return out
@@ -107,7 +107,7 @@ class _Launchers(TorchDispatchMode):
         """
         begin = len(self.calls)
         for name, args, out in reversed(self.differentiable[:]):
-            formula, setup = library.FORMULAS[name]
+            formula, setup = library.AUTOGRAD[name]
             context = _Context(args)
             if setup is not None:
                 setup(context, args, out)

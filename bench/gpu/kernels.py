@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 import qvl_kernels
-from bench.gpu import rivals as gpu_rivals
+from bench.gpu import baselines as gpu_rivals
 from bench.gpu.timing import compare, peak_bytes
 from bench.variants import offered
 from qvl_kernels.gpu.device import architecture
@@ -25,7 +25,8 @@ SEED = 0
 
 @dataclass(frozen=True)
 class KernelCase:
-    """One op at one size. ``make(device, dtype)`` gives its keyword arguments, ``rivals`` functions that take the same.
+    """One op at one size. ``make(device, dtype)`` gives its keyword arguments, ``baselines`` functions that take the
+    same.
 
     ``step``: its backward is timed together with its forward, which may make the gradients already.
     """
@@ -33,7 +34,7 @@ class KernelCase:
     name: str
     op: str
     make: Callable[[torch.device, torch.dtype], dict]
-    rivals: Callable[[], dict[str, Callable]]
+    baselines: Callable[[], dict[str, Callable]]
     bytes: float  # that a perfect forward moves, 16-bit data
     flops: float = 0.0
     backward: bool = True
@@ -170,12 +171,12 @@ def _linear(name: str, m: int, n: int, k: int, *, bits: int = 16) -> KernelCase:
             scales = torch.full((n, k // 64), k**-0.5 / 4, dtype=torch.bfloat16, device=device)
         return {"x": x, "weight": QuantizedWeight(values, scales, k)}
 
-    op, rivals = (
+    op, baselines = (
         ("linear", lambda: gpu_rivals.plain_rivals("linear"))
         if bits == 16
         else ("quantized_linear", gpu_rivals.quantized_rivals)
     )
-    return KernelCase(name, op, make, rivals, n * k * bits / 8 + 2.0 * m * (n + k), 2.0 * m * n * k, backward=False)
+    return KernelCase(name, op, make, baselines, n * k * bits / 8 + 2.0 * m * (n + k), 2.0 * m * n * k, backward=False)
 
 
 def _linear_cross_entropy(m: int, v: int, c: int) -> KernelCase:
@@ -308,10 +309,10 @@ def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloa
     """
     torch.manual_seed(SEED)
     made = case.make(device, dtype)
-    ours, rivals = getattr(qvl_kernels, case.op), case.rivals()
+    ours, baselines = getattr(qvl_kernels, case.op), case.baselines()
     variants = offered(case.op, ours, architecture(device))  # of the forward pass
-    contestants = {"ours": ours, **rivals, **variants}
-    truth_of = next(iter(rivals.values()))
+    contestants = {"ours": ours, **baselines, **variants}
+    truth_of = next(iter(baselines.values()))
     errors, unavailable, arguments = {}, {}, {}
     with torch.no_grad():
         truth = _outputs(truth_of(**{name: _fp32(x) for name, x in made.items()}))
@@ -354,14 +355,14 @@ def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloa
 
 
 def build(case: KernelCase, arch: str = "sm_90") -> dict:
-    """Without a GPU: the rivals are made, the arguments are fake CUDA tensors, and every kernel launched on them is
+    """Without a GPU: the baselines are made, the arguments are fake CUDA tensors, and every kernel launched on them is
     compiled.
     """
     from bench.compile_check.compiled import inspect, violations
     from bench.compile_check.launches import record_call, specialise
 
     ours = getattr(qvl_kernels, case.op)
-    case.rivals()
+    case.baselines()
     calls = [
         call
         for function in (ours, *offered(case.op, ours, arch).values())

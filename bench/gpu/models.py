@@ -146,9 +146,9 @@ def _replays(model: nn.Module, rows: int, length: int, device: torch.device) -> 
     from qvl_model.generation import step_gpu
 
     step_gpu.release(model)  # what the calls before have captured
-    steps, on = {}, features.FASTER.get(("decoding", architecture(device)), ())
+    steps, on = {}, features.DEFAULT.get(("decoding", architecture(device)), ())
     for name, variants in (("ours", on), ("plain", ()) if on else ("DEPENDENT_LAUNCH", ("DEPENDENT_LAUNCH",))):
-        with features.trying("decoding", *variants):
+        with features.override("decoding", *variants):
             cache, config = DynamicCache(config=model.config.text_config), model.config.text_config
             for index in range(config.num_hidden_layers):
                 shape = rows, config.num_key_value_heads, length, config.head_dim

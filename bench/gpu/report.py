@@ -87,7 +87,7 @@ def memory_rows(result: dict) -> list[tuple[str, ...]]:
 
 
 def problems(result: dict) -> list[str]:
-    """Cases that failed, ran too long or were left out, and rivals that were not there."""
+    """Cases that failed, ran too long or were left out, and baselines that were not there."""
     lines = [f"{name}: {case['error']}" for name, case in result["cases"].items() if "error" in case]
     for name, value in _measured(result).items():
         lines += [f"{name}: without {rival} ({why})" for rival, why in value.get("unavailable", {}).items()]
@@ -136,20 +136,20 @@ def chart(result: dict, file: Path) -> bool:
         if len(value.get(side, {})) > 1 and "ours" in value[side]
     ]
     figure, axis = pyplot.subplots(figsize=(11, 1.5 + 0.42 * max(1, len(parts))))
-    rivals = [rival for rival in RIVALS if any(rival in cases[name][side] for name, side in parts)]
+    baselines = [rival for rival in RIVALS if any(rival in cases[name][side] for name, side in parts)]
     colours = dict(zip(RIVALS, pyplot.colormaps["tab10"].colors))
     for place, (name, side) in enumerate(reversed(parts)):
-        for rival in rivals:
+        for rival in baselines:
             if rival in cases[name][side]:
                 axis.plot(speed(cases, name, side, rival), place, "o", color=colours[rival])
-    for rival in rivals:
+    for rival in baselines:
         axis.plot([], [], "o", color=colours[rival], label=rival)
     axis.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
     axis.set_yticks(range(len(parts)), [f"{name}, {side}" for name, side in reversed(parts)])
     axis.set_xscale("log")
     axis.set_xlabel("times as fast as")
     axis.grid(axis="y", linewidth=0.3)
-    if rivals:
+    if baselines:
         axis.legend(loc="lower right")
     axis.set_title(result["gpu"]["name"])
     figure.tight_layout()

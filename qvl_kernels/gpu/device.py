@@ -10,10 +10,10 @@ import torch
 
 from qvl_kernels import config
 
-__all__ = ["ARCHITECTURES", "PROCESSORS", "SHARED_MEMORY", "architecture", "assume", "nearest", "unavailable"]
+__all__ = ["ARCHITECTURES", "SM_COUNT", "SHARED_MEMORY", "architecture", "assume", "nearest", "unavailable"]
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")  # checked by bench.compile_check
-PROCESSORS = {
+SM_COUNT = {
     "sm_80": 108,
     "sm_89": 128,
     "sm_90": 132,

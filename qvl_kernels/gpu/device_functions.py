@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
-__all__ = ["await_inputs", "caches_of_table", "visible_of_table"]
+__all__ = ["griddepcontrol_wait", "caches_of_table", "visible_of_table"]
 
 
 @triton.jit
-def await_inputs(DEPENDENT_LAUNCH: tl.constexpr):
+def griddepcontrol_wait(DEPENDENT_LAUNCH: tl.constexpr):
     """Before it, a kernel that may be launched while the one before it still runs touches weights at most: lets the
     next one come, then waits for the results of the one before.
     """

@@ -4,7 +4,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-__all__ = ["FASTER", "FASTER_FROM", "OFFERED", "decoding", "trying", "variants"]
+__all__ = ["DEFAULT", "DEFAULT_FROM", "SUPPORTED", "decoding", "override", "variants"]
 
 # What kernels can do beyond their plain form, and where the audit finds that sound (Triton 3.9 and 3.6 fail to
 # specialise the warps of attention).
@@ -13,7 +13,7 @@ __all__ = ["FASTER", "FASTER_FROM", "OFFERED", "decoding", "trying", "variants"]
 # WARP_SPECIALIZE: some warps copy while others multiply. DEPENDENT_LAUNCH: a kernel is launched while the one before it
 # still runs, and waits for its results itself (programmatic dependent launch); "decoding" are the kernels of a decoding
 # step.
-OFFERED: dict[str, dict[str, tuple[str, ...]]] = {
+SUPPORTED: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"DESCRIPTORS": ("sm_90", "sm_100")},
     "int8_matmul": {
         "DESCRIPTORS": ("sm_90", "sm_100"),
@@ -25,13 +25,13 @@ OFFERED: dict[str, dict[str, tuple[str, ...]]] = {
 
 # (kernel, architecture) -> variants that a device has shown to be faster there than the plain form (make bench-gpu
 # measures both).
-FASTER: dict[tuple[str, str], tuple[str, ...]] = {
+DEFAULT: dict[tuple[str, str], tuple[str, ...]] = {
     ("attention", "sm_90"): ("DESCRIPTORS",),
     ("decoding", "sm_90"): ("DEPENDENT_LAUNCH",),
 }
 
 # Rows of a call from which on: a descriptor costs the host 5 us, more than it saves the device before.
-FASTER_FROM = {"attention": 2048}
+DEFAULT_FROM = {"attention": 2048}
 
 _tried: dict[str, tuple[str, ...]] = {}
 _thread = threading.local()
@@ -56,17 +56,18 @@ def decoding() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def trying(kernel: str, *names: str) -> Iterator[None]:
-    """Inside the block, ``kernel`` runs with these variants of OFFERED where its architecture has them, and no others.
+def override(kernel: str, *names: str) -> Iterator[None]:
+    """Inside the block, ``kernel`` runs with these variants of SUPPORTED where its architecture has them, and no
+    others.
 
     Example:
-        >>> with features.trying("attention", "DESCRIPTORS"):
+        >>> with features.override("attention", "DESCRIPTORS"):
         ...     features.variants("attention", "sm_90")
         {'DESCRIPTORS': True}
     """
-    unknown = set(names) - set(OFFERED[kernel])
+    unknown = set(names) - set(SUPPORTED[kernel])
     if unknown:
-        raise ValueError(f"{kernel} has no variants {sorted(unknown)}; choose from {sorted(OFFERED[kernel])}")
+        raise ValueError(f"{kernel} has no variants {sorted(unknown)}; choose from {sorted(SUPPORTED[kernel])}")
     previous = _tried.get(kernel)
     _tried[kernel] = names
     try:
@@ -81,10 +82,10 @@ def variants(kernel: str, arch: str, rows: int | None = None) -> dict[str, bool]
     """Constexpr arguments: which of its variants ``kernel`` uses for so many rows (None: many)."""
     on = _tried.get(kernel)
     if on is None:
-        enough = rows is None or rows >= FASTER_FROM.get(kernel, 0)
+        enough = rows is None or rows >= DEFAULT_FROM.get(kernel, 0)
         on = (
-            FASTER.get((kernel, arch), ())
+            DEFAULT.get((kernel, arch), ())
             if enough and (kernel != "decoding" or getattr(_thread, "decoding", False))
             else ()
         )
-    return {name: name in on and arch in where for name, where in OFFERED[kernel].items()}
+    return {name: name in on and arch in where for name, where in SUPPORTED[kernel].items()}

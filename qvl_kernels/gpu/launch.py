@@ -8,7 +8,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Launch", "as_rows", "describe", "launch", "record"]
+__all__ = ["Launch", "as_rows", "make_descriptors", "launch", "record"]
 
 # Contracting a * b + c rounds once instead of twice: never less accurate, and what PyTorch's own kernels are built
 # with.
@@ -70,7 +70,7 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if size <= 1 or rows.stride(-1) == 1 else rows.contiguous()
 
 
-def describe(*tensors: tuple[torch.Tensor, list[int]]) -> tuple[TensorDescriptor, ...] | None:
+def make_descriptors(*tensors: tuple[torch.Tensor, list[int]]) -> tuple[TensorDescriptor, ...] | None:
     """Tensor descriptors of (tensor, shape of the blocks to copy); None if the hardware does not take all of their
     places and strides.
     """

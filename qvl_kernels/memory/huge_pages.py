@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from qvl_kernels import config, dispatch
-from qvl_kernels.library import has_memory, is_plain
+from qvl_kernels.library import has_memory, is_eligible
 
 __all__ = ["use_huge_pages"]
 
@@ -59,7 +59,7 @@ def _spans(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
     ranges = sorted(
         (x.data_ptr(), x.data_ptr() + x.nbytes)
         for x in tensors
-        if is_plain(x, "cpu") and x.is_contiguous() and x.nbytes and has_memory(x)
+        if is_eligible(x, "cpu") and x.is_contiguous() and x.nbytes and has_memory(x)
     )
     spans: list[tuple[int, int]] = []
     for begin, end in ranges:

@@ -10,7 +10,7 @@ from qvl_kernels.ops.attention.api import unsupported_heads
 from qvl_kernels.ops.decoder_layer.decode_step import cross_attention_step
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
 from qvl_model.modules import qvl as qvl_modules
-from qvl_model.modules.fast_path import attends_as_stock, is_number, is_plain, kernels_take, only_capture_hooks
+from qvl_model.modules.fast_path import attends_as_stock, is_eligible, is_number, kernels_take, only_capture_hooks
 from qvl_model.modules.linear import Linear
 from qvl_model.modules.text import Qwen3VLTextRMSNorm
 from qvl_model.quantization.modules import PackedLinear
@@ -33,7 +33,7 @@ def why_not(body: nn.Module) -> str | None:
 def _fusion_is_plain(fusion: nn.Module, dtype: torch.dtype) -> bool:
     attention, dropout = fusion.attn, fusion.dropout
     if (
-        not is_plain(fusion, text.QVLFusion)
+        not is_eligible(fusion, text.QVLFusion)
         or type(attention) is not qvl_modules.QVLCrossAttention
         or "forward" in attention.__dict__
     ):
@@ -50,7 +50,7 @@ def _fusion_is_plain(fusion: nn.Module, dtype: torch.dtype) -> bool:
     if attention.q_proj.out_features != attention.k_proj.out_features * attention.num_key_value_groups:
         return False
     if (
-        not is_plain(dropout, nn.Dropout)
+        not is_eligible(dropout, nn.Dropout)
         or dropout.training
         and dropout.p > 0.0
         or attention.training
@@ -58,9 +58,9 @@ def _fusion_is_plain(fusion: nn.Module, dtype: torch.dtype) -> bool:
     ):
         return False
     norms, linears = (fusion.norm, attention.q_norm), (attention.q_proj, attention.o_proj)
-    if not all(is_plain(norm, Qwen3VLTextRMSNorm) and is_number(norm.variance_epsilon) for norm in norms):
+    if not all(is_eligible(norm, Qwen3VLTextRMSNorm) and is_number(norm.variance_epsilon) for norm in norms):
         return False
-    if not all(type(linear) in (Linear, PackedLinear) and is_plain(linear, type(linear)) for linear in linears):
+    if not all(type(linear) in (Linear, PackedLinear) and is_eligible(linear, type(linear)) for linear in linears):
         return False
     weights = [
         fusion.gate,

@@ -5,7 +5,7 @@ per row.
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from qvl_model.modules.decoder_layer import plan_of
+from qvl_model.modules.decoder_layer import fused_layer_of
 from qvl_model.modules.fast_path import kernels_take, only_capture_hooks, runs_library_code
 from qvl_model.quantization.modules import PackedEmbedding
 from qvl_model.qvl.text import QVLTextModel
@@ -33,8 +33,8 @@ def body_why_not(body: nn.Module) -> str | None:
             or not only_capture_hooks(layer, "hidden_states")
             or not runs_library_code(layer, "forward", "__call__")
         )
-        plan = None if hooked else plan_of(layer)
-        if plan is None or not layer.infers() or plan.prepared.dtype is not body.norm.weight.dtype:
+        plan = None if hooked else fused_layer_of(layer)
+        if plan is None or not layer.is_deterministic() or plan.prepared.dtype is not body.norm.weight.dtype:
             return f"decoder layer {index} is not plain"
     if len(set(cache_places(body))) < len(body.layers):
         return "decoder layers share a place in the cache"

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from qvl_kernels import PreparedCache
 from qvl_kernels.memory import pages
 
-__all__ = ["Store", "forget", "keeps_plainly", "open_store"]
+__all__ = ["WriteSlots", "forget", "updates_as_stock", "reserve_slots"]
 
 _ROOM = 64  # tokens of room to grow at least; a thirty-second of the length when that is more
 
@@ -23,7 +23,7 @@ _ROOM = 64  # tokens of room to grow at least; a thirty-second of the length whe
 _UPDATES = {kind: kind.update for kind in (Cache, DynamicLayer, StaticLayer)}
 
 
-def keeps_plainly(kept: Cache | DynamicLayer | StaticLayer, kind: type) -> bool:
+def updates_as_stock(kept: Cache | DynamicLayer | StaticLayer, kind: type) -> bool:
     """Whether the ``update`` of a cache or of a layer is that of its class ``kind`` as transformers has it, and none
     that evicts, quantises, counts, ...
     """
@@ -67,7 +67,7 @@ def forget(layer: DynamicLayer) -> None:
 
 
 @dataclass(slots=True)
-class Store:
+class WriteSlots:
     """Where a layer's new keys and values go: positions [past, past + T) of ``memory``."""
 
     memory: PreparedCache
@@ -84,17 +84,17 @@ class Store:
             self.layer.cumulative_length.add_(queries)
 
 
-def open_store(cache: Cache | None, index: int, x: Tensor, kv_heads: int, head_dim: int) -> Store | None:
+def reserve_slots(cache: Cache | None, index: int, x: Tensor, kv_heads: int, head_dim: int) -> WriteSlots | None:
     """Room for the keys and values of x [B, T, C] in layer ``index`` of the cache, or None where stock code must keep
     them.
     """
     batch, queries, _ = x.shape
     if cache is None:
         keys = x.new_empty(batch, kv_heads, queries, head_dim)
-        return Store(PreparedCache(keys, torch.empty_like(keys)), 0, queries)
+        return WriteSlots(PreparedCache(keys, torch.empty_like(keys)), 0, queries)
     if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
         return None
-    if not keeps_plainly(cache, Cache):
+    if not updates_as_stock(cache, Cache):
         return None
     layers, sizes = cache.layers, (x.dtype, batch, kv_heads, head_dim)
     while index >= len(layers) and cache.layer_class_to_replicate is DynamicLayer:
@@ -103,7 +103,7 @@ def open_store(cache: Cache | None, index: int, x: Tensor, kv_heads: int, head_d
         return None
     layer = layers[index]
     kind = type(layer)
-    if kind not in (DynamicLayer, StaticLayer) or not keeps_plainly(layer, kind):
+    if kind not in (DynamicLayer, StaticLayer) or not updates_as_stock(layer, kind):
         return None
     if torch.is_grad_enabled() and layer.is_initialized and (layer.keys.requires_grad or layer.values.requires_grad):
         return None
@@ -122,7 +122,7 @@ def _matches(layer: DynamicLayer | StaticLayer, x: Tensor, sizes: tuple) -> bool
     )
 
 
-def _dynamic_store(layer: DynamicLayer, x: Tensor, sizes: tuple) -> Store | None:
+def _dynamic_store(layer: DynamicLayer, x: Tensor, sizes: tuple) -> WriteSlots | None:
     past, grown = layer.get_seq_length(), _grown.get(layer)
     if grown is not None and not (past and grown.belongs_to(layer)):
         grown = None
@@ -142,10 +142,10 @@ def _dynamic_store(layer: DynamicLayer, x: Tensor, sizes: tuple) -> Store | None
         elif not layer.is_initialized:
             layer.lazy_initialization(keys, keys)
         _grown[layer] = grown
-    return Store(grown.memory, past, end, layer, grown)
+    return WriteSlots(grown.memory, past, end, layer, grown)
 
 
-def _static_store(layer: StaticLayer, x: Tensor, sizes: tuple) -> Store | None:
+def _static_store(layer: StaticLayer, x: Tensor, sizes: tuple) -> WriteSlots | None:
     dtype, batch, kv_heads, head_dim = sizes
     if not layer.is_initialized:
         shape = x.new_empty(batch, kv_heads, 0, head_dim)
@@ -156,4 +156,4 @@ def _static_store(layer: StaticLayer, x: Tensor, sizes: tuple) -> Store | None:
     memory = _static.get(layer)
     if memory is None or memory.k_cache is not layer.keys or memory.v_cache is not layer.values:
         memory = _static[layer] = PreparedCache(layer.keys, layer.values)
-    return Store(memory, past, layer.max_cache_len, layer)
+    return WriteSlots(memory, past, layer.max_cache_len, layer)

@@ -22,12 +22,12 @@ from qvl_model.compat import CACHE
 from qvl_model.generation import step_cpu, step_gpu
 from qvl_model.generation.choosing import Chooser
 from qvl_model.generation.inputs import cache_places
-from qvl_model.generation.kv_cache import keeps_plainly
+from qvl_model.generation.kv_cache import updates_as_stock
 from qvl_model.generation.sampling import Sampler
 from qvl_model.generation.step_cpu import CpuStep
 from qvl_model.generation.step_gpu import GpuStep, StepFailed
 from qvl_model.modules import lm_head
-from qvl_model.modules.fast_path import is_plain, no_global_hooks, runs_library_code
+from qvl_model.modules.fast_path import is_eligible, no_global_hooks, runs_library_code
 from qvl_model.qvl import modeling as qvl
 from qvl_model.qvl.cache import VisualLayer
 
@@ -102,8 +102,8 @@ def why_not(model: nn.Module, input_ids: Tensor, config: GenerationConfig, optio
 
 
 def _kept_plainly(cache: Cache) -> bool:
-    return keeps_plainly(cache, Cache) and all(
-        type(layer) is VisualLayer or keeps_plainly(layer, type(layer)) for layer in cache.layers
+    return updates_as_stock(cache, Cache) and all(
+        type(layer) is VisualLayer or updates_as_stock(layer, type(layer)) for layer in cache.layers
     )
 
 
@@ -112,7 +112,9 @@ def model_why_not(model: nn.Module) -> str | None:
     if not isinstance(model, (stock.Qwen3VLForConditionalGeneration, qvl.QVLForConditionalGeneration)):
         return f"{type(model).__name__} is no model that generates"
     for module in (model, model.model, model.model.language_model):
-        if not is_plain(module, type(module), lm_head.Forwards) or not runs_library_code(module, "forward", "__call__"):
+        if not is_eligible(module, type(module), lm_head.Forwards) or not runs_library_code(
+            module, "forward", "__call__"
+        ):
             return f"{type(module).__name__} has hooks or another forward"
     if not runs_library_code(model, "prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill"):
         return "another function prepares the inputs of a token"
@@ -192,7 +194,7 @@ def _next_logits(
     """Of the tokens chosen last; None where stock code has to go on: model or cache were changed between two tokens, or
     memory is short.
     """
-    if foreign and not (step.holds() and model_why_not(model) is None and _kept_plainly(cache)):
+    if foreign and not (step.check() and model_why_not(model) is None and _kept_plainly(cache)):
         return None
     try:
         return step.run(choice.tokens)
@@ -279,7 +281,7 @@ class StockStep:
     def length(self) -> int:
         return int(self._kwargs[CACHE].get_seq_length())
 
-    def holds(self) -> bool:
+    def check(self) -> bool:
         return True
 
     def end(self, length: int) -> None:

@@ -13,9 +13,9 @@ from qvl_kernels.ops.linear.extension import run_extension_linear
 from qvl_kernels.ops.linear.weights import extension_weight, out_features, tensors_of, unsupported_scales
 from qvl_kernels.ops.rms_norm.cpu import rms_norm_cpu
 from qvl_model.generation.inputs import body_why_not, cache_places, token_embeddings
-from qvl_model.generation.kv_cache import Store, open_store
-from qvl_model.modules.decoder_layer import plan_of
-from qvl_model.modules.fast_path import is_number, is_plain, kernels_take, runs_library_code
+from qvl_model.generation.kv_cache import WriteSlots, reserve_slots
+from qvl_model.modules.decoder_layer import fused_layer_of
+from qvl_model.modules.fast_path import is_eligible, is_number, kernels_take, runs_library_code
 from qvl_model.modules.lm_head import Linear
 from qvl_model.modules.text import Qwen3VLTextRMSNorm
 from qvl_model.quantization.modules import PackedLinear
@@ -57,7 +57,7 @@ class CpuStep:
         few = self._positions.shape[-2] < PreparedDecoderLayer.ROWS
         self._end = None if foreign or not few else _End.of(self._body.norm, model.lm_head)
         self._layers = list(self._body.layers)
-        self._calls, self._places = [plan_of(layer).prepared for layer in self._layers], cache_places(self._body)
+        self._calls, self._places = [fused_layer_of(layer).prepared for layer in self._layers], cache_places(self._body)
         # Who swaps a weight's data meanwhile frees what the calls read.
         self._alive = [
             x.detach()
@@ -66,7 +66,7 @@ class CpuStep:
             if weight is not None
             for x in tensors_of(weight)
         ]
-        self._stores: list[Store] = []
+        self._stores: list[WriteSlots] = []
         self.length = int(cache.get_seq_length())
 
     @classmethod
@@ -94,14 +94,16 @@ class CpuStep:
         self.length += 1
         return self._logits(hidden)[:, -1]
 
-    def holds(self) -> bool:
+    def check(self) -> bool:
         """Whether the model's layers are still those that this step runs."""
         same = (
             self._model.model.language_model is self._body
             and why_not(self._model) is None
             and cache_places(self._body) == self._places
         )
-        return same and all(plan_of(layer).prepared is call for layer, call in zip(self._body.layers, self._calls))
+        return same and all(
+            fused_layer_of(layer).prepared is call for layer, call in zip(self._body.layers, self._calls)
+        )
 
     def end(self, length: int) -> None:
         """Leaves the cache with the first ``length`` tokens, as stock code does."""
@@ -114,7 +116,7 @@ class CpuStep:
         self._stores = []
         like = self._body.norm.weight.new_empty(self._positions.shape[-2], 1, 0)
         stores = [
-            open_store(self._cache, place, like, call.kv_heads, call.head_dim)
+            reserve_slots(self._cache, place, like, call.kv_heads, call.head_dim)
             for place, call in zip(self._places, self._calls)
         ]
         if any(store is None or store.past != self.length for store in stores):
@@ -185,7 +187,11 @@ class _End:
         """None if modules compute something else, or weights are not what the extension takes."""
         if type(norm) is not Qwen3VLTextRMSNorm or type(head) not in (Linear, PackedLinear):
             return None
-        if not is_plain(norm, type(norm)) or not is_plain(head, type(head)) or not is_number(norm.variance_epsilon):
+        if (
+            not is_eligible(norm, type(norm))
+            or not is_eligible(head, type(head))
+            or not is_number(norm.variance_epsilon)
+        ):
             return None
         if type(head) is Linear:
             sizes, fits = tuple(head.weight.shape), kernels_take(norm.weight, head.weight, head.bias)

@@ -27,8 +27,8 @@ from qvl_model.generation.kv_cache import forget
 from qvl_model.generation.sampling import Sampler
 from qvl_model.modules import lm_head as head
 from qvl_model.modules import text
-from qvl_model.modules.decoder_layer import plan_of
-from qvl_model.modules.fast_path import autocast_dtype, is_plain
+from qvl_model.modules.decoder_layer import fused_layer_of
+from qvl_model.modules.fast_path import autocast_dtype, is_eligible
 from qvl_model.quantization.modules import PackedLinear
 from qvl_model.qvl import QVLForConditionalGeneration, QVLTextModel
 
@@ -127,7 +127,7 @@ def why_not(model: nn.Module) -> str | None:
         parts, kind = (body.embed_tokens, body.rotary_emb), body.rotary_emb.rope_type
         if "dynamic" in kind or kind == "longrope":
             return f"rotary frequencies of {kind} change with the length"
-    if any(not is_plain(module, type(module)) for module in (*parts, body.norm, lm_head)) or any(
+    if any(not is_eligible(module, type(module)) for module in (*parts, body.norm, lm_head)) or any(
         "inv_freq" in vars(part) for part in parts
     ):
         return "hooks, which a graph would not call, or tensors that are no parameters or buffers"
@@ -258,7 +258,7 @@ class GpuStep:
         self.rows, self.state, self.layers_with_images, self.length = rows, state, layers_with_images, 0
         self._model = weakref.ref(model)  # the pool, which belongs to the model, holds this
         body, lm_head = model.model.language_model, model.lm_head
-        self._layers = [plan_of(layer).prepared for layer in body.layers]
+        self._layers = [fused_layer_of(layer).prepared for layer in body.layers]
         self._places = cache_places(body)
         first, weight = self._layers[0], body.norm.weight
         self._device, self._stream, self.graph = graphs.of(weight.device), None, None
@@ -442,7 +442,7 @@ class GpuStep:
         )
         return Sampler(chooser, logits, tokens, embedding.num_embeddings, self._device, self.graph.pool)
 
-    def holds(self) -> bool:
+    def check(self) -> bool:
         """Whether nothing that the step depends on has changed since it was captured, nor the images since it began."""
         model = self._model()
         layers = images.layers_with_images(model.model.language_model, self._cache)

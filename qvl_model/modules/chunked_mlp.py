@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qvl_kernels import dispatch
 
-__all__ = ["check_rows", "in_parts", "set_rows", "splits"]
+__all__ = ["check_rows", "chunked", "set_rows", "splits"]
 
 _NAME = "mlp_rows"  # attribute of an MLP: tokens at a time
 
@@ -37,7 +37,7 @@ def splits(mlp: nn.Module, x: Tensor) -> bool:
     return rows is not None and x.numel() > rows * x.shape[-1] and (x.is_cuda or dispatch.forced() == "triton")
 
 
-def in_parts(mlp: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def chunked(mlp: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """forward(x), ``mlp``'s way from x [..., C]; ``mlp_rows`` tokens at a time if it has that attribute, each part
     again in the backward.
     """

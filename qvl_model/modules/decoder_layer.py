@@ -12,13 +12,13 @@ import qvl_kernels
 from qvl_kernels.memory import pages
 from qvl_kernels.quantization import QuantizedWeight
 from qvl_model.compat import CACHE, takes_cache
-from qvl_model.generation.kv_cache import Store, open_store
+from qvl_model.generation.kv_cache import WriteSlots, reserve_slots
 from qvl_model.modules.chunked_mlp import splits
 from qvl_model.modules.fast_path import (
     FLASH,
     attends_as_stock,
+    is_eligible,
     is_number,
-    is_plain,
     kernels_take,
     no_global_hooks,
     only_capture_hooks,
@@ -34,14 +34,14 @@ from qvl_model.modules.text import (
 )
 from qvl_model.quantization.modules import PackedLinear
 
-__all__ = ["Plan", "Qwen3VLTextDecoderLayer", "forget_plan", "plan_of"]
+__all__ = ["FusedLayer", "Qwen3VLTextDecoderLayer", "forget_fused_layer", "fused_layer_of"]
 
 _LARGE = 2048  # tokens of a call after which what was freed goes back to the system
 _IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", *FLASH)  # of attention: what they compute, the fused call does
 
 
-class Plan:
-    """A decoder layer whose modules and weights were found plain, as one fused call; ``holds`` says whether they still
+class FusedLayer:
+    """A decoder layer whose modules and weights were found plain, as one fused call; ``check`` says whether they still
     are.
 
     Whatever the call depends on stands in lists, as it was found. Dictionaries stand for modules, so that no plan keeps
@@ -59,7 +59,7 @@ class Plan:
     __slots__ = ("_attention", "_modules", "_settings", "_tensors", "_without", "implementation", "prepared")
 
     @classmethod
-    def of(cls, layer: nn.Module) -> "Plan | None":
+    def of(cls, layer: nn.Module) -> "FusedLayer | None":
         """The plan of a layer, or None if one fused call is not what its modules compute."""
         try:
             attention, mlp = layer._modules["self_attn"], layer._modules["mlp"]
@@ -107,7 +107,7 @@ class Plan:
             (attention, name, getattr(attention, name))
             for name in ("config", "scaling", "is_causal", "head_dim", "num_key_value_groups")
         ]
-        if not plan.holds(layer) or not _weights_fit(attention, norms, linears):
+        if not plan.check(layer) or not _weights_fit(attention, norms, linears):
             return None
         input_norm, q_norm, k_norm, post_norm = (norm.weight for norm in norms)
         q, k, v, o, gate, up, down = (
@@ -124,7 +124,7 @@ class Plan:
         )
         return plan
 
-    def holds(self, layer: nn.Module) -> bool:
+    def check(self, layer: nn.Module) -> bool:
         """Whether all that the plan of ``layer`` depends on is as it was; it runs for every layer and token."""
         attention = layer._modules.get("self_attn")
         if (
@@ -134,7 +134,7 @@ class Plan:
         ):
             return False
         for siblings, name, module in self._modules:
-            if siblings.get(name) is not module or not is_plain(module, type(module)) or type(module) not in _KINDS:
+            if siblings.get(name) is not module or not is_eligible(module, type(module)) or type(module) not in _KINDS:
                 return False
         for own, name, x, address, dtype, shape in self._tensors:
             if (
@@ -165,22 +165,22 @@ class Plan:
             return False
         # A recorder of attentions finds none in a fused call.
         return (
-            is_plain(attention, Qwen3VLTextAttention)
+            is_eligible(attention, Qwen3VLTextAttention)
             if implementation == "eager"
             else only_capture_hooks(attention, "attentions")
         )
 
 
 _KINDS = {Qwen3VLTextMLP, SILU, Qwen3VLTextRMSNorm, Linear, PackedLinear}
-_plans: "weakref.WeakKeyDictionary[nn.Module, Plan]" = weakref.WeakKeyDictionary()
+_plans: "weakref.WeakKeyDictionary[nn.Module, FusedLayer]" = weakref.WeakKeyDictionary()
 
 
-def plan_of(layer: nn.Module) -> Plan | None:
+def fused_layer_of(layer: nn.Module) -> FusedLayer | None:
     """The plan of a layer as it is now, or None if one fused call is not what its modules compute."""
     plan = _plans.get(layer)
-    if plan is None or not plan.holds(layer):
+    if plan is None or not plan.check(layer):
         _plans.pop(layer, None)
-        plan = Plan.of(layer)
+        plan = FusedLayer.of(layer)
         if plan is not None:
             _plans[layer] = plan
     return plan
@@ -217,7 +217,7 @@ def _weights_fit(attention: nn.Module, norms: list[nn.Module], linears: list[nn.
     return all(linear.bias is None for linear in linears[4:]) and kernels_take(*plain)
 
 
-def forget_plan(layer: nn.Module) -> None:
+def forget_fused_layer(layer: nn.Module) -> None:
     """Frees the weights that the plan of a layer, if it has one, holds."""
     _plans.pop(layer, None)
 
@@ -228,7 +228,13 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         a token's time here.
         """
         ours = type(self).forward is Qwen3VLTextDecoderLayer.forward  # and not overridden by a subclass
-        if ours and len(args) == 1 and CACHE in kwargs and not torch.is_grad_enabled() and is_plain(self, type(self)):
+        if (
+            ours
+            and len(args) == 1
+            and CACHE in kwargs
+            and not torch.is_grad_enabled()
+            and is_eligible(self, type(self))
+        ):
             out = self._fused(args[0], **kwargs)
             if out is not None:
                 return out
@@ -276,11 +282,16 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
             return None
         if torch.is_grad_enabled() and _any_requires_grad(x, self):
             return None
-        plan = plan_of(self)
-        if plan is None or plan.prepared.dtype is not x.dtype or not self.infers() or splits(self._modules["mlp"], x):
+        plan = fused_layer_of(self)
+        if (
+            plan is None
+            or plan.prepared.dtype is not x.dtype
+            or not self.is_deterministic()
+            or splits(self._modules["mlp"], x)
+        ):
             return None
         prepared = plan.prepared
-        store = open_store(cache, self._modules["self_attn"].layer_idx, x, prepared.kv_heads, prepared.head_dim)
+        store = reserve_slots(cache, self._modules["self_attn"].layer_idx, x, prepared.kv_heads, prepared.head_dim)
         if store is None or not _rule_holds(plan.implementation, mask, positions, x, store):
             return None
         if mask is not None and mask.dim() == 2:
@@ -293,7 +304,7 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         store.commit(x.shape[1])
         return out
 
-    def infers(self) -> bool:
+    def is_deterministic(self) -> bool:
         """Whether nothing in the layer is random now."""
         attention = self._modules["self_attn"]
         return not (attention.training and attention.attention_dropout > 0.0)
@@ -325,7 +336,9 @@ def _any_requires_grad(x: Tensor, layer: nn.Module) -> bool:
     return x.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
 
 
-def _rule_holds(implementation: str, mask: Tensor | None, positions: Tensor | None, x: Tensor, store: Store) -> bool:
+def _rule_holds(
+    implementation: str, mask: Tensor | None, positions: Tensor | None, x: Tensor, store: WriteSlots
+) -> bool:
     """Whether no mask, or this mask, means to the attention of the model what it means to ``decoder_layer`` with this
     cache.
     """

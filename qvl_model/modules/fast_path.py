@@ -14,7 +14,7 @@ from transformers.utils import output_capturing
 
 from qvl_kernels import dispatch
 from qvl_kernels.gpu import device as gpu_device
-from qvl_kernels.library import PLAIN, has_memory, ops_are_seen
+from qvl_kernels.library import TENSOR_TYPES, has_memory, ops_are_seen
 
 __all__ = [
     "FAST_DTYPES",
@@ -23,7 +23,7 @@ __all__ = [
     "autocast_dtype",
     "dropout_fits",
     "is_number",
-    "is_plain",
+    "is_eligible",
     "kernels_take",
     "no_global_hooks",
     "only_capture_hooks",
@@ -59,7 +59,7 @@ def is_number(*values: object) -> bool:
     return all(type(value) is float or type(value) is int for value in values)
 
 
-def is_plain(module: nn.Module, kind: type, own_hook: type | None = None) -> bool:
+def is_eligible(module: nn.Module, kind: type, own_hook: type | None = None) -> bool:
     """Exactly ``kind`` (an adapter wraps or replaces it), no forward hook but pre-hooks of our own class ``own_hook``;
     neither ``forward`` nor weight or bias replaced on the instance.
     """
@@ -153,7 +153,7 @@ def _fit(tensors: tuple[torch.Tensor | None, ...], cast: bool, compiling: bool) 
     dtype = first.dtype
     for x in tensors:  # a plain loop: this runs for every layer and token
         if x is not None and not (
-            type(x) in PLAIN
+            type(x) in TENSOR_TYPES
             and x.dtype is dtype
             and (x.is_cpu if on_cpu else x.device == first.device)
             and (x.stride(-1) == 1 or x.shape[-1] <= 1)

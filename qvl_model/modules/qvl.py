@@ -13,8 +13,8 @@ from qvl_model.modules.decoder_layer import Qwen3VLTextDecoderLayer
 from qvl_model.modules.fast_path import (
     attends_as_stock,
     dropout_fits,
+    is_eligible,
     is_number,
-    is_plain,
     kernels_take,
     no_global_hooks,
 )
@@ -62,9 +62,13 @@ class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
             **kwargs,
         )
 
-    def infers(self) -> bool:
+    def is_deterministic(self) -> bool:
         dropout = self._modules["dropout"]
-        return is_plain(dropout, nn.Dropout) and not (dropout.training and dropout.p > 0.0) and super().infers()
+        return (
+            is_eligible(dropout, nn.Dropout)
+            and not (dropout.training and dropout.p > 0.0)
+            and super().is_deterministic()
+        )
 
 
 class QVLCrossAttention(text.QVLCrossAttention):
@@ -112,7 +116,7 @@ class QVLPatchEmbed(vision.QVLPatchEmbed):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         weight, bias, patch = self.proj.weight, self.proj.bias, self.patch_size
-        if not (is_plain(self.proj, nn.Conv2d) and no_global_hooks() and weight.is_contiguous()):
+        if not (is_eligible(self.proj, nn.Conv2d) and no_global_hooks() and weight.is_contiguous()):
             return super().forward(pixel_values)
         images, channels, height, width = pixel_values.shape
         rows, columns = height // patch, width // patch

@@ -11,13 +11,13 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 import qvl_kernels
 from qvl_model.compat import takes_cache, update_cache
-from qvl_model.modules.chunked_mlp import in_parts
+from qvl_model.modules.chunked_mlp import chunked
 from qvl_model.modules.fast_path import (
     attends_as_stock,
     autocast_dtype,
     dropout_fits,
+    is_eligible,
     is_number,
-    is_plain,
     kernels_take,
     no_global_hooks,
 )
@@ -63,10 +63,10 @@ class Qwen3VLTextRMSNorm(stock.Qwen3VLTextRMSNorm):
 
 class Qwen3VLTextMLP(stock.Qwen3VLTextMLP):
     def forward(self, x: Tensor) -> Tensor:
-        return in_parts(self, self._forward, x)
+        return chunked(self, self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if not (is_plain(self.act_fn, SILU) and no_global_hooks()):
+        if not (is_eligible(self.act_fn, SILU) and no_global_hooks()):
             return stock.Qwen3VLTextMLP.forward(self, x)
         gate, up = self.gate_proj(x), self.up_proj(x)
         if kernels_take(gate, up, cast=False):
@@ -93,7 +93,7 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
             or not self.is_causal
             or has_special_arguments(kwargs)
             or not (attention_mask is None or isinstance(attention_mask, Tensor))
-            or not (is_plain(self.q_norm, Qwen3VLTextRMSNorm) and is_plain(self.k_norm, Qwen3VLTextRMSNorm))
+            or not (is_eligible(self.q_norm, Qwen3VLTextRMSNorm) and is_eligible(self.k_norm, Qwen3VLTextRMSNorm))
             or not is_number(self.scaling, self.q_norm.variance_epsilon)
             or self.q_norm.variance_epsilon != self.k_norm.variance_epsilon
             or not no_global_hooks()

@@ -9,12 +9,12 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 import qvl_kernels
 from qvl_kernels.memory import pages
 from qvl_kernels.quantization import QuantizedWeight
-from qvl_model.modules.chunked_mlp import in_parts, splits
+from qvl_model.modules.chunked_mlp import chunked, splits
 from qvl_model.modules.fast_path import (
     FLASH,
     attends_as_stock,
+    is_eligible,
     is_number,
-    is_plain,
     kernels_take,
     no_global_hooks,
     only_capture_hooks,
@@ -50,7 +50,7 @@ class Qwen3VLVisionPatchEmbed(stock.Qwen3VLVisionPatchEmbed):
         weight, bias = self.proj.weight, self.proj.bias
         patches = hidden_states.to(weight.dtype).reshape(-1, weight[0].numel())
         if (
-            is_plain(self.proj, nn.Conv3d)
+            is_eligible(self.proj, nn.Conv3d)
             and no_global_hooks()
             and weight.is_contiguous()
             and kernels_take(patches, weight, bias)
@@ -61,7 +61,7 @@ class Qwen3VLVisionPatchEmbed(stock.Qwen3VLVisionPatchEmbed):
 
 class Qwen3VLVisionMLP(stock.Qwen3VLVisionMLP):
     def forward(self, hidden_state: Tensor) -> Tensor:
-        return in_parts(self, self._forward, hidden_state)
+        return chunked(self, self._forward, hidden_state)
 
     def _forward(self, hidden_state: Tensor) -> Tensor:
         hidden_state = self.linear_fc1(hidden_state)
@@ -74,7 +74,7 @@ _GELU_TANH_CLASS = type(stock.ACT2FN[_GELU_TANH])
 
 
 def is_gelu_tanh(activation: nn.Module) -> bool:
-    return is_plain(activation, _GELU_TANH_CLASS)
+    return is_eligible(activation, _GELU_TANH_CLASS)
 
 
 class Qwen3VLVisionAttention(stock.Qwen3VLVisionAttention):
@@ -140,7 +140,7 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
             or not only_capture_hooks(attention, "attentions")
             or not _attends_plainly(attention)
             or (self.training and attention.attention_dropout > 0.0)
-            or not is_plain(mlp, Qwen3VLVisionMLP)
+            or not is_eligible(mlp, Qwen3VLVisionMLP)
             or not is_gelu_tanh(mlp.act_fn)
             or not no_global_hooks()
             or hidden_states.numel() == 0
@@ -160,7 +160,7 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
                 if type(module) is PackedLinear
                 else Linear
             )
-            if not is_plain(module, kind):
+            if not is_eligible(module, kind):
                 return None
         weights = qvl_kernels.VisionWeights(
             *(

@@ -14,9 +14,9 @@ import qvl_kernels
 from bench.compile_check import __main__ as command
 from bench.compile_check import chips, report, sass
 from bench.compile_check.compiled import compile_all, inspect, violations
+from bench.compile_check.known_issues import KNOWN_ISSUES, WAIVABLE, Waiver
 from bench.compile_check.launches import kernels, record, specialise, target
 from bench.compile_check.sources import sources
-from bench.compile_check.waivers import WAIVABLE, WAIVERS, Waiver
 from bench.kernels import cases_of
 from qvl_kernels import config
 from qvl_kernels.gpu.device import ARCHITECTURES
@@ -242,7 +242,7 @@ def test_violations_fail_unless_waived(monkeypatch, capsys):
     failed = command.audit(names=["swiglu"], plan=plan)
     assert failed.failures and "8 bytes of stack" in failed.failures[0] and failed.waived == []
     waiver = Waiver("_swiglu*kernel", "sm_90", "bf16", "spill", "made up for this test")
-    waived = command.audit(names=["swiglu"], plan=plan, waivers=[waiver])
+    waived = command.audit(names=["swiglu"], plan=plan, known_issues=[waiver])
     assert waived.failures == [] and "made up for this test" in waived.waived[0]
     for name, value in (
         ("kernel", "_other_kernel"),
@@ -252,10 +252,12 @@ def test_violations_fail_unless_waived(monkeypatch, capsys):
         ("triton", "2."),
     ):
         assert command.audit(
-            names=["swiglu"], plan=plan, waivers=[dataclasses.replace(waiver, **{name: value})]
+            names=["swiglu"], plan=plan, known_issues=[dataclasses.replace(waiver, **{name: value})]
         ).failures
     monkeypatch.setattr(command, "violations", lambda arch, found: [("shared", "too much")])
-    assert command.audit(names=["swiglu"], plan=plan, waivers=[dataclasses.replace(waiver, kind="shared")]).failures
+    assert command.audit(
+        names=["swiglu"], plan=plan, known_issues=[dataclasses.replace(waiver, kind="shared")]
+    ).failures
     assert command.main(["--op", "swiglu", "--arch", "sm_90", "--dtype", "bf16"]) == 1
     assert "violation:" in capsys.readouterr().out
 
@@ -266,15 +268,17 @@ def test_unused_waivers_and_unreached_kernels_fail_a_whole_audit(monkeypatch):
     monkeypatch.setattr(command, "kernels", lambda *_: {"somewhere:_lonely_kernel"})
     monkeypatch.setattr(command, "sources", lambda: {"swiglu": sources()["swiglu"]})
     plan = [(arch, "bf16") for arch in ARCHITECTURES]
-    result = command.audit(plan=plan, waivers=[Waiver("_swiglu_kernel", "sm_80", "bf16", "spill", "once upon a time")])
+    result = command.audit(
+        plan=plan, known_issues=[Waiver("_swiglu_kernel", "sm_80", "bf16", "spill", "once upon a time")]
+    )
     assert len(result.failures) == 2
     assert "_lonely_kernel: no case of any op launches it" in result.failures[0]
     assert "unused waiver: _swiglu_kernel" in result.failures[1] and "once upon a time" in result.failures[1]
 
 
 def test_waivers_are_explained():
-    assert all(waiver.reason and waiver.kind in WAIVABLE for waiver in WAIVERS)
-    assert len(set(WAIVERS)) == len(WAIVERS)
+    assert all(waiver.reason and waiver.kind in WAIVABLE for waiver in KNOWN_ISSUES)
+    assert len(set(KNOWN_ISSUES)) == len(KNOWN_ISSUES)
 
 
 @pytest.mark.parametrize(

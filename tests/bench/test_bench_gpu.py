@@ -102,9 +102,9 @@ def test_contestants_take_turns():
     ids=lambda case: case.name,
 )
 def test_kernel_cases_run(case):
-    if case.op == "swiglu":  # the one whose rivals include torch.compile, which is slow here
-        rivals = case.rivals
-        case = gpu_kernels.KernelCase(**{**vars(case), "rivals": lambda: {"eager": rivals()["eager"]}})
+    if case.op == "swiglu":  # the one whose baselines include torch.compile, which is slow here
+        baselines = case.baselines
+        case = gpu_kernels.KernelCase(**{**vars(case), "baselines": lambda: {"eager": baselines()["eager"]}})
     value = gpu_kernels.run(case, CPU, seconds=1e-9)
     assert value["errors"]["ours"] < 2e-2
     assert value["forward"]["ours"]["median"] > 0 and set(value["forward"]) - {"copy"} == set(value["errors"])

@@ -10,7 +10,7 @@ from op_cases import differentiable, double, outputs
 
 import qvl_kernels
 from qvl_kernels import config
-from qvl_kernels.gpu.device import PROCESSORS, SHARED_MEMORY
+from qvl_kernels.gpu.device import SHARED_MEMORY, SM_COUNT
 from qvl_kernels.ops.attention import tiles
 from qvl_kernels.ops.attention.op import attention_backward_op, attention_op
 from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, random_tensor, relative_error, surrounded
@@ -385,7 +385,7 @@ def test_large_heads_take_the_reference_or_raise(device):
         qvl_kernels.attention(**arguments)
 
 
-@pytest.mark.parametrize("arch", PROCESSORS)
+@pytest.mark.parametrize("arch", SM_COUNT)
 @pytest.mark.parametrize("size", [2, 4])
 def test_tiles_fit(arch, size, monkeypatch):
     """Every head size up to 256 has tiles whose operands fit into shared memory, of as many rows as matrix units want,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qvl_kernels
-from qvl_kernels.gpu.device import PROCESSORS
+from qvl_kernels.gpu.device import SM_COUNT
 from qvl_kernels.ops.decode_attention import tiles
 from qvl_kernels.ops.decode_attention.op import decode_attention_op
 from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, random_tensor, surrounded
@@ -146,7 +146,7 @@ def test_int8_cache_with_strided_scales(scale_dtype, device, monkeypatch):
 
 
 def test_splits_depend_on_shapes_alone_and_fill_the_chip():
-    for arch in PROCESSORS:
+    for arch in SM_COUNT:
         one = tiles.decode_attention(8, 2, 128, 2, 4096, arch)
         assert one["SPLITS"] == 64 and one["SPLITS"] * one["BLOCK_N"] <= 4096
         assert tiles.decode_attention(8 * 512, 2, 128, 2, 4096, arch)["SPLITS"] == 1

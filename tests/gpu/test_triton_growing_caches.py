@@ -9,12 +9,12 @@ import torch
 
 import qvl_kernels
 from qvl_kernels.gpu import launch as gpu_launch
-from qvl_kernels.gpu.device import PROCESSORS
+from qvl_kernels.gpu.device import SM_COUNT
 from qvl_kernels.ops.decode_attention import decode_attention, tiles
 from qvl_kernels.ops.decode_attention.op import decode_attention_op
 from qvl_kernels.ops.decoder_layer.decode_step import cross_attention_step, decode_step
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
-from qvl_kernels.ops.decoder_layer.parts import add_product, gated, normed_products
+from qvl_kernels.ops.decoder_layer.parts import linear_residual, linear_swiglu, norm_linears
 from qvl_kernels.ops.rope.op import qk_norm_rope_to_cache_op
 from qvl_kernels.testing import poisoned_empty, random_tensor
 
@@ -144,15 +144,14 @@ def test_a_recorded_step_outlives_growth(dtype, device, monkeypatch):
             model.go_on(length)
             _replay(launches)
             q, k, v = (
-                y.view(rows, 1, -1, head_dim)
-                for y in normed_products(x, w.input_norm, eps, [w.q, w.k, w.v], [None] * 3)
+                y.view(rows, 1, -1, head_dim) for y in norm_linears(x, w.input_norm, eps, [w.q, w.k, w.v], [None] * 3)
             )
             q = qk_norm_rope_to_cache_op(q, k, v, w.q_norm, w.k_norm, cos, sin, *model.fixed[0], model.lengths, 0, eps)
             attended = decode_attention(
                 q, *model.fixed[0], lengths=model.filled, mask=model.visible[:, None, None], scale=0.5
             )
-            y = add_product(x, attended.view(rows, 1, -1), w.o, None)
-            expected = add_product(y, gated(y, w.post_norm, eps, w.gate, w.up), w.down, None)
+            y = linear_residual(x, attended.view(rows, 1, -1), w.o, None)
+            expected = linear_residual(y, linear_swiglu(y, w.post_norm, eps, w.gate, w.up), w.down, None)
             assert torch.equal(out, expected) and out.isfinite().all() and out.any()
             model.check_caches()
 
@@ -275,7 +274,7 @@ def test_launches_do_not_depend_on_the_capacity(device, monkeypatch):
 
 def test_splits_are_those_of_long_caches(monkeypatch):
     monkeypatch.undo()
-    for arch in PROCESSORS:
+    for arch in SM_COUNT:
         for rows in (1, 8, 64, 512):
             for head_dim in (64, 128, 256):
                 growing, long = (

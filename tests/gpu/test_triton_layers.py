@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import qvl_kernels
-from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
 from qvl_kernels.ops.decoder_layer.reference import decoder_layer_reference
+from qvl_kernels.ops.decoder_layer.unfused import unfused_decoder_layer
 from qvl_kernels.quantization import QuantizedWeight, dequantize, quantize
 from qvl_kernels.testing import assert_close_to_truth, random_tensor
 
@@ -140,7 +140,7 @@ def test_composed_layer(time, dtype, device):
     truth, baseline = reference(lambda t: t.double() if t.is_floating_point() else t), reference(torch.clone)
     moved, w = [t.clone().to(device) for t in (x, cos, sin, keys, values)], _map(lambda t: t.to(device), weights)
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
-        out = compose_decoder_layer(
+        out = unfused_decoder_layer(
             moved[0],
             [w.input_norm, w.q_norm, w.k_norm, w.post_norm],
             [w.q, w.k, w.v, w.o, w.gate, w.up, w.down],

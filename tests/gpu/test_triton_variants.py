@@ -10,7 +10,7 @@ import qvl_kernels
 from qvl_kernels import config
 from qvl_kernels.gpu import device as gpu_device
 from qvl_kernels.gpu import features
-from qvl_kernels.gpu.device import ARCHITECTURES, PROCESSORS, architecture
+from qvl_kernels.gpu.device import ARCHITECTURES, SM_COUNT, architecture
 from qvl_kernels.ops.attention import triton_attention
 from qvl_kernels.ops.decode_attention import triton_decode
 from qvl_kernels.ops.gemv import cases
@@ -33,7 +33,7 @@ def arch(device):
 
 
 def _offered(kernel: str, names: tuple[str, ...], arch: str) -> None:
-    missing = [name for name in names if arch not in features.OFFERED[kernel][name]]
+    missing = [name for name in names if arch not in features.SUPPORTED[kernel][name]]
     if missing:
         pytest.skip(f"{arch} has no {', '.join(missing)}")
 
@@ -82,7 +82,7 @@ def check_attention(device, launches_of, monkeypatch):
         with (
             monkeypatch.context() as patch,
             qvl_kernels.use_backend("triton"),
-            features.trying("attention", "DESCRIPTORS"),
+            features.override("attention", "DESCRIPTORS"),
         ):
             patch.setattr(torch, "empty", guard)
             out = qvl_kernels.attention(**moved)
@@ -111,7 +111,7 @@ def test_packed_attention_by_descriptors(causal, arch, device, check_attention):
 
     (launch,) = check_attention(_packed([0, 70, 1, 33], causal=causal))
     assert launch["DESCRIPTORS"]
-    with qvl_kernels.use_backend("triton"), features.trying("attention", "DESCRIPTORS"):
+    with qvl_kernels.use_backend("triton"), features.override("attention", "DESCRIPTORS"):
         moved = {
             name: x.to(device) if torch.is_tensor(x) else x for name, x in _packed([70, 30], causal=causal).items()
         }
@@ -140,7 +140,7 @@ def test_lengths_by_descriptors(arch, device, launches_of):
         plain = qvl_kernels.cross_attention(**moved)
         _hide(moved)
         launches = launches_of(triton_attention)
-        with features.trying("attention", "DESCRIPTORS"):
+        with features.override("attention", "DESCRIPTORS"):
             described = qvl_kernels.cross_attention(**moved)
     assert launches[0]["DESCRIPTORS"] and not described[1].any()
     torch.testing.assert_close(described, plain, rtol=1e-3, atol=1e-3)
@@ -152,7 +152,7 @@ def test_what_descriptors_cannot_copy_goes_by_pointers(arch, device, check_atten
     (launch,) = check_attention(_attention_inputs(d=20))
     assert not launch["DESCRIPTORS"]
     arguments = _attention_inputs(hkv=1)
-    with qvl_kernels.use_backend("triton"), features.trying("attention", "DESCRIPTORS"):
+    with qvl_kernels.use_backend("triton"), features.override("attention", "DESCRIPTORS"):
         launches = launches_of(triton_attention)
         moved = {name: x.to(device) for name, x in arguments.items()}  # before they are expanded: a copy is not
         moved["k"], moved["v"] = (moved[name].expand(2, 70, 4, 64) for name in "kv")
@@ -181,11 +181,11 @@ def test_int8_products(names, k, arch, device, launches_of, monkeypatch):
         _rand(n, seed=2).to(device),
     )
     weight = weight._replace(values=weight.values.to(device), scales=weight.scales.to(device))
-    monkeypatch.setitem(PROCESSORS, arch, 2)  # several tiles a program
+    monkeypatch.setitem(SM_COUNT, arch, 2)  # several tiles a program
     with qvl_kernels.use_backend("triton"):
         plain = qvl_kernels.quantized_linear(x, weight, bias)
         launches = launches_of(triton_int8)
-        with features.trying("int8_matmul", *names):
+        with features.override("int8_matmul", *names):
             out = qvl_kernels.quantized_linear(x, weight, bias)
     product = launches[-1]
     assert product["DESCRIPTORS"] == ("DESCRIPTORS" in names and k % 16 == 0)
@@ -201,7 +201,7 @@ def test_dependent_launch_of_products(arch, device):
         moved = tree_map(lambda x: x.to(device) if torch.is_tensor(x) else x, arguments)
         op = cases.op_of(arguments)
         plain = op(**moved)
-        with features.trying("decoding", "DEPENDENT_LAUNCH"):
+        with features.override("decoding", "DEPENDENT_LAUNCH"):
             for _ in range(3):  # each after another such kernel
                 assert torch.equal(op(**moved), plain), case.name
 
@@ -213,7 +213,7 @@ def test_dependent_launch_of_decode_attention(arch, device, launches_of):
     lengths = torch.tensor([900, 31], dtype=torch.int32, device=device)
     plain = qvl_kernels.decode_attention(q, k, v, lengths=lengths)
     launches = launches_of(triton_decode)
-    with features.trying("decoding", "DEPENDENT_LAUNCH"):
+    with features.override("decoding", "DEPENDENT_LAUNCH"):
         assert torch.equal(qvl_kernels.decode_attention(q, k, v, lengths=lengths), plain)
     assert len(launches) == 2 and all(launch["DEPENDENT_LAUNCH"] for launch in launches)
 
@@ -222,9 +222,9 @@ def test_table():
     """What is on must be offered; all else is off, and unknown names are refused. Those of decoding are off
     elsewhere.
     """
-    for kernel, offered in features.OFFERED.items():
+    for kernel, offered in features.SUPPORTED.items():
         for arch in ARCHITECTURES:
-            on = features.FASTER.get((kernel, arch), ())
+            on = features.DEFAULT.get((kernel, arch), ())
             assert all(arch in offered[name] for name in on)
             with features.decoding():
                 assert features.variants(kernel, arch) == {name: name in on for name in offered}
@@ -233,5 +233,5 @@ def test_table():
         features.variants("attention", "sm_90", 2048)["DESCRIPTORS"]
         and not features.variants("attention", "sm_90", 2047)["DESCRIPTORS"]
     )
-    with pytest.raises(ValueError, match="has no variants"), features.trying("attention", "PERSISTENT"):
+    with pytest.raises(ValueError, match="has no variants"), features.override("attention", "PERSISTENT"):
         pass

@@ -7,7 +7,7 @@ from bounds import norm_error
 import qvl_kernels
 from qvl_kernels import quantization
 from qvl_kernels.ops.vision_block.cases import CASES as VISION_CASES
-from qvl_kernels.ops.vision_block.compose import compose_vision_block
+from qvl_kernels.ops.vision_block.unfused import unfused_vision_block
 from qvl_kernels.testing import random_tensor, relative_error, surrounded
 
 FORMATS = [(8, 64), (4, 32), (4, 64), (4, 128)]
@@ -110,7 +110,7 @@ def test_a_vision_block_in_one_call_equals_its_single_ops(bits, group):
     with torch.no_grad():
         out = qvl_kernels.vision_block(**arguments)
         w = arguments["weights"]
-        composed = compose_vision_block(
+        composed = unfused_vision_block(
             arguments["x"],
             [w.norm1_w, w.norm1_b, w.norm2_w, w.norm2_b],
             [w.qkv_w, w.proj_w, w.fc1_w, w.fc2_w],

@@ -516,7 +516,7 @@ def test_release_frees_steps_and_old_weights(models):
     del step
     step_gpu.release(ours)
     ours.model.language_model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(weight.detach() * 2)
-    step_gpu.plan_of(ours.model.language_model.layers[0])  # the layer's own plan, which lives on its own
+    step_gpu.fused_layer_of(ours.model.language_model.layers[0])  # the layer's own plan, which lives on its own
     del weight
     assert not _alive(held) and ours not in step_gpu._pools
     step_gpu.release(ours)  # once more does nothing

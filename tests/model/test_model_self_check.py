@@ -91,7 +91,7 @@ def test_wrong_tokens_alone_are_seen(untested, monkeypatch):
         "forward",
         lambda self, x: stock.Qwen3VLTextRMSNorm.forward(self, x) * (1.01 if x.shape[1] == 1 else 1),
     )
-    monkeypatch.setattr("qvl_model.modules.decoder_layer.Plan.of", lambda layer: None)
+    monkeypatch.setattr("qvl_model.modules.decoder_layer.FusedLayer.of", lambda layer: None)
     with pytest.warns(UserWarning, match="logits of tokens differ"):
         assert not qvl_model.is_accelerated(qvl_model.accelerate(models.stock_model("small")))
 

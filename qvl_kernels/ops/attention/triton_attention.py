@@ -10,7 +10,7 @@ import triton.language as tl
 
 from qvl_kernels.gpu import features
 from qvl_kernels.gpu.device import architecture
-from qvl_kernels.gpu.launch import describe, launch
+from qvl_kernels.gpu.launch import launch, make_descriptors
 from qvl_kernels.gpu.tiles import cdiv
 from qvl_kernels.ops.attention import tiles
 from qvl_kernels.ops.attention.layout import row_strides
@@ -24,7 +24,7 @@ __all__ = [
     "masked_scores",
     "place",
     "visible_keys",
-    "without_unseen",
+    "zero_masked_keys",
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)  # softmax to base 2
@@ -169,7 +169,7 @@ def load_described(descriptor, batch, row, head, ROWS: tl.constexpr, BLOCK_D: tl
 
 
 @triton.jit
-def without_unseen(x, visible):
+def zero_masked_keys(x, visible):
     """Rows of x [keys, D] that no query of the tile [queries, keys] sees set to 0: they may hold anything, and 0 * NaN
     is NaN.
     """
@@ -266,7 +266,7 @@ def _attend(
                 MASK_ROWS,
             )
             if MASK_ROWS:
-                v = without_unseen(v, visible)
+                v = zero_masked_keys(v, visible)
             scores = tl.where(visible, scores, float("-inf"))
         largest = tl.max(scores, 1)
         m_new = tl.maximum(m_i, largest * scale if FOLDED else largest)
@@ -531,17 +531,17 @@ def launch_attention(
     lse = torch.empty(rows, dtype=torch.float32, device=q.device)
     arch = architecture(q.device)
     tile = tiles.attention(layout.queries, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
-    described = None
+    descriptors = None
     if (
         features.variants("attention", arch, layout.batch * layout.queries)["DESCRIPTORS"] and dropout_p == 0.0
     ):  # random numbers beside them spill on sm_100
         block = [1, tile["BLOCK_N"], 1, tile["BLOCK_D"]]
-        described = describe(*((x[None] if layout.packed else x, block) for x in (k, v)))
+        descriptors = make_descriptors(*((x[None] if layout.packed else x, block) for x in (k, v)))
     launch(
         _attention_kernel,
         (layout.programs(tile["BLOCK_M"]),),
         q,
-        *(described or (k, v)),
+        *(descriptors or (k, v)),
         out,
         lse,
         *layout.tensors,
@@ -551,7 +551,7 @@ def launch_attention(
         *row_strides(v),
         *layout.mask_strides,
         POSITIVE=scale > 0.0,
-        DESCRIPTORS=described is not None,
+        DESCRIPTORS=descriptors is not None,
         **layout.flags,
         **tile,
     )

@@ -21,7 +21,7 @@ from qvl_kernels.ops.attention.triton_attention import (
     masked_scores,
     place,
     visible_keys,
-    without_unseen,
+    zero_masked_keys,
 )
 
 __all__ = ["launch_attention_backward"]
@@ -174,7 +174,7 @@ def _dq_of_keys(
             ds = product - p * delta[:, None]
         if PARTIAL:
             if MASK_ROWS:
-                k = without_unseen(k, visible)
+                k = zero_masked_keys(k, visible)
             if MASK_GRAD:
                 in_tile = (offs_m < queries)[:, None] & (cols < S)[None, :]
                 tl.store(dscores_ptr + offs_m.to(tl.int64)[:, None] * S + cols[None, :], ds, mask=in_tile)

@@ -1,6 +1,6 @@
 """Tile choices of the decoding kernels: splits of the keys, blocks of them."""
 
-from qvl_kernels.gpu.device import PROCESSORS, SHARED_MEMORY
+from qvl_kernels.gpu.device import SHARED_MEMORY, SM_COUNT
 from qvl_kernels.gpu.tiles import next_power_of_2
 
 __all__ = ["decode_attention"]
@@ -21,7 +21,7 @@ def decode_attention(
     block_m = max(16, min(next_power_of_2(rows), largest))
     block_n = 16 if size == 4 or block_d > 256 else (64 if block_d <= 128 else 32)
     programs = heads * -(-rows // block_m)
-    splits = next_power_of_2(-(-4 * PROCESSORS[arch] // max(1, programs)))
+    splits = next_power_of_2(-(-4 * SM_COUNT[arch] // max(1, programs)))
     splits = max(1, min(64, splits if capacity is None else min(splits, next_power_of_2(-(-capacity // block_n)))))
     stage = 2 * block_n * block_d * size
     # fp32 products need their registers for operands; with prefetched addresses on top they spill. So does the third

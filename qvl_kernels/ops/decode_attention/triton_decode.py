@@ -10,7 +10,7 @@ import triton.language as tl
 
 from qvl_kernels.gpu import features
 from qvl_kernels.gpu.device import architecture
-from qvl_kernels.gpu.device_functions import await_inputs, caches_of_table, visible_of_table
+from qvl_kernels.gpu.device_functions import caches_of_table, griddepcontrol_wait, visible_of_table
 from qvl_kernels.gpu.launch import launch
 from qvl_kernels.gpu.tiles import cdiv
 from qvl_kernels.ops.decode_attention import tiles
@@ -88,7 +88,7 @@ def _decode_attention_kernel(
     its log-sum-exp (base 2) weighs it in the join. HAS_TABLE: where caches and mask lie, and S, stands in a row of
     GrowingCaches.table.
     """
-    await_inputs(DEPENDENT_LAUNCH)
+    griddepcontrol_wait(DEPENDENT_LAUNCH)
     split = tl.program_id(0)
     kv_head, row_block = tl.program_id(1) // ROW_BLOCKS, tl.program_id(1) % ROW_BLOCKS
     batch = tl.program_id(2).to(tl.int64)
@@ -187,7 +187,7 @@ def _decode_attention_join_kernel(
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """out = sum_s 2^(lse_s) partial_s / sum_s 2^(lse_s) of one row [B, T, H], over the splits that have keys."""
-    await_inputs(DEPENDENT_LAUNCH)
+    griddepcontrol_wait(DEPENDENT_LAUNCH)
     row = tl.program_id(0).to(tl.int64)
     if HAS_TABLE:
         S = tl.load(table_ptr + 2)

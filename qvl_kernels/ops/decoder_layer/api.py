@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 import torch
 
 from qvl_kernels import checks, dispatch
-from qvl_kernels.library import watched
+from qvl_kernels.library import needs_dispatcher
 from qvl_kernels.ops.attention.api import check_mask, unsupported_heads
 from qvl_kernels.ops.decoder_layer.caches import check_apart, check_caches
-from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.decoder_layer.op import decoder_layer_op
 from qvl_kernels.ops.decoder_layer.reference import decoder_layer_reference
+from qvl_kernels.ops.decoder_layer.unfused import unfused_decoder_layer
 from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["NO_BACKWARD", "OP", "DecoderWeights", "check_call", "check_type", "check_weights", "decoder_layer"]
@@ -189,7 +189,7 @@ def decoder_layer(
         return decoder_layer_reference(x, w, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale)
     function = decoder_layer_op
     if (
-        backend == "triton" and not watched()
+        backend == "triton" and not needs_dispatcher()
     ):  # past PyTorch's dispatcher, which takes the host longer than small kernels the device
-        function = compose_decoder_layer
+        function = unfused_decoder_layer
     return function(x, *w.groups(), cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale)

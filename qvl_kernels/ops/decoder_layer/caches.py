@@ -5,7 +5,7 @@ what is read.
 import torch
 
 from qvl_kernels import checks
-from qvl_kernels.library import is_plain
+from qvl_kernels.library import is_eligible
 
 __all__ = ["check_apart", "check_caches"]
 
@@ -59,7 +59,7 @@ def _overlaps_itself(x: torch.Tensor) -> bool:
 
 def _stretch(x: torch.Tensor) -> tuple[int, int]:
     """First address of a tensor and the one behind its last element; nothing where its memory is not known."""
-    if torch.compiler.is_compiling() or not x.numel() or not is_plain(x, x.device.type):
+    if torch.compiler.is_compiling() or not x.numel() or not is_eligible(x, x.device.type):
         return 0, 0
     begin = x.data_ptr()
     reach = (

@@ -6,7 +6,7 @@ import torch
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
 from qvl_kernels.ops.attention.cpu import mask_arguments
-from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
+from qvl_kernels.ops.decoder_layer.unfused import unfused_decoder_layer
 from qvl_kernels.ops.linear.onednn import use_onednn
 from qvl_kernels.ops.linear.weights import extension_weight, out_features
 from qvl_kernels.quantization import QuantizedWeight
@@ -133,7 +133,7 @@ def decoder_layer_cpu(
     scale: float,
 ) -> torch.Tensor:
     if use_onednn(x, x.shape[0] * x.shape[1], *weights):
-        return compose_decoder_layer(
+        return unfused_decoder_layer(
             x, norms, weights, biases, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale
         )
     layer = extension_layer(norms, weights, biases, num_heads, k_cache.shape[1], k_cache.shape[3], eps, scale)

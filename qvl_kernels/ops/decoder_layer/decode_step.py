@@ -11,7 +11,7 @@ from qvl_kernels.ops.cross_attention.api import cross_attention
 from qvl_kernels.ops.decode_attention.api import decode_attention
 from qvl_kernels.ops.decode_attention.op import decode_attention_op
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
-from qvl_kernels.ops.decoder_layer.parts import add_product, gated, normed_products
+from qvl_kernels.ops.decoder_layer.parts import linear_residual, linear_swiglu, norm_linears
 from qvl_kernels.ops.decoder_layer.prepared import PreparedDecoderLayer
 from qvl_kernels.ops.rope.op import qk_norm_rope_to_cache_op
 
@@ -47,7 +47,7 @@ def decode_step(
         raise ValueError(
             f"decode_step: caches must be of (dtype, rows, key/value heads, head_dim) {sizes}, got {caches.sizes}"
         )
-    q, k, v = normed_products(x, w.input_norm, eps, [w.q, w.k, w.v], [w.q_bias, w.k_bias, w.v_bias])
+    q, k, v = norm_linears(x, w.input_norm, eps, [w.q, w.k, w.v], [w.q_bias, w.k_bias, w.v_bias])
     q, k, v = (heads.view(batch, 1, -1, layer.head_dim) for heads in (q, k, v))
     keys, values, entry = caches.keys[index], caches.values[index], caches.entries[index]
     visible = caches.visible[:, None, None, : keys.shape[2]]
@@ -56,8 +56,8 @@ def decode_step(
         attended = call(decode_attention_op, q, keys, values, filled, visible, None, None, layer.scale, entry)
     else:
         attended = decode_attention(q, keys, values, lengths=filled, mask=visible, scale=layer.scale)
-    x = add_product(x, attended.view(batch, 1, -1), w.o, w.o_bias)
-    return add_product(x, gated(x, w.post_norm, eps, w.gate, w.up), w.down, None)
+    x = linear_residual(x, attended.view(batch, 1, -1), w.o, w.o_bias)
+    return linear_residual(x, linear_swiglu(x, w.post_norm, eps, w.gate, w.up), w.down, None)
 
 
 def cross_attention_step(

@@ -13,12 +13,12 @@ from qvl_kernels.ops.rms_norm.op import rms_norm_op
 from qvl_kernels.ops.swiglu.op import swiglu_op
 from qvl_kernels.quantization import QuantizedWeight
 
-__all__ = ["add_product", "gated", "normed_products", "product"]
+__all__ = ["linear_residual", "linear_swiglu", "norm_linears", "product"]
 
 Weight = torch.Tensor | QuantizedWeight
 
 
-def normed_products(
+def norm_linears(
     x: torch.Tensor, norm: torch.Tensor, eps: float, weights: list[Weight], biases: list
 ) -> list[torch.Tensor]:
     """rms_norm(x) times each of the weights, plus its bias. Few rows are bound by the weights' bytes: the norm rides
@@ -30,7 +30,7 @@ def normed_products(
     return [product(normed, weight, bias) for weight, bias in zip(weights, biases)]
 
 
-def gated(x: torch.Tensor, norm: torch.Tensor, eps: float, gate: Weight, up: Weight) -> torch.Tensor:
+def linear_swiglu(x: torch.Tensor, norm: torch.Tensor, eps: float, gate: Weight, up: Weight) -> torch.Tensor:
     """silu(n gate^T) * (n up^T) of n = rms_norm(x)."""
     if _few(x) and type(gate) is type(up):
         if isinstance(gate, QuantizedWeight) and isinstance(up, QuantizedWeight):
@@ -38,10 +38,10 @@ def gated(x: torch.Tensor, norm: torch.Tensor, eps: float, gate: Weight, up: Wei
                 return call(quantized_gemv_swiglu_op, x, gate.values, gate.scales, up.values, up.scales, norm, eps)
         else:
             return call(gemv_swiglu_op, x, gate, up, norm, eps)
-    return call(swiglu_op, *normed_products(x, norm, eps, [gate, up], [None, None]))
+    return call(swiglu_op, *norm_linears(x, norm, eps, [gate, up], [None, None]))
 
 
-def add_product(residual: torch.Tensor, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_residual(residual: torch.Tensor, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """residual + x weight^T + bias."""
     return _gemv(x, weight, bias, None, 0.0, residual) if _few(x) else residual + product(x, weight, bias)
 

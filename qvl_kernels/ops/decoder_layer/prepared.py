@@ -9,12 +9,12 @@ import torch
 
 from qvl_kernels import checks, dispatch
 from qvl_kernels.gpu import device as gpu_device
-from qvl_kernels.library import has_memory, is_plain, watched
+from qvl_kernels.library import has_memory, is_eligible, needs_dispatcher
 from qvl_kernels.ops.attention.api import unsupported_heads
 from qvl_kernels.ops.decoder_layer.api import OP, DecoderWeights, check_type, check_weights, decoder_layer
 from qvl_kernels.ops.decoder_layer.caches import check_caches
-from qvl_kernels.ops.decoder_layer.compose import compose_decoder_layer
 from qvl_kernels.ops.decoder_layer.cpu import extension_cache, extension_layer, run_extension_layers, run_to_last
+from qvl_kernels.ops.decoder_layer.unfused import unfused_decoder_layer
 from qvl_kernels.ops.linear.onednn import MIN_ROWS
 from qvl_kernels.ops.linear.weights import tensors_of
 
@@ -47,7 +47,7 @@ class PreparedCache:
         self.extension: Any = None
         self.storages: frozenset[int] = frozenset()
         self.plain = not torch.compiler.is_compiling() and all(
-            type(x) is torch.Tensor and is_plain(x, x.device.type) and x.stride(3) == 1 for x in (k_cache, v_cache)
+            type(x) is torch.Tensor and is_eligible(x, x.device.type) and x.stride(3) == 1 for x in (k_cache, v_cache)
         )
         if self.plain:
             self.storages = frozenset(_storage(x) for x in (k_cache, v_cache))
@@ -101,7 +101,9 @@ class PreparedDecoderLayer:
             head_dim,
         )  # layers that share them run on the same inputs
         device = weights.input_norm.device.type
-        self._plain = all(is_plain(x, device) for weight in weights if weight is not None for x in tensors_of(weight))
+        self._plain = all(
+            is_eligible(x, device) for weight in weights if weight is not None for x in tensors_of(weight)
+        )
         self._extension_layer = None
 
     def _shapes(self, weights: DecoderWeights) -> DecoderWeights:
@@ -193,7 +195,7 @@ class PreparedDecoderLayer:
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """The layer from single ops, of arguments that are known to fit together."""
-        return compose_decoder_layer(
+        return unfused_decoder_layer(
             x, *self.weights.groups(), cos, sin, k_cache, v_cache, past, mask, self.num_heads, self.eps, self.scale
         )
 
@@ -278,7 +280,7 @@ def _is_plain(
         or type(past) is not int
         or type(layers) is not list
         or type(caches) is not list
-        or watched()
+        or needs_dispatcher()
     ):
         return False
     if not layers or len(layers) != len(caches):
@@ -291,7 +293,7 @@ def _is_plain(
         return False
     kind, storages = "cpu" if on_cpu else "cuda", set()
     for tensor in (x, cos, sin) if mask is None else (x, cos, sin, mask):
-        if not is_plain(tensor, kind) or tensor.device != device or tensor.requires_grad or not has_memory(tensor):
+        if not is_eligible(tensor, kind) or tensor.device != device or tensor.requires_grad or not has_memory(tensor):
             return False
         if tensor.dtype is not dtype and (tensor is not mask or tensor.dtype is not torch.bool):
             return False

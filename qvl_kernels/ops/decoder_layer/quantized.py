@@ -7,7 +7,7 @@ from qvl_kernels.ops.attention.api import unsupported_heads
 from qvl_kernels.ops.decoder_layer.api import NO_BACKWARD, OP, DecoderWeights, check_call
 from qvl_kernels.ops.decoder_layer.prepared import PreparedDecoderLayer
 from qvl_kernels.ops.decoder_layer.reference import decoder_layer_reference
-from qvl_kernels.ops.linear.weights import stand_in, unsupported_scales
+from qvl_kernels.ops.linear.weights import placeholder, unsupported_scales
 from qvl_kernels.quantization import QuantizedWeight, dequantize
 
 __all__ = ["QuantizedDecoderLayer"]
@@ -34,7 +34,7 @@ class QuantizedDecoderLayer(PreparedDecoderLayer):
         self._one_format = _one_format(weights.gate, weights.up)
 
     def _shapes(self, weights: DecoderWeights) -> DecoderWeights:
-        return DecoderWeights._make(stand_in(OP, weight, weights.input_norm) for weight in weights)
+        return DecoderWeights._make(placeholder(OP, weight, weights.input_norm) for weight in weights)
 
     def _one_call(self, rows: int) -> bool:
         return self._plain and self._one_format

@@ -7,7 +7,7 @@ outputs are only 64 programs, and one warp alone could not keep up with its shar
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.device_functions import await_inputs
+from qvl_kernels.gpu.device_functions import griddepcontrol_wait
 
 __all__ = ["gemv_dot_kernel", "normalise_rows_kernel"]
 
@@ -61,7 +61,7 @@ def gemv_dot_kernel(
     """As gemv_fma_kernel, over PARTS * BLOCK columns of w at a time. int4: BLOCK columns are one group, whose scale
     multiplies its product.
     """
-    await_inputs(DEPENDENT_LAUNCH)
+    griddepcontrol_wait(DEPENDENT_LAUNCH)
     rows = tl.program_id(1) * 16 + tl.arange(0, 16)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     wide_rows, wide_n = rows.to(tl.int64), n.to(tl.int64)
@@ -135,7 +135,7 @@ def normalise_rows_kernel(
     x_ptr, weight_ptr, y_ptr, K, eps, stride_x, stride_y, BLOCK: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr
 ):
     """y = x / sqrt(mean(x^2) + eps) * weight, one program per row."""
-    await_inputs(DEPENDENT_LAUNCH)
+    griddepcontrol_wait(DEPENDENT_LAUNCH)
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)

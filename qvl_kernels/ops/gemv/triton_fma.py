@@ -10,7 +10,7 @@ not wait for the kernel that makes x.
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.device_functions import await_inputs
+from qvl_kernels.gpu.device_functions import griddepcontrol_wait
 
 __all__ = ["finish_rows", "gemv_fma_kernel"]
 
@@ -176,7 +176,7 @@ def gemv_fma_kernel(
     squares = (zero,) * ROWS
     if AHEAD:
         following = _weights(w_ptr, up_ptr, stride_w, stride_up, first, offs, N, K, BLOCK_N, WEIGHT_ROWS)
-    await_inputs(DEPENDENT_LAUNCH)
+    griddepcontrol_wait(DEPENDENT_LAUNCH)
     for column in range(0, K, BLOCKS * VECTOR):
         k = column + offs
         mask = k < K

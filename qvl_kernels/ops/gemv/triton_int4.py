@@ -9,7 +9,7 @@ are taken from 32-bit words where they lie: nibble j of a word is an integer 16^
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.device_functions import await_inputs
+from qvl_kernels.gpu.device_functions import griddepcontrol_wait
 from qvl_kernels.ops.gemv.triton_fma import finish_rows
 
 __all__ = ["gemv_int4_kernel"]
@@ -62,7 +62,7 @@ def gemv_int4_kernel(
     A block is 32 inputs in 4 words: byte i of word q holds inputs 4 q + i and 16 + 4 q + i. GROUP_BLOCKS of them share
     a scale.
     """
-    await_inputs(DEPENDENT_LAUNCH)
+    griddepcontrol_wait(DEPENDENT_LAUNCH)
     row0 = tl.program_id(1) * ROWS
     first = tl.program_id(0) * BLOCK_N
     dtype: tl.constexpr = y_ptr.dtype.element_ty

@@ -7,9 +7,9 @@ import torch
 from qvl_kernels import dispatch, quantization
 from qvl_kernels.quantization import QuantizedWeight
 
-__all__ = ["extension_weight", "out_features", "stand_in", "tensors_of", "unsupported_scales"]
+__all__ = ["extension_weight", "out_features", "placeholder", "tensors_of", "unsupported_scales"]
 
-STORED, INT8, INT4 = range(3)  # as csrc/cpu/kernel_table.h
+DENSE, INT8, INT4 = range(3)  # as csrc/cpu/kernel_table.h
 
 
 def extension_weight(weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None) -> Any:
@@ -46,7 +46,7 @@ def unsupported_scales(*weights: torch.Tensor | QuantizedWeight | None) -> str |
     return "scales of torch.float64 (the tests' truth)" if wide else None
 
 
-def stand_in(op: str, weight: torch.Tensor | QuantizedWeight | None, x: torch.Tensor) -> torch.Tensor | None:
+def placeholder(op: str, weight: torch.Tensor | QuantizedWeight | None, x: torch.Tensor) -> torch.Tensor | None:
     """A plain weight as it is; for a quantised one, once it is checked, a tensor of its shape and x's dtype without its
     memory.
     """

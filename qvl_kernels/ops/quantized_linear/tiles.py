@@ -1,6 +1,6 @@
 """Which kernels multiply a quantised weight on a GPU, and their tiles."""
 
-from qvl_kernels.gpu.device import PROCESSORS, SHARED_MEMORY
+from qvl_kernels.gpu.device import SHARED_MEMORY, SM_COUNT
 from qvl_kernels.gpu.tiles import next_power_of_2
 from qvl_kernels.ops.gemv.tiles import GEMV_ROWS
 
@@ -29,8 +29,8 @@ def int8_matmul(m: int, n: int, arch: str) -> dict:
     """int8 [m, k] times int8 [n, k]: 128 bytes of k at a time."""
     # Enough programs for every processor first, and for two rounds of them before tiles are as large as 128 x 128
     # (measured on an H100).
-    block_m = 32 if m <= 32 else 64 if m * n < 2 * PROCESSORS[arch] * 128 * 128 else 128
-    block_n = 128 if m * n >= PROCESSORS[arch] * block_m * 128 else 64
+    block_m = 32 if m <= 32 else 64 if m * n < 2 * SM_COUNT[arch] * 128 * 128 else 128
+    block_n = 128 if m * n >= SM_COUNT[arch] * block_m * 128 else 64
     stage = (block_m + block_n) * 128
     most = 3 if block_m * block_n == 128 * 128 else 4
     stages = 2 if arch.startswith("gfx") else max(2, min(most, (SHARED_MEMORY[arch] - 2048) // stage))

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from qvl_kernels.gpu import features
-from qvl_kernels.gpu.device import PROCESSORS, architecture
-from qvl_kernels.gpu.launch import describe, launch
+from qvl_kernels.gpu.device import SM_COUNT, architecture
+from qvl_kernels.gpu.launch import launch, make_descriptors
 from qvl_kernels.gpu.tiles import cdiv
 from qvl_kernels.ops.quantized_linear import tiles as quantized_linear_tiles
 
@@ -127,15 +127,17 @@ def launch_int8_matmul(
     (m, k), n = rows.shape, values.shape[0]
     arch = architecture(rows.device)
     tile, flags = quantized_linear_tiles.int8_matmul(m, n, arch), features.variants("int8_matmul", arch)
-    described = None
+    descriptors = None
     if flags["DESCRIPTORS"]:
-        described = describe((x, [tile["BLOCK_M"], tile["BLOCK_K"]]), (values, [tile["BLOCK_N"], tile["BLOCK_K"]]))
-    flags["DESCRIPTORS"] = described is not None
-    x_tiles, w_tiles = described or (x, values)
+        descriptors = make_descriptors(
+            (x, [tile["BLOCK_M"], tile["BLOCK_K"]]), (values, [tile["BLOCK_N"], tile["BLOCK_K"]])
+        )
+    flags["DESCRIPTORS"] = descriptors is not None
+    x_tiles, w_tiles = descriptors or (x, values)
     programs = cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"])
     launch(
         _int8_matmul_kernel,
-        (min(programs, PROCESSORS[arch]) if flags["PERSISTENT"] else programs,),
+        (min(programs, SM_COUNT[arch]) if flags["PERSISTENT"] else programs,),
         x_tiles,
         x_scales,
         w_tiles,

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from qvl_kernels.gpu import features
 from qvl_kernels.gpu.device import architecture
-from qvl_kernels.gpu.device_functions import await_inputs, caches_of_table
+from qvl_kernels.gpu.device_functions import caches_of_table, griddepcontrol_wait
 from qvl_kernels.gpu.launch import launch
 from qvl_kernels.gpu.tiles import PARTIAL_SUMS, cdiv
 from qvl_kernels.ops.rope import tiles
@@ -135,7 +135,7 @@ def _rope_kernel(
 
     HAS_TABLE: where they lie, and S, stands in a row of GrowingCaches.table.
     """
-    await_inputs(DEPENDENT_LAUNCH)
+    griddepcontrol_wait(DEPENDENT_LAUNCH)
     token = tl.program_id(0).to(tl.int64)
     batch, t = token // T, token % T
     block, q_blocks = tl.program_id(1), tl.cdiv(H, ROWS)

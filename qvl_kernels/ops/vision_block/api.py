@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 import torch
 
 from qvl_kernels import checks, dispatch
-from qvl_kernels.library import watched
+from qvl_kernels.library import needs_dispatcher
 from qvl_kernels.ops.attention.api import check_cu_seqlens, unsupported_heads
-from qvl_kernels.ops.linear.weights import stand_in, unsupported_scales
-from qvl_kernels.ops.vision_block.compose import compose_vision_block
+from qvl_kernels.ops.linear.weights import placeholder, unsupported_scales
 from qvl_kernels.ops.vision_block.cpu import quantized_vision_block
 from qvl_kernels.ops.vision_block.op import vision_block_op
 from qvl_kernels.ops.vision_block.reference import vision_block_reference
+from qvl_kernels.ops.vision_block.unfused import unfused_vision_block
 from qvl_kernels.quantization import QuantizedWeight, dequantize
 
 __all__ = ["NO_BACKWARD", "VisionWeights", "vision_block"]
@@ -109,7 +109,7 @@ def vision_block(
         raise TypeError(
             f"{op}: weights must be VisionWeights, got {type(weights).__name__}; give VisionWeights(*weights)"
         )
-    w = VisionWeights._make(stand_in(op, weight, x) for weight in weights)
+    w = VisionWeights._make(placeholder(op, weight, x) for weight in weights)
     _check_weights(x, w)
     for name, table in (("cos", cos), ("sin", sin)):
         checks.check_tensor(op, name, table, 2)
@@ -133,9 +133,9 @@ def vision_block(
         return vision_block_reference(x, w, cos, sin, cu_seqlens, num_heads, eps)
     function = quantized_vision_block if quantized else vision_block_op
     if (
-        backend == "triton" and not watched()
+        backend == "triton" and not needs_dispatcher()
     ):  # past PyTorch's dispatcher, which takes the host longer than small kernels the device
-        function = compose_vision_block
+        function = unfused_vision_block
     return function(
         x,
         [w.norm1_w, w.norm1_b, w.norm2_w, w.norm2_b],

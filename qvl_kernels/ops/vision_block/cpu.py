@@ -4,10 +4,10 @@ import torch
 
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
-from qvl_kernels.library import is_plain
+from qvl_kernels.library import is_eligible
 from qvl_kernels.ops.linear.onednn import use_onednn
 from qvl_kernels.ops.linear.weights import extension_weight, out_features, tensors_of
-from qvl_kernels.ops.vision_block.compose import compose_vision_block
+from qvl_kernels.ops.vision_block.unfused import unfused_vision_block
 from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["quantized_vision_block", "vision_block_cpu"]
@@ -25,7 +25,7 @@ def vision_block_cpu(
     eps: float,
 ) -> torch.Tensor:
     if use_onednn(x, x.shape[0], *weights):
-        return compose_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps)
+        return unfused_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps)
     return _extension_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps)
 
 
@@ -48,11 +48,11 @@ def quantized_vision_block(
         and not torch._C._len_torch_dispatch_stack()
     )
     plain = plain and all(
-        is_plain(part, "cpu")
+        is_eligible(part, "cpu")
         for weight in (x, *norms, *weights, *biases, cos, sin, cu_seqlens)
         for part in tensors_of(weight)
     )
-    function = _extension_vision_block if plain else compose_vision_block
+    function = _extension_vision_block if plain else unfused_vision_block
     return function(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps)
 
 

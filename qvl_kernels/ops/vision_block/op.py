@@ -3,8 +3,8 @@
 import torch
 
 from qvl_kernels.library import register
-from qvl_kernels.ops.vision_block.compose import compose_vision_block
 from qvl_kernels.ops.vision_block.cpu import vision_block_cpu
+from qvl_kernels.ops.vision_block.unfused import unfused_vision_block
 
 __all__ = ["vision_block_op"]
 
@@ -13,6 +13,6 @@ vision_block_op = register(
     "cu_seqlens,"
     " int num_heads, float eps) -> Tensor",
     cpu=vision_block_cpu,
-    triton=compose_vision_block,
+    triton=unfused_vision_block,
     fake=lambda x, *rest: torch.empty(x.shape, dtype=x.dtype, device=x.device),
 )

@@ -14,10 +14,10 @@ from qvl_kernels.ops.layer_norm.op import add_layer_norm_op, layer_norm_op
 from qvl_kernels.ops.rope.op import vision_rope_op
 from qvl_kernels.quantization import QuantizedWeight
 
-__all__ = ["compose_vision_block"]
+__all__ = ["unfused_vision_block"]
 
 
-def compose_vision_block(
+def unfused_vision_block(
     x: torch.Tensor,
     norms: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor | QuantizedWeight],

@@ -57,8 +57,8 @@ def _liger() -> dict[str, Callable[..., object]]:
 
 def plain_rivals(op: str) -> Rivals:
     """The reference eagerly and compiled, and Liger's kernel if it has one."""
-    rivals = {"eager": _eager(op), "compile": torch.compile(_eager(op), dynamic=False)}
-    return rivals | ({"liger": _liger()[op]} if op in _liger() else {})
+    baselines = {"eager": _eager(op), "compile": torch.compile(_eager(op), dynamic=False)}
+    return baselines | ({"liger": _liger()[op]} if op in _liger() else {})
 
 
 def linear_cross_entropy_rivals() -> Rivals:
@@ -96,7 +96,7 @@ def attention_rivals(*, causal: bool, lengths: tuple[int, int] | None = None) ->
             return _sdpa(q, k, v, is_causal=causal)
         return _sdpa(*(x.view(*lengths, *x.shape[1:]) for x in (q, k, v)), is_causal=causal).reshape(q.shape)
 
-    rivals = {
+    baselines = {
         "sdpa": sdpa,
         "flash": _with_backend(SDPBackend.FLASH_ATTENTION, sdpa),
         "cudnn": _with_backend(SDPBackend.CUDNN_ATTENTION, sdpa),
@@ -104,14 +104,14 @@ def attention_rivals(*, causal: bool, lengths: tuple[int, int] | None = None) ->
     try:
         from flash_attn import flash_attn_func, flash_attn_varlen_func
     except ImportError:
-        return rivals
+        return baselines
     if lengths is None:
-        rivals["flash-attn"] = lambda q, k, v, **_: flash_attn_func(q, k, v, causal=causal)
+        baselines["flash-attn"] = lambda q, k, v, **_: flash_attn_func(q, k, v, causal=causal)
     else:
-        rivals["flash-attn"] = lambda q, k, v, cu_seqlens, **_: flash_attn_varlen_func(
+        baselines["flash-attn"] = lambda q, k, v, cu_seqlens, **_: flash_attn_varlen_func(
             q, k, v, cu_seqlens, cu_seqlens, lengths[1], lengths[1], causal=causal
         )
-    return rivals
+    return baselines
 
 
 def cross_attention_rivals() -> Rivals:

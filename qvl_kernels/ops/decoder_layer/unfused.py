@@ -8,14 +8,14 @@ import torch
 
 from qvl_kernels.library import call
 from qvl_kernels.ops.attention.op import attention_op
-from qvl_kernels.ops.decoder_layer.parts import add_product, gated, normed_products
+from qvl_kernels.ops.decoder_layer.parts import linear_residual, linear_swiglu, norm_linears
 from qvl_kernels.ops.rope.op import qk_norm_rope_to_cache_op
 from qvl_kernels.quantization import QuantizedWeight
 
-__all__ = ["compose_decoder_layer"]
+__all__ = ["unfused_decoder_layer"]
 
 
-def compose_decoder_layer(
+def unfused_decoder_layer(
     x: torch.Tensor,
     norms: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor | QuantizedWeight],
@@ -36,7 +36,7 @@ def compose_decoder_layer(
     input_norm, q_norm, k_norm, post_norm = norms
     q_w, k_w, v_w, o_w, gate_w, up_w, down_w = weights
     *qkv_biases, o_b = biases
-    q, k, v = normed_products(x, input_norm, eps, [q_w, k_w, v_w], qkv_biases)
+    q, k, v = norm_linears(x, input_norm, eps, [q_w, k_w, v_w], qkv_biases)
     q, k, v = (
         heads.view(batch, time, count, head_dim) for heads, count in ((q, num_heads), (k, kv_heads), (v, kv_heads))
     )
@@ -45,6 +45,6 @@ def compose_decoder_layer(
     mask = None if mask is None else mask[..., :end]
     attended, _ = call(attention_op, q, keys, values, None, None, mask, mask is None, scale, 0.0, None)
     del q, k, v, keys, values  # the layer's peak is in its MLP
-    x = add_product(x, attended.flatten(2), o_w, o_b)
+    x = linear_residual(x, attended.flatten(2), o_w, o_b)
     del attended
-    return add_product(x, gated(x, post_norm, eps, gate_w, up_w), down_w, None)
+    return linear_residual(x, linear_swiglu(x, post_norm, eps, gate_w, up_w), down_w, None)

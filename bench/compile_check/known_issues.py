@@ -5,7 +5,7 @@ instructions.
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-__all__ = ["WAIVABLE", "WAIVERS", "Waiver"]
+__all__ = ["WAIVABLE", "KNOWN_ISSUES", "Waiver"]
 
 # What does not fit into the chip or does not compile cannot run, so no waiver helps it.
 WAIVABLE = ("spill", "matrix")
@@ -66,11 +66,11 @@ _SPILLS_WITH_3_6 = [
     ("gemv_fma_kernel", "sm_100", "bf16", "32 bytes"),
     ("gemv_int4_kernel", "sm_100", "bf16", "24 bytes"),
 ]
-WAIVERS = [
+KNOWN_ISSUES = [
     Waiver(kernel, arch, dtype, "spill", f"tuned for Triton 3.9; with 3.6 {much}", triton="3.6")
     for kernel, arch, dtype, much in _SPILLS_WITH_3_6
 ]
-WAIVERS += [
+KNOWN_ISSUES += [
     Waiver(
         "_attention_backward_keys_kernel",
         "sm_90",
@@ -81,6 +81,6 @@ WAIVERS += [
     )
     for dtype in ("bf16", "fp16")
 ]
-WAIVERS.append(
+KNOWN_ISSUES.append(
     Waiver("_int8_matmul_kernel", "sm_100", "bf16", "matrix", "Triton 3.6 makes IMMA of it, not tcgen05", triton="3.6")
 )
