@@ -12,7 +12,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 import qvl_kernels
 from qvl_model.generation import loop, step_gpu
 from qvl_model.generation.sampling import MODES
-from qvl_model.modules.chunked_mlp import check_rows, set_rows
+from qvl_model.modules.chunked_mlp import check_chunk_size, set_chunk_size
 from qvl_model.modules.decoder_layer import forget_fused_layer
 from qvl_model.modules.fast_path import FAST_DTYPES, FLASH
 from qvl_model.modules.lm_head import set_skip_logits
@@ -177,7 +177,7 @@ def accelerate(
         >>> model = qvl_model.accelerate(model, weights="int8")
     """
     formats = formats_of(weights)
-    check_rows(mlp_rows)
+    check_chunk_size(mlp_rows)
     if not isinstance(skip_logits, bool):
         raise TypeError(f"accelerate: skip_logits must be a bool, got {skip_logits!r}")
     inner = _base_model(model)
@@ -187,12 +187,12 @@ def accelerate(
     if reason is not None:
         warnings.warn(f"qvl_model: the model stays stock: {reason}", stacklevel=2)
         return model
-    _forget_plans(inner)
+    _forget_fused_layers(inner)
     pack_model(inner, formats, group)
     _replace_modules(inner)
     for module in inner.modules():
         if isinstance(module, _MLPS):
-            set_rows(module, mlp_rows)
+            set_chunk_size(module, mlp_rows)
     if hasattr(inner, "lm_head"):
         set_skip_logits(inner, skip_logits)
     qvl_kernels.use_huge_pages(_read_by_every_token(inner))
@@ -210,7 +210,7 @@ def _replace_modules(model: nn.Module) -> None:
             module.register_forward_hook(give_memory_back)
 
 
-def _forget_plans(model: nn.Module) -> None:
+def _forget_fused_layers(model: nn.Module) -> None:
     """Lets go of weights that are about to be replaced, and of captured steps over them."""
     step_gpu.release(model)
     for module in model.modules():
@@ -234,12 +234,12 @@ def restore(model: Model) -> Model:
         >>> model = qvl_model.restore(model)
     """
     inner = _base_model(model)
-    _forget_plans(inner)
+    _forget_fused_layers(inner)
     unpack_model(inner)
     if hasattr(inner, "lm_head"):
         set_skip_logits(inner, None)
     for module in inner.modules():
-        set_rows(module, None)
+        set_chunk_size(module, None)
         theirs = STOCK_CLASSES.get(type(module))
         if theirs is not None:
             module.__class__ = theirs

@@ -33,8 +33,12 @@ def body_why_not(body: nn.Module) -> str | None:
             or not only_capture_hooks(layer, "hidden_states")
             or not runs_library_code(layer, "forward", "__call__")
         )
-        plan = None if hooked else fused_layer_of(layer)
-        if plan is None or not layer.is_deterministic() or plan.prepared.dtype is not body.norm.weight.dtype:
+        fused_layer = None if hooked else fused_layer_of(layer)
+        if (
+            fused_layer is None
+            or not layer.is_deterministic()
+            or fused_layer.handle.dtype is not body.norm.weight.dtype
+        ):
             return f"decoder layer {index} is not plain"
     if len(set(cache_places(body))) < len(body.layers):
         return "decoder layers share a place in the cache"

@@ -57,7 +57,7 @@ class CpuStep:
         few = self._positions.shape[-2] < PreparedDecoderLayer.ROWS
         self._end = None if foreign or not few else _End.of(self._body.norm, model.lm_head)
         self._layers = list(self._body.layers)
-        self._calls, self._places = [fused_layer_of(layer).prepared for layer in self._layers], cache_places(self._body)
+        self._calls, self._places = [fused_layer_of(layer).handle for layer in self._layers], cache_places(self._body)
         # Who swaps a weight's data meanwhile frees what the calls read.
         self._alive = [
             x.detach()
@@ -101,9 +101,7 @@ class CpuStep:
             and why_not(self._model) is None
             and cache_places(self._body) == self._places
         )
-        return same and all(
-            fused_layer_of(layer).prepared is call for layer, call in zip(self._body.layers, self._calls)
-        )
+        return same and all(fused_layer_of(layer).handle is call for layer, call in zip(self._body.layers, self._calls))
 
     def end(self, length: int) -> None:
         """Leaves the cache with the first ``length`` tokens, as stock code does."""

@@ -258,7 +258,7 @@ class GpuStep:
         self.rows, self.state, self.layers_with_images, self.length = rows, state, layers_with_images, 0
         self._model = weakref.ref(model)  # the pool, which belongs to the model, holds this
         body, lm_head = model.model.language_model, model.lm_head
-        self._layers = [fused_layer_of(layer).prepared for layer in body.layers]
+        self._layers = [fused_layer_of(layer).handle for layer in body.layers]
         self._places = cache_places(body)
         first, weight = self._layers[0], body.norm.weight
         self._device, self._stream, self.graph = graphs.of(weight.device), None, None

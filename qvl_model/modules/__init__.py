@@ -1,2 +1,2 @@
-"""Subclasses of the stock Qwen3-VL layers and leaf modules. They keep the stock class names, so that everything that
-goes by name (FSDP wrapping, device maps, ``repr``) goes on working; only their ``forward`` differs."""
+"""Subclasses of the stock Qwen3-VL layers and leaf modules, with another ``forward``. They keep the stock class names,
+since FSDP wrapping, device maps and ``repr`` go by name."""

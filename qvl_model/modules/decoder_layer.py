@@ -29,38 +29,38 @@ from qvl_model.modules.text import (
     Qwen3VLTextAttention,
     Qwen3VLTextMLP,
     Qwen3VLTextRMSNorm,
+    cos_sin_fit,
     has_special_arguments,
-    tables_fit,
 )
 from qvl_model.quantization.modules import PackedLinear
 
 __all__ = ["FusedLayer", "Qwen3VLTextDecoderLayer", "forget_fused_layer", "fused_layer_of"]
 
-_LARGE = 2048  # tokens of a call after which what was freed goes back to the system
-_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", *FLASH)  # of attention: what they compute, the fused call does
+_LARGE = 2048  # tokens of a call from which on freed memory is returned to the system
+_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", *FLASH)  # of attention; the fused call computes the same
 
 
 class FusedLayer:
-    """A decoder layer whose modules and weights were found plain, as one fused call; ``check`` says whether they still
-    are.
+    """A decoder layer as one fused call, made when its modules and weights were eligible; ``check`` is the guard that
+    says whether they still are.
 
-    Whatever the call depends on stands in lists, as it was found. Dictionaries stand for modules, so that no plan keeps
-        its layer alive: modules: (children of a module, name, module), without hooks and with their classes' own
-            forward.
-        tensors: (dictionary, name, tensor, address, dtype, shape). ``x.data = ...`` changes the memory of a tensor, or
-            how it is read.
-        without: (dictionary, name) of biases that are None.
+    The guard compares with lists of what the call depends on. They refer to the dictionaries of modules, not to the
+    layer, so that a fused layer does not keep its layer alive:
+        modules: (children of a module, name, module); these have no hooks and the forward of their class.
+        tensors: (dictionary, name, tensor, address, dtype, shape); ``x.data = ...`` changes the last three.
+        no_biases: (dictionary, name) of biases that are None.
         settings: (object, name, value).
 
     Attributes:
-        prepared: the call. implementation: of attention, as the config names it.
+        handle: the layer handle that runs the call.
+        implementation: of attention, as the config names it.
     """
 
-    __slots__ = ("_attention", "_modules", "_settings", "_tensors", "_without", "implementation", "prepared")
+    __slots__ = ("_attention", "_modules", "_settings", "_tensors", "_no_biases", "implementation", "handle")
 
     @classmethod
     def of(cls, layer: nn.Module) -> "FusedLayer | None":
-        """The plan of a layer, or None if one fused call is not what its modules compute."""
+        """The fused layer of a layer, or None if one fused call does not compute what its modules compute."""
         try:
             attention, mlp = layer._modules["self_attn"], layer._modules["mlp"]
             norms = [
@@ -71,7 +71,7 @@ class FusedLayer:
             linears = [attention._modules[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
             linears += [mlp._modules[name] for name in ("gate_proj", "up_proj", "down_proj")]
             activation = mlp._modules["act_fn"]
-        except (AttributeError, KeyError):  # other modules than those of the stock layer
+        except (AttributeError, KeyError):  # not the modules of the stock layer
             return None
         kinds = (
             ([mlp], (Qwen3VLTextMLP,)),
@@ -87,27 +87,29 @@ class FusedLayer:
             module._parameters.get("weight") is None or "bias" not in module._parameters and module in linears
             for module in norms + linears
         ):
-            return None  # a tensor in the place of a parameter is computed anew by whoever put it there
-        plan = cls()
-        plan.implementation, plan._attention = attention.config._attn_implementation, attention
+            return None  # a tensor in place of a parameter is recomputed by the code that put it there
+        fused_layer = cls()
+        fused_layer.implementation, fused_layer._attention = attention.config._attn_implementation, attention
         known = [mlp, activation, *norms, *linears]
-        plan._modules = [
+        fused_layer._modules = [
             (own._modules, name, x) for own in (layer, attention, mlp) for name, x in own._modules.items() if x in known
         ]
-        plan._without = [(linear._parameters, "bias") for linear in linears if linear._parameters["bias"] is None]
-        plan._tensors = [
+        fused_layer._no_biases = [
+            (linear._parameters, "bias") for linear in linears if linear._parameters["bias"] is None
+        ]
+        fused_layer._tensors = [
             (own, name, x, x.data_ptr(), x.dtype, x.shape)
             for module in norms + linears
             for own in (module._parameters, module._buffers)
             for name, x in own.items()
             if x is not None
         ]
-        plan._settings = [(norm, "variance_epsilon", norm.variance_epsilon) for norm in norms]
-        plan._settings += [
+        fused_layer._settings = [(norm, "variance_epsilon", norm.variance_epsilon) for norm in norms]
+        fused_layer._settings += [
             (attention, name, getattr(attention, name))
             for name in ("config", "scaling", "is_causal", "head_dim", "num_key_value_groups")
         ]
-        if not plan.check(layer) or not _weights_fit(attention, norms, linears):
+        if not fused_layer.check(layer) or not _weights_fit(attention, norms, linears):
             return None
         input_norm, q_norm, k_norm, post_norm = (norm.weight for norm in norms)
         q, k, v, o, gate, up, down = (
@@ -119,18 +121,18 @@ class FusedLayer:
         )
         quantised = any(isinstance(weight, QuantizedWeight) for weight in weights)
         kind = qvl_kernels.QuantizedDecoderLayer if quantised else qvl_kernels.PreparedDecoderLayer
-        plan.prepared = kind(
+        fused_layer.handle = kind(
             weights, **_heads(attention, linears), eps=norms[0].variance_epsilon, scale=attention.scaling
         )
-        return plan
+        return fused_layer
 
     def check(self, layer: nn.Module) -> bool:
-        """Whether all that the plan of ``layer`` depends on is as it was; it runs for every layer and token."""
+        """The guard: whether all that the fused layer depends on is unchanged. It runs for every layer and token."""
         attention = layer._modules.get("self_attn")
         if (
             attention is not self._attention
             or type(attention) is not Qwen3VLTextAttention
-            or not self._attention_is_plain()
+            or not self._attention_is_eligible()
         ):
             return False
         for siblings, name, module in self._modules:
@@ -145,7 +147,7 @@ class FusedLayer:
                 or not x.is_contiguous()
             ):
                 return False
-        for own, name in self._without:
+        for own, name in self._no_biases:
             if own.get(name, True) is not None:
                 return False
         for owner, name, value in self._settings:
@@ -153,7 +155,7 @@ class FusedLayer:
                 return False
         return True
 
-    def _attention_is_plain(self) -> bool:
+    def _attention_is_eligible(self) -> bool:
         attention, implementation = self._attention, self.implementation
         if (
             attention.config._attn_implementation != implementation
@@ -163,7 +165,7 @@ class FusedLayer:
             return False
         if "forward" in attention.__dict__:
             return False
-        # A recorder of attentions finds none in a fused call.
+        # A fused call has no attention weights for a recorder to find.
         return (
             is_eligible(attention, Qwen3VLTextAttention)
             if implementation == "eager"
@@ -172,22 +174,22 @@ class FusedLayer:
 
 
 _KINDS = {Qwen3VLTextMLP, SILU, Qwen3VLTextRMSNorm, Linear, PackedLinear}
-_plans: "weakref.WeakKeyDictionary[nn.Module, FusedLayer]" = weakref.WeakKeyDictionary()
+_fused_layers: "weakref.WeakKeyDictionary[nn.Module, FusedLayer]" = weakref.WeakKeyDictionary()
 
 
 def fused_layer_of(layer: nn.Module) -> FusedLayer | None:
-    """The plan of a layer as it is now, or None if one fused call is not what its modules compute."""
-    plan = _plans.get(layer)
-    if plan is None or not plan.check(layer):
-        _plans.pop(layer, None)
-        plan = FusedLayer.of(layer)
-        if plan is not None:
-            _plans[layer] = plan
-    return plan
+    """The fused layer of a layer as it is now, or None if one fused call does not compute what its modules compute."""
+    fused_layer = _fused_layers.get(layer)
+    if fused_layer is None or not fused_layer.check(layer):
+        _fused_layers.pop(layer, None)
+        fused_layer = FusedLayer.of(layer)
+        if fused_layer is not None:
+            _fused_layers[layer] = fused_layer
+    return fused_layer
 
 
 def _heads(attention: nn.Module, linears: list[nn.Module]) -> dict[str, int]:
-    """Query and key/value heads, as the weights have them."""
+    """Numbers of query and key/value heads, from the shapes of the weights."""
     q, k, *_ = linears
     return {
         "num_heads": len(q._parameters["weight"]) // attention.head_dim,
@@ -196,8 +198,8 @@ def _heads(attention: nn.Module, linears: list[nn.Module]) -> dict[str, int]:
 
 
 def _weights_fit(attention: nn.Module, norms: list[nn.Module], linears: list[nn.Module]) -> bool:
-    """Whether the sizes, numbers and dtypes are those of one fused call; stock code takes what was changed by hand at
-    its word.
+    """Whether one fused call takes these sizes, numbers and dtypes. Users may edit them; stock code then computes with
+    the edited values.
     """
     epsilon = norms[0].variance_epsilon
     if (
@@ -211,23 +213,23 @@ def _weights_fit(attention: nn.Module, norms: list[nn.Module], linears: list[nn.
     heads = _heads(attention, linears)
     if heads["num_heads"] != heads["kv_heads"] * attention.num_key_value_groups:
         return False
-    plain = [norm.weight for norm in norms]
-    plain += [linear.weight for linear in linears if type(linear) is not PackedLinear]
-    plain += [linear.bias for linear in linears[:4] if linear.bias is not None]
-    return all(linear.bias is None for linear in linears[4:]) and kernels_take(*plain)
+    dense = [norm.weight for norm in norms]
+    dense += [linear.weight for linear in linears if type(linear) is not PackedLinear]
+    dense += [linear.bias for linear in linears[:4] if linear.bias is not None]
+    return all(linear.bias is None for linear in linears[4:]) and kernels_take(*dense)
 
 
 def forget_fused_layer(layer: nn.Module) -> None:
-    """Frees the weights that the plan of a layer, if it has one, holds."""
-    _plans.pop(layer, None)
+    """Frees the weights that the fused layer of a layer holds, if there is one."""
+    _fused_layers.pop(layer, None)
 
 
 class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A plain layer at inference goes past ``nn.Module``'s own call and all that decorates ``forward``: a third of
-        a token's time here.
+        """An eligible layer at inference skips ``nn.Module.__call__`` and the decorators of ``forward``, which take a
+        third of the layer's time for one token.
         """
-        ours = type(self).forward is Qwen3VLTextDecoderLayer.forward  # and not overridden by a subclass
+        ours = type(self).forward is Qwen3VLTextDecoderLayer.forward  # not overridden by a subclass
         if (
             ours
             and len(args) == 1
@@ -276,42 +278,40 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor | None:
-        """The layer in one call, or None if that is not what its modules compute."""
-        tables, mask, positions, cache = position_embeddings, attention_mask, position_ids, kwargs.pop(CACHE)
-        if not _call_is_plain(x, tables, mask, kwargs):
+        """The layer as one fused call, or None if that does not compute what its modules compute."""
+        cos_sin, mask, positions, cache = position_embeddings, attention_mask, position_ids, kwargs.pop(CACHE)
+        if not _call_is_eligible(x, cos_sin, mask, kwargs):
             return None
         if torch.is_grad_enabled() and _any_requires_grad(x, self):
             return None
-        plan = fused_layer_of(self)
+        fused_layer = fused_layer_of(self)
         if (
-            plan is None
-            or plan.prepared.dtype is not x.dtype
+            fused_layer is None
+            or fused_layer.handle.dtype is not x.dtype
             or not self.is_deterministic()
             or splits(self._modules["mlp"], x)
         ):
             return None
-        prepared = plan.prepared
-        store = reserve_slots(cache, self._modules["self_attn"].layer_idx, x, prepared.kv_heads, prepared.head_dim)
-        if store is None or not _rule_holds(plan.implementation, mask, positions, x, store):
+        handle = fused_layer.handle
+        slots = reserve_slots(cache, self._modules["self_attn"].layer_idx, x, handle.kv_heads, handle.head_dim)
+        if slots is None or not _mask_is_equivalent(fused_layer.implementation, mask, positions, x, slots):
             return None
         if mask is not None and mask.dim() == 2:
             mask = _causal_mask(mask, x.shape[1])
         if x.is_cpu and x.shape[0] * x.shape[1] >= _LARGE:
-            pages.trim()  # else it adds up with the cache; milliseconds beside the tenths of a second of the layer
-        (out,) = qvl_kernels.PreparedDecoderLayer.run(
-            [prepared], x, *tables, [store.memory], past=store.past, mask=mask
-        )
-        store.commit(x.shape[1])
+            pages.trim()  # milliseconds, against tenths of a second for the layer; else freed memory and cache add up
+        (out,) = qvl_kernels.PreparedDecoderLayer.run([handle], x, *cos_sin, [slots.memory], past=slots.past, mask=mask)
+        slots.commit(x.shape[1])
         return out
 
     def is_deterministic(self) -> bool:
-        """Whether nothing in the layer is random now."""
+        """Whether no dropout site of the layer is active now."""
         attention = self._modules["self_attn"]
         return not (attention.training and attention.attention_dropout > 0.0)
 
 
-def _call_is_plain(x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, kwargs: dict) -> bool:
-    """Whether fused calls take these arguments, whatever the layer."""
+def _call_is_eligible(x: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None, kwargs: dict) -> bool:
+    """Whether fused calls take these arguments, independent of the layer."""
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # a trace would hold the results as constants
@@ -327,8 +327,8 @@ def _call_is_plain(x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None
             )
         )
         and not has_special_arguments(kwargs)
-        and tables_fit(tables, x)
-        and kernels_take(x, *tables)
+        and cos_sin_fit(cos_sin, x)
+        and kernels_take(x, *cos_sin)
     )
 
 
@@ -336,32 +336,32 @@ def _any_requires_grad(x: Tensor, layer: nn.Module) -> bool:
     return x.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
 
 
-def _rule_holds(
-    implementation: str, mask: Tensor | None, positions: Tensor | None, x: Tensor, store: WriteSlots
+def _mask_is_equivalent(
+    implementation: str, mask: Tensor | None, positions: Tensor | None, x: Tensor, slots: WriteSlots
 ) -> bool:
-    """Whether no mask, or this mask, means to the attention of the model what it means to ``decoder_layer`` with this
-    cache.
+    """Whether ``decoder_layer`` with this cache masks the same keys as the model's attention does, given this mask or
+    no mask.
     """
-    queries, keys = x.shape[1], store.past + x.shape[1]
-    if implementation in FLASH:  # causal to the last key; a mask says which tokens are no padding
-        packed = (
+    queries, keys = x.shape[1], slots.past + x.shape[1]
+    if implementation in FLASH:  # causal, aligned at the last key; a mask marks padding
+        varlen = (
             positions is not None and x.shape[0] == 1 and queries > 1 and not bool((positions.diff() == 1).all())
-        )  # several texts in one row
+        )  # several sequences in one row
         return (
-            not packed
-            and store.visible_capacity == keys
+            not varlen
+            and slots.visible_capacity == keys
             and (mask is None or mask.dim() == 2 and mask.shape[1] == keys)
         )
     if mask is None:
-        # sdpa sees the whole of what the cache returns, causal from the first key on; flex_attention is not causal by
-        # itself.
-        first = store.past == 0 and implementation != "flex_attention"
-        return (queries == 1 or first) and (queries > 1 or store.visible_capacity == keys)
+        # sdpa sees all that the cache returns, and its causal mask is aligned at the first key; flex_attention is not
+        # causal by itself.
+        first = slots.past == 0 and implementation != "flex_attention"
+        return (queries == 1 or first) and (queries > 1 or slots.visible_capacity == keys)
     return mask.dim() == 4 and mask.shape[3] >= keys
 
 
 def _causal_mask(mask: Tensor, queries: int) -> Tensor:
-    """[B, 1, T, keys]: of the keys that ``mask`` [B, keys] shows, those up to each of the last T tokens."""
+    """[B, 1, T, S]: the causal mask of the last T tokens, and the padding mask [B, S]."""
     keys = mask.shape[1]
     causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries)
     return mask.bool()[:, None, None] & causal

@@ -1,4 +1,4 @@
-"""Is a module plain enough for our kernels? Checked at every call: adapters, hooks, modes and casts may come at any
+"""Is a module eligible for the fast path? Checked at every call, since adapters, hooks, modes and casts may come at any
 time.
 """
 
@@ -30,7 +30,7 @@ __all__ = [
     "runs_library_code",
 ]
 
-FLASH = ("flash_attention_2", "flash_attention_3")  # implementations of attention that mean the same
+FLASH = ("flash_attention_2", "flash_attention_3")  # implementations of attention with one meaning
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,20 +48,18 @@ _ATTENTION_FUNCTIONS = {
 
 
 def attends_as_stock(implementation: str) -> bool:
-    """Whether what the config names is the function that transformers has under that name, and none that was registered
-    in its place.
-    """
+    """Whether the attention function of this name is transformers' own, and not a registered replacement."""
     return _attention_function(implementation) is _ATTENTION_FUNCTIONS.get(implementation)
 
 
 def is_number(*values: object) -> bool:
-    """A tensor, say, may be a setting as well: stock code takes it."""
+    """Whether all settings are Python numbers; stock code takes tensors too, the kernels do not."""
     return all(type(value) is float or type(value) is int for value in values)
 
 
 def is_eligible(module: nn.Module, kind: type, own_hook: type | None = None) -> bool:
-    """Exactly ``kind`` (an adapter wraps or replaces it), no forward hook but pre-hooks of our own class ``own_hook``;
-    neither ``forward`` nor weight or bias replaced on the instance.
+    """Whether the module is fast-path eligible: its class is exactly ``kind`` (an adapter wraps or replaces it), its
+    only hooks are pre-hooks of our class ``own_hook``, and no forward, weight or bias was replaced on the instance.
     """
     own = module.__dict__
     return (
@@ -77,8 +75,8 @@ def is_eligible(module: nn.Module, kind: type, own_hook: type | None = None) -> 
 
 
 def runs_library_code(module: nn.Module, *names: str) -> bool:
-    """Whether the methods of these names are those of a library's class: none replaced on the instance, none overridden
-    in a user's subclass.
+    """Whether the methods of these names are those of a library's class, neither replaced on the instance nor
+    overridden in a user's subclass.
     """
     return all(
         name not in module.__dict__
@@ -92,8 +90,8 @@ def no_global_hooks() -> bool:
 
 
 def only_capture_hooks(module: nn.Module, recorded: str) -> bool:
-    """Every forward hook is transformers' own recorder, of ``recorded`` ("attentions" or "hidden_states"), and nobody
-    asked for these in this call.
+    """Whether every forward hook is transformers' recorder of ``recorded`` ("attentions" or "hidden_states"), and this
+    call does not ask for these.
     """
     if module._forward_pre_hooks:
         return False
@@ -106,44 +104,47 @@ def only_capture_hooks(module: nn.Module, recorded: str) -> bool:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype to which autocast brings products on ``device`` in this thread, or None if it is off."""
+    """The dtype to which autocast casts the inputs of matmuls on ``device`` in this thread, or None if it is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def dropout_fits(p: float, x: torch.Tensor) -> bool:
-    """Attention has dropout in its kernel on GPUs; on the CPU PyTorch's own is faster than the reference."""
+    """Whether the attention kernel has dropout: on GPUs. On the CPU PyTorch's own is faster than the reference."""
     return p == 0.0 or x.is_cuda or dispatch.forced() == "triton"
 
 
 def _gpu_takes(device: torch.device) -> bool:
     reason = gpu_device.unavailable(device)
     if reason is not None and not torch.compiler.is_compiling():
-        _say_once(reason)
+        _warn_once(reason)
     return reason is None
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     warnings.warn(f"qvl_model: the model runs on stock code: {reason}", RuntimeWarning, stacklevel=5)
 
 
 def kernels_take(*tensors: torch.Tensor | None, cast: bool = True) -> bool:
-    """Plain tensors (no subclass: it may hold its values elsewhere) on one CPU or GPU that the kernels run on, of one
-    dtype that they know, rows contiguous, memory not freed; and nothing must see stock's own operations. ``cast``:
-    autocast, where it is on, would cast this op's inputs, and must find nothing to do.
+    """Whether the kernels take these tensors: on one device that has kernels, of one supported dtype, with a contiguous
+    last dimension and memory that is not freed. Subclasses of Tensor are refused, since their values may be elsewhere,
+    and so is a call in which a mode or trace must see stock's operations (needs_dispatcher).
+
+    Args:
+        cast: whether autocast would cast this op's inputs; if it is on, they must have its dtype already.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and ops_are_seen():
         return False
     if compiling or not torch._C._len_torch_function_stack():
-        return _fit(tensors, cast, compiling)
+        return _are_eligible(tensors, cast, compiling)
     with (
         torch._C.DisableTorchFunction()
-    ):  # a default device has no say in what is asked here, and takes a microsecond for each question
-        return _fit(tensors, cast, compiling)
+    ):  # a default device changes none of these answers, and costs a microsecond for each of them
+        return _are_eligible(tensors, cast, compiling)
 
 
-def _fit(tensors: tuple[torch.Tensor | None, ...], cast: bool, compiling: bool) -> bool:
+def _are_eligible(tensors: tuple[torch.Tensor | None, ...], cast: bool, compiling: bool) -> bool:
     first = tensors[0]
     on_cpu = first.is_cpu
     if not (on_cpu or first.is_cuda and _gpu_takes(first.device)) or first.dtype not in FAST_DTYPES:
@@ -151,7 +152,7 @@ def _fit(tensors: tuple[torch.Tensor | None, ...], cast: bool, compiling: bool) 
     if cast and autocast_dtype(first.device) not in (None, first.dtype):
         return False
     dtype = first.dtype
-    for x in tensors:  # a plain loop: this runs for every layer and token
+    for x in tensors:  # a loop, not all(): this runs for every layer and token
         if x is not None and not (
             type(x) in TENSOR_TYPES
             and x.dtype is dtype

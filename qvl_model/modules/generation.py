@@ -1,4 +1,4 @@
-"""The top of the model: stock, but for where tokens are chosen and how the loss is computed."""
+"""Qwen3-VL with a language head: stock, but for where tokens are chosen and how the loss is computed."""
 
 import os
 from collections.abc import Callable
@@ -19,12 +19,12 @@ __all__ = ["GeneratesByStep", "Qwen3VLForConditionalGeneration"]
 
 
 class GeneratesByStep:
-    """For models that generate: tokens by the steps of ``generation.loop`` where they compute what the model's modules
-    would.
+    """For models that generate: runs decode steps of ``generation.loop`` where they compute what the model's modules
+    compute.
     """
 
     def train(self, mode: bool = True) -> Self:
-        if mode:  # captured steps hold memory that training needs
+        if mode:  # captured decode steps hold memory that training needs
             step_gpu.release(self)
         return super().train(mode)
 
@@ -36,7 +36,7 @@ class GeneratesByStep:
         generation_config: GenerationConfig,
         **options: Any,
     ) -> Any:
-        """Greedy and sampling: ``generate`` calls this once everything is prepared."""
+        """Greedy and sampling: ``generate`` calls this once its inputs are prepared."""
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
         if loop.why_not(self, input_ids, generation_config, options) is None:
             return loop.sample(self, *arguments, **options)
@@ -44,7 +44,7 @@ class GeneratesByStep:
 
 
 class Qwen3VLForConditionalGeneration(GeneratesByStep, PackedSaving, stock.Qwen3VLForConditionalGeneration):
-    """The stock class whose ``from_pretrained`` returns an accelerated model, also from a directory of packed weights.
+    """The stock class whose ``from_pretrained`` returns an accelerated model, also for quantised checkpoints.
     Saved configs name the stock class.
 
     Example:
@@ -54,9 +54,9 @@ class Qwen3VLForConditionalGeneration(GeneratesByStep, PackedSaving, stock.Qwen3
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Self:
-        packed = loader.load_packed(pretrained_model_name_or_path, cls, **kwargs)
-        if packed is not None:
-            return packed
+        quantised = loader.load_packed(pretrained_model_name_or_path, cls, **kwargs)
+        if quantised is not None:
+            return quantised
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs})
         if isinstance(loaded, tuple):  # output_loading_info=True
             return loader.accelerate(loaded[0]), *loaded[1:]
@@ -64,7 +64,7 @@ class Qwen3VLForConditionalGeneration(GeneratesByStep, PackedSaving, stock.Qwen3
 
     @property
     def loss_function(self) -> Callable:
-        """The stock loss; where it is the usual one, ours, which equals it and takes lazy logits too."""
+        """The stock loss, or instead of the causal loss ours, which is equal to it and takes lazy logits too."""
         function = stock.Qwen3VLForConditionalGeneration.loss_function.fget(self)
         return causal_loss if function is ForCausalLMLoss else function
 

@@ -1,8 +1,8 @@
-"""Logits of a training step that are computed when somebody looks at them, and a loss that does without them.
+"""Logits of a training step that are computed when they are first read, and a loss that does not need them.
 
-They are one node of autograd's graph like any others: the loss, hooks, retained gradients and whatever reads their
-values hang on it. What is left out is memory, of their values (LazyLogits) and of their gradient between the loss and
-the head (_LazyGradient).
+Lazy logits are one node of autograd's graph, to which the loss, hooks, retained gradients and readers are attached as
+to any other. What is saved is the memory of their values (LazyLogits) and of their gradient between the loss and the
+head (_LazyGradient).
 """
 
 import weakref
@@ -26,23 +26,23 @@ _GONE = (
     "states or weights were changed. Read them before, or keep them by model(..., skip_logits=False) or "
     "accelerate(model, skip_logits=False)"
 )
-_CHUNK_BYTES = {"cpu": 1 << 22}  # of a fingerprint: within a cache
+_CHUNK_BYTES = {"cpu": 1 << 22}  # of a fingerprint: fits the L2 or L3 cache
 _CHUNK_BYTES_GPU = 1 << 28  # few launches
 
 
 def lazy_logits(hidden: Tensor, weight: Tensor, own: tuple[bool, bool], forward: Any) -> "LazyLogits":
-    """hidden [..., C] @ weight [V, C].T, computed at its first use other than asking for its shape, dtype or device.
+    """hidden [..., C] @ weight [V, C].T, computed at its first use, unless that asks for shape, dtype or device only.
 
     Args:
         hidden, weight: plain tensors, one of which requires gradients.
-        own: whether each of them is a copy that nobody else can change.
-        forward: an object whose ``count`` is another one in the model's next forward.
+        own: whether each of them is a private copy, which no other code can change.
+        forward: an object whose ``count`` changes with the model's next forward.
     """
     return _Head.apply(hidden, weight, own, forward)
 
 
 def lazy_loss(logits: "LazyLogits", labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """cross_entropy of logits that are not computed, and stay so; labels int64, one per row of logits.
+    """cross_entropy of lazy logits, without computing them; labels int64, one per token.
 
     Raises: RuntimeError if what the logits would be computed from has changed; ValueError for bad labels.
     """
@@ -52,7 +52,7 @@ def lazy_loss(logits: "LazyLogits", labels: Tensor, ignore_index: int, reduction
 
 
 class _Watched:
-    """Tells whether tensors are what they were when this was made, also after changes that autograd is not told of
+    """Tells whether tensors have changed since this was made, also by writes that bypass autograd's version counter
     (``.data``, fused optimizer steps).
     """
 
@@ -69,15 +69,15 @@ class _Watched:
 
 
 def _state(x: Tensor) -> tuple:
-    """A sharding library frees memory without another word, so its size belongs to it."""
+    """Includes the size of the storage, since sharding libraries free it in place."""
     return x._version, x.device, x.dtype, x.shape, x.stride(), x.untyped_storage().nbytes()
 
 
 def _fingerprint(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of the bits of x [..., C], as integers, along its rows and along its columns. Exact (modulo 2^64), so that
-    no change of a single element is lost, nor one of order. 54 ms for a head of 622 MB on two cores of an EPYC, beside
-    seconds of a training step; taken in the forward, and once more when logits or a loss are computed, for which a GPU
-    is waited for.
+    """Sums of the bits of x [..., C], as integers, over rows and over columns. The sums are exact (modulo 2^64), so any
+    change of one element shows, and so does a permutation. 54 ms for a head of 622 MB on two cores of an EPYC, against
+    seconds for a training step. Taken in the forward, and again when logits or a loss are computed, which waits for
+    the GPU.
     """
     x = x.detach()
     sizes = [n * x.element_size() for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1])] + [x.data_ptr()]
@@ -92,9 +92,7 @@ def _fingerprint(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Source:
-    """What logits are computed from, until that may have changed. One for each call of the head; holds nothing of the
-    graph.
-    """
+    """What logits are computed from, until it may have changed. One per call of the head, without autograd nodes."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, own: tuple[bool, bool], forward: Any) -> None:
         self.hidden, self.weight, self.device = hidden.detach(), weight.detach(), hidden.device
@@ -112,15 +110,15 @@ class _Source:
         self.hidden = self.weight = self.watched = None
 
     def compute(self) -> None:
-        """All that were cast from these logits too: later the logits may have been edited."""
+        """Fills all cells, those with casts of these logits too, since the logits may be edited later."""
         self.check()
-        logits = _product(self.hidden, self.weight)
+        logits = _matmul(self.hidden, self.weight)
         for cell in filter(None, (ref() for ref in self.cells)):
             cell.data = logits.to(cell.dtype)
         self.close()
 
 
-def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+def _matmul(hidden: Tensor, weight: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         return qvl_kernels.linear(hidden, weight)
 
@@ -133,7 +131,7 @@ class _Cell:
         source.cells.append(weakref.ref(self))
 
     def alias(self) -> Tensor:
-        """The logits, computed if they were not, as a tensor of its own over the same memory."""
+        """The logits, computed if need be, as a new tensor over the same memory."""
         if self.data is None:
             self.source.compute()
         with torch.inference_mode(False), torch.no_grad():
@@ -141,9 +139,7 @@ class _Cell:
 
 
 class _Wrapper(Tensor):
-    """A tensor without values; any function of PyTorch but those that ask for its shape and the like gets ``value()``
-    instead.
-    """
+    """A tensor without values. Functions of PyTorch get ``value()`` instead, but for those that ask for metadata."""
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -154,8 +150,8 @@ class _Wrapper(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Past ``__torch_function__``: from C++ (autograd adds up gradients) or through an autograd function, which has
-        built its graph.
+        """For calls that bypass ``__torch_function__``: from C++ (autograd adds up gradients), or inside an autograd
+        function, whose graph exists already.
         """
         if func in _ALIASES and args[0].shape == (tuple(args[1]) if len(args) > 1 else args[0].shape):
             return args[0].shallow_copy()
@@ -165,9 +161,8 @@ class _Wrapper(Tensor):
 
 
 class LazyLogits(_Wrapper):
-    """Logits that are not computed yet. Exact in values and gradients as long as they can be read; from the backward,
-    the next forward of the model or a change of hidden states or weights on, reading what was not read before raises
-    RuntimeError.
+    """Logits that are not computed yet. Values and gradients are exact. After the backward, the next forward of the
+    model, or a change of hidden states or weights, reading logits for the first time raises RuntimeError.
     """
 
     @staticmethod
@@ -177,7 +172,7 @@ class LazyLogits(_Wrapper):
     def __init__(self, cell: _Cell) -> None:
         self.cell, self._value = cell, None
         self._read = self._own = self._followed = (
-            None  # nodes: of the value as it was read, of this tensor then, of the value that this tensor follows
+            None  # nodes: of the value when it was read, of this tensor then, of the edited value it stands for
         )
 
     @property
@@ -195,9 +190,9 @@ class LazyLogits(_Wrapper):
         return self.cell.alias()
 
     def value(self) -> Tensor:
-        """The logits themselves: one tensor in the graph, edits of which count, whatever grad mode its first reader is
-        in. Another one once an autograd function that writes to its input was given this tensor, and has its place in
-        the graph.
+        """The logits themselves: one tensor in the graph, so that in-place edits take effect, whatever the grad mode of
+        its first reader. After an autograd function wrote to this tensor in place, it is a new one behind that
+        function's node.
         """
         if not self._is_read():
             with torch.inference_mode(False), torch.enable_grad():
@@ -208,8 +203,8 @@ class LazyLogits(_Wrapper):
         return self._value
 
     def node(self) -> Tensor:
-        """What stands for the logits in the graph: this tensor, to which the loss goes back, until its value is edited
-        with gradients.
+        """The tensor that stands for the logits in the graph: this one, until its value is edited with gradients; then
+        the value.
         """
         return self._value if self._is_read() and self._value.grad_fn is not self._read else self
 
@@ -217,8 +212,8 @@ class LazyLogits(_Wrapper):
         return self._value is not None and self._own is _native_node(self)
 
     def _follow(self) -> None:
-        """After an edit of its value: autograd functions, which are given this tensor, see the edit in the graph as
-        well.
+        """After an edit of its value: moves this tensor behind the edit in the graph, for autograd functions that take
+        this tensor.
         """
         if self._is_read() and self._value.grad_fn not in (self._read, self._followed):
             with torch.inference_mode(False), torch.enable_grad():
@@ -238,13 +233,13 @@ class LazyLogits(_Wrapper):
         out = func(*_values(args), **_values(kwargs))
         for logits, value, version in read:
             logits._follow()
-            if out is value and value._version != version:  # what is edited in place is returned itself
+            if out is value and value._version != version:  # an in-place edit returns its input
                 out = logits
         return out
 
 
 class _LazyGradient(_Wrapper):
-    """The gradient of a skipped loss by its logits, which the head takes without its values."""
+    """The gradient of a skipped loss with respect to its logits; the head's backward does not need its values."""
 
     @staticmethod
     def __new__(cls: type, loss: "_SkippedLoss", factor: Tensor, cell: _Cell, dtype: torch.dtype) -> "_LazyGradient":
@@ -279,7 +274,7 @@ def _natively(func: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 def _native_node(x: Tensor) -> Node | None:
-    """The node of the graph that a wrapper itself comes from."""
+    """The grad_fn of a wrapper itself, not of its value."""
     return _natively(Tensor.grad_fn.__get__, (x,), {})
 
 
@@ -292,15 +287,15 @@ def _gradients(tree: Any) -> Any:
 
 
 def _in_graph(func: Callable, args: tuple, kwargs: dict) -> Any:
-    """A function that looks at the graph, or at gradients, which it gets with their values."""
+    """Runs a function that reads the graph or gradients; gradients that it gets are computed."""
     asked = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)]
-    if func is Tensor.register_hook and asked and not _takes_notice_only(args[1]):
+    if func is Tensor.register_hook and asked and not _ignores_gradient(args[1]):
         args = args[0], lambda gradient, hook=args[1]: hook(_gradients(gradient))
     if func not in _MAKES_GRADIENTS:
         return _gradients(_natively(func, args, kwargs))
     handles = [
         _natively(Tensor.register_hook, (x, _gradients), {}) for x in asked
-    ]  # run before a gradient is handed out or kept
+    ]  # so that gradients that are returned or retained have values
     if func is Tensor.retain_grad:
         for value in [x.value() for x in asked if x.computed]:
             value.retain_grad()
@@ -313,14 +308,14 @@ def _in_graph(func: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 def _widens(func: Callable, args: tuple, kwargs: dict) -> bool:
-    """What mixed-precision wrappers do to every output, and the loss by itself."""
+    """Whether ``func`` is a cast to fp32, which mixed-precision wrappers and the loss apply; it stays lazy."""
     return not kwargs and (
         func is Tensor.float and len(args) == 1 or func is Tensor.to and args[1:] == (torch.float32,)
     )
 
 
-def _takes_notice_only(hook: Callable) -> bool:
-    """FSDP's hooks do not look at the gradient."""
+def _ignores_gradient(hook: Callable) -> bool:
+    """Whether a hook does not read the gradient, as FSDP's hooks do not."""
     return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
 
 
@@ -353,7 +348,7 @@ class _Head(Function):
 
 
 class _Read(Function):
-    """Lazy logits -> ``values()``, of which they are the source in the graph."""
+    """Lazy logits -> ``values()``, with the lazy logits as its input in the graph"""
 
     @staticmethod
     def forward(ctx: Any, logits: LazyLogits, values: Callable[[], Tensor]) -> Tensor:
@@ -365,7 +360,7 @@ class _Read(Function):
 
 
 class _Follow(Function):
-    """Lazy logits, their edited value -> the lazy logits, at the place of the value in the graph"""
+    """Lazy logits, their edited value -> the lazy logits, behind the edited value in the graph"""
 
     @staticmethod
     def forward(ctx: Any, logits: LazyLogits, value: Tensor) -> LazyLogits:
@@ -408,8 +403,8 @@ class _SkippedLoss:
             )
 
     def record(self) -> Tensor:
-        """Computed with a graph, apart from hooks that move or recompute saved tensors: the head's own go through them
-        already.
+        """The loss, computed with a graph of its own. Saved-tensor hooks (offloading, checkpointing) are switched off,
+        since the head's own saved tensors pass through them already.
         """
         for x, needed in zip((self.hidden, self.weight), self.needs_grad):
             x.requires_grad_(needed)
@@ -418,7 +413,7 @@ class _SkippedLoss:
         return self.value.detach()
 
     def gradients(self, factor: Tensor, shape: torch.Size, keep: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Of hidden [*shape] and weight; None where not needed."""
+        """Gradients of hidden [*shape] and weight; None where not needed."""
         wanted = [x for x in (self.hidden, self.weight) if x.requires_grad]
         found = iter(torch.autograd.grad(self.value, wanted, factor, retain_graph=keep))
         dhidden, dweight = (next(found) if x.requires_grad else None for x in (self.hidden, self.weight))
@@ -427,13 +422,13 @@ class _SkippedLoss:
         return None if dhidden is None else dhidden.view(shape), dweight
 
     def logits(self) -> Tensor:
-        """Computed now, as they were for the loss, whatever has been done since to what was read."""
+        """The logits, computed now from the inputs of the loss; edits of logits that were read have no effect."""
         if self.hidden is None or not self.watched.unchanged():
             raise RuntimeError(_GONE)
-        return _product(self.hidden, self.weight)
+        return _matmul(self.hidden, self.weight)
 
     def of(self, logits: Tensor) -> Tensor:
-        """The loss of these logits, any that are asked for, by PyTorch."""
+        """The loss of given logits, by PyTorch."""
         return cross_entropy(
             logits.float().view(-1, logits.shape[-1]),
             self.labels,
@@ -442,7 +437,7 @@ class _SkippedLoss:
         )
 
     def gradient_of_logits(self, factor: Tensor) -> Tensor:
-        """By hand: the engine may ask for it where autograd is off for good."""
+        """factor * (softmax(logits) - one_hot(labels)); written out, since autograd may be off where it is needed."""
         with torch.no_grad():
             counted = (self.labels != self.ignore_index)[:, None]
             if self.reduction == "mean":
@@ -467,7 +462,7 @@ class _Loss(Function):
         logits, loss = ctx.logits, ctx.loss
         if not torch.is_grad_enabled():
             return _LazyGradient(loss, grad, logits.cell, logits.cell.dtype), None
-        # create_graph: the gradient is differentiated again, so all of it is built of logits that are part of the graph
+        # create_graph: for a second derivative the gradient is computed from logits that are part of the graph
         read = _Read.apply(logits, lambda: loss.logits().view(logits.cell.shape).to(logits.cell.dtype))
         return torch.autograd.grad(loss.of(read), read, grad, create_graph=True)[0], None
 
@@ -476,7 +471,7 @@ _ALIASES = {
     torch.ops.aten.alias.default,
     torch.ops.aten.detach.default,
     torch.ops.aten.view.default,
-}  # of functions that hand inputs on
+}  # called by autograd functions that return their inputs
 _METADATA = {
     Tensor.shape.__get__,
     Tensor.dtype.__get__,

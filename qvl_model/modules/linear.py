@@ -1,3 +1,5 @@
+"""nn.Linear and nn.LayerNorm through the kernels."""
+
 from torch import Tensor, nn
 
 import qvl_kernels
@@ -8,12 +10,12 @@ __all__ = ["LayerNorm", "Linear"]
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` through ``qvl_kernels.linear``: the weight is used as stored."""
+    """``nn.Linear`` through ``qvl_kernels.linear``: the dense weight is used as it is in memory."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input.is_cuda and not few_rows(
             input
-        ):  # PyTorch's product is the kernel, and 196 of them a training step are much for the host
+        ):  # PyTorch's GEMM is the kernel here; our checks would cost the host time 196 times in a training step
             return super().forward(input)
         if kernels_take(input, self.weight, self.bias):
             return qvl_kernels.linear(input, self.weight, self.bias)
@@ -24,9 +26,9 @@ class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` over the last dimension through ``qvl_kernels.layer_norm``."""
 
     def forward(self, input: Tensor) -> Tensor:
-        plain = (
+        eligible = (
             len(self.normalized_shape) == 1 and self.bias is not None and autocast_dtype(input.device) is None
-        )  # which asks for fp32
-        if plain and is_number(self.eps) and kernels_take(input, self.weight, self.bias):
+        )  # autocast asks for fp32
+        if eligible and is_number(self.eps) and kernels_take(input, self.weight, self.bias):
             return qvl_kernels.layer_norm(input, self.weight, self.bias, eps=self.eps)
         return super().forward(input)

@@ -1,6 +1,4 @@
-"""The language-model head in training: logits that are not computed until somebody looks, and a loss that
-never does.
-"""
+"""The language-model head in training: logits that are computed only when they are read, and a loss without logits."""
 
 import threading
 from typing import Any
@@ -17,12 +15,12 @@ __all__ = ["Forwards", "Linear", "causal_loss", "set_skip_logits"]
 
 _current = (
     threading.local()
-)  # .forward: the Forwards whose model has run in this thread and whose head has not yet, .skip_logits: of this call
+)  # .forward: the Forwards whose model has run in this thread, and whose head has not; .skip_logits: of this call
 
 
 class Forwards:
-    """Forward pre-hook of the model under the head, the part of a forward that wrappers around the model never go past.
-    It counts calls, and takes ``skip_logits`` out of their arguments.
+    """Forward pre-hook of the model under the head, which wrappers around the whole model always call. It counts calls,
+    and takes ``skip_logits`` out of their arguments.
 
     Args:
         skip_logits: for calls that do not say; see ``accelerate``.
@@ -43,9 +41,7 @@ class Forwards:
 
 
 def set_skip_logits(model: nn.Module, skip_logits: bool | None) -> None:
-    """Has calls of ``model`` (a part with a head under which there is a ``model``) skip logits or not; None: as if it
-    never had been asked.
-    """
+    """Whether calls of ``model`` (which has a head, and a ``model`` under it) skip logits; None removes the setting."""
     body = model.model
     for handle in [handle for handle, hook in body._forward_pre_hooks.items() if isinstance(hook, Forwards)]:
         del body._forward_pre_hooks[handle]
@@ -55,9 +51,7 @@ def set_skip_logits(model: nn.Module, skip_logits: bool | None) -> None:
 
 
 class Linear(linear.Linear):
-    """``lm_head``: in a training forward of its model lazy, so that the loss may do without logits; else as every
-    linear layer.
-    """
+    """``lm_head``: in a training forward its logits are lazy, so that the loss can skip them; else a linear layer."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -77,14 +71,14 @@ class Linear(linear.Linear):
                 hidden, weight = hidden.to(dtype), weight.to(dtype)
             with torch.autocast(device, enabled=False):
                 taken = kernels_take(hidden, weight)
-            if taken and (hidden.requires_grad or weight.requires_grad) and _can_be_watched(hidden, weight):
+            if taken and (hidden.requires_grad or weight.requires_grad) and _have_fingerprints(hidden, weight):
                 return lazy_logits(hidden, weight, (hidden is not input, weight is not self.weight), forward)
         return super().forward(input)
 
 
-def _can_be_watched(*tensors: Tensor) -> bool:
-    """Tensors of inference mode tell no versions; a CUDA graph that is being captured cannot be asked whether they are
-    equal.
+def _have_fingerprints(*tensors: Tensor) -> bool:
+    """Whether changes of tensors can be detected. Inference tensors have no version counter, and comparing fingerprints
+    waits for the GPU, which the capture of a CUDA graph does not allow.
     """
     capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
     return not capturing and not any(x.is_inference() for x in tensors)
@@ -99,8 +93,8 @@ def causal_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """``ForCausalLMLoss`` of transformers; of logits that are not computed through ``linear_cross_entropy``, which
-    keeps none.
+    """``ForCausalLMLoss`` of transformers. For lazy logits it runs ``linear_cross_entropy``, which computes the loss
+    without storing logits.
     """
     if not isinstance(logits, LazyLogits) or logits.computed or logits.shape[-1] != vocab_size:
         return ForCausalLMLoss(

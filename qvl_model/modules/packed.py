@@ -1,4 +1,4 @@
-"""Another place of the modules in ``qvl_model.quantization.modules``, for code written with it."""
+"""The older import path of ``qvl_model.quantization.modules``, kept for users' code."""
 
 from qvl_model.quantization.modules import FORMATS, PackedEmbedding, PackedLinear
 

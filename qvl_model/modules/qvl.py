@@ -1,5 +1,5 @@
-"""Subclasses of QVL's plain modules that call the kernels. What QVL shares with Qwen3-VL (attention, MLPs, norms,
-linear layers) is replaced by ``qvl_model.modules``; these are the rest. Names stay those of the plain classes.
+"""Subclasses of QVL's plain modules that call the kernels, under the names of the plain classes. For what QVL shares
+with Qwen3-VL (attention, MLPs, norms, linear layers) see the other files of ``qvl_model.modules``.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ __all__ = [
 
 
 class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
-    """Cross-attention from single kernels, then the rest of the layer in one fused call if it is plain."""
+    """Cross-attention op by op, then the rest of the layer as one fused call if it is eligible."""
 
     @takes_cache
     def forward(
@@ -74,7 +74,7 @@ class QVLDecoderLayer(Qwen3VLTextDecoderLayer, text.QVLDecoderLayer):
 class QVLCrossAttention(text.QVLCrossAttention):
     def read(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         dropout = self.attention_dropout if self.training else 0.0
-        if not _reads_plainly(self, q, keys) or not dropout_fits(dropout, q) or not kernels_take(q, keys, values):
+        if not _is_eligible_sdpa(self, q, keys) or not dropout_fits(dropout, q) or not kernels_take(q, keys, values):
             return super().read(q, keys, values, lengths)
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
         return qvl_kernels.cross_attention(q, k, v, kv_lens=lengths, scale=self.scaling, dropout_p=dropout), None
@@ -82,15 +82,13 @@ class QVLCrossAttention(text.QVLCrossAttention):
 
 class QVLConnectorAttention(connector.QVLConnectorAttention):
     def read(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        if not _reads_plainly(self, q, k.transpose(1, 2)) or not kernels_take(q, k, v):
+        if not _is_eligible_sdpa(self, q, k.transpose(1, 2)) or not kernels_take(q, k, v):
             return super().read(q, k, v, lengths)
         return qvl_kernels.cross_attention(q, k, v, kv_lens=lengths, scale=self.scaling)
 
 
-def _reads_plainly(attention: nn.Module, q: Tensor, keys: Tensor) -> bool:
-    """Whether attention of q [B, T, H, D] over keys [B, Hkv, S, D] is the function that the kernel stands for, with
-    settings that fit them.
-    """
+def _is_eligible_sdpa(attention: nn.Module, q: Tensor, keys: Tensor) -> bool:
+    """Whether attention of q [B, T, H, D] over keys [B, Hkv, S, D] is transformers' sdpa, and its settings fit."""
     return (
         attention.config._attn_implementation == "sdpa"
         and attends_as_stock("sdpa")
@@ -108,11 +106,11 @@ class QVLConnectorMLP(connector.QVLConnectorMLP):
 
 
 class QVLVisionBlock(Qwen3VLVisionBlock, vision.QVLVisionBlock):
-    """One fused call if the block is plain, as in Qwen3-VL."""
+    """One fused call if the block is eligible, as in Qwen3-VL."""
 
 
 class QVLPatchEmbed(vision.QVLPatchEmbed):
-    """The convolution as the matrix product that it is."""
+    """The convolution as a matmul over patches."""
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         weight, bias, patch = self.proj.weight, self.proj.bias, self.patch_size

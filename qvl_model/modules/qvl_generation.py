@@ -1,4 +1,4 @@
-"""The top of QVL: the plain class, but for where tokens are chosen and how the loss is computed."""
+"""QVL with a language head: the plain class, but for where tokens are chosen and how the loss is computed."""
 
 from collections.abc import Callable
 
@@ -13,9 +13,7 @@ __all__ = ["QVLForConditionalGeneration"]
 
 
 class QVLForConditionalGeneration(GeneratesByStep, PackedSaving, modeling.QVLForConditionalGeneration):
-    """The loss without logits where nobody reads them, packed weights saved, and tokens generated step by step; all
-    else is the plain class.
-    """
+    """The plain class, with a loss that skips logits that are not read, quantised weights on disk, and decode steps."""
 
     @property
     def loss_function(self) -> Callable:

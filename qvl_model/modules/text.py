@@ -1,5 +1,5 @@
-"""Attention, MLP and norm of the text decoder, op by op: what runs with gradients, and where a layer is not one fused
-call.
+"""Attention, MLP and norm of the text decoder, op by op: they run with gradients, and where a layer is not eligible
+for one fused call.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ __all__ = [
     "Qwen3VLTextRMSNorm",
     "SILU",
     "has_special_arguments",
-    "tables_fit",
+    "cos_sin_fit",
 ]
 
 # Arguments of attention functions that change what attention computes; stock code serves them.
@@ -97,7 +97,7 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
             or not is_number(self.scaling, self.q_norm.variance_epsilon)
             or self.q_norm.variance_epsilon != self.k_norm.variance_epsilon
             or not no_global_hooks()
-            or not tables_fit(position_embeddings, hidden_states)
+            or not cos_sin_fit(position_embeddings, hidden_states)
             or lower is not None
             and position_embeddings[0].dtype not in (lower, torch.float32)
         ):
@@ -108,7 +108,7 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
         v = self.v_proj(hidden_states).view(shape)
         cos, sin = position_embeddings
         q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
-        if lower is not None and q.dtype != cos.dtype:  # projections came out lower than tables and norms are
+        if lower is not None and q.dtype != cos.dtype:  # projections came out in a lower dtype than cos, sin and norms
             q, k = q.to(cos.dtype), k.to(cos.dtype)
         if kernels_take(q, k, cos, sin, q_weight, k_weight, cast=False):
             q, k = qvl_kernels.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=self.q_norm.variance_epsilon)
@@ -120,7 +120,7 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
         if lower is not None:  # as sdpa under autocast
             q, k, v = q.to(lower), k.to(lower), v.to(lower)
         queries, keys = q.shape[2], k.shape[2]
-        # Without a mask sdpa is causal from the first key on; ours from the last. They agree for equal lengths.
+        # Without a mask, sdpa aligns its causal mask at the first key, and ours at the last. T == S gives the same.
         fits = q.shape[1] == k.shape[1] * self.num_key_value_groups and _mask_fits(attention_mask, q, k)
         if fits and kernels_take(q, k, v) and (attention_mask is not None or queries in (1, keys)):
             out = qvl_kernels.attention(
@@ -139,9 +139,9 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
         return self.o_proj(out), None
 
 
-def tables_fit(tables: tuple[Tensor, Tensor], x: Tensor) -> bool:
-    """cos and sin of exactly the positions of x [B, T, C]; stock code broadcasts whatever else it gets."""
-    shape = tables[0].shape
+def cos_sin_fit(cos_sin: tuple[Tensor, Tensor], x: Tensor) -> bool:
+    """Whether cos and sin are for exactly the positions of x [B, T, C]; stock code broadcasts other shapes."""
+    shape = cos_sin[0].shape
     return len(shape) == 3 and shape[1] == x.shape[1] and shape[0] in (1, x.shape[0])
 
 

@@ -1,4 +1,4 @@
-"""The vision tower: one fused call per block at inference, op by op with gradients, stock code for the rest."""
+"""The vision tower: one fused call per block at inference, op by op with gradients, else stock code."""
 
 from typing import Any
 
@@ -32,13 +32,13 @@ __all__ = [
 ]
 
 _GELU_TANH = "gelu_pytorch_tanh"
-_LARGE = 4096  # patches: a picture of 1,024 x 1,024 pixels
+_LARGE = 4096  # patches: an image of 1,024 x 1,024 pixels
 
 
 def give_memory_back(visual: nn.Module, args: tuple, output: Any = None) -> None:
-    """A hook before and after the tower: with large images, what was freed before goes back to the system, and then
-    what they needed in passing, so that both do not add up with the cache. The C library keeps freed tensors below 32
-    MB; those are some hundred MB, and giving them back takes milliseconds beside the seconds of the tower.
+    """A hook before and after the tower that returns freed memory to the system (malloc_trim) if images are large, so
+    that it does not add up with the tower's temporaries, nor those with the KV cache. The C library keeps freed tensors
+    below 32 MB, which add up to some hundred MB. The call takes milliseconds, and the tower seconds.
     """
     pixels = args[0] if args else None
     if isinstance(pixels, Tensor) and pixels.is_cpu and pixels.shape[0] >= _LARGE and not torch.compiler.is_compiling():
@@ -86,7 +86,7 @@ class Qwen3VLVisionAttention(stock.Qwen3VLVisionAttention):
         **kwargs: Any,
     ) -> Tensor:
         dropout = self.attention_dropout if self.training else 0.0
-        if not _attends_plainly(self) or dropout > 0.0 or not kernels_take(hidden_states, cast=False):
+        if not _attention_is_eligible(self) or dropout > 0.0 or not kernels_take(hidden_states, cast=False):
             return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
         tokens = hidden_states.shape[0]
         q, k, v = self.qkv(hidden_states).view(tokens, 3, self.num_heads, -1).unbind(1)
@@ -95,8 +95,8 @@ class Qwen3VLVisionAttention(stock.Qwen3VLVisionAttention):
         return self.proj(out.reshape(tokens, -1))
 
 
-def _attends_plainly(attention: nn.Module) -> bool:
-    """Whether its function is one that the kernels stand for, of heads and scale that are plain."""
+def _attention_is_eligible(attention: nn.Module) -> bool:
+    """Whether the kernels compute its attention function, with its heads and scale."""
     name = attention.config._attn_implementation
     return (
         name in ("sdpa", *FLASH)
@@ -129,7 +129,7 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
     def _fused_weights(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
     ) -> qvl_kernels.VisionWeights | None:
-        """The block's tensors if one fused call computes what the modules would, else None."""
+        """The block's tensors if one fused call computes what its modules compute, else None."""
         attention, mlp = self.attn, self.mlp
         if (
             torch.compiler.is_compiling()
@@ -138,7 +138,7 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
             or type(attention) is not Qwen3VLVisionAttention
             or "forward" in attention.__dict__
             or not only_capture_hooks(attention, "attentions")
-            or not _attends_plainly(attention)
+            or not _attention_is_eligible(attention)
             or (self.training and attention.attention_dropout > 0.0)
             or not is_eligible(mlp, Qwen3VLVisionMLP)
             or not is_gelu_tanh(mlp.act_fn)
@@ -172,10 +172,10 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
                 )
             )
         )
-        plain = [weight for weight in weights if not isinstance(weight, QuantizedWeight)]
-        if any(weight is None for weight in plain) or not kernels_take(hidden_states, *plain):
+        dense = [weight for weight in weights if not isinstance(weight, QuantizedWeight)]
+        if any(weight is None for weight in dense) or not kernels_take(hidden_states, *dense):
             return None
-        if torch.is_grad_enabled() and (hidden_states.requires_grad or any(weight.requires_grad for weight in plain)):
+        if torch.is_grad_enabled() and (hidden_states.requires_grad or any(weight.requires_grad for weight in dense)):
             return None
         return weights
 

@@ -1,7 +1,6 @@
-"""Index tables of the vision tower, made once per set of image sizes instead of once per forward and image by image.
+"""Index tables of the vision tower, computed once per set of image sizes instead of in every forward.
 
-They depend on sizes and settings alone. What depends on weights or frequencies is computed from them by stock code in
-every call.
+They depend on sizes and settings alone. Stock code computes from them, in every call, what depends on weights.
 """
 
 import weakref
@@ -16,7 +15,7 @@ from qvl_kernels.library import ops_are_seen
 __all__ = ["provide_tables"]
 
 KEPT = 16  # sets of image sizes per model, those used last
-KEPT_PATCHES = 1 << 15  # and of all of them together, unless one alone has more
+KEPT_PATCHES = 1 << 15  # patches of all sets together, unless one set alone has more
 _NAMES = ("position_ids", "interp_indices", "interp_weights", "cu_seqlens", "max_seqlen")
 _kept: "weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple, dict]]" = weakref.WeakKeyDictionary()
 
@@ -33,7 +32,7 @@ def provide_tables(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
         return None
     sizes, merge = tuple(map(tuple, grid.tolist())), model.spatial_merge_size
     if any(len(size) != 3 or min(size) < 1 or size[1] % merge or size[2] % merge for size in sizes):
-        return None  # stock code says what is wrong
+        return None  # stock code raises the error
     settings = (
         model.num_grid_per_side,
         merge,
@@ -45,7 +44,7 @@ def provide_tables(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     key = (sizes, grid.device, *settings)
     kept = _kept.setdefault(model, OrderedDict())
     if key not in kept:
-        with torch.inference_mode(False):  # training may use them later
+        with torch.inference_mode(False):  # tables made here may be used by training later
             kept[key] = _tables(model, torch.tensor(sizes, dtype=torch.int64), grid.device)
         while (
             len(kept) > KEPT
@@ -54,14 +53,14 @@ def provide_tables(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
         ):
             kept.popitem(last=False)
     kept.move_to_end(key)
-    # Copies: a hook may write into what the model gets.
+    # Copies, since a hook may write into the model's arguments.
     return args, kwargs | {
         name: table.clone() if isinstance(table, Tensor) else table for name, table in kept[key].items()
     }
 
 
 def _tables(model: nn.Module, grid: Tensor, device: torch.device) -> dict:
-    """Computed on the CPU and moved over whole: a GPU would be launched dozens of times for a few kilobytes."""
+    """Computed on the CPU and then copied: on a GPU a few kilobytes would take dozens of kernel launches."""
     indices, weights = get_vision_interpolation_indices_and_weights(
         grid,
         num_grid_per_side=model.num_grid_per_side,
@@ -70,8 +69,7 @@ def _tables(model: nn.Module, grid: Tensor, device: torch.device) -> dict:
         spatial_merge_size=model.config.spatial_merge_size,
     )
     cu_seqlens, max_seqlen = get_vision_attention_seqlens(grid, model.config)
-    # cu_seqlens stays on the CPU for CPU kernels, which check it there, and goes to the GPU once for those that read it
-    # there.
+    # cu_seqlens goes to the device of the kernels: CPU kernels check it, GPU kernels read it there.
     tables = {
         "position_ids": _positions(grid, model.spatial_merge_size),
         "interp_indices": indices,
@@ -84,9 +82,7 @@ def _tables(model: nn.Module, grid: Tensor, device: torch.device) -> dict:
 
 
 def _positions(grid: Tensor, merge: int) -> Tensor:
-    """(row, column) [N, 2] of every patch of images ``grid`` [images, 3], in the order in which merge x merge blocks
-    follow.
-    """
+    """(row, column) [N, 2] of every patch of the images ``grid`` [images, 3], merge x merge block by block."""
     counts = grid.prod(1)
     image = torch.repeat_interleave(torch.arange(len(grid)), counts)
     first = (counts.cumsum(0) - counts)[image]
