@@ -13,13 +13,15 @@ __all__ = ["Chooser"]
 
 
 class Chooser:
-    """From logits to tokens, for one call of ``generate``.
+    """Chooses tokens from logits, for one call of ``generate``.
 
     Args:
-        sequences: int64 [B, L], the prompt. processors, criteria, config: of the call. streamer: gets every token, or
-            None.
+        sequences: int64 [B, L], the prompt.
+        processors, criteria, config: of the call.
+        streamer: gets every token, or None.
     Attributes:
-        sequences: int64 [B, L + tokens chosen]. unfinished: int64 [B], 1 for rows that have not ended.
+        sequences: int64 [B, L + tokens chosen].
+        unfinished: int64 [B], 1 for sequences that have not ended.
     """
 
     def __init__(
@@ -46,11 +48,11 @@ class Chooser:
 
     @property
     def tokens(self) -> Tensor:
-        """int64 [B, 1]: those chosen last."""
+        """int64 [B, 1]: the tokens chosen last."""
         return self.sequences[:, -1:]
 
     def choose(self, logits: Tensor) -> bool:
-        """The next token of every row, from its logits [B, V]. True once all rows have ended."""
+        """Chooses the next token of every sequence from logits [B, V]. True once all sequences have ended."""
         logits = logits.to(copy=True, dtype=torch.float32, device=self.sequences.device)
         scores = self.processors(self.sequences, logits)
         if self._scores is not None:

@@ -1,6 +1,4 @@
-"""All that a captured step says to CUDA: device, streams, graphs and the generator. Elsewhere functions run as they
-are.
-"""
+"""Decode CUDA graphs: capture and replay, streams and the random generator. Other devices run functions uncaptured."""
 
 import contextlib
 import threading
@@ -12,18 +10,18 @@ from torch import Tensor, cuda
 
 __all__ = ["CaptureFailed", "Cuda", "Device", "of"]
 
-WARM_UP = 2  # runs before a capture: they compile kernels and fill cuBLAS workspaces, which a capture may not do
+WARM_UP = 2  # runs before a capture: they compile kernels and allocate cuBLAS workspaces, which a capture may not do
 
 
 class CaptureFailed(RuntimeError):
-    """A function that has just run cannot be held by a CUDA graph here."""
+    """A function that runs without a graph cannot be captured in a CUDA graph."""
 
 
 class Device:
-    """One without graphs: the CPU, whose tensors Triton's interpreter takes in tests.
+    """A device without graphs: the CPU, on which tests run kernels in Triton's interpreter.
 
     Attributes:
-        look_every: tokens between two looks at whether generation is over; on a GPU a look waits for the device.
+        look_every: tokens between two checks whether all sequences have ended; on a GPU a check waits for the device.
     """
 
     look_every = 1
@@ -32,23 +30,21 @@ class Device:
         self.device = device
 
     def active(self) -> contextlib.AbstractContextManager:
-        """Inside, this is the current device."""
+        """A context in which this is the current device."""
         return contextlib.nullcontext()
 
     def captured(self, function: Callable[[], None], pool: Any = None) -> "Captured":
-        """``function``, which reads and writes buffers that stay where they are, as one replay. It may have run when
-        this returns, so it
-        must not draw random numbers: the generator would go on. ``pool``: of a graph that never runs at the same time,
-        whose memory for intermediate results serves again.
+        """``function``, which reads and writes buffers at fixed addresses, as one replay.
 
-        Raises: CaptureFailed if no graph can hold it; else what the function raises.
+        Capturing may run the function, so it must not draw random numbers, which would advance the generator.
+        Args:
+            pool: memory pool of a graph that never runs at the same time; this graph shares it.
+        Raises: CaptureFailed if it cannot be captured; else what the function raises.
         """
         return Captured(function)
 
     def follow(self, stream: cuda.Stream | None, tensors: Callable[[], list[Tensor]]) -> cuda.Stream | None:
-        """Orders what comes now after all work of ``stream``, on which ``tensors()`` were used last; returns the stream
-        that is current now.
-        """
+        """Makes the current stream, which is returned, wait for ``stream``, on which ``tensors()`` were used last."""
         return None
 
     def generator_state(self) -> Tensor:
@@ -58,18 +54,18 @@ class Device:
         torch.set_rng_state(state)
 
     def give_memory_back(self) -> None:
-        """What PyTorch keeps of freed memory becomes free for others."""
+        """Returns the freed memory that PyTorch caches to the device."""
 
 
 class Captured:
-    """What ``Device.captured`` returns. ``pool``: of the graph's memory, or None."""
+    """What ``Device.captured`` returns. ``pool``: the memory pool of its graph, or None."""
 
     def __init__(self, replay: Callable[[], None], graph: cuda.CUDAGraph | None = None) -> None:
         self.replay, self.pool = replay, None if graph is None else graph.pool()
 
 
 class Cuda(Device):
-    """A GPU, which need not be the current one. One capture at a time, on a stream of its own."""
+    """A GPU, which need not be the current device. One capture at a time, on a separate stream."""
 
     look_every = 8
 
@@ -92,10 +88,10 @@ class Cuda(Device):
                         function()
                 graph = cuda.CUDAGraph()
                 try:
-                    # Calls of other threads are their own matter, allocations among them.
+                    # CUDA calls of other threads, such as allocations, do not invalidate the capture.
                     with cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                         function()
-                except RuntimeError as error:  # after two good runs: the capture's fault
+                except RuntimeError as error:  # the warm-up runs were good, so the capture failed
                     raise CaptureFailed(str(error)) from error
             finally:
                 caller.wait_stream(self._stream)
@@ -105,7 +101,7 @@ class Cuda(Device):
         current = cuda.current_stream(self.device)
         if stream is not None and stream != current:
             current.wait_stream(stream)
-            for x in tensors():  # freed memory must not be used again before this stream is done with it, too
+            for x in tensors():  # freed memory is reused only when this stream, too, is done with it
                 x.record_stream(current)
         return current
 
@@ -125,7 +121,7 @@ _lock = threading.Lock()
 
 
 def of(device: torch.device) -> Device:
-    """The one of a tensor's device, whose index is known."""
+    """The Device of a torch.device with an index."""
     with _lock:
         if device not in _devices:
             _devices[device] = (Cuda if device.type == "cuda" else Device)(device)

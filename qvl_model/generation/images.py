@@ -1,5 +1,5 @@
-"""Cross-attention of QVL in a captured step: keys and values of images in memory whose size and place a graph does not
-depend on.
+"""Cross-attention of QVL in a captured decode step. Keys and values of images are in buffers that may grow or move
+without a new capture.
 """
 
 import torch
@@ -18,19 +18,19 @@ from qvl_model.qvl import text
 
 __all__ = ["Images", "layers_with_images", "why_not"]
 
-_IMPLEMENTATIONS = ("sdpa", "eager")  # of cross-attention: one formula
+_IMPLEMENTATIONS = ("sdpa", "eager")  # of cross-attention; both compute what the kernel computes
 
 
 def why_not(body: nn.Module) -> str | None:
-    """Why cross-attention cannot be part of a captured step as the model is now, or None; Qwen3-VL has none."""
+    """Why cross-attention cannot be captured as the model is now, or None. Qwen3-VL has no cross-attention."""
     for index, layer in enumerate(body.layers):
         fusion = getattr(layer, "fusion", None)
-        if fusion is not None and not _fusion_is_plain(fusion, body.norm.weight.dtype):
+        if fusion is not None and not _fusion_is_eligible(fusion, body.norm.weight.dtype):
             return f"the cross-attention of decoder layer {index} is not plain"
     return None
 
 
-def _fusion_is_plain(fusion: nn.Module, dtype: torch.dtype) -> bool:
+def _fusion_is_eligible(fusion: nn.Module, dtype: torch.dtype) -> bool:
     attention, dropout = fusion.attn, fusion.dropout
     if (
         not is_eligible(fusion, text.QVLFusion)
@@ -82,10 +82,12 @@ def layers_with_images(body: nn.Module, cache: Cache) -> tuple[int, ...]:
 
 
 class Images:
-    """What some decoder layers of a step read of images; one graph serves all images, of any sizes and numbers.
+    """Keys and values of images that some decoder layers attend to; one graph serves all sizes and numbers of images.
 
     Args:
-        body: the language model. layers: indices of these layers, one or more. rows: of the step.
+        body: the language model.
+        layers: indices of these layers, one or more.
+        rows: sequences of the step.
     """
 
     def __init__(self, body: nn.Module, layers: tuple[int, ...], rows: int) -> None:
@@ -96,32 +98,32 @@ class Images:
         with torch.inference_mode(False):  # serves calls outside of inference mode, too
             self._lengths = torch.zeros(
                 len(layers), rows, dtype=torch.int32, device=weight.device
-            )  # 0: a row without images, and no row of the batch
+            )  # cache_seqlens; 0 for sequences without images, and beyond the batch
 
     def load(self, cache: Cache, batch: int) -> None:
-        """Copies keys, values and lengths from a cache of so many rows."""
+        """Copies keys, values and lengths from a cache of ``batch`` sequences."""
         self._lengths.zero_()
         self._loaded = self._of(cache)
-        for place, (keys, values, lengths) in enumerate(self._loaded):
+        for position, (keys, values, lengths) in enumerate(self._loaded):
             keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
-            self._caches.take(place, keys, values, length=keys.shape[2])
-            self._lengths[place, :batch] = keys.shape[2] if lengths is None else lengths
+            self._caches.take(position, keys, values, length=keys.shape[2])
+            self._lengths[position, :batch] = keys.shape[2] if lengths is None else lengths
 
     def are_in(self, cache: Cache) -> bool:
-        """Whether the cache has the tensors still that ``load`` found."""
+        """Whether the cache still has the tensors that ``load`` copied."""
         return all(x is y for old, new in zip(self._loaded, self._of(cache)) for x, y in zip(old, new))
 
     def _of(self, cache: Cache) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         return [fusion.memory(None, cache) for fusion in self._fusions.values()]
 
     def add(self, index: int, hidden: Tensor) -> Tensor:
-        """What decoder layer ``index`` goes on with: hidden [B, 1, C], and what it reads of the images."""
+        """hidden [B, 1, C] of decoder layer ``index`` plus its gated cross-attention to images, if it has any."""
         if index not in self._fusions:
             return hidden
-        fusion, place = self._fusions[index], [*self._fusions].index(index)
+        fusion, position = self._fusions[index], [*self._fusions].index(index)
         attention = fusion.attn
         q = attention.q_norm(attention.q_proj(fusion.norm(hidden)).view(hidden.shape[0], 1, -1, attention.head_dim))
-        out = cross_attention_step(q, self._caches, place, self._lengths[place], attention.scaling)
+        out = cross_attention_step(q, self._caches, position, self._lengths[position], attention.scaling)
         return hidden + fusion.gate.tanh() * attention.o_proj(out.flatten(2))
 
     def tensors(self) -> list[Tensor]:

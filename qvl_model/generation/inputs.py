@@ -1,6 +1,4 @@
-"""What steps of the CPU and of GPUs share: which layers they can run, and what the first one is given for one new token
-per row.
-"""
+"""What decode steps on CPUs and GPUs share: which layers they can run, and the inputs of the first layer."""
 
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -14,7 +12,7 @@ __all__ = ["body_why_not", "cache_places", "token_embeddings", "token_inputs"]
 
 
 def body_why_not(body: nn.Module) -> str | None:
-    """Why the layers of a language model are no fused calls as they are now, or None."""
+    """Why the layers of a language model are not eligible for fused calls as they are now, or None."""
     if not kernels_take(body.norm.weight):
         return "weights or autocast are not what the kernels take"
     weight = (
@@ -46,13 +44,15 @@ def body_why_not(body: nn.Module) -> str | None:
 
 
 def cache_places(body: nn.Module) -> list[int]:
-    """Where in the cache each layer has its keys and values."""
+    """The index in the KV cache of each layer's keys and values."""
     return [layer.self_attn.layer_idx for layer in body.layers]
 
 
 def token_inputs(body: nn.Module, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [B, 1, C], cos and sin [B, 1, D] of ``tokens`` int64 [B, 1] at ``positions``, int64 [3, B, 1] (QVL:
-    [B, 1]).
+    """Hidden states [B, 1, C], cos and sin [B, 1, D] of ``tokens``, int64 [B, 1].
+
+    Args:
+        positions: int64 [3, B, 1]; QVL: [B, 1].
     """
     hidden = token_embeddings(body, tokens)
     return hidden, *body.rotary_emb(hidden, positions)

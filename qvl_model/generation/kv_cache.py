@@ -1,8 +1,8 @@
-"""Key/value caches of transformers as memory that kernels write into, instead of one copy of the cache per token.
+"""KV caches of transformers as memory that kernels write new tokens into, instead of a copy of the cache per token.
 
 A ``DynamicLayer`` stays one: ``layer.keys`` and ``layer.values`` are tensors of the exact length. Here they are views
-of larger memory, so that the next tokens have room. Nothing of ours is kept in caches or layers, where copying,
-exporting and offloading would meet it.
+of larger memory, so that the next tokens have room. Our state is kept outside of caches and layers, which users copy,
+export and offload.
 """
 
 import weakref
@@ -24,17 +24,17 @@ _UPDATES = {kind: kind.update for kind in (Cache, DynamicLayer, StaticLayer)}
 
 
 def updates_as_stock(kept: Cache | DynamicLayer | StaticLayer, kind: type) -> bool:
-    """Whether the ``update`` of a cache or of a layer is that of its class ``kind`` as transformers has it, and none
-    that evicts, quantises, counts, ...
+    """Whether the ``update`` of a cache or layer is transformers' own for the class ``kind``, and not one that evicts,
+    quantises or counts.
     """
     return type(kept).update is _UPDATES[kind] and "update" not in kept.__dict__
 
 
 class _Grown:
-    """The memory [B, Hkv, S_cap, D] of a DynamicLayer, and the views of it that the layer was given last.
+    """The memory [B, Hkv, S_cap, D] of a DynamicLayer, and the views of it that the layer got last.
 
-    A layer whose tensors are others (crop, reorder, select, update, ...) has left its memory; so has every copy of a
-    layer. Hence memory has one layer that extends it, and its positions are written once.
+    If the layer has other tensors (after crop, reorder, select, update, ...), it no longer uses this memory, and no
+    copy of a layer does. So at most one layer extends the memory, and each position is written once.
     """
 
     __slots__ = ("keys", "memory", "values")
@@ -62,7 +62,7 @@ _static: "weakref.WeakKeyDictionary[StaticLayer, PreparedCache]" = weakref.WeakK
 
 
 def forget(layer: DynamicLayer) -> None:
-    """Frees the memory of a layer whose keys and values somebody else has taken over."""
+    """Frees the memory of a layer whose keys and values another owner has taken over."""
     _grown.pop(layer, None)
 
 
@@ -85,8 +85,8 @@ class WriteSlots:
 
 
 def reserve_slots(cache: Cache | None, index: int, x: Tensor, kv_heads: int, head_dim: int) -> WriteSlots | None:
-    """Room for the keys and values of x [B, T, C] in layer ``index`` of the cache, or None where stock code must keep
-    them.
+    """Write slots for the keys and values of x [B, T, C] in layer ``index`` of the KV cache, or None where stock code
+    must update it.
     """
     batch, queries, _ = x.shape
     if cache is None:
@@ -107,7 +107,7 @@ def reserve_slots(cache: Cache | None, index: int, x: Tensor, kv_heads: int, hea
         return None
     if torch.is_grad_enabled() and layer.is_initialized and (layer.keys.requires_grad or layer.values.requires_grad):
         return None
-    return (_dynamic_store if kind is DynamicLayer else _static_store)(layer, x, sizes)
+    return (_dynamic_slots if kind is DynamicLayer else _static_slots)(layer, x, sizes)
 
 
 def _matches(layer: DynamicLayer | StaticLayer, x: Tensor, sizes: tuple) -> bool:
@@ -122,11 +122,11 @@ def _matches(layer: DynamicLayer | StaticLayer, x: Tensor, sizes: tuple) -> bool
     )
 
 
-def _dynamic_store(layer: DynamicLayer, x: Tensor, sizes: tuple) -> WriteSlots | None:
+def _dynamic_slots(layer: DynamicLayer, x: Tensor, sizes: tuple) -> WriteSlots | None:
     past, grown = layer.get_seq_length(), _grown.get(layer)
     if grown is not None and not (past and grown.belongs_to(layer)):
         grown = None
-    on_cpu = x.is_cpu and grown is not None and grown.memory.extension is not None  # the quicker question
+    on_cpu = x.is_cpu and grown is not None and grown.memory.extension is not None  # the cheaper check
     if past and not (grown.memory.sizes == sizes if on_cpu else _matches(layer, x, sizes)):
         return None
     end = past + x.shape[1]
@@ -135,7 +135,7 @@ def _dynamic_store(layer: DynamicLayer, x: Tensor, sizes: tuple) -> WriteSlots |
         shape = (batch, kv_heads, end + max(_ROOM, end // 32), head_dim)
         keys = pages.empty(x, shape, x.dtype)
         grown = _Grown(PreparedCache(keys, pages.empty(x, shape, x.dtype)))
-        if past:  # what the layer holds moves at once, so that of many layers no two have both
+        if past:  # moved at once, so that only one layer at a time has both old and new memory
             grown.memory.k_cache.narrow(2, 0, past).copy_(layer.keys)
             grown.memory.v_cache.narrow(2, 0, past).copy_(layer.values)
             grown.show(layer, past)
@@ -145,7 +145,7 @@ def _dynamic_store(layer: DynamicLayer, x: Tensor, sizes: tuple) -> WriteSlots |
     return WriteSlots(grown.memory, past, end, layer, grown)
 
 
-def _static_store(layer: StaticLayer, x: Tensor, sizes: tuple) -> WriteSlots | None:
+def _static_slots(layer: StaticLayer, x: Tensor, sizes: tuple) -> WriteSlots | None:
     dtype, batch, kv_heads, head_dim = sizes
     if not layer.is_initialized:
         shape = x.new_empty(batch, kv_heads, 0, head_dim)

@@ -1,8 +1,7 @@
-"""Greedy and sampling: a prompt through the model as it is, then every token through a step, on the CPU or as a CUDA
-graph.
+"""Greedy and sampling: prefill by the model's forward, then one decode step per token, on the CPU or as a CUDA graph.
 
-``generate`` stays transformers' own: it prepares the inputs and calls ``_sample``. Whether a step computes what the
-model's modules would is judged once per call; all else (beams, assisted decoding, other caches, hooks, ...) stays with
+``generate`` is transformers' own: it prepares the inputs and calls ``_sample``. Whether a decode step computes what the
+model's modules compute is decided once per call. All else (beams, assisted decoding, other caches, hooks, ...) runs on
 stock code.
 """
 
@@ -33,7 +32,7 @@ from qvl_model.qvl.cache import VisualLayer
 
 __all__ = ["model_why_not", "sample", "why_not"]
 
-# Arguments of the model that count for the prompt alone, or that a step follows.
+# Arguments of the model that matter for the prefill only, or that decode steps honour.
 _ARGUMENTS = {
     CACHE,
     "attention_mask",
@@ -87,7 +86,7 @@ def why_not(model: nn.Module, input_ids: Tensor, config: GenerationConfig, optio
             if kinds
             else f"the cache is a {type(cache).__name__}"
         )
-    if not _kept_plainly(cache):
+    if not _cache_updates_as_stock(cache):
         return "the cache or a layer of it has another update"
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         return "the attention mask is not [B, L]"
@@ -101,14 +100,14 @@ def why_not(model: nn.Module, input_ids: Tensor, config: GenerationConfig, optio
     return step_gpu.why_failed(model, input_ids.shape[0], int(cache.get_seq_length()) + input_ids.shape[1])
 
 
-def _kept_plainly(cache: Cache) -> bool:
+def _cache_updates_as_stock(cache: Cache) -> bool:
     return updates_as_stock(cache, Cache) and all(
         type(layer) is VisualLayer or updates_as_stock(layer, type(layer)) for layer in cache.layers
     )
 
 
 def model_why_not(model: nn.Module) -> str | None:
-    """Why the model as it is now has no step, or None."""
+    """Why the model as it is now cannot run decode steps, or None."""
     if not isinstance(model, (stock.Qwen3VLForConditionalGeneration, qvl.QVLForConditionalGeneration)):
         return f"{type(model).__name__} is no model that generates"
     for module in (model, model.model, model.model.language_model):
@@ -131,7 +130,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _on_gpu(model: nn.Module) -> bool:
-    """Whether tokens are run by captured steps, as far as the device goes."""
+    """Whether the device runs captured decode steps."""
     return step_gpu.why_no_graphs(_device(model)) is None
 
 
@@ -156,7 +155,7 @@ def sample(
     if not ended:
         foreign = _foreign(model, streamer, *processors, *criteria)
         users = getattr(cache, "_is_user_defined", False)
-        if foreign and users:  # somebody may look into the cache between two tokens
+        if foreign and users:  # the user may read the cache between two tokens
             step = StockStep(model, chooser, kwargs)
         else:
             release = not (users or foreign or config.return_dict_in_generate)
@@ -179,7 +178,7 @@ def sample(
                 )
                 step, choice, foreign = StockStep(model, chooser, kwargs), chooser, False
             choice.finish()
-        except BaseException:  # a streamer may raise: what was computed is in the cache, as in stock code
+        except BaseException:  # a streamer may raise; as in stock code, the cache then has all computed tokens
             step.end(step.length)
             raise
         step.end(begun + chooser.sequences.shape[1] - prompt)
@@ -191,10 +190,10 @@ def sample(
 def _next_logits(
     model: nn.Module, cache: Cache, step: "CpuStep | GpuStep | StockStep", choice: Chooser | Sampler, foreign: bool
 ) -> Tensor | None:
-    """Of the tokens chosen last; None where stock code has to go on: model or cache were changed between two tokens, or
-    memory is short.
+    """Logits of the tokens chosen last, or None where stock code must continue: model or cache have changed between two
+    tokens, or memory is short.
     """
-    if foreign and not (step.check() and model_why_not(model) is None and _kept_plainly(cache)):
+    if foreign and not (step.check() and model_why_not(model) is None and _cache_updates_as_stock(cache)):
         return None
     try:
         return step.run(choice.tokens)
@@ -208,8 +207,8 @@ def _warn(error: StepFailed) -> None:
 
 
 def _foreign(model: nn.Module, *parts: object) -> bool:
-    """Whether any streamer, processor or criterion, or a hook that a step calls, is not transformers' own: it may do
-    anything to the model between two tokens.
+    """Whether any streamer, processor, criterion or hook of the call is not transformers' own. Such code may change the
+    model between two tokens.
     """
     body = model.model.language_model
     modules = [
@@ -227,8 +226,11 @@ def _foreign(model: nn.Module, *parts: object) -> bool:
 def _begin(
     model: nn.Module, chooser: Chooser, kwargs: dict, *, release: bool, foreign: bool
 ) -> "CpuStep | GpuStep | StockStep":
-    """The step that goes on from the prompt, at the positions that stock code would give the next token. ``release``:
-    see ``GpuStep``; ``foreign``: see ``CpuStep``.
+    """The decode step that continues the prompt, at the positions that stock code gives the next token.
+
+    Args:
+        release: see ``GpuStep``.
+        foreign: see ``CpuStep``.
     """
     inputs = model.prepare_inputs_for_generation(chooser.sequences, next_sequence_length=1, **kwargs)
     positions, mask, cache = inputs.get("position_ids"), kwargs.get("attention_mask"), kwargs[CACHE]
@@ -236,7 +238,7 @@ def _begin(
     qwen = isinstance(model, stock.Qwen3VLForConditionalGeneration)
     if (
         positions is not None and qwen
-    ):  # as the text model reads them: the first row of four is not rotary, one row is that of all axes
+    ):  # as the text model reads them: of four rows the first is not rotary; a single row is for all axes
         positions = positions[None] if positions.dim() == 2 else positions[-3:]
         positions = positions.expand(3, -1, -1) if positions.shape[0] == 1 else positions
     expected = (*((3,) if qwen else ()), chooser.sequences.shape[0], 1)
@@ -248,7 +250,7 @@ def _begin(
     ):
         return StockStep(model, chooser, kwargs)
     if any(int(cache.layers[place].get_seq_length()) != past for place in cache_places(model.model.language_model)):
-        return StockStep(model, chooser, kwargs)  # as of a model that lost its first layer
+        return StockStep(model, chooser, kwargs)  # for example, a model whose first layer was removed
     hidden = mask is not None and not bool(mask.all())
     visible = mask.bool() if hidden else None
     if not _on_gpu(model):
@@ -264,7 +266,7 @@ def _begin(
 
 
 class StockStep:
-    """A token by the model's own forward, for a call that turns out to be none for the other steps after its prompt."""
+    """A token by the model's own forward, for calls that are not eligible for other steps after the prefill."""
 
     def __init__(self, model: nn.Module, chooser: Chooser, kwargs: dict) -> None:
         self._model, self._chooser, self._kwargs = model, chooser, kwargs
@@ -285,4 +287,4 @@ class StockStep:
         return True
 
     def end(self, length: int) -> None:
-        """The model has kept the cache as it must be."""
+        """Nothing to do, since the model's forward updates the cache."""

@@ -1,6 +1,6 @@
-"""Choosing the next token on a GPU: transformers' own logits processors where their shapes never change, and equal
-static-shape forms of those whose input grows, as one captured graph. Their numbers lie in buffers, so that one graph
-serves every temperature, length and penalty.
+"""Choosing the next token on a GPU as one captured graph: transformers' own logits processors where shapes are static,
+and static-shape equivalents of those whose input grows. Parameters are in buffers, so that one graph serves every
+temperature, length and penalty.
 """
 
 import copy
@@ -18,9 +18,9 @@ from qvl_model.generation.graphs import Captured, Device
 __all__ = ["MODES", "Sampler", "why_not"]
 
 MODES = "greedy and sampling (temperature, top-k, top-p, min-p, repetition penalty, minimum length)"
-CHUNK = 256  # tokens of a row between two copies out of the buffer that the graph writes to
-SMALLEST_TOP = 64  # of the largest scores, of which top-k takes the k-th; above in powers of two
-NEVER = 2**62  # a length
+CHUNK = 256  # tokens of a sequence between two copies out of the buffer that the graph writes to
+SMALLEST_TOP = 64  # least number of largest scores in the graph, of which top-k reads the k-th; else a power of two
+NEVER = 2**62  # a length that no sequence reaches
 
 
 class _Temperature:
@@ -59,10 +59,8 @@ def _largest(processor: stock.TopKLogitsWarper, vocabulary: int = NEVER) -> int:
     return min(1 << (max(processor.top_k, SMALLEST_TOP) - 1).bit_length(), vocabulary)
 
 
-class _Own:
-    """transformers' own code, which reads its number from a buffer: in fp64, as Python's float is, for the same
-    rounding.
-    """
+class _StockProcessor:
+    """transformers' own code, with its parameter in a buffer: fp64, as Python floats are, for equal rounding."""
 
     attribute: str
 
@@ -81,16 +79,16 @@ class _Own:
         return self.processor(None, scores)
 
 
-class _TopP(_Own):
+class _TopP(_StockProcessor):
     attribute = "top_p"
 
 
-class _MinP(_Own):
+class _MinP(_StockProcessor):
     attribute = "min_p"
 
 
 class _MinimumLength:
-    """No end-of-sequence token may come while sequences are shorter than ``minimum``."""
+    """Masks end-of-sequence tokens while sequences are shorter than ``minimum``."""
 
     def __init__(self, processor: stock.LogitsProcessor, sampler: "Sampler") -> None:
         self.minimum, self.ends = sampler.buffer(torch.long), sampler.buffer(torch.bool, sampler.vocabulary)
@@ -127,8 +125,8 @@ class _RepetitionPenalty:
         self.vocabulary = sampler.vocabulary
         self.seen = sampler.buffer(
             torch.bool, sampler.batch, sampler.vocabulary + 1
-        )  # the last column: of what does not count
-        self.ignored = sampler.buffer(torch.long, sampler.batch, 1)  # first positions of a row that do not count
+        )  # the last column takes tokens that do not count
+        self.ignored = sampler.buffer(torch.long, sampler.batch, 1)  # first positions of a sequence that do not count
 
     @staticmethod
     def structure(processor: stock.RepetitionPenaltyLogitsProcessor) -> tuple:
@@ -166,8 +164,8 @@ _FORMS = {
 
 
 def _factor(divisor: float, inverse: bool) -> float:
-    """PyTorch's GPU kernels divide by a Python number by multiplying with its reciprocal, in fp32; by a tensor they
-    divide.
+    """The number to multiply with (``inverse``) or divide by, rounded as in PyTorch: its GPU kernels divide by a
+    tensor, but multiply with the fp32 reciprocal of a Python number.
     """
     return (
         (torch.ones((), dtype=torch.float32) / torch.tensor(divisor, dtype=torch.float32)).item()
@@ -177,7 +175,7 @@ def _factor(divisor: float, inverse: bool) -> float:
 
 
 def _mark(mask: Tensor, ids: list[Tensor]) -> None:
-    """``mask`` [V] becomes True at the ids that there are."""
+    """Sets ``mask`` [V] to True at the ids that are in the vocabulary, else to False."""
     host = torch.zeros(mask.shape, dtype=torch.bool)
     host[[index for tensor in ids for index in tensor.reshape(-1).tolist() if 0 <= index < len(host)]] = True
     mask.copy_(host)
@@ -205,11 +203,12 @@ class Sampler:
     """What a ``Chooser`` does, without waiting for the device: see there for ``choose``, ``tokens`` and ``finish``.
 
     Args:
-        chooser: one that ``why_not`` has nothing against. Those of one ``key`` can follow each other, each after
-            ``begin``.
-        logits: [B, V], a buffer that every choice reads. tokens: int64 [B, 1], a buffer that it writes what to run next
-            to.
-        embeddings: tokens that can be run. device: that of the buffers. pool: see ``Device.captured``.
+        chooser: one that ``why_not`` accepts. Choosers of equal ``key`` can follow each other, each after ``begin``.
+        logits: [B, V], a buffer that every choice reads.
+        tokens: int64 [B, 1], a buffer that every choice writes the next input tokens to.
+        embeddings: size of the embedding; larger ids are not run.
+        device: of the buffers.
+        pool: see ``Device.captured``.
     """
 
     def __init__(
@@ -223,13 +222,13 @@ class Sampler:
         self._do_sample = bool(chooser.config.do_sample)
         self._forms = [_FORMS[type(processor)](processor, self) for processor in chooser.processors]
         self._penalties = [form for form in self._forms if type(form) is _RepetitionPenalty]
-        self._ends = self.buffer(torch.bool, self.vocabulary)  # tokens that end a row
+        self._ends = self.buffer(torch.bool, self.vocabulary)  # tokens that end a sequence
         self._pad = self.buffer(torch.long)
         self._finished = self.buffer(torch.bool, self.batch)
         self._produced = self.buffer(torch.long, self.batch, CHUNK)
         self._count = self.buffer(torch.long, 1)  # tokens in produced
         self._length = self.buffer(torch.long, 1)  # of the sequences
-        self._invalid = self.buffer(torch.long, 1)  # their length where a probability was no number first
+        self._invalid = self.buffer(torch.long, 1)  # the first length at which a probability was NaN
         if self._do_sample:
             self._noise = self.buffer(torch.float32, self.batch, self.vocabulary)
             self._noise.fill_(1.0)
@@ -251,7 +250,7 @@ class Sampler:
         return len(chooser.sequences), bool(chooser.config.do_sample), forms
 
     def begin(self, chooser: Chooser) -> None:
-        """Goes on from where ``chooser`` is, which has chosen a token."""
+        """Continues the sequences of ``chooser``, which has chosen a token."""
         self._chooser, sequences = chooser, chooser.sequences
         ends = [criterion.eos_token_id for criterion in chooser.criteria if type(criterion) is EosTokenCriteria]
         self._max_length = min(
@@ -271,14 +270,14 @@ class Sampler:
         self._mark_generator()
 
     def choose(self, logits: Tensor) -> bool:
-        """Reads the buffer of logits; ``logits`` must be it. True once all rows are known to have ended: that is asked
-        every few tokens.
+        """Chooses from the buffer of logits, which ``logits`` must be. True once all sequences are known to have ended,
+        which is checked every few tokens.
         """
         with self._device.active():
             if self._do_sample:
                 self._noise.exponential_(
                     1.0
-                )  # outside of the graph: a draw of PyTorch's own generator, the one that stock code makes
+                )  # outside of the graph: the same draw of PyTorch's generator as in stock code
             self._captured.replay()
         self._steps += 1
         if self._steps % CHUNK == 0:
@@ -298,11 +297,11 @@ class Sampler:
         return ended
 
     def finish(self) -> Tensor:
-        """The sequences, without what was chosen after all rows had ended; ``chooser`` can go on from them."""
+        """The sequences, without tokens chosen after all had ended; ``chooser`` can continue from them."""
         chosen = torch.cat((*self._chunks, self._produced[:, : self._steps % CHUNK]), 1)
         used = self._used(chosen)
         self._check(used)
-        if used < self._steps and self._do_sample:  # nor are there the draws for it
+        if used < self._steps and self._do_sample:  # takes back the random draws for unused tokens
             self._device.set_generator_state(self._marked[1])
             for _ in range(used - self._marked[0]):
                 self._noise.exponential_(1.0)
@@ -315,7 +314,7 @@ class Sampler:
         return chooser.sequences
 
     def leave(self) -> None:
-        """Keeps nothing of the call."""
+        """Drops references to the call."""
         self._chooser, self._chunks = None, []
 
     def _last(self) -> Tensor:
@@ -328,20 +327,20 @@ class Sampler:
             self._marked = self._steps, self._device.generator_state()
 
     def _used(self, chosen: Tensor) -> int:
-        """How many of the chosen tokens there are until every row has ended."""
+        """How many tokens were chosen until every sequence had ended."""
         before, ends = (self._chooser.unfinished == 0)[:, None], self._ends[chosen.clamp(0, self.vocabulary - 1)]
         ended = torch.cat((before, ends), 1).cumsum(1) > 0
-        running = int((~ended.all(0)).sum())  # columns after which some row goes on
+        running = int((~ended.all(0)).sum())  # columns after which some sequence continues
         return min(running, self._steps)
 
     def _check(self, used: int) -> None:
         if self._do_sample and int(self._invalid) < self._begun + used:
             raise RuntimeError(
                 "probability tensor contains either `inf`, `nan` or element < 0"
-            )  # as torch.multinomial says it
+            )  # the message of torch.multinomial
 
     def _run_next(self, tokens: Tensor) -> Tensor:
-        """A row that has ended may be padded with what is no token of the model; nobody sees what it computes."""
+        """Ended sequences may be padded with ids outside of the embedding; their results are not used."""
         return tokens.clamp(0, self._embeddings - 1)
 
     def _choose(self) -> None:
@@ -349,9 +348,7 @@ class Sampler:
         scores, length = self._logits.float(), self._length
         for form in self._forms:
             scores = form.apply(scores, length)
-        if (
-            self._do_sample
-        ):  # what torch.multinomial does for one draw; its checks, which wait for the device, come later
+        if self._do_sample:  # as torch.multinomial for one draw; its checks, which wait for the device, come later
             probabilities = torch.softmax(scores, -1)
             chosen = (probabilities / self._noise).argmax(-1)
             invalid = probabilities.gather(1, chosen[:, None]).isnan().any()

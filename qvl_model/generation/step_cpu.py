@@ -1,6 +1,4 @@
-"""A token on the CPU: one call of the extension for all decoder layers that follow one another, one each for embedding,
-norm and head.
-"""
+"""A decode step on the CPU: one call of the extension per run of consecutive decoder layers, and for norm and head."""
 
 import torch
 from torch import Tensor, nn
@@ -23,27 +21,27 @@ from qvl_model.qvl.text import QVLTextModel
 
 __all__ = ["CpuStep", "why_not"]
 
-_ROOM = 256  # positions by which the mask grows
-_TABLES = 64  # positions whose cos and sin are computed at once: for one they take as long
+_ROOM = 256  # positions by which the attention mask grows
+_TABLES = 64  # positions whose cos and sin are computed at once, which takes as long as for one
 
 
 def why_not(model: nn.Module) -> str | None:
-    """Why the layers of a model cannot be one call as they are now, or None."""
+    """Why the layers of a model are not eligible for one call as they are now, or None."""
     if dispatch.forced() not in (None, "cpp"):
         return f"the backend {dispatch.forced()} is forced"
     return body_why_not(model.model.language_model)
 
 
 class CpuStep:
-    """The tokens of one call of ``generate`` after the first; see ``loop``. ``begin`` makes one.
+    """The decode steps of one call of ``generate``; see ``loop``. ``begin`` makes one.
 
     Args:
-        model: whose layers ``why_not`` has nothing against.
+        model: one that ``why_not`` accepts.
         cache: keys and values of all tokens before the next one; a DynamicCache, or a StaticCache with room for all.
         positions: int64 [3, B, 1] (QVL: [B, 1]), of the next token.
-        visible: bool [B, keys], the next one included: False at padding; None if there is none.
-        foreign: others' code may run between two tokens, or in hooks of modules: nothing that it could change is kept,
-            and modules are called as such.
+        visible: bool [B, keys], the next token's key included: False at padding; None without padding.
+        foreign: whether users' code may run between two tokens, or in hooks of modules. If so, nothing that it could
+            change is kept, and modules are called as modules.
     Attributes:
         length: tokens in the cache.
     """
@@ -58,7 +56,7 @@ class CpuStep:
         self._end = None if foreign or not few else _End.of(self._body.norm, model.lm_head)
         self._layers = list(self._body.layers)
         self._calls, self._places = [fused_layer_of(layer).handle for layer in self._layers], cache_places(self._body)
-        # Who swaps a weight's data meanwhile frees what the calls read.
+        # Keeps the memory that the calls read, if a weight's data is swapped meanwhile.
         self._alive = [
             x.detach()
             for call in self._calls
@@ -66,14 +64,14 @@ class CpuStep:
             if weight is not None
             for x in tensors_of(weight)
         ]
-        self._stores: list[WriteSlots] = []
+        self._slots: list[WriteSlots] = []
         self.length = int(cache.get_seq_length())
 
     @classmethod
     def begin(
         cls, model: nn.Module, cache: Cache, positions: Tensor, visible: Tensor | None, *, foreign: bool
     ) -> "CpuStep | None":
-        """A step, or None if some layer of the cache is kept in another way."""
+        """A step, or None if a layer of the cache has no write slots."""
         step = cls(model, cache, positions, visible, foreign)
         return step if step._open() else None
 
@@ -84,7 +82,7 @@ class CpuStep:
         hidden = token_embeddings(self._body, tokens)
         cos, sin = self._tables(hidden)
         mask, past = self._mask(), self.length
-        for layer, calls, memories, run in self._stretches:
+        for layer, calls, memories, run in self._layer_runs:
             if layer is not None:
                 hidden = layer.fuse(hidden, None, None, self._cache, False)
             if self._foreign:
@@ -105,28 +103,28 @@ class CpuStep:
 
     def end(self, length: int) -> None:
         """Leaves the cache with the first ``length`` tokens, as stock code does."""
-        for store in self._stores:
-            store.commit(length - store.past)
+        for slots in self._slots:
+            slots.commit(length - slots.past)
 
     def _open(self) -> bool:
-        """Makes room for tokens, if the cache lets it."""
+        """Reserves write slots for the next tokens; False if the cache has none."""
         self.end(self.length)
-        self._stores = []
+        self._slots = []
         like = self._body.norm.weight.new_empty(self._positions.shape[-2], 1, 0)
-        stores = [
+        reserved = [
             reserve_slots(self._cache, place, like, call.kv_heads, call.head_dim)
             for place, call in zip(self._places, self._calls)
         ]
-        if any(store is None or store.past != self.length for store in stores):
+        if any(slots is None or slots.past != self.length for slots in reserved):
             return False
-        self._stores, self._capacity = stores, min(store.memory.capacity for store in stores)
-        self._stretches = _stretches(self._layers, self._calls, [store.memory for store in stores])
+        self._slots, self._capacity = reserved, min(slots.memory.capacity for slots in reserved)
+        self._layer_runs = _layer_runs(self._layers, self._calls, [slots.memory for slots in reserved])
         return True
 
     def _tables(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B or 1, 1, D] of the next position."""
         if self._cos is None or self._next == self._cos.shape[1]:
-            several = not self._foreign and _rotates_each_by_itself(self._body)
+            several = not self._foreign and _positions_are_independent(self._body)
             positions = self._positions + torch.arange(_TABLES if several else 1)
             self._cos, self._sin = self._body.rotary_emb(hidden, positions)
             self._positions, self._next = positions[..., -1:] + 1, 0
@@ -148,9 +146,9 @@ class CpuStep:
         return self._visible[..., :keys]
 
 
-def _stretches(layers: list, calls: list, memories: list[PreparedCache]) -> list[tuple]:
-    """(layer that begins with cross-attention or None, calls, memories, Run of them): layers that are one call, as far
-    as cross-attention lets them.
+def _layer_runs(layers: list, calls: list, memories: list[PreparedCache]) -> list[tuple]:
+    """(layer that begins with cross-attention or None, calls, memories, Run of them) of each run of consecutive layers.
+    A layer with cross-attention, or with other sizes, begins a new one.
     """
     found = []
     for layer, call, memory in zip(layers, calls, memories):
@@ -159,20 +157,20 @@ def _stretches(layers: list, calls: list, memories: list[PreparedCache]) -> list
             found.append((layer if fuses else None, [], []))
         found[-1][1].append(call)
         found[-1][2].append(memory)
-    return [(*stretch, Run(*stretch[1:])) for stretch in found]
+    return [(*layer_run, Run(*layer_run[1:])) for layer_run in found]
 
 
-def _rotates_each_by_itself(body: nn.Module) -> bool:
-    """Whether cos and sin of a position do not depend on the other positions, as those of "dynamic" tables do."""
+def _positions_are_independent(body: nn.Module) -> bool:
+    """Whether cos and sin of a position are independent of other positions; those of "dynamic" RoPE are not."""
     if isinstance(body, QVLTextModel):
         return runs_library_code(body, "rotary_emb")
     rotary = body.rotary_emb
-    plain = type(rotary) is stock.Qwen3VLTextRotaryEmbedding and runs_library_code(rotary, "forward")
-    return plain and rotary.rope_type == "default"
+    is_stock = type(rotary) is stock.Qwen3VLTextRotaryEmbedding and runs_library_code(rotary, "forward")
+    return is_stock and rotary.rope_type == "default"
 
 
 class _End:
-    """Norm and head, one call of the extension each; it keeps their weights alive."""
+    """Final norm and head, one call of the extension each. Keeps their weights alive."""
 
     def __init__(self, norm: nn.Module, head: nn.Module) -> None:
         self._norm, self._eps, self.dtype = norm.weight.detach(), norm.variance_epsilon, norm.weight.dtype
@@ -182,7 +180,7 @@ class _End:
 
     @classmethod
     def of(cls, norm: nn.Module, head: nn.Module) -> "_End | None":
-        """None if modules compute something else, or weights are not what the extension takes."""
+        """None if the modules are not eligible, or the extension does not take their weights."""
         if type(norm) is not Qwen3VLTextRMSNorm or type(head) not in (Linear, PackedLinear):
             return None
         if (
@@ -202,5 +200,5 @@ class _End:
         return cls(norm, head) if fits else None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[B, 1, V] of [B, 1, C]."""
+        """Logits [B, 1, V] of hidden [B, 1, C]."""
         return run_extension_linear(rms_norm_cpu(hidden, self._norm, self._eps), self._weight, self._outputs)

@@ -1,6 +1,4 @@
-"""A token on a GPU: the model's step as one CUDA graph over buffers that stay where they are and key/value caches that
-may grow.
-"""
+"""A decode step on a GPU: one CUDA graph over buffers at fixed addresses, and KV caches that may grow."""
 
 import threading
 import warnings
@@ -34,9 +32,9 @@ from qvl_model.qvl import QVLForConditionalGeneration, QVLTextModel
 
 __all__ = ["DEPENDS_ON", "GpuStep", "StepFailed", "release", "why_failed", "why_no_graphs", "why_not"]
 
-KEPT_STEPS = 2  # captured steps kept per model while nobody uses them, those used last
-KEPT_SAMPLERS = 4  # captured choices kept per step, likewise
-FIRST_ROOM = 256  # positions that a step has room for beyond its prompt, at least, before its caches grow
+KEPT_STEPS = 2  # idle captured steps kept per model, those used last
+KEPT_SAMPLERS = 4  # captured samplers kept per step, those used last
+FIRST_ROOM = 256  # least number of positions beyond the prompt for which KV caches have room before they grow
 
 
 class StepFailed(RuntimeError):
@@ -61,8 +59,8 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     ]
 
 
-# Whatever a captured step would compute wrongly after a change: as it is now, in values that can be compared. The
-# contents of tensors are read at every replay, so they are not among them.
+# The guard of a captured step: after a change of any of these values its graph would compute wrong results. Contents of
+# tensors are read at every replay, so they are not among them.
 DEPENDS_ON: dict[str, Callable[[nn.Module], object]] = {
     "classes": lambda model: [type(module) for module in _modules(model)],
     "replaced forwards": lambda model: [id(module.__dict__.get("forward")) for module in _modules(model)],
@@ -98,7 +96,7 @@ def _state(model: nn.Module) -> dict[str, object]:
 
 
 def why_no_graphs(device: torch.device) -> str | None:
-    """Why tokens on ``device`` cannot be run by captured steps now, whatever the model, or None."""
+    """Why ``device`` cannot run captured decode steps now, independent of the model, or None."""
     if dispatch.forced() not in (None, "triton"):
         return f"the backend {dispatch.forced()} is forced"
     if device.type == "cuda":
@@ -109,7 +107,7 @@ def why_no_graphs(device: torch.device) -> str | None:
 
 
 def why_not(model: nn.Module) -> str | None:
-    """Why the tokens of a model cannot be run by captured steps as it is now, or None."""
+    """Why the model as it is now cannot run captured decode steps, or None."""
     if not isinstance(model, (stock.Qwen3VLForConditionalGeneration, QVLForConditionalGeneration)):
         return f"{type(model).__name__} has no captured steps"
     body, lm_head = model.model.language_model, model.lm_head
@@ -141,7 +139,7 @@ def why_not(model: nn.Module) -> str | None:
 
 
 def why_failed(model: nn.Module, batch: int, length: int) -> str | None:
-    """Why a step for ``batch`` rows that goes on from ``length`` keys, or a smaller one, failed before, or None."""
+    """Why a step for ``batch`` sequences that continues from ``length`` keys, or a smaller one, failed, or None."""
     pool = _pools.get(model)
     return None if pool is None else pool.failure(_rows(batch), length + 1)
 
@@ -157,14 +155,14 @@ def release(model: nn.Module) -> None:
 
 
 class _Pool:
-    """The captured steps of a model that nobody uses now, those used last at the end, and the sizes that failed."""
+    """The idle captured steps of a model, those used last at the end, and the sizes that failed."""
 
     def __init__(self) -> None:
         self._lock, self._idle, self._failed, self._open = threading.Lock(), [], {}, True
 
     def check_out(self, model: nn.Module, rows: int, layers: tuple[int, ...] = ()) -> "GpuStep | None":
-        """A step for so many rows, and images in these layers, that is nobody else's until it is checked in; those that
-        are of no use any more are freed.
+        """An idle step for ``rows`` sequences and images in ``layers``, used by one caller until it is checked in, or
+        None. Steps that the guard refuses are freed.
         """
         state = _state(model)
         with self._lock:
@@ -182,12 +180,12 @@ class _Pool:
                 self._idle = [*self._idle, step][-KEPT_STEPS:]
 
     def clear(self) -> None:
-        """For good: a step that is checked in later is freed."""
+        """Frees idle steps, and closes the pool: a step that is checked in later is freed."""
         with self._lock:
             self._idle, self._open = [], False
 
     def free_idle(self) -> bool:
-        """Whether there were any."""
+        """Frees idle steps; whether there were any."""
         with self._lock:
             idle, self._idle = self._idle, []
             return bool(idle)
@@ -197,7 +195,7 @@ class _Pool:
             self._failed[rows, length] = reason
 
     def failure(self, rows: int, length: int) -> str | None:
-        """Why a step of so many rows and keys, or a smaller one, failed, or None."""
+        """Why a step for this batch and length, or a smaller one, failed, or None."""
         with self._lock:
             found = (reason for (r, n), reason in self._failed.items() if r <= rows and n <= length)
             return next((f"{reason} (for {rows} x {length} keys or fewer)" for reason in found), None)
@@ -213,12 +211,12 @@ def _pool(model: nn.Module) -> _Pool:
 
 
 def _rows(batch: int) -> int:
-    """What a step is captured for: 1, 2, 4, 8, 16, 24, 32, ..."""
+    """Batch sizes that steps are captured for: 1, 2, 4, 8, 16, 24, 32, ..."""
     return 1 << (batch - 1).bit_length() if batch <= 16 else -(-batch // 8) * 8
 
 
 def _reason(error: BaseException) -> str | None:
-    """What is to be said of an error that is memory's or the capture's, or None: all others are the caller's."""
+    """The message of an error that is due to memory or capture, or None for all others, which the caller raises."""
     if isinstance(error, (torch.OutOfMemoryError, graphs.CaptureFailed)):
         return str(error)
     message = str(error)
@@ -227,8 +225,8 @@ def _reason(error: BaseException) -> str | None:
 
 
 def _attempt(pool: _Pool, device: graphs.Device, function: Callable) -> tuple[Any, str | None]:
-    """(what ``function`` returns, None), or (None, why not) where there is no memory, idle steps being freed first, or
-    no graph.
+    """(what ``function`` returns, None), or (None, reason) if memory is short even without idle steps, or the capture
+    fails.
     """
     while True:
         try:
@@ -237,7 +235,7 @@ def _attempt(pool: _Pool, device: graphs.Device, function: Callable) -> tuple[An
             reason = _reason(error)
             if reason is None:
                 raise
-        # Out here the error, whose traceback holds buffers, is gone.
+        # Outside of the handler, so that the traceback no longer keeps buffers alive.
         freed = pool.free_idle()
         device.give_memory_back()
         if not freed:
@@ -245,18 +243,18 @@ def _attempt(pool: _Pool, device: graphs.Device, function: Callable) -> tuple[An
 
 
 class GpuStep:
-    """The tokens of one call of ``generate`` after the first; made by ``begin``, and used by nobody else until ``end``.
+    """The decode steps of one call of ``generate``: made by ``begin``, and used by this call only until ``end``.
 
     Attributes:
-        length: keys and values that it holds of every row.
-        layers_with_images: indices of the decoder layers that read images. Without any, a text's graph does nothing for
-            them.
-        graph: what runs a token.
+        length: keys and values that it holds of every sequence.
+        layers_with_images: indices of the decoder layers that attend to images; the graph of a text without images has
+            none.
+        graph: the captured decode step.
     """
 
     def __init__(self, model: nn.Module, rows: int, state: dict, layers_with_images: tuple[int, ...] = ()) -> None:
         self.rows, self.state, self.layers_with_images, self.length = rows, state, layers_with_images, 0
-        self._model = weakref.ref(model)  # the pool, which belongs to the model, holds this
+        self._model = weakref.ref(model)  # weak, since the model's pool refers to this step
         body, lm_head = model.model.language_model, model.lm_head
         self._layers = [fused_layer_of(layer).handle for layer in body.layers]
         self._places = cache_places(body)
@@ -285,16 +283,17 @@ class GpuStep:
         limit: int | None,
         release: bool = False,
     ) -> "GpuStep":
-        """A step that goes on from a cache of L keys.
+        """A step that continues from a cache of L keys.
 
         Args:
-            model: one that ``why_not`` has nothing against.
-            cache: of B rows. positions: int64 [3, B, 1] (QVL: [B, 1]), of the next token; every run adds 1.
-            visible: bool [B, L + 1], of the keys that the next token sees, or None if it sees all. limit: keys that
-                there will be at the end at most, if that is known.
-            release: nobody reads the cache afterwards; its memory is freed layer by layer.
-        Raises: StepFailed where there is no memory, or no graph can hold the step; the cache is as it was. Of the size
-            that failed ``why_failed`` tells from then on, until ``release``.
+            model: one that ``why_not`` accepts.
+            cache: of B sequences.
+            positions: int64 [3, B, 1] (QVL: [B, 1]), of the next token; every run adds 1.
+            visible: bool [B, L + 1], attention mask of the next token, or None if it sees all keys.
+            limit: most keys that there will be at the end, if known.
+            release: the cache is not read afterwards, so that its memory is freed layer by layer.
+        Raises: StepFailed if memory is short or the capture fails; the cache is unchanged. ``why_failed`` reports the
+            size from then on, until ``release``.
         """
         rows, length, pool, device = (
             _rows(positions.shape[-2]),
@@ -334,7 +333,7 @@ class GpuStep:
         self.length = cache.get_seq_length()
         self._alive = [
             x.detach() for x in _tensors(self._model())
-        ]  # who swaps a weight's data meanwhile frees what the graph reads
+        ]  # keeps the memory that the graph reads, if a weight's data is swapped meanwhile
         self._follow()
         room = self.length + max(FIRST_ROOM, self.length // 2)
         room = room if limit is None else max(self.length + 1, min(limit, room))
@@ -351,7 +350,7 @@ class GpuStep:
         self._set(positions, visible)
         if self.graph is None:
             self.graph = self._device.captured(self._token)
-            self._set(positions, visible)  # runs before the capture went on; what they wrote is written again
+            self._set(positions, visible)  # warm-up runs have changed the buffers
 
     def _cache_layers(self) -> list:
         return [self._cache.layers[index] for index in self._places]
@@ -365,7 +364,7 @@ class GpuStep:
         self._caches.show(visible)
 
     def _follow(self) -> None:
-        """Whatever stream this call comes on, it waits for what the step did before."""
+        """Makes the current stream wait for earlier work of the step on another stream."""
         self._stream = self._device.follow(self._stream, self._tensors)
 
     def _tensors(self) -> list[Tensor]:
@@ -378,8 +377,8 @@ class GpuStep:
     def run(self, tokens: Tensor) -> Tensor:
         """The logits [B, V] after ``tokens`` int64 [B, 1], in a buffer that the next run overwrites.
 
-        Raises: StepFailed if there is no memory for one more key; nothing has changed then, and ``end`` gives all back,
-            what was released included.
+        Raises: StepFailed if there is no memory for one more key. Nothing has changed then, and ``end`` returns all
+            keys and values to the cache, also if it was released.
         """
         with self._device.active():
             self._follow()
@@ -400,23 +399,25 @@ class GpuStep:
             raise StepFailed(reason)
 
     def _token(self) -> None:
-        """What is captured: from the tokens to the logits."""
+        """The captured function: from the tokens to the logits."""
         model = self._model()
         body = model.model.language_model
         hidden, cos, sin = token_inputs(body, self._tokens, self._positions)
-        filled = self._lengths + 1
+        cache_seqlens = self._lengths + 1
         with features.decoding():
             for index, layer in enumerate(self._layers):
                 if self._images is not None:
                     hidden = self._images.add(index, hidden)
-                hidden = decode_step(hidden, layer, cos, sin, self._caches, index, self._lengths, filled)
+                hidden = decode_step(hidden, layer, cos, sin, self._caches, index, self._lengths, cache_seqlens)
         self._logits.copy_(model.lm_head(body.norm(hidden))[:, 0])
         self._lengths.add_(1)
         self._positions.add_(1)
 
     def sampler(self, chooser: Chooser) -> Sampler | None:
-        """What chooses as ``chooser`` would without waiting for the device, or None if it cannot. ``chooser``: has
-        chosen a token.
+        """A sampler that chooses as ``chooser`` does, without waiting for the device, or None.
+
+        Args:
+            chooser: has chosen a token.
         """
         if sampling.why_not(chooser) is not None or chooser.sequences.device != self._logits.device:
             return None
@@ -443,7 +444,7 @@ class GpuStep:
         return Sampler(chooser, logits, tokens, embedding.num_embeddings, self._device, self.graph.pool)
 
     def check(self) -> bool:
-        """Whether nothing that the step depends on has changed since it was captured, nor the images since it began."""
+        """The guard: whether the model is as it was at capture, and the images are as they were at ``begin``."""
         model = self._model()
         layers = images.layers_with_images(model.model.language_model, self._cache)
         return (
@@ -453,8 +454,8 @@ class GpuStep:
         )
 
     def end(self, length: int) -> None:
-        """Gives the first ``length`` keys and values back to the cache that ``begin`` got, unless it was released, and
-        the step to others.
+        """Copies the first ``length`` keys and values back to the cache of ``begin``, unless it was released, and
+        checks the step in.
         """
         if self._cache is None:
             return
@@ -474,7 +475,7 @@ class GpuStep:
             pool.check_in(self)
 
     def _copied_back(self, length: int) -> bool:
-        """Whether there was memory for it."""
+        """Copies keys and values back to the cache; False if memory is short."""
         for index, layer in enumerate(self._cache_layers()):
             try:
                 layer.keys, layer.values = self._caches.give(index, self._batch, length)
@@ -485,8 +486,8 @@ class GpuStep:
         return True
 
     def _hand_over(self, layers: int, length: int) -> None:
-        """Gives keys and values of the first layers back in this step's own memory, without copies; the step is of no
-        use any more.
+        """Gives the cache this step's own memory for keys and values of the first layers, without a copy. The step
+        cannot be used any more.
         """
         for layer, keys, values in zip(self._cache_layers()[:layers], self._caches.keys, self._caches.values):
             layer.keys, layer.values = keys[: self._batch, :, :length], values[: self._batch, :, :length]

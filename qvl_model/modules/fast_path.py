@@ -116,12 +116,12 @@ def dropout_fits(p: float, x: torch.Tensor) -> bool:
 def _gpu_takes(device: torch.device) -> bool:
     reason = gpu_device.unavailable(device)
     if reason is not None and not torch.compiler.is_compiling():
-        _warn_once(reason)
+        _say_once(reason)
     return reason is None
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
+def _say_once(reason: str) -> None:
     warnings.warn(f"qvl_model: the model runs on stock code: {reason}", RuntimeWarning, stacklevel=5)
 
 
