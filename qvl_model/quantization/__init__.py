@@ -1,1 +1,1 @@
-"""int8 and int4 weights of models: modules that hold them, conversion in place, and files."""
+"""Quantised (int8, int4) weights of models: modules that hold them, conversion in place, and files."""

@@ -1,11 +1,11 @@
-"""Packed models on disk: the format, what ``save_pretrained`` writes, and what ``qvl_model.pretrained`` reads.
+"""Quantised models on disk: the format, what ``save_pretrained`` writes, and what ``qvl_model.pretrained`` reads.
 
-A directory holds ``packed.safetensors`` with the packed and the other tensors under their names in ``state_dict``, one
-tensor under the first of its names, and ``config.json``, whose ``quantization_config`` says how to read them:
+A directory holds ``packed.safetensors`` with all tensors under their names in ``state_dict``, shared ones under the
+first of their names, and ``config.json``, whose ``quantization_config`` says how to read them:
 
     {"quant_method": "qvl", "version": 1, "weights": {"text": "int4", "vision": "int8"}, "group": 64, "id": "5f0c..."}
 
-The same id is in the metadata of the tensors. Loaders other than this one find no weights there and say so.
+The metadata of the tensors holds the same id. Other loaders report that they find no weights.
 """
 
 import copy
@@ -46,17 +46,17 @@ _ABOUT_LAYOUT = (
     "save_original_format",
     "save_peft_format",
     "safe_serialization",
-)  # of other checkpoints
+)  # arguments about the layout of dense checkpoints
 # Beside the weights: tokenizer, processor, chat template, licence.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "additional_chat_templates")
 _NOT_COPIED = ("config.json", "generation_config.json")
 
 
 class PackedSaving:
-    """What model classes whose linear layers may be packed do otherwise than transformers has it."""
+    """Mixin of model classes whose linear layers may be quantised: overrides methods of transformers' models."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """``.to`` and its like: what was tied is one tensor again."""
+        """``.to`` and the like, after which tied weights are tied again."""
         tied = tied_pairs(self)
         super()._apply(fn, recurse)
         for embedding, head in tied:
@@ -64,8 +64,8 @@ class PackedSaving:
         return self
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As transformers' own, which makes a new head: that is quantised as the old one was. Rows that stay do so bit
-        for bit.
+        """As transformers' own, which makes a new head; it is quantised as the old one was. Remaining rows keep their
+        values and scales bit for bit.
         """
         head = self.get_output_embeddings()
         embeddings = super().resize_token_embeddings(*args, **kwargs)
@@ -80,9 +80,7 @@ class PackedSaving:
         return embeddings
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """As transformers' own, packed weights included, as many elements as they stand for; they are constants, so
-        none of them trains.
-        """
+        """As transformers' own, including the elements of quantised weights, which are not trainable."""
         count = super().num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
         return count if only_trainable else count + packed_elements(self, exclude_embeddings=exclude_embeddings)
 
@@ -93,7 +91,7 @@ class PackedSaving:
         state_dict: dict | None = None,
         **kwargs: Any,
     ) -> None:
-        """As transformers' own; a packed model is written as this module says, all at once."""
+        """As transformers' own; a quantised model is written in the format of this module, in one file."""
         if getattr(self, "_hf_peft_config_loaded", False) or not is_packed(self):
             return super().save_pretrained(
                 save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
@@ -115,15 +113,15 @@ def save(
     state_dict: Mapping[str, Tensor] | None = None,
     files_of: Path | None = None,
 ) -> None:
-    """Writes a packed model; a directory that did not exist appears complete or not at all.
+    """Writes a quantised model; a directory that did not exist appears complete or not at all.
 
-    In one that did, files are replaced one by one, config.json last: cut short, the old config does not fit the new
-    tensors, and is refused by ``load``.
+    In one that did, files are replaced one by one, config.json last. If that is interrupted, the old config does not
+    match the new tensors, and ``load`` refuses them.
 
     Args:
         state_dict: its tensors, if not ``model.state_dict()``.
         files_of: a checkpoint whose tokenizer and processor files are copied too.
-    Raises: ValueError for a model without packed layers, and for tensors that ``load`` would find no place for.
+    Raises: ValueError for a model without quantised layers, and for tensors that are not in a model of this class.
     """
     state_dict = model.state_dict() if state_dict is None else state_dict
     _check_places(model, state_dict)
@@ -146,8 +144,8 @@ def save(
 
 
 def _check_places(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
-    places = {name for name, _ in without_weights(model).named_modules()}
-    foreign = sorted(name for name in state if name.rpartition(".")[0] not in places)
+    module_names = {name for name, _ in without_weights(model).named_modules()}
+    foreign = sorted(name for name in state if name.rpartition(".")[0] not in module_names)
     if foreign:
         raise ValueError(
             f"save: {foreign[0]} and {len(foreign) - 1} other tensors are no part of a plain "
@@ -158,7 +156,7 @@ def _check_places(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
 
 
 def _formats(model: nn.Module) -> dict:
-    """The entries "weights", a format per part that has packed layers, and "group", inputs per int4 scale."""
+    """The entries "weights", a format per part with quantised layers, and "group", inputs per int4 scale."""
     formats, groups = {}, set()
     for name, module in base_modules(model):
         if isinstance(module, PackedLinear):
@@ -179,7 +177,7 @@ def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     for name, tensor in state.items():
         tensor = (
             tensor.clone() if isinstance(tensor, PackedWeight) else tensor
-        )  # a plain layer that was tied to a packed one
+        )  # a dense layer that was tied to a quantised one
         known = first.setdefault(
             (tensor.device, tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else name, name
         )
@@ -211,7 +209,7 @@ def _published(directory: Path) -> Iterator[Path]:
         yield temporary
         for path in temporary.rglob("*"):
             _to_disk(path)
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's are the owner's alone
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp gives access to the owner only
         if directory.exists() and any(directory.iterdir()):
             for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
                 if path.is_dir():
@@ -264,7 +262,7 @@ def read(path: Path, section: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
 def fill(
     model: PreTrainedModel, tensors: dict[str, Tensor], shared: dict[str, str], dtype: torch.dtype, path: Path
 ) -> None:
-    """Puts tensors into a model on the meta device, whose layers become packed where their tensors are."""
+    """Puts tensors into a model on the meta device; layers become quantised where their tensors are."""
     tensors |= {name: tensors[first] for name, first in shared.items() if first in tensors}
     modules = dict(model.named_modules())
     for name in [name.removesuffix(".weight_values") for name in tensors if name.endswith(".weight_values")]:

@@ -1,6 +1,4 @@
-"""Packing a model's linear layers into int8 or int4, in place and one by one, and back from the checkpoint they came
-from.
-"""
+"""Quantising a model's linear layers to int8 or int4, in place and one by one, and restoring their dense weights."""
 
 import copy
 import json
@@ -36,13 +34,13 @@ __all__ = [
 
 PARTS = ("text", "vision", "lm_head")
 _LINEAR = (nn.Linear, linear.Linear, lm_head.Linear)  # subclasses of others may compute something else
-_INNER = ("original_module", "base_layer")  # where PEFT's wrappers and layers have the module that they stand for
-METHOD = "qvl"  # the quant_method in configs of packed checkpoints
+_INNER = ("original_module", "base_layer")  # attributes of PEFT's wrappers and layers for the wrapped module
+METHOD = "qvl"  # the quant_method in configs of quantised checkpoints
 Weights = str | Mapping[str, str | None] | None
 
 
 def formats_of(weights: Weights) -> dict[str, str]:
-    """Format by part of the model; parts that keep their weights as they are do not appear.
+    """Format by part of the model; parts whose weights stay dense do not appear.
 
     Raises: ValueError for unknown formats or parts; TypeError for anything but a name or a mapping.
     Example:
@@ -69,9 +67,7 @@ def formats_of(weights: Weights) -> dict[str, str]:
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """What the class of the model builds from its config, on the meta device: without adapters, or whatever else was
-    attached.
-    """
+    """The model that its class builds from its config, on the meta device: without adapters and attached modules."""
     base = _stock_class(model)
     with torch.device("meta"):
         return base(copy.deepcopy(model.config))
@@ -86,8 +82,8 @@ def _stock_class(model: nn.Module) -> type[PreTrainedModel]:
 
 
 def base_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """(name without adapters, module) of the modules that the class of the model builds; adapters around them are
-    looked through, and neither they nor modules that a user attached are among them.
+    """(name without adapters, module) of the modules that the class of the model builds. Adapters around them, and
+    modules that a user attached, are left out.
     """
     for name, _ in without_weights(model).named_modules():
         module = model
@@ -105,7 +101,7 @@ def _without_adapters(module: nn.Module | None) -> nn.Module | None:
 
 
 def tied_pairs(model: nn.Module) -> list[tuple[PackedEmbedding, PackedLinear]]:
-    """Packed embeddings and packed linear layers that have one weight."""
+    """Quantised embeddings and linear layers that share a weight."""
     embeddings, linears = (
         [module for module in model.modules() if isinstance(module, kind)] for kind in (PackedEmbedding, PackedLinear)
     )
@@ -118,9 +114,9 @@ def tied_pairs(model: nn.Module) -> list[tuple[PackedEmbedding, PackedLinear]]:
 
 
 def packed_elements(model: nn.Module, *, exclude_embeddings: bool = False) -> int:
-    """Elements of the packed weights, tied ones counted once, as those of the first module that has them."""
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
-    first = {id(module.weight_values): module for module in reversed(packed)}
+    """Number of elements of the quantised weights; tied ones count once, for the first module that has them."""
+    quantised = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
+    first = {id(module.weight_values): module for module in reversed(quantised)}
     return sum(
         module.weight.numel()
         for module in first.values()
@@ -129,7 +125,7 @@ def packed_elements(model: nn.Module, *, exclude_embeddings: bool = False) -> in
 
 
 def is_packed(model: nn.Module) -> bool:
-    """Whether any layer of the model is packed."""
+    """Whether any layer of the model is quantised."""
     return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
@@ -143,7 +139,7 @@ def section_of(path: str | os.PathLike | None) -> dict | None:
 
 
 def is_packed_checkpoint(path: str | os.PathLike | None) -> bool:
-    """Whether ``path`` is a directory whose weights were packed by qvl, in whatever version.
+    """Whether ``path`` is a directory with weights quantised by qvl, in any version of the format.
 
     Example:
         >>> is_packed_checkpoint("qwen3-vl-2b-int8")
@@ -161,14 +157,14 @@ def part_of(model: nn.Module, name: str) -> str:
 
 
 def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64) -> None:
-    """Packs every linear layer of the named parts, int4 in groups of ``group`` inputs, and an embedding tied to a
-    packed head.
+    """Quantises every linear layer of the named parts, int4 in groups of ``group`` inputs, and an embedding tied to a
+    quantised head.
 
-    Only what the class of the model builds: adapters, also copies that train in place of a layer, and modules that a
-    user attached stay. One layer after the other, each freed before the next: memory peaks at what is packed plus what
-    is not yet. Weights that are mapped from a file leave memory as well.
-    Raises: ValueError for other groups, layers that are packed in another format, merged adapters and weights that are
-    not finite; the model is then as it was.
+    Only modules that the class of the model builds are quantised; adapters, also copies that train in place of a layer,
+    and attached modules stay. Each dense weight is freed before the next layer, so the peak of memory is the quantised
+    plus the remaining dense weights. Pages of weights that are mapped from a file are released too.
+    Raises: ValueError for other groups, layers that are quantised in another format, merged adapters and weights that
+    are not finite; the model is then as it was.
     """
     if group not in quantization.GROUPS:
         raise ValueError(f"accelerate: group must be {', '.join(map(str, quantization.GROUPS))}, got {group}")
@@ -185,11 +181,11 @@ def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64)
         if (
             isinstance(module, PackedLinear)
             and asked is not None
-            and _packed_as(module) != (asked, group if asked == "int4" else None)
+            and _format_of(module) != (asked, group if asked == "int4" else None)
         ):
             raise ValueError(
-                f"accelerate: {name} is packed as {_spelt(*_packed_as(module))} already, which "
-                f"{_spelt(asked, group)} cannot be made of; restore the model "
+                f"accelerate: {name} is packed as {_format_name(*_format_of(module))} already, which "
+                f"{_format_name(asked, group)} cannot be made of; restore the model "
                 "first, or load it again with from_pretrained"
             )
     merged = [
@@ -207,24 +203,24 @@ def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64)
     lm_head, embedding = modules.get("lm_head"), _tied_embedding(modules)
     for _, module, weights in chosen:
         weight = module.weight.detach()
-        packed = quantization.quantize(weight, FORMATS[weights], group)
-        PackedLinear.pack(module, packed)
+        quantised = quantization.quantize(weight, FORMATS[weights], group)
+        PackedLinear.pack(module, quantised)
         if module is lm_head and embedding is not None:
-            PackedEmbedding.pack(embedding, packed)
+            PackedEmbedding.pack(embedding, quantised)
             embedding.weight = module.weight
         pages.release(weight)
         del weight
         pages.trim()
 
 
-def _packed_as(module: PackedLinear) -> tuple[str, int | None]:
-    """Format and, of int4, the group."""
+def _format_of(module: PackedLinear) -> tuple[str, int | None]:
+    """(format, group of int4 or None)"""
     quantized = module.quantized
     name = next(name for name, bits in FORMATS.items() if bits == quantized.bits)
     return name, quantized.group if name == "int4" else None
 
 
-def _spelt(name: str, group: int | None) -> str:
+def _format_name(name: str, group: int | None) -> str:
     return f"{name} in groups of {group}" if name == "int4" else name
 
 
@@ -244,15 +240,16 @@ def _tied_embedding(modules: Mapping[str, nn.Module]) -> nn.Embedding | None:
 
 
 def unpack_model(model: PreTrainedModel) -> None:
-    """Puts the weights of the checkpoint that the model was loaded from back into its packed layers, under adapters
-    frozen.
+    """Puts the dense weights of the checkpoint that the model was loaded from back into its quantised layers; under
+    adapters they are frozen.
 
-    Raises: ValueError if that checkpoint is not known, not there, or not what was packed; the model is then as it was.
+    Raises: ValueError if that checkpoint is not known, not there, or not what was quantised; the model is then as it
+    was.
     """
-    packed = [
+    quantised = [
         (name, module) for name, module in base_modules(model) if isinstance(module, PackedLinear | PackedEmbedding)
     ]
-    if not packed:
+    if not quantised:
         return
     path = Path(model.name_or_path or "")
     if not model.name_or_path or not path.is_dir() or is_packed_checkpoint(path):
@@ -263,10 +260,10 @@ def unpack_model(model: PreTrainedModel) -> None:
         )
     source = dict(
         _stock_class(model)
-        .from_pretrained(path, dtype=packed[0][1].weight.dtype, trust_remote_code=False)
+        .from_pretrained(path, dtype=quantised[0][1].weight.dtype, trust_remote_code=False)
         .named_modules()
     )
-    for name, module in packed:
+    for name, module in quantised:
         weight = getattr(source.get(name), "weight", None)
         if not isinstance(weight, Tensor) or weight.shape != module.weight.shape or not _same(weight, module):
             raise ValueError(
@@ -277,9 +274,9 @@ def unpack_model(model: PreTrainedModel) -> None:
     adapted = any(_without_adapters(module) is not module for module in model.modules())
     frozen = adapted or not any(
         parameter.requires_grad for parameter in model.parameters()
-    )  # adapters need not be inside of the model
+    )  # a frozen model may have its adapters outside
     weights: dict[int, nn.Parameter] = {}  # tied ones are one parameter in the source, and become one here
-    for name, module in packed:
+    for name, module in quantised:
         weight = source[name].weight
         if id(weight) not in weights:
             trained = module.was_trained and not frozen

@@ -1,4 +1,4 @@
-"""Linear layers and tied embeddings whose weights are stored as int8 or int4."""
+"""Linear layers and tied embeddings with quantised (int8, int4) weights."""
 
 import copy
 from collections.abc import Callable
@@ -18,12 +18,12 @@ __all__ = ["FORMATS", "PackedEmbedding", "PackedLinear"]
 FORMATS = {"int8": 8, "int4": 4}  # name -> bits
 
 
-class _Packed:
-    """What packed modules share: buffers ``weight_values`` and ``weight_scales`` (see ``qvl_kernels.quantization``) in
-    place of ``weight``.
+class _Quantised:
+    """What quantised modules share: buffers ``weight_values`` and ``weight_scales`` (see ``qvl_kernels.quantization``)
+    in place of ``weight``.
 
-    The parameter of that name is empty, [N, 0], and in no state_dict: it follows the model's dtype and device, and
-    tells by its length and by being one for two modules what PEFT looks for, an embedding and what is tied to it.
+    The parameter ``weight`` is empty, [N, 0], and in no state_dict. It follows the model's dtype and device. PEFT finds
+    the number of rows in its shape, and tied modules by its identity.
     """
 
     @property
@@ -36,8 +36,8 @@ class _Packed:
         return nn.Parameter(PackedWeight(self), requires_grad=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A parameter as ``weight`` turns the module back into a plain one; the weight of another packed module is
-        shared, as tied weights are.
+        """Setting ``weight`` to a parameter turns the module back into a dense one; setting it to the weight of another
+        quantised module ties the two.
         """
         if name != "weight":
             super().__setattr__(name, value)
@@ -57,9 +57,7 @@ class _Packed:
         super().__delattr__(name)
 
     def __deepcopy__(self, memo: dict) -> nn.Module:
-        """A packed copy; one that an adapter trains in place of the original (``modules_to_save``) has a
-        plain weight.
-        """
+        """A quantised copy, or a dense one if an adapter trains it in place of the original (``modules_to_save``)."""
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         if copied_to_train(self):
@@ -67,16 +65,16 @@ class _Packed:
         return copied
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight that the module multiplies with."""
+        """The dequantised weight [N, K], which the module multiplies with."""
         return quantization.dequantize(self.quantized, dtype)
 
     @torch.no_grad()
     def requantize(self, weight: Tensor) -> None:
-        """Takes ``weight`` [N, K] in the module's format; rows that are as they were stay so bit for bit.
+        """Quantises ``weight`` [N, K] in the module's format; unchanged rows keep their values and scales bit for bit.
 
-        What was there before an adapter was merged is kept until the adapter is unmerged, and then put back.
-        Raises: ValueError for another K and weights that are not finite; RuntimeError where nothing was kept to put
-        back.
+        The weight before a merge of an adapter is kept, and put back when the adapter is unmerged.
+        Raises: ValueError for another K and weights that are not finite; RuntimeError for an unmerge without a kept
+        weight.
         """
         old = self.quantized
         if weight.dim() != 2 or weight.shape[1] != old.in_features:
@@ -101,7 +99,7 @@ class _Packed:
         self._replace(new)
 
     def _replace(self, new: QuantizedWeight) -> None:
-        """In place where it fits, for a tied module to see it too."""
+        """Writes in place where shapes are equal, so that tied modules change too."""
         if new.values.shape == self.weight_values.shape:
             self.weight_values.copy_(new.values)
             self.weight_scales.copy_(new.scales)
@@ -112,18 +110,18 @@ class _Packed:
             )
 
     def _share(self, other: nn.Module) -> None:
-        """Becomes tied to ``other``."""
+        """Ties this module to ``other``."""
         self.weight_values, self.weight_scales, self._kept = other.weight_values, other.weight_scales, other._kept
         self._parameters["weight"] = other._parameters["weight"]
 
     def unpack(self, weight: nn.Parameter) -> None:
-        """Turns the module itself back into a plain one with ``weight``: hooks, names and references to it stay."""
+        """Turns the module itself back into a dense one with ``weight``; hooks, names and references to it stay."""
         del self.weight_values, self.weight_scales, self._kept, self.was_trained
         self.__class__ = nn.Linear if isinstance(self, nn.Linear) else nn.Embedding
         self.weight = weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves with ``.to(device)``; scales keep their dtype through ``.to(dtype)``, as integers do."""
+        """Moves with ``.to(device)``; scales keep their dtype under ``.to(dtype)``, as integer values do."""
         scales = self.weight_scales
         super()._apply(fn, recurse)
         if self.weight_scales.dtype != scales.dtype:
@@ -140,7 +138,7 @@ class _Packed:
         self._parameters["weight"] = weight
 
     def _take(self, quantized: QuantizedWeight, weight: Tensor) -> None:
-        """Holds ``quantized`` in place of ``weight``."""
+        """Puts ``quantized`` in place of ``weight``."""
         empty = torch.empty(weight.shape[0], 0, dtype=weight.dtype, device=quantized.values.device)
         self._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
         self.register_buffer("weight_values", quantized.values)
@@ -149,12 +147,12 @@ class _Packed:
         self.was_trained = weight.requires_grad
 
 
-class PackedLinear(_Packed, nn.Linear):
+class PackedLinear(_Quantised, nn.Linear):
     """``nn.Linear`` with an int8 or int4 weight; the bias stays a parameter.
 
     Example:
-        >>> packed = PackedLinear.from_linear(nn.Linear(64, 10), weights="int8")
-        >>> y = packed(torch.randn(3, 64))
+        >>> layer = PackedLinear.from_linear(nn.Linear(64, 10), weights="int8")
+        >>> y = layer(torch.randn(3, 64))
     """
 
     @property
@@ -163,7 +161,7 @@ class PackedLinear(_Packed, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, weights: str = "int8", *, group: int = 64) -> "PackedLinear":
-        """A packed copy of ``linear``, which stays as it is (its bias is shared).
+        """A quantised copy of ``linear``, which stays as it is. The bias is shared.
 
         Args:
             linear: any floating-point linear layer.
@@ -176,20 +174,20 @@ class PackedLinear(_Packed, nn.Linear):
             raise TypeError(f"PackedLinear.from_linear takes an nn.Linear, got {type(linear).__name__}")
         if weights not in FORMATS:
             raise ValueError(f"PackedLinear.from_linear: weights must be one of {', '.join(FORMATS)}, got {weights!r}")
-        packed = cls.__new__(cls)
-        nn.Module.__init__(packed)
-        packed.in_features, packed.out_features, packed.training = (
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features, layer.training = (
             linear.in_features,
             linear.out_features,
             linear.training,
         )
-        packed._take(quantization.quantize(linear.weight.detach(), FORMATS[weights], group), linear.weight)
-        packed.register_parameter("bias", linear.bias)
-        return packed
+        layer._take(quantization.quantize(linear.weight.detach(), FORMATS[weights], group), linear.weight)
+        layer.register_parameter("bias", linear.bias)
+        return layer
 
     @staticmethod
     def pack(linear: nn.Linear, quantized: QuantizedWeight) -> None:
-        """Turns ``linear`` itself into a packed layer: hooks, names and references to it stay."""
+        """Turns ``linear`` itself into a quantised layer; hooks, names and references to it stay."""
         weight = linear.weight
         linear.__class__ = PackedLinear
         linear._take(quantized, weight)
@@ -209,8 +207,8 @@ class PackedLinear(_Packed, nn.Linear):
         )
 
 
-class PackedEmbedding(_Packed, nn.Embedding):
-    """An embedding tied to a packed head: rows are looked up in the head's own values and scales."""
+class PackedEmbedding(_Quantised, nn.Embedding):
+    """An embedding tied to a quantised head: rows are looked up in the head's values and scales."""
 
     @property
     def _inputs(self) -> int:
@@ -218,7 +216,7 @@ class PackedEmbedding(_Packed, nn.Embedding):
 
     @staticmethod
     def pack(embedding: nn.Embedding, quantized: QuantizedWeight) -> None:
-        """Turns ``embedding`` itself into a packed one that gives rows in the dtype of its weight."""
+        """Turns ``embedding`` itself into a quantised one that returns rows in the dtype of its weight."""
         weight = embedding.weight
         embedding.__class__ = PackedEmbedding
         embedding._take(quantized, weight)

@@ -1,4 +1,4 @@
-"""The weight of a packed module as the tensor that other libraries expect there, and what adapters do to it."""
+"""The weight of a quantised module as a tensor for other libraries, and how adapters are merged into it."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -22,9 +22,9 @@ TAKEN_OUT = (
 
 
 class PackedWeight(Tensor):
-    """The weight [N, K] of a packed module, or a view of it: any operation sees the dequantised numbers, and what an
-    operation writes is quantised again and stored in the module. It holds no numbers itself, so asking for its shape,
-    dtype or device costs nothing.
+    """The weight [N, K] of a quantised module, or a view of it. Operations read dequantised values; what they write is
+    quantised again and stored in the module. The tensor itself has no memory, so its shape, dtype and device cost
+    nothing to read.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -78,18 +78,18 @@ class PackedWeight(Tensor):
         if func.is_view and isinstance(args[0], cls):
             return _views(func, args, kwargs)
         written = [weight for weight in _written(func, args, kwargs) if isinstance(weight, cls)]
-        # In place in fp32: merging an adapter rounds once, when the sum is quantised.
+        # In-place operations run in fp32, so that merging an adapter rounds once, when the sum is quantised.
         dtypes = {weight.dtype for weight in written}
         bases: dict[nn.Module, Tensor] = {}
 
-        def plain(value: Any) -> Any:
+        def dequantised(value: Any) -> Any:
             if isinstance(value, cls):
                 if value.module not in bases:
                     bases[value.module] = value.module.dequantize(torch.float32 if written else value.dtype)
                 return _through(value.views, bases[value.module])
             return value.float() if isinstance(value, Tensor) and value.dtype in dtypes else value
 
-        out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        out = func(*tree_map(dequantised, args), **tree_map(dequantised, kwargs))
         for module in {weight.module for weight in written}:
             module.requantize(bases[module])
         return written[0] if len(written) == 1 and isinstance(out, Tensor) else out
@@ -105,23 +105,23 @@ def _views(func: Any, args: tuple, kwargs: dict) -> "PackedWeight | list[PackedW
     """The view, or views, that ``func`` makes of its first argument."""
     weight, *others = args
 
-    def at(place: int | None) -> PackedWeight:
+    def at(index: int | None) -> PackedWeight:
         def view(base: Tensor) -> Tensor:
             out = func(base, *others, **kwargs)
-            return out if place is None else out[place]
+            return out if index is None else out[index]
 
         return PackedWeight(weight.module, (*weight.views, view))
 
     out = func(torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta"), *others, **kwargs)
-    return at(None) if isinstance(out, Tensor) else [at(place) for place in range(len(out))]
+    return at(None) if isinstance(out, Tensor) else [at(index) for index in range(len(out))]
 
 
 def _written(func: Any, args: tuple, kwargs: dict) -> list:
-    """What an operator changes in place."""
+    """The arguments that an operator changes in place."""
     found = []
-    for place, argument in enumerate(func._schema.arguments):
+    for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            found += tree_leaves(args[place] if place < len(args) else kwargs.get(argument.name))
+            found += tree_leaves(args[index] if index < len(args) else kwargs.get(argument.name))
     return found
 
 
@@ -129,10 +129,10 @@ class Merge(NamedTuple):
     """A merge of an adapter into a module.
 
     Attributes:
-        kind: of the module: an embedding and a linear layer may have one weight, and an adapter each.
-        before: the adapters that this module's weight has merged beside this one.
-        undone: the adapter is taken out again.
-        for_good: nobody will take it out again.
+        kind: class of the module; an embedding and a linear layer may share a weight and have an adapter each.
+        before: the other adapters that are merged into this module's weight.
+        undone: whether this is an unmerge.
+        for_good: whether the merge cannot be undone (merge_and_unload).
     """
 
     kind: str
@@ -142,14 +142,14 @@ class Merge(NamedTuple):
 
 
 class Kept:
-    """What a weight was before the first of the adapters was merged that are merged now."""
+    """The quantised weight as it was before the first of the currently merged adapters."""
 
     def __init__(self) -> None:
         self.original: QuantizedWeight | None = None
         self.merges: set[tuple[str, tuple[str, ...]]] = set()  # (kind, before) of each
 
     def keep(self, merge: Merge, weight: QuantizedWeight) -> None:
-        if not merge.before:  # so those that are known were unloaded
+        if not merge.before:  # the recorded merges were unloaded then
             self._drop(merge)
         if not self.merges:
             self.original = weight._replace(values=weight.values.clone(), scales=weight.scales.clone())
@@ -177,10 +177,10 @@ class Kept:
 
 
 def merge_in_progress(module: nn.Module) -> Merge | None:
-    """The merge for which the weight of ``module`` is being written, if it is for one.
+    """The merge that is writing the weight of ``module``, or None.
 
-    PEFT's ``merge`` and ``unmerge`` write weights and say nothing to the module; that one of them is running is known
-    to the calls in progress alone. The names are those of PEFT's public methods.
+    PEFT's ``merge`` and ``unmerge`` write weights without calling the module, so that only the call stack shows that
+    one of them is running. The names are those of PEFT's public methods.
     """
     for frame in _calls():
         if frame.f_code.co_name in ("merge", "unmerge"):
@@ -199,9 +199,7 @@ def merge_in_progress(module: nn.Module) -> Merge | None:
 
 
 def copied_to_train(module: nn.Module) -> bool:
-    """Whether a copy that is being made of ``module``, or of what it is part of, is one of PEFT's
-    ``modules_to_save``.
-    """
+    """Whether ``module``, or a module around it, is being copied for PEFT's ``modules_to_save``."""
     for frame in _calls():
         wrapper = frame.f_locals.get("self") if frame.f_code.co_name == "update" else None
         if hasattr(wrapper, "modules_to_save") and hasattr(wrapper, "original_module"):
@@ -210,7 +208,7 @@ def copied_to_train(module: nn.Module) -> bool:
 
 
 def _calls() -> Iterator[FrameType]:
-    """The calls in progress, the innermost first."""
+    """The frames of the call stack, the innermost first."""
     frame = inspect.currentframe()
     while frame is not None:
         yield frame
