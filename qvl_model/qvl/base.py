@@ -1,4 +1,4 @@
-"""What all QVL models share: their config, first weights, and what transformers must know about them."""
+"""The base class of QVL models (config, initialisation, flags for transformers), and attention helpers."""
 
 import copy
 from typing import Any
@@ -16,7 +16,7 @@ __all__ = ["QVLPreTrainedModel", "attend", "eager", "eager_config", "key_mask", 
 
 
 class QVLPreTrainedModel(PreTrainedModel):
-    """Loading, saving and first weights of QVL models."""
+    """Loading, saving and initialisation of QVL models."""
 
     config: QVLConfig
     config_class = QVLConfig
@@ -59,7 +59,7 @@ def attend(
 
 
 def eager_config(config: QVLConfig) -> QVLConfig:
-    """``config`` with the attention formula that computes weights; a copy, unless it asks for that one already."""
+    """``config`` with eager attention, which returns weights; a copy, unless it is set already."""
     if config._attn_implementation != "eager":
         config = copy.copy(config)
         config._attn_implementation = "eager"
@@ -67,8 +67,8 @@ def eager_config(config: QVLConfig) -> QVLConfig:
 
 
 def eager(attention: nn.Module) -> nn.Module:
-    """``attention`` with that formula. A shallow copy, with the same weights, children and hooks: calls in other
-    threads do not see it.
+    """``attention`` with eager attention. A shallow copy that shares weights, children and hooks, so that calls in
+    other threads are not affected.
     """
     twin = copy.copy(attention)
     twin.config = eager_config(attention.config)
@@ -82,10 +82,10 @@ def rotary_tables(positions: Tensor, dim: int, theta: float) -> Tensor:
 
 
 def key_mask(lengths: Tensor | None, keys: int, dtype: torch.dtype) -> Tensor | None:
-    """Additive mask [B, 1, 1, S] over the first ``lengths`` [B] of S keys; None where all are seen.
+    """Additive mask [B, 1, 1, S] of the keys beyond ``lengths`` [B]; None if no key is masked.
 
-    A sample of length 0 sees the first key, and callers drop what it reads: all scores hidden could be all -inf in
-    fp16, and NaN.
+    A sample of length 0 attends to the first key, and callers drop its result: with all scores masked, softmax could
+    give NaN in fp16.
     """
     if lengths is None:
         return None

@@ -1,7 +1,7 @@
-"""Keys and values of images in a transformers cache: written once, kept through generation.
+"""Keys and values of images in a KV cache of transformers: written once, kept through generation.
 
-A ``VisualLayer`` stands behind the text layers of any ``Cache`` (dynamic or static), so that copying, beam reordering,
-repeating and selecting of batches treat it like every other layer. It neither grows nor is cropped.
+A ``VisualLayer`` comes after the text layers of any ``Cache`` (dynamic or static), so that copying, beam reordering,
+repeating and selecting of batches treat it as any other layer. It neither grows nor is cropped.
 """
 
 import torch
@@ -16,7 +16,7 @@ class VisualLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = True  # its size does not change from step to step
-    is_croppable = True  # images are no part of what is cropped
+    is_croppable = True  # crop leaves images alone
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,13 +68,13 @@ class VisualLayer(CacheLayerMixin):
 
 def visual_layer(cache: Cache | None, index: int, text_layers: int) -> VisualLayer | None:
     """The ``index``-th visual layer behind the text layers, or None if the cache has none."""
-    place = text_layers + index
-    return cache.layers[place] if isinstance(cache, Cache) and place < len(cache.layers) else None
+    position = text_layers + index
+    return cache.layers[position] if isinstance(cache, Cache) and position < len(cache.layers) else None
 
 
 def add_visual_layer(cache: Cache, index: int, text_layers: int) -> VisualLayer:
-    """As ``visual_layer``, made if it is missing."""
-    while len(cache.layers) < text_layers:  # a dynamic cache makes its text layers as they come
+    """As ``visual_layer``, but creates a missing layer."""
+    while len(cache.layers) < text_layers:  # a dynamic cache creates its text layers at their first update
         cache.layers.append(cache.layer_class_to_replicate())
     while len(cache.layers) <= text_layers + index:
         cache.layers.append(VisualLayer())

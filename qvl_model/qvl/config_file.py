@@ -1,4 +1,4 @@
-"""The YAML of the specification: its keys in its groups, read and written."""
+"""Reads and writes the YAML of the specification, with its keys in its groups."""
 
 import re
 from os import PathLike
@@ -15,7 +15,7 @@ __all__ = ["GROUPS", "read", "write"]
 MODEL_TYPE = "qwen3_vl"
 OPEN = "to be specified"
 
-# Group -> (keys of the specification in its order, keys that it does not have).
+# Group -> (keys of the specification in its order, keys that we add).
 GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "Transformer Configuration": (
         (
@@ -70,7 +70,7 @@ _KEYS = [key for keys in GROUPS.values() for part in keys for key in part]
 
 
 def read(source: str | PathLike) -> tuple[dict, list[str]]:
-    """(keys with values, keys marked as open) of a file. Raises ValueError for what is no setting."""
+    """(keys with values, keys marked as open) of a file. Raises: ValueError for unknown or repeated keys."""
     text = Path(source).read_text()
     blocks = re.findall(r"^```ya?ml\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     try:

@@ -1,4 +1,4 @@
-"""QVLConfig: the keys of the model's specification by their names, and the few that it leaves open."""
+"""QVLConfig: the keys of the model's specification under their names, and a few more."""
 
 import difflib
 import functools
@@ -23,9 +23,7 @@ logger = logging.get_logger(__name__)
 
 
 def _standard_errors(cls: type[T]) -> type[T]:
-    """What a strict dataclass raises, an Exception of huggingface_hub, as the TypeError or ValueError that it was made
-    of.
-    """
+    """Makes a strict dataclass raise TypeError or ValueError instead of exceptions of huggingface_hub."""
 
     def converting(method: Callable) -> Callable:
         @functools.wraps(method)
@@ -163,9 +161,7 @@ class QVLConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs: Any) -> Any:
-        """As PreTrainedConfig's; keys that no QVL has are kept if they cannot be a misspelt one. Raises: as
-        the class.
-        """
+        """As PreTrainedConfig's; unknown keys are kept unless they resemble a known one. Raises: as the class."""
         return_unused = kwargs.pop("return_unused_kwargs", False)
         extra = {key: value for key, value in config_dict.items() if not cls._is_known(key)}
         for key in (*extra, *kwargs):
@@ -206,7 +202,7 @@ class QVLConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raises ValueError, naming the keys, if no model can be built from these settings. Models check again when
-        built.
+        they are built.
         """
         self._check_ranges()
         self._check_multiples()
@@ -338,8 +334,8 @@ class QVLConfig(PreTrainedConfig):
         return config_file.write(self, path)
 
 
-# What transformers has kept in config.json files beside the fields of its base class, in any version, and bench in
-# those of checkpoints with random weights.
+# Keys that any version of transformers writes to config.json beside the fields of its base class, and bench to those
+# of checkpoints with random weights.
 _STORED = {
     "attn_implementation",
     "auto_map",
@@ -359,7 +355,7 @@ _STORED = {
 
 @functools.cache
 def _generation_keys() -> frozenset[str]:
-    return frozenset(vars(GenerationConfig()))  # configs of old once held these; PreTrainedConfig takes them out
+    return frozenset(vars(GenerationConfig()))  # older configs hold these; PreTrainedConfig removes them
 
 
 _SIZES = (

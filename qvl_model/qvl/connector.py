@@ -48,7 +48,7 @@ class QVLConnectorAttention(nn.Module):
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(
             config.vision_hidden_size, width, bias=False
-        )  # it would move all scores alike: softmax forgets that
+        )  # a bias would shift all scores of a query alike, which softmax cancels
         self.v_proj = nn.Linear(config.vision_hidden_size, width)
         self.o_proj = nn.Linear(width, width)
 

@@ -1,4 +1,4 @@
-"""What the text part of QVL is given: right in shape and values, or an error; longer than meant, a warning."""
+"""Checks of QVL's text inputs: errors for bad shapes and values, a warning for too long texts."""
 
 import difflib
 
@@ -15,8 +15,8 @@ __all__ = ["check_keywords", "check_pixel_mask", "check_prompt", "check_text"]
 logger = logging.get_logger(__name__)
 
 
-# What a call may have beside the arguments that ``forward`` names: for attention functions, and what transformers,
-# trainers and qvl pass along.
+# Keywords of a call beside the arguments of ``forward``: for attention functions, or passed along by transformers,
+# trainers and qvl.
 _PASSED_ALONG = {
     *TransformersKwargs.__annotations__,
     *CACHE_NAMES,
@@ -46,7 +46,7 @@ _ARGUMENTS = (
 
 
 def check_keywords(kwargs: dict) -> None:
-    """TypeError for keyword arguments of a call that nobody reads."""
+    """Raises TypeError for unknown keyword arguments of a call."""
     for name, value in kwargs.items():
         if value is not None and name not in _PASSED_ALONG:
             nearest = next(iter(difflib.get_close_matches(name, _ARGUMENTS, n=1)), None)
@@ -62,10 +62,9 @@ def check_text(
     token_types: Tensor,
     cache: Cache | None,
 ) -> None:
-    """Checks what goes with embeddings [B, T, C]; as QVLModel.forward takes it.
+    """Checks the arguments of QVLModel.forward that belong to embeddings [B, T, C].
 
-    Values of the mask are read where that waits for nothing: on the CPU, elsewhere with the first tokens of a cache
-    only.
+    Values of the mask are read where that needs no wait for a GPU: on the CPU, and elsewhere at the prefill only.
     Raises: ValueError for shapes that do not fit, and a mask with other values than 0 and 1.
     """
     batch, queries = embeddings.shape[:2]
@@ -75,7 +74,7 @@ def check_text(
     past = _past(cache)
     if isinstance(attention_mask, Tensor):
         _check_mask(attention_mask, batch, queries, past)
-    # As in stock Qwen3-VL, positions are computed as far as they are asked for, and generate gives the same warning.
+    # As in stock Qwen3-VL, positions beyond the maximum are computed, and generate gives the same warning.
     if past is not None and past + queries > config.max_position_embeddings and not torch.compiler.is_compiling():
         logger.warning_once(
             f"QVL: the text is longer than max_position_embeddings ({config.max_position_embeddings}), the longest "
@@ -85,7 +84,7 @@ def check_text(
 
 
 def _past(cache: Cache | None) -> int | None:
-    """Tokens in the cache; None if only a GPU knows, or a graph that is being compiled."""
+    """Tokens in the cache; None if the number is on a GPU, or symbolic during compilation."""
     past = cache.get_seq_length() if cache is not None else 0
     if isinstance(past, Tensor):  # of static caches
         past = int(past) if past.is_cpu and not torch.compiler.is_compiling() else None
@@ -115,15 +114,15 @@ def _check_mask(mask: Tensor, batch: int, queries: int, past: int | None) -> Non
 
 
 def check_pixel_mask(mask: Tensor) -> None:
-    """ValueError for other values than 0 and 1."""
+    """Raises ValueError for other values than 0 and 1."""
     _check_values("pixel_attention_mask", mask, "for pixels of the image and 0 for padding, and has other values")
 
 
 def check_prompt(text: Tensor | None, attention_mask: Tensor | None, cache: Cache | None) -> None:
-    """Checks the mask that ``generate`` is given, which may drop it before a model sees it.
+    """Checks the mask of ``generate``, which may drop it before the model gets it.
 
     Args:
-        text: input_ids [B, T] or inputs_embeds [B, T, C]: all of the text, or what the cache does not have yet.
+        text: input_ids [B, T] or inputs_embeds [B, T, C]: all of the text, or the part that is not in the cache.
         attention_mask: [B, T], or [B, past + T].
     Raises: ValueError for other shapes, and other values than 0 and 1.
     """

@@ -31,8 +31,7 @@ class QVLModelOutput(CacheOutput):
 
     Attributes:
         last_hidden_state: [B, T, C], after the last norm.
-        pooler_output: [B, C], the last hidden state of each sample's last token that is not padding: the one that has
-            seen all.
+        pooler_output: [B, C], the last hidden state of each sample's last token that is not padding.
         cache: the keys and values so far, with use_cache; past_key_values reads it too.
         hidden_states: with output_hidden_states, L + 1 of [B, T, C]: embeddings and the output of each layer, the last
             one normed.
@@ -79,7 +78,7 @@ class QVLModel(QVLPreTrainedModel):
         self.connector = (QVLAttentionConnector if config.connector_type == "attention" else QVLMLPConnector)(config)
         self.image_embed = nn.Embedding(
             config.max_num_images, config.vision_projection_dim
-        )  # which image of the sample it is
+        )  # by the index of the image in its sample
         self.language_model = QVLTextModel(config)
         self.post_init()
 
@@ -108,7 +107,7 @@ class QVLModel(QVLPreTrainedModel):
         return Visual(pad_sequence(tokens.split(totals), batch_first=True), torch.tensor(totals, device=tokens.device))
 
     def _images(self, pixel_values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int, int]:
-        """Pixels and mask as one row of images; samples; images per sample."""
+        """(pixels [I, C, H, W] and mask [I, H, W] of all images, samples, images per sample)"""
         for name, value in (("pixel_values", pixel_values), ("pixel_attention_mask", mask)):
             if not isinstance(value, Tensor) and not (value is None and name == "pixel_attention_mask"):
                 raise TypeError(f"QVL: {name} must be a torch.Tensor, got {type(value).__name__}")
@@ -161,7 +160,7 @@ class QVLModel(QVLPreTrainedModel):
                 image that is all padding is no image: samples without images are text only.
             output_hidden_states, output_attentions: see QVLModelOutput.
         Raises: ValueError for shapes that do not fit, a mask with other values, or a cache that already holds images;
-            TypeError for pixels that are no tensors, and keywords that nobody reads. Text longer than
+            TypeError for pixels that are no tensors, and unknown keywords. Text longer than
             max_position_embeddings gets a warning, once, and the positions that follow.
         """
         check_keywords(kwargs)
@@ -205,7 +204,7 @@ class QVLModel(QVLPreTrainedModel):
 
 
 def _last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """[B, C]: of hidden [B, T, C] the last row of each sample that is not padding."""
+    """[B, C] of hidden [B, T, C]: the last token of each sample that is not padding."""
     batch, queries = hidden.shape[:2]
     if attention_mask is None or attention_mask.dim() != 2:
         return hidden[:, -1]
@@ -233,10 +232,10 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Self:
-        """As every model's; of a directory of packed weights an accelerated model."""
-        packed = loader.load_packed(pretrained_model_name_or_path, cls, **kwargs)
-        if packed is not None:
-            return packed
+        """As every model's; from a directory of quantised weights it returns an accelerated model."""
+        quantised = loader.load_packed(pretrained_model_name_or_path, cls, **kwargs)
+        if quantised is not None:
+            return quantised
         return super().from_pretrained(pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs})
 
     def get_input_embeddings(self) -> nn.Module:
@@ -324,8 +323,8 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, **{CACHE: cache}, is_first_iteration=is_first_iteration, **kwargs
         )
-        # Read once; from then on the cache has them. A cache that came with images and a call that brings more is
-        # refused by forward.
+        # Pixels are read once; then the cache has keys and values of the images. forward refuses pixels together with
+        # such a cache.
         if not is_first_iteration and holds_images(cache, self.config.num_hidden_layers):
             inputs.pop("pixel_values", None)
         if inputs.get("pixel_values") is None:

@@ -1,6 +1,6 @@
-"""Named settings of QVL. Whatever a preset does not name has the default of QVLConfig, which is that of ``qvl-2b``.
+"""Named settings of QVL. Keys that a preset leaves out have the default of QVLConfig, which is that of ``qvl-2b``.
 
-Why ``qvl-2b`` is what it is, blank by blank of the specification:
+The choices of ``qvl-2b``, where the specification leaves a setting open:
 
 - vocabulary 151,936, tied: the tokenizer of Qwen3-VL (a subword tokenizer) is used as it is; untied, its second table
   would cost 0.31 B of the 2 B parameters.
@@ -16,9 +16,9 @@ Why ``qvl-2b`` is what it is, blank by blank of the specification:
 - vision_projection_dim 1024, the width of the vision tower; language_projection_dim 2048, 32 heads of 64.
 - cross-attention in layers 3, 7, ..., 31: 8 of 32, so that fusion is spread over the depth and costs 3.5 % of the
   parameters.
-- initializer_range 0.02, which is 2048^-0.5; in ``qvl-tiny`` 0.07, which is 192^-0.5, since what pictures add to the
-  text goes through five matrices. Trained on digits with 0.02 and patches of 8, the loss stood at 1.10 after 700 steps;
-  with 0.07 and patches of 16 it was 0.88 after 600. The two changes were made at once: which of them it was is not
+- initializer_range 0.02, which is 2048^-0.5; in ``qvl-tiny`` 0.07, which is 192^-0.5, since what images add to the
+  text goes through five matrices. Trained on digits with 0.02 and patches of 8, the loss was 1.10 after 700 steps;
+  with 0.07 and patches of 16 it was 0.88 after 600. Both were changed at once, so their single effects are not
   known.
 - gates begin at tanh(0.5) = 0.46: with 0 (Flamingo, whose language model was trained before) the connector and the
   vision tower would get no gradient at the first step. Vision and language are trained together here.

@@ -1,7 +1,7 @@
-"""The processor of a QVL checkpoint: text to tokens, pictures to pixels of any size, padded to one size per batch.
+"""The processor of a QVL checkpoint: text to tokens, images to pixels of any size, padded to one size per batch.
 
-A picture is one token of the text (``image_token``), whatever its size; its pixels go through ``pixel_values``, which
-of them belong to it through ``pixel_attention_mask``.
+An image is one token of the text (``image_token``), independent of its size; its pixels are in ``pixel_values``, and
+``pixel_attention_mask`` marks the ones that are not padding.
 """
 
 import json
@@ -23,11 +23,11 @@ FILE = "preprocessor_config.json"
 
 
 class QVLImageProcessor:
-    """Pictures -> [C, H, W] fp32: scaled into a range of sizes, sides rounded to whole patches, normalised.
+    """Images -> [C, H, W] fp32: scaled into a range of sizes, sides rounded to whole patches, normalised.
 
     Args:
         patch_size: vision_patch_size of the model.
-        min_pixels, max_pixels: smaller and larger pictures are scaled to these, their shape kept.
+        min_pixels, max_pixels: smaller and larger images are scaled to these; the aspect ratio is kept.
         image_mean, image_std: of each channel, for values in [0, 1].
     Example:
         >>> QVLImageProcessor(patch_size=16)(image).shape
@@ -50,9 +50,7 @@ class QVLImageProcessor:
         self.image_mean, self.image_std = list(image_mean), list(image_std)
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) that a picture is scaled to. Raises: ValueError if it is more than 200 times as long as it is
-        wide.
-        """
+        """(height, width) that an image is scaled to. Raises: ValueError for an aspect ratio above 200."""
         return smart_resize(height, width, self.patch_size, self.min_pixels, self.max_pixels)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
@@ -116,7 +114,7 @@ class QVLProcessor:
     def __call__(
         self, images: Any = None, text: str | list[str] | None = None, videos: Any = None, **kwargs: Any
     ) -> BatchEncoding:
-        """Model inputs for texts and the pictures that their image tokens stand for, in order.
+        """Model inputs for texts and the images that their image tokens stand for, in order.
 
         Args:
             images: PIL images; or one list of them per text.
@@ -124,26 +122,26 @@ class QVLProcessor:
             kwargs: for the tokenizer: padding, padding_side, return_tensors ("pt" with images), add_special_tokens.
         Returns:
             input_ids, attention_mask [B, T]; with images pixel_values [B, C, H, W] and pixel_attention_mask [B, H, W]
-            (0 on what fills up smaller pictures), or [B, images, ...] where a text has several.
-        Raises: ValueError for videos, and if image tokens and pictures differ in number.
+            (0 on padding), or [B, images, ...] where a text has several.
+        Raises: ValueError for videos, and if image tokens and images differ in number.
         """
         if videos is not None:
             raise ValueError("QVL takes text and images, no videos")
         texts = [text] if isinstance(text, str) else list(text or [])
         encoded = self.tokenizer(texts, **kwargs)
         counts = [item.count(self.image_token) for item in texts]
-        pictures = _flat(images)
-        if sum(counts) != len(pictures):
+        flat_images = _flat(images)
+        if sum(counts) != len(flat_images):
             raise ValueError(
-                f"the texts have {sum(counts)} image tokens ({self.image_token}) for {len(pictures)} pictures"
+                f"the texts have {sum(counts)} image tokens ({self.image_token}) for {len(flat_images)} pictures"
             )
-        if pictures:
-            encoded["pixel_values"], encoded["pixel_attention_mask"] = self._pixels(pictures, counts)
+        if flat_images:
+            encoded["pixel_values"], encoded["pixel_attention_mask"] = self._pixels(flat_images, counts)
         return encoded
 
-    def _pixels(self, pictures: list[Image.Image], counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pixels(self, images: list[Image.Image], counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, images, C, H, W] and [B, images, H, W]; without the dimension of images if no text has more than one."""
-        tensors = [self.image_processor(picture) for picture in pictures]
+        tensors = [self.image_processor(image) for image in images]
         channels, height, width = (max(tensor.shape[i] for tensor in tensors) for i in range(3))
         values = torch.zeros(len(counts), max(counts), channels, height, width)
         mask = torch.zeros(len(counts), max(counts), height, width, dtype=torch.long)

@@ -1,6 +1,4 @@
-"""The language decoder: stock Qwen3-VL layers, with gated cross-attention to visual tokens in the layers that the
-config names.
-"""
+"""The language decoder: stock Qwen3-VL layers, some with gated cross-attention to visual tokens."""
 
 from typing import Any, NamedTuple
 
@@ -26,8 +24,8 @@ class Visual(NamedTuple):
     """Visual tokens of a batch of samples."""
 
     tokens: Tensor  # [B, S, P]
-    lengths: Tensor | None  # int64 [B]: tokens of each sample, the first of its S; None if all samples have S
-    repeats: int = 1  # rows of text that each sample stands for, one after the other (beams)
+    lengths: Tensor | None  # int64 [B]: valid tokens of each sample, which come first; None if all have S
+    repeats: int = 1  # consecutive rows of text that each sample serves (beams)
 
 
 class QVLCrossAttention(nn.Module):
@@ -46,7 +44,7 @@ class QVLCrossAttention(nn.Module):
         self.v_proj = nn.Linear(config.vision_projection_dim, kv_heads * self.head_dim, bias=config.attention_bias)
         self.o_proj = nn.Linear(
             heads * self.head_dim, config.hidden_size, bias=False
-        )  # no bias: who sees no image gets zero
+        )  # no bias: a sample without images must add zero
         self.q_norm = stock.Qwen3VLTextRMSNorm(self.head_dim, eps=config.layer_norm_eps)
         self.k_norm = stock.Qwen3VLTextRMSNorm(self.head_dim, eps=config.layer_norm_eps)
 
@@ -76,7 +74,7 @@ class QVLCrossAttention(nn.Module):
 
 
 class QVLFusion(nn.Module):
-    """x + tanh(gate) * cross_attention(norm(x)): begins a decoder layer. Without images there is nothing to add."""
+    """x + tanh(gate) * cross_attention(norm(x)), before a decoder layer; x without images."""
 
     def __init__(self, config: QVLConfig, index: int) -> None:
         super().__init__()
@@ -87,7 +85,7 @@ class QVLFusion(nn.Module):
         self.gate = nn.Parameter(torch.empty(1))  # one dimension: FSDP2 takes no scalars
 
     def memory(self, visual: Visual | None, cache: Cache | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Keys, values and lengths: made of new visual tokens and put into the cache, or from there; None without
+        """Keys, values and lengths: of new visual tokens, which also go into the cache, or from the cache; None without
         images.
         """
         if visual is None:
@@ -124,7 +122,7 @@ class QVLDecoderLayer(stock.Qwen3VLTextDecoderLayer):
 
     def __init__(self, config: QVLConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        if config.hidden_act == "swish":  # one function under two names, of which the stock modules use this one
+        if config.hidden_act == "swish":  # two names of one function; the stock modules use this one
             self.mlp.act_fn = ACT2FN["silu"]
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         fused = config.cross_attention_layers
@@ -145,9 +143,13 @@ class QVLDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """``visual_tokens`` are those of ``visual``, by themselves because reentrant checkpointing follows plain
-        arguments only; ``fuse``: whether cross-attention is still to be done; ``output_attentions``: attention by the
-        eager formula, which needs an additive mask.
+        """The decoder layer.
+
+        Args:
+            visual_tokens: tokens of ``visual``, passed separately since reentrant checkpointing tracks tensor arguments
+                only.
+            fuse: whether cross-attention is still to be computed.
+            output_attentions: use the eager formula, which returns weights and needs an additive mask.
         """
         if fuse:
             hidden_states = self.fuse(hidden_states, visual_tokens, visual, cache, output_attentions)
@@ -183,7 +185,7 @@ class QVLDecoderLayer(stock.Qwen3VLTextDecoderLayer):
 
 
 def _check_recorded(weights: Tensor | None, name: str) -> None:
-    if weights is None:  # a replaced forward belongs to the original module, whose formula has none
+    if weights is None:  # a forward that was replaced on the instance calls the original module
         raise RuntimeError(
             f"QVL: output_attentions=True, but the forward of {name} was replaced and returns no weights; "
             'load the model with attn_implementation="eager"'
@@ -256,7 +258,7 @@ class QVLTextModel(QVLPreTrainedModel):
         )
         if (
             attentions and mask is not None and mask.dtype == torch.bool
-        ):  # one that came with four dimensions is left as it is
+        ):  # a mask that came with four dimensions is left as it is
             mask = torch.zeros(mask.shape, dtype=hidden_states.dtype, device=mask.device).masked_fill(
                 ~mask, torch.finfo(hidden_states.dtype).min
             )
@@ -278,7 +280,7 @@ class QVLTextModel(QVLPreTrainedModel):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
-        """What the first layer is given [B, T, C] for input_ids [B, T]."""
+        """Hidden states [B, T, C], the input of the first layer, of input_ids [B, T]."""
         return self._with_types(self.embed_tokens(input_ids), self._token_types(input_ids, None))
 
     def _with_types(self, embeddings: Tensor, token_types: Tensor) -> Tensor:
@@ -291,7 +293,7 @@ class QVLTextModel(QVLPreTrainedModel):
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
     def _token_types(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """1 for tokens that stand for an image, else 0."""
+        """1 for image tokens, else 0."""
         if input_ids is None:
             return torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         image = self.config.image_token_id
@@ -299,7 +301,7 @@ class QVLTextModel(QVLPreTrainedModel):
 
 
 def _positions(attention_mask: Tensor | None, cache: Cache | None, embeddings: Tensor) -> Tensor:
-    """Positions [B or 1, T] of the newest tokens; padding is not counted."""
+    """Positions [B or 1, T] of the last T tokens; padding is not counted."""
     queries = embeddings.shape[1]
     if attention_mask is not None and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -queries:]

@@ -1,7 +1,7 @@
-"""The vision transformer: images of any size, padded or not, as one packed row of patches.
+"""The vision transformer: images of any size, padded or not, as varlen sequences of patches (cu_seqlens).
 
-Padding is left out before the first block, so it costs nothing and cannot be seen: an image is the box of patches that
-its mask touches, positions count within that box, and masked pixels are zero.
+Patches of padding are dropped before the first block, so they cost nothing and have no effect. An image is the bounding
+box of the patches that its mask touches, positions count within that box, and masked pixels are zero.
 """
 
 import torch
@@ -51,7 +51,7 @@ class QVLVisionPositions(nn.Module):
 
 
 def _block_config(config: QVLConfig) -> Qwen3VLVisionConfig:
-    """The settings of one block in the words of the stock class."""
+    """The settings of one block as a config of the stock class."""
     return Qwen3VLVisionConfig(
         hidden_size=config.vision_hidden_size,
         num_heads=config.vision_num_attention_heads,
@@ -70,7 +70,7 @@ class QVLVisionBlock(stock.Qwen3VLVisionBlock):
 
 
 class QVLVisionModel(QVLPreTrainedModel):
-    """Pixels -> packed patch features."""
+    """Pixels -> varlen patch features."""
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -88,7 +88,7 @@ class QVLVisionModel(QVLPreTrainedModel):
         return self.patch_embed.proj
 
     def forward(self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None) -> tuple[Tensor, list[int]]:
-        """Reads images.
+        """Features of images.
 
         Args:
             pixel_values: [I, C, H, W], any H and W; sides that are no multiple of the patch size are padded.
@@ -103,18 +103,18 @@ class QVLVisionModel(QVLPreTrainedModel):
         if mask is None:
             boxes, lengths = [(rows, columns)] * images, [rows * columns] * images
             coordinates = _grid(rows, columns, patches.device).repeat(images, 1)
-            packed = patches.reshape(-1, width)
+            features = patches.reshape(-1, width)
         else:
             seen = mask.view(images, rows, self.config.vision_patch_size, columns, -1).any(4).any(2)
             image, row, column = seen.nonzero(as_tuple=True)
-            packed = patches[image, row, column]
+            features = patches[image, row, column]
             top, left = _first(seen.any(2)), _first(seen.any(1))
             coordinates = torch.stack((row - top[image], column - left[image]), 1)
             lengths = seen.sum((1, 2)).tolist()
             boxes = list(zip(_extent(seen.any(2)), _extent(seen.any(1))))
         if not sum(lengths):
-            return packed, lengths
-        packed = packed + self._positions(boxes, lengths, coordinates)
+            return features, lengths
+        features = features + self._positions(boxes, lengths, coordinates)
         angles = rotary_tables(
             coordinates, width // self.config.vision_num_attention_heads // 2, self.config.vision_rope_theta
         )
@@ -122,10 +122,10 @@ class QVLVisionModel(QVLPreTrainedModel):
         cu_seqlens = torch.tensor([0, *(length for length in lengths if length)], dtype=torch.int32).cumsum(
             0, dtype=torch.int32
         )
-        tables, cu_seqlens = (angles.cos(), angles.sin()), cu_seqlens.to(packed.device)
+        tables, cu_seqlens = (angles.cos(), angles.sin()), cu_seqlens.to(features.device)
         for block in self.blocks:
-            packed = block(packed, cu_seqlens, position_embeddings=tables)
-        return self.norm(packed), lengths
+            features = block(features, cu_seqlens, position_embeddings=tables)
+        return self.norm(features), lengths
 
     def _positions(self, boxes: list[tuple[int, int]], lengths: list[int], coordinates: Tensor) -> Tensor:
         tables: dict[tuple[int, int], Tensor] = {}
@@ -140,7 +140,7 @@ class QVLVisionModel(QVLPreTrainedModel):
 
 
 def _whole_patches(pixel_values: Tensor, mask: Tensor | None, patch: int) -> tuple[Tensor, Tensor | None]:
-    """Pixels and mask (bool) with sides that are multiples of ``patch``, what is masked set to zero."""
+    """Pixels and bool mask, padded to multiples of ``patch``; masked pixels are set to zero."""
     height, width = pixel_values.shape[-2:]
     missing = (0, -width % patch, 0, -height % patch)
     if mask is not None:

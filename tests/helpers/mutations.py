@@ -83,8 +83,8 @@ MUTATIONS = [
     Mutation(VISION, "weight = (place - low)", "weight = (place - low).round()", EXACT_MLP),
     Mutation(
         VISION,
-        "            packed = block(packed",
-        "            block.gradient_checkpointing = False\n            packed = block(packed",
+        "            features = block(features",
+        "            block.gradient_checkpointing = False\n            features = block(features",
         CHECKPOINTS,
     ),
     Mutation(CONFIG, "vision_num_attention_heads: int = 16", "vision_num_attention_heads: int = 8", DEFAULTS),
@@ -100,7 +100,7 @@ MUTATIONS = [
     Mutation(VISION, "angles.flatten(1).repeat(1, 2)", "angles.flip(1).flatten(1).repeat(1, 2)", EXACT_MLP),
     Mutation(VISION, "angles.flatten(1).repeat(1, 2)", "angles.flatten(1).repeat_interleave(2, 1)", EXACT_MLP),
     Mutation(VISION, "self.config.vision_rope_theta", "10000.0", f"{REFERENCE}::test_plain_in_float64[sdpa-epsilon]"),
-    Mutation(VISION, "return self.norm(packed), lengths", "return packed, lengths", EXACT_ATTENTION),
+    Mutation(VISION, "return self.norm(features), lengths", "return features, lengths", EXACT_ATTENTION),
     Mutation(
         VISION,
         "self.norm1.eps = self.norm2.eps = config.layer_norm_eps",
