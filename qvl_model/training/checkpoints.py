@@ -1,6 +1,4 @@
-"""Checkpoints of a run: the newest complete one, what a resumed run must have in common with the first, the log of
-losses.
-"""
+"""Checkpoints of a run: the newest complete one, the settings that a resumed run must keep, the log of losses."""
 
 import contextlib
 import fcntl
@@ -16,7 +14,7 @@ __all__ = ["RunRecord", "last_complete", "locked", "read_log", "truncate_log"]
 
 RECORD = "run.json"
 LOG = "log.jsonl"
-STATE = "trainer_state.json"  # what the Trainer writes last
+STATE = "trainer_state.json"  # the file that the Trainer writes last
 _FREE = ("workers",)  # keys of "run" that may change between the runs
 
 
@@ -43,7 +41,7 @@ def last_complete(directory: Path) -> tuple[Path | None, list[Path]]:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Holds the directory for this process; the system lets go of it however the process ends.
+    """Locks the directory for this process; the system unlocks it when the process ends.
 
     Raises: ConfigError if another process trains into it: ranks that outlived a killed torchrun, for example.
     """
@@ -58,7 +56,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 class RunRecord:
-    """What the curve of a run depends on, kept in run.json: a run is only resumed with the same."""
+    """The settings that the loss curve depends on, in run.json; a run is resumed with equal ones only."""
 
     def __init__(self, config: dict, fingerprints: Mapping[str, str | None], ranks: int) -> None:
         run = {key: value for key, value in config["run"].items() if key not in _FREE}
@@ -105,8 +103,8 @@ def _differences(before: dict, now: dict, group: str = "") -> Iterator[tuple[str
 
 
 def read_log(directory: str | Path) -> list[dict]:
-    """The lines of log.jsonl: step, and loss with learning_rate and grad_norm, or eval_loss. A line cut short by a kill
-    is left out.
+    """The lines of log.jsonl: step, and loss with learning_rate and grad_norm, or eval_loss. A line that was cut
+    short is left out.
 
     Example:
         >>> [line["loss"] for line in read_log("out") if "loss" in line]
@@ -125,7 +123,7 @@ def read_log(directory: str | Path) -> list[dict]:
 
 
 def truncate_log(directory: Path, step: int) -> None:
-    """Drops what was logged after ``step``: a run that resumes there logs it again."""
+    """Drops lines after ``step``, since a run that resumes there logs them again."""
     kept = [entry for entry in read_log(directory) if entry["step"] <= step]
     temporary = directory / (LOG + ".new")
     temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))

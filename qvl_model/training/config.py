@@ -182,7 +182,7 @@ class TrainConfig:
         return config
 
     def check(self) -> None:
-        """Raises ConfigError for values that are fine alone and not together."""
+        """Raises ConfigError for combinations of values that are not allowed."""
         if (self.run.steps is None) == (self.run.epochs is None):
             raise ConfigError("give exactly one of run.steps and run.epochs")
         if self.output.save_every % self.output.log_every:

@@ -1,6 +1,4 @@
-"""Training data on disk: every row is checked once before training, bad ones are counted, reported with their line and
-skipped.
-"""
+"""Training data on disk. Every row is checked once before training; bad rows are skipped and reported."""
 
 import hashlib
 import json
@@ -25,7 +23,7 @@ _BLOCK = 4096  # rows handed to the threads at once
 
 
 class DataError(ValueError):
-    """Data that nothing can be trained on, or that changed while training; the message names file and line."""
+    """Data without a good row, or that changed during training; the message names file and line."""
 
 
 @dataclass
@@ -34,7 +32,7 @@ class Skipped:
 
     Attributes:
         source: name of the file or directory.
-        total: rows looked at, good and bad.
+        total: rows checked, good and bad.
         rows: (line, counted from 1, and reason) of each bad row.
     """
 
@@ -51,11 +49,11 @@ class Skipped:
 
 
 class JsonlRows:
-    """The lines of a JSONL file, read from the file whenever they are needed. Empty lines are no rows.
+    """The lines of a JSONL file, read when they are needed. Empty lines are no rows.
 
     Args:
         file: the JSONL file.
-        images: folder of relative picture paths; default the folder of the file.
+        images: folder of relative image paths; default the folder of the file.
     """
 
     def __init__(self, file: str | Path, images: str | Path | None = None) -> None:
@@ -92,8 +90,8 @@ class JsonlRows:
 
 
 class DatasetRows:
-    """The rows of a dataset of the ``datasets`` library, or of anything with a length and dictionaries to be had by
-    number.
+    """The rows of a dataset of the ``datasets`` library, or of any sequence of dictionaries with a
+    length.
     """
 
     def __init__(self, dataset: Any, name: str = "dataset") -> None:
@@ -113,7 +111,7 @@ class DatasetRows:
     def row(self, index: int) -> object:
         try:
             return self.dataset[index]
-        except (OSError, ValueError, SyntaxError) as error:  # pictures are decoded here
+        except (OSError, ValueError, SyntaxError) as error:  # images are decoded here
             raise BadRow(f"cannot be read: {' '.join(str(error).split())}") from error
 
 
@@ -122,12 +120,12 @@ class Rows(Dataset):
 
     Args:
         source: JsonlRows or DatasetRows.
-        encoder: turns a conversation into tensors; says how long a row may be.
+        encoder: turns a conversation into tensors; limits the length of a row.
         columns: our column name -> the data's.
-        decode: decode every picture now, to find broken ones.
+        decode: decode every image now, to find broken ones.
     Attributes:
-        skipped: what was left out and why.
-        without_pictures: lines of good rows that have no picture.
+        skipped: the rows that were left out, with reasons.
+        without_pictures: lines of good rows without images.
     Raises: DataError if no good row is left.
     Example:
         >>> rows = Rows(JsonlRows("train.jsonl"), Encoder(processor, max_length=2048))
@@ -146,12 +144,12 @@ class Rows(Dataset):
         self.skipped = Skipped(source.name, len(source))
         self.good: list[int] = []
         self.without_pictures: list[int] = []
-        for index, (pictures, reason) in enumerate(self._scan(decode)):
+        for index, (images, reason) in enumerate(self._scan(decode)):
             if reason is not None:
                 self.skipped.rows.append((source.line(index), reason))
                 continue
             self.good.append(index)
-            if pictures == 0:
+            if images == 0:
                 self.without_pictures.append(source.line(index))
         if not self.good:
             raise DataError(
@@ -180,7 +178,7 @@ class Rows(Dataset):
         try:
             conversation = parse(self.source.row(index), self.columns)
             return self.encoder(conversation, [load_image(image, self.source.folder) for image in conversation.images])
-        except BadRow as error:  # it was fine when training began (or data.decode is off)
+        except BadRow as error:  # the data has changed since it was checked (or data.decode is off)
             raise DataError(f"{self.source.name}, line {self.source.line(index)}: {error}") from error
 
 

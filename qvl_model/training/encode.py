@@ -17,14 +17,14 @@ IGNORED = -100  # label of tokens that no loss is computed for
 class Encoder:
     """Turns conversations into model inputs with labels.
 
-    The chat template renders every turn as it will at generation: all that comes before an answer is one piece of text,
-    tokenised as the prompt would be, and the answer with its end-of-turn token is another, which is what the model
-    learns. Turns after the last answer are left out.
+    The chat template renders every turn as at generation. The text before an answer is one segment, tokenised as the
+    prompt would be; the answer with its end-of-turn token is the next, and the model learns it. Turns after the last
+    answer are left out.
 
     Args:
         processor: as ``qvl_model.processing.load_processor`` gives it.
         max_length: longest row in tokens.
-        max_images: most pictures that a row may have; None for any number.
+        max_images: most images that a row may have; None for any number.
     Example:
         >>> encoder = Encoder(load_processor(path), max_length=2048)
         >>> row = encoder(parse({"image": image, "question": "Which digit is this?", "answer": "7"}), [image])
@@ -38,9 +38,7 @@ class Encoder:
         self.processor, self.max_length, self.max_images = processor, max_length, max_images
 
     def segments(self, conversation: Conversation) -> list[tuple[str, bool]]:
-        """(text, whether it is learned) in order; together the rendered conversation up to the end of the
-        last answer.
-        """
+        """(text, whether it is learned) in order; joined, the conversation up to the end of the last answer."""
         special = [token for token in (self.processor.image_token, self.processor.video_token) if token]
         for message in conversation.messages:
             for part in message["content"]:
@@ -65,18 +63,18 @@ class Encoder:
     def _render(self, messages: list[dict], prompt: bool = False) -> str:
         try:
             return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:  # templates raise what they like, for example for roles in an order they do not know
+        except Exception as error:  # templates may raise anything, for example for an unexpected order of roles
             raise BadRow(f"the chat template refuses it: {' '.join(str(error).split())}") from error
 
     def length(self, conversation: Conversation, sizes: list[tuple[int, int]]) -> int:
-        """Tokens of the row, given the (width, height) of its pictures, without preparing them. Raises: BadRow."""
+        """Tokens of the row, from the (width, height) of its images, without their pixels. Raises: BadRow."""
         count = sum(
             len(self.processor.tokenizer(text, add_special_tokens=i == 0).input_ids)
             for i, (text, _) in enumerate(self.segments(conversation))
         )
         for width, height in sizes:
             try:
-                count += self._image_tokens(height, width) - 1  # its place is one token of the text
+                count += self._image_tokens(height, width) - 1  # its placeholder is one token of the text
             except ValueError as error:
                 raise BadRow(
                     f"a picture of {width} x {height} pixels is refused: {' '.join(str(error).split())}"
@@ -84,7 +82,7 @@ class Encoder:
         return count
 
     def _image_tokens(self, height: int, width: int) -> int:
-        """Tokens that a picture takes in the text: one per merged patch in Qwen3-VL, one in QVL."""
+        """Tokens of an image in the text: one per merged patch in Qwen3-VL, one in QVL."""
         image_processor = self.processor.image_processor
         if isinstance(image_processor, QVLImageProcessor):
             image_processor.target_size(height, width)
@@ -92,7 +90,7 @@ class Encoder:
         return image_processor.get_number_of_image_patches(height, width, {}) // image_processor.merge_size**2
 
     def check(self, conversation: Conversation, sizes: list[tuple[int, int]]) -> None:
-        """Raises: BadRow if the row is too long or has too many pictures."""
+        """Raises: BadRow if the row is too long or has too many images."""
         if self.max_images is not None and len(sizes) > self.max_images:
             raise BadRow(f"has {len(sizes)} pictures, more than the model's {self.max_images}")
         length = self.length(conversation, sizes)
@@ -100,10 +98,10 @@ class Encoder:
             raise BadRow(f"is {length} tokens long, more than {self.max_length}")
 
     def __call__(self, conversation: Conversation, images: list[Image.Image]) -> dict[str, Tensor]:
-        """One row: input_ids and labels [T], and what the family's model takes besides. Raises: BadRow.
+        """One row: input_ids and labels [T], and the other inputs of the family's model. Raises: BadRow.
 
-        Qwen3-VL: mm_token_type_ids [T]; with pictures pixel_values [patches, ...] and image_grid_thw. QVL: with
-        pictures pixel_values [1, images, C, H, W] and pixel_attention_mask [1, images, H, W].
+        Qwen3-VL: mm_token_type_ids [T]; with images pixel_values [patches, ...] and image_grid_thw. QVL: with
+        images pixel_values [1, images, C, H, W] and pixel_attention_mask [1, images, H, W].
         """
         columns: dict[str, list[Tensor]] = {}
         labels, rest = [], list(images)
@@ -115,7 +113,7 @@ class Encoder:
             labels.append(ids if learned else torch.full_like(ids, IGNORED))
             for name, value in encoded.items():
                 if name in _PIXELS and "pixel_attention_mask" in encoded and encoded["pixel_values"].dim() == 4:
-                    value = value[:, None]  # the only picture of its text
+                    value = value[:, None]  # the only image of its text
                 columns.setdefault(name, []).append(value[0] if name in _PER_TOKEN else value)
         columns.pop("attention_mask", None)
         row = {name: _joined(name, values, dim=1) for name, values in columns.items()}
@@ -131,7 +129,7 @@ _FILLERS = {"labels": IGNORED, "mm_token_type_ids": 0}
 
 
 def pad(rows: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
-    """Rows as ``Encoder`` makes them -> one batch: tokens padded on the right to [B, T], attention_mask added, pictures
+    """Rows as ``Encoder`` makes them -> one batch: tokens padded on the right to [B, T], attention_mask added, images
     joined.
     """
     lengths = [len(row["input_ids"]) for row in rows]
@@ -145,7 +143,7 @@ def pad(rows: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
             batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filler)
         elif (
             name in _PIXELS and values[0].dim() > 3
-        ):  # of each row, [1, images, ...]: rows without pictures get masked ones
+        ):  # of each row, [1, images, ...]: rows without images get masked ones
             blank = values[0].new_zeros((1, 1, *values[0].shape[2:]))
             batch[name] = _joined(name, [row.get(name, blank) for row in rows], dim=0)
         else:
@@ -154,9 +152,8 @@ def pad(rows: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
 
 
 def _joined(name: str, values: list[Tensor], dim: int) -> Tensor:
-    """Values of several texts or rows as one. Pictures as pixels, [1, images, (channels,) H, W], are padded with zeros
-    to one size and joined along ``dim`` (images of a row: 1; rows of a batch: 0); all else is a list of tokens or
-    patches.
+    """Joins values of several texts or rows. Pixels [1, images, (channels,) H, W] are padded with zeros to one size and
+    joined along ``dim`` (1 for images of a row, 0 for rows of a batch); tokens and patches are concatenated.
     """
     if name not in _PIXELS or values[0].dim() <= 3:
         return torch.cat(values)

@@ -1,14 +1,14 @@
-"""One row of training data: the forms it may come in, and what is wrong with it if it is bad.
+"""One row of training data: the forms that are read, and the reasons for which a row is refused.
 
-Three forms are read, all with one picture, several or none:
+Three forms are read, each with one image, several or none:
 
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is
                   this?"}]}, {"role": "assistant", "content": "A seven."}]}
     {"image": "a.png", "conversations": [{"from": "human", "value": "<image>What is this?"}, {"from": "gpt", "value": "A
     seven."}]} {"images": ["a.png", "b.png"], "question": "Which is larger?", "answer": "The second."}
 
-``<image>`` in a text stands for the next picture of "image" or "images"; pictures without a place go before the first
-question. A picture is a path, the bytes of a file, or what the datasets library makes of one.
+``<image>`` in a text stands for the next image of "image" or "images"; without any, images go before the first
+question. An image is a path, the bytes of a file, or an image of the datasets library.
 """
 
 import io
@@ -34,7 +34,7 @@ class Conversation:
 
     Attributes:
         messages: turns as chat templates take them: role, and content as a list of text and image parts.
-        images: where the pictures come from, in the order of their places.
+        images: the sources of the images, in the order of their placeholders.
     """
 
     messages: list[dict]
@@ -42,7 +42,7 @@ class Conversation:
 
 
 def parse(row: object, columns: dict[str, str] | None = None) -> Conversation:
-    """Turns a row into a Conversation. ``columns`` maps our names to those of the data. Raises: BadRow."""
+    """Turns a row into a Conversation. ``columns`` maps our column names to the data's. Raises: BadRow."""
     if not isinstance(row, dict):
         raise BadRow(f"is a {type(row).__name__}, not an object")
     if columns:
@@ -111,7 +111,7 @@ def _outer_images(row: dict) -> list:
 
 
 def _parts(content: object, index: int) -> list[dict]:
-    """Content of a turn as parts, texts split at their places for pictures."""
+    """Content of a turn as parts; texts are split at image placeholders."""
     if isinstance(content, (int, float)) and not isinstance(content, bool):
         content = str(content)
     if isinstance(content, str):
@@ -152,12 +152,12 @@ def _check_turns(messages: list[dict]) -> None:
 
 
 def load_image(source: object, folder: Path, *, decode: bool = True) -> Image.Image:
-    """The picture that ``source`` (path, bytes, dictionary of either, PIL image) stands for, in RGB.
+    """The image of ``source`` (path, bytes, dictionary of either, PIL image), in RGB.
 
     Args:
         folder: where relative paths start.
-        decode: False reads the header only; the size of the result is right, its pixels are not read.
-    Raises: BadRow if there is no such picture or it cannot be read.
+        decode: False reads the header only; the result has the right size and no pixels.
+    Raises: BadRow if there is no such image or it cannot be read.
     """
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")

@@ -1,4 +1,4 @@
-"""A whole training run from its configuration: load, check the data, train (or go on), save."""
+"""A whole training run from its configuration: load, check the data, train or resume, save."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ from qvl_model.training.trainer import CapacityCallback, LogCallback, Trainer
 __all__ = ["TrainResult", "build_arguments", "load_model", "train"]
 
 FINAL = "final"
-# What a processor is made of: copied beside the trained weights as it came, so that nothing of it is lost on the way.
+# Files of a processor, copied unchanged beside the trained weights.
 PROCESSOR_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -47,12 +47,12 @@ PROCESSOR_FILES = (
 
 @dataclass
 class TrainResult:
-    """What a run left behind.
+    """The result of a run.
 
     Attributes:
         directory: the trained model, for from_pretrained.
         steps: optimizer steps altogether.
-        resumed_from: step of the checkpoint that the run went on from; 0 for a new one.
+        resumed_from: step of the checkpoint that the run resumed from; 0 for a new run.
         skipped: lines of the training data that were left out.
     """
 
@@ -127,23 +127,23 @@ def _set_dropout(settings: Any, config: TrainConfig) -> None:
         value = getattr(config.model, key)
         if value is None:
             continue
-        places = [
+        owners = [
             (part, name) for part in (settings, settings.get_text_config()) for name in names if name in part.to_dict()
         ]
-        if not places:
+        if not owners:
             raise ConfigError(f"model.{key}: a {settings.model_type} model has no such dropout")
-        for part, name in places:
+        for part, name in owners:
             setattr(part, name, value)
 
 
 def build_arguments(
     config: TrainConfig, model: PreTrainedModel, *, pictures_in_every_row: bool = True
 ) -> TrainingArguments:
-    """transformers' TrainingArguments for a configuration; what it leaves out is up to the caller.
+    """transformers' TrainingArguments for a configuration.
 
     Args:
-        pictures_in_every_row: False if ranks may get batches without pictures, whose vision tower then has no gradient.
-    Raises: ConfigError for a precision, device or sharding that cannot be had here.
+        pictures_in_every_row: False if ranks may get batches without images, so that the vision tower has no gradient.
+    Raises: ConfigError for a precision, device or sharding that is not available here.
     """
     run, optimizer, output = config.run, config.optimizer, config.output
     cuda = torch.cuda.is_available() and run.device != "cpu"
@@ -171,7 +171,7 @@ def build_arguments(
     if ranks > 1:
         options |= {"ddp_find_unused_parameters": not pictures_in_every_row, "ddp_backend": "nccl" if cuda else "gloo"}
     if run.workers and "dataloader_multiprocessing_context" in names:
-        options["dataloader_multiprocessing_context"] = "spawn"  # a forked child hangs in PyTorch once OpenMP has run
+        options["dataloader_multiprocessing_context"] = "spawn"  # a forked worker hangs in PyTorch after OpenMP has run
     evaluate = config.data.validation is not None
     return TrainingArguments(
         output_dir=output.directory,
@@ -212,7 +212,7 @@ def build_arguments(
 
 
 def _rows(key: str, config: TrainConfig, encoder: Encoder, main: bool) -> Rows:
-    """The rows of data.train or data.validation; the main rank reports what is left out."""
+    """The rows of data.train or data.validation; the main rank reports skipped rows."""
     source = open_rows(getattr(config.data, key), images=config.data.images, split=config.data.split)
     rows = Rows(source, encoder, columns=config.data.columns, decode=config.data.decode)
     if main:
@@ -238,7 +238,7 @@ def _tensorboard(config: TrainConfig, main: bool, step: int) -> list:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         from tensorboardX import SummaryWriter  # type: ignore[no-redef]
-    # What a killed run logged after its last checkpoint is hidden: the resumed run logs it again.
+    # Hides what a killed run logged after its last checkpoint, since the resumed run logs it again.
     return [
         TensorBoardCallback(
             SummaryWriter(str(Path(config.output.directory) / "tensorboard"), purge_step=step + 1 if step else None)
@@ -247,14 +247,14 @@ def _tensorboard(config: TrainConfig, main: bool, step: int) -> list:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Trains as configured; goes on from the newest complete checkpoint if the output directory has one.
+    """Trains as configured; resumes from the newest complete checkpoint if the output directory has one.
 
     Under torchrun every rank calls this. Bad rows are reported on stderr and in ``skipped-*.txt``, losses in
     ``log.jsonl``.
 
     Returns: where the trained model is, and what was skipped.
-    Raises: ConfigError and DataError (both ValueError) for what cannot be trained, before a step is made;
-        capacity.CapacityError if the model loses capacity on the way.
+    Raises: ConfigError and DataError (both ValueError) before the first step, for configurations and data that
+        cannot be trained; capacity.CapacityError if the model loses capacity during training.
     Example:
         >>> result = train(TrainConfig.from_yaml("train.yaml"))
         >>> model = Qwen3VLForConditionalGeneration.from_pretrained(result.directory)
@@ -316,7 +316,7 @@ def _train(config: TrainConfig, path: Path, directory: Path, main: bool) -> Trai
     trainer.add_callback(_ProcessorCallback(path))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    except UnpicklingError as error:  # the Trainer reads tensors and numbers only
+    except UnpicklingError as error:  # the Trainer loads tensors and numbers only
         raise ConfigError(
             f"{checkpoint} holds files that are damaged, or more than data; delete it to go on from the one before"
         ) from error
@@ -331,7 +331,7 @@ def _copy_processor(source: Path, target: Path) -> None:
 
 
 class _ProcessorCallback(transformers.TrainerCallback):
-    """Puts the processor into every checkpoint, so that each can be used by itself."""
+    """Copies the processor into every checkpoint, so that each is complete."""
 
     def __init__(self, source: Path) -> None:
         self.source = source
@@ -343,7 +343,7 @@ class _ProcessorCallback(transformers.TrainerCallback):
 
 def _save_final(trainer: Any, source: Path, target: Path, dtype: torch.dtype) -> None:
     """Weights in the dtype of the checkpoint that training began with, config, generation config and processor."""
-    state = trainer.accelerator.get_state_dict(trainer.model)  # gathers sharded weights: every rank takes part
+    state = trainer.accelerator.get_state_dict(trainer.model)  # gathers sharded weights, so every rank must call it
     if trainer.is_world_process_zero():
         model: Any = capacity.innermost(trainer.model)
         model.config.use_cache = True  # the Trainer switched it off

@@ -1,4 +1,4 @@
-"""The Trainer and its callbacks: which weights decay, checkpoints that are complete or not there, capacity, the log."""
+"""The Trainer and its callbacks: weight decay, complete checkpoints, capacity checks, the log."""
 
 import json
 import math
@@ -33,9 +33,9 @@ def decayed(model: nn.Module) -> list[str]:
 class Trainer(transformers.Trainer):
     """transformers' Trainer, with four differences.
 
-    The loss of a step is the mean over all its learned tokens, however they are spread over accumulated batches and
-    ranks (stock Qwen3-VL asks for a mean of means); weight decay applies to matrices only; a checkpoint's last file
-    says that it is complete; and FSDP2 works on CPU ranks too.
+    The loss of a step is the mean over all its learned tokens, independent of their distribution over accumulated
+    batches and ranks (stock Qwen3-VL takes a mean of means); weight decay applies to matrices only; a checkpoint's last
+    file marks it as complete; and FSDP2 works on CPU ranks too.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -46,15 +46,15 @@ class Trainer(transformers.Trainer):
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         if self.args.fsdp and not self.is_fsdp_enabled and state.distributed_type == DistributedType.MULTI_CPU:
-            # accelerate switches FSDP on for GPUs alone; all that follows runs on gloo as well.
+            # accelerate enables FSDP for GPUs only; the rest works with gloo too.
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             state.distributed_type = DistributedType.FSDP
             PartialState._shared_state["distributed_type"] = (
                 DistributedType.FSDP
-            )  # every AcceleratorState() reads it from here again
+            )  # every AcceleratorState() reads it from here
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled and state.mixed_precision != "no":
-            # accelerate's own policy would also sum gradients and round the loss in 16 bits.
+            # accelerate's own policy would also reduce gradients, and round the loss, in 16 bits.
             state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype={"fp16": torch.float16, "bf16": torch.bfloat16}[state.mixed_precision],
                 reduce_dtype=torch.float32,
@@ -65,8 +65,8 @@ class Trainer(transformers.Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # The main rank writes trainer_state.json next: only after every rank has written its part is the checkpoint
-        # complete.
+        # The main rank writes trainer_state.json next, which marks the checkpoint as complete; so every rank must have
+        # written its part before.
         if self.args.world_size > 1:
             torch.distributed.barrier()
 
@@ -76,7 +76,7 @@ class CapacityCallback(TrainerCallback):
     violation.
 
     All ranks check together. The violation is raised as CapacityError out of ``Trainer.train``, before a checkpoint of
-    the step is written, so the newest checkpoint is of a whole model.
+    the step is written, so the newest checkpoint has its full capacity.
 
     Args:
         spec: as for ``qvl_model.capacity.verify``.
@@ -134,7 +134,7 @@ class CapacityCallback(TrainerCallback):
 
 
 class LogCallback(TrainerCallback):
-    """Writes losses into log.jsonl, one line each, flushed at once; a resumed run goes on where its checkpoint was."""
+    """Writes losses into log.jsonl, one line each, flushed at once; a resumed run continues from its checkpoint."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
