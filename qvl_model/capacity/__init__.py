@@ -1,12 +1,13 @@
-"""Capacity: does a model have every layer, head, channel and parameter of its specification, and are they alive?
+"""Architecture and weight integrity: has a model all layers, heads, channels and parameters of its specification, and
+are none of them pruned?
 
     >>> from qvl_model import capacity
     >>> report = capacity.verify(model, "qwen3-vl-2b")     # CapacityError names every module that is not as specified
     >>> print(report)
 
-The specification is a config: the model that it describes is built without memory (on the meta device) and compared
-with the model at hand, module by module. Then the weights are read once: NaN is found, and heads, rows and columns that
-are zero or next to it are pruned. Accelerated, quantised and sharded models are taken as they are.
+The specification is a config. The model that it describes is built on the meta device and compared with the given
+model, module by module. Then the weights are read once, to find NaN, and pruned heads, rows and columns, which are zero
+or nearly zero. Accelerated, quantised and sharded models are checked as they are.
 """
 
 from torch import nn
@@ -37,7 +38,7 @@ Spec = CapacitySpec | PreTrainedConfig | str | None
 def examine(
     model: nn.Module, spec: Spec = None, *, training: bool = False, optimizer: Optimizer | None = None
 ) -> CapacityReport:
-    """What ``verify`` finds, without raising. Arguments as there."""
+    """As ``verify``, but returns violations in the report instead of raising."""
     if hasattr(model, "get_base_model"):
         raise TypeError("capacity: the model carries adapters (PEFT); merge them first: model.merge_and_unload()")
     inner = innermost(model)

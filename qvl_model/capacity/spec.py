@@ -1,4 +1,4 @@
-"""What belongs in a model: the tree of modules and parameters that its config describes, built on the meta device."""
+"""The specification of a model: the modules and parameters that its config describes, built on the meta device."""
 
 import copy
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from qvl_model.qvl import QVLConfig
 __all__ = ["SPECS", "CapacitySpec", "heads_of", "innermost"]
 
 OWN_PACKAGES = ("transformers", "torch", "qvl_model")  # a class from elsewhere may do anything in its forward
-# Sizes that are no capacity: they follow the data, or only say where a row of zeros may be.
+# Sizes that are not checked: they follow the data, or name a row that may be zero.
 _FREE_SIZES = ("padding_idx", "max_seq_len_cached", "original_max_seq_len")
 # Numbers that make a module do nothing if they are 0 or huge.
 _FACTORS = ("scaling", "attention_scaling", "eps", "variance_epsilon")
@@ -74,7 +74,7 @@ def innermost(model: nn.Module) -> PreTrainedModel:
 
 
 def _defining_class(cls: type) -> type:
-    """The class that the model was before FSDP2 made a class of its own for it."""
+    """The class of the model before FSDP2 replaced it by a subclass."""
     return next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
 
 
@@ -121,7 +121,7 @@ class CapacitySpec:
     def from_config(
         cls, config: PreTrainedConfig, model_class: type | None = None, name: str = "its config"
     ) -> "CapacitySpec":
-        """Builds the model that ``config`` describes, without memory, and writes down what is in it."""
+        """Lists modules and parameters of the model that ``config`` describes, built on the meta device."""
         if model_class is None:
             model_class = cast(type, AutoModelForImageTextToText._model_mapping[type(config)])
         kind: Any = _defining_class(model_class)
@@ -153,7 +153,7 @@ class CapacitySpec:
 
 
 def sizes_of(module: nn.Module) -> dict[str, object]:
-    """The attributes of a module that say how much of it there is, and by what it multiplies."""
+    """The sizes and scale factors among the attributes of a module."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return {"entries": len(module)}
 

@@ -1,4 +1,4 @@
-"""Modules, parameters and sharing of a model beside its specification."""
+"""Compares modules, parameters and sharing of a model with its specification."""
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ def _inside(name: str, roots: set[str]) -> bool:
 
 
 def _compare_modules(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> set[str]:
-    """Returns the names of modules whose inside is not worth comparing: missing, or of another kind."""
+    """Returns the names of modules that are missing or of another class; their children are not compared."""
     found = dict(model.named_modules(remove_duplicate=False))
     wrong: set[str] = set()
     for name, (expected, sizes) in spec.modules.items():
@@ -94,7 +94,7 @@ def _compare_parameters(model: nn.Module, spec: CapacitySpec, report: CapacityRe
 
 
 def _find_sharing(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> None:
-    """Layers or tensors that stand in two places although each place should have its own."""
+    """Reports modules and tensors that are used twice although the specification has one for each use."""
     first: dict[int, str] = {}
     repeated: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):

@@ -1,6 +1,4 @@
-"""The weights themselves: NaN; heads, rows and columns that are zero or next to it; constant weights; layers that
-repeat another one.
-"""
+"""Checks of weights: NaN; heads, rows and columns that are (nearly) zero; constant weights; repeated layers."""
 
 import math
 import re
@@ -16,11 +14,11 @@ from qvl_model.capacity.spec import CapacitySpec, heads_of
 
 __all__ = ["check_finite", "is_finite", "is_packed", "not_finite", "read", "shape_of", "storage_of", "weight_of"]
 
-_CHUNK = 1 << 24  # elements looked at in one piece, so that no second copy of an embedding is made
-# of the median of its kind, or of 1 for a gate: what is smaller does nothing. Decay in training does not get there
+_CHUNK = 1 << 24  # elements read at a time, so that an embedding is not copied as a whole
+# Relative to the median of its kind, or to 1 for a gate; smaller weights count as dead. Weight decay does not reach it.
 _LIVE = 1e-6
-_FLOOR = 1e-12  # largest absolute value of a weight that is dead whatever the others are
-_UNUSED = 0.01  # share of a vocabulary that may stand empty at its end
+_FLOOR = 1e-12  # largest absolute value of a weight that is dead in any case
+_UNUSED = 0.01  # share of the vocabulary, at its end, that may be unused
 # Projections of attention modules: how many heads one row block (or, for the output, column block) belongs to.
 _ROW_HEADS = ("q_proj", "k_proj", "v_proj", "qkv")
 _COLUMN_HEADS = ("o_proj", "out_proj", "proj")
@@ -28,20 +26,20 @@ _LISTED = 8
 
 
 def is_packed(module: nn.Module) -> TypeGuard[nn.Linear | nn.Embedding]:
-    """A linear layer or embedding whose weight is not a parameter but stored in a quantised format."""
+    """Whether a linear layer or embedding has a quantised weight in place of a parameter."""
     return isinstance(module, nn.Linear | nn.Embedding) and hasattr(module, "dequantize")
 
 
 def shape_of(module: nn.Linear | nn.Embedding) -> tuple[int, int]:
-    """Shape of the weight of a packed layer."""
+    """Shape [N, K] of the weight of a quantised layer."""
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     return module.out_features, module.in_features
 
 
 def weight_of(linear: nn.Module) -> Tensor | None:
-    """The weight of a module as a plain tensor: gathered if it is sharded, dequantised if it is packed; None without
-    values.
+    """The weight of a module as a plain tensor: gathered if sharded, dequantised if quantised; None on the meta
+    device.
 
     Example:
         >>> weight_of(model.lm_head).shape
@@ -59,9 +57,9 @@ def _values(parameter: Tensor) -> Tensor | None:
 
 
 def storage_of(parameter: Tensor) -> tuple:
-    """Equal for two parameters exactly if they are the same numbers in memory."""
+    """A key that is equal for two parameters exactly if they share memory."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    if local.numel() == 0:  # a rank's share of a small parameter: it has no memory to tell it by
+    if local.numel() == 0:  # the empty shard of a small parameter, which has no address
         return (id(parameter),)
     try:
         return (local.device, local.data_ptr(), tuple(local.shape))
@@ -90,9 +88,7 @@ def not_finite(model: nn.Module) -> list[str]:
 
 
 def check_finite(model: nn.Module, source: object) -> None:
-    """Raises ValueError, naming ``source``, if a parameter or buffer holds NaN or Inf: what follows would be noise or
-    NaN itself.
-    """
+    """Raises ValueError, naming ``source``, if a parameter or buffer holds NaN or Inf."""
     names = not_finite(model)
     if names:
         raise ValueError(
@@ -145,7 +141,13 @@ def read(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> None:
                 continue
             if own_name == "weight":
                 _check_lines(
-                    name, module, modules.get(name.rpartition(".")[0]), rows, columns, report, packed=parameter is None
+                    name,
+                    module,
+                    modules.get(name.rpartition(".")[0]),
+                    rows,
+                    columns,
+                    report,
+                    quantised=parameter is None,
                 )
             else:  # learned positions and queries: their channels come last
                 for what, magnitudes in (("row", rows), ("channel", columns)):
@@ -161,14 +163,12 @@ def read(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> None:
 
 def _check_gate(name: str, size: float, model: nn.Module, report: CapacityReport) -> None:
     begin = getattr(model.config, "cross_attention_gate_init", None)
-    if size < _LIVE and (
-        begin is None or abs(begin) >= _LIVE
-    ):  # models may begin with closed gates, if their config says so
+    if size < _LIVE and (begin is None or abs(begin) >= _LIVE):  # a config may ask for gates that begin closed
         report.add(name, f"its gate is closed ({size:.3g}), so its cross-attention adds nothing")
 
 
 def _compare_sizes(sizes: dict[str, dict[str, float]], report: CapacityReport) -> None:
-    """Whole weights that are nothing, or next to nothing beside those in the same place of other layers."""
+    """Reports weights that are zero, or nearly zero relative to the same weight of other layers."""
     for names in sizes.values():
         limit = max(_limit(torch.tensor(list(names.values()), dtype=torch.float64)), _FLOOR)
         for name, size in names.items():
@@ -183,9 +183,7 @@ def _compare_sizes(sizes: dict[str, dict[str, float]], report: CapacityReport) -
 
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    """(name, parameter) of what is looked at: matrices, the weights of norms and the gates; (name, None) for a packed
-    weight.
-    """
+    """(name, parameter) of matrices, weights of norms, and gates; (name, None) for a quantised weight."""
     if is_packed(module):
         yield "weight", None
     for name, parameter in module._parameters.items():
@@ -198,7 +196,7 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
 
 
 def _other_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the rest: biases and buffers."""
+    """(name, tensor) of biases and buffers."""
     seen = {name for name, _ in _matrices(module)}
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and name not in seen:
@@ -217,9 +215,7 @@ def _magnitudes(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _limit(sizes: Tensor) -> float:
-    """Up to which size one of ``sizes`` is dead: a millionth of the median; where most are dead, 1e-9 of the
-    largest.
-    """
+    """The size up to which elements of ``sizes`` are dead: 1e-6 of the median, and at least 1e-9 of the largest."""
     return max(_LIVE * sizes.median().item(), _LIVE**1.5 * sizes.max().item())
 
 
@@ -237,7 +233,7 @@ def _check_lines(
     columns: Tensor,
     report: CapacityReport,
     *,
-    packed: bool,
+    quantised: bool,
 ) -> None:
     heads = heads_of(parent) if parent is not None else None
     own_name = name.rpartition(".")[2]
@@ -249,14 +245,12 @@ def _check_lines(
         _add_lines(name, "row", _without_unused(module, rows), report)
     else:
         _add_lines(name, "output channel", rows, report)
-    if (
-        not packed
-    ):  # a column may be small beside its neighbours in every row, and round to zeros; a row has its own scale
+    if not quantised:  # small columns may round to zero under the scales of rows; a row has its own scale
         _add_lines(name, "input channel" if not isinstance(module, nn.Embedding) else "channel", columns, report)
 
 
 def _without_unused(embedding: nn.Embedding, rows: Tensor) -> Tensor:
-    """The sizes of rows that tokens have: not that of padding, nor a few at the end that round the vocabulary up."""
+    """``rows`` with padding, and a few unused rows at the end of the vocabulary, set to the largest."""
     rows = rows.clone()
     if embedding.padding_idx is not None:
         rows[embedding.padding_idx] = rows.max()
@@ -268,9 +262,7 @@ def _without_unused(embedding: nn.Embedding, rows: Tensor) -> Tensor:
 
 
 def _without_dead_heads(name: str, sizes: Tensor, attention: Any, what: str, report: CapacityReport) -> Tensor:
-    """Reports heads of which nothing lives; returns ``sizes`` with these no longer dead, so that they are reported
-    once.
-    """
+    """Reports dead heads; returns ``sizes`` with these set to the largest, so that they are reported once."""
     size = attention.head_dim
     if sizes.numel() % size:
         return sizes
@@ -320,9 +312,7 @@ def _fingerprint(matrix: Tensor) -> tuple:
 
 
 def _report_repeats(model: nn.Module, prints: dict[tuple, list[str]], report: CapacityReport) -> None:
-    """Weights with the same numbers as another one; a layer all of whose matrices repeat those of another is named as a
-    whole.
-    """
+    """Reports weights that equal another weight, and as a whole layers whose matrices all equal those of another."""
     pairs = []
     for names in prints.values():
         for i, name in enumerate(names[1:], 1):
@@ -360,5 +350,5 @@ def _same_numbers(model: nn.Module, name: str, other: str) -> bool:
         parameter = module._parameters.get(own_name)
         tensors.append(weight_of(module) if parameter is None else _values(parameter))
     if tensors[0].data_ptr() == tensors[1].data_ptr() or not bool((tensors[0] != tensors[0].flatten()[0]).any()):
-        return False  # one tensor under two names is the business of the structure; a constant matrix is not a copy
+        return False  # one tensor under two names is reported by structure.py, a constant matrix by _is_constant
     return torch.equal(*tensors)
