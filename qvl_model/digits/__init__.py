@@ -1,6 +1,4 @@
-"""Small models that read scanned digits, one of each family: scenes and questions, training, and the checkpoints that
-ship.
-"""
+"""Small models that read scanned digits, one per family: scenes and questions, training, and shipped checkpoints."""
 
 from os import PathLike
 from pathlib import Path
@@ -13,8 +11,8 @@ SHIPPED = {"digits": CHECKPOINT, "qvl-tiny": Path(__file__).parent / "qvl-tiny"}
 
 
 def checkpoint(model: str | PathLike | None = None) -> Path:
-    """Directory of a model: a directory, or the name of one that ships ("digits", "qvl-tiny"; a checkpoint of that name
-    goes first).
+    """Directory of a model: a directory, or the name of one that ships ("digits", "qvl-tiny"; a directory of that
+    name takes precedence).
 
     Example:
         >>> QVLForConditionalGeneration.from_pretrained(checkpoint("qvl-tiny"))

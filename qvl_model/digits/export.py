@@ -14,14 +14,14 @@ __all__ = ["main", "write_rows"]
 
 
 def write_rows(file: Path, split: str, count: int, seed: int = 0) -> Path:
-    """Writes ``count`` questions of ``split`` ("train" or "held_out") to a JSONL file and their pictures beside it."""
-    pictures = file.parent / file.stem
-    pictures.mkdir(parents=True, exist_ok=True)
+    """Writes ``count`` questions of ``split`` ("train" or "held_out") to a JSONL file and their images beside it."""
+    images = file.parent / file.stem
+    images.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     with open(file, "w") as stream:
         for i in range(count):
             question = scenes.make_question(split, rng)
-            question.image.save(pictures / f"{i}.png")
+            question.image.save(images / f"{i}.png")
             row = {"image": f"{file.stem}/{i}.png", "question": question.question, "answer": question.answer}
             stream.write(json.dumps(row) + "\n")
     return file

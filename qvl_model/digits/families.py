@@ -1,6 +1,4 @@
-"""What differs between the digits models of the two families: class, config, image processor, pixels and their places
-in the text.
-"""
+"""Differences between the digits models of the two families: class, config, image processor, pixels, image tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from qvl_model.qvl.processing import QVLImageProcessor
 __all__ = ["FAMILIES", "Family"]
 
 PATCH, MERGE, TEMPORAL = 16, 2, 2  # of Qwen3-VL
-SMALLEST_PICTURE = 32 * 32
+MIN_PIXELS = 32 * 32
 
 
 @dataclass(frozen=True)
@@ -30,9 +28,9 @@ class Family:
         model: its class for generation.
         config: from the id of each special token.
         image_processor: as it is saved beside the model.
-        picture: (uint8 [32, 96, 3], bool [T]: tokens that stand for it) -> the model's inputs for it, as the processor
-            makes them.
-        places: tokens that stand for the picture in the text.
+        picture: (image uint8 [32, 96, 3], image tokens bool [T]) -> the model's inputs for the image, as from the
+            processor.
+        places: image tokens in the text.
     """
 
     model: type[PreTrainedModel]
@@ -85,7 +83,7 @@ def _qwen3_vl_config(ids: dict[str, int]) -> Qwen3VLConfig:
 
 def _qwen3_vl_image_processor() -> Qwen2VLImageProcessorPil:
     return Qwen2VLImageProcessorPil(
-        size={"shortest_edge": SMALLEST_PICTURE, "longest_edge": 512 * 512},
+        size={"shortest_edge": MIN_PIXELS, "longest_edge": 512 * 512},
         patch_size=PATCH,
         merge_size=MERGE,
         temporal_patch_size=TEMPORAL,
@@ -94,8 +92,8 @@ def _qwen3_vl_image_processor() -> Qwen2VLImageProcessorPil:
     )
 
 
-def _qwen3_vl_picture(image: np.ndarray, places: Tensor) -> dict[str, Tensor]:
-    """Patches, merged ones side by side, each frame twice."""
+def _qwen3_vl_image(image: np.ndarray, places: Tensor) -> dict[str, Tensor]:
+    """Patches, those that are merged next to each other, each frame twice."""
     x = image.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1.0
     rows, columns = scenes.HEIGHT // PATCH, scenes.WIDTH // PATCH
     x = x.reshape(3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
@@ -110,7 +108,7 @@ def _qwen3_vl_picture(image: np.ndarray, places: Tensor) -> dict[str, Tensor]:
 
 
 def _qvl_config(ids: dict[str, int]) -> QVLConfig:
-    # Without dropout: no scene comes twice, so there is nothing to learn by heart.
+    # Without dropout: no scene is repeated, so the model cannot overfit to one.
     return QVLConfig.from_preset(
         "qvl-tiny",
         hidden_dropout_prob=0.0,
@@ -122,11 +120,11 @@ def _qvl_config(ids: dict[str, int]) -> QVLConfig:
 
 
 def _qvl_image_processor() -> QVLImageProcessor:
-    return QVLImageProcessor(QVLConfig.from_preset("qvl-tiny").vision_patch_size, SMALLEST_PICTURE, 512 * 512)
+    return QVLImageProcessor(QVLConfig.from_preset("qvl-tiny").vision_patch_size, MIN_PIXELS, 512 * 512)
 
 
-def _qvl_picture(image: np.ndarray, places: Tensor) -> dict[str, Tensor]:
-    """[1, 1, 3, 32, 96]: one row, one picture, none of it padding."""
+def _qvl_image(image: np.ndarray, places: Tensor) -> dict[str, Tensor]:
+    """[1, 1, 3, 32, 96]: one sample, one image, no padding."""
     x = (image.astype(np.float32).transpose(2, 0, 1) / 255 - np.float32(0.5)) / np.float32(0.5)
     return {"pixel_values": torch.from_numpy(np.ascontiguousarray(x))[None, None]}
 
@@ -136,8 +134,8 @@ FAMILIES: dict[str, Family] = {
         Qwen3VLForConditionalGeneration,
         _qwen3_vl_config,
         _qwen3_vl_image_processor,
-        _qwen3_vl_picture,
+        _qwen3_vl_image,
         places=(scenes.HEIGHT // (PATCH * MERGE)) * (scenes.WIDTH // (PATCH * MERGE)),
     ),
-    "qvl": Family(QVLForConditionalGeneration, _qvl_config, _qvl_image_processor, _qvl_picture, places=1),
+    "qvl": Family(QVLForConditionalGeneration, _qvl_config, _qvl_image_processor, _qvl_image, places=1),
 }

@@ -24,7 +24,7 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class Question:
-    """A picture (PIL, RGB, 96 x 32), a question about it and the exact answer."""
+    """An image (PIL, RGB, 96 x 32), a question about it and the exact answer."""
 
     image: Image.Image
     kind: str
@@ -52,16 +52,16 @@ def source_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _draw_digit(scan: np.ndarray, rng: np.random.Generator, augment: bool) -> Image.Image:
     """The scan as a 32 x 32 grey cell: 22 to 30 pixels high, shifted; turned and stretched a little when augmenting."""
-    picture = Image.fromarray((scan.astype(np.float32) * (255 / 16)).astype(np.uint8))
+    digit = Image.fromarray((scan.astype(np.float32) * (255 / 16)).astype(np.uint8))
     if augment:
         size = (int(rng.integers(20, 31)), int(rng.integers(22, 32)))
     else:
         size = (int(rng.integers(23, 28)), int(rng.integers(24, 30)))
-    picture = picture.resize(size, Image.Resampling.BICUBIC)
+    digit = digit.resize(size, Image.Resampling.BICUBIC)
     if augment:
-        picture = picture.rotate(float(rng.uniform(-12, 12)), Image.Resampling.BILINEAR)
+        digit = digit.rotate(float(rng.uniform(-12, 12)), Image.Resampling.BILINEAR)
     cell = Image.new("L", (CELL, CELL))
-    cell.paste(picture, (int(rng.integers(0, CELL - size[0] + 1)), int(rng.integers(0, CELL - size[1] + 1))))
+    cell.paste(digit, (int(rng.integers(0, CELL - size[0] + 1)), int(rng.integers(0, CELL - size[1] + 1))))
     return cell
 
 

@@ -79,7 +79,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def chat_ids(
     tokenizer: PreTrainedTokenizerFast, question: str, answer: str, places: int
 ) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids) of one exchange; ``places`` tokens stand for the picture."""
+    """(prompt ids, answer ids) of one exchange; ``places``: image tokens."""
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * places)
@@ -87,7 +87,7 @@ def chat_ids(
 
 
 class _Scenes(Dataset):
-    """``size`` training questions, each a function of (seed, index): new scenes all the time, the same in every run."""
+    """``size`` training questions, each a function of (seed, index): no scene repeats, and all runs have the same."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
