@@ -1,4 +1,4 @@
-"""accelerate and restore: layers and leaf modules of a stock model change class, nothing else moves."""
+"""accelerate and restore: layers and leaf modules of a stock model change class; parameters stay where they are."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -143,25 +143,24 @@ def accelerate(
 ) -> Model:
     """Makes a stock Qwen3-VL model, or a QVL model, fast, in place; returns the same object.
 
-    Parameters are not replaced or re-laid, unless ``weights`` says so: ``state_dict``, ``save_pretrained``, ``.to()``
-    and PEFT stay what they were. ``restore`` undoes it. On Linux CPUs the weights that every token reads come to lie on
-    2 MB pages, at the same addresses (``qvl_kernels.use_huge_pages``; a second or two for 2 B parameters;
-    QVL_HUGE_PAGES=0 leaves them where they are).
+    Parameters are neither replaced nor packed, unless ``weights`` says so: ``state_dict``, ``save_pretrained``,
+    ``.to()`` and PEFT work as before. ``restore`` undoes it. On Linux CPUs the weights that every token reads are moved
+    to 2 MB pages, at the same addresses (``qvl_kernels.use_huge_pages``; a second or two for 2 B parameters;
+    QVL_HUGE_PAGES=0 switches it off).
 
     Args:
         model: Qwen3VLForConditionalGeneration, Qwen3VLModel or their text or vision part, or the same of QVL, in fp32,
             bf16 or fp16; a PEFT model around one is taken too.
-        weights: None, to use weights as stored; "int8" or "int4" packs every linear layer, and an embedding tied to the
-            head; {"text": "int4", "vision": "int8", "lm_head": None} chooses by part. Packed weights are constants:
-            adapters train on top of them, they themselves do not, and an adapter is merged by quantising the sum.
-            Adapters, and modules that you attached to the model, are none of these parts and stay as they are.
-            ``save_pretrained`` writes packed weights, ``from_pretrained`` of the drop-in classes reads them. In
-            ``state_dict`` a packed layer has ``weight_values`` and ``weight_scales`` in place of ``weight``; as an
-            attribute ``weight`` is dequantised where it is read, and what is written to it is quantised.
+        weights: None, to use the dense weights; "int8" or "int4" quantises every linear layer, and an embedding tied to
+            the head; {"text": "int4", "vision": "int8", "lm_head": None} chooses by part. Quantised weights are
+            constants: adapters on top of them train, they themselves do not, and an adapter is merged by quantising the
+            sum. Adapters, and modules that you attached to the model, belong to no part and stay as they are.
+            ``save_pretrained`` writes quantised weights, ``from_pretrained`` of the drop-in classes reads them. In
+            ``state_dict`` a quantised layer has ``weight_values`` and ``weight_scales`` in place of ``weight``; the
+            attribute ``weight`` is dequantised when it is read, and what is written to it is quantised.
         group: inputs that share an int4 scale: 32, 64 or 128.
-        mlp_rows: None, or how many tokens an MLP takes at a time, for memory: what it computes in between, several
-            times as wide as its input, exists for so many tokens only, and while training is computed again in the
-            backward instead of kept.
+        mlp_rows: None, or the chunk size of MLPs in tokens, to save memory: the intermediate activation, several times
+            as wide as the input, exists for one chunk only, and in training the backward recomputes it.
         skip_logits: whether a training step computes its logits only if they are read, which saves the largest tensors
             of the step. They can be read until the backward, the next forward, or a change of weights; then reading
             raises RuntimeError. False: they are computed in every forward. ``model(..., skip_logits=False)`` does so
@@ -169,8 +168,8 @@ def accelerate(
     Returns:
         model.
     Raises: TypeError for another class or type; ValueError for meta weights, foreign quantisation, unsupported dtypes,
-        unknown formats, parts or groups, and for packing weights that are not finite, have an adapter merged into them,
-        or are packed in another format. The model is then as it was.
+        unknown formats, parts or groups, and for quantising weights that are not finite, have an adapter merged into
+        them, or are quantised in another format. The model is then as it was.
     Example:
         >>> model = Qwen3VLForConditionalGeneration.from_pretrained(path)
         >>> model = qvl_model.accelerate(model)
@@ -182,7 +181,7 @@ def accelerate(
         raise TypeError(f"accelerate: skip_logits must be a bool, got {skip_logits!r}")
     inner = _base_model(model)
     _check(inner)
-    qvl_kernels.use_huge_pages(())  # says what is wrong with QVL_HUGE_PAGES before anything is changed
+    qvl_kernels.use_huge_pages(())  # raises for a bad QVL_HUGE_PAGES before anything is changed
     reason = why_stock(inner, _replace_modules)
     if reason is not None:
         warnings.warn(f"qvl_model: the model stays stock: {reason}", stacklevel=2)
@@ -211,7 +210,7 @@ def _replace_modules(model: nn.Module) -> None:
 
 
 def _forget_fused_layers(model: nn.Module) -> None:
-    """Lets go of weights that are about to be replaced, and of captured steps over them."""
+    """Drops fused layers and captured decode steps, which hold weights that are about to be replaced."""
     step_gpu.release(model)
     for module in model.modules():
         forget_fused_layer(module)
@@ -221,15 +220,15 @@ def _read_by_every_token(model: nn.Module) -> Iterator[Tensor]:
     for name, module in model.named_modules():
         if part_of(model, name) != "vision" and not isinstance(module, nn.Embedding):
             yield from module.parameters(recurse=False)
-            yield from module.buffers(recurse=False)  # packed weights
+            yield from module.buffers(recurse=False)  # quantised weights
 
 
 def restore(model: Model) -> Model:
-    """Gives the stock model back, in place; a model that is not accelerated stays as it is. Packed weights are read
-    again from the checkpoint that the model was loaded from.
+    """Turns the model back into the stock one, in place; a model that is not accelerated stays as it is. Dense weights
+    of quantised layers are read again from the checkpoint that the model was loaded from.
 
-    Raises: TypeError for another class than ``accelerate`` takes; ValueError for packed weights whose checkpoint is not
-    known.
+    Raises: TypeError for another class than ``accelerate`` takes; ValueError for quantised weights whose checkpoint is
+    not known.
     Example:
         >>> model = qvl_model.restore(model)
     """
@@ -251,11 +250,11 @@ def restore(model: Model) -> Model:
 
 
 def release(model: nn.Module) -> None:
-    """Frees what ``generate`` keeps for the next call on a GPU: captured steps with their buffers, of this model or of
-    the models that this one is part of. The next call captures again. Calls that run now keep theirs until they end. On
-    the CPU, and of a stock model, nothing is kept.
+    """Frees what ``generate`` keeps for the next call on a GPU: captured decode steps and their buffers, of this model
+    and of models that it is part of. The next call captures again. Calls that run now keep theirs until they end. On
+    the CPU, and for a stock model, nothing is kept.
 
-    PyTorch's allocator has the memory then; ``torch.cuda.empty_cache()`` gives it to other processes.
+    The memory goes to PyTorch's allocator; ``torch.cuda.empty_cache()`` returns it to the device.
 
     Args:
         model: what ``accelerate`` takes.

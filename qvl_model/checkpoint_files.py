@@ -1,9 +1,7 @@
-"""Reading the files of a checkpoint directory: as data, never as code, and without asking a server for what is not
-there.
+"""Reading the files of a checkpoint directory as data, never as code, and without requests to a server.
 
-transformers runs Python files that a checkpoint names (``auto_map``) if the user agrees, and asks on the terminal.
-Besides, whatever class of transformers a tokenizer's config names is asked to load the directory, and some of these ask
-again.
+transformers runs Python files that a checkpoint names (``auto_map``) if the user agrees, and prompts on the terminal.
+Besides, the tokenizer's config may name any class of transformers to load the directory, and some classes prompt again.
 """
 
 import json
@@ -87,8 +85,8 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
 
 
 def _check_tokenizer_class(file: Path, name: str) -> None:
-    """Raises ValueError for a class of transformers that is no tokenizer: it would load whatever else the directory
-    holds.
+    """Raises ValueError for a class of transformers that is no tokenizer, since it would load other files of the
+    directory.
     """
     for candidate in (name, name.removesuffix("Fast")):
         found = getattr(transformers, candidate, None)
@@ -107,9 +105,7 @@ def _mapping(file: Path) -> dict:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error on one line, without the advice to look for a local directory on a server, or to run what
-    a pickle holds.
-    """
+    """The message of an error on one line, without advice to look on a server or to run code from a pickle."""
     if isinstance(error, UnpicklingError):
         return (
             "its weights are pickled with more than tensors, and qvl runs no code from checkpoints; save them as "

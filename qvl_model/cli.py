@@ -1,6 +1,5 @@
-"""The command line: ``qvl generate`` answers a question about pictures, ``qvl quantize`` packs the weights of a
-checkpoint, ``qvl inspect`` says what would be replaced, ``qvl verify`` checks that nothing of a model is missing, ``qvl
-train`` trains one.
+"""The command line: ``qvl generate`` answers a question about images, ``qvl quantize`` quantises a checkpoint, ``qvl
+inspect`` lists what would be replaced, ``qvl verify`` checks architecture and weights, ``qvl train`` trains a model.
 """
 
 import argparse
@@ -120,7 +119,7 @@ def _images(files: list[str]) -> list:
 
 
 def _reading_errors() -> tuple[type[Exception], ...]:
-    """transformers checks little of what it reads: a file of the wrong shape surfaces as any of these."""
+    """Errors that a malformed checkpoint file may cause, since transformers checks little of what it reads."""
     from pickle import UnpicklingError
 
     from huggingface_hub.errors import StrictDataclassError
@@ -140,7 +139,7 @@ def _reading_errors() -> tuple[type[Exception], ...]:
 
 
 def _weights(checkpoint: Path) -> Any:
-    """(model, what was missing, of another size or too much) of a checkpoint directory."""
+    """(model, loading info with missing, mismatched and unexpected keys) of a checkpoint directory."""
     from transformers import AutoModelForImageTextToText
 
     from qvl_model import pretrained
@@ -162,9 +161,7 @@ def _weights(checkpoint: Path) -> Any:
 
 
 def _load(checkpoint: Path) -> tuple[Any, Any]:
-    """(model, processor) of a checkpoint directory; CommandError unless every weight of the model is in it, and is a
-    number.
-    """
+    """(model, processor) of a checkpoint directory. Raises: CommandError if a weight is missing or not finite."""
     from qvl_model import capacity
     from qvl_model.processing import load_processor
 
@@ -173,7 +170,7 @@ def _load(checkpoint: Path) -> tuple[Any, Any]:
     except _reading_errors() as error:
         raise CommandError(f"{checkpoint} cannot be loaded: {one_line(error)}") from error
     model, info = _weights(checkpoint)
-    # transformers fills such weights with random numbers and goes on; the answer would be noise.
+    # transformers fills such weights with random numbers; the answer would be noise.
     for problem, keys in (
         ("lacks", info["missing_keys"]),
         ("has another size than config.json says for", info["mismatched_keys"]),
@@ -240,9 +237,9 @@ def _generate(arguments: argparse.Namespace) -> None:
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
         inputs = processor(images=images or None, text=[prompt], return_tensors="pt")
-    except TemplateError as error:  # also what transformers' sandbox keeps a template from doing
+    except TemplateError as error:  # includes what transformers' sandbox forbids in templates
         raise CommandError(f"the chat template of {checkpoint} cannot be used: {one_line(error)}") from error
-    except (ValueError, TypeError) as error:  # what accelerate refuses; pictures and prompts that the processor refuses
+    except (ValueError, TypeError) as error:  # from accelerate, or images and prompts that the processor refuses
         raise CommandError(one_line(error)) from error
     streamer = _TimedStreamer(processor.tokenizer)
     start = time.perf_counter()
@@ -286,7 +283,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 
 def _weight_formats(words: list[str]) -> str | dict[str, str]:
-    """What ``accelerate`` takes, of one format or of words part=format."""
+    """The argument ``weights`` of ``accelerate``, from one format or from words part=format."""
     if len(words) == 1 and "=" not in words[0]:
         return words[0]
     parts = dict(word.partition("=")[::2] for word in words)
@@ -307,7 +304,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if is_packed_checkpoint(checkpoint):
         print(qvl_model.report(_weights(checkpoint)[0]))
         return
-    with torch.device("meta"):  # the structure is enough: no weight is read
+    with torch.device("meta"):  # the structure is enough; no weight is read
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     print(qvl_model.report(model))
 
@@ -352,7 +349,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     try:
         from qvl_model import capacity, training
-    except ImportError as error:  # the Trainer's own needs
+    except ImportError as error:  # packages that the Trainer needs
         raise CommandError(f"training needs more packages: pip install 'qvl[train]' ({one_line(error)})") from error
     if arguments.keys:
         print(training.describe_keys())

@@ -18,7 +18,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 __all__ = ["CACHE", "CACHE_NAMES", "CHECKPOINTING", "TESTED_TRANSFORMERS", "CacheOutput", "takes_cache", "update_cache"]
 
-TESTED_TRANSFORMERS = ("5.17.0", "5.23.0", "5.24.0")  # what the tests run on; accelerate tries itself out on others
+TESTED_TRANSFORMERS = ("5.17.0", "5.23.0", "5.24.0")  # what the tests run on; for others see self_check.py
 
 # TrainingArguments and models call recomputing activations in the backward one of these.
 CHECKPOINTING = (
@@ -33,8 +33,8 @@ CACHE = next((name for name in CACHE_NAMES if name in _parameters), CACHE_NAMES[
 
 
 def takes_cache(forward: Callable) -> Callable:
-    """A function with a ``cache`` argument that takes ``past_key_values`` too, as this version's stock functions do,
-    and shows the name of this version to whoever inspects its signature.
+    """Makes a function with a ``cache`` argument take ``past_key_values`` too, as this version's stock functions do.
+    Its signature has the name of this version.
     """
     if CACHE == "cache":
         return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward)
@@ -53,9 +53,7 @@ def takes_cache(forward: Callable) -> Callable:
 
 
 def update_cache(cache: Cache, k: Tensor, v: Tensor, layer_idx: int, kwargs: dict) -> tuple[Tensor, Tensor]:
-    """What stock attention calls to put new keys and values [B, Hkv, T, D] into a cache; ``kwargs`` are those of the
-    attention.
-    """
+    """Puts new keys and values [B, Hkv, T, D] into a KV cache, as stock attention does with its ``kwargs``."""
     return cache.update(k, v, layer_idx, kwargs=kwargs) if CACHE == "cache" else cache.update(k, v, layer_idx)
 
 

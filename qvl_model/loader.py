@@ -1,6 +1,6 @@
-"""What ``from_pretrained`` of the model classes calls: functions that ``qvl_model.pretrained`` provides.
+"""Functions for ``from_pretrained`` of the model classes, provided by ``qvl_model.pretrained`` at import.
 
-It accelerates models, which needs their classes, so these cannot import it.
+That module imports the model classes, so they cannot import it.
 """
 
 import os
@@ -19,7 +19,7 @@ def provide(**functions: Callable) -> None:
 
 
 def load_packed(path: str | os.PathLike, model_class: type, /, **kwargs: Any) -> Any:
-    """The accelerated model of a directory of packed weights, or None for any other."""
+    """The accelerated model of a directory of quantised weights, or None for any other."""
     return _provided["load_packed"](path, model_class, **kwargs)
 
 

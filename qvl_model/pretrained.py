@@ -1,4 +1,4 @@
-"""Loading checkpoints of packed weights, and packing a checkpoint, with the classes of models and ``accelerate``."""
+"""Loading quantised checkpoints, and quantising a checkpoint."""
 
 import copy
 import os
@@ -19,7 +19,7 @@ from qvl_model.qvl import QVLForConditionalGeneration
 
 __all__ = ["load", "quantize"]
 
-# What from_pretrained may be told about finding files, which are at hand here.
+# Arguments of from_pretrained about finding files. They are ignored, since the files are local.
 _ABOUT_DOWNLOADS = {
     "adapter_kwargs",
     "cache_dir",
@@ -37,16 +37,15 @@ _ABOUT_DOWNLOADS = {
 
 
 def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[str, str], group: int = 64) -> None:
-    """Packs a checkpoint directory into another one, layer by layer: in memory is what is packed, never the whole
-    source.
+    """Quantises a checkpoint directory into another one, layer by layer; the whole source is never in memory.
 
     Args:
         source: directory of a Qwen3-VL or QVL checkpoint in fp32, bf16 or fp16.
         out: directory that does not exist yet, or is empty.
         formats: by part, as ``qvl_model.quantization.convert.formats_of`` gives them.
         group: inputs per int4 scale.
-    Raises: ValueError for weights that are missing, hold NaN or Inf, or cannot be packed, a source that is packed
-        already, and an ``out`` in use.
+    Raises: ValueError for weights that are missing, hold NaN or Inf, or cannot be quantised, a source that is
+        quantised already, and an ``out`` in use.
     Example:
         >>> quantize("qwen3-vl-2b", "qwen3-vl-2b-int8", formats_of("int8"))
     """
@@ -58,8 +57,7 @@ def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[st
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists; give a directory that does not")
     model_class = _class_of(load_config(source))
-    # As stock loads it: accelerating it first would move weights that are about to be packed to huge pages, which
-    # packing cannot give back.
+    # Loaded as stock: accelerating first would move dense weights to huge pages, which quantising cannot free.
     model, info = super(model_class, model_class).from_pretrained(
         source, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True
     )
@@ -67,7 +65,7 @@ def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[st
         raise ValueError(
             f"{source} lacks {len(info['missing_keys'])} of the model's weights, such as {min(info['missing_keys'])}"
         )
-    model = accelerate(model, weights=formats, group=group)  # which looks at what it packs
+    model = accelerate(model, weights=formats, group=group)  # this checks the weights that it quantises
     capacity.check_finite(model, source)
     save(model, out, files_of=source)
 
@@ -90,12 +88,12 @@ def load(
     config: PreTrainedConfig | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
-    """The accelerated model of a packed directory, its tensors mapped from the file.
+    """The accelerated model of a quantised checkpoint, its tensors mapped from the file.
 
     Args:
         model_class: Qwen3VLForConditionalGeneration or QVLForConditionalGeneration; None takes the one that config.json
             names.
-        dtype: of what is not packed; None or "auto" for the one it was saved in.
+        dtype: of tensors that are not quantised; None or "auto" for the one it was saved in.
         device_map: one device for all of it; None leaves it mapped, on the CPU.
         attn_implementation, output_loading_info, config: as from_pretrained takes them.
     Raises: ValueError for files that are damaged, incomplete, of another version, or do not belong together; TypeError
@@ -112,7 +110,7 @@ def load(
             f"{', '.join(unknown)}"
         )
     config = load_config(path) if config is None else copy.deepcopy(config)
-    vars(config).pop("quantization_config", None)  # it is about the files, and these are read here
+    vars(config).pop("quantization_config", None)  # it describes the files, which are read here
     tensors, shared = read(path, section_of(path))
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     dtype = config.dtype if dtype in (None, "auto") else dtype
@@ -132,7 +130,7 @@ def load(
 def _load_packed(
     path: str | os.PathLike, model_class: type[PreTrainedModel], /, **kwargs: Any
 ) -> PreTrainedModel | tuple[PreTrainedModel, dict] | None:
-    """The model of a directory of packed weights, or None for any other."""
+    """The model of a directory of quantised weights, or None for any other."""
     return load(path, model_class, **kwargs) if is_packed_checkpoint(path) else None
 
 

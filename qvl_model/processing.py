@@ -1,4 +1,4 @@
-"""The processor of a checkpoint, for Qwen3-VL without torchvision, which transformers' own AutoProcessor asks for."""
+"""The processor of a checkpoint. For Qwen3-VL it needs no torchvision, unlike transformers' AutoProcessor."""
 
 import json
 import os
@@ -47,16 +47,16 @@ def load_processor(path: str | os.PathLike) -> Qwen3VLProcessor | QVLProcessor:
     if _model_type(path) == "qvl":
         return QVLProcessor.from_pretrained(path)
     tokenizer = load_tokenizer(path)
-    # By name: AutoImageProcessor of transformers 5.17 asks for torchvision whatever backend it is given.
+    # By name, since AutoImageProcessor of transformers 5.17 needs torchvision for every backend.
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    # The template of the processor goes first, as in transformers; the tokenizer does not read chat_template.json.
+    # The processor's template takes precedence, as in transformers; the tokenizer does not read chat_template.json.
     settings, _ = Qwen3VLProcessor.get_processor_dict(path, trust_remote_code=False, local_files_only=True)
     chat_template = settings.get("chat_template") or tokenizer.chat_template
     return Qwen3VLProcessor(image_processor=image_processor, tokenizer=tokenizer, chat_template=chat_template)
 
 
 def _model_type(path: str | os.PathLike) -> str | None:
-    """model_type of config.json; None without one, which only says that there are no weights here."""
+    """model_type of config.json, or None without that file; a processor needs no weights beside it."""
     try:
         return json.loads((Path(path) / "config.json").read_text()).get("model_type")
     except (OSError, ValueError, AttributeError):

@@ -1,4 +1,4 @@
-"""Stock class -> our subclass of it. Nothing else decides what ``accelerate`` replaces."""
+"""Stock class -> our subclass of it: all that ``accelerate`` replaces."""
 
 from torch import nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
@@ -38,7 +38,7 @@ MODEL_CLASSES = (
 
 
 def replacement(name: str, module: nn.Module) -> type[nn.Module] | None:
-    """Our class for the module of this name in a model, or None: by its class, but for the head."""
+    """Our class for a module, by its class, and for the head by its name; or None."""
     if type(module) is nn.Linear and name == "lm_head":
         return lm_head.Linear
     return REPLACEMENTS.get(type(module))

@@ -1,4 +1,4 @@
-"""On versions of transformers that nobody has tested: does a small accelerated model give what the stock one gives?"""
+"""On untested versions of transformers: does a small accelerated model agree with the stock one?"""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from qvl_model.qvl import QVLConfig, QVLForConditionalGeneration
 
 __all__ = ["why_stock"]
 
-# relative difference of fp32 results, as in the tests: both are a few 1e-7 from the exact ones, times the depth
+# relative difference of fp32 results, as in the tests; each is off the exact result by a few 1e-7 times the depth
 _LIMIT = 2e-5
 
 # Sizes of the small model, under the names that both families use. All else, head_dim included, is as in the model at
@@ -47,12 +47,13 @@ _SIZES = {
     "connector_num_layers": 1,
 }
 
-_known: dict[tuple, str | None] = {}  # what was found in this process
+_known: dict[tuple, str | None] = {}  # results of this process
 
 
 def why_stock(model: nn.Module, replace: Callable[[nn.Module], None]) -> str | None:
-    """Why a model must stay stock, or None: at once on tested versions, on others from the prompt and three tokens of a
-    two-layer model of its family and options. Random state, default dtype and grad mode stay as they are.
+    """Why a model must stay stock, or None. On tested versions this returns at once; on others it runs the prefill and
+    three decode steps of a two-layer model of the same family and options. Random state, default dtype and grad mode
+    are unchanged.
 
     Args:
         model: a stock model of either family, or a part of one.
@@ -66,7 +67,7 @@ def why_stock(model: nn.Module, replace: Callable[[nn.Module], None]) -> str | N
     if key not in _known:
         try:
             _known[key] = _difference(config, device, replace)
-        except Exception as error:  # whatever a version does that nobody has seen
+        except Exception as error:  # an unknown version may raise anything
             _known[key] = f"{type(error).__name__}: {error}".split("\n")[0]
     if _known[key] is None:
         return None
@@ -102,7 +103,7 @@ def _difference(config: PreTrainedConfig, device: torch.device, replace: Callabl
 
 
 def _small_model(config: PreTrainedConfig) -> nn.Module:
-    """A whole model with two layers and weights that all matter, for the config of a whole model or of a part."""
+    """A whole model with two layers and random weights, for the config of a whole model or of a part."""
     config = copy.deepcopy(config)
     if not isinstance(config, QVLConfig | Qwen3VLConfig):
         part = "vision_config" if "vision" in config.model_type else "text_config"

@@ -1,4 +1,4 @@
-"""YAML as people write it: 1e-5 is a number, and no key stands twice in one mapping."""
+"""A YAML loader that reads 1e-5 as a number and refuses duplicate keys."""
 
 import re
 
