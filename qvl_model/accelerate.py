@@ -143,8 +143,8 @@ def accelerate(
 ) -> Model:
     """Makes a stock Qwen3-VL model, or a QVL model, fast, in place; returns the same object.
 
-    Parameters are neither replaced nor packed, unless ``weights`` says so: ``state_dict``, ``save_pretrained``,
-    ``.to()`` and PEFT work as before. ``restore`` undoes it. On Linux CPUs the weights that every token reads are moved
+    Parameters keep their values and layout, unless ``weights`` is given: ``state_dict``, ``save_pretrained``, ``.to()``
+    and PEFT work as before. ``restore`` undoes it. On Linux CPUs the weights that every token reads are moved
     to 2 MB pages, at the same addresses (``qvl_kernels.use_huge_pages``; a second or two for 2 B parameters;
     QVL_HUGE_PAGES=0 switches it off).
 

@@ -251,8 +251,8 @@ def _begin(
         return StockStep(model, chooser, kwargs)
     if any(int(cache.layers[place].get_seq_length()) != past for place in cache_places(model.model.language_model)):
         return StockStep(model, chooser, kwargs)  # for example, a model whose first layer was removed
-    hidden = mask is not None and not bool(mask.all())
-    visible = mask.bool() if hidden else None
+    has_padding = mask is not None and not bool(mask.all())
+    visible = mask.bool() if has_padding else None
     if not _on_gpu(model):
         step = CpuStep.begin(model, cache, positions, visible, foreign=foreign)
         return step or StockStep(model, chooser, kwargs)

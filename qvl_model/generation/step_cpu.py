@@ -22,7 +22,7 @@ from qvl_model.qvl.text import QVLTextModel
 __all__ = ["CpuStep", "why_not"]
 
 _ROOM = 256  # positions by which the attention mask grows
-_TABLES = 64  # positions whose cos and sin are computed at once, which takes as long as for one
+_COS_SIN_POSITIONS = 64  # positions whose cos and sin are computed at once, which takes as long as for one
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -80,7 +80,7 @@ class CpuStep:
         if self.length == self._capacity and not self._open():
             return None
         hidden = token_embeddings(self._body, tokens)
-        cos, sin = self._tables(hidden)
+        cos, sin = self._next_cos_sin(hidden)
         mask, past = self._mask(), self.length
         for layer, calls, memories, run in self._layer_runs:
             if layer is not None:
@@ -121,11 +121,11 @@ class CpuStep:
         self._layer_runs = _layer_runs(self._layers, self._calls, [slots.memory for slots in reserved])
         return True
 
-    def _tables(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _next_cos_sin(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B or 1, 1, D] of the next position."""
         if self._cos is None or self._next == self._cos.shape[1]:
             several = not self._foreign and _positions_are_independent(self._body)
-            positions = self._positions + torch.arange(_TABLES if several else 1)
+            positions = self._positions + torch.arange(_COS_SIN_POSITIONS if several else 1)
             self._cos, self._sin = self._body.rotary_emb(hidden, positions)
             self._positions, self._next = positions[..., -1:] + 1, 0
         at = self._next

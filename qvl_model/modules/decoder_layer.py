@@ -227,7 +227,7 @@ def forget_fused_layer(layer: nn.Module) -> None:
 class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """An eligible layer at inference skips ``nn.Module.__call__`` and the decorators of ``forward``, which take a
-        third of the layer's time for one token.
+        third of the time per token.
         """
         ours = type(self).forward is Qwen3VLTextDecoderLayer.forward  # not overridden by a subclass
         if (

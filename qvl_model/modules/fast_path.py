@@ -128,7 +128,7 @@ def _say_once(reason: str) -> None:
 def kernels_take(*tensors: torch.Tensor | None, cast: bool = True) -> bool:
     """Whether the kernels take these tensors: on one device that has kernels, of one supported dtype, with a contiguous
     last dimension and memory that is not freed. Subclasses of Tensor are refused, since their values may be elsewhere,
-    and so is a call in which a mode or trace must see stock's operations (needs_dispatcher).
+    and so are calls in which a mode or a trace must see stock's operations.
 
     Args:
         cast: whether autocast would cast this op's inputs; if it is on, they must have its dtype already.

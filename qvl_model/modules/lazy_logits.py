@@ -26,7 +26,7 @@ _GONE = (
     "states or weights were changed. Read them before, or keep them by model(..., skip_logits=False) or "
     "accelerate(model, skip_logits=False)"
 )
-_CHUNK_BYTES = {"cpu": 1 << 22}  # of a fingerprint: fits the L2 or L3 cache
+_CHUNK_BYTES = {"cpu": 1 << 22}  # of a fingerprint: fits a CPU cache
 _CHUNK_BYTES_GPU = 1 << 28  # few launches
 
 

@@ -196,7 +196,7 @@ MUTATIONS = [
         "positions[None] if positions.dim() == 2 else positions[:3]",
         f"{ON_CPU}::test_as_stock[image-greedy]",
     ),
-    Mutation(LOOP, "visible = mask.bool() if hidden else None", "visible = None", PADDED),
+    Mutation(LOOP, "visible = mask.bool() if has_padding else None", "visible = None", PADDED),
     Mutation(
         LOOP,
         "release = not (users or foreign or config.return_dict_in_generate)",
@@ -207,7 +207,12 @@ MUTATIONS = [
     Mutation(CHOOSING, "self.unfinished.max() == 0", "self.unfinished.min() == 0", PADDED_ENDS),
     Mutation(STEP_CPU, "self._next += 1", "pass", f"{ON_CPU}::test_as_stock[text-greedy]"),
     Mutation(STEP_CPU, "[..., -1:] + 1, 0", "[..., -1:], 0", f"{ON_CPU}::test_as_stock[text-many tokens]"),
-    Mutation(STEP_CPU, "_TABLES if several else 1", "_TABLES", f"{ON_CPU}::test_tables_that_depend_on_all_positions"),
+    Mutation(
+        STEP_CPU,
+        "_COS_SIN_POSITIONS if several else 1",
+        "_COS_SIN_POSITIONS",
+        f"{ON_CPU}::test_tables_that_depend_on_all_positions",
+    ),
     Mutation(STEP_CPU, "(0, _ROOM), value=True)", "(0, _ROOM), value=False)", PADDED),
     Mutation(
         STEP_CPU,
