@@ -56,12 +56,12 @@ class QVLConfig(PreTrainedConfig):
         hidden_size: width; head_dim is hidden_size / num_attention_heads.
         intermediate_size: width of the SwiGLU MLP.
         hidden_act: its activation ("swish" is x sigmoid(x)).
-        hidden_dropout_prob: of embeddings and of what attention, cross-attention and MLP add to the residual stream,
-            while training.
-        attention_probs_dropout_prob: of attention weights in the language decoder, while training.
-        max_position_embeddings: longest text that is meant to be given.
-        type_vocab_size: kinds of text positions: 0 text, 1 a position that stands for an image.
-        initializer_range: standard deviation of the first weights.
+        hidden_dropout_prob: in training, of embeddings and of the outputs of attention, cross-attention and MLP before
+            the residual.
+        attention_probs_dropout_prob: in training, of attention weights in the language decoder.
+        max_position_embeddings: longest intended text, in tokens.
+        type_vocab_size: token types: 0 text, 1 image.
+        initializer_range: standard deviation of initial weights.
         layer_norm_eps: of every norm.
         vocab_size, num_key_value_heads, rope_theta, attention_bias, tie_word_embeddings: not in the specification; as
             in Qwen3-VL.
@@ -69,21 +69,19 @@ class QVLConfig(PreTrainedConfig):
         vision_model_type: "vit". vision_num_hidden_layers, vision_num_attention_heads, vision_hidden_size,
         vision_intermediate_size: sizes of the vision transformer.
         vision_patch_size: pixels of a patch's side.
-        vision_image_size: pixels of the side for which there is one learned position per patch; other sizes
-            interpolate.
+        vision_image_size: pixels of an image side with one learned position per patch; other sizes interpolate.
         vision_num_channels, vision_hidden_act, vision_rope_theta: not in the specification.
     Multimodal:
         multimodal_fusion_type: "cross_attention".
-        num_query_tokens: learned queries that an image is read with; 0 for the MLP connector, which keeps every patch.
-        vision_projection_dim: width of visual tokens as the connector hands them over; keys and values are made of
-            them.
+        num_query_tokens: learned queries per image; 0 for the MLP connector, which keeps every patch.
+        vision_projection_dim: width of visual tokens, the output of the connector and input of keys and values.
         language_projection_dim: width of the text's queries in cross-attention, split over num_attention_heads.
         connector_type: "attention" (num_query_tokens > 0) or "mlp" (num_query_tokens = 0).
         connector_num_layers: of the attention connector.
         cross_attention_layers: decoder layers that begin with cross-attention; None for every fourth (3, 7, ...).
-        cross_attention_gate_init: first value of the gates; a layer adds tanh(gate) * cross-attention.
-        max_num_images: images per sample that are told apart by their order.
-        image_token_id: token that stands for an image in the text (one per image).
+        cross_attention_gate_init: initial value of the gates; a layer adds tanh(gate) * cross-attention.
+        max_num_images: most images per sample, each with a learned embedding of its index.
+        image_token_id: image token in the text, one per image.
 
     Raises: ValueError for keys that it does not have (those that transformers keeps in a config.json are no such keys),
         and for settings that contradict each other or cannot be built; TypeError for values of the wrong type. A key in
