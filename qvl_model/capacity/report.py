@@ -1,4 +1,4 @@
-"""What a capacity check found."""
+"""The result of a capacity check."""
 
 from dataclasses import dataclass, field
 

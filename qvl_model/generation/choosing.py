@@ -76,7 +76,7 @@ class Chooser:
         return self.sequences
 
     def result(self, sequences: Tensor, cache: Cache) -> GenerateDecoderOnlyOutput | Tensor:
-        """What ``generate`` returns."""
+        """The return value of ``generate``."""
         if not self.config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(

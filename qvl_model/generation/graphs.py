@@ -58,7 +58,7 @@ class Device:
 
 
 class Captured:
-    """What ``Device.captured`` returns. ``pool``: the memory pool of its graph, or None."""
+    """A captured function. ``pool``: the memory pool of its graph, or None."""
 
     def __init__(self, replay: Callable[[], None], graph: cuda.CUDAGraph | None = None) -> None:
         self.replay, self.pool = replay, None if graph is None else graph.pool()

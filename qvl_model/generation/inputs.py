@@ -1,4 +1,4 @@
-"""What decode steps on CPUs and GPUs share: which layers they can run, and the inputs of the first layer."""
+"""Shared by decode steps on CPUs and GPUs: which layers they can run, and the inputs of the first layer."""
 
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS

@@ -200,7 +200,7 @@ def why_not(chooser: Chooser) -> str | None:
 
 
 class Sampler:
-    """What a ``Chooser`` does, without waiting for the device: see there for ``choose``, ``tokens`` and ``finish``.
+    """Chooses as a ``Chooser`` does, without waiting for the device; see there for its methods.
 
     Args:
         chooser: one that ``why_not`` accepts. Choosers of equal ``key`` can follow each other, each after ``begin``.
@@ -344,7 +344,7 @@ class Sampler:
         return tokens.clamp(0, self._embeddings - 1)
 
     def _choose(self) -> None:
-        """What is captured: from the logits to the next tokens."""
+        """The captured function: from the logits to the next tokens."""
         scores, length = self._logits.float(), self._length
         for form in self._forms:
             scores = form.apply(scores, length)

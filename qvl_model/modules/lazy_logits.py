@@ -92,7 +92,7 @@ def _fingerprint(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Source:
-    """What logits are computed from, until it may have changed. One per call of the head, without autograd nodes."""
+    """Inputs of lazy logits, until they may have changed. One per call of the head, without autograd nodes."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, own: tuple[bool, bool], forward: Any) -> None:
         self.hidden, self.weight, self.device = hidden.detach(), weight.detach(), hidden.device

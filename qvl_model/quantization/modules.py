@@ -19,7 +19,7 @@ FORMATS = {"int8": 8, "int4": 4}  # name -> bits
 
 
 class _Quantised:
-    """What quantised modules share: buffers ``weight_values`` and ``weight_scales`` (see ``qvl_kernels.quantization``)
+    """Base of quantised modules: buffers ``weight_values`` and ``weight_scales`` (see ``qvl_kernels.quantization``)
     in place of ``weight``.
 
     The parameter ``weight`` is empty, [N, 0], and in no state_dict. It follows the model's dtype and device. PEFT finds

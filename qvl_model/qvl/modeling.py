@@ -27,7 +27,7 @@ __all__ = ["QVLCausalOutput", "QVLForConditionalGeneration", "QVLModel", "QVLMod
 
 @dataclass
 class QVLModelOutput(CacheOutput):
-    """What QVLModel returns. B samples, T tokens, C hidden size, L layers.
+    """Output of QVLModel. B samples, T tokens, C hidden size, L layers.
 
     Attributes:
         last_hidden_state: [B, T, C], after the last norm.
