@@ -8,7 +8,7 @@ from qvl_model.modules.fast_path import kernels_take, only_capture_hooks, runs_l
 from qvl_model.quantization.modules import PackedEmbedding
 from qvl_model.qvl.text import QVLTextModel
 
-__all__ = ["body_why_not", "cache_places", "token_embeddings", "token_inputs"]
+__all__ = ["body_why_not", "cache_indices", "token_embeddings", "token_inputs"]
 
 
 def body_why_not(body: nn.Module) -> str | None:
@@ -38,12 +38,12 @@ def body_why_not(body: nn.Module) -> str | None:
             or fused_layer.handle.dtype is not body.norm.weight.dtype
         ):
             return f"decoder layer {index} is not plain"
-    if len(set(cache_places(body))) < len(body.layers):
+    if len(set(cache_indices(body))) < len(body.layers):
         return "decoder layers share a place in the cache"
     return None
 
 
-def cache_places(body: nn.Module) -> list[int]:
+def cache_indices(body: nn.Module) -> list[int]:
     """The index in the KV cache of each layer's keys and values."""
     return [layer.self_attn.layer_idx for layer in body.layers]
 

@@ -20,7 +20,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from qvl_model.compat import CACHE
 from qvl_model.generation import step_cpu, step_gpu
 from qvl_model.generation.choosing import Chooser
-from qvl_model.generation.inputs import cache_places
+from qvl_model.generation.inputs import cache_indices
 from qvl_model.generation.kv_cache import updates_as_stock
 from qvl_model.generation.sampling import Sampler
 from qvl_model.generation.step_cpu import CpuStep
@@ -249,7 +249,7 @@ def _begin(
         and tuple(mask.shape) != (expected[-2], past + 1)
     ):
         return StockStep(model, chooser, kwargs)
-    if any(int(cache.layers[place].get_seq_length()) != past for place in cache_places(model.model.language_model)):
+    if any(int(cache.layers[index].get_seq_length()) != past for index in cache_indices(model.model.language_model)):
         return StockStep(model, chooser, kwargs)  # for example, a model whose first layer was removed
     has_padding = mask is not None and not bool(mask.all())
     visible = mask.bool() if has_padding else None

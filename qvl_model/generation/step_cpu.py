@@ -10,7 +10,7 @@ from qvl_kernels.ops.decoder_layer.prepared import Run
 from qvl_kernels.ops.linear.extension import run_extension_linear
 from qvl_kernels.ops.linear.weights import extension_weight, out_features, tensors_of, unsupported_scales
 from qvl_kernels.ops.rms_norm.cpu import rms_norm_cpu
-from qvl_model.generation.inputs import body_why_not, cache_places, token_embeddings
+from qvl_model.generation.inputs import body_why_not, cache_indices, token_embeddings
 from qvl_model.generation.kv_cache import WriteSlots, reserve_slots
 from qvl_model.modules.decoder_layer import fused_layer_of
 from qvl_model.modules.fast_path import is_eligible, is_number, kernels_take, runs_library_code
@@ -55,7 +55,10 @@ class CpuStep:
         few = self._positions.shape[-2] < PreparedDecoderLayer.ROWS
         self._end = None if foreign or not few else _End.of(self._body.norm, model.lm_head)
         self._layers = list(self._body.layers)
-        self._calls, self._places = [fused_layer_of(layer).handle for layer in self._layers], cache_places(self._body)
+        self._calls, self._cache_indices = (
+            [fused_layer_of(layer).handle for layer in self._layers],
+            cache_indices(self._body),
+        )
         # Keeps the memory that the calls read, if a weight's data is swapped meanwhile.
         self._alive = [
             x.detach()
@@ -97,7 +100,7 @@ class CpuStep:
         same = (
             self._model.model.language_model is self._body
             and why_not(self._model) is None
-            and cache_places(self._body) == self._places
+            and cache_indices(self._body) == self._cache_indices
         )
         return same and all(fused_layer_of(layer).handle is call for layer, call in zip(self._body.layers, self._calls))
 
@@ -112,8 +115,8 @@ class CpuStep:
         self._slots = []
         like = self._body.norm.weight.new_empty(self._positions.shape[-2], 1, 0)
         reserved = [
-            reserve_slots(self._cache, place, like, call.kv_heads, call.head_dim)
-            for place, call in zip(self._places, self._calls)
+            reserve_slots(self._cache, index, like, call.kv_heads, call.head_dim)
+            for index, call in zip(self._cache_indices, self._calls)
         ]
         if any(slots is None or slots.past != self.length for slots in reserved):
             return False

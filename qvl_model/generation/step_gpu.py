@@ -20,7 +20,7 @@ from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
 from qvl_model.generation import graphs, images, sampling
 from qvl_model.generation.choosing import Chooser
 from qvl_model.generation.images import Images
-from qvl_model.generation.inputs import body_why_not, cache_places, token_inputs
+from qvl_model.generation.inputs import body_why_not, cache_indices, token_inputs
 from qvl_model.generation.kv_cache import forget
 from qvl_model.generation.sampling import Sampler
 from qvl_model.modules import lm_head as head
@@ -257,7 +257,7 @@ class GpuStep:
         self._model = weakref.ref(model)  # weak, since the model's pool refers to this step
         body, lm_head = model.model.language_model, model.lm_head
         self._layers = [fused_layer_of(layer).handle for layer in body.layers]
-        self._places = cache_places(body)
+        self._cache_indices = cache_indices(body)
         first, weight = self._layers[0], body.norm.weight
         self._device, self._stream, self.graph = graphs.of(weight.device), None, None
         self._samplers: OrderedDict[tuple, Sampler | None] = OrderedDict()
@@ -353,7 +353,7 @@ class GpuStep:
             self._set(positions, visible)  # warm-up runs have changed the buffers
 
     def _cache_layers(self) -> list:
-        return [self._cache.layers[index] for index in self._places]
+        return [self._cache.layers[index] for index in self._cache_indices]
 
     def _set(self, positions: Tensor, visible: Tensor | None) -> None:
         self._tokens.zero_()

@@ -124,7 +124,7 @@ def save(
     Raises: ValueError for a model without quantised layers, and for tensors that are not in a model of this class.
     """
     state_dict = model.state_dict() if state_dict is None else state_dict
-    _check_places(model, state_dict)
+    _check_names(model, state_dict)
     tensors, shared = _distinct(state_dict)
     section = {"quant_method": METHOD, "version": VERSION, **_formats(model), "id": secrets.token_hex(8)}
     config = copy.deepcopy(model.config)
@@ -143,7 +143,7 @@ def save(
             _copy_files(files_of, temporary)
 
 
-def _check_places(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+def _check_names(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
     module_names = {name for name, _ in without_weights(model).named_modules()}
     foreign = sorted(name for name in state if name.rpartition(".")[0] not in module_names)
     if foreign:

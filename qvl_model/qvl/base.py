@@ -12,7 +12,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from qvl_model.compat import CACHE_NAMES
 from qvl_model.qvl.configuration import QVLConfig
 
-__all__ = ["QVLPreTrainedModel", "attend", "eager", "eager_config", "key_mask", "rotary_tables"]
+__all__ = ["QVLPreTrainedModel", "attend", "eager", "eager_config", "key_mask", "rotary_angles"]
 
 
 class QVLPreTrainedModel(PreTrainedModel):
@@ -75,7 +75,7 @@ def eager(attention: nn.Module) -> nn.Module:
     return twin
 
 
-def rotary_tables(positions: Tensor, dim: int, theta: float) -> Tensor:
+def rotary_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
     """Angles [..., dim / 2], fp32, of positions [...]: position * theta^(-2i / dim)."""
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim)
     return positions[..., None].float() * frequencies

@@ -145,8 +145,8 @@ class QVLProcessor:
         channels, height, width = (max(tensor.shape[i] for tensor in tensors) for i in range(3))
         values = torch.zeros(len(counts), max(counts), channels, height, width)
         mask = torch.zeros(len(counts), max(counts), height, width, dtype=torch.long)
-        places = [(row, i) for row, count in enumerate(counts) for i in range(count)]
-        for (row, i), tensor in zip(places, tensors):
+        indices = [(row, i) for row, count in enumerate(counts) for i in range(count)]
+        for (row, i), tensor in zip(indices, tensors):
             values[row, i, :, : tensor.shape[1], : tensor.shape[2]] = tensor
             mask[row, i, : tensor.shape[1], : tensor.shape[2]] = 1
         return (values, mask) if max(counts) > 1 else (values[:, 0], mask[:, 0])

@@ -12,7 +12,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from qvl_model.compat import CACHE, takes_cache
-from qvl_model.qvl.base import QVLPreTrainedModel, attend, eager, eager_config, key_mask, rotary_tables
+from qvl_model.qvl.base import QVLPreTrainedModel, attend, eager, eager_config, key_mask, rotary_angles
 from qvl_model.qvl.cache import add_visual_layer, visual_layer
 from qvl_model.qvl.configuration import QVLConfig
 from qvl_model.qvl.inputs import check_keywords, check_text
@@ -262,13 +262,13 @@ class QVLTextModel(QVLPreTrainedModel):
             mask = torch.zeros(mask.shape, dtype=hidden_states.dtype, device=mask.device).masked_fill(
                 ~mask, torch.finfo(hidden_states.dtype).min
             )
-        tables = self.rotary_emb(hidden_states, position_ids)
+        cos_sin = self.rotary_emb(hidden_states, position_ids)
         tokens = None if visual is None else visual.tokens
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 tokens,
-                position_embeddings=tables,
+                position_embeddings=cos_sin,
                 attention_mask=mask,
                 position_ids=position_ids,
                 **{CACHE: cache},
@@ -288,7 +288,7 @@ class QVLTextModel(QVLPreTrainedModel):
 
     def rotary_emb(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B or 1, T, D] of positions [B or 1, T], dtype of x."""
-        angles = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
+        angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         angles = torch.cat((angles, angles), -1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 

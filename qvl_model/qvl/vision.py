@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
-from qvl_model.qvl.base import QVLPreTrainedModel, rotary_tables
+from qvl_model.qvl.base import QVLPreTrainedModel, rotary_angles
 from qvl_model.qvl.configuration import QVLConfig
 
 __all__ = ["QVLPatchEmbed", "QVLVisionBlock", "QVLVisionModel"]
@@ -43,10 +43,10 @@ class QVLVisionPositions(nn.Module):
         return self._between(self._between(table.float(), height, 0), width, 1).to(table.dtype)
 
     def _between(self, table: Tensor, count: int, dim: int) -> Tensor:
-        place = torch.linspace(0, self.side - 1, count, device=table.device)
-        low = place.long()
+        position = torch.linspace(0, self.side - 1, count, device=table.device)
+        low = position.long()
         high = (low + 1).clamp(max=self.side - 1)
-        weight = (place - low).to(table.dtype).view([-1 if i == dim else 1 for i in range(3)])
+        weight = (position - low).to(table.dtype).view([-1 if i == dim else 1 for i in range(3)])
         return torch.lerp(table.index_select(dim, low), table.index_select(dim, high), weight)
 
 
@@ -115,16 +115,16 @@ class QVLVisionModel(QVLPreTrainedModel):
         if not sum(lengths):
             return features, lengths
         features = features + self._positions(boxes, lengths, coordinates)
-        angles = rotary_tables(
+        angles = rotary_angles(
             coordinates, width // self.config.vision_num_attention_heads // 2, self.config.vision_rope_theta
         )
         angles = angles.flatten(1).repeat(1, 2)
         cu_seqlens = torch.tensor([0, *(length for length in lengths if length)], dtype=torch.int32).cumsum(
             0, dtype=torch.int32
         )
-        tables, cu_seqlens = (angles.cos(), angles.sin()), cu_seqlens.to(features.device)
+        cos_sin, cu_seqlens = (angles.cos(), angles.sin()), cu_seqlens.to(features.device)
         for block in self.blocks:
-            features = block(features, cu_seqlens, position_embeddings=tables)
+            features = block(features, cu_seqlens, position_embeddings=cos_sin)
         return self.norm(features), lengths
 
     def _positions(self, boxes: list[tuple[int, int]], lengths: list[int], coordinates: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ MUTATIONS = [
         "self.scaling, self.is_causal = 1.0, False",
         EXACT_ATTENTION,
     ),
-    Mutation(VISION, "weight = (place - low)", "weight = (place - low).round()", EXACT_MLP),
+    Mutation(VISION, "weight = (position - low)", "weight = (position - low).round()", EXACT_MLP),
     Mutation(
         VISION,
         "            features = block(features",
