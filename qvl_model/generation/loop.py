@@ -97,7 +97,7 @@ def why_not(model: nn.Module, input_ids: Tensor, config: GenerationConfig, optio
         return reason
     if type(cache) is not DynamicCache:
         return f"the cache is a {type(cache).__name__}, which no graph writes to"
-    return step_gpu.why_failed(model, input_ids.shape[0], int(cache.get_seq_length()) + input_ids.shape[1])
+    return None
 
 
 def _cache_updates_as_stock(cache: Cache) -> bool:
@@ -256,6 +256,8 @@ def _begin(
     if not _on_gpu(model):
         step = CpuStep.begin(model, cache, positions, visible, foreign=foreign)
         return step or StockStep(model, chooser, kwargs)
+    if step_gpu.why_failed(model, chooser.sequences.shape[0], past) is not None:
+        return StockStep(model, chooser, kwargs)
     longest = chooser.criteria.max_length
     limit = None if longest is None else past + longest - chooser.sequences.shape[1]
     try:

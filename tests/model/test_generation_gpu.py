@@ -350,6 +350,23 @@ def test_a_failure_is_remembered_for_its_size(models, monkeypatch, error, releas
     GpuStep.begin(**arguments).end(5)
 
 
+@pytest.mark.parametrize("by", ["ids", "embeddings"])
+def test_a_size_that_failed_is_not_tried_again(models, monkeypatch, by):
+    tried, prompt = [], inputs([9])
+    monkeypatch.setattr(
+        GpuStep, "begin", lambda *args, begin=GpuStep.begin, **kw: tried.append(1) or begin(*args, **kw)
+    )
+    _failing(monkeypatch, torch.OutOfMemoryError("no memory"))
+    if by == "embeddings":
+        with torch.no_grad():
+            prompt = {"inputs_embeds": models[0].get_input_embeddings()(prompt["input_ids"])}
+    with pytest.warns(RuntimeWarning, match="no memory"):
+        outs = [_generate(model, prompt, **GREEDY) for model in models]
+    outs.append(_generate(models[1], prompt, **GREEDY))
+    assert torch.equal(outs[1], outs[0]) and torch.equal(outs[2], outs[0])
+    assert len(tried) == 1
+
+
 @pytest.mark.parametrize("release", [True, False])
 @pytest.mark.parametrize(
     "error", [RuntimeError("The size of tensor a (3) must match"), TypeError("not callable"), KeyboardInterrupt()]
