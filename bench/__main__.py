@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     model, family = _checkpoint(arguments, console)
     options = _options(arguments, model, family)
     columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    # Two refreshes a second: the bar must not take part in the measurement.
+    # Two refreshes a second: the progress bar must not disturb the measurement.
     with Progress(*columns, console=console, refresh_per_second=2) as progress:
         bar = progress.add_task("starting", total=plan.steps(options), completed=-1)
         try:

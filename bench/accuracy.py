@@ -1,9 +1,9 @@
-"""Does acceleration change answers? ``python -m bench.accuracy [--model PATH --questions FILE.jsonl]``
+"""Answer agreement with stock: ``python -m bench.accuracy [--model PATH --questions FILE.jsonl]``
 
-Stock against accelerated on a trained checkpoint, for every weight precision that exists: exact answers (generated,
-greedy), mean log-likelihood and perplexity of the reference answers, and agreement of the generated answers. Default:
-the models that ship, one of each family, on the held-out questions of the digits scenes. FILE.jsonl has one ``{"image":
-path or list of paths, "question": text, "answer": text}`` per line, paths relative to the file.
+Stock against accelerated on a trained checkpoint, for every weight format: exact answers (generated, greedy), mean
+log-likelihood and perplexity of the reference answers, and agreement of the generated answers. Default: the models that
+ship, one of each family, on the held-out questions of the digits scenes. FILE.jsonl has one ``{"image": path or list of
+paths, "question": text, "answer": text}`` per line, paths relative to the file.
 """
 
 import argparse
@@ -31,8 +31,8 @@ class Precision:
 
     Attributes:
         weights: of ``accelerate``; None leaves them in ``dtype``.
-        agreement: the share of generated answers that must be stock's own; None where weights are rounded and answers
-            near a tie may turn.
+        agreement: the least answer agreement with stock; None where weights are quantised and answers near a tie may
+            change.
         exact_loss: how much smaller the share of right answers may be.
         perplexity_ratio: at most.
     """
@@ -112,7 +112,7 @@ def _batches(
 def _evaluate(model: "PreTrainedModel", processor: "ProcessorMixin", items: list[Item]) -> dict:
     """{"answers": [...], "log_likelihood": summed, "tokens": counted} of a model on all items."""
     answers, total, tokens = [], 0.0, 0
-    # Room for the longest reference answer and for a wrong one to show that it goes on.
+    # Room for the longest reference answer and a few tokens more, so that a wrong longer answer counts as wrong.
     longest = max(len(processor.tokenizer(item.answer).input_ids) for item in items) + 8
     with torch.inference_mode():
         for _, inputs, _ in _batches(processor, items, with_answers=False):

@@ -1,7 +1,7 @@
 """The default model of the benchmark: a family's architecture at full size with seeded random bf16 weights, written
 once.
 
-python -m bench.checkpoint [--family qvl] [DIRECTORY]    writes it (4.3 GB) where it is missing and prints where it is
+python -m bench.checkpoint [--family qvl] [DIRECTORY]    writes it (4.3 GB) where it is missing and prints its path
 """
 
 import argparse
@@ -15,7 +15,7 @@ from bench.families import FAMILIES, Family
 
 __all__ = ["RANDOM_KEY", "cached_checkpoint", "write_random"]
 
-RANDOM_KEY = "qvl_random_weights"  # in config.json: says that answers are noise
+RANDOM_KEY = "qvl_random_weights"  # in config.json: marks random weights: answers are noise
 SEED = 0
 WEIGHT_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 
@@ -49,7 +49,7 @@ def write_random(directory: Path, family: Family, sizes: dict | None = None) -> 
 
 
 def cached_checkpoint(family: Family) -> Path:
-    """Where the random full-size checkpoint is or will be. The name changes with what is in it."""
+    """Path of the random full-size checkpoint. The name depends on its contents."""
     tokenizer = (digits_directory() / "tokenizer.json").read_bytes()
     key = hashlib.sha256(json.dumps([family.full_config(), IMAGE_PROCESSOR, SEED]).encode() + tokenizer).hexdigest()[:8]
     return cache_directory() / f"{family.name}-2b-random-{key}"

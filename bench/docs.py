@@ -1,6 +1,6 @@
 """Writes the generated parts of README.md and docs/, most from the files in bench/results: ``python -m bench.docs``.
 
-Each part stands between two markers, ``<!-- generated NAME: begin -->`` and the same with ``end``.
+Each part is between two markers, ``<!-- generated NAME: begin -->`` and the same with ``end``.
 """
 
 import json
@@ -26,7 +26,7 @@ def markers(name: str) -> tuple[str, str]:
 
 
 def section(text: str, name: str) -> str:
-    """What stands between the markers of ``name``.
+    """The text between the markers of ``name``.
 
     Raises: ValueError unless both stand in ``text`` once.
     """
@@ -118,7 +118,7 @@ def front(folder: Path) -> str:
 
 
 def chart_numbers(folder: Path = RESULTS) -> dict[str, dict[str, float]]:
-    """What the chart of README.md shows: times as fast as stock, by configuration, of decode and first token."""
+    """Numbers of the chart of README.md: speed-up over stock, by configuration, of decode and first token."""
     metrics, cases = _load(folder, CPU)["metrics"], _gpu_cases(folder)
     numbers = {
         f"CPU, {name}": {
@@ -135,7 +135,7 @@ def chart_numbers(folder: Path = RESULTS) -> dict[str, dict[str, float]]:
 
 
 def draw_chart(file: Path, folder: Path = RESULTS) -> None:
-    """Writes the chart of README.md. Its numbers stand in the file too, so that tests can compare them."""
+    """Writes the chart of README.md. Its numbers are stored in the file too, so that tests can compare them."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What the benchmark must know about each family of models; everything else is measured in the same way."""
+"""What differs between model families in the benchmark."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ __all__ = ["FAMILIES", "Family", "family_of"]
 
 
 def _bytes(*modules: nn.Module) -> int:
-    """Of parameters, and of the buffers that packed weights are."""
+    """Bytes of parameters and of the buffers that hold quantised weights."""
     return sum(x.numel() * x.element_size() for module in modules for x in (*module.parameters(), *module.buffers()))
 
 
@@ -48,10 +48,10 @@ class Family(Protocol):
         """(patches, visual tokens) of the images of a prompt."""
 
     def encode(self, model: nn.Module, prompt: dict[str, Tensor]) -> object:
-        """Pixels to what the text sees of them."""
+        """The vision encoder: pixels to visual tokens."""
 
     def bytes_per_token(self, model: nn.Module, prompt: dict[str, Tensor]) -> int:
-        """Weights of the decoder and of the output projection, once, and keys and values of the prompt."""
+        """Bytes that one decode step reads: weights of decoder and head, once, and the prompt's KV cache."""
 
     def shallow(self, config: Any, layers: int) -> None:
         """Cuts a config down to so many layers of text and of vision."""

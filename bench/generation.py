@@ -1,6 +1,6 @@
-"""The timing of ``generate``: the same code for our models and for peers that keep its interface.
+"""Timing of ``generate``: the same code for our models and for engines with the same interface.
 
-Imports nothing of this project, for peers run it in environments of their own.
+Imports nothing of this project: other engines run it in their own environments.
 """
 
 import time
@@ -13,7 +13,7 @@ __all__ = ["timed_generate"]
 
 
 class _Clock(BaseStreamer):
-    """When each token came out. ``generate`` puts the prompt first, which is left out."""
+    """Time of each token. ``generate`` passes the prompt first, which is skipped."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

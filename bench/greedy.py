@@ -103,8 +103,8 @@ def compare(
 ) -> tuple[int, int]:
     """(tokens that must agree, tokens of those that do).
 
-    The first difference ends the comparison, since the texts go separate ways after it. It counts as a failure if
-    stock's margin between its two best logits exceeds MARGIN times the largest difference of the logits at that step.
+    The comparison ends at the first difference, since later tokens depend on it. It counts as a failure if stock's
+    margin between its two best logits exceeds MARGIN times the largest difference of the logits at that step.
     """
     options = {"max_new_tokens": tokens, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     one, other = stock.generate(**prompt, **options), ours.generate(**prompt, **options)

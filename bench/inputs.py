@@ -40,12 +40,12 @@ def _text_of_length(count: Callable[[str], int], tokens: int) -> str:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(text[:middle]) <= tokens else (low, middle)
-    # Merges can make a longer text one token shorter: look a little further for an exact hit.
+    # Token merges can make a longer text one token shorter, so a few longer prefixes are tried for an exact length.
     return next((text[:end] for end in range(low, min(low + 40, len(text))) if count(text[:end]) == tokens), text[:low])
 
 
 def image_prompt(processor: "ProcessorMixin", images: list, text_tokens: int) -> dict[str, torch.Tensor]:
-    """One chat turn with ``images``; all tokens that are not visual number ``text_tokens``."""
+    """One chat turn with ``images``; ``text_tokens`` tokens are not visual."""
 
     def chat(text: str) -> str:
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]

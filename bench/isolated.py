@@ -21,20 +21,20 @@ LOG_TAIL = 1500
 
 
 def _child(function: Callable[[], object], connection: Connection, log: IO[str]) -> None:
-    os.setsid()  # so that what it starts can be ended with it
+    os.setsid()  # a session of its own, so that its children end with it
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
     try:
         answer = {"value": function()}
-    except BaseException as error:  # whatever it is, it becomes this task's result
+    except BaseException as error:  # any failure is this task's result
         traceback.print_exc()
         answer = {"error": f"{type(error).__name__}: {error}"}
     try:
         connection.send(answer)
     except Exception as error:  # a value that cannot be pickled
         connection.send({"error": f"{type(error).__name__}: {error}"})
-    os._exit(0)  # without exit handlers: those are the parent's
+    os._exit(0)  # without the parent's exit handlers
 
 
 def run_all(
@@ -86,7 +86,7 @@ def _answer(connection: Connection, process: BaseProcess, log: IO[str], late: fl
         except EOFError:
             process.join(5)
             answer = {"error": f"the process ended with exit code {process.exitcode}"}
-    process.join(5)  # one that hangs in a driver call outlives its killing
+    process.join(5)  # a process that hangs in a driver call cannot be killed
     if "error" in answer:
         log.seek(0)
         answer["log"] = log.read()[-LOG_TAIL:].strip()

@@ -1,11 +1,11 @@
-"""Kernel benchmark: every op over the model shapes of its shared cases, beside its reference and its floor.
+"""Kernel benchmark: every op over the model shapes of its shared cases, beside its reference and its roofline.
 
     python -m bench.kernels [-k EXPRESSION] [any pytest-benchmark option]
     QVL_BENCH_DTYPE=fp32 python -m bench.kernels        (default bf16; or fp16)
 
-The floor is what a perfect kernel needs on this machine: bytes at the read bandwidth, or floating-point operations at
-the fastest GEMM measured here (ours or PyTorch's, in any dtype), whichever takes longer. Outputs that stay in the
-caches can beat it. The result is compared with the reference before it is timed.
+The roofline time is the longer of bytes at the read bandwidth and FLOPs at the rate of the fastest GEMM measured here
+(ours or PyTorch's, in any dtype). Outputs that stay in cache can beat it. The result is compared with the reference
+before it is timed.
 """
 
 import functools
@@ -30,7 +30,7 @@ __all__ = ["Floors", "cases_of", "main", "ops"]
 
 DTYPE = DTYPES[os.environ.get("QVL_BENCH_DTYPE", "bf16")]
 SECONDS = 0.4  # of timing per function
-COLD_BYTES = 128 << 20  # inputs rotate over copies of this total size, so that they come from memory as in a model
+COLD_BYTES = 128 << 20  # total size of the copies that inputs rotate over, so that they come from memory as in a model
 MAX_COPIES = 32
 
 
@@ -52,7 +52,7 @@ def cases_of(op: str) -> list[Case]:
 
 
 class Floors:
-    """Limits of this machine, measured once: GB/s of reading, GFLOP/s of the fastest GEMM."""
+    """Roofline of this machine, measured once: GB/s of reading, GFLOP/s of the fastest GEMM."""
 
     @functools.cached_property
     def gb_s(self) -> float:
@@ -107,7 +107,7 @@ def test_speed(op: str, case: Case, backend: str, benchmark: Any) -> None:
     with torch.inference_mode(), qvl_kernels.use_backend(backend):
         function(**next(inputs))
         once = seconds(lambda: function(**next(inputs)))
-        iterations = max(1, int(1e-3 / once))  # a round of at least a millisecond, for the clock
+        iterations = max(1, int(1e-3 / once))  # a round takes at least a millisecond, for the clock's resolution
         rounds = min(200, max(3, int(SECONDS / (once * iterations))))
         benchmark.pedantic(lambda: function(**next(inputs)), iterations=iterations, rounds=rounds, warmup_rounds=1)
 
@@ -167,6 +167,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from bench import kernels  # the module that pytest imports, so that the floors are measured once
+    from bench import kernels  # the module that pytest imports, so that the roofline is measured once
 
     sys.exit(kernels.main(sys.argv[1:]))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 __all__ = ["commit", "describe", "peak_rss_bytes"]
 
-# The processor features that decide which kernels run; the full list would bury them.
+# The processor features that decide which kernels run.
 CPU_FLAGS = (
     "avx2",
     "fma",

@@ -1,4 +1,4 @@
-"""From raw times, sizes and errors to the numbers of the table: one metric per key of targets.py, and a few notes."""
+"""Metrics from raw times, sizes and errors: one per key of targets.py, and a few notes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +48,9 @@ def _best_dtype(raw: dict, operation: str) -> dict:
 
 
 def _decode_share(raw: dict, variant: str) -> dict:
-    """Of the bandwidth that was read around the same tokens, round by round."""
+    """Memory-bandwidth utilisation of decode: achieved bandwidth over the one measured around the same tokens, per
+    round.
+    """
     shares = {
         who: [
             raw["bytes_per_token"][who] / seconds / (gb_s * 1e9)
@@ -85,8 +87,8 @@ def _main_phase(raw: dict, sizes: dict, variant: str) -> dict[str, dict]:
 
 
 def _peers(times: dict[str, dict], sizes: dict) -> dict[str, dict]:
-    """Ours against each peer, "decode_int8_openvino_int8" for example, and against the peer of an engine with the
-    fastest prefill.
+    """Ours against each other engine and format, "decode_int8_openvino_int8" for example, and against the engine's
+    format with the fastest prefill.
     """
     shows = {
         "decode": _rate,
@@ -117,8 +119,8 @@ def from_raw(raw: dict, sizes: dict) -> dict[str, dict]:
     """Metrics by key: {"value", "low", "high", "stock", "ours"}; the last two are for people, ``value`` meets the
     target.
 
-    Keys of other variants than "ours" end in their name, as in "decode_int8", and those against peers in the peer's
-    after it.
+    Keys of other variants than "ours" end in their name, as in "decode_int8", and those against other engines in the
+    engine's name after it.
     """
     result = _main_phase(raw, sizes, "ours")
     for variant in raw["peak_rss"].keys() - {"stock", "ours"}:

@@ -1,4 +1,4 @@
-"""The order of measurements: which workers live when, and which requests they get in turn."""
+"""The order of measurements: which workers run when, and which requests are interleaved."""
 
 import tempfile
 from collections.abc import Callable
@@ -25,7 +25,7 @@ MATCHING = {
     "Q4_0": "int4",
     "int8": "int8",
     "int4": "int4",
-}  # formats of peers, and our weights of the same size
+}  # formats of other engines, and ours of the same size
 PROBE_BYTES = 1 << 30  # far larger than any cache
 
 
@@ -33,8 +33,8 @@ PROBE_BYTES = 1 << 30  # far larger than any cache
 class Options:
     """What to measure. The sizes are those of the targets; tests take smaller ones.
 
-    ``packed``: int8 and int4 weights too, and a batch of ``batch`` prompts. ``peers``: other engines too (see
-    bench/engines). ``all``: stock in other dtypes and on an AVX2 machine too.
+    ``packed``: int8 and int4 weights too, and a batch of ``batch`` prompts. ``peers``: other engines too
+    (bench/engines). ``all``: stock in other dtypes and on an AVX2 machine too.
     """
 
     model: str
@@ -56,8 +56,8 @@ class Options:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Those that take turns: "stock" and keys of ``session.ACCELERATED``, "ours" (accelerated, weights as stored)
-        among them.
+        """The interleaved variants: "stock" and keys of ``session.ACCELERATED``, "ours" (accelerated, weights as
+        stored) among them.
         """
         return ("stock", "ours", *(PACKED if self.packed else ()))
 
@@ -66,12 +66,12 @@ Workers = dict[str, Worker]  # by variant
 
 
 def _in_turn(workers: Workers, index: int) -> list[str]:
-    """The variants in this round's order: who comes first changes with ``index``."""
+    """The variants in this round's order; the first one changes with ``index``."""
     return list(workers)[:: 1 if index % 2 == 0 else -1]
 
 
 def _ask_in_turn(workers: Workers, index: int, operation: str, **arguments: Any) -> dict:
-    """The same request to all, one right after the other."""
+    """Sends the same request to all variants, one after the other."""
     return {variant: workers[variant].ask(operation, **arguments) for variant in _in_turn(workers, index)}
 
 
@@ -88,8 +88,8 @@ def _rounds(
     read_bandwidth: Callable[[], float] | None = None,
 ) -> dict:
     """Times of the single-image row and of text prefill: {"vision": {"stock": [...], "ours": [...]}, ...}. "bandwidth":
-    GB/s read right
-    before and right after each variant decoded, their mean: shared memory changes its speed between minutes.
+    mean GB/s read right before and right after each variant's decode: memory bandwidth of a shared machine changes
+    within minutes.
     """
     times: dict = {}
     for index in range(options.rounds):
@@ -186,8 +186,8 @@ def _other_dtypes(
 
 
 def _peers(options: Options, folder: Path, step: Callable[[str], None]) -> dict:
-    """Times of each peer beside those of ours with the same weights, and with int8: {"times": by peer, "skipped":
-    reasons, "versions"}.
+    """Times of each other engine, interleaved with ours at the same weight size and with int8: {"times": by peer,
+    "skipped": reasons, "versions"}.
     """
     ready, skipped = prepared(peers_of(Path(options.model)), lambda text: None)
     times: dict = {}
@@ -207,7 +207,7 @@ def _peers(options: Options, folder: Path, step: Callable[[str], None]) -> dict:
                     worker.ask("warm_up")
                     workers = {"peer": worker, "int8": ours["int8"], variant: ours[variant]}
                     times[peer.name] = _peer_rounds(workers, options, "image" in peer.prompts)
-            except WorkerError as error:  # theirs, as a rule: ours has just run without them
+            except WorkerError as error:  # usually the other engine's fault: ours has just run without it
                 skipped[peer.name] = str(error).strip().splitlines()[-1]
     return {"times": times, "skipped": skipped, "versions": {peer.name: peer.version for peer in ready}}
 
@@ -225,7 +225,7 @@ def _peer_rounds(workers: Workers, options: Options, images: bool) -> dict:
 
 
 def steps(options: Options) -> int:
-    """How many times ``run`` calls ``step`` at most: peers that cannot be prepared are left out."""
+    """How many times ``run`` calls ``step`` at most: engines that cannot be prepared are left out."""
     count = 1 + 2 + options.rounds * (1 + options.packed) + options.long_pairs + 3 + options.packed + options.accuracy
     count += 1 + len(peers_of(Path(options.model))) if options.peers else 0
     return count + (4 * (options.rounds + 1) if options.all else 0)

@@ -1,7 +1,7 @@
 """The worker's side of the protocol: one JSON request per line on standard input, one JSON answer per line on standard
 output.
 
-Standard library only, for peers' workers run it in environments of their own; bench/client.py is the driver's side.
+Standard library only: other engines' workers run it in their own environments; bench/client.py is the driver's side.
 """
 
 import json
@@ -15,7 +15,7 @@ __all__ = ["serve"]
 
 def serve(handlers: object) -> None:
     """Answers requests, which name methods of ``handlers``, until standard input ends."""
-    # Whatever libraries print must not end up between the answers: they get standard error.
+    # Output of libraries goes to standard error, so that it does not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

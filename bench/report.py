@@ -1,4 +1,4 @@
-"""Shows a result: table on the terminal, JSON file, PNG chart, and the same table as Markdown (see bench/docs.py).
+"""Report of a result: table on the terminal, JSON file, PNG chart, and the same table as Markdown (see bench/docs.py).
 
 python -m bench.report RESULT.json    prints the table of a committed result
 """
@@ -97,7 +97,7 @@ def machine_line(result: dict) -> str:
 
 
 def print_table(result: dict, console: "Console") -> None:
-    """The table with targets and verdicts, then the machine and anything that a reader must know."""
+    """The table with targets and verdicts, then the machine and notes."""
     from rich.table import Table
 
     table = Table(*HEADER, title=family_of_result(result).title)

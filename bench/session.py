@@ -1,4 +1,4 @@
-"""One loaded model and what is measured on it. Lives in a worker process; see worker.py for how it is driven."""
+"""One loaded model and its measurements, in a worker process (worker.py)."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from bench.generation import timed_generate
 
 __all__ = ["ACCELERATED", "Session"]
 
-# Variants of a model besides "stock": the format that accelerate packs their weights in, None for weights as they are.
+# Variants of a model besides "stock": the weight format given to accelerate; None for dense weights.
 ACCELERATED: dict[str, str | None] = {"ours": None, "int8": "int8", "int4": "int4"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -64,12 +64,12 @@ class Session:
         return timed_generate(self.model, getattr(self, prompt), tokens)
 
     def warm_up(self) -> None:
-        """Touches every weight and every code path that is timed later."""
+        """Runs every timed code path once, so that weights are in memory."""
         self.generate("image", 3)
         self.generate("text", 1)
 
     def save_prompts(self, file: str) -> None:
-        """Writes the inputs for peers, which have no processor."""
+        """Writes the inputs for other engines, which have no processor."""
         inputs.save({"image": self.image, "text": self.text, "long": self.long}, Path(file))
 
     @torch.inference_mode()

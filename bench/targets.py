@@ -1,4 +1,4 @@
-"""What the benchmark must show, in one place: each target is compared with the metric of the same key."""
+"""Targets of the benchmark: each is compared with the metric of the same key."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on one metric, or none: then it is only shown.
+    """A bound on one metric; without a bound it is only shown.
 
     ``needs``: the option of ``python -m bench`` without which it is neither measured nor shown.
     """
@@ -59,7 +59,7 @@ TARGETS = [
     Target("avx2_decode_bf16", "AVX2: decode, against stock bf16", at_least=1.0, needs="all"),
     Target("avx2_decode_fp32", "AVX2: decode, against stock fp32", at_least=1.0, needs="all"),
 ]
-# The engine at the hardware's limit: bf16 held to more than above, packed weights, and the peers at the same precision.
+# Near the roofline: stricter bounds for bf16, quantised weights, and other engines at the same precision.
 PACKED_TARGETS = [
     Target("decode_share", "decode, bf16, share of read bandwidth", at_least=0.90, unit="%", needs="packed"),
     Target("ttft", "time to first token, image + text, bf16", at_least=1.9, needs="packed"),

@@ -24,7 +24,7 @@ def summary(values: list[float]) -> dict[str, object]:
 
 
 def paired_ratio(stock: list[float], ours: list[float]) -> dict[str, float]:
-    """How many times less time ``ours`` took, pair by pair: noise that lasts longer than a pair cancels out.
+    """Speed-up of ``ours``, pair by pair: noise that lasts longer than a pair cancels.
 
     Example:
         >>> paired_ratio([8.0, 9.0, 8.0], [4.0, 4.5, 5.0])["median"]

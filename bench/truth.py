@@ -1,5 +1,5 @@
-"""Error of stock and accelerated logits against a truth, on a shallow model of full width: float64, or for packed
-weights the same rounded numbers.
+"""Error of stock and accelerated logits against a reference, on a shallow model of full width: fp64, or for quantised
+weights stock with the dequantised weights.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def errors_against_float64(path: str, layers: int, image_size: int, text_tokens:
 
 
 def fake_quantised(stock: nn.Module, packed: nn.Module) -> nn.Module:
-    """A copy of the stock model with the weights and the activations that the packed one multiplies, in the stock
+    """A copy of the stock model with the fake-quantised weights and activations of the quantised one, in the stock
     model's dtype.
     """
     from qvl_kernels.quantization import rounded_activations
@@ -95,11 +95,11 @@ def fake_quantised(stock: nn.Module, packed: nn.Module) -> nn.Module:
 def cosines_of_packed(
     path: str, weights: list[str], layers: int, image_size: int, text_tokens: int
 ) -> dict[str, float]:
-    """{format: the least cosine between what a packed layer and stock with the same rounded weights and activations,
-    both in fp32, make of one input}.
+    """{format: the least cosine between the outputs of a quantised layer and of stock with fake-quantised weights and
+    activations, both in fp32}.
 
-    Layer by layer, for whole models drift apart at ties: a packed embedding's rows are whole numbers times a scale, and
-    so many of the first layer's activations lie halfway between two integers, where the last bit of a norm decides.
+    Layer by layer, since whole models diverge at rounding ties: rows of a quantised embedding are integers times a
+    scale, so many of the first layer's activations lie halfway between two integers.
     """
     import qvl_model
     from qvl_model.processing import load_processor

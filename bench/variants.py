@@ -1,5 +1,5 @@
-"""Which variants of kernels (``features.SUPPORTED``) are compiled by the audit and measured by the GPU benchmark,
-beside the form that is on.
+"""Kernel features (``features.SUPPORTED``) that the compile check compiles and the GPU benchmark measures, beside the
+default.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from qvl_kernels.gpu import features
 
 __all__ = ["COMBINATIONS", "offered", "plain", "using"]
 
-# (op that launches it, kernel, its variants together)
+# (op that launches it, kernel, features of one combination)
 COMBINATIONS = [
     ("attention", "attention", ("DESCRIPTORS",)),
     ("cross_attention", "attention", ("DESCRIPTORS",)),
@@ -25,7 +25,7 @@ COMBINATIONS = [
 
 
 def using(function: Callable, kernel: str, names: tuple[str, ...]) -> Callable:
-    """``function`` with these variants of the kernel on."""
+    """``function`` with these features of the kernel on."""
 
     def call(**arguments: Any) -> Any:
         with features.override(kernel, *names):
@@ -35,7 +35,7 @@ def using(function: Callable, kernel: str, names: tuple[str, ...]) -> Callable:
 
 
 def plain(function: Callable) -> Callable:
-    """``function`` with no variant of any kernel."""
+    """``function`` without any kernel feature."""
 
     def call(**arguments: Any) -> Any:
         with contextlib.ExitStack() as stack:

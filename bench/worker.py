@@ -1,7 +1,7 @@
-"""A process that measures what it is asked to (see protocol.py for how it is asked).
+"""A worker process that measures on request (protocol.py).
 
-The driver (bench/client.py) keeps several workers alive and asks them in turn, so that stock and accelerated are timed
-alternately while each has a process, and a peak memory, of its own.
+The driver (bench/client.py) keeps several workers alive and interleaves their requests. Stock and accelerated each have
+their own process and peak memory.
 """
 
 from bench.protocol import serve

@@ -4,7 +4,8 @@ read back.
 Needs no GPU. The kernels are those that the public ops launch on their shared cases with ``model=True``, forward and
 backward; a kernel that none of these reaches is compiled for the first other case that does. Registers, stack, spills,
 shared memory, resident warps and the matrix instructions inside loops go to bench/results/audit.json and audit.md. Exit
-status 1 for a violation that no waiver (bench/compile_check/known_issues.py) names, or for a waiver that nothing needs.
+status 1 for a violation that is no known issue (bench/compile_check/known_issues.py), or for a known issue that no
+longer occurs.
 """
 
 import argparse
@@ -47,8 +48,8 @@ __all__ = ["Audit", "audit", "main"]
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 # bf16 is what models run in; the others differ in tile sizes and instructions, so one architecture shows them.
 PLAN = [("sm_90", "fp16"), ("sm_80", "fp32")] + [(arch, "bf16") for arch in ARCHITECTURES]
-# FLOPs of a backward pass in forward passes: two products for each of the forward's, and the scores or logits once
-# more.
+# FLOPs of a backward pass, as a multiple of the forward's: two matmuls for each of the forward's, and the scores or
+# logits recomputed.
 BACKWARD_FLOPS = {"attention": 2.5, "cross_attention": 2.5, "linear_cross_entropy": 3.0}
 
 
@@ -63,7 +64,7 @@ class _Kernel:
 
 @dataclass
 class Audit:
-    """What an audit found; ``rows`` is what audit.json holds, ``failures`` what makes it fail."""
+    """Result of the compile check; ``rows`` is what audit.json holds, ``failures`` what makes it fail."""
 
     rows: list[dict] = field(default_factory=list)
     work: list[dict] = field(default_factory=list)
@@ -73,7 +74,7 @@ class Audit:
 
 def _work(op: str, case: Case, backward: list[Call], training: list[Call]) -> list[dict]:
     """FLOPs, bytes and roofline times of a case in bf16; the backward's bytes are its ops' inputs and outputs.
-    Training: a forward that makes the gradients too.
+    Training: a forward that computes the gradients too.
     """
     sides = [("forward", case.flops, case.bytes(2))]
     if backward:
@@ -117,7 +118,7 @@ class _Collector:
                 if not source.variants or any(launch.meta.get(name) for name in source.variants)
             ]
             made = [(direction, specialise(launch, arch)) for direction, launch in launches]
-        except Exception as error:  # a launcher that cannot run on this architecture is what the audit is for
+        except Exception as error:  # the check must report a launcher that cannot run on this architecture
             if wanted is None:
                 self.result.failures.append(
                     f"{op} {case.name}, {arch}, {dtype}: cannot be launched: {type(error).__name__}: {error}"
@@ -155,7 +156,7 @@ def _collect(result: Audit, names: list[str] | None, plan: list[tuple[str, str]]
                 collector.add(op, source, case, arch, dtype)
     unreached: dict[str, list[str]] = {}
     for arch, dtype in dict(plan).items():
-        for other in (dtype, "fp16"):  # some kernels are there for fp16's short range only
+        for other in (dtype, "fp16"):  # some kernels run in fp16 only, for its short range
             for op, source, case in cases:
                 missing = {name for name in known if (arch, name) not in collector.reached}
                 if missing and (not case.model or other != dtype):
@@ -190,7 +191,7 @@ def _row(kernel: _Kernel, found: dict) -> dict:
 
 
 def _judge(result: Audit, row: dict, known_issues: list[Waiver], used: set[Waiver]) -> None:
-    """Adds a row with its violations, waived or not."""
+    """Adds a row with its violations, known issues included."""
     wrong = [("compile", row["error"])] if "error" in row else violations(row["arch"], row)
     row["violations"] = []
     for kind, sentence in wrong:
@@ -227,7 +228,7 @@ def audit(
     result = Audit()
     console = console or Console(quiet=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Refreshed by hand: processes are forked meanwhile, which a refreshing thread would not survive in order.
+    # Refreshed by hand: processes are forked meanwhile, and forking beside a refreshing thread is not safe.
     with Progress(*columns, console=console, auto_refresh=False) as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bar = progress.add_task("recording launches", total=None)
@@ -291,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     cache = Path(os.environ.get("QVL_CACHE") or Path.home() / ".cache" / "qvl") / f"audit-triton-{triton.__version__}"
-    os.environ["TRITON_CACHE_DIR"] = str(cache)  # a cache of its own: what models compile is neither used nor touched
+    os.environ["TRITON_CACHE_DIR"] = str(cache)  # apart from the user's Triton cache
     console = Console(width=None if sys.stdout.isatty() else 160)
     result = audit(names=arguments.op, plan=plan, jobs=max(1, arguments.jobs), console=console)
     report.print_tables(result, console)

@@ -1,6 +1,4 @@
-"""What the GPUs offer: limits that decide how many warps are resident, and peaks for rooflines. From the vendors'
-manuals.
-"""
+"""Occupancy limits of the GPUs (resident warps per SM) and peaks for rooflines, from the vendors' manuals."""
 
 from dataclasses import dataclass
 
@@ -9,15 +7,15 @@ __all__ = ["LIMITS", "ROOFLINES", "Limits", "Roofline", "resident_warps"]
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one multiprocessor (compute unit); a warp is a wavefront on gfx942."""
+    """Limits of one SM (CU on gfx942, where a warp is a wavefront)."""
 
     warps: int
     blocks: int
     registers: int  # 32-bit registers of all threads
-    register_unit: int  # registers are handed to warps in multiples of this many per thread
+    register_unit: int  # allocation unit of registers per thread
     warp_size: int
     shared: int  # bytes for all blocks
-    shared_reserved: int  # bytes that the system takes of each block's share
+    shared_reserved: int  # bytes of shared memory that the system reserves per block
     partitions: int = 4  # schedulers; a block's warps are spread over them
 
 
@@ -40,7 +38,7 @@ class Roofline:
     bytes_s: float
 
     def seconds(self, flops: float, bytes: float) -> float:
-        """The longer of computing and moving.
+        """max(flops / peak, bytes / bandwidth).
 
         Example:
             >>> ROOFLINES["H100"].seconds(0.0, 3.35e12)
@@ -57,7 +55,7 @@ ROOFLINES = {
 
 
 def resident_warps(arch: str, registers: int, shared: int, warps: int) -> int:
-    """Warps of one kernel that fit on a multiprocessor; 0 when not even one block does.
+    """Warps of one kernel that fit on an SM; 0 when not even one block does.
 
     Args:
         arch: name in LIMITS.

@@ -1,4 +1,4 @@
-"""Compiles specialisations in processes of their own and says what is wrong with what comes out."""
+"""Compiles specialisations, each in its own process, and lists violations in the machine code."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -13,8 +13,8 @@ from qvl_kernels.gpu.device import SHARED_MEMORY
 
 __all__ = ["compile_all", "inspect", "violations"]
 
-TENSOR_MEMORY = 512  # columns of an sm_100 multiprocessor
-WIDE = 64  # rows from which a 16-bit product must use the warp-group (sm_90) or tensor-memory (sm_100) instructions
+TENSOR_MEMORY = 512  # columns of tensor memory of an sm_100 SM
+WIDE = 64  # M from which a 16-bit matmul must use the warp-group (sm_90) or tensor-memory (sm_100) instructions
 
 
 def inspect(specialisation: Specialisation) -> dict:
@@ -59,7 +59,7 @@ def _family(arch: str, dot: dict) -> str | None:
 
 
 def violations(arch: str, found: dict) -> list[tuple[str, str]]:
-    """(kind, sentence) for everything that must not be, of what ``inspect`` found."""
+    """(kind, sentence) of every violation in what ``inspect`` found."""
     wrong = []
     for name, label in (
         ("stack", "bytes of stack"),

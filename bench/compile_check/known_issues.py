@@ -1,4 +1,4 @@
-"""Violations of the audit that are accepted, each with its reason. Nothing else may spill or miss its matrix
+"""Known issues (allowlist) of the compile check, each with its reason. Nothing else may spill or miss its matrix
 instructions.
 """
 
@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 __all__ = ["WAIVABLE", "KNOWN_ISSUES", "Waiver"]
 
-# What does not fit into the chip or does not compile cannot run, so no waiver helps it.
+# Kernels that do not fit or do not compile cannot run, so only these kinds can be accepted.
 WAIVABLE = ("spill", "matrix")
 
 
@@ -42,7 +42,7 @@ class Waiver:
         )
 
 
-# Tiles and warps are chosen for Triton 3.9, with which next to nothing spills (see below). 3.6 allocates registers
+# Tiles and warps are chosen for Triton 3.9, with which almost nothing spills (see below). 3.6 allocates registers
 # differently: so many bytes of stack there (gfx942: spilled registers), mostly outside the loops. The kernels are
 # right, and a little slower than they could be.
 _SPILLS_WITH_3_6 = [

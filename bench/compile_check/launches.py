@@ -1,9 +1,9 @@
-"""Which kernels a call of a public op launches on a GPU that is not there, and what Triton's JIT would compile for
+"""Records the kernels that a public op would launch on a GPU, without one, and what Triton's JIT would compile for
 them.
 
 The op runs on fake CUDA tensors of a case's shapes, strides and dtypes; its launchers choose tiles for an assumed
-architecture, and ``qvl_kernels.gpu.launch`` notes what it was given. Backward passes run as their autograd formulas
-say, without the engine: it would need a CUDA runtime.
+architecture, and ``qvl_kernels.gpu.launch`` records the arguments. Backward passes run as their autograd formulas say,
+without the engine: it would need a CUDA runtime.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ __all__ = [
     "target",
 ]
 
-GRADIENTS_WITH_LOSS = {"linear_cross_entropy"}  # ops whose forward is another one where gradients are wanted
+GRADIENTS_WITH_LOSS = {"linear_cross_entropy"}  # ops with another forward where gradients are needed
 
 
 @dataclass

@@ -1,4 +1,6 @@
-"""Shows an audit: tables on the terminal, audit.md, and the summary for the documentation (see bench/docs.py)."""
+"""Report of the compile check: tables on the terminal, audit.md, and the summary for the documentation (see
+bench/docs.py).
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -82,7 +84,7 @@ def summary(rows: list[dict]) -> Iterator[tuple[str, ...]]:
 
 
 def print_tables(result: Any, console: "Console") -> None:
-    """Summary, the worst of each kernel on each architecture, then everything that fails or is waived."""
+    """Summary, the worst of each kernel on each architecture, then every failure and every known issue."""
     from rich.markup import escape
     from rich.table import Table
 

@@ -1,5 +1,5 @@
-"""What the audit runs: every public op over its shared cases and over the sizes of the GPU benchmark, the internal
-steps of decoding, all of them plain, and the variants of kernels.
+"""Inputs of the compile check: every public op over its shared cases and the sizes of the GPU benchmark, the decode
+step, and every kernel feature.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class Source:
 
 
 C, H, HKV, D, F = 2048, 16, 8, 128, 6144  # of a decoder layer
-KEYS = 1024  # of each row: what its FLOPs and bytes count; kernels do not depend on it
+KEYS = 1024  # KV length of each row, for FLOPs and bytes; kernels do not depend on it
 
 
 def _weight(n: int, k: int, bits: int, dtype: torch.dtype) -> torch.Tensor | QuantizedWeight:
@@ -77,7 +77,7 @@ def _decode_step_case(rows: int, bits: int) -> Case:
 
 def _decode_step(*, x: torch.Tensor, weights: Any, **arguments: Any) -> Any:
     layer = SimpleNamespace(weights=weights, num_heads=H, kv_heads=HKV, head_dim=D, eps=1e-6, scale=D**-0.5)
-    caches = GrowingCaches(1, x.shape[0], HKV, D, x.dtype, x.device)  # empty: kernels are given its table only
+    caches = GrowingCaches(1, x.shape[0], HKV, D, x.dtype, x.device)  # empty: kernels take its table only
     return decode_step(x, layer, caches=caches, index=0, **arguments)
 
 
@@ -97,7 +97,7 @@ def _benchmarked(op: str) -> list[Case]:
 
 
 def _with_dropout() -> tuple[Case, Case]:
-    """Attention and cross-attention of QVL in training. No shared cases: what is dropped differs between backends."""
+    """Attention and cross-attention of QVL in training. No shared cases: dropout keep masks differ between backends."""
     b, t, s, h, hkv, d = 4, 2048, 256, 32, 8, 64
 
     def made(keys: int, heads: int, **others: Any) -> Callable[[torch.dtype, torch.Generator], dict]:

@@ -2,7 +2,7 @@
 
     python -m bench.engines    prepares them under the benchmark's cache, once
 
-The modules import the standard library only, for the workers and tools among them run in the peers' environments.
+The modules import the standard library only: workers and tools run in the other engines' environments.
 """
 
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""python -m bench.engines: prepares the engines that the benchmark compares with, under its cache; what is there is
-used again.
+"""python -m bench.engines: prepares the engines that the benchmark compares with, under its cache; reuses what is
+complete.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def _try(peer: Peer, prompts: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0, or 1 if a peer was skipped."""
+    """0, or 1 if an engine was skipped."""
     arguments = _arguments(argv)
     checkpoint = arguments.model.resolve() if arguments.model else _checkpoint()
     if not (checkpoint / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""What peers need to know about a checkpoint."""
+"""Checkpoint forms for other engines."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ __all__ = ["models_directory", "old_config", "old_style", "rope_parameters"]
 
 
 def models_directory(checkpoint: Path) -> Path:
-    """Where the peers' forms of a checkpoint are kept. The name changes with its config and the sizes of its files."""
+    """Folder of the other engines' forms of a checkpoint. The name depends on its config and the sizes of its files."""
     sizes = [(file.name, file.stat().st_size) for file in sorted(checkpoint.glob("*.safetensors"))]
     key = hashlib.sha256((checkpoint / "config.json").read_bytes() + json.dumps(sizes).encode()).hexdigest()[:8]
     return peers_directory() / "models" / f"{checkpoint.name}-{key}"

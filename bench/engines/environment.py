@@ -1,6 +1,4 @@
-"""What peers need beside this project: a virtual environment each, and files made once, all under the benchmark's
-cache.
-"""
+"""Virtual environments and prepared files of the other engines, all under the benchmark's cache."""
 
 import functools
 import json
@@ -35,7 +33,7 @@ STEP_LIMIT_S = 3600
 
 
 class PeerUnavailable(RuntimeError):
-    """A peer cannot be measured on this machine. The message is the reason, in one line."""
+    """An engine cannot be measured on this machine. The message is the reason, in one line."""
 
 
 def peers_directory() -> Path:
@@ -54,7 +52,7 @@ def finished(path: Path) -> Iterator[Path]:
 
 
 def is_complete(folder: Path, recipe: object) -> bool:
-    """Whether ``folder`` was made to its end, and by this recipe (anything that JSON can hold)."""
+    """Whether ``folder`` is complete and was made by this recipe (anything that JSON can hold)."""
     marker = folder / "complete.json"
     return marker.is_file() and marker.read_text() == json.dumps(recipe)
 
@@ -64,7 +62,7 @@ def mark_complete(folder: Path, recipe: object) -> None:
 
 
 def _reason(output: str) -> str:
-    """The line of a failed program's output that says most."""
+    """The most informative line of a failed program's output."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return next(
         (line for line in lines if line.startswith(("ERROR", "CMake Error")) or "error:" in line),
@@ -102,7 +100,7 @@ def run_step(
             raise PeerUnavailable(f"{what} failed: {error}") from None
         try:
             code = process.wait(limit_s)
-        except BaseException as error:  # too late, or interrupted: a build must not go on behind our back
+        except BaseException as error:  # timed out or interrupted: end the build with its children
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if isinstance(error, subprocess.TimeoutExpired):
@@ -114,7 +112,7 @@ def run_step(
 
 
 def tried_once(prepare: Callable) -> Callable:
-    """For a method ``prepare(self, show)`` that several peers call: once it has failed, it fails at once for the rest
+    """For a method ``prepare(self, show)`` that several engines call: after one failure it fails at once for the rest
     of the run.
     """
     reasons: dict[object, str] = {}
@@ -134,10 +132,10 @@ def tried_once(prepare: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment that is complete or made anew.
+    """A virtual environment, made again if it is not complete.
 
     Attributes:
-        folder: where it is; its log lies beside it.
+        folder: its path; the log is beside it.
         steps: arguments of pip, one call after another.
         check: a Python statement that must run in it.
     """

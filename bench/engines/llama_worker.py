@@ -24,7 +24,7 @@ def seconds(output: str, tokens: int) -> dict[str, float | None]:
 
 
 class Handlers:
-    """A stand-in for a loaded model: ``llama-bench`` maps the file, and warms up, in each run."""
+    """Takes the place of a loaded model: ``llama-bench`` maps the file, and warms up, in each run."""
 
     def load(self, command: list[str], prompt_tokens: int) -> None:
         """``command``: llama-bench with its model, threads and options."""

@@ -1,4 +1,4 @@
-"""The worker of OpenVINO. Runs in an environment of its own, without any of ours but for the benchmark's plumbing."""
+"""The worker of OpenVINO. Runs in its own environment; of this project it imports only the worker protocol."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Handlers:
         self._prompts = inputs.load(Path(prompts))
 
     def warm_up(self) -> None:
-        """What bench.session does to warm up."""
+        """Warm-up as in bench.session."""
         self.generate("image", 3)
         self.generate("text", 1)
 

@@ -41,9 +41,7 @@ IN_LAYER = {
 
 
 def metadata(config: dict) -> dict[str, str | int | float | list[int]]:
-    """What llama.cpp must know besides the tensors, from a config.json. It gets no tokenizer: what is measured needs
-    none.
-    """
+    """GGUF metadata from a config.json. No tokenizer: the measured calls need none."""
     text = config["text_config"]
     rope = rope_parameters(text)
     sizes = {

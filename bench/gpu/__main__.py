@@ -1,9 +1,8 @@
 """python -m bench.gpu: the GPU tests, then every kernel and the whole model against stock and other libraries, on the
 GPU of this machine.
 
-Each case is a process of its own with a time limit, so that a crash or a hang costs one row. The tests come first, and
-beside them
-everything that is compiled: what is measured then finds Triton's cache filled and the machine idle.
+Each case is a process of its own with a time limit, so that a crash or a hang costs one row. The tests run first, and
+beside them all compilation, so that measurements find Triton's cache filled and the machine idle.
 bench/results/<gpu>.json is written after every case, a chart at the end. Needs PyTorch, Triton, transformers, pybind11
 and a C++ compiler, nothing else, and no network. Without a GPU every case is built instead: its kernels are compiled
 for sm_90, its model code runs tiny on the CPU.
@@ -46,7 +45,7 @@ MINUTES = 8.8  # all of it: under nine with start and report
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "flash-attn")
 MEMORY_LIMIT = 8e9  # of the fp16 case, in bytes
 TEST_SECONDS = 120.0
-GRACE_SECONDS = 15.0  # for what a test is doing when it is told to stop
+GRACE_SECONDS = 15.0  # for the running test to end after the interrupt
 INTERRUPTED = 2  # pytest's exit status then
 COMPILING = 4  # processes beside the tests
 COMPILE_SECONDS = 120.0
@@ -62,8 +61,8 @@ class Entry:
     seconds: float
     run: Callable[[], dict]
     build: Callable[[], dict]
-    needs: str | None = None  # a module that not every machine has
-    compile: Callable[[], dict] | None = None  # what compiles its kernels beforehand
+    needs: str | None = None  # an optional module that it needs
+    compile: Callable[[], dict] | None = None  # compiles its kernels beforehand
     early: bool = False  # while others compile: nothing in it is timed
 
     @property
@@ -114,7 +113,7 @@ class _Pytest:
         )
 
     def stop_at(self, deadline: float) -> None:
-        """One that runs on after the deadline is told to stop, and sums up what it did until then."""
+        """Interrupts pytest at the deadline, so that it prints its summary."""
         try:
             self.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -231,8 +230,8 @@ def _versions() -> dict[str, str]:
 
 
 def _preload() -> None:
-    """Imports in the driver what its cases would import one by one, seconds each. Nothing of it may touch CUDA, or no
-    forked process could use it; ``probe`` notices if something does.
+    """Imports in the driver what its cases would import one by one, seconds each. Nothing in it may initialise CUDA, or
+    forked processes could not use it; ``probe`` checks that.
     """
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # is_available() without initialising CUDA
     for name in ("triton", "transformers.models.qwen3_vl.modeling_qwen3_vl", "qvl_model"):
@@ -276,8 +275,8 @@ def _scheduled(entries: list[Entry], deadline: float, result: dict, say: Callabl
 def _compile(
     entries: list[Entry], deadline: float, result: dict, say: Callable[[str], None], save: Callable[[], None]
 ) -> list[Entry]:
-    """Does what is early, and beside it what compiles kernels, as long as that lasts; returns what is left to measure.
-    What fails to compile fails there again.
+    """Runs the early entries and compiles kernels beside them; returns the entries left to measure. What fails to
+    compile fails again there.
     """
     early = list(_scheduled([entry for entry in entries if entry.early], deadline, result, say))
     later = [entry for entry in entries if not entry.early]

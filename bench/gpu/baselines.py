@@ -1,6 +1,4 @@
-"""What the kernels are compared with on a GPU: PyTorch eager and compiled, its attention backends, and libraries where
-installed.
-"""
+"""Baselines of the kernels on a GPU: PyTorch eager and compiled, its attention backends, and installed libraries."""
 
 import functools
 from collections.abc import Callable
@@ -70,7 +68,7 @@ def linear_cross_entropy_rivals() -> Rivals:
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
     """[B, T, H, D] in and out."""
-    if q.dtype == torch.float32:  # the truth: with grouped queries SDPA would hold all scores
+    if q.dtype == torch.float32:  # the reference: with grouped queries SDPA would materialise all scores
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     out = scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=q.shape[2] != k.shape[2], **options
@@ -88,7 +86,7 @@ def _with_backend(backend: SDPBackend, function: Callable[..., object]) -> Calla
 
 def attention_rivals(*, causal: bool, lengths: tuple[int, int] | None = None) -> Rivals:
     """SDPA as stock calls it, its FLASH and CUDNN backends, and flash-attn. ``lengths``: (sequences, tokens of each) of
-    packed inputs.
+    varlen inputs.
     """
 
     def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: object) -> torch.Tensor:
@@ -124,7 +122,7 @@ def cross_attention_rivals() -> Rivals:
 
 def decode_attention_rivals() -> Rivals:
     def sdpa(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """A step over a static cache, as stock transformers does it: a mask hides what is not filled yet."""
+        """A decode step over a static KV cache, as stock transformers does it: a mask hides the empty slots."""
         visible = torch.arange(k_cache.shape[2], device=q.device)[None, None, None] < lengths[:, None, None, None]
         out = scaled_dot_product_attention(q.transpose(1, 2), k_cache, v_cache, attn_mask=visible, enable_gqa=True)
         return out.transpose(1, 2)
@@ -133,7 +131,7 @@ def decode_attention_rivals() -> Rivals:
 
 
 def quantized_rivals() -> Rivals:
-    """The definition, and the product with the same weight in 16 bits, rounded beforehand: what a user has without
+    """The reference, and the matmul with the same weight dequantised to 16 bits beforehand: what a user has without
     quantisation.
     """
     kept: dict[int, torch.Tensor] = {}

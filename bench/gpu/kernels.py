@@ -19,7 +19,7 @@ from qvl_kernels.testing import relative_error
 
 __all__ = ["CASES", "KernelCase", "build", "copy_bandwidth", "run"]
 
-CONSTANTS = ("cos", "sin")  # rotary tables have no gradient
+CONSTANTS = ("cos", "sin")  # the cos/sin cache has no gradient
 SEED = 0
 
 
@@ -28,14 +28,14 @@ class KernelCase:
     """One op at one size. ``make(device, dtype)`` gives its keyword arguments, ``baselines`` functions that take the
     same.
 
-    ``step``: its backward is timed together with its forward, which may make the gradients already.
+    ``step``: backward and forward are timed together, since the forward may compute the gradients already.
     """
 
     name: str
     op: str
     make: Callable[[torch.device, torch.dtype], dict]
     baselines: Callable[[], dict[str, Callable]]
-    bytes: float  # that a perfect forward moves, 16-bit data
+    bytes: float  # minimum memory traffic of the forward, 16-bit data
     flops: float = 0.0
     backward: bool = True
     memory: bool = False
@@ -265,7 +265,7 @@ def _fp32(x: Any) -> Any:
 
 
 def _own(arguments: dict, backward: bool) -> dict:
-    """A copy of the arguments for one contestant: some libraries write gradients over their inputs."""
+    """A copy of the arguments for one baseline: some libraries write gradients over their inputs."""
 
     def copy(name: str, x: Any) -> Any:
         return tree_map(
@@ -281,7 +281,7 @@ def _own(arguments: dict, backward: bool) -> dict:
 
 
 def _gradient(function: Callable, arguments: dict) -> Callable[[], object]:
-    """The backward pass alone, over one kept forward pass."""
+    """The backward pass alone, repeated over one forward pass."""
     inputs = [x for x in arguments.values() if isinstance(x, torch.Tensor) and x.requires_grad]
     out = [x for x in _outputs(function(**arguments)) if x.requires_grad]
     cotangents = [torch.randn_like(x) for x in out]
@@ -289,7 +289,7 @@ def _gradient(function: Callable, arguments: dict) -> Callable[[], object]:
 
 
 def _step(function: Callable, arguments: dict) -> Callable[[], object]:
-    """Forward and backward, as in training: the graph serves once."""
+    """Forward and backward, as in training: each graph is used once."""
     inputs = [x for x in arguments.values() if isinstance(x, torch.Tensor) and x.requires_grad]
 
     def step() -> tuple[torch.Tensor, ...]:
@@ -300,12 +300,12 @@ def _step(function: Callable, arguments: dict) -> Callable[[], object]:
 
 
 def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloat16, seconds: float = 0.4) -> dict:
-    """Errors against fp32, then milliseconds forward and backward of ours and of each rival, then memory if the case
-    asks for it; the forward also of ours with other variants than those that are on, and of a copy of as many bytes
-    where that is what bounds it.
+    """Errors against fp32, then milliseconds of forward and backward of ours and of each baseline, then memory if the
+    case asks for it; the forward also with other kernel features than the default, and a copy of as many bytes where
+    memory bandwidth is the bound.
 
-    Returns {"errors", "forward", "backward", "memory": by contestant, "variants": those of ours among them,
-    "unavailable": {rival: why}, "bytes", "flops"}.
+    Returns {"errors", "forward", "backward", "memory": by baseline, "variants": ours with other features,
+    "unavailable": {baseline: reason}, "bytes", "flops"}.
     """
     torch.manual_seed(SEED)
     made = case.make(device, dtype)
@@ -320,14 +320,14 @@ def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloa
             try:
                 errors[name] = max(relative_error(x, exact) for x, exact in zip(_outputs(function(**made)), truth))
                 arguments[name] = _own(made, case.backward and name not in variants)
-            except Exception as error:  # a rival that this machine or version lacks; ours must work
+            except Exception as error:  # a baseline may be missing here; ours must work
                 if name == "ours":
                     raise
                 unavailable[name] = f"{type(error).__name__}: {error}"[:200]
                 del contestants[name]
         del truth
         timed = {name: lambda f=function, a=arguments[name]: f(**a) for name, function in contestants.items()}
-        if not case.flops:  # bound by memory: the copy of as many bytes is what it is held against
+        if not case.flops:  # memory-bound: compared with a copy of as many bytes
             timed["copy"] = _copy(int(case.bytes) // 2, device)
         forward = compare(timed, device, seconds=seconds)
     result = {

@@ -1,5 +1,5 @@
 """The whole model on a GPU, stock against accelerated: first token, decoding, vision, training, memory. Random weights,
-made there.
+made on the device.
 """
 
 import copy
@@ -57,7 +57,7 @@ def _model(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> nn.Module:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """The same model again, over the same weights."""
+    """A second model object over the same weights."""
     return copy.deepcopy(model, {id(x): x for x in itertools.chain(model.parameters(), model.buffers())})
 
 
@@ -68,7 +68,7 @@ def _accelerated(model: nn.Module, weights: str | None = None) -> nn.Module:
 
 
 def _image_prompt(model: nn.Module, sizes: Sizes, pixels: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """One square image of noise between text tokens, as the processor would hand it over."""
+    """One square noise image between text tokens, in the processor's output format."""
     config = model.config
     vision = config.vision_config
     side = pixels // vision.patch_size
@@ -110,7 +110,7 @@ def _generate(model: nn.Module, prompt: dict, tokens: int) -> torch.Tensor:
 
 
 def _in_turn(functions: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, dict]:
-    """Milliseconds by the wall clock, with everything between the user and the device; all take turns."""
+    """Wall-clock milliseconds of interleaved runs, host overhead included."""
     times = {name: [] for name in functions}
     for index in range(rounds + 1):
         for name in list(functions)[:: 1 if index % 2 == 0 else -1]:
@@ -140,12 +140,10 @@ def _per_token(models: dict[str, nn.Module], prompt: dict, sizes: Sizes, device:
 
 
 def _replays(model: nn.Module, rows: int, length: int, device: torch.device) -> dict[str, dict]:
-    """Milliseconds on the device of the graph of a decoding step over ``length`` keys; also with dependent launches, or
-    without where they are on.
-    """
+    """Device milliseconds of the decode CUDA graph over ``length`` keys; also with PDL switched the other way."""
     from qvl_model.generation import step_gpu
 
-    step_gpu.release(model)  # what the calls before have captured
+    step_gpu.release(model)  # graphs captured by earlier calls
     steps, on = {}, features.DEFAULT.get(("decoding", architecture(device)), ())
     for name, variants in (("ours", on), ("plain", ()) if on else ("DEPENDENT_LAUNCH", ("DEPENDENT_LAUNCH",))):
         with features.override("decoding", *variants):
@@ -159,7 +157,7 @@ def _replays(model: nn.Module, rows: int, length: int, device: torch.device) -> 
 
 
 def _bytes_per_token(model: nn.Module, rows: int, length: int) -> int:
-    """Decoder and head once, and the keys and values of all rows."""
+    """Bytes per decode step: decoder and head once, and the KV cache of all rows."""
     text, config = model.model.language_model, model.config.text_config
     weights = sum(
         p.numel() * p.element_size() for module in (text.layers, text.norm, model.lm_head) for p in module.parameters()
@@ -208,9 +206,9 @@ def generate(sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bflo
 def decode(
     sizes: Sizes, device: torch.device, *, rows: int, weights: str | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> dict:
-    """Text prompts: the first token of ``rows`` rows and decoding them together, with weights in 16 bits or packed."""
+    """Text prompts: the first token of ``rows`` rows and batched decode, with dense 16-bit or quantised weights."""
     stock = _model(sizes, device, dtype)
-    twin = copy.deepcopy(stock) if weights else _twin(stock)  # packing takes the weights away
+    twin = copy.deepcopy(stock) if weights else _twin(stock)  # quantising replaces the weights
     models = {"stock": stock, "ours": _accelerated(twin, weights)}
     with torch.no_grad():
         first, decoded = _per_token(models, _text_prompt(stock, rows, sizes.prompt, device), sizes, device)
@@ -267,7 +265,7 @@ class _Peak:
 
 
 def memory(sizes: Sizes, device: torch.device, variant: str, dtype: torch.dtype = torch.bfloat16) -> dict:
-    """Bytes of the weights and the peak of answering about a large image. A process of its own: nothing else was ever
+    """Bytes of the weights and the peak of answering about a large image. Runs in its own process, so nothing else was
     allocated.
     """
     model = _variant(sizes, device, dtype, variant)

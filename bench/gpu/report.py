@@ -1,4 +1,4 @@
-"""Shows results of `make bench-gpu`: tables, charts, and all GPU results as Markdown (see bench/docs.py).
+"""Report of `make bench-gpu`: tables, charts, and all GPU results as Markdown (see bench/docs.py).
 
 python -m bench.gpu.report RESULT.json    prints the tables of a result
 """
@@ -56,7 +56,7 @@ def _milliseconds(times: dict) -> str:
 
 
 def timing_rows(result: dict) -> list[tuple[str, ...]]:
-    """Case, part, ours in ms, rate, then how many times as fast as each rival."""
+    """Case, part, ours in ms, achieved rate, then the speed-up over each baseline."""
     cases, rows = _measured(result), []
     for name, value in cases.items():
         for side in SIDES:
@@ -120,7 +120,7 @@ def tables(result: dict) -> str:
 
 
 def chart(result: dict, file: Path) -> bool:
-    """How many times as fast as each rival, forward and backward, as bars. False where matplotlib is missing."""
+    """Speed-up over each baseline, forward and backward, as a chart. False where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -164,7 +164,7 @@ def _gpu_results(folder: Path) -> list[dict]:
 
 
 def markdown_section(folder: Path = RESULTS) -> str:
-    """Tables of every GPU result, or that there is none, and the audit's summary."""
+    """Tables of every GPU result, or that there is none, and the compile check's summary."""
     results, audit = _gpu_results(folder), folder / "audit.json"
     lines = ["`make bench-gpu` measured:", *map(tables, results)]
     if not results:

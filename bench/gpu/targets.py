@@ -1,6 +1,4 @@
-"""What `make bench-gpu` must show on an H100 in bf16, in one place: how each metric follows from the measured cases,
-and its bound.
-"""
+"""Targets of `make bench-gpu` on an H100 in bf16: how each metric follows from the measured cases, and its bound."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,7 +7,7 @@ from bench.targets import Target
 
 __all__ = ["BANDWIDTH_KERNELS", "TARGETS", "GpuTarget", "bandwidth_share", "speed"]
 
-# Held against the bandwidth of a copy: norms, rotary embeddings, SwiGLU.
+# Memory-bound ops, compared with the bandwidth of a copy.
 BANDWIDTH_KERNELS = (
     "rms_norm",
     "add_rms_norm",
@@ -25,14 +23,14 @@ Cases = dict[str, dict]  # name -> value of a case that was measured
 
 
 def speed(cases: Cases, case: str, side: str, rival: str) -> float | None:
-    """How many times less time ours took than ``rival`` in one part of a case ("forward", "first", "decode"...)."""
+    """Speed-up of ours over ``rival`` in one part of a case ("forward", "first", "decode"...)."""
     times = cases.get(case, {}).get(side, {})
     return times[rival]["median"] / times["ours"]["median"] if rival in times and "ours" in times else None
 
 
 def bandwidth_share(cases: Cases, case: str) -> float | None:
-    """Bytes per second of our forward pass over those of a copy: of as many bytes, in turns with it, where that was
-    timed, else a large one.
+    """Memory-bandwidth utilisation: achieved bandwidth of our forward over that of a copy of as many bytes, interleaved
+    where that was timed, else of a large one.
     """
     if "copy" in cases.get(case, {}).get("forward", {}):
         return speed(cases, case, "forward", "copy")
@@ -84,8 +82,8 @@ def _fits(cases: Cases) -> float | None:
 
 
 def _error_ratio(cases: Cases) -> float | None:
-    """The worst of our errors over the rival's, both against fp32; a floor of one unit in the last place of bf16 where
-    the rival is exact.
+    """The largest ratio of our error to the baseline's, both against fp32; at least one bf16 ulp is allowed where the
+    baseline is exact.
     """
     ratios = [
         value["errors"]["ours"]
@@ -98,7 +96,7 @@ def _error_ratio(cases: Cases) -> float | None:
 
 @dataclass(frozen=True)
 class GpuTarget:
-    """A bound and how to get its value; ``stretch`` ones are worth having but do not decide."""
+    """A bound and how to get its value; ``stretch`` targets do not decide the verdict."""
 
     target: Target
     value: Callable[[Cases], float | None]

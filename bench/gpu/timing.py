@@ -11,8 +11,8 @@ from bench.timing import summary
 
 __all__ = ["compare", "peak_bytes", "synchronize", "wall_seconds"]
 
-# Larger than any L2 cache: inputs come from memory, as in a model. And long enough (0.3 ms on an H100) that what is
-# timed next has been launched in full before it begins: it is the device's time.
+# Larger than any L2 cache: inputs come from memory, as in a model. The flush is long enough (0.3 ms on an H100) for the
+# host to launch all that is timed next, so device time is measured.
 FLUSH_BYTES = 1 << 30
 FLUSH_BYTES_CPU = 1 << 20
 
@@ -23,7 +23,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def wall_seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Of one call, with everything that it put on the device."""
+    """Wall-clock time of one call, device work included."""
     synchronize(device)
     start = time.perf_counter()
     function()
@@ -34,7 +34,7 @@ def wall_seconds(function: Callable[[], object], device: torch.device) -> float:
 def compare(
     functions: dict[str, Callable[[], object]], device: torch.device, *, seconds: float = 0.4, most: int = 50
 ) -> dict[str, dict]:
-    """Milliseconds of each function: medians and ranges of rounds in which all take turns, after a flush of the caches.
+    """Milliseconds of each function: medians and ranges of interleaved rounds, each call after a flush of the L2 cache.
 
     ``seconds`` bounds the time of all rounds together, ``most`` their number; five are always done.
     """
@@ -71,7 +71,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     if device.type != "cuda":
         function()
         return 0
-    function()  # what it keeps, such as workspaces, is not counted
+    function()  # workspaces that it keeps are not counted
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
