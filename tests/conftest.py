@@ -1,5 +1,5 @@
-"""The pair of models that several files share, and where the time of a run goes: seconds of each part of the tests
-beside its budget for `make test` on 2 cores.
+"""The pair of models that several files share, and a report of the seconds of each part of the tests beside its budget
+for `make test` on 2 cores.
 """
 
 from collections import defaultdict
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-# Seconds; together about 20 minutes with what the set-up takes. What does not fit is marked slow.
+# Seconds; together about 20 minutes, set-up included. Tests that do not fit are marked slow.
 BUDGETS = {"kernels": 420, "model and qvl": 400, "training": 50, "bench": 120}
 
 
 @pytest.fixture(scope="module")
 def odd_pair():
-    from models import pair  # needs transformers, which not every environment that runs some of the tests has
+    from models import pair  # needs transformers, which some test environments lack
 
     return pair("odd")
 

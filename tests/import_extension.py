@@ -1,4 +1,4 @@
-"""Imports qvl_kernels._C of a directory alone, without the package around it and without PyTorch.
+"""Imports the extension qvl_kernels._C of a directory without its package and without PyTorch.
 
 python tests/import_extension.py DIRECTORY    # the one that holds _C*.so; default: that of the installed package
 """

@@ -134,7 +134,7 @@ def test_every_variable_is_described():
 
 @pytest.mark.parametrize(("page", "name"), docs.SECTIONS, ids="-".join)
 def test_tables_are_those_of_the_result_files(page, name):
-    """Whoever changes a result file writes the pages again: python -m bench.docs."""
+    """After a change of a result file, run python -m bench.docs."""
     assert docs.section(_text(page), name) == docs.SECTIONS[page, name](docs.RESULTS).strip()
 
 
@@ -175,7 +175,7 @@ def test_python_runs(name, tmp_path, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: str(digits.CHECKPOINT))
-    shutil.copy(digits.SAMPLE, "photo.jpg")  # PIL goes by the contents
+    shutil.copy(digits.SAMPLE, "photo.jpg")  # PIL detects the format by the contents
     if "train.yaml" in _text(name) and (example := re.search(r"```yaml\n(.+?)```", _text(name), flags=re.DOTALL)):
         Path("train.yaml").write_text(_shortened(example[1]) + "  progress: false\n")
         export_digits(["digits", "--rows", "20"])
@@ -217,7 +217,7 @@ def test_every_example_is_tested():
 
 # Messages
 
-GAP = "…"  # what differs from one message to the next
+GAP = "…"  # stands for the values of a message
 NOT_FOR_USERS = ("testing.py",)
 
 
@@ -263,7 +263,7 @@ def test_every_message_has_a_way_out():
     missing = {
         message: file
         for message, file in _raised().items()
-        if re.search(r"[a-z]{3}.*[a-z]{3} ", message)  # those of values alone repeat another message
+        if re.search(r"[a-z]{3}.*[a-z]{3} ", message)  # messages of values alone repeat another message
         and message != f"qvl_kernels: {GAP}"
         and file not in NOT_FOR_USERS
         and not any(pattern.match(message) for pattern in patterns)

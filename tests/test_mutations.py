@@ -1,6 +1,4 @@
-"""The list of ``make mutate``: every expression stands once, every test is there; and what its runner says
-of a fault.
-"""
+"""The mutations of ``make mutate``: every expression occurs once, every test exists; and the verdicts of the runner."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The shape of the repository: who imports whom, and what every op folder holds."""
+"""The structure of the repository: import directions, and the files of each op folder."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ FORBIDDEN = {
     "bench": {"tests"},
 }
 OP_FOLDERS = sorted(path for path in (ROOT / "qvl_kernels" / "ops").iterdir() if (path / "__init__.py").is_file())
-INTERNAL_OPS = {"gemv"}  # of which other ops are made
+INTERNAL_OPS = {"gemv"}  # that other ops are composed of
 
 
 def imported_packages(file: Path) -> set[str]:
@@ -112,7 +112,7 @@ def test_op_folder_is_complete(folder):
 
 @pytest.mark.parametrize("folder", OP_FOLDERS, ids=lambda folder: folder.name)
 def test_layers_of_an_op(folder):
-    """The folder itself only re-exports, no kernel knows the public function, and none for GPUs one for CPUs."""
+    """`__init__.py` only re-exports; kernels do not import the public function, nor GPU kernels CPU ones."""
     body = ast.parse((folder / "__init__.py").read_text()).body
     assert not [node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     package = f"qvl_kernels.ops.{folder.name}"

@@ -1,4 +1,4 @@
-"""Every Python function says what it takes and returns. Whether that is right is mypy's to say: `make lint`."""
+"""Every Python function has type annotations. mypy checks that they are right: `make lint`."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a user's typed program says to the public functions; `make lint` checks it with mypy's strict settings."""
+"""A typed user program that calls the public functions; `make lint` checks it with mypy's strict settings."""
 
 from pathlib import Path
 from typing import assert_type

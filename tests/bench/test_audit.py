@@ -1,5 +1,5 @@
-"""The audit: kernels made to be wrong are found out, launches are specialised as Triton does it, and the shipped
-kernels are clean.
+"""The compile check: it finds faults in faulty kernels, specialises launches as Triton does, and passes the shipped
+kernels.
 """
 
 import dataclasses
@@ -96,7 +96,7 @@ def test_a_good_kernel_is_clean(arch, family):
     ],
 )
 def test_variants_become_their_instructions(op, case, variants, arch, stage, instruction):
-    """And only they: the plain form of the same kernels has none of them, and runs in a grid of all tiles."""
+    """Without the feature the same kernels have none of these instructions, and the grid covers all tiles."""
     launches = {}
     for name in (op, f"{op}+{variants}"):
         source = sources()[name]
@@ -119,9 +119,7 @@ def test_variants_become_their_instructions(op, case, variants, arch, stage, ins
     ("arch", "stage", "wide"), [("sm_90", "ptx", "cp.async.cg.shared.global"), ("gfx942", "amdgcn", "_load_dwordx4")]
 )
 def test_keys_behind_an_address_are_loaded_16_bytes_at_once(arch, stage, wide):
-    """Where they lie a table says, which the compiler cannot see through: as many wide loads as from caches that are
-    arguments.
-    """
+    """Keys whose address comes from a table on the device use as many wide loads as caches that are arguments."""
     found = {}
     for op, name in (("decode_step", "32_rows_16_bits"), ("decode_attention", "decode_attention 32 x 2k")):
         source = sources()[op]
@@ -300,7 +298,9 @@ def test_resident_warps(arch, registers, shared, warps, expected):
 
 
 def test_loops_are_found_by_control_flow():
-    """A jump back out of a cold block does not make a loop of all that lies between; nor does the trap at the end."""
+    """A backward jump out of a cold block does not make a loop of the code in between; neither does the trap at the
+    end.
+    """
     text = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
         /*0010*/               @P0 BRA `(.L_x_0) ;
@@ -335,6 +335,6 @@ def test_compilation_in_process_equals_the_forked_one():
 
 
 def test_shipped_kernels_briefly():
-    """Two ops on two architectures; the whole audit is `make audit`."""
+    """Two ops on two architectures; `make audit` checks all."""
     result = command.audit(names=["swiglu", "rms_norm"], plan=[("sm_90", "bf16"), ("gfx942", "bf16")], jobs=2)
     assert result.rows and result.failures == []

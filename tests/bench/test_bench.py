@@ -149,7 +149,7 @@ def test_packed_weights_are_further_variants_of_a_run(tmp_path):
     sizes = {
         **_sizes("qvl"),
         "vocab_size": 16384,
-    }  # so that most of the weights are in the decoder and the head, as at full size
+    }  # so that decoder and head hold most of the weights, as at full size
     model = write_random(tmp_path / "tiny", FAMILIES["qvl"], sizes)
     options = plan.Options(
         str(model),
@@ -175,7 +175,7 @@ def test_packed_weights_are_further_variants_of_a_run(tmp_path):
 
 
 class _Peer:
-    """Stands for another engine: stock in a worker of ours, or one that does not start."""
+    """Takes the place of another engine: stock in a worker of ours, or one that does not start."""
 
     version = "1.0"
 
@@ -218,7 +218,7 @@ def test_peers_take_turns_with_the_same_weights(tmp_path, monkeypatch):
     )
     steps = []
     result = plan.run(options, steps.append)
-    assert len(steps) == plan.steps(options) - 1  # one peer could not be prepared
+    assert len(steps) == plan.steps(options) - 1  # one engine could not be prepared
     assert result["raw"]["peers"]["skipped"] == {"llama.cpp bf16": "no compiler", "openvino int4": "out of memory"}
     metrics = {key: metric for key, metric in result["metrics"].items() if "openvino" in key or "llama" in key}
     assert metrics.keys() == {

@@ -148,7 +148,7 @@ def test_model_cases_run_and_agree():
 def test_without_a_gpu_cases_are_built(capsys, monkeypatch):
     torch.randn(512, 512) @ torch.randn(
         512, 512
-    )  # OpenMP has run in this process before it forks, whatever the order of tests
+    )  # run OpenMP in this process before it forks, whatever the order of tests
     assert command.main(["--case", "swiglu", "--case", "loss parity", "--case", "GPU tests"]) == 0
     out = capsys.readouterr().out
     assert (
@@ -172,7 +172,7 @@ def test_without_a_gpu_cases_are_built(capsys, monkeypatch):
 
 def test_a_run_writes_after_every_case_and_survives_bad_ones(tmp_path, monkeypatch, capsys):
     def last():
-        """Sees the file that the earlier cases left."""
+        """Reads the file that the earlier cases wrote."""
         return {"seen": sorted(json.loads((tmp_path / "test-gpu-80gb.json").read_text())["cases"])}
 
     times = {

@@ -1,6 +1,4 @@
-"""The engines that the benchmark compares with: how they are prepared, skipped and asked. Nothing here needs
-a network.
-"""
+"""Other engines of the benchmark: how they are prepared, skipped and queried. No network is needed."""
 
 import json
 import os
@@ -31,7 +29,7 @@ FORMATS = ["bf16", "Q8_0", "Q4_0"]
 
 
 def _bench_output(prompt: int, tokens: int) -> list[dict]:
-    """What llama-bench reports, cut down to what is read and two fields that are not."""
+    """Output of llama-bench: the fields that are read, and two that are not."""
     tests = [
         {"n_prompt": prompt, "n_gen": 0, "avg_ns": 4_000_000_000, "avg_ts": prompt / 4, "samples_ns": [4_000_000_000]}
     ]
@@ -52,7 +50,7 @@ def _bench_output(prompt: int, tokens: int) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A tiny random one whose rows are whole blocks of llama.cpp's formats."""
+    """A tiny random checkpoint whose rows are whole blocks of llama.cpp's formats."""
     text, vision, _ = CONFIGS[-1]
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("peers") / "tiny"

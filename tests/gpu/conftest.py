@@ -15,7 +15,7 @@ collect_ignore_glob = [] if RUNNABLE else ["test_*.py"]
 DTYPES = [torch.float32, torch.float16] if config.interpreted() else [torch.float32, torch.float16, torch.bfloat16]
 
 
-torch.backends.cudnn.allow_tf32 = False  # stock's convolution of fp32 patches would be the less accurate side
+torch.backends.cudnn.allow_tf32 = False  # TF32 would make stock's convolution of fp32 patches less accurate
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def launches_of(monkeypatch):
-    """For a module of kernels a list to which each launch to come adds its grid, constexpr arguments and options."""
+    """Returns a list that receives grid, constexpr arguments and options of each launch of a module's kernels."""
 
     def spy(module) -> list[dict]:
         launches = []

@@ -1,4 +1,4 @@
-"""Flash attention beyond the shared cases: block borders, lengths that lie, NaN where nobody looks, strides, dropout,
+"""Flash attention beyond the shared cases: block borders, lengths out of range, NaN in masked places, strides, dropout,
 determinism.
 """
 
@@ -19,7 +19,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def _slow(*values):
-    """Parameters that the interpreter leaves to the long list."""
+    """Parameters that are slow in the interpreter."""
     return [pytest.param(value, marks=[pytest.mark.slow] if config.interpreted() else []) for value in values]
 
 
@@ -43,7 +43,7 @@ def _packed(lengths: list[int], h=2, hkv=1, d=16, dtype=torch.float16) -> dict:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks of 16 and 32, so that short sequences cross their borders; the shared cases run on those of the device."""
+    """Blocks of 16 and 32, so that short sequences cross block borders; the shared cases use the device's tiles."""
     for name, tile in (
         ("attention", (32, 16)),
         ("attention_backward_queries", (16, 32)),
@@ -63,13 +63,13 @@ def small_blocks(monkeypatch):
 
 
 def _check(arguments: dict, device, monkeypatch, *, function=None) -> None:
-    """Outputs, log-sum-exp included, and gradients of all of them against the float64 reference; writes stay inside."""
+    """Checks outputs (lse included) and their gradients against the fp64 reference, and that writes stay inside."""
     function = function or (lambda **x: qvl_kernels.attention(**x, return_lse=True))
 
     def run(x: dict) -> tuple[list, list]:
         x = differentiable(x)
         out = outputs(function(**x))
-        seen = [torch.where(o > -INF, o, 0.0) for o in out]  # rows that see nothing have log-sum-exp -inf
+        seen = [torch.where(o > -INF, o, 0.0) for o in out]  # rows without visible keys have lse -inf
         cotangents = [_rand(*o.shape, seed=5, dtype=torch.float32).to(o) for o in out]
         inputs = [value for value in x.values() if isinstance(value, torch.Tensor) and value.requires_grad]
         gradients = torch.autograd.grad(sum((o * c).sum() for o, c in zip(seen, cotangents)), inputs)
@@ -123,7 +123,7 @@ def test_scale(scale, causal, device, monkeypatch):
     "shape", [(2, 1, 1, 37), (1, 2, 1, 37), (2, 1, 20, 37), *_slow((1, 1, 1, 37), (2, 2, 20, 1), (1, 1, 1, 1))], ids=str
 )
 def test_masks_broadcast(kind, shape, device, monkeypatch):
-    """Also their gradients, summed over what they are broadcast along; a mask of -inf hides."""
+    """Gradients are summed over the broadcast dimensions; -inf masks a key."""
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.3
     if kind == "additive":
         mask = torch.where(mask, _rand(*shape), torch.tensor(-INF, dtype=torch.float16))
@@ -137,8 +137,8 @@ def test_strided_masks(device, monkeypatch):
 
 
 def test_masks_as_large_as_the_dtype(device, monkeypatch):
-    """Rows whose keys all carry the lowest number attend to all alike: a log-sum-exp of -3e38 would not tell how many
-    there are.
+    """Rows whose keys are all masked with the lowest number attend to all equally: an lse of -3e38 cannot hold their
+    number.
     """
     mask = torch.zeros(1, 1, 20, 37).masked_fill(
         torch.rand(1, 1, 20, 37, generator=torch.Generator().manual_seed(3)) > 0.5, torch.finfo(torch.float32).min
@@ -150,8 +150,8 @@ def test_masks_as_large_as_the_dtype(device, monkeypatch):
 @pytest.mark.parametrize("bad", [NAN, *_slow(INF)])
 @pytest.mark.parametrize("how", ["padding", "rows", "additive", "lengths", "packed"])
 def test_unseen_keys_may_hold_anything(how, bad, device, monkeypatch):
-    """Padding by mask or length, and the neighbours of a packed sequence: same results and gradients as with numbers
-    there.
+    """Padding by mask or length, and neighbouring varlen sequences, may be NaN: results and gradients are those with
+    finite numbers.
     """
     if how == "packed":
         arguments = _packed([13, 40, 20])
@@ -223,8 +223,8 @@ def test_strided_everything(device, monkeypatch):
     "bounds", [[0, 1000, 30], [0, -5, 30], [7, 20, 30], [0, 25, 10, 30], [0, 2**31 - 1, -(2**31)]], ids=str
 )
 def test_bounds_of_the_device_stay_inside(bounds, device, monkeypatch):
-    """Values that the CPU would refuse are only known to the kernel: nothing outside is read (NaN) or
-    written (guards).
+    """Lengths on the device cannot be checked by the host: the kernel reads nothing outside (NaN) and writes nothing
+    outside (guards).
     """
     x = [surrounded(_packed([30])[name].to(device)) for name in "qkv"]
     bounds = surrounded(torch.tensor(bounds, dtype=torch.int32, device=device))
@@ -257,7 +257,7 @@ def test_lengths_of_the_device_are_taken_into_the_keys(device):
 
 @pytest.mark.parametrize("count", _slow(1100))
 def test_many_sequences(count, device):
-    """More than a program looks through at once."""
+    """More sequences than a program searches in one block."""
     lengths = [3 if i % 70 == 0 else 0 for i in range(count)]
     arguments = _packed(lengths, h=1, dtype=torch.float32)
     with qvl_kernels.use_backend("triton"), torch.no_grad():
@@ -269,8 +269,8 @@ def test_many_sequences(count, device):
 def _kept(
     h: int, hkv: int, t: int, s: int, p: float, seed: torch.Tensor, device, lengths: list[int] | None = None, b: int = 1
 ) -> torch.Tensor:
-    """Which weights dropout keeps, [B, H, T, S], as the kernel shows it: without scores all weights are 1 / S, and
-    values are unit vectors.
+    """Dropout keep mask of the kernel, [B, H, T, S]: with scores of 0 all weights are 1 / S, and values are unit
+    vectors.
     """
     q, k = torch.zeros(b, t, h, s), torch.zeros(b, s, hkv, s)
     v = torch.eye(s).repeat(b, 1, 1)[:, :, None].expand(b, s, hkv, s).contiguous()
@@ -285,7 +285,7 @@ def _kept(
 
 
 def _dropped(q, k, v, keep, p: float, *, causal: bool = False) -> torch.Tensor:
-    """Attention with a given dropout mask [B, H, T, S]."""
+    """Attention with a given dropout keep mask [B, H, T, S]."""
     group = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
     scores = (q @ k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
@@ -338,9 +338,7 @@ def test_dropout_of_packed_sequences(device):
 
 
 def test_dropout_statistics(device):
-    """Rate within five standard deviations overall, of every row and of every key; no two heads, sequences or seeds
-    alike.
-    """
+    """Keep rate within five standard deviations overall, per row and per key; heads, sequences and seeds differ."""
     p, shape = 0.3, {"h": 2, "hkv": 1, "t": 64, "s": 64, "p": 0.3, "device": device, "b": 2}
     first = _kept(seed=torch.tensor([7], device=device), **shape).float()
     other = _kept(seed=torch.tensor([8], device=device), **shape).float()
@@ -388,9 +386,7 @@ def test_large_heads_take_the_reference_or_raise(device):
 @pytest.mark.parametrize("arch", SM_COUNT)
 @pytest.mark.parametrize("size", [2, 4])
 def test_tiles_fit(arch, size, monkeypatch):
-    """Every head size up to 256 has tiles whose operands fit into shared memory, of as many rows as matrix units want,
-    and no more than asked for.
-    """
+    """Each head_dim up to 256 has tiles that fit shared memory and reach the minimum size of the matrix instructions."""
     monkeypatch.undo()
     for d in range(1, 257):
         for rows in (1, 17, 5000):

@@ -1,5 +1,5 @@
-"""decode_attention's kernels beyond the shared cases: splits, lengths that lie, NaN beyond them, strides, head sizes,
-int8 caches.
+"""decode_attention's kernels beyond the shared cases: splits over keys, lengths out of range, NaN beyond them, strides,
+head sizes, int8 KV caches.
 """
 
 import pytest
@@ -61,7 +61,7 @@ def _force_splits(monkeypatch, splits: int) -> None:
 @pytest.mark.parametrize("splits", [1, 2, 4, 8])
 @pytest.mark.parametrize("t", [1, 3])
 def test_every_length(splits, t, dtype, device, monkeypatch):
-    """Lengths from one key on, across every border of blocks and splits; the rest of the cache is NaN."""
+    """Lengths from one key on, across every border of blocks and splits; the rest of the KV cache is NaN."""
     s, lengths = 50, torch.tensor([t, 15 + t, 16, 17, 31, 33, 47, 48, 49, 50], dtype=torch.int32)
     arguments = _arguments(b=len(lengths), t=t, s=s, h=2, hkv=1, dtype=dtype)
     for name in ("k_cache", "v_cache"):
@@ -74,7 +74,7 @@ def test_every_length(splits, t, dtype, device, monkeypatch):
 
 @pytest.mark.parametrize(("h", "hkv", "t"), [(16, 1, 1), (4, 4, 16), (10, 2, 7), (16, 2, 9)], ids=str)
 def test_groups_and_queries(h, hkv, t, device, monkeypatch):
-    """Query heads of a kv head and its queries in one tile, and in several where they are more than its rows."""
+    """Query heads of a KV head and its queries share a tile, or several tiles if there are more."""
     _check(_arguments(b=1, t=t, h=h, hkv=hkv, s=40), torch.tensor([33]), device, monkeypatch)
 
 
@@ -84,9 +84,7 @@ def test_head_sizes(d, device, monkeypatch):
 
 
 def test_lengths_of_the_device_are_taken_into_the_cache(device):
-    """What the CPU would refuse is only known to the kernel: more keys than the cache has count as all, none
-    as zeros.
-    """
+    """Lengths on the device are clamped by the kernel: more keys than the cache has means all, none gives zeros."""
     x = _arguments(b=3, s=33)
     plain = [x[name].to(device) for name in ("q", "k_cache", "v_cache")]
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
@@ -129,7 +127,7 @@ def test_rows_that_see_nothing_are_zero(device, monkeypatch):
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_int8_cache_with_strided_scales(scale_dtype, device, monkeypatch):
-    """Scales of a cache [B, S, Hkv], and of values so small that p times scale would vanish in fp16."""
+    """Scales of a cache [B, S, Hkv], and of values so small that p * scale would underflow in fp16."""
     if scale_dtype == torch.bfloat16 and device.type == "cpu":
         scales = (_rand(2, 50, 2, seed=4).abs().clamp(min=0.1).bfloat16() * 1e-3).transpose(
             1, 2

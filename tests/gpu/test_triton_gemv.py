@@ -1,5 +1,5 @@
-"""The matrix-vector ops: fused norm, bias, SwiGLU and residual over every weight format, against their float64
-composition.
+"""GEMV ops: fused norm, and the epilogue (bias, SwiGLU, residual), over every weight format, against the fp64
+reference.
 """
 
 import pytest
@@ -17,8 +17,8 @@ REFERENCES = {
     "quantized_gemv": reference.quantized_gemv_reference,
     "quantized_gemv_swiglu": reference.quantized_gemv_swiglu_reference,
 }
-# The interpreter takes minutes for the head's 151,936 rows and for many tokens over an MLP, which show nothing that the
-# smaller ones do not.
+# The interpreter takes minutes for the head's 151,936 rows and for large M over an MLP, which test nothing more than
+# smaller cases.
 LARGEST = 4e7 if config.interpreted() else float("inf")  # FLOPs
 CASES = [
     pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.model and config.interpreted() else [])
@@ -46,16 +46,16 @@ def test_against_float64(case, dtype, device, monkeypatch):
     arguments = case.make(dtype, generator())
     formula = REFERENCES[cases.op_of(arguments)._schema.name.removeprefix("qvl::")]
     out = _run(arguments, device, monkeypatch)
-    # SwiGLU rounds twice as often: exp, sum, quotient and product follow the two sums. Its handful of outputs need not
-    # be as lucky as PyTorch's.
+    # SwiGLU rounds twice as often: exp, sum, quotient and product follow the two sums. It has few outputs, so the ratio
+    # to PyTorch's error is noisy.
     floor = (4 if any(name.startswith("up") for name in arguments) else 2) * torch.finfo(dtype).eps
-    # PyTorch's composition overflows where x times the norm's weight does; ours must not.
+    # The unfused path overflows where x times the norm's weight does; the kernel must not.
     assert_close_to_truth(out, formula(*arguments.values()), formula(*double(arguments).values()), floor=floor)
 
 
 @pytest.mark.parametrize("bits", [0, 8, 4])
 def test_more_rows_than_a_tile(bits, device, monkeypatch):
-    """Launchers take any number of rows: those beyond a tile are further programs."""
+    """Launchers take any M: tokens beyond a tile are further programs."""
     arguments = cases._case("rows_18", 18, 5, 64, bits=bits, group=32).make(torch.float16, generator())
     formula = REFERENCES[cases.op_of(arguments)._schema.name.removeprefix("qvl::")]
     assert_close_to_truth(
@@ -65,7 +65,7 @@ def test_more_rows_than_a_tile(bits, device, monkeypatch):
 
 @pytest.mark.parametrize("bits", [0, 8, 4])
 def test_rows_do_not_depend_on_each_other(bits, device, monkeypatch):
-    """A row with a NaN spoils itself alone, also where rows share a tile."""
+    """A NaN affects its own token only, also within a tile."""
     for rows in (3, 6):
         arguments = cases._case("nan", rows, 4, 64, bits=bits, group=32).make(torch.float32, generator())
         arguments["x"][1, 5] = float("nan")

@@ -1,5 +1,5 @@
-"""Kernels recorded once, as a CUDA graph is, and run again while their caches grow: bit for bit as over caches of a
-fixed size.
+"""Kernels recorded once, as by a CUDA graph, and replayed while their KV caches grow: bit-identical to caches of fixed
+size.
 """
 
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ ROOM = 256
 
 @pytest.fixture(autouse=True)
 def _few_splits(monkeypatch):
-    """Of small blocks, whatever the capacity: the interpreter is slow, and sums in another order are other numbers."""
+    """Fixes small blocks for every capacity: the interpreter is slow, and another order of sums changes the bits."""
     plain = tiles.decode_attention
     monkeypatch.setattr(
         tiles, "decode_attention", lambda *args: {**plain(*args), "SPLITS": 4, "BLOCK_N": 32, "JOIN_STEP": 2}
@@ -31,8 +31,8 @@ def _few_splits(monkeypatch):
 
 
 class _Model:
-    """Growing caches beside fixed ones of the same content, NaN where nobody wrote yet, and buffers that recorded
-    launches go by.
+    """Growing caches beside fixed ones of the same content, NaN in unwritten slots, and the buffers that recorded
+    launches read.
     """
 
     def __init__(self, layers, rows, kv_heads, head_dim, dtype, device) -> None:
@@ -96,7 +96,7 @@ def test_recorded_attention_outlives_growth(rows, heads, kv_heads, head_dim, dty
         model.buffer(rows, 1, head_dim),
     ]
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
-        with gpu_launch.record() as launches:  # before there is any room
+        with gpu_launch.record() as launches:  # before any capacity
             for (q, k, v), keys, values, entry in zip(inputs, caches.keys, caches.values, caches.entries):
                 q = qk_norm_rope_to_cache_op(q, k, v, *tables, keys, values, model.lengths, 0, 1e-6, entry)
                 outs.append(decode_attention_op(q, keys, values, model.filled, None, None, None, scale, entry))
@@ -114,7 +114,7 @@ def test_recorded_attention_outlives_growth(rows, heads, kv_heads, head_dim, dty
 
 
 def test_a_recorded_step_outlives_growth(dtype, device, monkeypatch):
-    """All of a layer; small, as the interpreter is slow at products."""
+    """A whole layer; small, since the interpreter is slow at matmuls."""
     monkeypatch.setattr(torch, "empty", poisoned_empty)
     rows, heads, kv_heads, head_dim, hidden, mlp, eps = 2, 2, 1, 4, 8, 6, 1e-6
     model = _Model(1, rows, kv_heads, head_dim, dtype, device)
@@ -157,7 +157,7 @@ def test_a_recorded_step_outlives_growth(dtype, device, monkeypatch):
 
 
 def test_recorded_cross_attention_reads_whatever_is_there(dtype, device, monkeypatch):
-    """Images of other sizes, fewer rows, and none; bit for bit as attention over memory of their own."""
+    """Images of other sizes, fewer rows, and none; bit-identical to attention over separate tensors."""
     monkeypatch.setattr(torch, "empty", poisoned_empty)
     rows, heads, kv_heads, head_dim = 4, 6, 3, 10
     model = _Model(1, rows, kv_heads, head_dim, dtype, device)
@@ -191,7 +191,9 @@ def test_recorded_cross_attention_reads_whatever_is_there(dtype, device, monkeyp
 
 
 def test_lengths_beyond_the_capacity(device, monkeypatch):
-    """Nothing is written there, and every key that there is room for is seen; a length below 0 writes and sees none."""
+    """Nothing is written beyond the capacity, and all keys within it are visible; a negative length writes and sees
+    none.
+    """
     monkeypatch.setattr(torch, "empty", poisoned_empty)  # of 4 splits 64 keys use 2
     rows, kv_heads, head_dim, dtype = 5, 2, 16, torch.float16
     generator = torch.Generator().manual_seed(0)
@@ -234,7 +236,7 @@ def test_lengths_beyond_the_capacity(device, monkeypatch):
 
 
 def test_launches_do_not_depend_on_the_capacity(device, monkeypatch):
-    """Neither grids nor arguments: what a graph holds."""
+    """Neither grids nor arguments change, since a CUDA graph holds both."""
     monkeypatch.undo()
     q, lengths, recorded = torch.zeros(2, 1, 4, 16, device=device), torch.ones(2, dtype=torch.int32, device=device), []
     caches = GrowingCaches(1, 2, 2, 16, torch.float32, device)

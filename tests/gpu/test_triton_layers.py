@@ -1,6 +1,4 @@
-"""Decoder layers composed of Triton kernels: a decoding step whose positions are on the device, weights of every
-format.
-"""
+"""Decoder layers composed of Triton kernels: a decode step with positions on the device, every weight format."""
 
 import pytest
 import torch
@@ -64,7 +62,7 @@ def _arguments(dtype, time=1):
 
 
 def _truth(x, cos, sin, keys, values, weights, visible):
-    """Row by row, each with its own past; (outputs, keys, values)."""
+    """Reference, row by row, each with its own past: (outputs, keys, values)."""
     outs = []
     for row, past in enumerate(LENGTHS):
         part = slice(row, row + 1)
@@ -85,7 +83,7 @@ def test_decode_step(bits, dtype, device):
     x, cos, sin, keys, values, weights = _arguments(dtype)
     for cache, fill in ((keys, float("nan")), (values, float("nan"))):
         for row, length in enumerate(LENGTHS):
-            cache[row, :, length:] = fill  # what nobody wrote yet may be anything
+            cache[row, :, length:] = fill  # unwritten slots may hold anything
     visible = torch.ones(len(LENGTHS), 1, 1, CAPACITY, dtype=torch.bool)
     visible[0, ..., :3] = False  # left padding
     exact = weights

@@ -1,4 +1,4 @@
-"""linear on GPUs: which kernel multiplies how many rows, and weights whose addresses no wide load can use."""
+"""linear on GPUs: which kernel runs at which M, and weights that are misaligned for wide loads."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_kernel_by_rows(shape, kind, kernel, device):
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_misaligned_weights(rows, offset, dtype, device):
-    """Views that begin between two 16-byte words, with rows of odd lengths."""
+    """Views that are not aligned to 16 bytes, with rows of odd lengths."""
     x = _rand(rows, 35, dtype=dtype).to(device)[:, :33]
     weight = _rand(6 * 40 + offset, dtype=dtype, seed=1)[offset:].view(6, 40).to(device)[:, :33]
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
@@ -46,7 +46,7 @@ def test_misaligned_weights(rows, offset, dtype, device):
 
 
 def test_bytes_of_the_model_are_read_once():
-    """Programs times their share of the weight: no weight row is loaded twice, whatever the tile."""
+    """Programs times weight rows of a tile: no weight row is loaded twice, for any tile."""
     for rows in range(1, GEMV_ROWS + 1):
         for bits in (0, 8, 4):
             tile = tiles.gemv_fma(rows, 2048, 2048, 2, bits, False, "sm_90")

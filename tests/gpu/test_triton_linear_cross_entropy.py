@@ -1,5 +1,5 @@
-"""linear_cross_entropy on GPUs beyond the shared cases: chunks, both ways to the gradients, and logits that are huge or
-no numbers.
+"""linear_cross_entropy on GPUs beyond the shared cases: chunks, both computations of the gradients, and logits that are
+huge or not finite.
 """
 
 import pytest
@@ -66,7 +66,7 @@ def test_chunks_add_up(reduction, smoothing, dtype, device, monkeypatch):
 
 
 def test_gradients_made_with_the_loss(dtype, device):
-    """The way of bf16 and fp32; fp16 goes another for the sake of loss scales, but the kernel is the same."""
+    """The path of bf16 and fp32; fp16 takes another because of loss scaling, with the same kernel."""
     hidden, weight, labels = (x.to(device) for x in _inputs(dtype))
     with qvl_kernels.use_backend("triton"):
         out = loss_sum_op(hidden, weight, labels, -100, 0.1, True, True)
@@ -153,7 +153,7 @@ def test_all_ignored(reduction, dtype, device):
 
 
 def test_huge_logits(device):
-    """Logits around 10,000: the difference between two of them counts, not their size."""
+    """Logits around 10,000: only differences between logits matter."""
     inputs = _inputs(torch.float32, scale=3000.0)
     inputs[1][1::2] = inputs[1][
         ::2
@@ -163,7 +163,7 @@ def test_huge_logits(device):
     truth = _reference(*(x.double() for x in inputs[:2]), inputs[2], torch.ones(M).double(), reduction="none")
     baseline = _reference(*inputs, torch.ones(M), reduction="none")
     ours = _triton(*inputs, device, torch.ones(M), reduction="none")
-    # Logits are found twice, by products of other shapes: so the gradients are as exact as they are.
+    # Logits are computed twice, by matmuls of different shapes, which limits the accuracy of the gradients.
     for floor, out, plain, exact in zip(
         (None, 4e4 * torch.finfo(torch.float32).eps, 4e4 * torch.finfo(torch.float32).eps), ours, baseline, truth
     ):
@@ -182,7 +182,7 @@ def test_not_finite_as_the_reference(bad, reduction, dtype, device):
     hidden[2, 1], hidden[4, 5] = bad, bad  # row 4 is ignored
     cotangent = torch.ones(M) if reduction == "none" else None
     ours = _triton(hidden, weight, labels, device, cotangent, reduction=reduction)
-    # In fp64: a processor's product of 16-bit numbers may read on into the next row and multiply that by 0.
+    # In fp64: a CPU matmul in 16 bits may read into the next row and multiply it by 0.
     for out, expected in zip(
         ours, _reference(hidden.double(), weight.double(), labels, cotangent, reduction=reduction)
     ):
@@ -202,7 +202,7 @@ def test_words_that_are_ruled_out(dtype, device):
 
 
 def test_labels_out_of_range_are_no_number_and_read_nothing(device):
-    """On a GPU nobody waits to look at labels."""
+    """On a GPU labels are not checked, since that would synchronise."""
     hidden, weight, labels = (x.to(device) for x in _inputs(torch.float32))
     labels[7], labels[9] = V, -1
     with qvl_kernels.use_backend("triton"):
@@ -237,7 +237,7 @@ def test_inference_computes_no_gradient(dtype, device):
 
 
 def test_blocks_of_columns(monkeypatch):
-    """They fit into what is free, and are few."""
+    """The blocks fit into free memory, and are few."""
     monkeypatch.undo()
     for tokens, width, free, most in (
         (8192, 2048, 135_552, 15),

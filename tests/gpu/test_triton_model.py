@@ -22,14 +22,16 @@ ROWS = ([3, (1, 4, 2), 2], [5])  # an image, and padding
 TRAINED = (
     [3, (1, 8, 10), 2],
     [9],
-)  # more than 16 rows for every product: the interpreter is slow at the kernels for few
+)  # M above 16 for every matmul: the interpreter is slow at GEMV kernels
 
 
 @pytest.fixture
 def pair(monkeypatch, device):
     """(stock, accelerated)"""
     monkeypatch.setitem(models.CONFIGS, "tiny", TINY)
-    stock = models.stock_model("tiny").to(device)  # accelerated there: a machine with a GPU may lack the C++ extension
+    stock = models.stock_model("tiny").to(
+        device
+    )  # accelerated on the device: a machine with a GPU may lack the C++ extension
     return stock, qvl_model.accelerate(copy.deepcopy(stock))
 
 
@@ -42,7 +44,7 @@ def _launched(monkeypatch) -> set[str]:
     for module in pkgutil.walk_packages(qvl_kernels.__path__, "qvl_kernels."):
         if "triton" in module.name or module.name.endswith(
             "launch"
-        ):  # else loaded at its first call, with our function for good
+        ):  # else it is loaded at its first call and keeps our function
             importlib.import_module(module.name)
     names, original = set(), gpu_launch.launch
 
@@ -106,10 +108,10 @@ def test_a_step_of_fp16_with_a_scaled_loss(pair, device):
 
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_generate(pair, device, weights, monkeypatch):
-    """Prefill, then whole decoding steps: the same tokens as stock's loop over the same weights."""
+    """Prefill, then whole decode steps: the same tokens as stock's loop over the same weights."""
     batch, (stock, ours) = _batch(device), pair
     if weights is not None:
-        batch = _batch(device, [5], [3])  # more than 16 rows would be rounded to int8 in prefill
+        batch = _batch(device, [5], [3])  # prefill rounds activations to int8 above M = 16
         ours = qvl_model.accelerate(ours, weights=weights)
         stock = copy.deepcopy(ours)
     options = dict(do_sample=False, max_new_tokens=3, pad_token_id=0)

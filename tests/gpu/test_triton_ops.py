@@ -1,4 +1,4 @@
-"""Every Triton kernel over the shared cases, forward and backward, against the float64 reference, beside PyTorch on the
+"""Every Triton kernel over the shared cases, forward and backward, against the fp64 reference, beside PyTorch on the
 same device.
 """
 
@@ -10,11 +10,11 @@ import qvl_kernels
 from qvl_kernels import config, library
 from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, surrounded
 
-SAME_KERNELS = {"cross_attention": "attention", "patch_embed": "linear"}  # public functions over another's op
-SLOW = {"one_query", "split_keys"}  # long for the interpreter, as the model's shapes are
+SAME_KERNELS = {"cross_attention": "attention", "patch_embed": "linear"}  # public functions that call another one's op
+SLOW = {"one_query", "split_keys"}  # slow in the interpreter, as the model's shapes are
 GPU_ONLY = (
     {"decode_head"} if config.interpreted() else set()
-)  # 151,936 rows: 5 minutes in the interpreter for what decode_mlp shows too
+)  # 151,936 rows: 5 minutes in the interpreter, and decode_mlp covers the same
 ALL = [
     pytest.param(
         op,
@@ -81,9 +81,8 @@ def test_gradients(op, case, dtype, device, monkeypatch):
         ours = gradients(function, ours_arguments, there)
     monkeypatch.undo()
     guard.check()
-    # Scores of up to 300 are rounded by up to 150 units of fp32, and exponents with them; the backward finds them anew,
-    # where PyTorch keeps probabilities. How far apart the two lie differs with the order of sums, from processor to
-    # processor.
+    # Scores of up to 300 are rounded by up to 150 units of fp32, and exponents with them; the backward recomputes them,
+    # where PyTorch keeps probabilities. The difference depends on the order of sums, which varies between processors.
     floor = (
         max(2 * torch.finfo(dtype).eps, 64 * torch.finfo(torch.float32).eps) if case.name == "large_scores" else None
     )

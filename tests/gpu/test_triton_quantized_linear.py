@@ -1,5 +1,5 @@
-"""quantized_linear on GPUs beyond the shared cases: rounding of rows to int8, both routes for many rows, and what is
-not finite.
+"""quantized_linear on GPUs beyond the shared cases: rounding of activations to int8, both prefill kernels, and values
+that are not finite.
 """
 
 import pytest
@@ -28,7 +28,7 @@ def _run(x: torch.Tensor, weight, device, monkeypatch) -> torch.Tensor:
 
 
 def _rounded(x: torch.Tensor) -> torch.Tensor:
-    """What rows become between int8 and back."""
+    """Activation rows rounded to int8 and dequantised."""
     scale = x.double().abs().amax(1, keepdim=True) / 127.0
     return torch.where(scale > 0, torch.round(x.double() / scale) * scale, 0.0)
 
@@ -51,7 +51,7 @@ def test_rows_are_rounded_to_int8(k, dtype, device, monkeypatch):
 def test_int8_products_are_exact_but_for_the_rounding_of_rows(m, n, k, dtype, device, monkeypatch):
     x, weight = _rand(m, k, dtype=dtype), quantize(_rand(n, k, seed=1), 8)
     out, wide = _run(x, weight, device, monkeypatch), dequantize(weight, torch.float64)
-    # A number next to the middle of two integers may be rounded either way.
+    # A number close to a rounding tie may be rounded either way.
     assert relative_error(out, _rounded(x) @ wide.t()) < 2 * torch.finfo(dtype).eps + 1e-4
     assert relative_error(out, x.double() @ wide.t()) < 0.012  # 8 bits of a normal distribution
 
@@ -75,7 +75,7 @@ def test_rows_that_are_not_finite(bits, bad, device, monkeypatch):
 
 
 def test_few_rows_keep_their_precision(device, monkeypatch):
-    """Decoding multiplies x as it is; the error of rounding rows begins with prefill, at 17 rows."""
+    """Decode multiplies x unrounded; activations are rounded to int8 in prefill, from M = 17."""
     x, weight = _rand(17, 64), quantize(_rand(8, 64, seed=1), 8)
     exact = x.double() @ dequantize(weight, torch.float64).t()
     assert relative_error(_run(x[:16], weight, device, monkeypatch), exact[:16]) < 1e-6

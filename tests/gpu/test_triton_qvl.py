@@ -1,4 +1,4 @@
-"""QVL through the Triton kernels: the accelerated model beside the plain one, image, connector, cross-attention and
+"""QVL through the Triton kernels: the accelerated model beside the stock one, image, connector, cross-attention and
 cache.
 """
 
@@ -62,7 +62,7 @@ def test_prefill_and_a_step(device, dtype, name):
 
 
 def test_generate(device, monkeypatch):
-    """Whole steps; one for all images."""
+    """Whole decode steps; one serves all images."""
     plain_tiles = tiles.decode_attention
     monkeypatch.setattr(
         tiles, "decode_attention", lambda *args: {**plain_tiles(*args), "SPLITS": 2, "JOIN_STEP": 2}
@@ -86,7 +86,7 @@ def test_generate(device, monkeypatch):
 
 
 def test_training_drops_attention_weights_in_the_kernels(device, launches_of):
-    """Of self- and cross-attention; the same seed drops the same, and so does the forward pass that checkpointing
+    """In self- and cross-attention; the keep mask depends on the seed only, also in the forward that checkpointing
     repeats.
     """
     dtype = torch.float32

@@ -1,4 +1,4 @@
-"""Keys and values written straight into a cache, by the Triton kernel and by the C++ extension."""
+"""RoPE, with keys and values written into a KV cache, by the Triton kernel and by the C++ extension."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ EPS = 1e-6
 
 
 def _arguments(batch, time, heads, kv_heads, head_dim, capacity, dtype):
-    """q, k, v as slices of one projection; caches whose rows lie apart."""
+    """q, k, v as slices of one projection; KV caches with strided rows."""
     generator = torch.Generator().manual_seed(0)
     counts = [heads, kv_heads, kv_heads]
     fused = random_tensor((batch, time, sum(counts) * head_dim + 5), dtype, generator)

@@ -1,4 +1,4 @@
-"""Variants of kernels that are off until measured: the same results as the plain form, to the reference's accuracy."""
+"""Kernel features that are off by default: the same results as without them, within the reference's bounds."""
 
 import contextlib
 
@@ -27,7 +27,7 @@ def _rand(*shape: int, dtype=torch.float16, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def arch(device):
-    """One that has the variants: assumed for the interpreter, else the device's."""
+    """An architecture with the features: assumed for the interpreter, else the device's."""
     with gpu_device.assume("sm_100") if config.interpreted() else contextlib.nullcontext():
         yield architecture(device)
 
@@ -63,7 +63,7 @@ def _hide(moved: dict) -> None:
 
 @pytest.fixture
 def check_attention(device, launches_of, monkeypatch):
-    """Attention by descriptors against the truth, its outputs within bounds; the launches it took. poison: changes the
+    """Checks attention by TMA descriptors against the fp64 reference; returns its launches. poison: changes the
     arguments on the device.
     """
 
@@ -103,7 +103,7 @@ def test_attention_by_descriptors(d, causal, dtype, arch, check_attention):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_attention_by_descriptors(causal, arch, device, check_attention):
-    """Blocks reach into the next sequence, whose values must not matter."""
+    """Varlen: blocks reach into the next sequence, whose values must not matter."""
     _offered("attention", ("DESCRIPTORS",), arch)
 
     def poison(moved):  # the last sequence has no queries or keys of the others
@@ -122,7 +122,7 @@ def test_packed_attention_by_descriptors(causal, arch, device, check_attention):
 
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 def test_hidden_keys_by_descriptors(kind, arch, check_attention):
-    """A length of 41 and one of 0; what they hide is NaN."""
+    """Lengths of 41 and 0; masked keys are NaN."""
     _offered("attention", ("DESCRIPTORS",), arch)
     visible = torch.arange(70)[None] < torch.tensor([41, 0])[:, None]
     mask = visible[:, None, None]
@@ -172,7 +172,7 @@ INT8 = [
 @pytest.mark.parametrize("names", INT8, ids="+".join)
 @pytest.mark.parametrize("k", [256, 144, 75])
 def test_int8_products(names, k, arch, device, launches_of, monkeypatch):
-    """Bit for bit what the plain form gives: the sums are of integers. 75 columns are no multiple of 16 bytes."""
+    """Bit-identical to the kernel without features: sums are of integers. 75 columns are not a multiple of 16 bytes."""
     _offered("int8_matmul", names, arch)
     m, n = 150, 141
     x, weight, bias = (
@@ -219,9 +219,7 @@ def test_dependent_launch_of_decode_attention(arch, device, launches_of):
 
 
 def test_table():
-    """What is on must be offered; all else is off, and unknown names are refused. Those of decoding are off
-    elsewhere.
-    """
+    """DEFAULT is a subset of SUPPORTED, and unknown names are refused. Decode features are off elsewhere."""
     for kernel, offered in features.SUPPORTED.items():
         for arch in ARCHITECTURES:
             on = features.DEFAULT.get((kernel, arch), ())

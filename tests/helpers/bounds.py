@@ -1,5 +1,4 @@
-"""How far from the float64 truth a right result may be, from lengths and units of rounding alone: the same on every
-processor.
+"""Error bounds against the fp64 reference, from lengths and unit roundoffs alone: the same on every processor.
 
 Kernels sum in fp32, in any order.
 """
@@ -12,8 +11,8 @@ SINGLE = torch.finfo(torch.float32).eps
 
 
 def norm_error(dtype: torch.dtype, terms: int, *, exponent: float = 0.0, roundings: int = 2) -> float:
-    """||out - truth|| / ||truth|| of sums of ``terms`` products, rounded to ``dtype`` as often as said: an operand and
-    the result.
+    """Bound of ||out - expected|| / ||expected|| for sums of ``terms`` products, with that many roundings to ``dtype``:
+    by default an operand and the result.
 
     Rounding errors have random signs, so those of a sum grow as the root of its length [Higham and Mary 2019].
     ``exponent``: the largest argument of exp, whose error in units of its own size becomes one of the result.
@@ -24,8 +23,8 @@ def norm_error(dtype: torch.dtype, terms: int, *, exponent: float = 0.0, roundin
 def matmul(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x weight^T + bias in float64, and how far each element may be off: each rounding by at most its unit of all that
-    is summed.
+    """x weight^T + bias in fp64, and the error bound of each element: each rounding adds at most its unit roundoff
+    times the sum of absolute values.
     """
     x, weight, bias = x.double(), weight.double(), torch.zeros(()) if bias is None else bias.double()
     y = x @ weight.t() + bias
@@ -34,8 +33,8 @@ def matmul(
 
 
 def largest_scores(q: torch.Tensor, k: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """Of each query and head [..., T, H, 1], at most: by Cauchy and Schwarz, over keys [..., S, Hkv, D]; NaN in hidden
-    keys is left out.
+    """Upper bound of the scores of each query and head [..., T, H, 1], by Cauchy-Schwarz over keys [..., S, Hkv, D];
+    NaN in masked keys is ignored.
     """
     longest = k.double().nan_to_num(0.0).norm(dim=-1).max() if k.numel() else 0.0
     return abs(q.shape[-1] ** -0.5 if scale is None else scale) * q.double().norm(dim=-1, keepdim=True) * longest
@@ -51,21 +50,21 @@ def attention(
     scale: float | None,
     added: torch.Tensor | float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How far elements of out [..., T, H, D] may be off, and scores and log-sum-exps [..., T, H, 1]: the errors of
-    scores become relative ones of probabilities. ``magnitude``: the same attention over |v|; ``added``: the largest
-    mask value that counts.
+    """Error bounds of out [..., T, H, D], and of scores and lse [..., T, H, 1]: absolute errors of scores become
+    relative errors of probabilities. ``magnitude``: the same attention over |v|; ``added``: the largest additive mask
+    value of a visible key.
     """
     head_dim, keys, largest = q.shape[-1], k.shape[-3], largest_scores(q, k, scale)
     scores = (8 + head_dim / 8) * SINGLE * largest + 2 * SINGLE * added
     probabilities = 2 * scores + 16 * SINGLE * (1 + 2 * largest + added) + (8 + keys / 8) * SINGLE
-    if dtype is torch.bfloat16:  # the pair dot product takes them in bf16
+    if dtype is torch.bfloat16:  # the bf16 dot instruction takes them in bf16
         probabilities = probabilities + torch.finfo(dtype).eps
     slack = torch.finfo(dtype).eps * truth.abs() + probabilities * magnitude + torch.finfo(dtype).tiny
     return slack, scores + (16 + keys / 8) * SINGLE
 
 
 def assert_within(what: str, out: torch.Tensor, truth: torch.Tensor, slack: torch.Tensor | float) -> None:
-    """Every element of ``out`` is ``truth`` (in infinities and NaN, too) or no farther from it than ``slack``."""
+    """Every element of ``out`` equals ``truth`` (infinities and NaN included) or differs by at most ``slack``."""
     assert out.shape == truth.shape, f"{what}: shape {tuple(out.shape)}, expected {tuple(truth.shape)}"
     wide = out.double()
     good = (wide == truth) | ((wide - truth).abs() <= slack) | (wide.isnan() & truth.isnan())

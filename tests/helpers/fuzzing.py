@@ -1,9 +1,8 @@
-"""Tensors whose neighbours are pages without access: reading or writing one byte beside them ends the process with
-SIGSEGV.
+"""Tensors between guard pages: reading or writing one byte outside them ends the process with SIGSEGV.
 
-Inputs cannot be written either, and gaps between their rows are NaN. Fresh outputs are NaN, and what lies between them
-and the far page must not change. Before it runs, each case is written to build/fuzz_case.txt, where it stays after a
-crash; to run it again:
+Inputs are read-only, and gaps between their rows are NaN. Fresh outputs are NaN, and the bytes between them and the far
+guard page must not change. Each case is written to build/fuzz_case.txt before it runs, and stays there after a crash;
+to run it again:
 
     PYTHONPATH=tests python -c "import test_fuzz; test_fuzz.check(*eval(open('build/fuzz_case.txt').read()))"
 """
@@ -36,7 +35,7 @@ def _set_access(address: int, size: int, access: int) -> None:
 
 
 class Placed(NamedTuple):
-    """Elements that begin right after a page without access, or end right before one; every byte 0xFF: NaN, or -1 in
+    """Elements that begin right after a guard page, or end right before one; every byte is 0xFF: NaN, or -1 in
     integers.
     """
 
@@ -64,8 +63,8 @@ def place(count: int, dtype: torch.dtype, *, at_end: bool) -> Placed:
 
 
 class Layouts:
-    """Copies of tensors between guard pages, with strides as a layout number draws them; 0: contiguous, before the last
-    page.
+    """Copies of tensors between guard pages, with strides drawn from a layout number; 0: contiguous, right before the
+    last page.
     """
 
     def __init__(self, number: int) -> None:
@@ -104,14 +103,14 @@ class Layouts:
             gap = 0 if self._plain else self._random.choice((0, 0, 1, 3, 8))
             strides[dim] = step + gap
             step = strides[dim] * shape[dim]
-        if not self._plain:  # strides of single elements are never used, and may be anything
+        if not self._plain:  # strides of dimensions of size 1 are never used: any value
             for dim, size in enumerate(shape):
                 if size == 1 and self._random.random() < 0.3:
                     strides[dim] = self._random.choice((0, 1, 17, 100_003))
         return strides
 
     def all(self, tensors: NamedTuple, **options) -> NamedTuple:
-        """Every tensor of a NamedTuple of weights, quantised ones among them."""
+        """Every tensor of a NamedTuple of weights, quantised weights included."""
         return type(tensors)(
             *(
                 self.all(x) if isinstance(x, tuple) else self(x, **options) if isinstance(x, torch.Tensor) else x
@@ -121,8 +120,8 @@ class Layouts:
 
 
 class FreshOutputs:
-    """Stands in for ``torch.empty`` and ``torch.empty_like`` inside the block; ``check`` finds writes beside the
-    outputs of the kernels.
+    """Replaces ``torch.empty`` and ``torch.empty_like`` inside the block; ``check`` finds writes outside the kernels'
+    outputs.
     """
 
     def __init__(self, number: int) -> None:
@@ -159,7 +158,7 @@ class FreshOutputs:
 
 
 class Trial(NamedTuple):
-    """One call, what must come out, and how far from it a correct kernel may be, element by element."""
+    """One call, its fp64 reference, and the error bound of each element."""
 
     call: Callable  # () -> outputs
     truth: tuple[torch.Tensor, ...]  # float64
@@ -168,7 +167,7 @@ class Trial(NamedTuple):
 
 
 def run(name: str, case: dict, trial: Trial) -> None:
-    """``trial`` by every kernel selection."""
+    """Runs ``trial`` with every kernel selection."""
     fresh = [cache.clone() for cache, _, _ in trial.caches]
     for kernels in selections(name, getattr(torch, case["dtype"])):
         for (cache, _, _), values in zip(trial.caches, fresh):

@@ -1,4 +1,4 @@
-"""The GPU's step run without a GPU: on CPU tensors, as it is or under a recorded fake of ``torch.cuda``."""
+"""Runs the GPU's decode step without a GPU: on CPU tensors, unchanged or under a recording fake of ``torch.cuda``."""
 
 import contextlib
 
@@ -6,7 +6,7 @@ import torch
 
 from qvl_model.generation import graphs, step_gpu
 
-INDEX = torch.device("cuda", 1)  # of the fake GPU, which is not the current one
+INDEX = torch.device("cuda", 1)  # of the fake GPU, which is not the current device
 
 
 class FakeStream:
@@ -18,7 +18,7 @@ class FakeStream:
 
 
 class FakeCuda:
-    """``torch.cuda`` for tensors of the CPU: notes what is asked, with the device and stream that are current then."""
+    """``torch.cuda`` for CPU tensors: records each call with the current device and stream."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -89,7 +89,7 @@ class FakeGraph:
 
 
 class Recorded(graphs.Cuda):
-    """A ``Cuda`` over the fake: what was to be captured runs at each replay."""
+    """A ``Cuda`` over the fake: the captured function runs at each replay."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         super().__init__(INDEX)
@@ -106,7 +106,7 @@ class Recorded(graphs.Cuda):
 
 
 def record(monkeypatch) -> FakeCuda:
-    """From here on, steps run under a fake of ``torch.cuda``."""
+    """Makes steps run under a fake of ``torch.cuda``."""
     cuda = FakeCuda()
     device = Recorded(cuda)
     monkeypatch.setattr(graphs, "cuda", cuda)
@@ -118,13 +118,13 @@ def record(monkeypatch) -> FakeCuda:
 
 
 def offer(monkeypatch) -> None:
-    """From here on, accelerated models run tokens by ``GpuStep`` wherever they are."""
+    """Makes accelerated models decode with ``GpuStep`` on any device."""
     monkeypatch.setattr(step_gpu, "why_no_graphs", lambda device: None)
     monkeypatch.setattr(step_gpu, "_pools", type(step_gpu._pools)())
 
 
 def begun(monkeypatch) -> list[step_gpu.GpuStep]:
-    """Every step that begins from here on."""
+    """A list that receives every step that begins."""
     steps, begin = [], step_gpu.GpuStep._begin
     monkeypatch.setattr(step_gpu.GpuStep, "_begin", lambda step, *args: steps.append(step) or begin(step, *args))
     return steps

@@ -31,9 +31,7 @@ def selections(op: str, dtype: torch.dtype, *, amx: bool = False) -> list[str]:
 
 @contextlib.contextmanager
 def select(name: str) -> Iterator[None]:
-    """Matmuls inside the block run on these kernels, whichever the machine would choose. "amx": oneDNN's, emulated
-    where there is no AMX.
-    """
+    """Forces these kernels for matmuls inside the block. "amx": oneDNN's, emulated where there is no AMX."""
     by_onednn = name in ("onednn", "amx")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(onednn, "onednn_is_faster", lambda: by_onednn))
@@ -45,12 +43,14 @@ def select(name: str) -> Iterator[None]:
 
 
 def _overreading_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """As oneDNN 3.12 computes it: the last tile of each row of x goes on past its end, over zeros in the weight's."""
+    """A linear as oneDNN 3.12 computes it: the last tile reads past the end of each row of x, multiplied by zeros of
+    the padded weight.
+    """
     k = x.shape[-1]
     more = -k % onednn.TILE_K if x.dtype is torch.bfloat16 else 0
     rows, zeros = x.reshape(-1, k), x.new_zeros(more)
     behind = rows.untyped_storage().nbytes() // x.element_size() - rows.storage_offset()
-    memory = torch.cat((rows.as_strided((behind,), (1,)), zeros))  # past the end of memory nothing is read
+    memory = torch.cat((rows.as_strided((behind,), (1,)), zeros))  # nothing is read past the end of the storage
     rows = memory.as_strided((rows.shape[0], k + more), rows.stride())
     return _linear(rows, torch.nn.functional.pad(weight, (0, more)), bias).view(*x.shape[:-1], weight.shape[0])
 

@@ -98,7 +98,7 @@ def config(name: str = "odd") -> Qwen3VLConfig:
 def stock_model(
     name: str = "odd", dtype: torch.dtype = torch.float32, *, seed: int = 0, attention: str = "sdpa"
 ) -> Qwen3VLForConditionalGeneration:
-    """A stock model whose random weights are large enough that every one of them matters."""
+    """A stock model with random weights large enough that each affects the result."""
     settings = config(name)
     settings._attn_implementation = attention
     model = Qwen3VLForConditionalGeneration(settings).eval()
@@ -114,7 +114,7 @@ def stock_model(
                 parameter.copy_(1 + 0.2 * noise)
         model.model.language_model.embed_tokens.weight.mul_(4)  # unit-sized embeddings, as trained ones are
     model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = None  # every sequence runs to its full length
+    model.generation_config.eos_token_id = None  # no end-of-sequence token: every sequence has its full length
     return model.to(dtype)
 
 
@@ -124,7 +124,7 @@ def pair(name: str = "odd", dtype: torch.dtype = torch.float32, **options) -> tu
     return stock, qvl_model.accelerate(copy.deepcopy(stock))
 
 
-Segment = int | tuple[int, int, int]  # that many text tokens, or the (t, h, w) patches of an image (t = 1) or video
+Segment = int | tuple[int, int, int]  # number of text tokens, or the (t, h, w) patches of an image (t = 1) or video
 
 
 def inputs(*rows: list[Segment], padding: str = "left", seed: int = 0) -> dict[str, torch.Tensor]:
@@ -171,7 +171,7 @@ def inputs(*rows: list[Segment], padding: str = "left", seed: int = 0) -> dict[s
 
 @dataclass
 class Calls:
-    """Fused calls made, and how many there must be if every layer and block of every forward was fused."""
+    """Number of fused calls, and the number expected if every layer and block of every forward is fused."""
 
     fused: dict[str, int] = field(default_factory=lambda: {"decoder_layer": 0, "vision_block": 0})
     expected: dict[str, int] = field(default_factory=lambda: {"decoder_layer": 0, "vision_block": 0})
@@ -179,7 +179,7 @@ class Calls:
 
 @contextlib.contextmanager
 def fused_calls(model: nn.Module) -> Iterator[Calls]:
-    """Counts the fused calls of ``model`` inside the block; the C++ backend is forced, so nothing falls back unseen."""
+    """Counts the fused calls of ``model`` inside the block; the C++ backend is forced, so a fallback raises."""
     calls = Calls()
     fused = {"decoder_layer": (qvl_kernels.PreparedDecoderLayer, "run"), "vision_block": (qvl_kernels, "vision_block")}
     originals = {name: getattr(*place) for name, place in fused.items()}
@@ -224,12 +224,12 @@ def assert_all_fused(calls: Calls, *, vision: bool) -> None:
 
 
 def relative(out: torch.Tensor, truth: torch.Tensor) -> float:
-    """||out - truth|| / ||truth|| in float64."""
+    """||out - expected|| / ||expected|| in fp64."""
     return ((out.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
 def assert_close(out: torch.Tensor, expected: torch.Tensor, limit: float = 2e-5) -> None:
-    """Relative error of an fp32 result against stock's; both are a few 1e-7 from the truth, times the depth."""
+    """Relative error of an fp32 result against stock's; both are a few 1e-7 times the depth from the fp64 reference."""
     assert out.shape == expected.shape and out.dtype == expected.dtype
     error = relative(out, expected)
     assert error <= limit, f"relative error {error:.2e} > {limit:.0e}"

@@ -1,4 +1,5 @@
-"""Puts each fault of ``mutations.py`` into a copy of the tree and runs the tests that must see it: ``make mutate``.
+"""Mutation testing: applies each fault of ``mutations.py`` to a copy of the tree and runs the tests that must fail:
+``make mutate``.
 
 Fails if the tests of a fault pass with it, or fail without any fault; prints a table.
 """
@@ -18,7 +19,7 @@ from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300  # seconds for one run of pytest
-PASSED, FAILED = 0, 1  # exit status of pytest; others are of runs that did not get to the tests
+PASSED, FAILED = 0, 1  # exit status of pytest; all others mean that no test ran
 
 
 def copied(target: Path) -> Path:
@@ -38,7 +39,7 @@ def mutated(text: str, mutation: Mutation) -> str:
 
 
 def run_tests(tree: Path, tests: list[str]) -> tuple[int | None, str]:
-    """Exit status of pytest (None: too slow) and the end of what it printed."""
+    """Exit status of pytest (None: timeout) and the end of its output."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
@@ -49,7 +50,7 @@ def run_tests(tree: Path, tests: list[str]) -> tuple[int | None, str]:
 
 
 def verdict(status: int | None) -> str:
-    """What the exit status of a fault's tests says."""
+    """The verdict that the exit status of a fault's tests gives."""
     return {FAILED: "seen", PASSED: "SURVIVED", None: "TIME OUT"}.get(status, "NO TESTS RAN")
 
 

@@ -1,7 +1,7 @@
-"""Faults that the tests must see: (file, exact expression, replacement, tests of which one must fail), for
+"""Mutations that the tests must detect: (file, exact expression, replacement, tests of which one must fail), for
 ``tests/helpers/mutate.py``.
 
-The expression stands exactly once in its file. Mutations are of Python only: what they change needs no build.
+The expression stands exactly once in its file. Mutations are in Python only, so none needs a build.
 """
 
 from typing import NamedTuple
@@ -49,7 +49,7 @@ PADDED, PADDED_ENDS = (
 )
 
 MUTATIONS = [
-    # Passed every test once, when accelerated QVL was compared with plain QVL only.
+    # A comparison of accelerated with plain QVL alone does not detect these.
     Mutation(f"{MODULES}/decoder_layer.py", "eps=norms[0].variance_epsilon, scale", "eps=1e-6, scale", EPSILON),
     Mutation(f"{MODULES}/vision.py", "eps=self.norm1.eps,", "eps=1e-6,", EPSILON),
     Mutation(TEXT, "self.gate.tanh() * self.dropout(out)", "self.gate.tanh() * out", DROPOUT),
@@ -189,7 +189,7 @@ MUTATIONS = [
         "causal=False",
         f"{REFERENCE}::test_gradients\n{REFERENCE}::test_fp32",
     ),
-    # Tokens, step by step.
+    # Decode steps.
     Mutation(
         LOOP,
         "positions[None] if positions.dim() == 2 else positions[-3:]",

@@ -33,7 +33,7 @@ OPS = {
 }
 
 INFERENCE_ONLY = {"decode_attention", "decoder_layer", "vision_block"}
-CONSTANTS = {"cos", "sin"}  # rotary tables have no gradient: transformers computes them under no_grad
+CONSTANTS = {"cos", "sin"}  # the cos/sin cache has no gradient: transformers computes it under no_grad
 
 
 def outputs(result) -> tuple[torch.Tensor, ...]:
@@ -71,7 +71,7 @@ def differentiable(arguments: dict) -> dict:
     }
 
 
-# A small case of every trained op, and those that its backward tells apart: what second derivatives are tested on.
+# Cases for second derivatives: a small one of every differentiable op, and one for each branch of its backward.
 TWICE = [
     ("attention", "causal_longer_keys"),
     ("attention", "packed_causal"),
@@ -97,9 +97,7 @@ TWICE = [
 
 
 def penalty_gradients(function, arguments: dict, cotangents) -> list[torch.Tensor]:
-    """Derivatives of the squared norm of the gradients, by inputs and cotangents: what a gradient penalty
-    trains with.
-    """
+    """Derivatives of the squared norm of the gradients (a gradient penalty) with respect to inputs and cotangents."""
     inputs = [value for value in arguments.values() if isinstance(value, torch.Tensor) and value.requires_grad]
     results = [out for out in outputs(function(**arguments)) if out.requires_grad]
     cotangents = [cotangent.to(out.dtype).requires_grad_() for out, cotangent in zip(results, cotangents)]

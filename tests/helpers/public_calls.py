@@ -1,4 +1,4 @@
-"""Good calls of everything that is public in qvl_kernels, for the tests that spoil their arguments one by one."""
+"""Valid calls of everything public in qvl_kernels; tests replace their arguments one by one with invalid ones."""
 
 import inspect
 import itertools
@@ -107,7 +107,7 @@ def _made(kind: type, weights: Callable, n: SimpleNamespace):
 
 
 def _use_made(kind: type) -> Callable:
-    """A call of a layer that is made of the arguments, so that what they did is seen."""
+    """Calls the layer that was made of the arguments, so that a wrong argument changes a result."""
 
     def make(**arguments) -> torch.Tensor:
         layer = kind(**arguments)
@@ -147,7 +147,7 @@ def _in_block(**arguments) -> None:
 
 Q, PLAIN, QUANTISED = qvl_kernels, qvl_kernels.PreparedDecoderLayer, qvl_kernels.QuantizedDecoderLayer
 
-# Public name, and what tells several of its calls apart -> (function, sizes -> good arguments).
+# Public name, with a suffix where it has several calls -> (function, sizes -> valid arguments).
 CALLS: dict[str, tuple[Callable, Callable[[SimpleNamespace], dict]]] = {
     "attention": (
         Q.attention,
@@ -315,7 +315,7 @@ INFERENCE_ONLY = {
 
 
 def public_names() -> Iterator[tuple[str, object]]:
-    """Every public name but constants: functions, classes and their public methods, tuples of tensors as themselves."""
+    """Every public name except constants: functions, classes with their public methods, and tuples of tensors."""
     for prefix, module in (("", qvl_kernels), ("quant.", quantization)):
         for name in module.__all__:
             value = getattr(module, name)

@@ -70,7 +70,7 @@ def config(name: str = "mlp", **changes) -> QVLConfig:
 def plain_model(
     name: str = "mlp", dtype: torch.dtype = torch.float32, *, seed: int = 0, attention: str = "sdpa", **changes
 ) -> QVLForConditionalGeneration:
-    """A plain model, in eval mode, whose random weights are large enough that every one of them matters."""
+    """A stock QVL model in eval mode, with random weights large enough that each affects the result."""
     settings = config(name, **changes)
     settings._attn_implementation = attention
     model = QVLForConditionalGeneration(settings).eval()
@@ -99,7 +99,7 @@ def pair(name: str = "mlp", dtype: torch.dtype = torch.float32, **options) -> tu
 def inputs(
     *lengths: int, image: tuple[int, int] | None = (14, 19), padding: str = "left", seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Rows of so many tokens, padded to one length; each with an image token and a picture of ``image`` pixels."""
+    """Rows of these numbers of tokens, padded to one length; each with an image of ``image`` pixels."""
     generator = torch.Generator().manual_seed(seed)
     longest = max(lengths)
     ids, mask = (
@@ -119,7 +119,7 @@ def inputs(
 
 
 def pad_pixels(*pictures: torch.Tensor, filler: float = float("nan")) -> dict[str, torch.Tensor]:
-    """Pictures [C, h, w] of any sizes as one batch, with ``filler`` where there is no picture."""
+    """Images [C, h, w] of any sizes as one batch, padded with ``filler``."""
     height, width = max(p.shape[1] for p in pictures), max(p.shape[2] for p in pictures)
     pixels = torch.full((len(pictures), pictures[0].shape[0], height, width), filler)
     mask = torch.zeros(len(pictures), height, width, dtype=torch.long)

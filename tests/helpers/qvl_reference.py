@@ -1,4 +1,4 @@
-"""QVL in float64, written from the formulas of docs/qvl_formulas.md: what the model is held against.
+"""fp64 reference of QVL, written from the formulas of docs/qvl_formulas.md.
 
 It shares no code with the package and none with transformers. Rows of text and images are computed one by one, without
 padding.
@@ -24,7 +24,7 @@ class Reference:
     """A QVL model.
 
     Args:
-        state: the model's state_dict; computed with in float64.
+        state: the model's state_dict; converted to fp64.
         config: the model's config as a dict.
         drop: what dropout does to a tensor x with probability p; nothing by default.
     """
@@ -67,7 +67,7 @@ class Reference:
 
     @staticmethod
     def rotate(x: Tensor, angles: Tensor) -> Tensor:
-        """Elements i and i + D / 2 of x [T, H, D] as one point of the plane, turned by angles [T, D / 2]."""
+        """RoPE: elements i and i + D / 2 of x [T, H, D] are one point of the plane, rotated by angles [T, D / 2]."""
         first, second = x.chunk(2, -1)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
@@ -117,9 +117,7 @@ class Reference:
         return self.layer_norm("visual.norm", x)
 
     def positions(self, height: int, width: int) -> Tensor:
-        """[height, width, E]: the learned table [side, side, E] between its corners; each place shares itself between
-        its neighbours.
-        """
+        """[height, width, E]: the learned table [side, side, E], interpolated bilinearly with aligned corners."""
         table = self.state["visual.position_embed.positions"]
         side = table.shape[0]
 
@@ -162,7 +160,7 @@ class Reference:
     ) -> SimpleNamespace:
         """Logits [T, V], hidden_states, pooler [C] and attention weights of one row of ids [T].
 
-        Keys and values are put into ``cache`` and read from there; ``tokens`` are given once then.
+        With ``cache``, keys and values are appended to it and read from it, and each token is passed once.
         """
         c, h, a = self.config, self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob
         cache = {} if cache is None else cache
@@ -238,7 +236,7 @@ class Reference:
             yield {"ids": ids[seen], "tokens": tokens, "types": types}
 
     def generate(self, batch: dict[str, Tensor], steps: int, *, use_cache: bool) -> Tensor:
-        """Greedy tokens [B, steps]; without a cache everything is computed again for each."""
+        """Greedy tokens [B, steps]; without a cache the whole sequence is recomputed for each token."""
         found = []
         for row in self.rows(batch):
             ids, tokens, cache, new = row["ids"], row["tokens"], {} if use_cache else None, []

@@ -1,4 +1,4 @@
-"""Data and tiny checkpoints for the tests of training: the digits tokenizer around models of a few thousand weights."""
+"""Data and tiny checkpoints for the training tests: the digits tokenizer with models of a few thousand weights."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Training steps of a stock and an accelerated model, whose logits are held against each other."""
+"""Training steps of a stock and an accelerated model, whose logits are compared."""
 
 import models
 import torch
