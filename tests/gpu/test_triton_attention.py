@@ -386,7 +386,7 @@ def test_large_heads_take_the_reference_or_raise(device):
 @pytest.mark.parametrize("arch", SM_COUNT)
 @pytest.mark.parametrize("size", [2, 4])
 def test_tiles_fit(arch, size, monkeypatch):
-    """Each head_dim up to 256 has tiles that fit shared memory and reach the minimum size of the matrix instructions."""
+    """Each head_dim up to 256 has tiles that fit shared memory and suit the matrix instructions."""
     monkeypatch.undo()
     for d in range(1, 257):
         for rows in (1, 17, 5000):

@@ -1,4 +1,4 @@
-"""What is special about the attention family: shapes of the mask, values that must not leak, layouts, arguments."""
+"""The attention ops beyond the shared cases: mask shapes, masked values that must not leak, layouts, arguments."""
 
 import math
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def _qkv(t: int, s: int, h: int = 4, hkv: int = 2, d: int = 16, *, b: int = 1, d
 
 
 def _check(q, k, v, **options) -> None:
-    """out and lse of the kernels of each instruction set against the float64 reference."""
+    """Checks out and lse of each instruction set's kernels against the fp64 reference."""
     judge = _judge(q, k, v, **options)
     for isa in ISAS:
         with qvl_kernels.use_backend("cpp"), instruction_set(isa):
@@ -38,7 +38,7 @@ def _check(q, k, v, **options) -> None:
 
 
 def _judge(q, k, v, **options) -> Callable:
-    """Refuses (out, lse) that are wrong in one element by much, or in all by little."""
+    """Rejects (out, lse) with a large error in one element or small errors in all."""
     q64, k64, v64 = (x.double() for x in (q, k, v))
     doubles = {
         n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in options.items()
@@ -46,8 +46,8 @@ def _judge(q, k, v, **options) -> Callable:
     with qvl_kernels.use_backend("reference"):
         truth, truth_lse = qvl_kernels.attention(q64, k64, v64, return_lse=True, **doubles)
         magnitude = qvl_kernels.attention(q64, k64, v64.abs(), **doubles)
-    # Keys that count have scores near the log-sum-exp, so numbers of a mask are not much larger. Beside finfo.min
-    # scores vanish in float64, too.
+    # Scores of visible keys are near the lse, so additive masks are not much larger. Beside finfo.min scores vanish in
+    # fp64, too.
     added = truth_lse.abs().movedim(-2, -1)[..., None]
     added[added > 1e30] = 0.0
     slack, lse_slack = bounds.attention(q, k, truth, magnitude, q.dtype, scale=options.get("scale"), added=added)
@@ -71,7 +71,7 @@ def _limit(q, k, scale=None, added=torch.zeros(())) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 515), (70, 70), (2, 130)])
 def test_small_faults_are_found(queries, keys, dtype):
-    """A key that is left out, and one element that is wrong: the bounds of this file are not too wide for either."""
+    """The bounds of this file detect a missing key and one wrong element."""
     q, k, v = _qkv(queries, keys, dtype=dtype)
     judge, (out, lse) = _judge(q, k, v), qvl_kernels.attention(q, k, v, return_lse=True)
     judge(out, lse)
@@ -96,7 +96,7 @@ def test_causal_is_aligned_to_the_last_key(queries, keys, dtype):
 
 def test_causal_mask_drawn():
     q, k = torch.zeros(1, 2, 1, 4), torch.zeros(1, 4, 1, 4)
-    v = torch.eye(4)[None, :, None]  # the result is the row of probabilities
+    v = torch.eye(4)[None, :, None]  # the output is the probabilities
     out = qvl_kernels.attention(q, k, v, causal=True)[0, :, 0]
     torch.testing.assert_close(out, torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0], [1 / 4] * 4]))
 
@@ -128,7 +128,7 @@ def test_packed_sequences_of_every_length(causal, dtype):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [[301, 2, 0, 259, 1, 64], [577]], ids=str)
 def test_heads_of_many_query_blocks(lengths, causal, dtype):
-    """bf16: keys and values that lie apart are gathered once for all blocks. Odd lengths, and blocks of so few rows
+    """bf16: strided keys and values are gathered once for all query blocks. Odd lengths, and blocks of so few queries
     that they read them in place.
     """
     n = sum(lengths)
@@ -268,7 +268,7 @@ def test_splits_over_keys(threads, queries):
     torch.set_num_threads(threads)
     try:
         _check(q, k, v, causal=True)
-        _check(q, k, v, mask=torch.arange(4100)[None, None, None] < 700)  # later splits see nothing
+        _check(q, k, v, mask=torch.arange(4100)[None, None, None] < 700)  # later splits have no visible keys
         _check(q, k, v, mask=torch.zeros(1, 1, 1, 4100, dtype=torch.bool))
     finally:
         torch.set_num_threads(before)

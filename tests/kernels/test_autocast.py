@@ -1,6 +1,4 @@
-"""Kernel functions compute in the dtypes of their arguments, whatever autocast says: their callers decide
-about casts.
-"""
+"""Kernel functions ignore autocast: they compute in the dtypes of their arguments, and callers cast."""
 
 import pytest
 import torch

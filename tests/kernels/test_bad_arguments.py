@@ -1,5 +1,5 @@
-"""What everything public says to arguments that it cannot take: TypeError or ValueError. Nothing public is left out:
-not a name, not a parameter, not a tensor inside a tuple of weights.
+"""Invalid arguments of every public function raise TypeError or ValueError. Covers every public name, parameter and
+tensor inside a tuple of weights.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from qvl_kernels.quantization import QuantizedWeight, dequantize
 from qvl_kernels.testing import relative_error
 
 n = sizes()
-OPTIONAL = {  # arguments whose good value may be None instead
+OPTIONAL = {  # arguments that may be None
     "mask",
     "key_padding_mask",
     "cu_seqlens",
@@ -148,7 +148,7 @@ TENSORS = {
 
 
 def _spoiled(value) -> dict:
-    """What takes the place of a good value, by name."""
+    """Invalid values for a valid one, by name."""
     found = {
         what: other
         for what, other in OTHERS.items()
@@ -166,7 +166,7 @@ def _spoiled(value) -> dict:
 
 
 def _results(call, arguments: dict) -> list[torch.Tensor]:
-    """All tensors that come out, those written to included."""
+    """All result tensors, those written in place included."""
     found = tree_flatten([call(**arguments), [value for name, value in arguments.items() if name.endswith("_cache")]])[
         0
     ]
@@ -178,7 +178,7 @@ def _can_be_cloned(x) -> bool:
 
 
 def _copied(value):
-    """Fresh memory under whatever is written to; else as it is."""
+    """A copy of each argument that is written to; others unchanged."""
     if isinstance(value, dict):
         return {
             name: x.clone() if name.endswith("_cache") and _can_be_cloned(x) else _copied(x)
@@ -195,9 +195,7 @@ def _copied(value):
 
 
 def _fault(name: str, arguments: dict, wrong_type: bool = False) -> str | None:
-    """What is wrong with the outcome of a call: an error that is not promised, or another result than the
-    reference's.
-    """
+    """The fault of a call's outcome: an undocumented error, or a result that differs from the reference."""
     call, _ = CALLS[name]
     again = _copied(arguments)
     try:
@@ -227,7 +225,7 @@ def _fault(name: str, arguments: dict, wrong_type: bool = False) -> str | None:
                 not torch.equal(out[~finite].nan_to_num(), truth[~finite].nan_to_num())
                 or not relative_error(out[finite], truth[finite]) < 0.03
             ):
-                return f"another result, by {relative_error(out, truth):.3f}"  # int8 activations and bf16 stay below
+                return f"another result, by {relative_error(out, truth):.3f}"  # int8 and bf16 have smaller errors
     return None
 
 
@@ -237,9 +235,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def test_everything_public_is_here():
-    """Each function and method by its calls, which together name every parameter; each tuple of weights as an argument
-    of one.
-    """
+    """The calls cover each function and method with every parameter, and each tuple of weights."""
     tuples = {type(_at(make(n), path)) for _, make in CALLS.values() for path in _paths(make(n))}
     calls = {}
     for name, (_, make) in CALLS.items():
@@ -365,7 +361,7 @@ def test_prepared_layers_have_the_tangents_of_the_function(kind):
     assert torch.equal(*tangents)
 
 
-# What a right result cannot tell from an error, and what the error says.
+# Calls that must raise although a result could be right, with the message.
 
 
 def _raises(op: str, match: str = "", **changes) -> None:
@@ -453,7 +449,7 @@ def _rows_overlap() -> torch.Tensor:
 
 @pytest.mark.parametrize("op", (*LAYERS, "PreparedCache"))
 def test_memory_that_is_shared_is_refused(op):
-    """What a kernel writes to one of them would change the other, or itself."""
+    """A kernel's write to one of them would change the other, or its own input."""
     whole = rand(*CACHE)
     for k_cache, v_cache, match in (
         (whole, whole, "k_cache and v_cache share memory"),
@@ -546,7 +542,7 @@ def test_lengths_are_checked_where_tracing_hides_them():
 )
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_good_calls_are_one_graph(op, dynamic):
-    """Checks do not break a graph, nor refuse sizes that have become symbols."""
+    """Argument checks neither break a graph nor refuse symbolic sizes."""
     torch._dynamo.reset()
     call, make = CALLS[op]
     compiled = torch.compile(call, fullgraph=True, backend="eager", dynamic=dynamic)

@@ -93,7 +93,7 @@ def test_unsupported_cases_fall_back_with_one_warning_each(no_fallbacks):
 
 
 def _gpus(monkeypatch, capabilities: list[tuple[int, int]], probe) -> None:
-    """GPUs of these compute capabilities; ``probe`` stands for the launch of a kernel."""
+    """GPUs of these compute capabilities; ``probe`` takes the place of a kernel launch."""
     from qvl_kernels.gpu import probe as gpu_probe
 
     monkeypatch.setattr(gpu_device, "version", lambda package: "3.6.0")  # an older PyTorch brings an older Triton
@@ -120,7 +120,7 @@ def _gpus(monkeypatch, capabilities: list[tuple[int, int]], probe) -> None:
     ids=["old", "good", "no compiler"],
 )
 def test_gpus_that_cannot_run_the_kernels(capability, error, reason, monkeypatch):
-    """One warning, and stock code."""
+    """One warning, then stock code runs."""
     from qvl_model.modules import fast_path
 
     def probe(device):
@@ -133,7 +133,7 @@ def test_gpus_that_cannot_run_the_kernels(capability, error, reason, monkeypatch
             True,
             torch.device("cuda", 0),
             torch.float64,
-        )  # a dtype that no kernel takes: the tensor is not looked at further
+        )  # no kernel takes this dtype, so nothing else of the tensor is checked
 
     _gpus(monkeypatch, [capability], probe)
     monkeypatch.setattr(fast_path, "_say_once", functools.cache(fast_path._say_once.__wrapped__))
@@ -154,7 +154,7 @@ def test_every_gpu_is_asked_for_itself(monkeypatch):
 
 
 def test_a_trace_does_not_decide_for_later(monkeypatch):
-    """While PyTorch compiles nothing may be launched, so nothing is found out."""
+    """While PyTorch traces, nothing may be launched, so the probe's result is not kept."""
     probed = []
 
     def probe(device):
@@ -210,7 +210,7 @@ def installed_and_checkout(tmp_path_factory):
     ids=" ".join,
 )
 def test_a_checkout_that_hides_an_installed_package_says_so(arguments, installed_and_checkout):
-    """Its extension is not loaded: of the same version number, it may still be of other sources."""
+    """The installed extension is not loaded: even at the same version its sources may differ."""
     installed, checkout = installed_and_checkout
     result = _python(*arguments, cwd=checkout, PYTHONPATH=str(installed))
     assert result.returncode != 0
@@ -235,8 +235,8 @@ def test_both_ways_out_of_a_hidden_package(installed_and_checkout, tmp_path):
 
 
 def test_every_gpu_has_an_audited_architecture():
-    """RTX 30 has the shared memory of RTX 40, Jetson Orin that of A100, B300 and Thor the tensor memory of B200; what
-    nobody knows gets the smallest tiles.
+    """RTX 30 has the shared memory of RTX 40, Jetson Orin that of A100, B300 and Thor the tensor memory of B200;
+    unknown GPUs get the smallest tiles.
     """
     known = {
         "sm_86": "sm_89",

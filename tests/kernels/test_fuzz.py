@@ -1,8 +1,8 @@
-"""Every op with a C++ kernel on every instruction set, and by oneDNN, over drawn shapes, strides, lengths, masks and
-threads.
+"""Fuzzing: every op with a C++ kernel on every instruction set, and by oneDNN, over random shapes, strides, lengths,
+masks and thread counts.
 
-All tensors lie between guard pages. A case is a dictionary of plain values; see ``fuzzing`` for what to do when one
-ends the process. Outputs are compared with the reference in float64, within bounds that follow from the number of
+All tensors lie between guard pages. A case is a dictionary of numbers and strings; see ``fuzzing`` for what to do when
+one ends the process. Outputs are compared with the reference in fp64, within bounds derived from the number of
 roundings.
 """
 
@@ -33,7 +33,7 @@ SHORT, LONG = 50, 2000  # cases of an op in `make test` and, on top, in `make te
 
 
 def sizes(low: int, high: int, *edges: int) -> st.SearchStrategy[int]:
-    """Numbers from low to high, and one of the edges in a third of the cases."""
+    """Numbers from low to high; in a third of the cases one of the edge values."""
     return st.integers(low, high) | st.integers(low, high) | st.sampled_from(edges) if edges else st.integers(low, high)
 
 
@@ -55,7 +55,7 @@ def double(arguments: dict) -> dict:
 
 
 class Inputs:
-    """Random tensors of one case, and where they lie."""
+    """Random tensors of one case, and their placement."""
 
     def __init__(self, case: dict) -> None:
         self.dtype = getattr(torch, case["dtype"])
@@ -127,7 +127,7 @@ def _norm(name: str, case: dict, inputs: Inputs) -> Trial:
     return Trial(lambda: function(**arguments), (y, *sums), (slack + inputs.tiny, 0.0))
 
 
-# Products
+# Matmuls
 
 
 def linear(case: dict, inputs: Inputs) -> Trial:
@@ -247,7 +247,7 @@ def attention(case: dict, inputs: Inputs) -> Trial:
         k, v = inputs.random(b, s, kv, d), inputs.random(b, s, kv, d)
         if case["padding"]:
             padding = inputs.chance(b, s, probability=0.7)
-            k[~padding], v[~padding] = float("nan"), float("nan")  # hidden keys may hold anything
+            k[~padding], v[~padding] = float("nan"), float("nan")  # masked keys may hold anything
         tensors = inputs.place(b, t, heads, d, repeat=True), inputs.laid(k), inputs.laid(v)
         hidden = None if padding is None else inputs.laid(padding, dense=0)
         extra = {"mask": _mask(case["mask"], (b, heads, t, s), inputs), "key_padding_mask": hidden}
@@ -298,7 +298,7 @@ def decode_attention(case: dict, inputs: Inputs) -> Trial:
             exact[f"{name}_cache"] = dequantize_cache(cache, scales, inputs.dtype).double()
         else:
             cache = inputs.random(b, kv, capacity, d)
-            cache[behind] = float("nan")  # what lies behind a sequence is not read
+            cache[behind] = float("nan")  # slots past the sequence's length are not read
             arguments[f"{name}_cache"] = inputs.laid(cache)
             exact[f"{name}_cache"] = cache.double()
     return _attention_trial(qvl_kernels.decode_attention, arguments, arguments["mask"], inputs, exact)
@@ -335,8 +335,8 @@ def _rounded_product(
 
 
 def _layer_slack(change: torch.Tensor, x: torch.Tensor, quantised: bool, inputs: Inputs) -> float:
-    """Of every element; rounding that falls to the other side moves an activation of a quantised product by 1/127 of
-    the largest.
+    """Error bound of each element; a rounding tie that flips moves an activation of a quantised matmul by 1/127 of the
+    largest.
     """
     if not x.numel():
         return 0.0
@@ -374,11 +374,11 @@ def decoder_layer(case: dict, inputs: Inputs) -> Trial:
     x, tables = inputs.place(b, t, c, dense=3), _tables(inputs, b if case["flag"] else 1, t, d, dtype=inputs.dtype)
     values = [inputs.random(b, kv, past + t + case["room"], d) for _ in range(2)]
     for value in values:
-        value[:, :, past:] = float("nan")  # what is not written yet is not read
+        value[:, :, past:] = float("nan")  # unwritten slots are not read
     caches = [inputs.laid(value, writable=True) for value in values]
     mask = _mask(
         case["mask"], (b, heads, t, past + t), inputs, low=-30.0
-    )  # where all keys are at -1e4, fp32 scores have three digits left
+    )  # with all keys masked by -1e4, fp32 scores keep three digits
     exact_caches = [value.double() for value in values]
     exact_weights = DecoderWeights(*(w.double() if isinstance(w, torch.Tensor) else w for w in weights))
     with mock.patch("qvl_kernels.ops.decoder_layer.reference.linear_reference", _rounded_product):
@@ -466,7 +466,7 @@ ATTENTION = {
     "padding": st.booleans(),
 }
 ROPE = {"b": st.integers(1, 3), "t": sizes(0, 9), **HEADS, "half": sizes(1, 20, 32, 64, 65, 256), "flag": st.booleans()}
-# Layers norm sums and heads: with very few elements these may all but vanish, which no bound covers.
+# Layers norm sums and heads: with very few elements these may almost vanish, which no bound covers.
 DECODER = {
     "b": st.integers(0, 3),
     "t": sizes(0, 6, 17, 40),

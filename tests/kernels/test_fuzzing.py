@@ -1,4 +1,4 @@
-"""The guard pages themselves: one byte too many must be felt, whatever the instruction."""
+"""The guard pages themselves: access to one byte too many must raise SIGSEGV, by any instruction."""
 
 import ctypes
 import faulthandler
@@ -17,7 +17,7 @@ from qvl_kernels.testing import instruction_set
 
 
 def _dies(action: Callable) -> bool:
-    """Whether ``action`` is ended by SIGSEGV, in a process of its own."""
+    """Whether ``action``, in its own process, ends by SIGSEGV."""
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)  # the child of a process that has used OpenMP hangs where it would start threads
@@ -43,9 +43,7 @@ def test_what_is_beside_and_what_is_read_only_is_felt(at_end):
 @pytest.mark.parametrize("rows", [1, 17])
 @pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
 def test_one_element_too_many_is_felt(dtype, rows):
-    """By masked vector instructions, too: each operand of a product is in turn what the sizes say, or an element
-    shorter.
-    """
+    """Also by masked vector instructions: each operand of a matmul in turn is one element shorter than its sizes."""
     x, weight, bias = (Layouts(0)(torch.zeros(shape, dtype=dtype)) for shape in ((rows, 33), (5, 33), (5,)))
     large, extension = torch.zeros(200, 200, dtype=dtype), dispatch.extension()
 

@@ -1,6 +1,4 @@
-"""Caches that grow: what they keep, how far and in how much memory they grow, and what their table says. Kernels:
-tests/gpu.
-"""
+"""Growing KV caches: contents, growth, memory and the pointer table. Kernels: tests/gpu."""
 
 import weakref
 
@@ -34,8 +32,8 @@ def _taken(batch: int, length: int, room: int) -> tuple[GrowingCaches, list[tupl
 
 
 def _check_table(caches: GrowingCaches) -> None:
-    """It says where everything is, and every row of it begins at a multiple of 16 bytes, which kernels are compiled
-    for.
+    """Checks that the table has the addresses of all caches, and that its rows are aligned to 16 bytes, as kernels
+    assume.
     """
     visible = caches.visible
     for keys, values, entry in zip(caches.keys, caches.values, caches.entries):
@@ -77,7 +75,9 @@ def test_what_is_taken_stays_through_growth(batch, length, room):
 
 
 def test_growth_is_geometric():
-    """Token by token: by at most half, to multiples of 64, rarely; and at once where more is needed."""
+    """Token by token, capacity grows by at most half, to multiples of 64, in few steps; in one step where more is
+    needed.
+    """
     caches, sizes = _caches(), []
     for length in range(1, 4097):
         caches.reserve(length)
@@ -99,7 +99,7 @@ def test_growth_stops_at_the_limit():
     assert caches.capacity == 512
     caches.reserve(513, limit=560)
     assert caches.capacity == 576
-    caches.reserve(600, limit=560)  # needed, whatever the limit said
+    caches.reserve(600, limit=560)  # needed, regardless of the limit
     assert caches.capacity == 640
 
 
@@ -119,7 +119,7 @@ def test_padding_stays_hidden_and_new_keys_are_seen():
 
 
 class _Memory:
-    """Stands in for ``torch.empty``: poisons, counts bytes that live, and fails when told to."""
+    """Replaces ``torch.empty``: poisons memory, counts live bytes, and fails on request."""
 
     def __init__(self) -> None:
         self.live, self.peak, self.fails_in = 0, 0, None
@@ -168,13 +168,13 @@ def test_what_is_taken_anew_is_never_there_twice(memory):
     assert memory.peak == memory.live == _bytes(caches)
     _check_content(caches, [(keys, values)] * LAYERS)
     addresses = caches.table.tolist()
-    caches.take(1, values[:, :, :50], keys[:, :, :50], length=128)  # there is more room already
+    caches.take(1, values[:, :, :50], keys[:, :, :50], length=128)  # the capacity is larger already
     assert caches.table.tolist() == addresses and torch.equal(caches.give(1, 2, 50)[0], values[:, :, :50])
 
 
 @pytest.mark.parametrize("allocations", range(2 * LAYERS))
 def test_growth_that_fails_loses_nothing(memory, allocations):
-    """Whichever allocation it is: the table is that of what is there, and another try goes on."""
+    """After any failed allocation the table matches the caches, and a retry succeeds."""
     caches, given = _taken(4, 100, 100)
     memory.fails_in = allocations
     with pytest.raises(torch.OutOfMemoryError):

@@ -1,4 +1,4 @@
-"""Huge pages under tensors: what lies where changes, and nothing else."""
+"""Huge pages under tensors: only the pages change, not addresses or contents."""
 
 import mmap
 import sys
@@ -57,7 +57,7 @@ def test_mapped_file_moves_and_nothing_else_changes(file):
     contents = file.read_bytes()
     whole = mapped(file)
     tensor, view = whole[24 : 8 * HUGE + 24], whole[100:3000]
-    whole[5 * HUGE] ^= 255  # a page of its own, which must move as it is
+    whole[5 * HUGE] ^= 255  # a page of its own, which must move unchanged
     edited = whole.clone()
     address = tensor.data_ptr()
     moved = qvl_kernels.use_huge_pages([tensor])
@@ -67,7 +67,7 @@ def test_mapped_file_moves_and_nothing_else_changes(file):
     assert smaps(middle, "AnonHugePages") * 1024 >= 7 * HUGE and smaps(middle, "Shared_Clean") == 0
     whole.fill_(7)  # still writable, still private
     assert bool((view == 7).all()) and file.read_bytes() == contents
-    assert qvl_kernels.use_huge_pages([tensor]) == moved  # a second time finds it there
+    assert qvl_kernels.use_huge_pages([tensor]) == moved  # a second call finds huge pages
     del tensor, view, whole
     with pytest.raises(AssertionError):
         smaps(middle, "Rss")  # freed with the map
@@ -100,7 +100,7 @@ def test_adjacent_tensors_share_huge_pages(file):
 def test_shared_map_is_left_alone(file):
     whole = mapped(file, shared=True)
     assert qvl_kernels.use_huge_pages([whole]) == 0
-    whole[0] ^= 255  # still the file itself
+    whole[0] ^= 255  # still the mapped file
     assert file.read_bytes()[0] == whole[0].item()
 
 
@@ -166,11 +166,11 @@ def test_large_memory_begins_at_a_huge_page(shape, dtype):
 
 
 def test_smaller_memory_shares_huge_pages_and_goes_with_the_last_of_it(monkeypatch):
-    monkeypatch.setattr(pages, "_shared", pages._Shared())  # without tensors of other tests
+    monkeypatch.setattr(pages, "_shared", pages._Shared())  # without other tests' tensors
     like = torch.empty(2)
     tensors = [
         pages.empty(like, (3, 33_000 + i), torch.int16, shared=True) for i in range(200)
-    ]  # 40 MB: more than are shared at a time
+    ]  # 40 MB: more than one chunk of the move
     for i, x in enumerate(tensors):
         x.fill_(i)
     assert all(x.data_ptr() % 64 == 0 and x.is_contiguous() and bool((x == i).all()) for i, x in enumerate(tensors))
@@ -209,7 +209,7 @@ def test_small_and_fake_memory_is_as_ever():
 def test_packed_weights_lie_on_huge_pages(bits):
     if not huge_pages_work():
         pytest.skip("the system gives no huge pages")
-    held = [torch.ones(HUGE // 4) for _ in range(8)]  # what is freed here would be handed out again, on its small pages
+    held = [torch.ones(HUGE // 4) for _ in range(8)]  # the allocator would reuse freed memory on its small pages
     del held
     values = quantization.quantize(torch.randn(2048, 4096), bits).values
     assert smaps(values.data_ptr(), "AnonHugePages") * 1024 == values.nbytes

@@ -1,4 +1,4 @@
-"""Every instruction set that this machine has, each forced in a process of its own: QVL_CPU_ISA is read once."""
+"""Every instruction set of this machine, each forced in its own process, since QVL_CPU_ISA is read once."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""library.call: past PyTorch's dispatcher only where the dispatcher has nothing to do."""
+"""library.call bypasses PyTorch's dispatcher only where the dispatcher has nothing to do."""
 
 import pytest
 import torch

@@ -18,7 +18,7 @@ def _inputs():
 
 
 def _limit(logits: torch.Tensor) -> float:
-    """Of a loss, from sums over hidden size and vocabulary."""
+    """Error bound of a loss, from sums over hidden size and vocabulary."""
     return norm_error(torch.float32, C + V, exponent=float(logits.abs().max()))
 
 
@@ -75,7 +75,7 @@ def test_ignore_index(ignore_index, reduction):
 
 @pytest.mark.parametrize("count", [None, 0.0])
 def test_all_ignored_as_in_torch(count):
-    """The mean is no number, but trains nothing: a batch without a learned token must not end a training run."""
+    """The mean is NaN and the gradients are zero: a batch without a learned token must not end a training run."""
     hidden, weight, labels = _inputs()
     labels.fill_(-100)
     loss = qvl_kernels.linear_cross_entropy(hidden, weight, labels, reduction="sum")
@@ -86,7 +86,7 @@ def test_all_ignored_as_in_torch(count):
 
 
 def test_huge_logits():
-    """The difference between two logits counts, not their size."""
+    """Only differences between logits matter."""
     hidden, weight, labels = _inputs()
     hidden, weight = (3000 * hidden).detach().requires_grad_(), weight.detach()
     weight[1::2] = weight[::2]  # pairs of equal logits: losses of log 2 where the label is of the largest pair

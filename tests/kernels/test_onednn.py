@@ -61,7 +61,7 @@ def test_onednn_takes_many_rows_of_bf16_in_whole_tiles(calls):
 @pytest.mark.parametrize("name", ["onednn", "amx"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_what_lies_between_rows_is_not_read(dtype, name):
-    """Around the tensors and between their rows is NaN, and so is one of the rows."""
+    """Memory around the tensors and between their rows is NaN, and so is one row."""
     others = torch.arange(40) != 20
     for k in (*range(1, 10), 31, 32, 33, 48, 63, 64, 65, 96):
         for gaps in ((0, 0), (3, 0), (0, 3), (1, 1), (8, 8)):

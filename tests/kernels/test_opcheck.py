@@ -16,7 +16,7 @@ from qvl_kernels.ops.linear_cross_entropy.op import loss_sum_op
 from qvl_kernels.ops.rope.op import qk_norm_rope_to_cache_op
 from qvl_kernels.quantization import quantize
 
-# One small case of a public function for every op it reaches, and for the arguments that change what is traced.
+# One small case for every op that a public function calls, and for arguments that change the trace.
 CALLS = [
     ("attention", "attention", "causal_square"),
     ("attention", "attention", "packed_causal"),
@@ -46,7 +46,7 @@ def _rand(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-# Ops without a public function of their own, and their arguments.
+# Internal ops, and their arguments.
 X, NORM = _rand(2, 3, 40), _rand(40)
 INT8, INT4 = quantize(_rand(5, 40), 8), quantize(_rand(5, 40), 4, 32)
 HEADS, CACHE = (
@@ -87,7 +87,7 @@ def _trained(op_name: str) -> bool:
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the calls of qvl ops."""
+    """Records the calls of qvl ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ def test_opcheck_of_internal_ops(op, args):
 
 
 def test_backward_ops_are_once_differentiable():
-    """Under them a second derivative would silently be missing."""
+    """Otherwise a second derivative would silently be missing."""
     seen = set()
     for call in CALLS:
         for op, args, kwargs in _recorded(*call):

@@ -1,4 +1,4 @@
-"""Every op over its shared cases: accuracy against the float64 reference, gradients, opcheck and torch.compile."""
+"""Every op over its shared cases: accuracy against the fp64 reference, gradients, opcheck and torch.compile."""
 
 import pytest
 import torch
@@ -44,13 +44,15 @@ def _check_forward(op, case, dtype, monkeypatch):
     floor = norm_error(dtype, _longest_sum(arguments), roundings=4)  # layers round more often than once
     for ours, plain, exact in zip(out, baseline, truth):
         assert_close_to_truth(ours, plain, exact, floor=floor)
-    if op == "decoder_layer":  # the written cache, and everything around it untouched
+    if op == "decoder_layer":  # the written KV cache, with everything around it unchanged
         for name in ("k_cache", "v_cache"):
             assert_close_to_truth(arguments[name], baseline_arguments[name], truth_arguments[name], floor=floor)
 
 
 def _longest_sum(arguments: dict) -> int:
-    """Over the last dimension of a tensor, or over all others: tokens, keys, outputs."""
+    """Number of terms of the longest sum: over the last dimension of a tensor, or over all others (tokens, keys,
+    outputs).
+    """
     lengths = [1]
     map_tensors(lambda x: lengths.extend((x.shape[-1], x.shape[:-1].numel())), arguments)
     return max(lengths)

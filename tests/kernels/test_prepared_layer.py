@@ -1,4 +1,4 @@
-"""PreparedDecoderLayer equals decoder_layer, and a model's prepared layers notice every later change."""
+"""PreparedDecoderLayer equals decoder_layer, and a model's prepared layers detect every later change."""
 
 import models
 import pytest
@@ -40,7 +40,7 @@ def test_equals_decoder_layer(case, dtype):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_trace_is_refused_and_of_a_model_holds_no_results():
-    """PyTorch cannot trace the op's lists of tensors; a call past it would leave results of the example in
+    """PyTorch cannot trace the op's lists of tensors; a call past the dispatcher would bake the example's results into
     the trace.
     """
     arguments = CASES[-1].make(torch.float32, torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Weight formats: what quantize makes of ordinary and of awkward weights, and how exact it is."""
+"""Weight formats: quantize on ordinary and awkward weights, and its error."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def _rand(rows, size, dtype=torch.float32):
 
 
 def _plain_int4(weight, group):
-    """Every group by its largest element, which becomes -8; nothing clipped."""
+    """Baseline: the scale of each group maps its largest element to -8, so nothing is clipped."""
     wide = weight.unflatten(1, (-1, group))
     low, high = wide.amin(2, keepdim=True), wide.amax(2, keepdim=True)
     scales = (torch.where(-low > high, low, high) / -8).to(torch.bfloat16).float()
@@ -58,7 +58,7 @@ def test_shapes(bits, shape):
     if weight.numel():
         assert relative_error(dequantize(quantized), weight) < (0.01 if bits == 8 else 0.15)
         quantization.check_weight("test", quantized, torch.device("cpu"))
-        part = quantize(weight[-1:], bits, 32)  # rows do not depend on the pieces that they are read in
+        part = quantize(weight[-1:], bits, 32)  # rows do not depend on the chunks in which they are quantised
         assert torch.equal(quantized.values[-1:], part.values) and torch.equal(quantized.scales[-1:], part.scales)
 
 

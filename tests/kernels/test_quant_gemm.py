@@ -1,6 +1,4 @@
-"""Quantised linear layers of many rows on the CPU against the product of the rounded numbers, alone and
-within layers.
-"""
+"""Quantised GEMM on the CPU against the matmul of quantised weights and activations, alone and within layers."""
 
 import pytest
 import torch
@@ -15,8 +13,8 @@ from qvl_kernels.ops.linear.weights import extension_weight
 from qvl_kernels.testing import random_tensor, relative_error, surrounded
 
 FORMATS = [(8, 128), (4, 32), (4, 64), (4, 128)]  # bits, inputs per scale
-# Rows of one and of several panels, whole and partial tasks, blocks of k (2,048 or fewer) and groups, K not a multiple
-# of 4
+# M of one and of several panels, whole and partial tasks, blocks of k (2,048 or fewer) and groups, K not a multiple of
+# 4
 SIZES = [(17, 1, 1), (33, 50, 129), (64, 128, 256), (18, 7, 35), (100, 131, 2304), (70, 300, 2049), (200, 129, 96)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -63,7 +61,7 @@ def test_rows_that_are_not_finite_are_nan_and_alone(bits, group, bad):
 
 
 def test_int8_minus_128_and_the_longest_sums():
-    k = 70_000  # one int32 sum of all products would overflow
+    k = 70_000  # one int32 accumulator over all of K would overflow
     weight = quantization.QuantizedWeight(torch.full((5, k), -128, dtype=torch.int8), torch.ones(5, 1), k)
     out = qvl_kernels.quantized_linear(torch.full((20, k), 127.0), weight)
     assert relative_error(out, torch.full((20, 5), -128.0 * 127 * k)) <= norm_error(torch.float32, k // 2048)
@@ -71,7 +69,7 @@ def test_int8_minus_128_and_the_longest_sums():
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_rows_do_not_depend_on_how_many_there_are(bits):
-    """More rows than one chunk of panels holds."""
+    """M larger than one chunk of panels."""
     generator = _generator()
     weight = _weight(6, 64, bits, 32, generator)
     x = random_tensor((2100, 64), torch.float32, generator)
@@ -111,7 +109,7 @@ def _run(weights: DecoderWeights, x: torch.Tensor) -> torch.Tensor:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decoder_layer_is_its_fake_quantised_composition(formats, dtype):
-    """The activations between gate/up and down are rounded in panels and never written out as rows."""
+    """The activations between gate/up and down are quantised in panels and never written out as rows."""
     generator = _generator()
     stored = _decoder(dtype, generator)
     names = ("q", "k", "v", "o", "gate", "up", "down")
@@ -124,14 +122,14 @@ def test_decoder_layer_is_its_fake_quantised_composition(formats, dtype):
         expected = _fake_quantised(stored, matrices, x)
         plain = _run(stored, x).double()
     assert torch.cosine_similarity(out.flatten(), expected.flatten(), dim=0) > 0.9999
-    if dtype == torch.float32:  # bf16 between the products moves some activations to the next integer
+    if dtype == torch.float32:  # bf16 between the matmuls moves some activations to the next integer
         update, expected_update = out - x.double(), expected - x.double()
         assert torch.cosine_similarity(update.flatten(), expected_update.flatten(), dim=0) > 0.999999
         assert relative_error(plain, expected) > 10 * relative_error(out, expected)
 
 
 def _fake_quantised(stored: DecoderWeights, matrices: dict, x: torch.Tensor) -> torch.Tensor:
-    """The layer in float64, each product of rounded activations and weights."""
+    """The layer in fp64, each matmul with quantised activations and weights."""
 
     def product(a, name):
         return _truth(a.float(), matrices[name])
@@ -153,7 +151,7 @@ def _fake_quantised(stored: DecoderWeights, matrices: dict, x: torch.Tensor) -> 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_vision_block_is_its_fake_quantised_composition(bits):
-    """GELU outputs are rounded in panels; products have biases."""
+    """GELU outputs are quantised in panels; matmuls have biases."""
     generator, tokens, hidden, heads, mlp = _generator(), 90, 96, 3, 200
     shapes = [(3 * hidden, hidden), (hidden, hidden), (mlp, hidden), (hidden, mlp)]
     matrices = [_weight(*shape, bits, 32, generator) for shape in shapes]

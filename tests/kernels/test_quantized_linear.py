@@ -1,4 +1,4 @@
-"""quantized_linear on the CPU against fake-quantised weights and activations, and what is special about its inputs."""
+"""quantized_linear on the CPU against fake-quantised weights and activations, and with special inputs."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_equals_the_product_of_rounded_numbers(bits, group, size):
     (m, n, k), generator = size, _generator()
     weight = quantization.quantize(random_tensor((n, k), torch.float32, generator), bits, group)
     x = random_tensor((m, k + 3), torch.float32, generator)[:, 3:]
-    x[0, k // 2] = 100.0  # an outlier coarsens its group only
+    x[0, k // 2] = 100.0  # an outlier affects its group only
     weight = weight._replace(values=surrounded(weight.values), scales=surrounded(weight.scales))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x_typed = surrounded(x.to(dtype))
@@ -82,7 +82,7 @@ def test_weights_at_the_ends_of_the_range(bits, group):
     wide[0] = 0.0
     wide[1] = 1e-40  # denormal
     wide[2, 3] = 1e30
-    wide[3] = wide[3].sign()  # every number at the end of the range
+    wide[3] = wide[3].sign()  # every value at the end of the range
     weight = quantization.quantize(wide, bits, group)
     x = random_tensor((5, 200), torch.float32, generator)
     x[1], x[2], x[3] = x[1] * 1e-20, 0.0, x[3].sign()
@@ -123,5 +123,5 @@ def test_a_vision_block_in_one_call_equals_its_single_ops(bits, group):
         )
         with qvl_kernels.use_backend("reference"):
             reference = qvl_kernels.vision_block(**arguments)
-    assert relative_error(out, composed) < 1e-3  # a rounding to int8 may fall to the other side
+    assert relative_error(out, composed) < 1e-3  # a rounding tie of int8 may flip
     assert relative_error(out, reference) < 0.02

@@ -1,4 +1,4 @@
-"""Sizes, numbers and thread counts at their ends, on every instruction set of this machine and by oneDNN."""
+"""Extreme sizes, values and thread counts, on every instruction set of this machine and by oneDNN."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def _generator() -> torch.Generator:
 def _products(
     x: torch.Tensor, weight: torch.Tensor | quantization.QuantizedWeight, bias: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """x weight^T + bias by the kernels of each instruction set, and in float64."""
+    """x weight^T + bias by each instruction set's kernels, and in fp64."""
     if isinstance(weight, torch.Tensor):
         function, exact = qvl_kernels.linear, x.double() @ weight.double().T
     else:
@@ -75,11 +75,11 @@ def test_weights_with_a_zero_row_an_outlier_and_denormals(rows, dtype):
         assert not out[:, 0].any(), isa
         for column in (1, *range(3, 41)):
             assert relative_error(out[:, column], exact[:, column]) <= norm_error(dtype, k), (isa, column)
-        # Some instructions take denormals as zeros.
+        # Some instructions flush denormals to zero.
         assert bool((out[:, 2].double() - exact[:, 2]).abs().le(k * 4 * denormal).all()), isa
 
 
-# Cases without masks and without causality over several queries: what those hide is test_attention's.
+# Cases without masks and without causality over several queries; test_attention covers masked keys.
 ACTIVATIONS = {
     "rms_norm": (("x",), ("prime", "strided")),
     "add_rms_norm": (("x", "residual"), ("prime",)),
@@ -127,7 +127,7 @@ def test_not_finite_activations_propagate_as_in_the_reference(op, name, dtype, b
 
 @functools.cache
 def _parallel_calls() -> dict[str, Callable]:
-    """Calls that are large enough to be split, by name."""
+    """Calls large enough to be split over threads, by name."""
     generator = _generator()
 
     def tensor(*shape, dtype=torch.float32):

@@ -1,4 +1,4 @@
-"""Gradients of gradients: right on every backend, and refused where a kernel has none."""
+"""Second derivatives: right on every backend, and refused where a kernel has none."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_references_have_second_derivatives(name):
 
 
 def test_penalty_of_a_loss():
-    """The derivative of the head counts, and that of its weight is not None."""
+    """The head's derivative contributes, and its weight has a gradient."""
     generator_, labels = generator(), torch.arange(7) % 5
     hidden, weight = (torch.randn(*shape, generator=generator_) for shape in ((7, 16), (50, 16)))
 
@@ -68,7 +68,7 @@ def test_penalty_of_a_loss():
 
 
 def test_an_input_computed_from_another():
-    """Each argument's own way into an op counts once, also if one argument is a function of the other."""
+    """Each argument's gradient is counted once, also if one argument is a function of the other."""
     x = torch.randn(6, 8, generator=generator()).requires_grad_()
 
     def penalty(swiglu, x):
