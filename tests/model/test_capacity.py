@@ -1,4 +1,4 @@
-"""Capacity checks: whole models pass, and models that were pruned on purpose fail, with the module named."""
+"""Integrity checks of architecture and weights: complete models pass, pruned models fail with the module named."""
 
 import copy
 
@@ -618,7 +618,7 @@ def test_weights_without_gradient(whole):
 
 
 class _Packed(nn.Linear):
-    """A linear layer that holds its weight in another form, as quantised ones do."""
+    """A linear layer that stores its weight in another format, as quantised ones do."""
 
     def dequantize(self):
         return self.stored.float()
@@ -644,7 +644,7 @@ def test_packed_weights(whole):
     with pytest.raises(capacity.CapacityError, match="quantised, which cannot be trained"):
         capacity.verify(model, training=True)
     model.get_submodule(f"{TEXT}.1.mlp.down_proj").stored[:, 5] = (
-        0  # a column that is small in every row rounds to this
+        0  # a column that is small in every row is quantised to this
     )
     assert capacity.verify(model).ok
     model.get_submodule(f"{TEXT}.2.self_attn.q_proj").stored[72:96] = 0
@@ -678,7 +678,7 @@ def test_models_in_wrappers(whole):
 
 
 def test_empty_shares_of_sharded_parameters_are_told_apart():
-    """A gate is one number, so the second of two ranks holds nothing of it: empty shares once passed for one tensor."""
+    """A gate is one number, so the second of two ranks holds an empty share: empty shares are not one shared tensor."""
     dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
     try:
         mesh = dist.init_device_mesh("cpu", (2,))

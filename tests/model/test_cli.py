@@ -133,7 +133,7 @@ def _break_a_weight(name, value):
     return edit
 
 
-# In a matrix that every format packs, an embedding, a norm and a bias.
+# In a matrix that every format quantises, an embedding, a norm and a bias.
 @pytest.mark.parametrize(
     ("name", "value"),
     [

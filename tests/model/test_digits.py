@@ -49,7 +49,7 @@ assert FAMILY_OF.keys() == digits.SHIPPED.keys()
 
 @pytest.mark.parametrize("model", FAMILY_OF)
 def test_training_sees_what_the_processor_makes(model):
-    """Text and pixels of a training row are those of the saved processor."""
+    """Text and pixels of a training row equal those of the saved processor."""
     processor, family = load_processor(digits.checkpoint(model)), FAMILIES[FAMILY_OF[model]]
     for question in scenes.held_out_questions(5):
         content = [{"type": "image"}, {"type": "text", "text": question.question}]
@@ -130,7 +130,7 @@ def test_checkpoint_reaches_95_percent_on_2000_questions(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_lowers_the_loss(family, tmp_path):
-    # 100 steps: half of the warm-up. After 40 the learning rate is still so small that the bound below was missed.
+    # 100 steps: half of the warm-up. After 40 the learning rate is too small for the bound below.
     train.main(["--family", family, "--out", str(tmp_path / "model"), "--steps", "100", "--batch", "16"])
     assert load_processor(tmp_path / "model") is not None
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
@@ -142,7 +142,7 @@ def test_training_lowers_the_loss(family, tmp_path):
 
 
 def test_long_reference_answers_are_not_cut():
-    """Generation once stopped after 16 tokens, so that no longer answer could be exact."""
+    """Answers longer than 16 tokens are generated to their end."""
     asked = []
 
     class Spy(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""``generate`` on the CPU, step by step: whatever is asked of it, what stock code gives."""
+"""``generate`` on the CPU by decode steps equals stock, for every option."""
 
 import copy
 import threading
@@ -32,7 +32,7 @@ ENDS = dict(eos_token_id=list(range(0, 160, 7)), pad_token_id=0)
 
 @pytest.fixture
 def tokens(monkeypatch):
-    """The number of tokens that steps of the CPU have run."""
+    """The number of decode steps that ``CpuStep`` has run."""
     seen, run = [], CpuStep.run
     monkeypatch.setattr(CpuStep, "run", lambda *args: seen.append(1) or run(*args))
     return seen
@@ -44,7 +44,7 @@ def _generate(model, batch, **options):
 
 
 def _same(models, batch, **options):
-    """The outputs of both models, once tokens, scores, logits and caches are known to agree."""
+    """Asserts that tokens, scores, logits and caches agree; returns both outputs."""
     outs = [
         _generate(
             model, batch, **copy.deepcopy(options), return_dict_in_generate=True, output_scores=True, output_logits=True
@@ -81,7 +81,7 @@ OPTIONS = {
 @pytest.mark.parametrize("rows", ROWS)
 def test_as_stock(models, tokens, rows, options):
     _, ours = _same(models, inputs(*ROWS[rows]), **OPTIONS[options])
-    assert len(tokens) == len(ours.scores) - 1  # all but the first, which the prompt gives
+    assert len(tokens) == len(ours.scores) - 1  # all but the first, which prefill gives
 
 
 class _Scaled(Qwen3VLTextRotaryEmbedding):
@@ -148,7 +148,7 @@ def test_a_streamer_that_generates(models):
 
 
 def test_next_turns(models, tokens):
-    """A kept cache goes on with all ids, and with the new ids alone beside the mask of all."""
+    """A kept cache continues with all ids, or with the new ids alone and the mask of all."""
     text = inputs([30])["input_ids"]
     for alone in (False, True):
         caches = [DynamicCache(), DynamicCache()]
@@ -315,7 +315,7 @@ def test_what_changes_counts(change, when):
     stock, ours = outs
     assert torch.equal(ours.sequences, stock.sequences)
     assert_close(torch.stack(ours.logits), torch.stack(stock.logits))
-    matters = change != "places in the cache swapped" or when == "by a streamer"  # of an empty cache any order will do
+    matters = change != "places in the cache swapped" or when == "by a streamer"  # any order suits an empty cache
     assert not matters or relative(torch.stack(stock.logits), torch.stack(before.logits)) > 1e-3
 
 
@@ -457,7 +457,7 @@ def test_an_update_of_a_class(models, monkeypatch):
 
 
 def _set_implementation(model, name: str) -> None:
-    """As in a loaded config: nothing looks whether the package is there."""
+    """As in a loaded config, without a check that the package is installed."""
     for config in (model.config, model.config.text_config, model.config.vision_config):
         config._attn_implementation = name
 
@@ -504,7 +504,7 @@ def test_report_says_why_not():
 
 
 class _Flipped:
-    """A mix-in of a user's: whatever the class computes, upside down."""
+    """A user's mix-in that negates the result of its class."""
 
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)
@@ -588,7 +588,7 @@ def test_functions_of_ones_own_that_change_the_model(where):
 
 
 def test_memory_of_weights_that_are_swapped_meanwhile_stays():
-    """By another thread, say: what a step reads is not freed under it."""
+    """For example by another thread: memory that a step reads is not freed."""
     _, ours = pair("odd")
     weight = _layer(ours, 1).mlp.up_proj.weight
     step = CpuStep.begin(ours, _filled(ours), torch.full((3, 1, 1), 5), None, foreign=False)

@@ -1,6 +1,4 @@
-"""Tokens as captured steps run them, here without graphs on CPU tensors: what stock code gives, in every use of
-``generate``.
-"""
+"""Decode steps of the GPU, here without CUDA graphs on CPU tensors, equal stock in every use of ``generate``."""
 
 import copy
 import gc
@@ -86,7 +84,7 @@ def test_same_as_stock(models, steps, rows, options):
 
 
 class _Tokens(BaseStreamer):
-    """Notes tokens; with the second of them calls a function."""
+    """Records tokens, and calls a function at the second one."""
 
     def __init__(self, at=lambda: None):
         self.values, self.ended, self.at = [], 0, at
@@ -163,7 +161,7 @@ def test_returned_cache_goes_on_to_the_next_turn(models, steps):
 
 
 def test_a_layer_with_fewer_keys_than_the_others(models, steps):
-    """As one turn of a single token leaves it, for which stock needs no mask."""
+    """As a turn of a single token leaves the cache; stock needs no mask for it."""
     outs = []
     for model in models:
         cache = step_gpu.DynamicCache(config=model.config.text_config)
@@ -180,7 +178,7 @@ def test_a_layer_with_fewer_keys_than_the_others(models, steps):
 
 
 def test_keys_and_values_are_there_once(models, monkeypatch):
-    """A cache that nobody asked for is empty once the step has taken over."""
+    """A cache that is not returned is emptied once the step has copied it."""
     seen, begin = [], GpuStep._begin
     monkeypatch.setattr(
         GpuStep,
@@ -193,7 +191,7 @@ def test_keys_and_values_are_there_once(models, monkeypatch):
 
 
 def test_a_model_changed_between_tokens(models, steps):
-    """By a streamer of the user's: stock code goes on from there."""
+    """A user's streamer changes the model: stock code continues from there."""
     outs = []
     for model in map(copy.deepcopy, models):
         norm = model.model.language_model.norm
@@ -212,7 +210,7 @@ def test_report_says_which_modes_are_captured(models, monkeypatch):
 
 
 def test_a_streamer_that_generates_has_a_step_of_its_own(models, steps):
-    """Whether new steps are made, or those of before serve again."""
+    """Whether new steps are captured or earlier ones are reused."""
     stock, ours = models
     first, second = inputs([5]), inputs([8], seed=1)
     for _ in range(2):
@@ -268,9 +266,9 @@ def test_steps_serve_again_and_few_are_kept(models, steps):
     for rows in ([[3]], [[20]], [[7], [2]], [[4], [4], [4]], [[40]]):
         batch = inputs(*rows)
         assert torch.equal(_generate(ours, batch, **GREEDY), _generate(stock, batch, **GREEDY))
-    assert steps[0] is steps[1] and len({id(step) for step in steps}) == 4  # the last one had to be made anew
+    assert steps[0] is steps[1] and len({id(step) for step in steps}) == 4  # the last one had to be captured again
     assert [step.rows for step in _idle(ours)] == [4, 1] and len(_idle(ours)) == step_gpu.KEPT_STEPS
-    assert all(step._caches.capacity == 0 for step in _idle(ours))  # keys and values are nobody's
+    assert all(step._caches.capacity == 0 for step in _idle(ours))  # no keys or values are kept
 
 
 @pytest.mark.parametrize(
@@ -446,7 +444,7 @@ def test_a_full_memory_at_the_end_costs_no_keys(models, monkeypatch):
 
 
 def _refused(monkeypatch, at="captured"):
-    """From here on there is no memory for a step."""
+    """Makes memory for a step run out."""
 
     def fail(*args):
         raise torch.OutOfMemoryError("no memory for a graph")
@@ -455,7 +453,7 @@ def _refused(monkeypatch, at="captured"):
 
 
 def test_generation_goes_on_where_a_step_cannot_begin(models, monkeypatch):
-    """From the prompt that is there: each token is in the cache, drawn and streamed once; one warning."""
+    """Generation continues after the prompt: each token is cached, drawn and streamed once; one warning."""
     outs = []
     _refused(monkeypatch)
     for model in models:
@@ -484,7 +482,7 @@ def test_generation_goes_on_where_a_step_cannot_begin(models, monkeypatch):
 
 
 def test_what_could_not_begin_keeps_no_memory(models, steps, monkeypatch):
-    """The slower path needs it."""
+    """The slower path needs that memory."""
     held, alive, call = [], [], type(models[1].model).__call__
 
     def looked(model, *args, **kwargs):
@@ -493,7 +491,7 @@ def test_what_could_not_begin_keeps_no_memory(models, steps, monkeypatch):
         alive.append(len(_alive(held)))
         return call(model, *args, **kwargs)
 
-    looked.__module__ = "transformers"  # a method of a user's would be stock code's to call
+    looked.__module__ = "transformers"  # a user's method is called by stock code
     monkeypatch.setattr(type(models[1].model), "__call__", looked)
     _refused(monkeypatch)
     with pytest.warns(RuntimeWarning, match="without CUDA graphs"):
@@ -505,7 +503,7 @@ def test_what_could_not_begin_keeps_no_memory(models, steps, monkeypatch):
     "options", [GREEDY, GREEDY | ENDS, dict(do_sample=True, max_new_tokens=30, temperature=2.0) | ENDS], ids=str
 )
 def test_generation_goes_on_where_a_step_cannot_grow(models, monkeypatch, options):
-    """Whether tokens were streamed, or chosen ahead of the question whether all rows have ended."""
+    """Also where tokens were streamed, or chosen before the check whether all rows have ended."""
     monkeypatch.setattr(step_gpu, "FIRST_ROOM", 1)
     monkeypatch.setattr(graphs.Device, "look_every", 8)
     _refuse_growth(monkeypatch)
@@ -533,10 +531,12 @@ def test_release_frees_steps_and_old_weights(models):
     del step
     step_gpu.release(ours)
     ours.model.language_model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(weight.detach() * 2)
-    step_gpu.fused_layer_of(ours.model.language_model.layers[0])  # the layer's own plan, which lives on its own
+    step_gpu.fused_layer_of(
+        ours.model.language_model.layers[0]
+    )  # the layer's fused layer, which is released separately
     del weight
     assert not _alive(held) and ours not in step_gpu._pools
-    step_gpu.release(ours)  # once more does nothing
+    step_gpu.release(ours)  # a second release does nothing
 
 
 def _adapted(model):
@@ -555,7 +555,7 @@ def _adapted(model):
     ids=["model", "without head", "text part", "vision part", "adapters"],
 )
 def test_the_public_release(models, given):
-    """Of the model, of the models that a part belongs to, and through a wrapper; of no other."""
+    """Releases steps of the model, of the models that contain a part, and through a wrapper; of no other."""
     ours, other = copy.deepcopy(models[1]), copy.deepcopy(models[1])
     for model in (ours, other):
         _generate(model, inputs([5]), **GREEDY)

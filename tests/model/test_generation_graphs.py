@@ -1,4 +1,4 @@
-"""What captured steps say to CUDA, to a recorded fake of it, and every change that a captured step notices."""
+"""Captured steps over a recording fake of CUDA, and every change that invalidates a captured step."""
 
 import contextlib
 import copy
@@ -57,7 +57,7 @@ def test_a_step_is_captured_on_its_device_and_its_stream(models, cuda):
 
 
 def test_the_same_tokens_in_the_first_call(models, cuda):
-    """What runs before a capture draws nothing."""
+    """The warm-up before a capture draws no random numbers."""
     stock, ours = models
     first, second, expected = (_generate(model, inputs([5], [3]), **SAMPLING) for model in (ours, ours, stock))
     assert torch.equal(first, second) and torch.equal(first, expected)
@@ -65,7 +65,7 @@ def test_the_same_tokens_in_the_first_call(models, cuda):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_draws_after_the_end_are_taken_back(models, cuda, seed):
-    """A GPU is asked every eight tokens whether all rows have ended."""
+    """The host checks every eight tokens whether all rows have ended."""
     stock, ours = models
     outs = [(_generate(model, inputs([5], [3]), seed, **SAMPLING, **ENDS), torch.rand(2)) for model in (stock, ours)]
     assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1])
@@ -92,7 +92,7 @@ class _Streamer(BaseStreamer):
 
 
 def test_another_stream_waits_for_the_last_one(models, cuda):
-    """Between calls and within one; memory is not used again before both are done with it."""
+    """Between calls and within one; memory is not reused before both streams are done with it."""
     stock, ours = models
     expected = _generate(stock, inputs([5]), **GREEDY)
     _generate(ours, inputs([5]), **GREEDY)
@@ -111,7 +111,7 @@ def test_another_stream_waits_for_the_last_one(models, cuda):
 
 
 def test_a_capture_that_fails_is_told_from_an_error_of_the_model(models, cuda, monkeypatch):
-    """What ran before and cannot be captured is the capture's fault; what does not run is not."""
+    """Failure in a capture after a successful warm-up is the capture's fault; a failing warm-up is the model's."""
     stock, ours = models
     cuda.fails = RuntimeError("operation not permitted when stream is capturing")
     with pytest.warns(RuntimeWarning, match="goes on without CUDA graphs: operation not permitted"):
@@ -183,7 +183,7 @@ def _inside(manager):
 
 
 def _matmuls(name, change):
-    """Of a module of settings, which monkeypatch cannot put back."""
+    """Settings of a module that monkeypatch cannot restore."""
 
     def changed(model, patch):
         settings = torch.backends.cuda.matmul
@@ -266,7 +266,7 @@ def test_every_entry_has_a_change():
 
 @pytest.mark.parametrize("name", [*CHANGES, *ALSO])
 def test_a_change_is_noticed(models, patch, name):
-    """In the entry that it belongs to; a step captured before serves no more."""
+    """The change is detected in its entry of DEPENDS_ON, and the captured step is not reused."""
     ours = copy.deepcopy(models[1])
     entry, change = ALSO[name] if name in ALSO else (name, CHANGES[name])
     before = step_gpu._state(ours)
@@ -280,7 +280,7 @@ def test_a_change_is_noticed(models, patch, name):
     assert pool.check_out(ours, 1) is None and not pool._idle
 
 
-VALUES = {  # changes after which tokens are still run by captured steps
+VALUES = {  # changes after which captured steps still run
     "weights in place": lambda model: model.lm_head.weight.data.neg_(),
     "a new weight": lambda model: setattr(
         _attention(model).v_proj, "weight", nn.Parameter(_attention(model).v_proj.weight * 3)

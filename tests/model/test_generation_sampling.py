@@ -1,6 +1,4 @@
-"""The choice of the next token as one graph: exactly what transformers' processors and draws choose, for all numbers
-that they are given.
-"""
+"""Sampling as one CUDA graph: exactly the tokens of transformers' processors and draws, for all their parameters."""
 
 import copy
 
@@ -52,7 +50,7 @@ def _logits(tokens: int, batch: int = BATCH) -> torch.Tensor:
 
 
 def _sampler(chooser: Chooser) -> Sampler:
-    """For choosers like this one, which has chosen a token."""
+    """A sampler for a chooser that has chosen its first token."""
     batch = len(chooser.sequences)
     sampler = Sampler(
         chooser,
@@ -66,7 +64,7 @@ def _sampler(chooser: Chooser) -> Sampler:
 
 
 def _run(choice, logits: torch.Tensor) -> list[torch.Tensor]:
-    """The tokens to run next, after each choice until the end."""
+    """The next tokens after each choice, until the end."""
     torch.manual_seed(5)
     tokens, ended = [], False
     for scores in logits:
@@ -79,13 +77,13 @@ def _run(choice, logits: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _per_row(processor, *ignored):
-    """As newer versions of transformers make them."""
+    """Processors as newer versions of transformers make them."""
     for lengths in ignored:
         processor.prompt_ignore_length = torch.tensor(lengths)
         yield copy.copy(processor)
 
 
-CHAINS = {  # processors, each with several values that one graph serves
+CHAINS = {  # processors, each with several values for the same graph
     "temperature": [[stock.TemperatureLogitsWarper(value)] for value in (0.3, 0.7, 1.9)],
     "top-k": [[stock.TopKLogitsWarper(value)] for value in (1, 7, 64)],
     "more top-k": [[stock.TopKLogitsWarper(value)] for value in (65, 128)],
@@ -163,7 +161,7 @@ def test_what_needs_another_graph():
 
 @pytest.mark.parametrize("value", [0.3, 0.7, 1.1, 1.9])
 def test_a_gpu_divides_by_multiplying(value):
-    """As PyTorch's kernels there do for a Python number: with the reciprocal in fp32."""
+    """PyTorch's CUDA kernels divide by a Python number as a multiplication by its fp32 reciprocal."""
     scores = _logits(1)[0]
     chooser = _chooser([stock.TemperatureLogitsWarper(value), stock.RepetitionPenaltyLogitsProcessor(value)])
     sampler = _sampler(chooser)
@@ -193,7 +191,7 @@ def test_a_padding_that_is_no_token_is_not_run():
 
 
 def test_a_probability_that_is_no_number_is_said():
-    """As torch.multinomial says it; but not of what comes after the end."""
+    """The error is torch.multinomial's; probabilities after the end are ignored."""
     logits, ends = _logits(12), torch.tensor([*range(0, 300, 2)])
     for row, first in ((0, 2), (2, 4)):
         broken = logits.clone()
@@ -224,7 +222,7 @@ def test_a_probability_that_is_no_number_is_said():
 
 
 class _Warmer(stock.TemperatureLogitsWarper):
-    """A user's own, which may do anything."""
+    """A user's logits processor, which may do anything."""
 
 
 def _at_positions():
@@ -252,7 +250,7 @@ def test_what_no_graph_chooses(reason):
 
 
 def test_few_samplers_are_kept(monkeypatch):
-    """Whatever they are asked for; numbers make no difference."""
+    """The number of kept samplers is bounded; parameter values need no new sampler."""
     offer(monkeypatch)
     made, original = [], Sampler.__init__
     monkeypatch.setattr(Sampler, "__init__", lambda *args: made.append(1) or original(*args))

@@ -1,4 +1,6 @@
-"""Nothing that a checkpoint names is run, whoever answers yes, and nothing is fetched for one that lacks a file."""
+"""No code that a checkpoint names runs, even if a prompt is answered with yes, and nothing is fetched for a missing
+file.
+"""
 
 import ast
 import io
@@ -37,7 +39,7 @@ AUTO_CLASSES = (
 
 @pytest.fixture(autouse=True)
 def guarded(monkeypatch):
-    """Whoever asks is answered yes, and whoever looks for a server is noted."""
+    """Answers every prompt with yes, and records every network access."""
     calls = []
 
     def refuse(*args, **kwargs):
@@ -59,7 +61,7 @@ def marker(tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path, marker):
-    """A copy of the shipped checkpoint, with Python files that leave a mark when they are run."""
+    """A copy of the shipped checkpoint, with Python files that leave a mark if they run."""
     directory = shutil.copytree(digits.CHECKPOINT, tmp_path / "checkpoint")
     _write_code(directory / "evil.py", marker)
     return directory
@@ -203,9 +205,7 @@ def test_commands_refuse_code(kind, checkpoint, marker, tmp_path, capsys):
 
 
 def test_code_beside_a_known_model_is_left_alone(checkpoint, marker, tmp_path, capsys):
-    """transformers has the classes itself, and the files say nothing else: the checkpoint is as good as without its
-    code.
-    """
+    """transformers has the classes itself, so the checkpoint loads as if its code were not there."""
     _everything_names_code(checkpoint)
     for name, arguments in _commands(checkpoint, tmp_path).items():
         assert cli.main(arguments) == 0, f"{name}: {capsys.readouterr().err}"
@@ -223,13 +223,13 @@ def test_the_drop_in_class_runs_no_code(checkpoint, marker):
     ids = torch.tensor([[5, 9, 40]])
     assert torch.equal(model.generate(ids, max_new_tokens=3), plain.generate(ids, max_new_tokens=3))
     assert not marker.exists()
-    # What the caller says goes on to transformers.
+    # The caller's value is passed to transformers.
     qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(checkpoint, trust_remote_code=True)
     assert marker.exists()
 
 
 def test_a_tokenizer_of_its_own_is_refused(checkpoint, marker):
-    """Of QVL transformers knows no tokenizer, so the checkpoint's own would be taken."""
+    """transformers has no tokenizer for QVL, so it would use the checkpoint's code."""
     _its_own_tokenizer(checkpoint)
     shutil.copy(digits.SHIPPED["qvl-tiny"] / "config.json", checkpoint)
     with pytest.raises(ValueError, match="tokenizer .* is Python code in the checkpoint .* qvl runs no code") as caught:
@@ -296,7 +296,7 @@ def test_a_data_set_with_a_script_is_refused(tmp_path, marker):
     ],
 )
 def test_nothing_is_fetched_for_a_missing_file(missing, checkpoint, tmp_path, capsys):
-    """The user's cache and environment say nothing about being offline."""
+    """Neither the user's cache nor the environment sets offline mode."""
     (checkpoint / missing).unlink()
     for name, arguments in _commands(checkpoint, tmp_path).items():
         cli.main(arguments)

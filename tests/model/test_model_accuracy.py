@@ -1,4 +1,4 @@
-"""Errors of the accelerated model against the float64 truth, beside stock's own on the same input."""
+"""Errors of the accelerated model against the fp64 reference, beside stock's on the same input."""
 
 import copy
 
@@ -13,7 +13,7 @@ ROWS = ([5, (1, 4, 6), 3], [14], [3, (1, 2, 2), (1, 8, 6)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["odd", "wide_head"])
 def test_16_bit_error_is_no_worse_than_stocks(name, dtype):
-    """Against float64, on the same input: at most 1.1 times the error of stock."""
+    """Against fp64, on the same input: at most 1.1 times stock's error."""
     stock, fast = models.pair(name, dtype)
     exact, batch = copy.deepcopy(stock).double(), models.inputs(*ROWS)
     seen = batch["attention_mask"].bool()
@@ -24,7 +24,7 @@ def test_16_bit_error_is_no_worse_than_stocks(name, dtype):
 
 @pytest.mark.parametrize("name", models.CONFIGS)
 def test_fp32_greedy_tokens_are_stocks(name):
-    """64 tokens, equal as long as the margin of stock's two best logits exceeds ten times the error against float64."""
+    """64 tokens, equal as long as the margin of stock's two best logits exceeds ten times the error against fp64."""
     stock, fast = models.pair(name)
     batch = models.inputs([5, (1, 2, 2), 3, (1, 34, 18), 4])
     exact = copy.deepcopy(stock).double()

@@ -1,4 +1,4 @@
-"""accelerate, restore, report and the drop-in class: what they promise about the model object."""
+"""accelerate, restore, report and the drop-in class: their guarantees about the model object."""
 
 import copy
 import json

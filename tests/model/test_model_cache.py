@@ -1,4 +1,4 @@
-"""Caches that kernels write into in place: whatever is done to one between two steps, it goes on as stock's would."""
+"""KV caches that kernels write in place: after any change between two steps they behave as stock's."""
 
 import copy
 import io
@@ -63,7 +63,7 @@ def test_two_branches_of_one_cache(models, branch, copy_first):
     other = branch(cache)
     runs = [(cache, NEXT), (other, OTHER)]
     got = {}
-    for step in range(len(NEXT)):  # in turns, so that one would overwrite the other's memory
+    for step in range(len(NEXT)):  # interleaved, so that one would overwrite the other's memory
         for target, ids in runs[::-1] if copy_first else runs:
             got.setdefault(ids[0], []).append(_steps(fast, target, ids[step : step + 1]))
     for ids in (NEXT, OTHER):
@@ -98,9 +98,7 @@ def test_batch_operations(models):
 
 
 def test_reset_and_reuse(models):
-    """Whatever reset means in this version (5.17 zeroes a dynamic cache, 5.23 empties it), it means the same
-    to both.
-    """
+    """Reset means the same for both models in this version (5.17 zeroes a dynamic cache, 5.23 empties it)."""
     for make in (_filled, lambda model: StaticCache(config=model.config.text_config, max_cache_len=12)):
         results = []
         for model in models:

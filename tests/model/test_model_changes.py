@@ -1,4 +1,4 @@
-"""Whatever is kept between calls: every way of changing what it depends on counts in the next call."""
+"""State kept between calls: every change of what it depends on takes effect in the next call."""
 
 import copy
 
@@ -15,7 +15,7 @@ from qvl_model.compat import CACHE
 
 BATCH = inputs([5, (1, 4, 6), 3])
 IDS = torch.tensor([[3], [14], [15], [92], [65]])
-# One of every kind of tensor that some fused call, table or plan reads.
+# One of every kind of tensor that a fused layer or a cos/sin cache reads.
 TENSORS = [
     "model.visual.pos_embed.weight",
     "model.visual.patch_embed.proj.weight",
@@ -34,7 +34,7 @@ TENSORS = [
 
 def _run(model) -> list[torch.Tensor]:
     """Logits of a prompt with an image, of a loop over tokens, and of generate."""
-    model.model.rope_deltas = None  # stock code keeps them from call to call
+    model.model.rope_deltas = None  # stock code keeps them between calls
     with torch.no_grad():
         cache = DynamicCache()
         steps = [model(input_ids=ids[None], **{CACHE: cache}).logits for ids in IDS]
@@ -149,7 +149,7 @@ def _scaling(model, kind=float):
 
 
 def _vision_heads(model):
-    """head_dim is written down there, and read by nobody but who made the scaling."""
+    """head_dim is stored there, but only the constructor reads it, for the scaling."""
     _eps(model)
     attention = model.model.visual.blocks[0].attn
     attention.head_dim, attention.scaling = 4, 4**-0.5
@@ -262,9 +262,7 @@ def test_a_change_counts(name):
     [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float16)],
 )
 def test_autocast_comes_and_goes(dtype, lower, first):
-    """What was prepared outside autocast must not serve inside, nor the other way round; few rows and many take
-    different kernels.
-    """
+    """State prepared outside autocast must not be used inside, nor the reverse, for GEMV and GEMM."""
     stock, ours = pair("small", dtype)
     exact = copy.deepcopy(stock).double()
 
@@ -286,7 +284,7 @@ def test_autocast_comes_and_goes(dtype, lower, first):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("place", ["model.language_model.layers.1.self_attn", "model.visual.blocks.1.attn"])
 def test_groups_changed_by_hand(place, attention):
-    """Stock code serves them or does not."""
+    """Stock code runs, or raises its own error."""
     results = []
     for model in pair("small", attention=attention):
         model.get_submodule(place).num_key_value_groups = 4
@@ -347,7 +345,7 @@ def test_gradients_of_what_plain_tensors_are_made_of(part, training):
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 @pytest.mark.parametrize("own", ["text", "vision", "both"])
 def test_an_attention_function_registered_anew(name, own, monkeypatch):
-    """Under a name that transformers uses, of which it calls whatever is registered last."""
+    """Under a name that transformers uses: it calls the function registered last."""
     functions = modeling_qwen3_vl.ALL_ATTENTION_FUNCTIONS
     theirs = functions.get(name, modeling_qwen3_vl.eager_attention_forward)
     plain = _run(pair("small", attention=name)[0])

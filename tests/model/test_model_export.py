@@ -1,4 +1,4 @@
-"""transformers' exporter on accelerated models: image encoder, prompt and decoding step with static shapes."""
+"""transformers' exporter on accelerated models: image encoder, prefill and decode step with static shapes."""
 
 import copy
 import sys

@@ -1,4 +1,4 @@
-"""Logits of a training step: stock's in value and gradient in whatever way they are read, edited and hooked."""
+"""Logits of a training step equal stock's in value and gradient, however they are read, edited and hooked."""
 
 import copy
 import io
@@ -52,7 +52,7 @@ def test_used_with_gradients_then_read_without(pair):
 
 
 def test_what_was_read_stays_readable(pair):
-    """The accuracy print after the optimizer step."""
+    """As for an accuracy printed after the optimizer step."""
 
     def step(model):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -155,7 +155,7 @@ def test_hooks_on_the_head(pair, edit):
 
 
 def test_a_cast_is_not_edited_with_what_it_was_cast_from(pair):
-    """Of 16 bits ``.float()`` is a copy, of 32 it is the same tensor."""
+    """In 16 bits ``.float()`` is a copy, in fp32 it is the same tensor."""
 
     def step(model):
         results = []
@@ -259,7 +259,7 @@ def test_gradient_accumulation(pair):
 
 
 def test_second_derivative():
-    """Of the head alone; what lies below it may be differentiable only once."""
+    """Second derivative of the head alone; the layers below may be once differentiable."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(2, 5, 9, generator=generator), torch.randn(12, 9, generator=generator)
     labels = torch.randint(0, 12, (2, 5), generator=generator)
@@ -277,7 +277,7 @@ def test_second_derivative():
 
 
 def _head(weight):
-    """A head by itself: called as after a forward of its model."""
+    """A head alone, called as after a forward of its model."""
     linear = nn.Linear(*weight.shape[::-1], bias=False).train()
     linear.weight = nn.Parameter(weight.clone())
     forwards = lm_head.Forwards(True)

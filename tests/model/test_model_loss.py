@@ -1,4 +1,4 @@
-"""The loss of a training step: stock's value and gradients, without logits unless somebody looks at them."""
+"""The loss of a training step: stock's value and gradients, without logits unless they are read."""
 
 import copy
 
@@ -101,7 +101,7 @@ def test_labels_out_of_range_are_refused(pair):
 @pytest.mark.parametrize("read", [False, True], ids=["unread", "read"])
 @pytest.mark.parametrize("unused", [False, True], ids=["plain", "find_unused_parameters"])
 def test_distributed_data_parallel(tmp_path, unused, read):
-    """DistributedDataParallel walks through the outputs, and hands them to an autograd function of its own."""
+    """DistributedDataParallel passes the outputs through an autograd function of its own."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         stock, fast = (model.train() for model in models.pair("small"))

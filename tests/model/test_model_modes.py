@@ -1,4 +1,4 @@
-"""Whatever must see PyTorch's own operations, modes and forward-mode AD, sees those of the stock model."""
+"""Modes and forward-mode AD see the PyTorch operations of the stock model."""
 
 import copy
 
@@ -16,7 +16,7 @@ PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.a
 
 
 class _Halved(TorchFunctionMode):
-    """Every linear layer gives half of what it would."""
+    """Halves the result of every linear layer."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -24,7 +24,7 @@ class _Halved(TorchFunctionMode):
 
 
 class _HalvedBelow(TorchDispatchMode):
-    """Every matrix product gives half of what it would."""
+    """Halves the result of every matmul."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))

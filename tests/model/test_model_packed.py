@@ -1,4 +1,4 @@
-"""int8 and int4 weights in a model: what is stored, what it computes, and how to come back."""
+"""int8 and int4 weights in a model: storage, results, and restore."""
 
 import copy
 import io
@@ -51,7 +51,7 @@ def test_every_linear_layer_is_packed_once():
     embedding, head = fast.get_input_embeddings(), fast.lm_head
     assert type(embedding) is PackedEmbedding and embedding.weight_values is head.weight_values
     values = head.weight_values
-    qvl_model.accelerate(fast, weights="int8")  # what is packed stays as it is
+    qvl_model.accelerate(fast, weights="int8")  # quantised weights do not change
     assert head.quantized.bits == 8 and head.weight_values is values
     report = str(qvl_model.report(fast))
     assert "PackedLinear (int8)" in report and "PackedEmbedding (int8)" in report
@@ -150,7 +150,7 @@ def test_unknown_formats(weights, error, message):
 
 
 def _dequantised(packed: nn.Module, stock: nn.Module) -> nn.Module:
-    """``stock`` with the weights that the packed model multiplies with."""
+    """``stock`` with the dequantised weights of the quantised model."""
     modules = dict(stock.named_modules())
     with torch.no_grad():
         for name, module in packed.named_modules():
@@ -160,7 +160,7 @@ def _dequantised(packed: nn.Module, stock: nn.Module) -> nn.Module:
 
 
 def _assert_quantised(packed: nn.Module, stock: nn.Module) -> None:
-    """Every weight of the packed model is the stock model's, quantised if it is packed."""
+    """Every weight equals the stock model's, or its quantised form."""
     for name, module in stock.named_modules():
         for own, expected in module.named_parameters(recurse=False):
             ours = packed.get_submodule(name)
@@ -334,7 +334,7 @@ def test_parameters_are_counted_as_those_of_the_unquantised_model(name, weights)
     fast = qvl_model.accelerate(copy.deepcopy(stock), weights=weights)
     assert fast.num_parameters() == stock.num_parameters()
     assert fast.num_parameters(exclude_embeddings=True) == stock.num_parameters(exclude_embeddings=True)
-    for model in (fast, stock):  # what is quantised does not train
+    for model in (fast, stock):  # quantised weights do not train
         model.requires_grad_(False)
         model.model.language_model.norm.requires_grad_(True)
     for counted in ({"only_trainable": True}, {"only_trainable": True, "exclude_embeddings": True}):
@@ -420,7 +420,7 @@ def test_two_threads_on_one_model(weights):
 
 
 def test_two_models_in_one_process():
-    """Each gives what it gave before the other one was there, in turn and at once."""
+    """Each gives the same results with and without the other one, interleaved and in parallel."""
     settings = [("odd", torch.float32, "int8"), ("multi_query", torch.bfloat16, "int4")]
     batch, loaded, expected = inputs([7, (1, 4, 6), 2], [4]), [], []
     for name, dtype, weights in settings:

@@ -1,4 +1,4 @@
-"""Every argument of forward and generate, and everything users do to a model, gives what stock gives."""
+"""Every argument of forward and generate, and user changes to a model, give stock's results."""
 
 import copy
 import io
@@ -80,7 +80,7 @@ def test_position_ids(models, rows):
 
 
 def test_packed_sequences(models):
-    """Positions that start again mean several sequences in one row; transformers then masks between them."""
+    """Varlen: positions that restart mean several sequences in one row; transformers then masks between them."""
     batch = {
         "input_ids": inputs([9])["input_ids"],
         "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]]).expand(4, 1, -1),
@@ -103,7 +103,7 @@ def test_output_hidden_states(fresh):
     assert len(ours.hidden_states) == len(fresh[0].model.language_model.layers) + 1
     for got, expected in zip(ours.hidden_states, theirs.hidden_states, strict=True):
         assert_close(got, expected)
-    with fused_calls(fresh[1]) as calls:  # the recorder stays installed; it does not end the fast path
+    with fused_calls(fresh[1]) as calls:  # the recorder stays installed; the fast path stays eligible
         _logits(fresh[1], batch)
     assert_all_fused(calls, vision=True)
 
@@ -484,7 +484,7 @@ def test_vision_attentions_are_recorded_when_asked_for(fresh):
 
 
 def test_weights_that_are_tensor_subclasses(fresh):
-    """Their pointer must never reach a kernel."""
+    """Their data pointer must never reach a kernel."""
     for model in fresh:
         for module in (
             model.model.language_model.layers[0].mlp.up_proj,

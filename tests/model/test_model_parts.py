@@ -1,4 +1,4 @@
-"""accelerate(mlp_rows=...): MLPs a part of the tokens at a time, computed again in the backward."""
+"""accelerate(mlp_rows=...): chunked MLP, recomputed in the backward."""
 
 import copy
 import pickle
@@ -47,7 +47,7 @@ def test_training(checkpointing, sizes):
     assert max(sizes) == 7 and forward == calls
     assert (
         2 * calls < len(sizes) <= 3 * calls if checkpointing else len(sizes) == 2 * calls
-    )  # each part again in the backward
+    )  # each chunk again in the backward
     for name, gradient in results[1].items():
         assert (gradient - results[0][name]).norm() <= 5e-5 * results[0][name].norm() + 1e-7, name
 
@@ -84,7 +84,7 @@ def test_fused_calls_give_way_on_gpus_only(monkeypatch):
         fast(**batch)
         monkeypatch.setattr("qvl_model.modules.decoder_layer.splits", lambda *_: True)
         fast(**batch)
-    assert seen == [True] * 3 + [False] * 6  # asked before nn.Module's call, and in it
+    assert seen == [True] * 3 + [False] * 6  # checked before nn.Module's call, and in it
 
 
 def test_it_travels_and_goes():

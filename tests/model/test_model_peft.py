@@ -1,4 +1,4 @@
-"""Adapters of PEFT on accelerated models, quantised or not: what stock with the same weights and adapters gives."""
+"""PEFT adapters on accelerated models, quantised or not, equal stock with the same weights and adapters."""
 
 import copy
 import pickle
@@ -51,7 +51,7 @@ def _fast(weights=None, name: str = "small", dtype: torch.dtype = torch.float32)
 
 
 def _stock(fast: nn.Module) -> nn.Module:
-    """Stock with the weights that the accelerated model multiplies with."""
+    """Stock with the (dequantised) weights of the accelerated model."""
     stock = models.stock_model("small" if fast.config.tie_word_embeddings else "untied_bias")
     modules = dict(stock.named_modules())
     with torch.no_grad():
@@ -67,7 +67,7 @@ def _packed(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _bits(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Packed weights, as copies: what must not change by a bit."""
+    """Copies of the quantised weights, which must not change by a bit."""
     return {
         f"{name}.{own}": tensor.clone()
         for name, module in _packed(model).items()
@@ -82,7 +82,7 @@ def _same(one: dict, other: dict) -> bool:
 def _adapted(model: nn.Module, config) -> nn.Module:
     torch.manual_seed(5)
     tuned = get_peft_model(model, config)
-    with torch.no_grad():  # magnitudes of DoRA begin as norms, copies and tokens as what they are copies of
+    with torch.no_grad():  # magnitudes of DoRA start as norms; trained copies and tokens start as their originals
         for parameter in tuned.parameters():
             if parameter.requires_grad:
                 parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
@@ -107,7 +107,7 @@ def _assert_same_gradients(fast: nn.Module, stock: nn.Module, batch: dict) -> No
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 def test_adapters_train_as_on_stock(weights, method):
-    """Without the rounding of activations, which is the format's: that is on the backend "reference"."""
+    """On the backend "reference", which does not quantise activations."""
     fast = _fast(weights)
     stock, batch = _stock(fast), _batch(image=method != "prompt")
     tuned, expected = (_adapted(model, METHODS[method]()) for model in (fast, stock))
@@ -153,9 +153,7 @@ def test_quantising_under_adapters_is_quantising_before_them(weights, method):
         n for n, p in early.named_parameters() if p.requires_grad
     }
     assert _same(_bits(late), _bits(early)) and _packed(late)
-    late.load_state_dict(
-        early.state_dict()
-    )  # what was made of the weights before they were rounded: tokens, copies, norms
+    late.load_state_dict(early.state_dict())  # values made from the dense weights: tokens, copies, norms
     batch = _batch()
     with qvl_kernels.use_backend("reference"):
         with torch.no_grad():
@@ -252,7 +250,7 @@ def test_merging_for_good(tmp_path, weights):
     fast, batch = _fast(weights), _batch()
     stock = _stock(fast)
     with torch.no_grad():
-        fast(**batch)  # whatever is prepared from weights is prepared from the old ones
+        fast(**batch)  # prepared state is of the old weights
         merged, expected = (_adapted(model, METHODS["lora"]()).merge_and_unload() for model in (fast, stock))
         assert merged is fast and not any("lora" in name for name, _ in merged.named_modules())
         logits = merged(**batch).logits
@@ -371,7 +369,7 @@ def test_restore_under_adapters(tmp_path, method):
 
 @pytest.mark.parametrize("method", ["dora", "loha", "ia3", "lora and tokens"])
 def test_bf16(method):
-    """As close to fp32 as stock is, with adapters of the dtypes that they have on stock."""
+    """As close to fp32 as stock, with adapters of the same dtypes."""
     batch, truth = _batch(), _adapted(models.stock_model("small"), METHODS[method]())
     stock, fast, packed = (
         _adapted(model, METHODS[method]())

@@ -1,4 +1,4 @@
-"""transformers versions that nobody has tested: a small model is tried first, and what does not hold stays stock."""
+"""Untested transformers versions: a small model is tried first, and if it differs the model stays stock."""
 
 import random
 import subprocess
@@ -76,7 +76,7 @@ MODEL = models.stock_model("small")
 
 
 def test_other_results_keep_the_model_stock(untested, monkeypatch):
-    """As if a version had moved the eps of its norms, which our subclass does not know."""
+    """Simulates a version whose norms store eps elsewhere, which our subclass does not know."""
     monkeypatch.setattr(stock.Qwen3VLTextRMSNorm, "forward", lambda self, x: x * 1.01 * self.weight)
     model = models.stock_model("small")
     before = {name: type(module) for name, module in model.named_modules()}

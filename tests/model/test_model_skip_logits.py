@@ -154,7 +154,7 @@ def test_other_changes_do_not_matter(pair):
 
 
 def test_nothing_is_kept_alive(pair):
-    """By reference counts alone: a step's memory must not wait for the garbage collector."""
+    """Reference counts alone free a step's memory, without the garbage collector."""
     _, fast = pair
     gc.collect()
     gc.disable()
@@ -213,7 +213,7 @@ def test_of_a_model(pair):
 
 
 def test_reaches_nothing_else(pair, monkeypatch):
-    """Neither layers nor attention functions, which have their own ideas of unknown keywords."""
+    """The keyword reaches neither layers nor attention functions, which may treat unknown keywords differently."""
     _, fast = pair
     seen = []
     for module in (fast.model.language_model, fast.model.visual, fast.model.language_model.layers[0]):
@@ -233,7 +233,7 @@ def test_under_peft(pair):
 
 
 def test_decoding_by_captured_steps_is_not_in_the_way(pair, monkeypatch):
-    """It wants no hooks, but this one is ours."""
+    """Captured steps refuse hooks, except this one of ours."""
     reasons, original, fast = [], loop.why_not, pair[1].eval()
     monkeypatch.setattr(step_gpu, "why_no_graphs", lambda device: None)
     monkeypatch.setattr(loop, "why_not", lambda *args: reasons.append(original(*args)) or "stock, after all")
@@ -260,7 +260,7 @@ def test_trainer_still_knows_the_columns(pair, tmp_path):
 
 
 def test_compiled_forward():
-    """Compiled, the head computes its logits; the keyword is taken out all the same."""
+    """Compiled, the head computes its logits; the keyword is removed too."""
     pair = tuple(model.train() for model in models.pair("one_layer"))
     ids = models.inputs([7])["input_ids"]
     losses = []

@@ -1,4 +1,4 @@
-"""A loop of one's own, ``model(...)`` a token: one fused call a layer, and the same results whatever happens in
+"""A user's decode loop, ``model(...)`` per token: one fused call per layer, and stock's results after any change in
 between.
 """
 
@@ -51,7 +51,7 @@ def _layers(model):
 
 
 def _crop(cache, length: int) -> None:
-    """``DynamicCache.crop`` means other things in other versions of transformers."""
+    """The argument of ``DynamicCache.crop`` differs between versions of transformers."""
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
@@ -186,7 +186,7 @@ def test_in_inference_mode(models, calls):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_hidden_states_edited_in_place_between_layers(models, mode):
-    """In a loop over the layers of one's own, without hooks."""
+    """In a user's loop over the layers, without hooks."""
     outs = []
     for model in models:
         text, cache = model.model.language_model, DynamicCache()
@@ -249,7 +249,7 @@ def test_two_caches_of_one_model_take_turns(models):
 
 
 def test_images_in_a_later_turn(models, calls):
-    """Few rows with visual features that are added between layers."""
+    """Few tokens with visual features that are added between layers."""
     turn = inputs([2, (1, 2, 2), 1])
     results = []
     for model in models:
@@ -358,7 +358,7 @@ def test_a_layer_with_dropout_is_stock_code(models, calls):
     cache = DynamicCache()
     fast.train()
     _logits(fast, PROMPT, cache)
-    assert len(calls) == LAYERS * len(PROMPT)  # nothing is dropped in these layers
+    assert len(calls) == LAYERS * len(PROMPT)  # these layers have no dropout
     _layers(fast)[2].self_attn.attention_dropout = 0.5
     calls.clear()
     _logits(fast, NEXT, cache)

@@ -117,7 +117,7 @@ def test_lora_training():
 
 
 def test_torch_func_grad():
-    """Function transforms have their own tensors, which only PyTorch operations understand."""
+    """Function transforms use wrapper tensors, which only PyTorch operations accept."""
     batch, results = {"input_ids": models.inputs([6])["input_ids"], "use_cache": False}, []
     for model in models.pair("small"):
 

@@ -1,6 +1,4 @@
-"""Names and warnings of the transformers version at hand: both names of the cache, none of its warnings
-caused by qvl.
-"""
+"""The installed transformers version: both names of the cache argument work, and qvl causes no deprecation warning."""
 
 import contextlib
 import inspect
@@ -21,7 +19,7 @@ OLDER = CACHE_NAMES[1]
 
 @contextlib.contextmanager
 def no_deprecation():
-    """Fails on any deprecation that Python or transformers' log says."""
+    """Fails on any deprecation warning from Python or transformers' log."""
     said = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())

@@ -1,4 +1,4 @@
-"""Position tables of the vision tower: stock's values, made once per set of image sizes."""
+"""Position indices and cos/sin caches of the vision tower: stock's values, made once per set of image sizes."""
 
 import copy
 import pickle
@@ -31,7 +31,7 @@ def _pixels(sizes):
 def test_vision_tower_equals_stock(sizes):
     stock, fast = (model.model.visual for model in models.pair())
     grid, pixels = torch.tensor(sizes), _pixels(sizes)
-    with torch.inference_mode():  # whose tensors training could not use
+    with torch.inference_mode():  # inference tensors, which training cannot use
         for _ in range(2):
             assert_close(fast(pixels, grid_thw=grid).pooler_output, stock(pixels, grid).pooler_output)
     losses = [model(pixels, grid_thw=grid).pooler_output.square().mean() for model in (stock, fast)]

@@ -1,4 +1,4 @@
-"""Packed models on disk: what is written, how it comes back, and what is refused."""
+"""Quantised models on disk: saving, loading, and refused files."""
 
 import copy
 import json
@@ -164,7 +164,7 @@ def test_restore_cannot_unpack_what_was_loaded_packed(tmp_path):
 
 
 def _tensors(change):
-    """Damage that edits the tensors of a directory, its metadata kept."""
+    """Damage: edits the tensors of a directory and keeps its metadata."""
 
     def damage(directory):
         file = directory / "packed.safetensors"
@@ -246,7 +246,7 @@ def test_damaged_files_are_refused(tmp_path, saved, damage):
 
 
 def test_a_save_over_another_one(tmp_path, saved):
-    """Files are replaced one by one; every state in between is refused or is the whole old or new model."""
+    """Files are replaced one by one; every state in between is refused, or is the complete old or new model."""
     directory = shutil.copytree(saved, tmp_path / "packed")
     (directory / "tokenizer.json").write_text("{}")
     _packed("int4").save_pretrained(directory)
@@ -421,8 +421,8 @@ def _write_large(directory, sizes):
 
 
 def _check_memory(directory, how, weights, final, largest, slack):
-    """Peak while packing: what was resident before, what is packed, and one tensor; a loaded model gives back what it
-    no longer needs.
+    """Peak memory while quantising: resident before, plus quantised weights, plus one tensor; a loaded model frees its
+    dense weights.
     """
     source = directory / "source"
     arguments = [how, weights, str(source), str(directory / f"{how}-{weights}"), str(digits.CHECKPOINT)]
@@ -431,7 +431,7 @@ def _check_memory(directory, how, weights, final, largest, slack):
     )
     assert done.returncode == 0, done.stderr
     before, peak, after = map(int, done.stdout.split())
-    if how == "memory":  # bf16 gives way to half of it or less: never more than both of one layer
+    if how == "memory":  # quantised weights are at most half of bf16: never more than both forms of one layer
         assert peak <= before + largest + slack and after < before - final // 4
     else:
         assert peak <= before + final[weights] + largest + slack, f"{(peak - before) / 1e6:.0f} MB"
