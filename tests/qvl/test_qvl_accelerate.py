@@ -1,6 +1,4 @@
-"""accelerate and restore of QVL: the same numbers, the same object, the same weights; plain code wherever a layer is
-not plain.
-"""
+"""accelerate and restore of QVL: the same results, object and weights; stock code for layers that are not eligible."""
 
 import copy
 import io
@@ -59,7 +57,7 @@ def test_fp32_is_the_plain_model(name, batch):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_error_against_the_truth_is_no_larger_than_the_plain_models(name, dtype):
-    """Summed over weights and inputs, so that chance evens out."""
+    """Summed over weights and inputs to average out noise."""
     errors = {"plain": 0.0, "accelerated": 0.0}
     for seed in range(6):
         plain, accelerated = pair(name, dtype, seed=seed)
@@ -296,7 +294,7 @@ def test_autocast():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("weights, limit", [("int8", 0.03), ("int4", 0.4)])
 def test_packed_weights_and_back(tmp_path, name, weights, limit):
-    """Random weights are the worst case of int4; that the kernels read what was packed is tested by their own tests."""
+    """Random weights are the worst case of int4; the kernels' own tests check quantised weights."""
     plain_model(name).save_pretrained(tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     batch = inputs(9, 5)

@@ -1,4 +1,4 @@
-"""output_attentions of QVL, plain and accelerated: weights at any attn_implementation, and a call like every other."""
+"""output_attentions of QVL, stock and accelerated: weights for any attn_implementation, other results unchanged."""
 
 import functools
 import warnings
@@ -56,7 +56,7 @@ def test_sdpa_gives_the_weights_of_eager(name, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_other_calls_at_the_same_time_see_nothing_of_it(kind):
-    """The model, its config and its modules stay as they are within the call; hooks on the modules are called."""
+    """Model, config and modules do not change during the call; hooks on the modules are called."""
     model, seen = model_of("mlp", kind), []
     layer = model.model.language_model.layers[1]
     expected = model(**inputs(6)).logits
@@ -103,7 +103,7 @@ def test_gradients_with_weights_beside_them(kind, reentrant):
     model = model_of("mlp", kind, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
     batch = ragged()
     labels = batch["input_ids"].clone()
-    labels[:, :5] = -100  # what follows padding is learned from padding, of which formulas may differ
+    labels[:, :5] = -100  # tokens after padding depend on padding, where the formulas may differ
     grads = []
     for recording in (False, True):
         model.zero_grad()
@@ -128,7 +128,7 @@ def test_a_replaced_forward_without_weights_is_an_error(kind, place):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_gradients_of_a_row_without_image_in_fp16(kind, attention):
-    """Large scores: with every key hidden each of them would be -inf, and its softmax NaN."""
+    """Large scores: with every key masked all would be -inf, and the softmax NaN."""
     options = dict(attention=attention, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model, batch = model_of("attention", kind, dtype=torch.float16, **options).train(), ragged()
     with torch.no_grad():

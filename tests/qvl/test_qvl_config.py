@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from qvl_model.qvl import QVLConfig, QVLForConditionalGeneration, QVLModel
 from qvl_model.qvl.config_file import GROUPS
 
-# The three blocks of the specification as they stand there.
+# The three YAML blocks of the specification, verbatim.
 SPECIFICATION = """
 # Model
 
@@ -94,7 +94,7 @@ def test_qvl_2b_has_exactly_so_many_parameters():
 
 
 def test_qvl_2b_by_hand():
-    """The count again, from the formula: a change of any size shows in both."""
+    """The parameter count by hand, from the formula."""
     c = QVLConfig.from_preset("qvl-2b")
     width, kv, vision, tokens = (
         c.hidden_size,
@@ -236,7 +236,7 @@ def test_impossible_configs_are_refused(changes, message):
     ids=str,
 )
 def test_wrong_types_are_refused(changes):
-    """As TypeError, as documented; it was huggingface_hub's own exception, of which only Exception is a base."""
+    """Raises TypeError, as documented, instead of huggingface_hub's own exception."""
     ((key, value),) = changes.items()
     with pytest.raises(TypeError, match=f"QVLConfig: .*{key}"):
         tiny(**changes)
@@ -270,7 +270,7 @@ def test_wrong_types_under_another_name(alias, key):
     ],
 )
 def test_unknown_keys_are_refused(key, nearest, tmp_path):
-    """Every one of these gave the model of the preset."""
+    """None of these may be ignored silently."""
     hint = f"did you mean {nearest}" if nearest else "known are num_hidden_layers, "
     for make in (QVLConfig, tiny):
         with pytest.raises(ValueError, match=f"unknown key {key}; {hint}"):
@@ -290,7 +290,7 @@ def test_unknown_keys_are_refused(key, nearest, tmp_path):
 
 
 def test_what_config_files_hold_loads(tmp_path, caplog):
-    """What transformers writes, also of other versions, loads as before; a note of somebody's with a warning."""
+    """Keys that any version of transformers writes load silently; a user's own key loads with a warning."""
     transformers.utils.logging.enable_propagation()
     stored = {
         "_name_or_path": "x",

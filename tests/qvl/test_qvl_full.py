@@ -1,4 +1,4 @@
-"""qvl-2b at its full size: on 16 GB of RAM, and what it needs of a GPU's memory, computed."""
+"""qvl-2b at its full size: on 16 GB of RAM, and its computed GPU memory."""
 
 import resource
 
@@ -14,8 +14,8 @@ GB = 1e9
 
 
 def test_fp16_fits_8_gb_of_gpu_memory():
-    """Weights, the longest text's keys and values, an image's, and the work space of its vision tower, all
-    in 16 bit.
+    """Weights, KV cache of the longest text, keys and values of an image, and the workspace of its vision tower, all in
+    16 bits.
     """
     config = QVLConfig.from_preset("qvl-2b")
     with torch.device("meta"):
@@ -38,7 +38,7 @@ def random_qvl_2b() -> QVLForConditionalGeneration:
     model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
     model.tie_weights()
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
-    turn = 0  # no two weights may be the same numbers: that is not full capacity
+    turn = 0  # no two weights may be equal: the capacity check would fail
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1

@@ -1,4 +1,4 @@
-"""Generation with QVL, plain and accelerated: the text's cache grows, an image is read once, whatever the strategy."""
+"""Generation with QVL, stock and accelerated: the KV cache grows, and an image is encoded once, for any strategy."""
 
 import copy
 import pickle
@@ -29,7 +29,7 @@ def model(request, models):
 
 @torch.no_grad()
 def by_hand(model, batch: dict, steps: int) -> torch.Tensor:
-    """Greedy tokens [B, steps], every one from the whole sequence again, without a cache."""
+    """Greedy tokens [B, steps] without a KV cache: the whole sequence is recomputed for each."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     for _ in range(steps):
         last = model(**{**batch, "input_ids": ids, "attention_mask": mask}, use_cache=False).logits[:, -1]
@@ -44,7 +44,7 @@ def generated(model, batch: dict, steps: int = 6, **options) -> torch.Tensor:
 
 
 def ragged() -> dict:
-    """Three rows: a picture of its own size each, one row without."""
+    """Three rows: images of different sizes, and one row without."""
     generator = torch.Generator().manual_seed(3)
     pictures = [torch.randn(3, *size, generator=generator) for size in ((9, 14), (0, 0), (16, 6))]
     return inputs(7, 4, 5, image=None) | pad_pixels(*pictures)
@@ -82,7 +82,7 @@ def test_greedy_is_what_forward_says(model, batch, options):
     ids=["beams", "several beams", "samples"],
 )
 def test_beams_and_samples(models, name, batch, options):
-    """The same as without any cache, where nothing is reordered or repeated; and the same accelerated."""
+    """Equal to generation without a cache, where nothing is reordered or repeated; stock and accelerated agree."""
     plain, fast = (models[name, kind] for kind in KINDS)
     outs = []
     for model, cached in ((plain, False), (plain, True), (fast, True)):
@@ -195,7 +195,7 @@ def test_branches_of_a_cache(model, branch):
 
 @torch.no_grad()
 def test_rows_of_a_cache_are_reordered_repeated_and_selected(model):
-    """Rows with pictures of different sizes: keys, values and lengths go together."""
+    """Rows with images of different sizes: keys, values and lengths are reordered together."""
     batch = ragged()
     batch["input_ids"], batch["attention_mask"] = inputs(5, 5, 5, image=None).values()
     expected = step(model, filled(model, batch), [4, 5, 6])
@@ -233,7 +233,7 @@ def test_crop_keeps_the_image_and_reset_drops_it(model):
 
 @torch.no_grad()
 def test_a_picture_after_text(model):
-    """The text before it has not seen it; what comes then has."""
+    """Text before the image does not attend to it; later text does."""
     batch = inputs(5)
     cache = DynamicCache(config=model.config)
     text = model(input_ids=torch.tensor([[7, 8]]), **{CACHE: cache})
@@ -261,7 +261,7 @@ def test_a_second_turn_goes_on_with_the_cache(model):
     expected = model.generate(input_ids=ids, pixel_values=batch["pixel_values"], **options)
     again = copy.deepcopy(cache)
     assert torch.equal(model.generate(input_ids=ids, **{CACHE: cache}, **options), expected)
-    with pytest.raises(ValueError, match="already holds images"):  # rather than silently left out
+    with pytest.raises(ValueError, match="already holds images"):  # rather than silently ignored
         model.generate(input_ids=ids, pixel_values=batch["pixel_values"], **{CACHE: again}, **options)
 
 
@@ -307,7 +307,7 @@ def test_generation_stops_at_the_end_token(model):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 def test_tokens_are_steps(models, monkeypatch, name, batch):
-    """All layers between two cross-attentions are one call; logits and caches as the plain model's."""
+    """All layers between two cross-attentions are one call; logits and caches equal the stock model's."""
     seen, run = [], CpuStep.run
     monkeypatch.setattr(CpuStep, "run", lambda *args: seen.append(1) or run(*args))
     outs = [

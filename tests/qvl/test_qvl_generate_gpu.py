@@ -1,6 +1,4 @@
-"""QVL's tokens as captured steps run them, here without graphs on CPU tensors: what the plain model gives, whatever the
-images.
-"""
+"""QVL's decode steps of the GPU, here without CUDA graphs on CPU tensors, equal the stock model for any images."""
 
 import copy
 import gc
@@ -26,7 +24,7 @@ GREEDY = dict(do_sample=False, max_new_tokens=9)
 
 
 def _ragged(*sizes: tuple[int, int]) -> dict:
-    """A row of text for each picture of such a size, in pixels; (0, 0): none."""
+    """A row of text for each image size in pixels; (0, 0): no image."""
     generator = torch.Generator().manual_seed(3)
     return inputs(*(7, 4, 5)[: len(sizes)], image=None) | pad_pixels(
         *(torch.randn(3, *size, generator=generator) for size in sizes)
@@ -104,7 +102,7 @@ def test_sampled_and_without_the_callers_cache(models, steps):
 
 
 def test_one_step_serves_all_images(models, steps):
-    """Smaller and larger ones, fewer in a row; texts have a step of their own, and both are kept."""
+    """Smaller, larger and fewer images share a step; text alone has its own, and both are kept."""
     for batch in (
         inputs(5, 4),
         _ragged((9, 14), (0, 0)),
@@ -119,13 +117,11 @@ def test_one_step_serves_all_images(models, steps):
         and text is not seen
         and step_gpu._pools[models[1]]._idle == [text, seen]
     )
-    assert seen._images._caches.capacity == 0  # keys and values are nobody's
+    assert seen._images._caches.capacity == 0  # no keys or values are kept
 
 
 def test_next_turns(models, steps):
-    """Of the kept cache, with the whole text and with new tokens only; the images' part of the cache is
-    never another.
-    """
+    """The kept cache continues with the whole text or with new tokens only; its image part does not change."""
     for whole in (True, False):
         results = []
         for model in models:
@@ -145,7 +141,7 @@ def test_next_turns(models, steps):
 
 
 def test_tokens_that_stand_for_images_have_their_type(models):
-    """Where the model itself says one: it may say nothing else, or one other token."""
+    """Also for the token that the model generates."""
     others = [token for token in range(VOCABULARY) if token not in (IMAGE, 5)]
     out = _same(models, inputs(5, 6), suppress_tokens=others)
     assert (out.sequences[:, 7:-1] == IMAGE).any()
@@ -162,7 +158,7 @@ def test_packed_weights(models, steps, weights):
 
 
 def test_rows_that_fill_up_a_step_see_nothing(models, steps, monkeypatch):
-    """What a step's memory held before reaches nobody."""
+    """Earlier contents of a step's memory do not affect results."""
     monkeypatch.setattr(torch, "empty", poisoned_empty)
     _same(models, BATCHES["a row without"])
     assert steps[0].rows == 4 and steps[0]._images._lengths[0].tolist()[1::2] == [0, 0]
@@ -244,7 +240,7 @@ def test_images_do_not_keep_the_model_nor_training_the_steps(models):
 
 
 def test_under_a_fake_of_cuda(models, monkeypatch):
-    """Where a graph runs a stream behind, images included."""
+    """Graphs run on another stream, images included."""
     cuda = record(monkeypatch)
     assert torch.equal(*(_generate(model, inputs(5, 4)) for model in models))
     other = type(cuda.streams[0])(cuda, "other")
@@ -322,7 +318,7 @@ def test_a_change_is_noticed(pairs, monkeypatch, steps, name):
     )
 
 
-REASONS = {  # after which stock's loop makes the tokens, by what modules compute now
+REASONS = {  # after these, stock's loop generates with the changed modules
     "hook on a fusion": lambda model: _layer(model).fusion.register_forward_hook(lambda module, args, out: out * 1.5),
     "hook on cross-attention": lambda model: _attention(model).register_forward_hook(
         lambda module, args, out: (out[0] * 1.5, out[1])

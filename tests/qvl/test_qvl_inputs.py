@@ -1,4 +1,4 @@
-"""What QVL refuses as the text part of its inputs, and where it warns: never another result."""
+"""Text inputs that QVL refuses, or takes with a warning."""
 
 import copy
 
@@ -67,7 +67,7 @@ def test_wrong_inputs_are_refused(model, kind):
     for call in (model, model.model, model.model.language_model):
         with pytest.raises(ValueError, match=f"QVL: .*{message}"):
             call(input_ids=ids, **arguments)
-    if "attention_mask" in arguments:  # of which generate drops one that is all ones, after it has made positions of it
+    if "attention_mask" in arguments:  # generate drops a mask of ones, after it has computed positions from it
         for text in ({"inputs": ids}, {"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids)}):
             with pytest.raises(ValueError, match="QVL: attention_mask must"):
                 model.generate(**text, **arguments, max_new_tokens=2)
@@ -98,7 +98,7 @@ def test_masks_count_what_is_in_the_cache(model):
 
 
 def test_masks_of_every_kind_say_the_same(model):
-    """bool, float and whole numbers, and the same mask in four dimensions; none and ones."""
+    """bool, float and int masks, and the same mask in four dimensions; None and ones."""
     ids = _ids(model)
     mask = _mask([0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1])
     expected = model(input_ids=ids, attention_mask=mask).logits[:, 3:]
@@ -180,8 +180,8 @@ def test_the_warning_is_there(monkeypatch):
 
 
 def test_a_decoding_step_elsewhere_reads_no_mask():
-    """Values are read where that waits for nothing; on a GPU it would be once per token. The meta device stands for
-    one.
+    """Mask values are read on the CPU only: on a GPU that would synchronise at each token. The meta device takes a
+    GPU's place.
     """
     from qvl_model.qvl.inputs import _check_mask
 

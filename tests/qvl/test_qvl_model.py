@@ -1,4 +1,4 @@
-"""The plain QVL model: inputs and outputs as specified, images padded or not, text alone, training."""
+"""The stock QVL model: inputs and outputs as specified, images padded or not, text alone, training."""
 
 import pytest
 import torch
@@ -137,7 +137,7 @@ def test_padded_pixels_change_nothing(models, name, filler):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_position_in_the_batch_tensor_does_not_matter(models, name):
-    """A picture in the middle of its padding, moved by whole patches, is the same picture."""
+    """An image moved by whole patches within its padding gives the same result."""
     (picture,) = pictures((8, 12))
     batch = inputs(5)
     alone = logits(models[name], **{**batch, "pixel_values": picture[None]})
@@ -157,7 +157,7 @@ def test_any_resolution(models, name, size):
 
 
 def test_rows_and_columns_are_told_apart(models):
-    """A picture and its transpose have the same patches (of one colour each) in other places."""
+    """An image and its transpose have the same patches (of one colour each) in other places."""
     colours = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
     wide = colours.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)[None]
     batch = inputs(4)
@@ -180,7 +180,7 @@ def test_positions_of_the_native_size_are_the_learned_ones():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_text_alone_beside_pictures(models, name):
-    """A row without picture in a batch with pictures is the row alone, with no pixels given at all."""
+    """A row without image in a batch with images equals the row alone without pixels."""
     (picture,) = pictures((8, 8))
     batch = inputs(6, 6)
     batch |= pad_pixels(picture, torch.zeros(3, 0, 0))

@@ -1,4 +1,4 @@
-"""What comparisons of results do not show: where dropout acts and with which p, what checkpointing keeps, every
+"""Properties that comparisons of results do not test: dropout sites and their p, memory kept by checkpointing, every
 default.
 """
 
@@ -23,15 +23,13 @@ HIDDEN, ATTENTION = 0.3, 0.2
 
 
 def dropped(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Stands for dropout: every element gets a factor of its own, which depends on p."""
+    """Replaces dropout: every element gets its own factor, which depends on p."""
     return x * (1 + p * torch.arange(x.numel()).double().cos().view(x.shape)).to(x.dtype)
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Puts ``dropped`` in the place of dropout, none into PyTorch's attention; lists the p of every call that would
-    draw, by kind.
-    """
+    """Replaces dropout by ``dropped``, and turns it off in PyTorch's attention; lists the p of every call, by kind."""
     calls = {"dropout": [], "sdpa": []}
     sdpa = nn.functional.scaled_dot_product_attention
 
@@ -58,9 +56,9 @@ def wanted(config: QVLConfig, *, images: bool, attention: str) -> dict[str, list
     for i in range(config.num_hidden_layers):
         if images and i in config.cross_attention_layers:
             calls["dropout" if attention == "eager" else "sdpa"].append(weights)
-            calls["dropout"].append(hidden)  # what cross-attention adds
+            calls["dropout"].append(hidden)  # output of cross-attention
         calls["dropout" if attention == "eager" else "sdpa"].append(weights)
-        calls["dropout"] += [hidden, hidden]  # what attention and MLP add
+        calls["dropout"] += [hidden, hidden]  # outputs of attention and MLP
     return {kind: [p for p in found if p > 0] for kind, found in calls.items()}
 
 
@@ -71,7 +69,7 @@ NONE = {"dropout": [], "sdpa": []}
 @pytest.mark.parametrize("kind", ["float64", "plain", "accelerated"])
 @pytest.mark.parametrize("hidden, weights", [(HIDDEN, ATTENTION), (HIDDEN, 0.0), (0.0, ATTENTION)])
 def test_dropout_acts_where_the_formulas_say(drawn, name, kind, hidden, weights):
-    """In training mode, with gradients or without; in eval mode nowhere."""
+    """In training mode, with or without gradients; not in eval mode."""
     model = plain_model(name, attention="eager", hidden_dropout_prob=hidden, attention_probs_dropout_prob=weights)
     batch = inputs(7)
     expected = {
@@ -96,8 +94,8 @@ def test_dropout_acts_where_the_formulas_say(drawn, name, kind, hidden, weights)
 @pytest.mark.parametrize("kind", ["plain", "accelerated"])
 @pytest.mark.parametrize("images", [True, False], ids=["images", "text"])
 def test_dropout_of_sdpa(drawn, name, kind, images):
-    """PyTorch's attention draws by itself: it is told p in training mode, by self- and cross-attention and
-    by no other.
+    """PyTorch's attention draws its own keep mask: self- and cross-attention pass p in training mode, and no other
+    does.
     """
     model = plain_model(name, hidden_dropout_prob=HIDDEN, attention_probs_dropout_prob=ATTENTION)
     model = qvl_model.accelerate(model) if kind == "accelerated" else model

@@ -1,4 +1,4 @@
-"""QVL, plain and accelerated, against ``helpers/qvl_reference.py``: the formulas of docs/qvl_formulas.md in float64."""
+"""QVL, stock and accelerated, against the fp64 reference ``helpers/qvl_reference.py`` (docs/qvl_formulas.md)."""
 
 import copy
 
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 DOUBLE, SINGLE = 1e-10, 2e-5  # relative errors; the latter as in every comparison of fp32 with fp32
 
-# Whatever a formula could take for granted is another number somewhere; epsilons are of the size of what they are added
+# Settings that an implementation could hard-code differ in some config; epsilons are as large as what they are added
 # to.
 ODD = {
     "mlp": ("mlp", {}),
@@ -97,9 +97,7 @@ BATCHES = {
 
 
 class Float64(TorchFunctionMode):
-    """Everything that the model computes in float32 is computed in float64; a float64 model is then exact to its last
-    digits.
-    """
+    """Runs the model's fp32 computations in fp64, so an fp64 model is exact to its last digits."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.float:
@@ -128,7 +126,7 @@ def seen_of(batch: dict) -> torch.Tensor:
 
 
 def differences(out, truth: Reference, batch: dict) -> dict[str, float]:
-    """The largest relative error of everything that a call with all its outputs returned."""
+    """The largest relative error of each output of a call."""
     errors: dict[str, float] = {}
 
     def compare(name: str, one: torch.Tensor, other: torch.Tensor) -> None:
@@ -163,7 +161,7 @@ def assert_no_error(out, truth: Reference, batch: dict, limit: float) -> None:
 
 
 def test_biases():
-    """The reference has one wherever the model has; where that is stands in the formulas."""
+    """The reference has biases where the model has; the formulas list them."""
     for name, changes in (*ODD.values(), ("attention", {"attention_bias": False})):
         model = plain_model(name, **changes)
         for key, module in model.named_modules():
@@ -211,9 +209,7 @@ def test_fp32(odd):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, dtype):
-    """Accelerated is no further from the reference than plain is; summed over weights and inputs, so that chance evens
-    out.
-    """
+    """Accelerated is no farther from the reference than stock; summed over weights and inputs to average out noise."""
     errors = {"plain": 0.0, "accelerated": 0.0}
     for seed in range(4):
         plain, accelerated = pair(name, dtype, seed=seed)
@@ -240,7 +236,7 @@ def test_greedy_tokens(odd, batch):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients(name):
-    """Of the loss of all rows, by every weight; in float64 plain, in fp32 accelerated."""
+    """Gradients of the loss of all rows by every weight: stock in fp64, accelerated in fp32."""
     plain, accelerated = pair(name, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     batch = BATCHES["ragged"]
     labels = batch["input_ids"].clone()

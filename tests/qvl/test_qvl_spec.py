@@ -1,4 +1,4 @@
-"""The conformance table names things that exist and numbers that were measured, and what no other test shows."""
+"""The conformance table names existing things and measured numbers; and requirements that no other test covers."""
 
 import json
 import re
@@ -91,7 +91,7 @@ def test_sizes_are_those_of_the_preset():
 
 
 def test_example():
-    """It runs as it stands."""
+    """The example runs unchanged."""
     names: dict = {}
     exec(re.search(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)[1], names)
     assert names["tokens"].shape == (2, 11)

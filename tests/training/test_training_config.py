@@ -1,4 +1,4 @@
-"""The configuration of training: what is refused, with which message; defaults; the example of docs/training.md."""
+"""Training configuration: refused values and their messages, defaults, and the example of docs/training.md."""
 
 import dataclasses
 import re
@@ -120,8 +120,8 @@ def test_every_key_is_described(capsys):
 
 @pytest.mark.parametrize("model", digits.SHIPPED)
 def test_documented_example(model, tmp_path, capsys):
-    """What the page shows, with either model: data, training, the same command again, verification, an answer. Only
-    shorter.
+    """The page's example, shortened, with either model: data, training, the same command again, verification, an
+    answer.
     """
     example = re.search(r"```yaml\n(.+?)```", PAGE.read_text(), re.DOTALL)[1]
     assert "path: digits " in example and "path: qvl-tiny" in PAGE.read_text()
@@ -156,8 +156,7 @@ def test_documented_example(model, tmp_path, capsys):
         )
         == 0
     )
-    # Whether it reads this one picture right is asked of the digits model only: qvl-tiny misreads about 3 of 100, this
-    # one among them.
+    # Only the digits model must read this image right: qvl-tiny misreads about 3 of 100, this one among them.
     assert re.search("8 6 9$" if model == "digits" else r"\d \d \d$", capsys.readouterr().out.strip())
     assert [entry["step"] for entry in training.read_log(tmp_path / "runs" / "digits") if "loss" in entry] == [1, 2]
     assert AutoConfig.from_pretrained(final).model_type == AutoConfig.from_pretrained(digits.SHIPPED[model]).model_type

@@ -1,4 +1,4 @@
-"""Rows of training data: their forms, what is refused and how it is reported, labels, batches."""
+"""Rows of training data: formats, refusals and their reports, labels, batches."""
 
 import io
 import json
@@ -43,7 +43,7 @@ GOOD = {"image": "a.png", "question": "Which digit is this?", "answer": "7"}
 
 
 def _learned(processor, row):
-    """The text of each run of tokens that has labels."""
+    """The text of each span of tokens with labels."""
     learned, texts = row["labels"] != -100, []
     start = None
     for i, on in enumerate([*learned.tolist(), False]):
@@ -181,7 +181,7 @@ def broken(pictures):
 def test_bad_rows_are_counted_reported_and_skipped(broken, processor):
     lines = [GOOD]
     for row, _ in BAD.values():
-        lines += [row, b"", GOOD]  # an empty line is no row, and counts as a line
+        lines += [row, b"", GOOD]  # an empty line is no row, but counts in line numbers
     rows = _rows(broken, processor, *lines)
     assert len(rows) == len(BAD) + 1 and rows.skipped.total == 2 * len(BAD) + 1
     for i, ((_, message), (line, reason)) in enumerate(zip(BAD.values(), rows.skipped.rows, strict=True)):
@@ -277,7 +277,7 @@ def test_repositories_of_hugging_face_datasets(tmp_path, processor, monkeypatch)
         (tmp_path / "repository" / "data").mkdir(parents=True, exist_ok=True)
         _hugging_face().to_parquet(tmp_path / "repository" / "data" / f"{split}-00000-of-00001.parquet")
     sources = [training.open_rows(str(tmp_path / "repository"), split="train") for _ in range(2)]
-    assert sources[0].fingerprint == sources[1].fingerprint  # or no run could go on
+    assert sources[0].fingerprint == sources[1].fingerprint  # or no run could resume
     rows = training.Rows(sources[0], training.Encoder(processor), columns=COLUMNS)
     expected = training.Rows(training.DatasetRows(_hugging_face()), training.Encoder(processor), columns=COLUMNS)
     assert len(rows) == 4 and all(torch.equal(rows[3][name], expected[3][name]) for name in expected[3])

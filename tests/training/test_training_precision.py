@@ -1,5 +1,5 @@
-"""fp16 with loss scaling, on a machine without a GPU: the flags by a fake GPU, the scaler's path by a scaler on the
-CPU.
+"""fp16 with loss scaling, on a machine without a GPU: flags are tested with a fake GPU, loss scaling with a scaler on
+the CPU.
 """
 
 import math
@@ -43,7 +43,7 @@ def test_flags(monkeypatch, precision, cuda, flags, device):
 
 
 class Scaler(torch.amp.GradScaler):
-    """The scaler of PyTorch, on the CPU, which writes down what it is asked for."""
+    """PyTorch's scaler on the CPU, which records its calls."""
 
     def __init__(self, **options):
         super().__init__("cpu", **options)
@@ -72,7 +72,7 @@ class OnCPU(TrainingArguments):
 
 
 def _fp16(monkeypatch, scaler: Scaler) -> None:
-    """Makes runs with fp16 take their whole path on the CPU: for a GPU that is not there, with this scaler."""
+    """Makes fp16 runs take their whole path on the CPU, with a fake GPU and this scaler."""
     build = training_run.build_arguments
 
     def arguments(*args, **kwargs):

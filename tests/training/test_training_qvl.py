@@ -21,7 +21,7 @@ from qvl_model.training import TrainConfig
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A directory with the tiny QVL checkpoint and its data, and the losses of the plain run of ``settings``."""
+    """A directory with the tiny QVL checkpoint and its data, and the losses of an uninterrupted run of ``settings``."""
     directory = tmp_path_factory.mktemp("training")
     _train(directory, directory / "plain")
     return directory
@@ -141,7 +141,7 @@ def test_rows_and_batches(processor, tmp_path):
 
 
 def test_a_batch_is_its_rows(shared, processor):
-    """Padding of texts and pictures, and the rows beside it, change nothing for a row."""
+    """A row's result does not depend on padding or on the other rows."""
     torch.manual_seed(0)
     model = QVLForConditionalGeneration.from_pretrained(shared / "plain" / "final", dtype=torch.float32).eval()
     encoder, collator = training.Encoder(processor), training.Collator(processor)
@@ -217,9 +217,7 @@ def test_dropout_and_bf16_change_it(shared, tmp_path):
 
 
 def test_resume(shared, tmp_path):
-    """As after a kill: the newest checkpoint is not complete; with dropout, so that the random numbers must go on where
-    they were.
-    """
+    """As after a kill: the newest checkpoint is incomplete. Dropout is on, so the random state must be restored too."""
     groups = {"model": {"hidden_dropout": 0.1, "attention_dropout": 0.1}}
     _train(shared, tmp_path, **groups)
     whole = _losses(tmp_path)

@@ -28,7 +28,7 @@ from qvl_model.training import TrainConfig, checkpoints
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A directory with the tiny checkpoint and its data, and the losses of the plain run of ``settings``."""
+    """A directory with the tiny checkpoint and its data, and the losses of an uninterrupted run of ``settings``."""
     directory = tmp_path_factory.mktemp("training")
     training.train(TrainConfig.from_dict(settings(directory, output={"directory": str(directory / "plain")})))
     return directory
@@ -103,7 +103,7 @@ def _environment():
 
 
 def _kill_in_the_middle(command: list[str], out: Path, step: int) -> None:
-    """Starts the command, and ends it and all that it started with SIGKILL once ``step`` is in the log."""
+    """Starts the command, and kills it and its children with SIGKILL once ``step`` is in the log."""
     process = subprocess.Popen(command, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 240
     while len(_losses(out)) < step and process.poll() is None and time.monotonic() < deadline:
@@ -119,7 +119,7 @@ def _kill_in_the_middle(command: list[str], out: Path, step: int) -> None:
 
 
 def test_resume_after_kill(shared, tmp_path):
-    """With dropout, so that the random numbers must go on where they were, and over several epochs."""
+    """Dropout is on, so the random state must be restored too; over several epochs."""
     groups = {
         "model": {"attention_dropout": 0.1},
         "run": {"steps": 60},
@@ -145,7 +145,7 @@ def test_resume_after_kill(shared, tmp_path):
 
 
 def test_checkpoints_that_were_not_finished_are_left_out(shared, tmp_path, capfd):
-    """Killed while writing: weights are there, the state that is written last is missing or cut short."""
+    """Killed while writing: weights exist, and the state that is written last is missing or truncated."""
     shutil.copytree(shared / "plain", tmp_path / "out")
     newest = tmp_path / "out" / "checkpoint-6"
     state = (newest / "trainer_state.json").read_text()
@@ -211,7 +211,7 @@ def test_two_ranks_are_one_also(shared, tmp_path, kind):
     groups = {"run": {"gradient_checkpointing": True}}
     if kind == "fsdp in bf16":
         groups["run"] |= {"precision": "bf16", "sharding": "fsdp"}
-    else:  # a rank may get a batch without any, and its vision tower no gradient
+    else:  # a rank may get a batch without images, so its vision tower has no gradient
         data = shutil.copytree(shared / "data", tmp_path / "data")
         rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
         text = [
@@ -328,7 +328,7 @@ def test_epochs(shared, tmp_path):
     losses, result = _train(shared, tmp_path, run={"steps": None, "epochs": 0.5})
     assert (
         result.steps == 3 and losses[:2] == _losses(shared / "plain")[:2]
-    )  # the warm-up is the same, the cosine is not
+    )  # the warm-up is the same, the cosine differs
 
 
 def _learning_rates(directory):
@@ -336,7 +336,7 @@ def _learning_rates(directory):
 
 
 def test_learning_rates(shared):
-    """Warm-up over two steps, then half a cosine that would reach 0 after the sixth."""
+    """Warm-up over two steps, then half a cosine that reaches 0 after the sixth."""
     expected = [0, 0.0015] + [0.003 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * i / 4)).item()) for i in range(4)]
     assert _learning_rates(shared / "plain") == pytest.approx(expected, abs=1e-9)
 
