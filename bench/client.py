@@ -20,7 +20,8 @@ class WorkerError(RuntimeError):
 class Worker:
     """A fresh process that measures. ``environment`` adds variables, for example to force an instruction set.
 
-    ``command`` starts it, from the root of the checkout: ``python -m bench.worker`` if left out, or a peer's worker.
+    ``command`` starts it, from the root of the checkout: ``python -m bench.worker`` if left out, or another
+    engine's worker.
 
     Example:
         >>> with Worker("probe") as probe:

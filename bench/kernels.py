@@ -26,7 +26,7 @@ from bench.timing import seconds
 from qvl_kernels.dispatch import extension
 from qvl_kernels.testing import Case, relative_error
 
-__all__ = ["Floors", "cases_of", "main", "ops"]
+__all__ = ["Roofline", "cases_of", "main", "ops"]
 
 DTYPE = DTYPES[os.environ.get("QVL_BENCH_DTYPE", "bf16")]
 SECONDS = 0.4  # of timing per function
@@ -51,7 +51,7 @@ def cases_of(op: str) -> list[Case]:
     return getattr(module, next((name for prefix, name in lists.items() if op.startswith(prefix)), "CASES"))
 
 
-class Floors:
+class Roofline:
     """Roofline of this machine, measured once: GB/s of reading, GFLOP/s of the fastest GEMM."""
 
     @functools.cached_property
@@ -72,7 +72,7 @@ class Floors:
         return max(case.bytes(DTYPE.itemsize) / self.gb_s, case.flops / self.gflop_s) / 1e9
 
 
-FLOORS = Floors()
+ROOFLINE = Roofline()
 MODEL_CASES = [pytest.param(op, case, id=f"{op}-{case.name}") for op in ops() for case in cases_of(op) if case.model]
 
 
@@ -100,7 +100,7 @@ def test_speed(op: str, case: Case, backend: str, benchmark: Any) -> None:
         op=op,
         case=case.name,
         backend=backend,
-        floor=FLOORS.of(case),
+        floor=ROOFLINE.of(case),
         bytes=case.bytes(DTYPE.itemsize),
         flops=case.flops,
     )
@@ -134,8 +134,8 @@ class _Summary:
             "ratio",
             "GB/s",
             "GFLOP/s",
-            title=f"{DTYPE}: {FLOORS.gb_s:.1f} GB/s, {FLOORS.gflop_s:.0f} GFLOP/s, {torch.get_num_threads()} threads, "
-            f"{qvl_kernels.cpu_info()['isa']}",
+            title=f"{DTYPE}: {ROOFLINE.gb_s:.1f} GB/s, {ROOFLINE.gflop_s:.0f} GFLOP/s, "
+            f"{torch.get_num_threads()} threads, {qvl_kernels.cpu_info()['isa']}",
         )
         for (op, case), row in rows.items():
             if "cpp" not in row or "reference" not in row:

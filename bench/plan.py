@@ -11,7 +11,7 @@ import numpy as np
 
 from bench import metrics
 from bench.client import Worker, WorkerError
-from bench.engines import peers_of, prepared
+from bench.engines import engines_of, prepared
 from bench.families import FAMILIES, Family
 
 __all__ = ["AVX2", "Options", "run", "steps"]
@@ -65,14 +65,14 @@ class Options:
 Workers = dict[str, Worker]  # by variant
 
 
-def _in_turn(workers: Workers, index: int) -> list[str]:
+def _interleaved(workers: Workers, index: int) -> list[str]:
     """The variants in this round's order; the first one changes with ``index``."""
     return list(workers)[:: 1 if index % 2 == 0 else -1]
 
 
-def _ask_in_turn(workers: Workers, index: int, operation: str, **arguments: Any) -> dict:
+def _ask_interleaved(workers: Workers, index: int, operation: str, **arguments: Any) -> dict:
     """Sends the same request to all variants, one after the other."""
-    return {variant: workers[variant].ask(operation, **arguments) for variant in _in_turn(workers, index)}
+    return {variant: workers[variant].ask(operation, **arguments) for variant in _interleaved(workers, index)}
 
 
 def _append(times: dict, name: str, answers: dict) -> None:
@@ -94,10 +94,10 @@ def _rounds(
     times: dict = {}
     for index in range(options.rounds):
         step(f"{label}: round {index + 1} of {options.rounds}")
-        _append(times, "vision", _ask_in_turn(workers, index, "vision"))
+        _append(times, "vision", _ask_interleaved(workers, index, "vision"))
         answers, bandwidth = {}, {}
         before = read_bandwidth() if read_bandwidth else None
-        for variant in _in_turn(workers, index):
+        for variant in _interleaved(workers, index):
             answers[variant] = workers[variant].ask("generate", prompt="image", tokens=options.tokens)
             if read_bandwidth:
                 after = read_bandwidth()
@@ -105,7 +105,7 @@ def _rounds(
         _append(times, "bandwidth", bandwidth)
         _append(times, "ttft", {variant: answer["first"] for variant, answer in answers.items()})
         _append(times, "decode", {variant: answer["per_token"] for variant, answer in answers.items()})
-        answers = _ask_in_turn(workers, index, "generate", prompt="text", tokens=1)
+        answers = _ask_interleaved(workers, index, "generate", prompt="text", tokens=1)
         _append(times, "prefill", {variant: answer["first"] for variant, answer in answers.items()})
     return times
 
@@ -137,33 +137,33 @@ def _main_phase(options: Options, probe: Worker, folder: Path, step: Callable[[s
         raw["bytes_per_token"] = {variant: sizes.pop("bytes_per_token") for variant, sizes in loaded.items()}
         raw["sizes"], raw["batch"] = loaded["stock"], options.batch
         step("warming up")
-        _ask_in_turn(workers, 0, "warm_up")
+        _ask_interleaved(workers, 0, "warm_up")
         raw["times"] = _rounds(workers, options, step, "bf16", read_bandwidth)
         raw["bandwidth"] = raw["times"].pop("bandwidth")
-        raw["peak_rss"] = _ask_in_turn(workers, 0, "peak_rss")
+        raw["peak_rss"] = _ask_interleaved(workers, 0, "peak_rss")
         for variant, worker in workers.items():
             worker.ask("logits", file=str(folder / f"{variant}.npy"))
         for index in range(options.rounds if options.packed else 0):
             step(f"batch of {options.batch}: round {index + 1} of {options.rounds}")
-            answers = _ask_in_turn(workers, index, "generate", prompt="batch", tokens=options.tokens)
+            answers = _ask_interleaved(workers, index, "generate", prompt="batch", tokens=options.tokens)
             _append(raw["times"], "batch", {variant: answer["per_token"] for variant, answer in answers.items()})
         for index in range(options.long_pairs):
             step(f"two large images: pair {index + 1} of {options.long_pairs}")
-            answers = _ask_in_turn(workers, index, "generate", prompt="long", tokens=1)
+            answers = _ask_interleaved(workers, index, "generate", prompt="long", tokens=1)
             _append(raw["times"], "ttft_long", {variant: answer["first"] for variant, answer in answers.items()})
-        raw["peak_rss_long"] = _ask_in_turn(workers, 0, "peak_rss")
+        raw["peak_rss_long"] = _ask_interleaved(workers, 0, "peak_rss")
         raw["fallbacks"] = workers["ours"].ask("fallbacks")
     return raw
 
 
 def _full_model_errors(options: Options, folder: Path) -> dict[str, float]:
     """Errors of the logits of each variant against stock's in fp32, the same weights."""
-    with Worker("fp32 truth") as worker:
+    with Worker("fp32 reference") as worker:
         _load(worker, options, "stock", "fp32")
-        worker.ask("logits", file=str(folder / "truth.npy"))
-    truth = np.load(folder / "truth.npy").astype(np.float64)
+        worker.ask("logits", file=str(folder / "golden.npy"))
+    golden = np.load(folder / "golden.npy").astype(np.float64)
     return {
-        variant: float(np.linalg.norm(np.load(folder / f"{variant}.npy") - truth) / np.linalg.norm(truth))
+        variant: float(np.linalg.norm(np.load(folder / f"{variant}.npy") - golden) / np.linalg.norm(golden))
         for variant in options.variants
     }
 
@@ -189,7 +189,7 @@ def _peers(options: Options, folder: Path, step: Callable[[str], None]) -> dict:
     """Times of each other engine, interleaved with ours at the same weight size and with int8: {"times": by peer,
     "skipped": reasons, "versions"}.
     """
-    ready, skipped = prepared(peers_of(Path(options.model)), lambda text: None)
+    ready, skipped = prepared(engines_of(Path(options.model)), lambda text: None)
     times: dict = {}
     with ExitStack() as stack:
         ours = {variant: stack.enter_context(Worker(f"{variant} bf16")) for variant in ("ours", *PACKED)}
@@ -215,11 +215,11 @@ def _peers(options: Options, folder: Path, step: Callable[[str], None]) -> dict:
 def _peer_rounds(workers: Workers, options: Options, images: bool) -> dict:
     times: dict = {}
     for index in range(options.rounds):
-        answers = _ask_in_turn(workers, index, "generate", prompt="text", tokens=options.tokens)
+        answers = _ask_interleaved(workers, index, "generate", prompt="text", tokens=options.tokens)
         _append(times, "prefill", {who: answer["first"] for who, answer in answers.items()})
         _append(times, "decode", {who: answer["per_token"] for who, answer in answers.items()})
         if images:
-            answers = _ask_in_turn(workers, index, "generate", prompt="image", tokens=1)
+            answers = _ask_interleaved(workers, index, "generate", prompt="image", tokens=1)
             _append(times, "ttft", {who: answer["first"] for who, answer in answers.items()})
     return times
 
@@ -227,7 +227,7 @@ def _peer_rounds(workers: Workers, options: Options, images: bool) -> dict:
 def steps(options: Options) -> int:
     """How many times ``run`` calls ``step`` at most: engines that cannot be prepared are left out."""
     count = 1 + 2 + options.rounds * (1 + options.packed) + options.long_pairs + 3 + options.packed + options.accuracy
-    count += 1 + len(peers_of(Path(options.model))) if options.peers else 0
+    count += 1 + len(engines_of(Path(options.model))) if options.peers else 0
     return count + (4 * (options.rounds + 1) if options.all else 0)
 
 
@@ -243,7 +243,7 @@ def run(options: Options, step: Callable[[str], None]) -> dict[str, object]:
         raw["errors"] = {"bf16_full": _full_model_errors(options, folder)}
         if options.peers:
             raw["peers"] = _peers(options, folder, step)
-    with Worker("truth") as worker:
+    with Worker("reference") as worker:
         step(f"error of {options.layers} layers against float64")
         errors = worker.ask(
             "errors",

@@ -33,9 +33,9 @@ class KeepDouble(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def relative_error(values: torch.Tensor, truth: torch.Tensor) -> float:
-    """||values - truth|| / ||truth|| in float64."""
-    return ((values.double() - truth.double()).norm() / truth.double().norm()).item()
+def relative_error(values: torch.Tensor, golden: torch.Tensor) -> float:
+    """||values - golden|| / ||golden|| in float64."""
+    return ((values.double() - golden.double()).norm() / golden.double().norm()).item()
 
 
 @contextlib.contextmanager
@@ -66,9 +66,9 @@ def errors_against_float64(path: str, layers: int, image_size: int, text_tokens:
             return model(**prompt).logits[0]
 
     with KeepDouble():
-        truth = logits(torch.float64, accelerated=False)
+        golden = logits(torch.float64, accelerated=False)
     return {
-        name: {who: relative_error(logits(dtype, who == "ours"), truth) for who in ("stock", "ours")}
+        name: {who: relative_error(logits(dtype, who == "ours"), golden) for who in ("stock", "ours")}
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
     }
 

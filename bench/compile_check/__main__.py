@@ -27,7 +27,7 @@ from bench import docs
 from bench.compile_check import report
 from bench.compile_check.chips import ROOFLINES
 from bench.compile_check.compiled import compile_all, violations
-from bench.compile_check.known_issues import KNOWN_ISSUES, Waiver
+from bench.compile_check.known_issues import KNOWN_ISSUES, KnownIssue
 from bench.compile_check.launches import (
     GRADIENTS_WITH_LOSS,
     Call,
@@ -190,22 +190,22 @@ def _row(kernel: _Kernel, found: dict) -> dict:
     }
 
 
-def _judge(result: Audit, row: dict, known_issues: list[Waiver], used: set[Waiver]) -> None:
+def _judge(result: Audit, row: dict, known_issues: list[KnownIssue], used: set[KnownIssue]) -> None:
     """Adds a row with its violations, known issues included."""
     wrong = [("compile", row["error"])] if "error" in row else violations(row["arch"], row)
     row["violations"] = []
     for kind, sentence in wrong:
         text = f"{row['kernel']}, {row['arch']}, {row['dtype']} ({row['cases'][0]}): {sentence}"
-        waiver = next(
+        issue = next(
             (w for w in known_issues if w.covers(row["kernel"], row["arch"], row["dtype"], kind, triton.__version__)),
             None,
         )
-        row["violations"].append({"kind": kind, "text": sentence, "waiver": waiver.reason if waiver else None})
-        if waiver is None:
+        row["violations"].append({"kind": kind, "text": sentence, "waiver": issue.reason if issue else None})
+        if issue is None:
             result.failures.append(text)
         else:
-            used.add(waiver)
-            result.waived.append(f"{text}: {waiver.reason}")
+            used.add(issue)
+            result.waived.append(f"{text}: {issue.reason}")
     result.rows.append(row)
 
 
@@ -213,7 +213,7 @@ def audit(
     *,
     names: list[str] | None = None,
     plan: list[tuple[str, str]] = PLAN,
-    known_issues: list[Waiver] = KNOWN_ISSUES,
+    known_issues: list[KnownIssue] = KNOWN_ISSUES,
     jobs: int = 2,
     console: Console | None = None,
 ) -> Audit:
@@ -236,7 +236,7 @@ def audit(
         found = _collect(result, names, plan)
         by_key = {kernel.specialisation.key: kernel for kernel in found}
         progress.update(bar, description=f"compiling, {jobs} at a time", total=len(found))
-        used: set[Waiver] = set()
+        used: set[KnownIssue] = set()
         for specialisation, inspected in compile_all(
             [k.specialisation for k in found], jobs=jobs, tick=progress.refresh
         ):

@@ -5,14 +5,14 @@ instructions.
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-__all__ = ["WAIVABLE", "KNOWN_ISSUES", "Waiver"]
+__all__ = ["ACCEPTABLE", "KNOWN_ISSUES", "KnownIssue"]
 
 # Kernels that do not fit or do not compile cannot run, so only these kinds can be accepted.
-WAIVABLE = ("spill", "matrix")
+ACCEPTABLE = ("spill", "matrix")
 
 
 @dataclass(frozen=True)
-class Waiver:
+class KnownIssue:
     """Accepts one kind of violation of a kernel on an architecture in a dtype. Names may hold * as in file names.
 
     ``triton`` limits it to versions that begin so: spills come and go with the compiler.
@@ -29,12 +29,13 @@ class Waiver:
         """Whether it accepts violations of that kind there.
 
         Example:
-            >>> Waiver("_a_kernel", "sm_*", "fp32", "spill", "because").covers("_a_kernel", "sm_80", "fp32", "spill",
-            "3.9.0") True
+            >>> issue = KnownIssue("_a_kernel", "sm_*", "fp32", "spill", "because")
+            >>> issue.covers("_a_kernel", "sm_80", "fp32", "spill", "3.9.0")
+            True
         """
         return (
             kind == self.kind
-            and kind in WAIVABLE
+            and kind in ACCEPTABLE
             and triton.startswith(self.triton)
             and fnmatchcase(kernel, self.kernel)
             and fnmatchcase(arch, self.arch)
@@ -67,11 +68,11 @@ _SPILLS_WITH_3_6 = [
     ("gemv_int4_kernel", "sm_100", "bf16", "24 bytes"),
 ]
 KNOWN_ISSUES = [
-    Waiver(kernel, arch, dtype, "spill", f"tuned for Triton 3.9; with 3.6 {much}", triton="3.6")
+    KnownIssue(kernel, arch, dtype, "spill", f"tuned for Triton 3.9; with 3.6 {much}", triton="3.6")
     for kernel, arch, dtype, much in _SPILLS_WITH_3_6
 ]
 KNOWN_ISSUES += [
-    Waiver(
+    KnownIssue(
         "_attention_backward_keys_kernel",
         "sm_90",
         dtype,
@@ -82,5 +83,7 @@ KNOWN_ISSUES += [
     for dtype in ("bf16", "fp16")
 ]
 KNOWN_ISSUES.append(
-    Waiver("_int8_matmul_kernel", "sm_100", "bf16", "matrix", "Triton 3.6 makes IMMA of it, not tcgen05", triton="3.6")
+    KnownIssue(
+        "_int8_matmul_kernel", "sm_100", "bf16", "matrix", "Triton 3.6 makes IMMA of it, not tcgen05", triton="3.6"
+    )
 )

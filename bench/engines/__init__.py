@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Protocol
 
 from bench.client import Worker
-from bench.engines.environment import PeerUnavailable, Show
-from bench.engines.llama_cpp import IK_LLAMA_CPP, LLAMA_CPP, LlamaPeer
-from bench.engines.open_vino import OpenVINOPeer
+from bench.engines.environment import EngineUnavailable, Show
+from bench.engines.llama_cpp import IK_LLAMA_CPP, LLAMA_CPP, LlamaEngine
+from bench.engines.open_vino import OpenVINOEngine
 
-__all__ = ["Peer", "PeerUnavailable", "peers_of", "prepared"]
+__all__ = ["Engine", "EngineUnavailable", "engines_of", "prepared"]
 
 
-class Peer(Protocol):
+class Engine(Protocol):
     """One engine with weights in one format.
 
     Attributes:
@@ -37,31 +37,31 @@ class Peer(Protocol):
     prompts: tuple[str, ...]
 
     def prepare(self, show: Show) -> None:
-        """Installs, builds and converts what is missing. Raises PeerUnavailable with the reason if that is not possible
-        here.
+        """Installs, builds and converts what is missing. Raises EngineUnavailable, with the reason, if that is
+        not possible here.
         """
 
     def start(self, prompts: Path, threads: int) -> Worker:
         """A worker that has loaded the model. ``prompts``: a file that bench.inputs.save wrote."""
 
 
-def peers_of(checkpoint: Path) -> list[Peer]:
-    """Every peer, for a Qwen3-VL checkpoint."""
+def engines_of(checkpoint: Path) -> list[Engine]:
+    """Every engine and format, for a Qwen3-VL checkpoint."""
     formats = ("bf16", "Q8_0", "Q4_0")
     return [
-        *(LlamaPeer(LLAMA_CPP, format, checkpoint) for format in formats),
-        *(OpenVINOPeer(bits, checkpoint) for bits in (8, 4)),
-        *(LlamaPeer(IK_LLAMA_CPP, format, checkpoint) for format in formats),
+        *(LlamaEngine(LLAMA_CPP, format, checkpoint) for format in formats),
+        *(OpenVINOEngine(bits, checkpoint) for bits in (8, 4)),
+        *(LlamaEngine(IK_LLAMA_CPP, format, checkpoint) for format in formats),
     ]
 
 
-def prepared(peers: list[Peer], show: Show) -> tuple[list[Peer], dict[str, str]]:
-    """Prepares peers. Returns those that can be measured, and of the others why not, by name."""
+def prepared(peers: list[Engine], show: Show) -> tuple[list[Engine], dict[str, str]]:
+    """Prepares engines. Returns those that can be measured, and the reasons of the others by name."""
     ready, skipped = [], {}
     for peer in peers:
         try:
             peer.prepare(lambda text: show(f"{peer.name}: {text}"))
             ready.append(peer)
-        except PeerUnavailable as reason:
+        except EngineUnavailable as reason:
             skipped[peer.name] = str(reason)
     return ready, skipped

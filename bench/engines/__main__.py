@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench import inputs
 from bench.client import ROOT
-from bench.engines import Peer, peers_of, prepared
+from bench.engines import Engine, engines_of, prepared
 
 __all__ = ["main"]
 
@@ -46,7 +46,7 @@ def _save_prompts(checkpoint: Path, file: Path) -> None:
     inputs.save({"image": image, "text": inputs.text_prompt(processor, image["input_ids"].shape[1])}, file)
 
 
-def _try(peer: Peer, prompts: Path) -> None:
+def _try(peer: Engine, prompts: Path) -> None:
     import torch
 
     with peer.start(prompts, torch.get_num_threads()) as worker:
@@ -66,11 +66,11 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = arguments.model.resolve() if arguments.model else _checkpoint()
     if not (checkpoint / "config.json").is_file():
         sys.exit(f"bench.engines: {checkpoint} has no config.json; --model takes the folder of a Qwen3-VL checkpoint")
-    peers = [peer for peer in peers_of(checkpoint) if peer.name.startswith(tuple(arguments.names) or "")]
+    peers = [peer for peer in engines_of(checkpoint) if peer.name.startswith(tuple(arguments.names) or "")]
     if not peers:
         sys.exit(
             f"bench.engines: no peer is called {' or '.join(arguments.names)}; there are "
-            f"{', '.join(peer.name for peer in peers_of(checkpoint))}"
+            f"{', '.join(peer.name for peer in engines_of(checkpoint))}"
         )
     ready, skipped = prepared(peers, lambda text: print(text, flush=True))
     for peer in ready:

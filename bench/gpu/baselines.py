@@ -12,15 +12,15 @@ import qvl_kernels
 from qvl_kernels.quantization import QuantizedWeight, dequantize
 
 __all__ = [
-    "attention_rivals",
-    "cross_attention_rivals",
-    "decode_attention_rivals",
-    "linear_cross_entropy_rivals",
-    "plain_rivals",
-    "quantized_rivals",
+    "attention_baselines",
+    "cross_attention_baselines",
+    "decode_attention_baselines",
+    "linear_cross_entropy_baselines",
+    "plain_baselines",
+    "quantized_baselines",
 ]
 
-Rivals = dict[str, Callable[..., object]]
+Baselines = dict[str, Callable[..., object]]
 
 
 def _eager(op: str) -> Callable[..., object]:
@@ -53,13 +53,13 @@ def _liger() -> dict[str, Callable[..., object]]:
     }
 
 
-def plain_rivals(op: str) -> Rivals:
+def plain_baselines(op: str) -> Baselines:
     """The reference eagerly and compiled, and Liger's kernel if it has one."""
     baselines = {"eager": _eager(op), "compile": torch.compile(_eager(op), dynamic=False)}
     return baselines | ({"liger": _liger()[op]} if op in _liger() else {})
 
 
-def linear_cross_entropy_rivals() -> Rivals:
+def linear_cross_entropy_baselines() -> Baselines:
     def stock(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return cross_entropy((hidden @ weight.t()).float(), labels)
 
@@ -84,7 +84,7 @@ def _with_backend(backend: SDPBackend, function: Callable[..., object]) -> Calla
     return call
 
 
-def attention_rivals(*, causal: bool, lengths: tuple[int, int] | None = None) -> Rivals:
+def attention_baselines(*, causal: bool, lengths: tuple[int, int] | None = None) -> Baselines:
     """SDPA as stock calls it, its FLASH and CUDNN backends, and flash-attn. ``lengths``: (sequences, tokens of each) of
     varlen inputs.
     """
@@ -112,7 +112,7 @@ def attention_rivals(*, causal: bool, lengths: tuple[int, int] | None = None) ->
     return baselines
 
 
-def cross_attention_rivals() -> Rivals:
+def cross_attention_baselines() -> Baselines:
     def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_lens: torch.Tensor) -> torch.Tensor:
         visible = torch.arange(k.shape[1], device=q.device)[None, None, None] < kv_lens[:, None, None, None]
         return _sdpa(q, k, v, attn_mask=visible)
@@ -120,7 +120,7 @@ def cross_attention_rivals() -> Rivals:
     return {"sdpa": sdpa}
 
 
-def decode_attention_rivals() -> Rivals:
+def decode_attention_baselines() -> Baselines:
     def sdpa(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """A decode step over a static KV cache, as stock transformers does it: a mask hides the empty slots."""
         visible = torch.arange(k_cache.shape[2], device=q.device)[None, None, None] < lengths[:, None, None, None]
@@ -130,7 +130,7 @@ def decode_attention_rivals() -> Rivals:
     return {"sdpa": sdpa}
 
 
-def quantized_rivals() -> Rivals:
+def quantized_baselines() -> Baselines:
     """The reference, and the matmul with the same weight dequantised to 16 bits beforehand: what a user has without
     quantisation.
     """

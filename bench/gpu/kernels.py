@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 import qvl_kernels
-from bench.gpu import baselines as gpu_rivals
+from bench.gpu import baselines as gpu_baselines
 from bench.gpu.timing import compare, peak_bytes
 from bench.variants import offered
 from qvl_kernels.gpu.device import architecture
@@ -51,7 +51,7 @@ def _elementwise(name: str, op: str, shapes: dict[str, tuple[int, ...]], moved: 
         name,
         op,
         lambda device, dtype: {key: _normal(device, dtype, *shape) for key, shape in shapes.items()},
-        lambda: gpu_rivals.plain_rivals(op),
+        lambda: gpu_baselines.plain_baselines(op),
         2.0 * moved,
     )
 
@@ -75,7 +75,7 @@ def _qk_norm_rope(b: int, t: int, h: int, hkv: int, d: int) -> KernelCase:
         "qk_norm_rope",
         "qk_norm_rope",
         make,
-        lambda: gpu_rivals.plain_rivals("qk_norm_rope"),
+        lambda: gpu_baselines.plain_baselines("qk_norm_rope"),
         2.0 * b * t * d * (2 * (h + hkv) + 2),
     )
 
@@ -89,22 +89,26 @@ def _vision_rope(n: int, h: int, d: int) -> KernelCase:
         }
 
     return KernelCase(
-        "vision_rope", "vision_rope", make, lambda: gpu_rivals.plain_rivals("vision_rope"), n * d * (2.0 * 4 * h + 8)
+        "vision_rope",
+        "vision_rope",
+        make,
+        lambda: gpu_baselines.plain_baselines("vision_rope"),
+        n * d * (2.0 * 4 * h + 8),
     )
 
 
 def _attention(
-    name: str, b: int, t: int, h: int, hkv: int, d: int, *, causal: bool, packed: bool = False
+    name: str, b: int, t: int, h: int, hkv: int, d: int, *, causal: bool, varlen: bool = False
 ) -> KernelCase:
     def make(device: torch.device | str, dtype: torch.dtype) -> dict:
-        lead = (b * t,) if packed else (b, t)
+        lead = (b * t,) if varlen else (b, t)
         arguments = {
             "q": _normal(device, dtype, *lead, h, d),
             "k": _normal(device, dtype, *lead, hkv, d),
             "v": _normal(device, dtype, *lead, hkv, d),
             "causal": causal,
         }
-        if packed:
+        if varlen:
             arguments["cu_seqlens"] = torch.arange(0, b * t + 1, t, dtype=torch.int32, device=device)
         return arguments
 
@@ -112,7 +116,7 @@ def _attention(
         name,
         "attention",
         make,
-        lambda: gpu_rivals.attention_rivals(causal=causal, lengths=(b, t) if packed else None),
+        lambda: gpu_baselines.attention_baselines(causal=causal, lengths=(b, t) if varlen else None),
         2.0 * b * t * d * (2 * h + 2 * hkv),
         4.0 * b * t * t * h * d * (0.5 if causal else 1.0),
     )
@@ -132,7 +136,7 @@ def _cross_attention(b: int, t: int, s: int, h: int, d: int) -> KernelCase:
         "cross_attention",
         "cross_attention",
         make,
-        gpu_rivals.cross_attention_rivals,
+        gpu_baselines.cross_attention_baselines,
         4.0 * b * (t + s) * h * d,
         4.0 * b * t * s * h * d,
     )
@@ -151,7 +155,7 @@ def _decode_attention(name: str, b: int, s: int, h: int = 16, hkv: int = 8, d: i
         name,
         "decode_attention",
         make,
-        gpu_rivals.decode_attention_rivals,
+        gpu_baselines.decode_attention_baselines,
         4.0 * b * s * hkv * d,
         4.0 * b * s * h * d,
         backward=False,
@@ -172,9 +176,9 @@ def _linear(name: str, m: int, n: int, k: int, *, bits: int = 16) -> KernelCase:
         return {"x": x, "weight": QuantizedWeight(values, scales, k)}
 
     op, baselines = (
-        ("linear", lambda: gpu_rivals.plain_rivals("linear"))
+        ("linear", lambda: gpu_baselines.plain_baselines("linear"))
         if bits == 16
-        else ("quantized_linear", gpu_rivals.quantized_rivals)
+        else ("quantized_linear", gpu_baselines.quantized_baselines)
     )
     return KernelCase(name, op, make, baselines, n * k * bits / 8 + 2.0 * m * (n + k), 2.0 * m * n * k, backward=False)
 
@@ -191,7 +195,7 @@ def _linear_cross_entropy(m: int, v: int, c: int) -> KernelCase:
         "linear_cross_entropy",
         "linear_cross_entropy",
         make,
-        gpu_rivals.linear_cross_entropy_rivals,
+        gpu_baselines.linear_cross_entropy_baselines,
         2.0 * (m + v) * c,
         2.0 * m * v * c,
         memory=True,
@@ -239,7 +243,7 @@ CASES = [
     _attention("attention train", 4, 2048, 16, 8, 128, causal=True),
     _attention("attention 16k", 1, 16384, 16, 8, 128, causal=True),
     _attention("attention full", 1, 16384, 16, 16, 128, causal=False),
-    _attention("attention vision", 16, 1024, 16, 16, 64, causal=False, packed=True),
+    _attention("attention vision", 16, 1024, 16, 16, 64, causal=False, varlen=True),
     _cross_attention(8, 512, 1024, 32, 64),
     _decode_attention("decode_attention 1 x 2k", 1, 2048),
     _decode_attention("decode_attention 1 x 32k", 1, 32768),
@@ -312,20 +316,20 @@ def run(case: KernelCase, device: torch.device, dtype: torch.dtype = torch.bfloa
     ours, baselines = getattr(qvl_kernels, case.op), case.baselines()
     variants = offered(case.op, ours, architecture(device))  # of the forward pass
     contestants = {"ours": ours, **baselines, **variants}
-    truth_of = next(iter(baselines.values()))
+    golden_of = next(iter(baselines.values()))
     errors, unavailable, arguments = {}, {}, {}
     with torch.no_grad():
-        truth = _outputs(truth_of(**{name: _fp32(x) for name, x in made.items()}))
+        golden = _outputs(golden_of(**{name: _fp32(x) for name, x in made.items()}))
         for name, function in list(contestants.items()):
             try:
-                errors[name] = max(relative_error(x, exact) for x, exact in zip(_outputs(function(**made)), truth))
+                errors[name] = max(relative_error(x, exact) for x, exact in zip(_outputs(function(**made)), golden))
                 arguments[name] = _own(made, case.backward and name not in variants)
             except Exception as error:  # a baseline may be missing here; ours must work
                 if name == "ours":
                     raise
                 unavailable[name] = f"{type(error).__name__}: {error}"[:200]
                 del contestants[name]
-        del truth
+        del golden
         timed = {name: lambda f=function, a=arguments[name]: f(**a) for name, function in contestants.items()}
         if not case.flops:  # memory-bound: compared with a copy of as many bytes
             timed["copy"] = _copy(int(case.bytes) // 2, device)

@@ -109,7 +109,7 @@ def _generate(model: nn.Module, prompt: dict, tokens: int) -> torch.Tensor:
     return model.generate(**prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
 
 
-def _in_turn(functions: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, dict]:
+def _interleaved(functions: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, dict]:
     """Wall-clock milliseconds of interleaved runs, host overhead included."""
     times = {name: [] for name in functions}
     for index in range(rounds + 1):
@@ -125,10 +125,10 @@ def _in_turn(functions: dict[str, Callable[[], object]], device: torch.device, r
 
 def _per_token(models: dict[str, nn.Module], prompt: dict, sizes: Sizes, device: torch.device) -> tuple[dict, dict]:
     """(milliseconds to the first token, milliseconds per token after it) of each model."""
-    first = _in_turn(
+    first = _interleaved(
         {name: lambda m=model: _generate(m, prompt, 1) for name, model in models.items()}, device, sizes.rounds
     )
-    whole = _in_turn(
+    whole = _interleaved(
         {name: lambda m=model: _generate(m, prompt, sizes.tokens + 1) for name, model in models.items()},
         device,
         sizes.rounds,
@@ -182,14 +182,14 @@ def generate(sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bflo
     with torch.no_grad():
         first, decoded = _per_token(models, prompt, sizes, device)
         pixels = prompt["pixel_values"].to(dtype)
-        vision = _in_turn(
+        vision = _interleaved(
             {name: lambda m=m: m.model.visual(pixels, grid_thw=prompt["image_grid_thw"]) for name, m in models.items()},
             device,
             sizes.rounds,
         )
         logits = {name: model(**prompt).logits for name, model in models.items()}
-        truth = copy.deepcopy(stock).float()(**prompt).logits
-        errors = {name: relative_error(values, truth) for name, values in logits.items()}
+        golden = copy.deepcopy(stock).float()(**prompt).logits
+        errors = {name: relative_error(values, golden) for name, values in logits.items()}
         length = prompt["input_ids"].shape[1] + sizes.tokens // 2
         replay = _replays(models["ours"], 1, length, device)
     return {
@@ -229,7 +229,7 @@ def compiled(sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bflo
     prompt = _image_prompt(stock, sizes, sizes.image, device)
     with torch.no_grad():
         return {
-            "forward": _in_turn(
+            "forward": _interleaved(
                 {name: lambda m=m: m(**prompt, logits_to_keep=1) for name, m in models.items()}, device, sizes.rounds
             )
         }

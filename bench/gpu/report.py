@@ -16,7 +16,7 @@ __all__ = ["chart", "markdown_section", "tables"]
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 SIDES = ("first", "decode", "replay", "vision", "forward", "backward")
-RIVALS = ("stock", "eager", "compile", "sdpa", "flash", "cudnn", "flash-attn", "liger", "conv3d", "dequantised")
+BASELINES = ("stock", "eager", "compile", "sdpa", "flash", "cudnn", "flash-attn", "liger", "conv3d", "dequantised")
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
@@ -62,8 +62,12 @@ def timing_rows(result: dict) -> list[tuple[str, ...]]:
         for side in SIDES:
             if "ours" not in value.get(side, {}):
                 continue
-            others = (*RIVALS, *value.get("variants", ()))
-            ratios = [f"{rival} {speed(cases, name, side, rival):.2f}×" for rival in others if rival in value[side]]
+            others = (*BASELINES, *value.get("variants", ()))
+            ratios = [
+                f"{baseline} {speed(cases, name, side, baseline):.2f}×"
+                for baseline in others
+                if baseline in value[side]
+            ]
             share = bandwidth_share(cases, name) if side == "forward" and "bytes" in value else None
             rate = "" if share is None else f"{100 * share:.0f} % of copy"
             if side == "forward" and value.get("flops"):
@@ -90,7 +94,7 @@ def problems(result: dict) -> list[str]:
     """Cases that failed, ran too long or were left out, and baselines that were not there."""
     lines = [f"{name}: {case['error']}" for name, case in result["cases"].items() if "error" in case]
     for name, value in _measured(result).items():
-        lines += [f"{name}: without {rival} ({why})" for rival, why in value.get("unavailable", {}).items()]
+        lines += [f"{name}: without {baseline} ({why})" for baseline, why in value.get("unavailable", {}).items()]
     return lines
 
 
@@ -136,14 +140,14 @@ def chart(result: dict, file: Path) -> bool:
         if len(value.get(side, {})) > 1 and "ours" in value[side]
     ]
     figure, axis = pyplot.subplots(figsize=(11, 1.5 + 0.42 * max(1, len(parts))))
-    baselines = [rival for rival in RIVALS if any(rival in cases[name][side] for name, side in parts)]
-    colours = dict(zip(RIVALS, pyplot.colormaps["tab10"].colors))
+    baselines = [baseline for baseline in BASELINES if any(baseline in cases[name][side] for name, side in parts)]
+    colours = dict(zip(BASELINES, pyplot.colormaps["tab10"].colors))
     for place, (name, side) in enumerate(reversed(parts)):
-        for rival in baselines:
-            if rival in cases[name][side]:
-                axis.plot(speed(cases, name, side, rival), place, "o", color=colours[rival])
-    for rival in baselines:
-        axis.plot([], [], "o", color=colours[rival], label=rival)
+        for baseline in baselines:
+            if baseline in cases[name][side]:
+                axis.plot(speed(cases, name, side, baseline), place, "o", color=colours[baseline])
+    for baseline in baselines:
+        axis.plot([], [], "o", color=colours[baseline], label=baseline)
     axis.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
     axis.set_yticks(range(len(parts)), [f"{name}, {side}" for name, side in reversed(parts)])
     axis.set_xscale("log")

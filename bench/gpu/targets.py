@@ -22,10 +22,10 @@ ATTENTION_KERNELS = ("attention train", "attention 16k", "attention full", "atte
 Cases = dict[str, dict]  # name -> value of a case that was measured
 
 
-def speed(cases: Cases, case: str, side: str, rival: str) -> float | None:
-    """Speed-up of ours over ``rival`` in one part of a case ("forward", "first", "decode"...)."""
+def speed(cases: Cases, case: str, side: str, baseline: str) -> float | None:
+    """Speed-up of ours over ``baseline`` in one part of a case ("forward", "first", "decode"...)."""
     times = cases.get(case, {}).get(side, {})
-    return times[rival]["median"] / times["ours"]["median"] if rival in times and "ours" in times else None
+    return times[baseline]["median"] / times["ours"]["median"] if baseline in times and "ours" in times else None
 
 
 def bandwidth_share(cases: Cases, case: str) -> float | None:
@@ -62,10 +62,10 @@ def _step_ratio(cases: Cases) -> float | None:
     return cases["train stock"]["step"]["median"] / cases["train accelerated"]["step"]["median"]
 
 
-def _memory_ratio(case: str, rival: str) -> Callable[[Cases], float | None]:
+def _memory_ratio(case: str, baseline: str) -> Callable[[Cases], float | None]:
     def value(cases: Cases) -> float | None:
         used = cases.get(case, {}).get("memory", {})
-        return used["ours"] / used[rival] if used.get(rival) and "ours" in used else None
+        return used["ours"] / used[baseline] if used.get(baseline) and "ours" in used else None
 
     return value
 
@@ -103,8 +103,8 @@ class GpuTarget:
     stretch: bool = False
 
 
-def _over(case: str, side: str, rival: str = "stock") -> Callable[[Cases], float | None]:
-    return lambda cases: speed(cases, case, side, rival)
+def _over(case: str, side: str, baseline: str = "stock") -> Callable[[Cases], float | None]:
+    return lambda cases: speed(cases, case, side, baseline)
 
 
 TARGETS = [

@@ -14,7 +14,7 @@ import qvl_kernels
 from bench.compile_check import __main__ as command
 from bench.compile_check import chips, report, sass
 from bench.compile_check.compiled import compile_all, inspect, violations
-from bench.compile_check.known_issues import KNOWN_ISSUES, WAIVABLE, Waiver
+from bench.compile_check.known_issues import ACCEPTABLE, KNOWN_ISSUES, KnownIssue
 from bench.compile_check.launches import kernels, record, specialise, target
 from bench.compile_check.sources import sources
 from bench.kernels import cases_of
@@ -31,7 +31,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 @triton.jit
-def _product_kernel(x_ptr, w_ptr, y_ptr, size, stride, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+def _matmul_kernel(x_ptr, w_ptr, y_ptr, size, stride, BLOCK: tl.constexpr, SIZE: tl.constexpr):
     """y = x w^T over blocks of SIZE columns; tiles of BLOCK rows each."""
     rows, columns = tl.arange(0, BLOCK), tl.arange(0, SIZE)
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -53,7 +53,7 @@ def _scale_kernel(x_ptr, y_ptr, size, one, odd, step, BLOCK: tl.constexpr):
 def _found(arch, *, dtype=torch.bfloat16, block=64, size=64, **meta):
     x = torch.empty(1024, 1024, dtype=dtype)
     launch = Launch(
-        _product_kernel,
+        _matmul_kernel,
         (1,),
         (x, x, x, 1024, 1024),
         {"BLOCK": block, "SIZE": size, "num_warps": 4, "enable_fp_fusion": True, **meta},
@@ -239,8 +239,8 @@ def test_violations_fail_unless_waived(monkeypatch, capsys):
     plan = [("sm_90", "bf16")]
     failed = command.audit(names=["swiglu"], plan=plan)
     assert failed.failures and "8 bytes of stack" in failed.failures[0] and failed.waived == []
-    waiver = Waiver("_swiglu*kernel", "sm_90", "bf16", "spill", "made up for this test")
-    waived = command.audit(names=["swiglu"], plan=plan, known_issues=[waiver])
+    issue = KnownIssue("_swiglu*kernel", "sm_90", "bf16", "spill", "made up for this test")
+    waived = command.audit(names=["swiglu"], plan=plan, known_issues=[issue])
     assert waived.failures == [] and "made up for this test" in waived.waived[0]
     for name, value in (
         ("kernel", "_other_kernel"),
@@ -250,12 +250,10 @@ def test_violations_fail_unless_waived(monkeypatch, capsys):
         ("triton", "2."),
     ):
         assert command.audit(
-            names=["swiglu"], plan=plan, known_issues=[dataclasses.replace(waiver, **{name: value})]
+            names=["swiglu"], plan=plan, known_issues=[dataclasses.replace(issue, **{name: value})]
         ).failures
     monkeypatch.setattr(command, "violations", lambda arch, found: [("shared", "too much")])
-    assert command.audit(
-        names=["swiglu"], plan=plan, known_issues=[dataclasses.replace(waiver, kind="shared")]
-    ).failures
+    assert command.audit(names=["swiglu"], plan=plan, known_issues=[dataclasses.replace(issue, kind="shared")]).failures
     assert command.main(["--op", "swiglu", "--arch", "sm_90", "--dtype", "bf16"]) == 1
     assert "violation:" in capsys.readouterr().out
 
@@ -267,7 +265,7 @@ def test_unused_waivers_and_unreached_kernels_fail_a_whole_audit(monkeypatch):
     monkeypatch.setattr(command, "sources", lambda: {"swiglu": sources()["swiglu"]})
     plan = [(arch, "bf16") for arch in ARCHITECTURES]
     result = command.audit(
-        plan=plan, known_issues=[Waiver("_swiglu_kernel", "sm_80", "bf16", "spill", "once upon a time")]
+        plan=plan, known_issues=[KnownIssue("_swiglu_kernel", "sm_80", "bf16", "spill", "once upon a time")]
     )
     assert len(result.failures) == 2
     assert "_lonely_kernel: no case of any op launches it" in result.failures[0]
@@ -275,7 +273,7 @@ def test_unused_waivers_and_unreached_kernels_fail_a_whole_audit(monkeypatch):
 
 
 def test_waivers_are_explained():
-    assert all(waiver.reason and waiver.kind in WAIVABLE for waiver in KNOWN_ISSUES)
+    assert all(issue.reason and issue.kind in ACCEPTABLE for issue in KNOWN_ISSUES)
     assert len(set(KNOWN_ISSUES)) == len(KNOWN_ISSUES)
 
 

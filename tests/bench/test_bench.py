@@ -174,7 +174,7 @@ def test_packed_weights_are_further_variants_of_a_run(tmp_path):
     assert result["raw"]["times"]["decode"].keys() == set(options.variants)
 
 
-class _Peer:
+class _Engine:
     """Takes the place of another engine: stock in a worker of ours, or one that does not start."""
 
     version = "1.0"
@@ -197,11 +197,11 @@ class _Peer:
 def test_peers_take_turns_with_the_same_weights(tmp_path, monkeypatch):
     model = str(write_random(tmp_path / "tiny", FAMILIES["qwen3-vl"], _sizes("qwen3-vl")))
     peers = [
-        _Peer("openvino int8", ("image", "text"), model),
-        _Peer("llama.cpp Q4_0", ("text",), model),
-        _Peer("openvino int4", (), model, works=False),
+        _Engine("openvino int8", ("image", "text"), model),
+        _Engine("llama.cpp Q4_0", ("text",), model),
+        _Engine("openvino int4", (), model, works=False),
     ]
-    monkeypatch.setattr(plan, "peers_of", lambda path: [*peers, _Peer("llama.cpp bf16", (), model)])
+    monkeypatch.setattr(plan, "engines_of", lambda path: [*peers, _Engine("llama.cpp bf16", (), model)])
     monkeypatch.setattr(plan, "prepared", lambda found, show: (found[:3], {"llama.cpp bf16": "no compiler"}))
     options = plan.Options(
         model,

@@ -15,13 +15,13 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from bench import inputs
 from bench.checkpoint_files import FULL_CONFIG
 from bench.client import Worker, WorkerError
-from bench.engines import PeerUnavailable, llama_cpp, open_vino, peers_of, prepared
+from bench.engines import EngineUnavailable, engines_of, llama_cpp, open_vino, prepared
 from bench.engines.__main__ import main
 from bench.engines.checkpoints import old_config, old_style
 from bench.engines.environment import Environment, finished, run_step
-from bench.engines.llama_cpp import IK_LLAMA_CPP, LLAMA_CPP, LlamaPeer, Toolchain
+from bench.engines.llama_cpp import IK_LLAMA_CPP, LLAMA_CPP, LlamaEngine, Toolchain
 from bench.engines.llama_worker import seconds
-from bench.engines.open_vino import OpenVINOPeer
+from bench.engines.open_vino import OpenVINOEngine
 from bench.engines.write_gguf import metadata, read_tensors, tensor_name
 from bench.greedy import CONFIGS, tiny_config
 
@@ -92,7 +92,7 @@ def test_times_of_llama_bench():
 
 def test_a_llama_peer_runs_its_bench_once_per_request(tmp_path, monkeypatch, checkpoint, prompts):
     monkeypatch.setenv("QVL_CACHE", str(tmp_path))
-    peer = LlamaPeer(IK_LLAMA_CPP, "Q8_0", checkpoint)
+    peer = LlamaEngine(IK_LLAMA_CPP, "Q8_0", checkpoint)
     program = IK_LLAMA_CPP.tool("llama-bench")
     program.parent.mkdir(parents=True)
     program.write_text(
@@ -173,7 +173,7 @@ def test_llama_cpp_reads_what_is_written(toolchain, format, checkpoint, tmp_path
     if not (LLAMA_CPP.ready and toolchain.ready):
         pytest.skip(f"{toolchain.name} is not built: python -m bench.engines")
     monkeypatch.setattr(llama_cpp, "models_directory", lambda checkpoint: tmp_path)
-    peer = LlamaPeer(toolchain, format, checkpoint)
+    peer = LlamaEngine(toolchain, format, checkpoint)
     peer.prepare(print)
     with peer.start(prompts, threads=1) as worker:
         times = worker.ask("generate", prompt="text", tokens=3)
@@ -211,7 +211,7 @@ def test_openvino_runs_what_is_exported(bits, checkpoint, tmp_path, monkeypatch,
     if not open_vino.environment().ready:
         pytest.skip("OpenVINO is not installed: python -m bench.engines")
     monkeypatch.setattr(open_vino, "models_directory", lambda checkpoint: tmp_path)
-    peer = OpenVINOPeer(bits, checkpoint)
+    peer = OpenVINOEngine(bits, checkpoint)
     peer.prepare(print)
     with peer.start(prompts, threads=1) as worker:
         times = worker.ask("generate", prompt="text", tokens=3)
@@ -222,16 +222,16 @@ def test_a_failed_step_says_why(tmp_path):
     log = tmp_path / "logs" / "step.log"
     run_step("speaking", [sys.executable, "-c", "print('words')"], log)
     with pytest.raises(
-        PeerUnavailable, match=r"compiling failed: x.c:1: error: no such thing \(.*step.log has the rest\)"
+        EngineUnavailable, match=r"compiling failed: x.c:1: error: no such thing \(.*step.log has the rest\)"
     ):
         run_step(
             "compiling", [sys.executable, "-c", "print('x.c:1: error: no such thing\\nninja: stopped'); exit(1)"], log
         )
-    with pytest.raises(PeerUnavailable, match="linking failed: last words"):
+    with pytest.raises(EngineUnavailable, match="linking failed: last words"):
         run_step("linking", [sys.executable, "-c", "print('first\\nlast words'); exit(1)"], log)
-    with pytest.raises(PeerUnavailable, match="starting failed: .*nowhere"):
+    with pytest.raises(EngineUnavailable, match="starting failed: .*nowhere"):
         run_step("starting", ["/nowhere"], log)
-    with pytest.raises(PeerUnavailable, match="waiting took longer than 0 s"):
+    with pytest.raises(EngineUnavailable, match="waiting took longer than 0 s"):
         run_step("waiting", ["sleep", "60"], log, limit_s=0.1)
     assert "words" in log.read_text() and "$ sleep 60" in log.read_text()
     run_step("finding", ["sh", "-c", f"case $PATH in {tmp_path}:*) ;; *) exit 1;; esac"], log, path=tmp_path)
@@ -247,7 +247,7 @@ def test_an_environment_is_made_once_and_anew_for_another_recipe(tmp_path):
     broken = Environment(tmp_path / "env", (("install", "--no-index", "qvl-no-such-package"),), "import json")
     for _ in range(2):
         with pytest.raises(
-            PeerUnavailable, match="pip install --no-index qvl-no-such-package failed: ERROR: .*qvl-no-such-package"
+            EngineUnavailable, match="pip install --no-index qvl-no-such-package failed: ERROR: .*qvl-no-such-package"
         ):
             broken.prepare(shown.append)
     assert len(shown) == 3, "the second attempt must fail without trying"
@@ -269,7 +269,7 @@ def test_without_a_compiler_nothing_is_built(tmp_path, monkeypatch):
     monkeypatch.setenv("QVL_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "/nowhere/c++")
     monkeypatch.setattr(Environment, "prepare", lambda self, show: None)
-    with pytest.raises(PeerUnavailable, match="no C[+][+] compiler: apt-get install"):
+    with pytest.raises(EngineUnavailable, match="no C[+][+] compiler: apt-get install"):
         Toolchain("some.cpp", "some-package", "1.0").prepare(print)
 
 
@@ -278,7 +278,7 @@ def test_the_project_is_found_in_a_source_distribution(tmp_path, monkeypatch):
     toolchain = Toolchain("some.cpp", "some-package", "1.0")
     project = toolchain.folder / "source-1.0" / "some_package-1.0" / "vendor" / "my_llama.cpp"
     (project / "common").mkdir(parents=True)
-    with pytest.raises(PeerUnavailable, match="some-package 1.0 carries no vendor"):
+    with pytest.raises(EngineUnavailable, match="some-package 1.0 carries no vendor"):
         toolchain._source()
     (project / "CMakeLists.txt").touch()
     assert toolchain._source() == project
@@ -288,30 +288,30 @@ def test_the_project_is_found_in_a_source_distribution(tmp_path, monkeypatch):
     assert toolchain._source() == project and script.read_text() == "its own"
 
 
-class _Peer:
+class _Engine:
     def __init__(self, name: str, reason: str | None) -> None:
         self.name, self._reason = name, reason
 
     def prepare(self, show) -> None:
         show("at work")
         if self._reason:
-            raise PeerUnavailable(self._reason)
+            raise EngineUnavailable(self._reason)
 
 
 def test_peers_that_cannot_be_prepared_are_skipped_with_their_reason(checkpoint, monkeypatch, capsys):
     shown = []
-    good, bad = _Peer("good", None), _Peer("bad", "no such machine")
+    good, bad = _Engine("good", None), _Engine("bad", "no such machine")
     assert prepared([bad, good], shown.append) == ([good], {"bad": "no such machine"})
     assert shown == ["bad: at work", "good: at work"]
 
     def unavailable(self, show):
-        raise PeerUnavailable("no network")
+        raise EngineUnavailable("no network")
 
     monkeypatch.setattr(Environment, "prepare", unavailable)
     monkeypatch.setattr(Toolchain, "prepare", unavailable)
     assert main(["--model", str(checkpoint)]) == 1
     printed = capsys.readouterr().out.splitlines()
-    assert printed == [f"{peer.name}: skipped, no network" for peer in peers_of(checkpoint)] and len(printed) == 8
+    assert printed == [f"{peer.name}: skipped, no network" for peer in engines_of(checkpoint)] and len(printed) == 8
     with pytest.raises(SystemExit, match="no peer is called vllm; there are llama.cpp bf16"):
         main(["--model", str(checkpoint), "vllm"])
 
