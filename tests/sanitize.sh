@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The kernel tests over an extension with AddressSanitizer and UBSan, built into build/sanitize; fails if either reports anything.
-# PyTorch and the OpenMP runtime are as they are: what the kernels do to memory is seen, races between threads are not. GCC leaves
-# masked vector loads and stores unchecked, too; the guard pages of tests/kernels/test_fuzz.py feel those.
+# PyTorch and the OpenMP runtime are not instrumented: memory errors of the kernels are found, races between threads are not. GCC leaves
+# masked vector loads and stores unchecked, too; the guard pages of tests/kernels/test_fuzz.py cover those.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -10,8 +10,8 @@ folder=$PWD/build/sanitize
 rm -f "$folder"/report.*
 QVL_SANITIZE=1 "$PYTHON" setup.py -q build --build-base "$folder" --build-temp "$folder/temp" --build-lib "$folder/lib"
 
-# Reports go to files, where UBSan's do not always arrive: pytest leaves the standard streams alone below, or it would swallow them and
-# end without a word. Python never frees all it has, so leaks are not looked for.
+# Reports go to files, but UBSan's sometimes only to the standard streams, so pytest must not capture those. Python never frees all
+# memory, so leak detection is off.
 export ASAN_OPTIONS=detect_leaks=0:log_path=$folder/report
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=$folder/report
 

@@ -35,7 +35,7 @@ def _qkv(b=1, t=20, s=20, h=2, hkv=1, d=16, dtype=torch.float16, scale: float = 
     }
 
 
-def _packed(lengths: list[int], h=2, hkv=1, d=16, dtype=torch.float16) -> dict:
+def _varlen(lengths: list[int], h=2, hkv=1, d=16, dtype=torch.float16) -> dict:
     n = sum(lengths)
     arguments = {name: x[0] for name, x in _qkv(1, n, n, h, hkv, d, dtype).items()}
     return {**arguments, "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int()}
@@ -76,14 +76,14 @@ def _check(arguments: dict, device, monkeypatch, *, function=None) -> None:
         return [o.detach() for o in out], list(gradients)
 
     with qvl_kernels.use_backend("reference"):
-        truth, plain = run(double(arguments)), run(arguments)
+        golden, plain = run(double(arguments)), run(arguments)
     moved = {name: surrounded(x.to(device)) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
     guard = GuardedEmpty()
     with monkeypatch.context() as patch, qvl_kernels.use_backend("triton"):
         patch.setattr(torch, "empty", guard)
         ours = run(moved)
     guard.check()
-    for factor, out, baseline, exact in zip((2.0, 3.0), ours, plain, truth):
+    for factor, out, baseline, exact in zip((2.0, 3.0), ours, plain, golden):
         for a, b, c in zip(out, baseline, exact, strict=True):
             assert torch.equal(a.cpu() == -INF, c == -INF)
             finite = c > -INF
@@ -98,8 +98,8 @@ def test_borders_of_blocks(lengths, causal, device, monkeypatch):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [[0], [0, 0, 1, 0], [15, 17, 0, 33], *_slow([16, 16], [1] * 20, [70])], ids=str)
-def test_packed_lengths(lengths, causal, device, monkeypatch):
-    _check({**_packed(lengths), "causal": causal}, device, monkeypatch)
+def test_varlen_lengths(lengths, causal, device, monkeypatch):
+    _check({**_varlen(lengths), "causal": causal}, device, monkeypatch)
 
 
 @pytest.mark.parametrize("d", [72, 80, 256, *_slow(16, 96, 128)])
@@ -148,13 +148,13 @@ def test_masks_as_large_as_the_dtype(device, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [NAN, *_slow(INF)])
-@pytest.mark.parametrize("how", ["padding", "rows", "additive", "lengths", "packed"])
+@pytest.mark.parametrize("how", ["padding", "rows", "additive", "lengths", "varlen"])
 def test_unseen_keys_may_hold_anything(how, bad, device, monkeypatch):
     """Padding by mask or length, and neighbouring varlen sequences, may be NaN: results and gradients are those with
     finite numbers.
     """
-    if how == "packed":
-        arguments = _packed([13, 40, 20])
+    if how == "varlen":
+        arguments = _varlen([13, 40, 20])
         bounds = arguments["cu_seqlens"].tolist()
         hidden = torch.zeros(73, dtype=torch.bool)
         hidden[bounds[1] : bounds[2]] = True
@@ -167,7 +167,7 @@ def test_unseen_keys_may_hold_anything(how, bad, device, monkeypatch):
             hidden[0, :17] = hidden[0, 20] = True
         rows = slice(None)
     visible = ~hidden
-    seen_mask = visible[:, None, None] if how != "packed" else None
+    seen_mask = visible[:, None, None] if how != "varlen" else None
     function = qvl_kernels.attention
     if how == "padding":
         arguments["key_padding_mask"] = visible
@@ -188,10 +188,10 @@ def test_unseen_keys_may_hold_anything(how, bad, device, monkeypatch):
     clean = run(arguments)
     spoiled = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
     spoiled["k"][hidden], spoiled["v"][hidden] = bad, bad
-    if how == "packed":
+    if how == "varlen":
         spoiled["q"][hidden] = bad
     for a, b in zip(run(spoiled), clean):
-        if how == "packed" and a.shape[0] == 73:
+        if how == "varlen" and a.shape[0] == 73:
             a, b = a[rows], b[rows]
         assert torch.equal(a, b) and bool(a.isfinite().all())
 
@@ -226,7 +226,7 @@ def test_bounds_of_the_device_stay_inside(bounds, device, monkeypatch):
     """Lengths on the device cannot be checked by the host: the kernel reads nothing outside (NaN) and writes nothing
     outside (guards).
     """
-    x = [surrounded(_packed([30])[name].to(device)) for name in "qkv"]
+    x = [surrounded(_varlen([30])[name].to(device)) for name in "qkv"]
     bounds = surrounded(torch.tensor(bounds, dtype=torch.int32, device=device))
     guard = GuardedEmpty()
     with monkeypatch.context() as patch, qvl_kernels.use_backend("triton"):
@@ -237,7 +237,7 @@ def test_bounds_of_the_device_stay_inside(bounds, device, monkeypatch):
 
 
 def test_rows_behind_the_last_sequence_are_zero(device):
-    x = [_packed([30])[name].to(device).requires_grad_() for name in "qkv"]
+    x = [_varlen([30])[name].to(device).requires_grad_() for name in "qkv"]
     bounds = torch.tensor([0, 9, 21], dtype=torch.int32, device=device)
     with qvl_kernels.use_backend("triton"):
         out, lse = attention_op(*x, bounds, None, None, False, 0.25)
@@ -259,14 +259,14 @@ def test_lengths_of_the_device_are_taken_into_the_keys(device):
 def test_many_sequences(count, device):
     """More sequences than a program searches in one block."""
     lengths = [3 if i % 70 == 0 else 0 for i in range(count)]
-    arguments = _packed(lengths, h=1, dtype=torch.float32)
+    arguments = _varlen(lengths, h=1, dtype=torch.float32)
     with qvl_kernels.use_backend("triton"), torch.no_grad():
         out = qvl_kernels.attention(**{name: x.to(device) for name, x in arguments.items()}).cpu()
     with qvl_kernels.use_backend("reference"):
         assert relative_error(out, qvl_kernels.attention(**arguments)) < 1e-5
 
 
-def _kept(
+def _keep_mask(
     h: int, hkv: int, t: int, s: int, p: float, seed: torch.Tensor, device, lengths: list[int] | None = None, b: int = 1
 ) -> torch.Tensor:
     """Dropout keep mask of the kernel, [B, H, T, S]: with scores of 0 all weights are 1 / S, and values are unit
@@ -300,7 +300,7 @@ def _dropped(q, k, v, keep, p: float, *, causal: bool = False) -> torch.Tensor:
 @pytest.mark.parametrize("causal", [True, *_slow(False)])
 def test_dropout_is_replayed_by_the_backward(causal, dtype, device):
     p, seed, shape = 0.4, torch.tensor([2**61 + 12345], device=device), {"h": 4, "hkv": 2, "t": 20, "s": 36}
-    keep = _kept(**shape, p=p, seed=seed, device=device, b=2)
+    keep = _keep_mask(**shape, p=p, seed=seed, device=device, b=2)
     arguments = _qkv(b=2, **shape, dtype=dtype)
     cotangent = _rand(2, 20, 4, 16, dtype=torch.float32, seed=5)
 
@@ -309,27 +309,27 @@ def test_dropout_is_replayed_by_the_backward(causal, dtype, device):
         out = function(*tensors)
         return [out.detach().cpu(), *(g.cpu() for g in torch.autograd.grad((out * cotangent.to(out)).sum(), tensors))]
 
-    truth = run(lambda *x: _dropped(*x, keep, p, causal=causal), [x.double() for x in arguments.values()])
+    golden = run(lambda *x: _dropped(*x, keep, p, causal=causal), [x.double() for x in arguments.values()])
     plain = run(lambda *x: _dropped(*x, keep, p, causal=causal), arguments.values())
     with qvl_kernels.use_backend("triton"):
         ours = run(
             lambda *x: attention_op(*x, None, None, None, causal, 0.25, p, seed)[0],
             [x.to(device) for x in arguments.values()],
         )
-    for a, b, c in zip(ours, plain, truth, strict=True):
+    for a, b, c in zip(ours, plain, golden, strict=True):
         assert_close_to_truth(a, b, c, factor=3.0)
 
 
-def test_dropout_of_packed_sequences(device):
+def test_dropout_of_varlen_sequences(device):
     lengths, p, seed = [7, 30, 0, 11], 0.3, torch.tensor([99], device=device)
-    keep = _kept(2, 1, 48, 30, p, seed, device, lengths)
-    arguments, bounds = _packed(lengths, dtype=torch.float32), [0, 7, 37, 37, 48]
+    keep = _keep_mask(2, 1, 48, 30, p, seed, device, lengths)
+    arguments, bounds = _varlen(lengths, dtype=torch.float32), [0, 7, 37, 37, 48]
     inputs = [arguments[name].double().requires_grad_() for name in "qkv"]
     parts = [
         _dropped(*(x[None, a:b] for x in inputs), keep[:, :, a:b, : b - a], p)[0] for a, b in zip(bounds, bounds[1:])
     ]
-    truth = torch.cat(parts)
-    expected = [truth, *torch.autograd.grad(truth.square().sum(), inputs)]
+    golden = torch.cat(parts)
+    expected = [golden, *torch.autograd.grad(golden.square().sum(), inputs)]
     inputs = [arguments[name].to(device).requires_grad_() for name in "qkv"]
     with qvl_kernels.use_backend("triton"):
         out = attention_op(*inputs, arguments["cu_seqlens"].to(device), None, None, False, 0.25, p, seed)[0]
@@ -340,8 +340,8 @@ def test_dropout_of_packed_sequences(device):
 def test_dropout_statistics(device):
     """Keep rate within five standard deviations overall, per row and per key; heads, sequences and seeds differ."""
     p, shape = 0.3, {"h": 2, "hkv": 1, "t": 64, "s": 64, "p": 0.3, "device": device, "b": 2}
-    first = _kept(seed=torch.tensor([7], device=device), **shape).float()
-    other = _kept(seed=torch.tensor([8], device=device), **shape).float()
+    first = _keep_mask(seed=torch.tensor([7], device=device), **shape).float()
+    other = _keep_mask(seed=torch.tensor([8], device=device), **shape).float()
     for axes in ((0, 1, 2, 3), (0, 1, 2), (0, 1, 3)):
         count = math.prod(first.shape[axis] for axis in axes)
         assert (first.mean(axes) - (1 - p)).abs().max() < 5 * math.sqrt(p * (1 - p) / count)

@@ -33,7 +33,7 @@ def _check(arguments: dict, lengths: torch.Tensor, device, monkeypatch, **change
         return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
     arguments = {**arguments, **changes}
-    truth, baseline = (
+    golden, baseline = (
         call({k: double(v) for k, v in arguments.items()}, "reference", lengths),
         call(arguments, "reference", lengths),
     )
@@ -46,7 +46,7 @@ def _check(arguments: dict, lengths: torch.Tensor, device, monkeypatch, **change
     )
     monkeypatch.undo()
     guard.check()
-    assert_close_to_truth(out.cpu(), baseline, truth)
+    assert_close_to_truth(out.cpu(), baseline, golden)
 
 
 def _force_splits(monkeypatch, splits: int) -> None:

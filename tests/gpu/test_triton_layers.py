@@ -61,7 +61,7 @@ def _arguments(dtype, time=1):
     )
 
 
-def _truth(x, cos, sin, keys, values, weights, visible):
+def _golden(x, cos, sin, keys, values, weights, visible):
     """Reference, row by row, each with its own past: (outputs, keys, values)."""
     outs = []
     for row, past in enumerate(LENGTHS):
@@ -88,18 +88,18 @@ def test_decode_step(bits, dtype, device):
     visible[0, ..., :3] = False  # left padding
     exact = weights
     if bits < 16:
-        packed = _map(lambda w: quantize(w, bits, 32) if w.dim() == 2 else w, weights)
-        exact = _map(lambda w: dequantize(w, dtype) if isinstance(w, QuantizedWeight) else w, packed)
-        truth_weights = _map(
+        quantised = _map(lambda w: quantize(w, bits, 32) if w.dim() == 2 else w, weights)
+        exact = _map(lambda w: dequantize(w, dtype) if isinstance(w, QuantizedWeight) else w, quantised)
+        golden_weights = _map(
             lambda w: dequantize(w, torch.float64) if isinstance(w, QuantizedWeight) else w.double(),
-            packed,
+            quantised,
         )
-        weights = packed
+        weights = quantised
     else:
-        truth_weights = _map(torch.Tensor.double, weights)
+        golden_weights = _map(torch.Tensor.double, weights)
     tensors = (x, cos, sin, keys, values)
-    truth = _truth(*(t.double() for t in tensors), truth_weights, visible)
-    baseline = _truth(*(t.clone() for t in tensors), exact, visible)
+    golden = _golden(*(t.double() for t in tensors), golden_weights, visible)
+    baseline = _golden(*(t.clone() for t in tensors), exact, visible)
     moved = [t.clone().to(device) for t in tensors]
     caches = GrowingCaches(1, len(LENGTHS), KV_HEADS, HEAD_DIM, dtype, device)
     caches.take(0, *moved[3:], length=CAPACITY)
@@ -115,7 +115,7 @@ def test_decode_step(bits, dtype, device):
     lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
         out = decode_step(moved[0], _Layer(weights), *moved[1:3], caches, 0, lengths, lengths + 1)
-    for ours, plain, true in zip((out, *caches.give(0, len(LENGTHS), CAPACITY)), baseline, truth):
+    for ours, plain, true in zip((out, *caches.give(0, len(LENGTHS), CAPACITY)), baseline, golden):
         assert_close_to_truth(ours.cpu().nan_to_num(), plain.nan_to_num(), true.nan_to_num())
 
 
@@ -135,7 +135,7 @@ def test_composed_layer(time, dtype, device):
             v,
         )
 
-    truth, baseline = reference(lambda t: t.double() if t.is_floating_point() else t), reference(torch.clone)
+    golden, baseline = reference(lambda t: t.double() if t.is_floating_point() else t), reference(torch.clone)
     moved, w = [t.clone().to(device) for t in (x, cos, sin, keys, values)], _map(lambda t: t.to(device), weights)
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
         out = unfused_decoder_layer(
@@ -150,5 +150,5 @@ def test_composed_layer(time, dtype, device):
             1e-6,
             HEAD_DIM**-0.5,
         )
-    for ours, plain, true in zip((out, *moved[3:]), baseline, truth):
+    for ours, plain, true in zip((out, *moved[3:]), baseline, golden):
         assert_close_to_truth(ours.cpu(), plain, true)

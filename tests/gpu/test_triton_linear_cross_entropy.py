@@ -59,9 +59,9 @@ def test_chunks_add_up(reduction, smoothing, dtype, device, monkeypatch):
     ours = _triton(*inputs, device, cotangent, **options)
     monkeypatch.undo()
     guard.check()
-    truth = _reference(*(x.double() for x in inputs[:2]), inputs[2], cotangent.double(), **options)
+    golden = _reference(*(x.double() for x in inputs[:2]), inputs[2], cotangent.double(), **options)
     baseline = _reference(*inputs, cotangent, **options)
-    for factor, out, plain, exact in zip((2.0, 3.0, 3.0), ours, baseline, truth):
+    for factor, out, plain, exact in zip((2.0, 3.0, 3.0), ours, baseline, golden):
         assert_close_to_truth(out, plain, exact, factor=factor)
 
 
@@ -72,11 +72,11 @@ def test_gradients_made_with_the_loss(dtype, device):
         out = loss_sum_op(hidden, weight, labels, -100, 0.1, True, True)
     options = {"reduction": "sum", "label_smoothing": 0.1}
     hidden, weight, labels = _inputs(dtype)
-    truth, baseline = (
+    golden, baseline = (
         _reference(hidden.double(), weight.double(), labels, **options),
         _reference(hidden, weight, labels, **options),
     )
-    for ours, plain, exact in zip(out, baseline, truth):
+    for ours, plain, exact in zip(out, baseline, golden):
         assert_close_to_truth(ours.cpu(), plain, exact, factor=3.0)
 
 
@@ -122,8 +122,8 @@ def test_odd_sizes(tokens, words, width, dtype, device):
     hidden, weight = random_tensor((tokens, width), dtype, generator), random_tensor((words, width), dtype, generator)
     labels = torch.randint(0, words, (tokens,), generator=generator)
     ours = _triton(hidden, weight, labels, device)
-    truth, baseline = _reference(hidden.double(), weight.double(), labels), _reference(hidden, weight, labels)
-    for factor, out, plain, exact in zip((2.0, 3.0, 3.0), ours, baseline, truth):
+    golden, baseline = _reference(hidden.double(), weight.double(), labels), _reference(hidden, weight, labels)
+    for factor, out, plain, exact in zip((2.0, 3.0, 3.0), ours, baseline, golden):
         assert_close_to_truth(out, plain, exact, factor=factor, floor=4 * torch.finfo(dtype).eps)
 
 
@@ -160,12 +160,12 @@ def test_huge_logits(device):
     ]  # pairs of equal logits, so that losses are near log 2 where the label is of the largest pair
     largest = (inputs[0].double() @ inputs[1].double().t()).argmax(1)
     inputs[2][8:] = largest[8:]
-    truth = _reference(*(x.double() for x in inputs[:2]), inputs[2], torch.ones(M).double(), reduction="none")
+    golden = _reference(*(x.double() for x in inputs[:2]), inputs[2], torch.ones(M).double(), reduction="none")
     baseline = _reference(*inputs, torch.ones(M), reduction="none")
     ours = _triton(*inputs, device, torch.ones(M), reduction="none")
     # Logits are computed twice, by matmuls of different shapes, which limits the accuracy of the gradients.
     for floor, out, plain, exact in zip(
-        (None, 4e4 * torch.finfo(torch.float32).eps, 4e4 * torch.finfo(torch.float32).eps), ours, baseline, truth
+        (None, 4e4 * torch.finfo(torch.float32).eps, 4e4 * torch.finfo(torch.float32).eps), ours, baseline, golden
     ):
         assert_close_to_truth(
             out[8:] if out.dim() == 1 else out,

@@ -71,9 +71,9 @@ def _step(model, batch, optimizer, scaler=None) -> tuple[torch.Tensor, dict[str,
     return loss.detach(), gradients
 
 
-def _error(gradients, truth) -> float:
-    squares = sum((gradients[name].double() - truth[name].double()).square().sum().item() for name in truth)
-    return (squares / sum(x.double().square().sum().item() for x in truth.values())) ** 0.5
+def _error(gradients, golden) -> float:
+    squares = sum((gradients[name].double() - golden[name].double()).square().sum().item() for name in golden)
+    return (squares / sum(x.double().square().sum().item() for x in golden.values())) ** 0.5
 
 
 def test_gradients_of_three_training_steps(pair, device, monkeypatch):
@@ -96,13 +96,13 @@ def test_gradients_of_three_training_steps(pair, device, monkeypatch):
 def test_a_step_of_fp16_with_a_scaled_loss(pair, device):
     """Autocast and GradScaler: at most 1.5 times as far from fp32 as stock is."""
     batch, (stock, ours) = _batch(device, *TRAINED), pair
-    _, truth = _step(copy.deepcopy(stock).train(), batch, torch.optim.SGD(stock.parameters(), lr=0.0))
+    _, golden = _step(copy.deepcopy(stock).train(), batch, torch.optim.SGD(stock.parameters(), lr=0.0))
     results = []
     for model in (stock, ours):
         optimizer = torch.optim.SGD(model.train().parameters(), lr=0.0)
         with qvl_kernels.use_backend("triton"):
             results.append(_step(model, batch, optimizer, torch.amp.GradScaler(device.type, init_scale=2.0**12))[1])
-    expected, got = (_error(gradients, truth) for gradients in results)
+    expected, got = (_error(gradients, golden) for gradients in results)
     assert 0 < got < 1.5 * expected
 
 

@@ -42,8 +42,8 @@ def _on(device: torch.device, value):
 def test_forward(op, case, dtype, device, monkeypatch):
     function = OPS[op][0]
     arguments = case.make(dtype, generator())
-    truth_arguments, baseline_arguments = (_on(device, value) for value in (double(arguments), arguments))
-    truth, baseline = reference(function, truth_arguments), reference(function, baseline_arguments)
+    golden_arguments, baseline_arguments = (_on(device, value) for value in (double(arguments), arguments))
+    golden, baseline = reference(function, golden_arguments), reference(function, baseline_arguments)
     ours_arguments = _on(device, arguments)
     guard = GuardedEmpty()
     monkeypatch.setattr(torch, "empty", guard)
@@ -51,12 +51,12 @@ def test_forward(op, case, dtype, device, monkeypatch):
         out = outputs(function(**ours_arguments))
     monkeypatch.undo()
     guard.check()
-    assert len(out) == len(truth)
-    for ours, plain, exact in zip(out, baseline, truth):
+    assert len(out) == len(golden)
+    for ours, plain, exact in zip(out, baseline, golden):
         assert_close_to_truth(ours, plain, exact)
     if op == "decoder_layer":
         for name in ("k_cache", "v_cache"):
-            assert_close_to_truth(ours_arguments[name], baseline_arguments[name], truth_arguments[name])
+            assert_close_to_truth(ours_arguments[name], baseline_arguments[name], golden_arguments[name])
 
 
 @pytest.mark.parametrize(("op", "case"), [p for p in ALL if p.values[0] not in INFERENCE_ONLY])
@@ -72,7 +72,7 @@ def test_gradients(op, case, dtype, device, monkeypatch):
         cotangents = [torch.randn(out.shape, generator=generator()) for out in outputs(function(**arguments))]
     there = [cotangent.to(device) for cotangent in cotangents]
     with qvl_kernels.use_backend("reference"):
-        truth = gradients(function, differentiable(_on(device, double(arguments))), there)
+        golden = gradients(function, differentiable(_on(device, double(arguments))), there)
         baseline = gradients(function, differentiable(_on(device, arguments)), there)
     ours_arguments = differentiable(_on(device, arguments))
     guard = GuardedEmpty()
@@ -86,5 +86,5 @@ def test_gradients(op, case, dtype, device, monkeypatch):
     floor = (
         max(2 * torch.finfo(dtype).eps, 64 * torch.finfo(torch.float32).eps) if case.name == "large_scores" else None
     )
-    for gradient, plain, exact in zip(ours, baseline, truth):
+    for gradient, plain, exact in zip(ours, baseline, golden):
         assert_close_to_truth(gradient, plain, exact, factor=3.0, floor=floor)

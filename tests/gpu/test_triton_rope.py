@@ -56,7 +56,7 @@ def test_to_cache(lengths, past, time, capacity, backend, dtype, device, monkeyp
         pytest.skip("the C++ extension is not built here")
     arguments = _arguments(3, time, 6, 2, 18, capacity, dtype)
     starts = [past + length for length in lengths or [0, 0, 0]]
-    truth = _expected(*(x.double() for x in arguments), starts)
+    golden = _expected(*(x.double() for x in arguments), starts)
     baseline = _expected(*(x.clone() for x in arguments), starts)
     device = device if backend == "triton" else torch.device("cpu")
     moved = [surrounded(x.to(device)) for x in arguments]
@@ -71,7 +71,7 @@ def test_to_cache(lengths, past, time, capacity, backend, dtype, device, monkeyp
     monkeypatch.undo()
     guard.check()
     assert gaps == [_poisoned_gaps(x) for x in moved[-2:]]
-    for ours, plain, exact in zip((q, *moved[-2:]), baseline, truth):
+    for ours, plain, exact in zip((q, *moved[-2:]), baseline, golden):
         assert_close_to_truth(ours.cpu(), plain, exact)
 
 

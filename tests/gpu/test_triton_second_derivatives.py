@@ -31,10 +31,10 @@ def test_second_derivatives(op, name, device):
     }
     arguments = {**arguments, **there}
     with qvl_kernels.use_backend("reference"):
-        truth = penalty_gradients(function, differentiable(double(arguments)), cotangents)
+        golden = penalty_gradients(function, differentiable(double(arguments)), cotangents)
     with qvl_kernels.use_backend("triton"):
         found = penalty_gradients(function, differentiable(arguments), cotangents)
-    for ours, exact in zip(found, truth, strict=True):
+    for ours, exact in zip(found, golden, strict=True):
         assert relative_error(ours, exact) < 1e-3
 
 

@@ -47,7 +47,7 @@ def _attention_inputs(t=37, s=70, h=4, hkv=2, d=64, dtype=torch.float16, **other
     }
 
 
-def _packed(lengths: list[int], **others) -> dict:
+def _varlen(lengths: list[int], **others) -> dict:
     n = sum(lengths)
     return {
         **{name: _rand(n, 2, 64, seed=seed) for seed, name in enumerate("qkv")},
@@ -69,7 +69,7 @@ def check_attention(device, launches_of, monkeypatch):
 
     def check(arguments: dict, poison=lambda moved: None) -> list[dict]:
         with qvl_kernels.use_backend("reference"):
-            truth = qvl_kernels.attention(
+            golden = qvl_kernels.attention(
                 **{
                     name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x
                     for name, x in arguments.items()
@@ -87,7 +87,7 @@ def check_attention(device, launches_of, monkeypatch):
             patch.setattr(torch, "empty", guard)
             out = qvl_kernels.attention(**moved)
         guard.check()
-        assert_close_to_truth(out.cpu(), plain, truth, factor=2.0)
+        assert_close_to_truth(out.cpu(), plain, golden, factor=2.0)
         return launches
 
     return check
@@ -102,18 +102,18 @@ def test_attention_by_descriptors(d, causal, dtype, arch, check_attention):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_packed_attention_by_descriptors(causal, arch, device, check_attention):
+def test_varlen_attention_by_descriptors(causal, arch, device, check_attention):
     """Varlen: blocks reach into the next sequence, whose values must not matter."""
     _offered("attention", ("DESCRIPTORS",), arch)
 
     def poison(moved):  # the last sequence has no queries or keys of the others
         moved["k"][-30:], moved["v"][-30:] = NAN, NAN
 
-    (launch,) = check_attention(_packed([0, 70, 1, 33], causal=causal))
+    (launch,) = check_attention(_varlen([0, 70, 1, 33], causal=causal))
     assert launch["DESCRIPTORS"]
     with qvl_kernels.use_backend("triton"), features.override("attention", "DESCRIPTORS"):
         moved = {
-            name: x.to(device) if torch.is_tensor(x) else x for name, x in _packed([70, 30], causal=causal).items()
+            name: x.to(device) if torch.is_tensor(x) else x for name, x in _varlen([70, 30], causal=causal).items()
         }
         clean = qvl_kernels.attention(**moved)[:70]
         poison(moved)

@@ -43,7 +43,7 @@ def largest_scores(q: torch.Tensor, k: torch.Tensor, scale: float | None) -> tor
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
-    truth: torch.Tensor,
+    golden: torch.Tensor,
     magnitude: torch.Tensor,
     dtype: torch.dtype,
     *,
@@ -59,20 +59,20 @@ def attention(
     probabilities = 2 * scores + 16 * SINGLE * (1 + 2 * largest + added) + (8 + keys / 8) * SINGLE
     if dtype is torch.bfloat16:  # the bf16 dot instruction takes them in bf16
         probabilities = probabilities + torch.finfo(dtype).eps
-    slack = torch.finfo(dtype).eps * truth.abs() + probabilities * magnitude + torch.finfo(dtype).tiny
+    slack = torch.finfo(dtype).eps * golden.abs() + probabilities * magnitude + torch.finfo(dtype).tiny
     return slack, scores + (16 + keys / 8) * SINGLE
 
 
-def assert_within(what: str, out: torch.Tensor, truth: torch.Tensor, slack: torch.Tensor | float) -> None:
-    """Every element of ``out`` equals ``truth`` (infinities and NaN included) or differs by at most ``slack``."""
-    assert out.shape == truth.shape, f"{what}: shape {tuple(out.shape)}, expected {tuple(truth.shape)}"
+def assert_within(what: str, out: torch.Tensor, golden: torch.Tensor, slack: torch.Tensor | float) -> None:
+    """Every element of ``out`` equals ``golden`` (infinities and NaN included) or differs by at most ``slack``."""
+    assert out.shape == golden.shape, f"{what}: shape {tuple(out.shape)}, expected {tuple(golden.shape)}"
     wide = out.double()
-    good = (wide == truth) | ((wide - truth).abs() <= slack) | (wide.isnan() & truth.isnan())
+    good = (wide == golden) | ((wide - golden).abs() <= slack) | (wide.isnan() & golden.isnan())
     if not bool(good.all()):
         first = tuple((~good).nonzero()[0].tolist())
-        allowed = slack if isinstance(slack, float) else slack.expand(truth.shape)[first].item()
+        allowed = slack if isinstance(slack, float) else slack.expand(golden.shape)[first].item()
         raise AssertionError(
             f"{what}: {int((~good).sum())} of {good.numel()} elements are wrong, the first at {first}: got "
             f"{wide[first].item()}, "
-            f"truth {truth[first].item()}, allowed {allowed:.3e}"
+            f"golden {golden[first].item()}, allowed {allowed:.3e}"
         )

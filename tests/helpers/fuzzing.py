@@ -161,9 +161,9 @@ class Trial(NamedTuple):
     """One call, its fp64 reference, and the error bound of each element."""
 
     call: Callable  # () -> outputs
-    truth: tuple[torch.Tensor, ...]  # float64
+    golden: tuple[torch.Tensor, ...]  # float64
     slack: tuple[torch.Tensor | float, ...]
-    caches: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...] = ()  # written in place: (cache, truth, slack)
+    caches: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...] = ()  # written in place: (cache, golden, slack)
 
 
 def run(name: str, case: dict, trial: Trial) -> None:
@@ -175,8 +175,8 @@ def run(name: str, case: dict, trial: Trial) -> None:
         with torch.no_grad(), qvl_kernels.use_backend("cpp"), select(kernels), FreshOutputs(case["layout"]) as memory:
             results = outputs(trial.call())
         memory.check()
-        assert len(results) == len(trial.truth)
-        for index, (out, truth, slack) in enumerate(zip(results, trial.truth, trial.slack)):
-            assert_within(f"{name} on {kernels}, output {index}", out, truth, slack)
-        for index, (cache, truth, slack) in enumerate(trial.caches):
-            assert_within(f"{name} on {kernels}, cache {index}", cache, truth, slack)
+        assert len(results) == len(trial.golden)
+        for index, (out, golden, slack) in enumerate(zip(results, trial.golden, trial.slack)):
+            assert_within(f"{name} on {kernels}, output {index}", out, golden, slack)
+        for index, (cache, golden, slack) in enumerate(trial.caches):
+            assert_within(f"{name} on {kernels}, cache {index}", cache, golden, slack)

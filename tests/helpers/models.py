@@ -223,9 +223,9 @@ def assert_all_fused(calls: Calls, *, vision: bool) -> None:
     assert calls.fused == calls.expected
 
 
-def relative(out: torch.Tensor, truth: torch.Tensor) -> float:
+def relative(out: torch.Tensor, golden: torch.Tensor) -> float:
     """||out - expected|| / ||expected|| in fp64."""
-    return ((out.double() - truth.double()).norm() / truth.double().norm()).item()
+    return ((out.double() - golden.double()).norm() / golden.double().norm()).item()
 
 
 def assert_close(out: torch.Tensor, expected: torch.Tensor, limit: float = 2e-5) -> None:

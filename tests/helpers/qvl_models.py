@@ -118,12 +118,12 @@ def inputs(
     return batch
 
 
-def pad_pixels(*pictures: torch.Tensor, filler: float = float("nan")) -> dict[str, torch.Tensor]:
+def pad_pixels(*images: torch.Tensor, filler: float = float("nan")) -> dict[str, torch.Tensor]:
     """Images [C, h, w] of any sizes as one batch, padded with ``filler``."""
-    height, width = max(p.shape[1] for p in pictures), max(p.shape[2] for p in pictures)
-    pixels = torch.full((len(pictures), pictures[0].shape[0], height, width), filler)
-    mask = torch.zeros(len(pictures), height, width, dtype=torch.long)
-    for i, picture in enumerate(pictures):
-        pixels[i, :, : picture.shape[1], : picture.shape[2]] = picture
-        mask[i, : picture.shape[1], : picture.shape[2]] = 1
+    height, width = max(p.shape[1] for p in images), max(p.shape[2] for p in images)
+    pixels = torch.full((len(images), images[0].shape[0], height, width), filler)
+    mask = torch.zeros(len(images), height, width, dtype=torch.long)
+    for i, image in enumerate(images):
+        pixels[i, :, : image.shape[1], : image.shape[2]] = image
+        mask[i, : image.shape[1], : image.shape[2]] = 1
     return {"pixel_values": pixels, "pixel_attention_mask": mask}

@@ -44,20 +44,20 @@ def _judge(q, k, v, **options) -> Callable:
         n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in options.items()
     }
     with qvl_kernels.use_backend("reference"):
-        truth, truth_lse = qvl_kernels.attention(q64, k64, v64, return_lse=True, **doubles)
+        golden, golden_lse = qvl_kernels.attention(q64, k64, v64, return_lse=True, **doubles)
         magnitude = qvl_kernels.attention(q64, k64, v64.abs(), **doubles)
     # Scores of visible keys are near the lse, so additive masks are not much larger. Beside finfo.min scores vanish in
     # fp64, too.
-    added = truth_lse.abs().movedim(-2, -1)[..., None]
+    added = golden_lse.abs().movedim(-2, -1)[..., None]
     added[added > 1e30] = 0.0
-    slack, lse_slack = bounds.attention(q, k, truth, magnitude, q.dtype, scale=options.get("scale"), added=added)
-    lse_slack = lse_slack[..., 0].movedim(-1, -2) + 2 * bounds.SINGLE * truth_lse.abs().nan_to_num(posinf=0.0)
+    slack, lse_slack = bounds.attention(q, k, golden, magnitude, q.dtype, scale=options.get("scale"), added=added)
+    lse_slack = lse_slack[..., 0].movedim(-1, -2) + 2 * bounds.SINGLE * golden_lse.abs().nan_to_num(posinf=0.0)
     limit = _limit(q, k, options.get("scale"), added)
 
     def judge(out, lse, what="") -> None:
-        bounds.assert_within(f"out {what}", out, truth, slack)
-        bounds.assert_within(f"lse {what}", lse, truth_lse, lse_slack)
-        assert relative_error(out, truth) <= limit, what
+        bounds.assert_within(f"out {what}", out, golden, slack)
+        bounds.assert_within(f"lse {what}", lse, golden_lse, lse_slack)
+        assert relative_error(out, golden) <= limit, what
         assert out.dtype == q.dtype and lse.dtype == torch.float32
 
     return judge
@@ -117,7 +117,7 @@ def test_head_dims(queries, head_dim, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_packed_sequences_of_every_length(causal, dtype):
+def test_varlen_sequences_of_every_length(causal, dtype):
     lengths = [0, 1, 2, 3, 4, 5, 0, 0, 16, 129, 1, 0]
     n = sum(lengths)
     q, k, v = (x[0] for x in _qkv(n, n, dtype=dtype))
@@ -147,7 +147,7 @@ def test_key_lengths_under_many_query_blocks(counts):
         assert torch.equal(out[row : row + 1], alone) and alone.isfinite().all()
 
 
-def test_thousands_of_packed_sequences():
+def test_thousands_of_varlen_sequences():
     lengths = torch.arange(5000) % 4
     n = int(lengths.sum())
     q, k, v = (x[0] for x in _qkv(n, n, 2, 2, 8))
@@ -329,8 +329,8 @@ def test_decode_reads_no_more_than_the_lengths(queries, dtype):
     for b, length in enumerate(lengths.tolist()):
         k, v = (cache[b : b + 1, :, :length].transpose(1, 2) for cache in caches)
         with qvl_kernels.use_backend("reference"):
-            truth = qvl_kernels.attention(q[b : b + 1].double(), k.double(), v.double(), causal=True)
-        assert relative_error(out[b : b + 1], truth) <= _limit(q, k)
+            golden = qvl_kernels.attention(q[b : b + 1].double(), k.double(), v.double(), causal=True)
+        assert relative_error(out[b : b + 1], golden) <= _limit(q, k)
 
 
 def test_decode_refuses_gradients():

@@ -213,19 +213,19 @@ def _fault(name: str, arguments: dict, wrong_type: bool = False) -> str | None:
         return "a wrong type is taken"
     with qvl_kernels.use_backend("reference"):
         expected = _results(call, again)
-    for out, truth in zip(results, expected, strict=True):
-        if out.shape != truth.shape or out.dtype != truth.dtype or out.device != truth.device:
+    for out, golden in zip(results, expected, strict=True):
+        if out.shape != golden.shape or out.dtype != golden.dtype or out.device != golden.device:
             return (
-                f"{out.dtype} {tuple(out.shape)} on {out.device} instead of {truth.dtype} {tuple(truth.shape)} "
-                f"on {truth.device}"
+                f"{out.dtype} {tuple(out.shape)} on {out.device} instead of {golden.dtype} {tuple(golden.shape)} "
+                f"on {golden.device}"
             )
         if not out.is_meta:
-            finite = truth.isfinite()
+            finite = golden.isfinite()
             if (
-                not torch.equal(out[~finite].nan_to_num(), truth[~finite].nan_to_num())
-                or not relative_error(out[finite], truth[finite]) < 0.03
+                not torch.equal(out[~finite].nan_to_num(), golden[~finite].nan_to_num())
+                or not relative_error(out[finite], golden[finite]) < 0.03
             ):
-                return f"another result, by {relative_error(out, truth):.3f}"  # int8 and bf16 have smaller errors
+                return f"another result, by {relative_error(out, golden):.3f}"  # int8 and bf16 have smaller errors
     return None
 
 
@@ -341,8 +341,8 @@ def test_forward_mode_derivatives_are_right_or_refused(name):
         if got:
             with qvl_kernels.use_backend("cpp"), pytest.raises(RuntimeError, match="forward-mode AD"):
                 outs(forward_ad.make_dual)
-    for tangent, truth in zip(got, expected, strict=True):
-        assert tangent is not None and relative_error(tangent, truth) < 1e-3
+    for tangent, golden in zip(got, expected, strict=True):
+        assert tangent is not None and relative_error(tangent, golden) < 1e-3
 
 
 @pytest.mark.parametrize("kind", [qvl_kernels.PreparedDecoderLayer, qvl_kernels.QuantizedDecoderLayer])

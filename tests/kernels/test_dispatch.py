@@ -1,3 +1,5 @@
+"""Dispatch: choice of backend, forced backends, fallbacks, GPUs without kernels, and hidden installations."""
+
 import contextlib
 import functools
 import os

@@ -85,18 +85,18 @@ WIDTHS = sizes(0, 70, 127, 128, 129, 257, 300)
 def swiglu(case: dict, inputs: Inputs) -> Trial:
     shape = (*case["rows"], case["size"])
     arguments = {name: inputs.place(*shape, scale=case["scale"], repeat=True) for name in ("gate", "up")}
-    truth = reference(qvl_kernels.swiglu, double(arguments))
-    slack = (inputs.eps + 16 * SINGLE * (1 + arguments["gate"].double().abs())) * truth[0].abs() + inputs.tiny
-    return Trial(lambda: qvl_kernels.swiglu(**arguments), truth, (slack,))
+    golden = reference(qvl_kernels.swiglu, double(arguments))
+    slack = (inputs.eps + 16 * SINGLE * (1 + arguments["gate"].double().abs())) * golden[0].abs() + inputs.tiny
+    return Trial(lambda: qvl_kernels.swiglu(**arguments), golden, (slack,))
 
 
 def gelu_tanh(case: dict, inputs: Inputs) -> Trial:
     x = inputs.place(*case["rows"], case["size"], scale=case["scale"], repeat=True)
     bias = inputs.place(case["size"]) if case["bias"] else None
-    truth = reference(qvl_kernels.gelu_tanh, double({"x": x, "bias": bias}))
+    golden = reference(qvl_kernels.gelu_tanh, double({"x": x, "bias": bias}))
     total = x.double() + (0 if bias is None else bias.double())
-    slack = inputs.eps * truth[0].abs() + 16 * SINGLE * (total.abs() + x.double().abs()) + inputs.tiny
-    return Trial(lambda: qvl_kernels.gelu_tanh(x, bias), truth, (slack,))
+    slack = inputs.eps * golden[0].abs() + 16 * SINGLE * (total.abs() + x.double().abs()) + inputs.tiny
+    return Trial(lambda: qvl_kernels.gelu_tanh(x, bias), golden, (slack,))
 
 
 def _norm(name: str, case: dict, inputs: Inputs) -> Trial:
@@ -161,13 +161,13 @@ def linear_cross_entropy(case: dict, inputs: Inputs) -> Trial:
         "label_smoothing": case["smoothing"],
         "reduction": case["reduction"],
     }
-    truth = reference(qvl_kernels.linear_cross_entropy, double(arguments))
+    golden = reference(qvl_kernels.linear_cross_entropy, double(arguments))
     logits, moved = bounds.matmul(arguments["hidden"], arguments["weight"], None, inputs.dtype)
     rows = (2 * moved.amax(-1) + (32 + vocabulary) * SINGLE * (1 + logits.abs().amax(-1))) * (labels != -100)
-    slack = rows if case["reduction"] == "none" else rows.sum() + 8 * SINGLE * truth[0].abs()
+    slack = rows if case["reduction"] == "none" else rows.sum() + 8 * SINGLE * golden[0].abs()
     if case["reduction"] == "mean":
-        slack = slack / max(1, int((labels != -100).sum())) + 8 * SINGLE * truth[0].abs().nan_to_num(0.0)
-    return Trial(lambda: qvl_kernels.linear_cross_entropy(**arguments), truth, (slack,))
+        slack = slack / max(1, int((labels != -100).sum())) + 8 * SINGLE * golden[0].abs().nan_to_num(0.0)
+    return Trial(lambda: qvl_kernels.linear_cross_entropy(**arguments), golden, (slack,))
 
 
 # Rotary embedding
@@ -189,10 +189,10 @@ def qk_norm_rope(case: dict, inputs: Inputs) -> Trial:
         **_tables(inputs, b if case["flag"] else 1, t, d, dtype=inputs.dtype),
     }
     exact = double(arguments)
-    truth = reference(qvl_kernels.qk_norm_rope, exact)
+    golden = reference(qvl_kernels.qk_norm_rope, exact)
     normed = (rms_norm_reference(exact[name], exact[f"{name}_weight"], 1e-6) for name in ("q", "k"))
     slack = tuple((2.5 * inputs.eps + (8 + d / 4) * SINGLE) * terms for terms in _rope_terms(normed, exact))
-    return Trial(lambda: qvl_kernels.qk_norm_rope(**arguments), truth, slack)
+    return Trial(lambda: qvl_kernels.qk_norm_rope(**arguments), golden, slack)
 
 
 def vision_rope(case: dict, inputs: Inputs) -> Trial:
@@ -309,16 +309,16 @@ def _attention_trial(
 ) -> Trial:
     exact = double(arguments) if exact is None else exact
     value, key = ("v_cache", "k_cache") if "k_cache" in exact else ("v", "k")
-    truth = reference(function, exact)
+    golden = reference(function, exact)
     magnitude = reference(function, {**exact, value: exact[value].abs()})[0]
     keys = exact[key].transpose(1, 2) if key == "k_cache" else exact[key]
     added = 1e4 if mask is not None and mask.is_floating_point() else 0.0
     slack, scores = bounds.attention(
-        exact["q"], keys, truth[0], magnitude, inputs.dtype, scale=arguments["scale"], added=added
+        exact["q"], keys, golden[0], magnitude, inputs.dtype, scale=arguments["scale"], added=added
     )
-    if len(truth) > 1:
-        scores = scores.movedim(-2, -3)[..., 0] + 2 * SINGLE * truth[1].abs().nan_to_num(posinf=0.0)
-    return Trial(lambda: function(**arguments), truth, (slack, scores))
+    if len(golden) > 1:
+        scores = scores.movedim(-2, -3)[..., 0] + 2 * SINGLE * golden[1].abs().nan_to_num(posinf=0.0)
+    return Trial(lambda: function(**arguments), golden, (slack, scores))
 
 
 # Whole layers
@@ -326,7 +326,7 @@ def _attention_trial(
 FORMATS = st.sampled_from([None, (8, 128), (4, 32), (4, 64), (4, 128)])
 
 
-def _rounded_product(
+def _quantised_matmul(
     x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None
 ) -> torch.Tensor:
     if isinstance(weight, QuantizedWeight):
@@ -381,7 +381,7 @@ def decoder_layer(case: dict, inputs: Inputs) -> Trial:
     )  # with all keys masked by -1e4, fp32 scores keep three digits
     exact_caches = [value.double() for value in values]
     exact_weights = DecoderWeights(*(w.double() if isinstance(w, torch.Tensor) else w for w in weights))
-    with mock.patch("qvl_kernels.ops.decoder_layer.reference.linear_reference", _rounded_product):
+    with mock.patch("qvl_kernels.ops.decoder_layer.reference.linear_reference", _quantised_matmul):
         y = decoder_layer_reference(
             x.double(),
             exact_weights,
@@ -397,10 +397,10 @@ def decoder_layer(case: dict, inputs: Inputs) -> Trial:
     quantised = any(formats.values())
     slack = _layer_slack(y - x.double(), x, quantised, inputs)
     written = []
-    for cache, truth in zip(caches, exact_caches):
-        allowed = torch.zeros(truth.shape, dtype=torch.float64)
-        allowed[:, :, past : past + t] = _layer_slack(truth[:, :, past : past + t], x, quantised, inputs)
-        written.append((cache, truth, allowed))
+    for cache, golden in zip(caches, exact_caches):
+        allowed = torch.zeros(golden.shape, dtype=torch.float64)
+        allowed[:, :, past : past + t] = _layer_slack(golden[:, :, past : past + t], x, quantised, inputs)
+        written.append((cache, golden, allowed))
 
     def call():
         if case["formats"] or case["prepared"]:
@@ -438,7 +438,7 @@ def vision_block(case: dict, inputs: Inputs) -> Trial:
         inputs.laid(bounds),
     )
     exact_weights = VisionWeights(*(w.double() if isinstance(w, torch.Tensor) else w for w in weights))
-    with mock.patch("qvl_kernels.ops.vision_block.reference.linear_reference", _rounded_product):
+    with mock.patch("qvl_kernels.ops.vision_block.reference.linear_reference", _quantised_matmul):
         y = vision_block_reference(
             x.double(), exact_weights, tables["cos"].double(), tables["sin"].double(), bounds, heads, 1e-6
         )

@@ -1,3 +1,5 @@
+"""linear_cross_entropy on the CPU beyond the shared cases: chunks, ignored labels, huge logits."""
+
 import pytest
 import torch
 from bounds import norm_error

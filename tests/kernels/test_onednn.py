@@ -33,14 +33,14 @@ def calls(monkeypatch):
 @pytest.mark.parametrize(("op", "case"), CASES)
 def test_each_kernel_selection(op, case, calls):
     function, plain_arguments = OPS[op][0], case.make(torch.bfloat16, generator())
-    truth, plain = reference(function, double(plain_arguments)), reference(function, plain_arguments)
+    golden, plain = reference(function, double(plain_arguments)), reference(function, plain_arguments)
     for name in selections(op, torch.bfloat16):
         calls.clear()
         arguments = case.make(torch.bfloat16, generator())
         with torch.no_grad(), qvl_kernels.use_backend("cpp"), select(name):
             out = outputs(function(**arguments))
         assert bool(calls) == (name == "onednn" and case.name in ("whole_tiles", "bool_mask")), name
-        for ours, baseline, exact in zip(out, plain, truth):
+        for ours, baseline, exact in zip(out, plain, golden):
             assert_close_to_truth(ours, baseline, exact, floor=norm_error(torch.bfloat16, 1, roundings=4))
 
 

@@ -34,19 +34,19 @@ def test_model_sizes(op, case, dtype, monkeypatch):
 def _check_forward(op, case, dtype, monkeypatch):
     function = OPS[op][0]
     arguments = case.make(dtype, generator())
-    truth_arguments, baseline_arguments = double(arguments), map_tensors(torch.clone, arguments)
-    truth, baseline = reference(function, truth_arguments), reference(function, baseline_arguments)
+    golden_arguments, baseline_arguments = double(arguments), map_tensors(torch.clone, arguments)
+    golden, baseline = reference(function, golden_arguments), reference(function, baseline_arguments)
     monkeypatch.setattr(torch, "empty", poisoned_empty)
     with qvl_kernels.use_backend("cpp"):
         out = outputs(function(**arguments))
     monkeypatch.undo()
-    assert len(out) == len(truth)
+    assert len(out) == len(golden)
     floor = norm_error(dtype, _longest_sum(arguments), roundings=4)  # layers round more often than once
-    for ours, plain, exact in zip(out, baseline, truth):
+    for ours, plain, exact in zip(out, baseline, golden):
         assert_close_to_truth(ours, plain, exact, floor=floor)
     if op == "decoder_layer":  # the written KV cache, with everything around it unchanged
         for name in ("k_cache", "v_cache"):
-            assert_close_to_truth(arguments[name], baseline_arguments[name], truth_arguments[name], floor=floor)
+            assert_close_to_truth(arguments[name], baseline_arguments[name], golden_arguments[name], floor=floor)
 
 
 def _longest_sum(arguments: dict) -> int:
@@ -66,14 +66,14 @@ def test_gradients(op, case, dtype):
     with torch.no_grad(), qvl_kernels.use_backend("reference"):
         cotangents = [torch.randn(out.shape, generator=generator()) for out in outputs(function(**arguments))]
     with qvl_kernels.use_backend("reference"):
-        truth = gradients(function, differentiable(double(arguments)), cotangents)
+        golden = gradients(function, differentiable(double(arguments)), cotangents)
         baseline = gradients(function, arguments, cotangents)
     with qvl_kernels.use_backend("cpp"):
         ours = gradients(function, arguments, cotangents)
     floor = norm_error(
         dtype, _longest_sum(arguments), roundings=6
     )  # probabilities and their gradients are rounded, too
-    for gradient, plain, exact in zip(ours, baseline, truth):
+    for gradient, plain, exact in zip(ours, baseline, golden):
         assert_close_to_truth(gradient, plain, exact, factor=3.0, floor=floor)
 
 

@@ -23,7 +23,7 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _truth(x: torch.Tensor, weight: quantization.QuantizedWeight) -> torch.Tensor:
+def _golden(x: torch.Tensor, weight: quantization.QuantizedWeight) -> torch.Tensor:
     return quantization.rounded_activations(x, weight).double() @ quantization.dequantize(weight).double().T
 
 
@@ -44,7 +44,9 @@ def test_equals_the_product_of_rounded_numbers(bits, group, size):
     for dtype in DTYPES:
         typed = surrounded(x.to(dtype))
         out = qvl_kernels.quantized_linear(typed, weight, bias.to(dtype))
-        assert relative_error(out, _truth(typed, weight) + bias.to(dtype).double()) <= norm_error(dtype, -(-k // group))
+        assert relative_error(out, _golden(typed, weight) + bias.to(dtype).double()) <= norm_error(
+            dtype, -(-k // group)
+        )
 
 
 @pytest.mark.parametrize(("bits", "group"), FORMATS)
@@ -74,7 +76,7 @@ def test_rows_do_not_depend_on_how_many_there_are(bits):
     weight = _weight(6, 64, bits, 32, generator)
     x = random_tensor((2100, 64), torch.float32, generator)
     out = qvl_kernels.quantized_linear(x, weight)
-    assert relative_error(out, _truth(x, weight)) <= norm_error(torch.float32, 2)
+    assert relative_error(out, _golden(x, weight)) <= norm_error(torch.float32, 2)
     assert torch.equal(out[2040:2080], qvl_kernels.quantized_linear(x[2040:2080], weight))
 
 
@@ -132,7 +134,7 @@ def _fake_quantised(stored: DecoderWeights, matrices: dict, x: torch.Tensor) -> 
     """The layer in fp64, each matmul with quantised activations and weights."""
 
     def product(a, name):
-        return _truth(a.float(), matrices[name])
+        return _golden(a.float(), matrices[name])
 
     def norm(a):
         return a * (a.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
@@ -183,7 +185,7 @@ def test_vision_block_is_its_fake_quantised_composition(bits):
     )
 
     def product(a, index):
-        return _truth(a.float(), matrices[index]) + biases[index]
+        return _golden(a.float(), matrices[index]) + biases[index]
 
     wide = x.double()
     with qvl_kernels.use_backend("reference"):

@@ -31,7 +31,7 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _truth(x: torch.Tensor, weight: quantization.QuantizedWeight) -> torch.Tensor:
+def _golden(x: torch.Tensor, weight: quantization.QuantizedWeight) -> torch.Tensor:
     return quantization.rounded_activations(x, weight).double() @ quantization.dequantize(weight).double().T
 
 
@@ -45,7 +45,7 @@ def test_equals_the_product_of_rounded_numbers(bits, group, size):
     weight = weight._replace(values=surrounded(weight.values), scales=surrounded(weight.scales))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x_typed = surrounded(x.to(dtype))
-        assert relative_error(qvl_kernels.quantized_linear(x_typed, weight), _truth(x_typed, weight)) <= norm_error(
+        assert relative_error(qvl_kernels.quantized_linear(x_typed, weight), _golden(x_typed, weight)) <= norm_error(
             dtype, -(-k // group)
         )
 
@@ -86,11 +86,11 @@ def test_weights_at_the_ends_of_the_range(bits, group):
     weight = quantization.quantize(wide, bits, group)
     x = random_tensor((5, 200), torch.float32, generator)
     x[1], x[2], x[3] = x[1] * 1e-20, 0.0, x[3].sign()
-    out, truth = qvl_kernels.quantized_linear(x, weight), _truth(x, weight)
+    out, golden = qvl_kernels.quantized_linear(x, weight), _golden(x, weight)
     assert not out[:, 0].any() and not out[2].any()
     for row in (0, 1, 3, 4):
         for column in (2, 3, 4, 5):
-            assert relative_error(out[row, column], truth[row, column]) < 1e-4
+            assert relative_error(out[row, column], golden[row, column]) < 1e-4
 
 
 def test_int8_minus_128_is_multiplied_too():

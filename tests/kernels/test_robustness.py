@@ -22,7 +22,7 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _products(
+def _matmuls(
     x: torch.Tensor, weight: torch.Tensor | quantization.QuantizedWeight, bias: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """x weight^T + bias by each instruction set's kernels, and in fp64."""
@@ -46,12 +46,12 @@ def test_products_of_any_size(form):
     for n in (1, 2, 7, 97):
         for k in (1, 3, 33, 129) if form else (0, 1, 3, 33, 129):
             weight = random_tensor((n, k), torch.float32, generator)
-            packed = quantization.quantize(weight, *form) if form else None
+            quantised = quantization.quantize(weight, *form) if form else None
             bias = random_tensor((n,), torch.float32, generator).abs() + 4 * k**0.5  # sums do not vanish
             for m in (0, 1, 2, 16, 17, 67):
                 x = random_tensor((m, k), torch.float32, generator)
                 for dtype in DTYPES:
-                    outs, exact = _products(x.to(dtype), packed or weight.to(dtype), bias.to(dtype))
+                    outs, exact = _matmuls(x.to(dtype), quantised or weight.to(dtype), bias.to(dtype))
                     for isa, out in outs.items():
                         assert out.shape == (m, n) and relative_error(out, exact) <= norm_error(dtype, k), (
                             isa,
@@ -70,7 +70,7 @@ def test_weights_with_a_zero_row_an_outlier_and_denormals(rows, dtype):
     denormal = torch.finfo(dtype).tiny / 4
     weight[0], weight[2] = 0.0, denormal
     weight[1, 7] = 1e4 if dtype == torch.float16 else 1e30
-    outs, exact = _products(x, weight, torch.zeros(41, dtype=dtype))
+    outs, exact = _matmuls(x, weight, torch.zeros(41, dtype=dtype))
     for isa, out in outs.items():
         assert not out[:, 0].any(), isa
         for column in (1, *range(3, 41)):
@@ -120,9 +120,9 @@ def test_not_finite_activations_propagate_as_in_the_reference(op, name, dtype, b
         for kernels in selections(op, dtype, amx=True):
             with torch.no_grad(), qvl_kernels.use_backend("cpp"), select(kernels):
                 outs = outputs(function(**arguments))
-            for out, truth in zip(outs, exact):
+            for out, golden in zip(outs, exact):
                 for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-                    assert torch.equal(kind(out), kind(truth)), f"{case.name} on {kernels}: {kind.__name__}"
+                    assert torch.equal(kind(out), kind(golden)), f"{case.name} on {kernels}: {kind.__name__}"
 
 
 @functools.cache
@@ -136,10 +136,10 @@ def _parallel_calls() -> dict[str, Callable]:
     weight, rows = tensor(700, 515), {"few": tensor(3, 515), "many": tensor(200, 515)}
     calls = {}
     for form in (None, (8, 128), (4, 64)):
-        packed = weight if form is None else quantization.quantize(weight, *form)
+        quantised = weight if form is None else quantization.quantize(weight, *form)
         function = qvl_kernels.linear if form is None else qvl_kernels.quantized_linear
         for name, x in rows.items():
-            calls[f"linear_{name}_{form}"] = lambda function=function, x=x, packed=packed: function(x, packed)
+            calls[f"linear_{name}_{form}"] = lambda function=function, x=x, quantised=quantised: function(x, quantised)
     wide = tensor(300, 515)
     calls["rms_norm"] = lambda: qvl_kernels.rms_norm(wide, wide[0])
     calls["swiglu"] = lambda: qvl_kernels.swiglu(wide, wide)

@@ -18,10 +18,10 @@ def test_second_derivatives_are_the_reference_s(op, name):
     with torch.no_grad():
         cotangents = [torch.randn(out.shape, generator=generator()) for out in outputs(function(**arguments))]
     with qvl_kernels.use_backend("reference"):
-        truth = penalty_gradients(function, differentiable(double(arguments)), cotangents)
+        golden = penalty_gradients(function, differentiable(double(arguments)), cotangents)
     with qvl_kernels.use_backend("cpp"):
         found = penalty_gradients(function, differentiable(arguments), cotangents)
-    for ours, exact in zip(found, truth, strict=True):
+    for ours, exact in zip(found, golden, strict=True):
         assert relative_error(ours, exact) < 1e-4
 
 

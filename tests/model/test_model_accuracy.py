@@ -18,8 +18,8 @@ def test_16_bit_error_is_no_worse_than_stocks(name, dtype):
     exact, batch = copy.deepcopy(stock).double(), models.inputs(*ROWS)
     seen = batch["attention_mask"].bool()
     with torch.no_grad():
-        truth, expected, got = (model(**batch).logits[seen] for model in (exact, stock, fast))
-    assert relative(got, truth) <= 1.1 * relative(expected, truth)
+        golden, expected, got = (model(**batch).logits[seen] for model in (exact, stock, fast))
+    assert relative(got, golden) <= 1.1 * relative(expected, golden)
 
 
 @pytest.mark.parametrize("name", models.CONFIGS)

@@ -274,11 +274,11 @@ def test_autocast_comes_and_goes(dtype, lower, first):
             return torch.cat([model(input_ids=part, **{CACHE: cache}).logits for part in ids.split([3, 1, 1], 1)], 1)
 
     for rows in (1, 16, 17):
-        truth = run(exact, rows, False)
+        golden = run(exact, rows, False)
         for enabled in (first, not first, first):
             got, expected = run(ours, rows, enabled), run(stock, rows, enabled)
             assert got.dtype is expected.dtype
-            assert relative(got, truth) <= 1.5 * relative(expected, truth) + 2e-5
+            assert relative(got, golden) <= 1.5 * relative(expected, golden) + 2e-5
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

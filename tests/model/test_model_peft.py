@@ -370,7 +370,7 @@ def test_restore_under_adapters(tmp_path, method):
 @pytest.mark.parametrize("method", ["dora", "loha", "ia3", "lora and tokens"])
 def test_bf16(method):
     """As close to fp32 as stock, with adapters of the same dtypes."""
-    batch, truth = _batch(), _adapted(models.stock_model("small"), METHODS[method]())
+    batch, golden = _batch(), _adapted(models.stock_model("small"), METHODS[method]())
     stock, fast, packed = (
         _adapted(model, METHODS[method]())
         for model in (
@@ -382,14 +382,14 @@ def test_bf16(method):
     expected = {name: p.dtype for name, p in stock.named_parameters() if p.requires_grad}
     for tuned in (fast, packed):
         assert {name: p.dtype for name, p in tuned.named_parameters() if p.requires_grad} == expected
-    for model in (truth, stock, fast):  # random numbers differ with the dtype
+    for model in (golden, stock, fast):  # random numbers differ with the dtype
         model.load_state_dict(stock.state_dict())
     for merged in (False, True) if method in MERGED else (False,):
         with torch.no_grad():
             if merged:
-                for model in (truth, stock, fast):
+                for model in (golden, stock, fast):
                     model.merge_adapter()
-            exact = truth(**batch).logits
+            exact = golden(**batch).logits
             errors = [relative(model(**batch).logits, exact) for model in (stock, fast)]
         assert 0 < errors[1] < 1.3 * errors[0]
     loss = packed.train()(**batch, labels=batch["input_ids"]).loss

@@ -145,7 +145,7 @@ def test_autocast_training_runs_on_the_kernels(parameters, monkeypatch):
         monkeypatch.setattr(qvl_kernels, name, counted)
     stock, fast = (model.train() for model in models.pair())
     batch = models.inputs(*ROWS)
-    _, truth = _gradients(stock, batch)
+    _, golden = _gradients(stock, batch)
     results = []
     for model in (stock.to(parameters), fast.to(parameters)):
         with torch.autocast("cpu", torch.bfloat16):
@@ -154,8 +154,8 @@ def test_autocast_training_runs_on_the_kernels(parameters, monkeypatch):
     assert calls == {"attention": layers + blocks, "rms_norm": 2 * layers + 1, "qk_norm_rope": layers, "swiglu": layers}
 
     def error(gradients):
-        squares = sum((gradients[name].double() - truth[name].double()).square().sum() for name in truth)
-        return (squares / sum(truth[name].double().square().sum() for name in truth)).sqrt()
+        squares = sum((gradients[name].double() - golden[name].double()).square().sum() for name in golden)
+        return (squares / sum(golden[name].double().square().sum() for name in golden)).sqrt()
 
     expected, got = map(error, results)
     assert 0 < got < 1.3 * expected

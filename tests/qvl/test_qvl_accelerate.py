@@ -63,12 +63,12 @@ def test_error_against_the_truth_is_no_larger_than_the_plain_models(name, dtype)
         plain, accelerated = pair(name, dtype, seed=seed)
         batch = inputs(9, 6, image=(18, 23), seed=seed)
         seen = batch["attention_mask"].bool()
-        truth = run(copy.deepcopy(plain).double(), **batch).logits[seen]
+        golden = run(copy.deepcopy(plain).double(), **batch).logits[seen]
         batch["pixel_values"] = batch["pixel_values"].to(dtype)
         rounded = run(
             copy.deepcopy(plain).double(), **{**batch, "pixel_values": batch["pixel_values"].double()}
         ).logits[seen]
-        assert relative(rounded, truth) < 0.05
+        assert relative(rounded, golden) < 0.05
         for kind, model in (("plain", plain), ("accelerated", accelerated)):
             errors[kind] += relative(run(model, **batch).logits[seen], rounded) ** 2
     assert errors["accelerated"] ** 0.5 <= 1.1 * errors["plain"] ** 0.5, errors

@@ -73,8 +73,8 @@ def test_dropout_acts_where_the_formulas_say(drawn, name, kind, hidden, weights)
     model = plain_model(name, attention="eager", hidden_dropout_prob=hidden, attention_probs_dropout_prob=weights)
     batch = inputs(7)
     expected = {
-        training: truth.row(**next(truth.rows(batch))).logits
-        for training, truth in ((True, reference(model, drop=dropped)), (False, reference(model)))
+        training: golden.row(**next(golden.rows(batch))).logits
+        for training, golden in ((True, reference(model, drop=dropped)), (False, reference(model)))
     }
     assert relative(expected[True], expected[False]) > 0.01
     if kind == "float64":

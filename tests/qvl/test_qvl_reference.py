@@ -125,7 +125,7 @@ def seen_of(batch: dict) -> torch.Tensor:
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
 
-def differences(out, truth: Reference, batch: dict) -> dict[str, float]:
+def differences(out, golden: Reference, batch: dict) -> dict[str, float]:
     """The largest relative error of each output of a call."""
     errors: dict[str, float] = {}
 
@@ -133,8 +133,8 @@ def differences(out, truth: Reference, batch: dict) -> dict[str, float]:
         assert one.shape == other.shape, (name, one.shape, other.shape)
         errors[name] = max(errors.get(name, 0.0), relative(one, other))
 
-    for i, (seen, arguments) in enumerate(zip(seen_of(batch), truth.rows(batch), strict=True)):
-        row = truth.row(**arguments)
+    for i, (seen, arguments) in enumerate(zip(seen_of(batch), golden.rows(batch), strict=True)):
+        row = golden.row(**arguments)
         compare("logits", out.logits[i, seen], row.logits)
         compare("pooler_output", out.pooler_output[i], row.pooler)
         for state, expected in zip(out.hidden_states, row.hidden_states, strict=True):
@@ -155,8 +155,8 @@ def differences(out, truth: Reference, batch: dict) -> dict[str, float]:
     return errors
 
 
-def assert_no_error(out, truth: Reference, batch: dict, limit: float) -> None:
-    wrong = {name: f"{error:.1e}" for name, error in differences(out, truth, batch).items() if not error <= limit}
+def assert_no_error(out, golden: Reference, batch: dict, limit: float) -> None:
+    wrong = {name: f"{error:.1e}" for name, error in differences(out, golden, batch).items() if not error <= limit}
     assert not wrong, f"relative errors above {limit:.0e}: {wrong}"
 
 
@@ -188,22 +188,22 @@ def run(model: nn.Module, batch: dict, **options):
 def test_plain_in_float64(odd, attention):
     name, changes = ODD[odd]
     model = double(plain_model(name, attention=attention, **changes))
-    truth = reference(model)
+    golden = reference(model)
     for batch in BATCHES.values():
         with Float64():
             out = run(model, cast(batch, torch.float64), output_attentions=True)
-        assert_no_error(out, truth, batch, DOUBLE)
+        assert_no_error(out, golden, batch, DOUBLE)
 
 
 @pytest.mark.parametrize("odd", ODD)
 def test_fp32(odd):
     name, changes = ODD[odd]
     plain, accelerated = pair(name, **changes)
-    truth = reference(plain)
+    golden = reference(plain)
     for batch in BATCHES.values():
         for model in (plain, accelerated):
-            assert_no_error(run(model, batch), truth, batch, SINGLE)
-            assert_no_error(run(model, batch, output_attentions=True), truth, batch, SINGLE)
+            assert_no_error(run(model, batch), golden, batch, SINGLE)
+            assert_no_error(run(model, batch, output_attentions=True), golden, batch, SINGLE)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -214,9 +214,9 @@ def test_half_precision(name, dtype):
     for seed in range(4):
         plain, accelerated = pair(name, dtype, seed=seed)
         batch = cast(inputs(9, 6, image=(18, 23), seed=seed), dtype)
-        truth = reference(plain)
+        golden = reference(plain)
         for kind, model in (("plain", plain), ("accelerated", accelerated)):
-            errors[kind] += differences(run(model, batch), truth, batch)["logits"] ** 2
+            errors[kind] += differences(run(model, batch), golden, batch)["logits"] ** 2
     assert errors["plain"] ** 0.5 < 0.1 and errors["accelerated"] ** 0.5 <= 1.1 * errors["plain"] ** 0.5, errors
 
 
@@ -225,9 +225,9 @@ def test_half_precision(name, dtype):
 def test_greedy_tokens(odd, batch):
     name, changes = ODD[odd]
     plain, accelerated = pair(name, **changes)
-    batch, truth = BATCHES[batch], reference(plain)
-    expected = truth.generate(batch, 6, use_cache=True)
-    assert torch.equal(truth.generate(batch, 6, use_cache=False), expected)
+    batch, golden = BATCHES[batch], reference(plain)
+    expected = golden.generate(batch, 6, use_cache=True)
+    assert torch.equal(golden.generate(batch, 6, use_cache=False), expected)
     for model in (plain, accelerated):
         for cached in (True, False):
             out = model.generate(**batch, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=cached)
@@ -246,12 +246,12 @@ def test_gradients(name):
     tied = (
         {} if "lm_head.weight" in weights else {"lm_head.weight": weights["model.language_model.embed_tokens.weight"]}
     )
-    truth = Reference({**weights, **tied}, plain.config.to_dict())
+    golden = Reference({**weights, **tied}, plain.config.to_dict())
     losses = [
-        nn.functional.cross_entropy(truth.row(**row).logits[:-1], row["ids"][1:], reduction="sum")
-        for row in truth.rows(batch)
+        nn.functional.cross_entropy(golden.row(**row).logits[:-1], row["ids"][1:], reduction="sum")
+        for row in golden.rows(batch)
     ]
-    loss = sum(losses) / sum(len(row["ids"]) - 1 for row in truth.rows(batch))
+    loss = sum(losses) / sum(len(row["ids"]) - 1 for row in golden.rows(batch))
     loss.backward()
     exact = double(plain).train()
     with Float64():
