@@ -19,9 +19,7 @@ __all__ = ["KeepDouble", "cosines_of_packed", "errors_against_float64", "fake_qu
 
 
 class KeepDouble(TorchFunctionMode):
-    """Lets stock code run in float64 throughout: its casts of activations to float32 are left out for
-    float64 tensors.
-    """
+    """Lets stock code run in fp64 throughout: fp64 tensors are not cast to fp32."""
 
     def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -34,7 +32,7 @@ class KeepDouble(TorchFunctionMode):
 
 
 def relative_error(values: torch.Tensor, golden: torch.Tensor) -> float:
-    """||values - golden|| / ||golden|| in float64."""
+    """||values - golden|| / ||golden|| in fp64."""
     return ((values.double() - golden.double()).norm() / golden.double().norm()).item()
 
 

@@ -142,7 +142,7 @@ def test_modules_declare_what_is_public(package):
 
 
 def test_tests_mirror_the_packages():
-    """Each test file lies in the folder of what it tests; only those of the repository as a whole lie beside them."""
+    """Each test file is in the folder of what it tests; tests of the whole repository are directly in tests/."""
     folders = {file.parent.name for file in (ROOT / "tests").rglob("test_*.py")}
     assert folders == {"tests", "kernels", "model", "qvl", "training", "bench", "gpu"}
     assert {file.name for file in (ROOT / "tests").glob("test_*.py")} == {

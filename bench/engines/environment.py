@@ -42,7 +42,7 @@ def peers_directory() -> Path:
 
 @contextmanager
 def finished(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes ``path``, file or folder, if the block ends well: what is there is complete."""
+    """A temporary name that becomes ``path`` (file or folder) if the block succeeds, so that ``path`` is complete."""
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.unlink(missing_ok=True)

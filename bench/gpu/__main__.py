@@ -317,9 +317,9 @@ def _measure(entries: list[Entry], gpu: dict, arguments: argparse.Namespace, sta
         save()
     save()
     print("\n" + gpu_report.tables(result))
-    picture = file.with_suffix(".png")
-    drawn = gpu_report.chart(result, picture)
-    print(f"\nwritten: {file}" + (f" and {picture}" if drawn else "; no chart, since matplotlib is not installed"))
+    chart_file = file.with_suffix(".png")
+    drawn = gpu_report.chart(result, chart_file)
+    print(f"\nwritten: {file}" + (f" and {chart_file}" if drawn else "; no chart, since matplotlib is not installed"))
     failed = result["cases"].get("GPU tests", {}).get("value", {})
     return 1 if failed.get("failed") or failed.get("crashed") else 0
 

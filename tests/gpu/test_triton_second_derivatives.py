@@ -1,4 +1,4 @@
-"""Gradients of gradients through the Triton kernels, against the float64 reference."""
+"""Second derivatives through the Triton kernels, against the fp64 reference."""
 
 import pytest
 import torch

@@ -23,7 +23,7 @@ def processor():
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     for name in ("a", "b"):
         scenes.held_out_questions(1)[0].image.save(tmp_path / f"{name}.png")
     return tmp_path
@@ -103,8 +103,8 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_of_conversations(form, pictures, processor):
-    rows = _rows(pictures, processor, FORMS[form])
+def test_forms_of_conversations(form, images, processor):
+    rows = _rows(images, processor, FORMS[form])
     assert _learned(processor, rows[0]) == ["7<|im_end|>", "1<|im_end|>"]
     content = [{"type": "image"}, {"type": "text", "text": "Which digit is this?"}]
     messages = [{"role": "user", "content": content}] + [{"role": role, "content": text} for role, text in TURNS[1:]]
@@ -122,7 +122,7 @@ def test_two_pictures_keep_their_places(tmp_path, processor):
     assert rows.encoder.length(training.parse(rows.source.row(0)), [(96, 32)] * 2) == len(row["input_ids"])
 
 
-def test_system_turns_and_rows_without_pictures(pictures, processor):
+def test_system_turns_and_rows_without_pictures(images, processor):
     system = {
         "messages": [
             {"role": "system", "content": "Be brief."},
@@ -130,7 +130,7 @@ def test_system_turns_and_rows_without_pictures(pictures, processor):
             {"role": "assistant", "content": "Yo"},
         ]
     }
-    rows = _rows(pictures, processor, system, GOOD)
+    rows = _rows(images, processor, system, GOOD)
     assert rows.without_pictures == [1] and "pixel_values" not in rows[0]
     assert processor.tokenizer.decode(rows[0]["input_ids"]).startswith("<|im_start|>system\nBe brief.<|im_end|>")
 
@@ -154,7 +154,7 @@ BAD = {
     "cut picture": ({**GOOD, "image": "cut.png"}, "picture cut.png cannot be read"),
     "thin picture": ({**GOOD, "image": "thin.png"}, "8000 x 8 pixels is refused"),
     "picture of another type": ({**GOOD, "image": [3]}, "a picture that is a int"),
-    "too few pictures": ({**GOOD, "question": "<image><image>?"}, "has 1 pictures, and a place for another"),
+    "too few pictures": ({**GOOD, "question": "<image><image>?"}, "has 1 images, and a place for another"),
     "too many pictures": (
         {**GOOD, "image": ["a.png", "a.png"], "question": "<image>?"},
         "has 2 pictures and places for 1",
@@ -170,12 +170,12 @@ BAD = {
 
 
 @pytest.fixture
-def broken(pictures):
-    (pictures / "text.png").write_text("no picture")
-    whole = (pictures / "a.png").read_bytes()
-    (pictures / "cut.png").write_bytes(whole[: len(whole) // 2])
-    Image.new("1", (8000, 8)).save(pictures / "thin.png")
-    return pictures
+def broken(images):
+    (images / "text.png").write_text("no picture")
+    whole = (images / "a.png").read_bytes()
+    (images / "cut.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("1", (8000, 8)).save(images / "thin.png")
+    return images
 
 
 def test_bad_rows_are_counted_reported_and_skipped(broken, processor):
@@ -190,16 +190,16 @@ def test_bad_rows_are_counted_reported_and_skipped(broken, processor):
     assert f"{len(BAD)} skipped" in text and "line 2: is not valid JSON" in text and f"and {len(BAD) - 20} more" in text
 
 
-def test_only_bad_rows(pictures, processor):
+def test_only_bad_rows(images, processor):
     with pytest.raises(training.DataError, match="line 1: has no assistant"):
-        _rows(pictures, processor, BAD["no assistant"][0])
+        _rows(images, processor, BAD["no assistant"][0])
     with pytest.raises(training.DataError, match="has no rows"):
-        _rows(pictures, processor)
+        _rows(images, processor)
 
 
-def test_pictures_that_break_later_stop_with_their_line(pictures, processor):
-    rows = _rows(pictures, processor, b"", GOOD, decode=False)
-    (pictures / "a.png").write_bytes((pictures / "a.png").read_bytes()[:100])
+def test_pictures_that_break_later_stop_with_their_line(images, processor):
+    rows = _rows(images, processor, b"", GOOD, decode=False)
+    (images / "a.png").write_bytes((images / "a.png").read_bytes()[:100])
     with pytest.raises(training.DataError, match=r"rows.jsonl, line 2: picture a.png cannot be read"):
         rows[0]
 
@@ -209,18 +209,18 @@ def test_headers_only(broken, processor):
     assert [line for line, _ in rows.skipped.rows] == [2]
 
 
-def test_lengths_are_exact(pictures, processor):
-    Image.new("RGB", (200, 130)).save(pictures / "b.png")
+def test_lengths_are_exact(images, processor):
+    Image.new("RGB", (200, 130)).save(images / "b.png")
     row = {**GOOD, "image": ["a.png", "b.png"]}
-    length = len(_rows(pictures, processor, row)[0]["input_ids"])
-    assert len(_rows(pictures, processor, row, max_length=length)) == 1
+    length = len(_rows(images, processor, row)[0]["input_ids"])
+    assert len(_rows(images, processor, row, max_length=length)) == 1
     with pytest.raises(training.DataError, match=f"{length} tokens long, more than {length - 1}"):
-        _rows(pictures, processor, row, max_length=length - 1)
+        _rows(images, processor, row, max_length=length - 1)
 
 
-def test_batches(pictures, processor):
+def test_batches(images, processor):
     rows = _rows(
-        pictures, processor, GOOD, {"question": "Hi", "answer": "Yo " * 20}, {**GOOD, "image": ["a.png", "b.png"]}
+        images, processor, GOOD, {"question": "Hi", "answer": "Yo " * 20}, {**GOOD, "image": ["a.png", "b.png"]}
     )
     batch = training.Collator(processor)([rows[i] for i in range(3)])
     length = max(len(rows[i]["input_ids"]) for i in range(3))
@@ -234,9 +234,9 @@ def test_batches(pictures, processor):
     assert batch["image_grid_thw"].shape == (3, 3) and batch["pixel_values"].shape[0] == 36
 
 
-def test_relative_pictures_start_elsewhere(pictures, processor, tmp_path_factory):
+def test_relative_pictures_start_elsewhere(images, processor, tmp_path_factory):
     file = _write(tmp_path_factory.mktemp("elsewhere"), GOOD)
-    assert len(training.Rows(training.JsonlRows(file, images=pictures), training.Encoder(processor))) == 1
+    assert len(training.Rows(training.JsonlRows(file, images=images), training.Encoder(processor))) == 1
 
 
 def _hugging_face(count=4):
