@@ -86,7 +86,7 @@ def _main_phase(raw: dict, sizes: dict, variant: str) -> dict[str, dict]:
     return result
 
 
-def _peers(times: dict[str, dict], sizes: dict) -> dict[str, dict]:
+def _other_engines(times: dict[str, dict], sizes: dict) -> dict[str, dict]:
     """Ours against each other engine and format, "decode_int8_openvino_int8" for example, and against the engine's
     format with the fastest prefill.
     """
@@ -130,7 +130,7 @@ def from_raw(raw: dict, sizes: dict) -> dict[str, dict]:
         result[f"error_{name}"] = _lower_is_better(raw["errors"][name], _scientific)
     result |= {f"layer_cosine_{name}": _metric(value, "–", "–") for name, value in raw.get("layer_cosines", {}).items()}
     if "peers" in raw:
-        result |= _peers(raw["peers"]["times"], sizes)
+        result |= _other_engines(raw["peers"]["times"], sizes)
     if "other_dtypes" in raw:
         result |= {f"{operation}_best": _best_dtype(raw, operation) for operation in ("vision", "ttft")}
         for dtype, limited in raw["avx2"].items():

@@ -185,8 +185,8 @@ def _other_dtypes(
     return times
 
 
-def _peers(options: Options, folder: Path, step: Callable[[str], None]) -> dict:
-    """Times of each other engine, interleaved with ours at the same weight size and with int8: {"times": by peer,
+def _other_engines(options: Options, folder: Path, step: Callable[[str], None]) -> dict:
+    """Times of each other engine, interleaved with ours at the same weight size and with int8: {"times": by engine,
     "skipped": reasons, "versions"}.
     """
     ready, skipped = prepared(engines_of(Path(options.model)), lambda text: None)
@@ -199,20 +199,20 @@ def _peers(options: Options, folder: Path, step: Callable[[str], None]) -> dict:
             worker.ask("warm_up")
         prompts = folder / "prompts.safetensors"
         ours["ours"].ask("save_prompts", file=str(prompts))
-        for peer in ready:
-            step(f"peer {peer.name}")
-            variant = MATCHING[peer.name.split()[-1]]
+        for engine in ready:
+            step(f"peer {engine.name}")
+            variant = MATCHING[engine.name.split()[-1]]
             try:
-                with peer.start(prompts, threads) as worker:
+                with engine.start(prompts, threads) as worker:
                     worker.ask("warm_up")
                     workers = {"peer": worker, "int8": ours["int8"], variant: ours[variant]}
-                    times[peer.name] = _peer_rounds(workers, options, "image" in peer.prompts)
+                    times[engine.name] = _engine_rounds(workers, options, "image" in engine.prompts)
             except WorkerError as error:  # usually the other engine's fault: ours has just run without it
-                skipped[peer.name] = str(error).strip().splitlines()[-1]
-    return {"times": times, "skipped": skipped, "versions": {peer.name: peer.version for peer in ready}}
+                skipped[engine.name] = str(error).strip().splitlines()[-1]
+    return {"times": times, "skipped": skipped, "versions": {engine.name: engine.version for engine in ready}}
 
 
-def _peer_rounds(workers: Workers, options: Options, images: bool) -> dict:
+def _engine_rounds(workers: Workers, options: Options, images: bool) -> dict:
     times: dict = {}
     for index in range(options.rounds):
         answers = _ask_interleaved(workers, index, "generate", prompt="text", tokens=options.tokens)
@@ -242,7 +242,7 @@ def run(options: Options, step: Callable[[str], None]) -> dict[str, object]:
         step("error of the full model against fp32")
         raw["errors"] = {"bf16_full": _full_model_errors(options, folder)}
         if options.peers:
-            raw["peers"] = _peers(options, folder, step)
+            raw["peers"] = _other_engines(options, folder, step)
     with Worker("reference") as worker:
         step(f"error of {options.layers} layers against float64")
         errors = worker.ask(

@@ -25,8 +25,8 @@ class Engine(Protocol):
         prompts: those of "image", "text" and "long" that it takes.
 
     Example:
-        >>> peer.prepare(print)
-        >>> with peer.start(file, threads=2) as worker:
+        >>> engine.prepare(print)
+        >>> with engine.start(file, threads=2) as worker:
         ...     worker.ask("warm_up")
         ...     worker.ask("generate", prompt="text", tokens=33)  # {"first": 1.8, "per_token": 0.083}
         ...     worker.ask("peak_rss")
@@ -55,13 +55,13 @@ def engines_of(checkpoint: Path) -> list[Engine]:
     ]
 
 
-def prepared(peers: list[Engine], show: Show) -> tuple[list[Engine], dict[str, str]]:
+def prepared(engines: list[Engine], show: Show) -> tuple[list[Engine], dict[str, str]]:
     """Prepares engines. Returns those that can be measured, and the reasons of the others by name."""
     ready, skipped = [], {}
-    for peer in peers:
+    for engine in engines:
         try:
-            peer.prepare(lambda text: show(f"{peer.name}: {text}"))
-            ready.append(peer)
+            engine.prepare(lambda text: show(f"{engine.name}: {text}"))
+            ready.append(engine)
         except EngineUnavailable as reason:
-            skipped[peer.name] = str(reason)
+            skipped[engine.name] = str(reason)
     return ready, skipped

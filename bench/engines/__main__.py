@@ -46,18 +46,18 @@ def _save_prompts(checkpoint: Path, file: Path) -> None:
     inputs.save({"image": image, "text": inputs.text_prompt(processor, image["input_ids"].shape[1])}, file)
 
 
-def _try(peer: Engine, prompts: Path) -> None:
+def _try(engine: Engine, prompts: Path) -> None:
     import torch
 
-    with peer.start(prompts, torch.get_num_threads()) as worker:
+    with engine.start(prompts, torch.get_num_threads()) as worker:
         worker.ask("warm_up")
-        for prompt in peer.prompts[:2]:
+        for prompt in engine.prompts[:2]:
             times = worker.ask("generate", prompt=prompt, tokens=33)
             print(
-                f"{peer.name}: {prompt} prompt {times['first']:.2f} s, then {1 / times['per_token']:.2f} tok/s",
+                f"{engine.name}: {prompt} prompt {times['first']:.2f} s, then {1 / times['per_token']:.2f} tok/s",
                 flush=True,
             )
-        print(f"{peer.name}: peak RSS {worker.ask('peak_rss') / 1e9:.2f} GB", flush=True)
+        print(f"{engine.name}: peak RSS {worker.ask('peak_rss') / 1e9:.2f} GB", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,23 +66,23 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = arguments.model.resolve() if arguments.model else _checkpoint()
     if not (checkpoint / "config.json").is_file():
         sys.exit(f"bench.engines: {checkpoint} has no config.json; --model takes the folder of a Qwen3-VL checkpoint")
-    peers = [peer for peer in engines_of(checkpoint) if peer.name.startswith(tuple(arguments.names) or "")]
-    if not peers:
+    engines = [engine for engine in engines_of(checkpoint) if engine.name.startswith(tuple(arguments.names) or "")]
+    if not engines:
         sys.exit(
             f"bench.engines: no peer is called {' or '.join(arguments.names)}; there are "
-            f"{', '.join(peer.name for peer in engines_of(checkpoint))}"
+            f"{', '.join(engine.name for engine in engines_of(checkpoint))}"
         )
-    ready, skipped = prepared(peers, lambda text: print(text, flush=True))
-    for peer in ready:
-        print(f"{peer.name}: ready ({peer.version})", flush=True)
+    ready, skipped = prepared(engines, lambda text: print(text, flush=True))
+    for engine in ready:
+        print(f"{engine.name}: ready ({engine.version})", flush=True)
     for name, reason in skipped.items():
         print(f"{name}: skipped, {reason}", flush=True)
     if arguments.attempt:
         with tempfile.TemporaryDirectory(prefix="qvl-peers-") as folder:
             prompts = Path(folder) / "prompts.safetensors"
             _save_prompts(checkpoint, prompts)
-            for peer in ready:
-                _try(peer, prompts)
+            for engine in ready:
+                _try(engine, prompts)
     return 1 if skipped else 0
 
 

@@ -92,7 +92,7 @@ def test_times_of_llama_bench():
 
 def test_a_llama_peer_runs_its_bench_once_per_request(tmp_path, monkeypatch, checkpoint, prompts):
     monkeypatch.setenv("QVL_CACHE", str(tmp_path))
-    peer = LlamaEngine(IK_LLAMA_CPP, "Q8_0", checkpoint)
+    engine = LlamaEngine(IK_LLAMA_CPP, "Q8_0", checkpoint)
     program = IK_LLAMA_CPP.tool("llama-bench")
     program.parent.mkdir(parents=True)
     program.write_text(
@@ -100,12 +100,12 @@ def test_a_llama_peer_runs_its_bench_once_per_request(tmp_path, monkeypatch, che
         f"sys.exit(3) if '-n 8' in ' '.join(sys.argv) else print({json.dumps(_bench_output(7, 2))!r})\n"
     )
     program.chmod(0o755)
-    with peer.start(prompts, threads=2) as worker:
+    with engine.start(prompts, threads=2) as worker:
         assert worker.ask("generate", prompt="text", tokens=3) == {"first": 4.0, "per_token": 0.125}
         assert worker.ask("peak_rss") > 1 << 20
         with pytest.raises(WorkerError, match="text only, not the image prompt"):
             worker.ask("generate", prompt="image", tokens=3)
-        asked = rf"-m {peer.file} -t 2 -rtr 1 -p 7 -n 8 -r 1 -o json ended with exit code 3:\nloading"
+        asked = rf"-m {engine.file} -t 2 -rtr 1 -p 7 -n 8 -r 1 -o json ended with exit code 3:\nloading"
         with pytest.raises(WorkerError, match=asked):
             worker.ask("generate", prompt="text", tokens=9)
 
@@ -173,14 +173,14 @@ def test_llama_cpp_reads_what_is_written(toolchain, format, checkpoint, tmp_path
     if not (LLAMA_CPP.ready and toolchain.ready):
         pytest.skip(f"{toolchain.name} is not built: python -m bench.engines")
     monkeypatch.setattr(llama_cpp, "models_directory", lambda checkpoint: tmp_path)
-    peer = LlamaEngine(toolchain, format, checkpoint)
-    peer.prepare(print)
-    with peer.start(prompts, threads=1) as worker:
+    engine = LlamaEngine(toolchain, format, checkpoint)
+    engine.prepare(print)
+    with engine.start(prompts, threads=1) as worker:
         times = worker.ask("generate", prompt="text", tokens=3)
     assert times["first"] > 0 and times["per_token"] > 0
     if format == "bf16":
         output = subprocess.run(
-            [LLAMA_CPP.environment.python, "-c", READ_GGUF, peer.file], capture_output=True, text=True, check=True
+            [LLAMA_CPP.environment.python, "-c", READ_GGUF, engine.file], capture_output=True, text=True, check=True
         ).stdout
         written = json.loads(output)
         for name, tensor in load_file(checkpoint / "model.safetensors").items():
@@ -211,9 +211,9 @@ def test_openvino_runs_what_is_exported(bits, checkpoint, tmp_path, monkeypatch,
     if not open_vino.environment().ready:
         pytest.skip("OpenVINO is not installed: python -m bench.engines")
     monkeypatch.setattr(open_vino, "models_directory", lambda checkpoint: tmp_path)
-    peer = OpenVINOEngine(bits, checkpoint)
-    peer.prepare(print)
-    with peer.start(prompts, threads=1) as worker:
+    engine = OpenVINOEngine(bits, checkpoint)
+    engine.prepare(print)
+    with engine.start(prompts, threads=1) as worker:
         times = worker.ask("generate", prompt="text", tokens=3)
         assert times["first"] > 0 and times["per_token"] > 0 and worker.ask("peak_rss") > 1 << 27
 
@@ -311,7 +311,7 @@ def test_peers_that_cannot_be_prepared_are_skipped_with_their_reason(checkpoint,
     monkeypatch.setattr(Toolchain, "prepare", unavailable)
     assert main(["--model", str(checkpoint)]) == 1
     printed = capsys.readouterr().out.splitlines()
-    assert printed == [f"{peer.name}: skipped, no network" for peer in engines_of(checkpoint)] and len(printed) == 8
+    assert printed == [f"{engine.name}: skipped, no network" for engine in engines_of(checkpoint)] and len(printed) == 8
     with pytest.raises(SystemExit, match="no peer is called vllm; there are llama.cpp bf16"):
         main(["--model", str(checkpoint), "vllm"])
 

@@ -154,7 +154,7 @@ BAD = {
     "cut picture": ({**GOOD, "image": "cut.png"}, "picture cut.png cannot be read"),
     "thin picture": ({**GOOD, "image": "thin.png"}, "8000 x 8 pixels is refused"),
     "picture of another type": ({**GOOD, "image": [3]}, "a picture that is a int"),
-    "too few pictures": ({**GOOD, "question": "<image><image>?"}, "has 1 images, and a place for another"),
+    "too few pictures": ({**GOOD, "question": "<image><image>?"}, "has 1 pictures, and a place for another"),
     "too many pictures": (
         {**GOOD, "image": ["a.png", "a.png"], "question": "<image>?"},
         "has 2 pictures and places for 1",
