@@ -71,7 +71,7 @@ def errors_against_float64(path: str, layers: int, image_size: int, text_tokens:
     }
 
 
-def fake_quantised(stock: nn.Module, packed: nn.Module) -> nn.Module:
+def fake_quantised(stock: nn.Module, quantised: nn.Module) -> nn.Module:
     """A copy of the stock model with the fake-quantised weights and activations of the quantised one, in the stock
     model's dtype.
     """
@@ -80,7 +80,7 @@ def fake_quantised(stock: nn.Module, packed: nn.Module) -> nn.Module:
 
     exact = copy.deepcopy(stock)
     modules = dict(exact.named_modules())
-    for name, module in packed.named_modules():
+    for name, module in quantised.named_modules():
         if isinstance(module, PackedLinear | PackedEmbedding):
             modules[name].weight = nn.Parameter(module.dequantize().to(stock.dtype))
         if isinstance(module, PackedLinear):
@@ -106,17 +106,17 @@ def cosines_of_packed(
     least = {}
     for name in weights:
         with _shallow(path, layers, torch.float32, accelerated=False) as stock, torch.inference_mode():
-            packed = qvl_model.accelerate(copy.deepcopy(stock), weights=name)
+            quantised = qvl_model.accelerate(copy.deepcopy(stock), weights=name)
             cosines: list[float] = []
 
             def compare(layer: nn.Module, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
                 outputs = (x[0] if isinstance(x, tuple) else x for x in (layer(*args, **kwargs), output))
                 cosines.append(torch.cosine_similarity(*(x.double().flatten() for x in outputs), dim=0).item())
 
-            exact = fake_quantised(stock, packed)
+            exact = fake_quantised(stock, quantised)
             for name_of, modules in exact.named_modules():
                 if isinstance(modules, nn.ModuleList):
-                    for module, layer in zip(modules, packed.get_submodule(name_of)):
+                    for module, layer in zip(modules, quantised.get_submodule(name_of)):
                         module.register_forward_hook(functools.partial(compare, layer), with_kwargs=True)
             exact(**prompt, use_cache=False)
             least[name] = min(cosines)

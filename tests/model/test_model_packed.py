@@ -149,21 +149,21 @@ def test_unknown_formats(weights, error, message):
         formats_of(weights)
 
 
-def _dequantised(packed: nn.Module, stock: nn.Module) -> nn.Module:
+def _dequantised(quantised: nn.Module, stock: nn.Module) -> nn.Module:
     """``stock`` with the dequantised weights of the quantised model."""
     modules = dict(stock.named_modules())
     with torch.no_grad():
-        for name, module in packed.named_modules():
+        for name, module in quantised.named_modules():
             if isinstance(module, PackedLinear | PackedEmbedding):
                 modules[name].weight.copy_(module.dequantize())
     return stock
 
 
-def _assert_quantised(packed: nn.Module, stock: nn.Module) -> None:
+def _assert_quantised(quantised: nn.Module, stock: nn.Module) -> None:
     """Every weight equals the stock model's, or its quantised form."""
     for name, module in stock.named_modules():
         for own, expected in module.named_parameters(recurse=False):
-            ours = packed.get_submodule(name)
+            ours = quantised.get_submodule(name)
             if own == "weight" and isinstance(ours, PackedLinear | PackedEmbedding):
                 bits = ours.quantized.bits
                 assert relative(ours.dequantize(), dequantize(quantize(expected.detach(), bits))) < 1e-6, name
@@ -174,8 +174,8 @@ def _assert_quantised(packed: nn.Module, stock: nn.Module) -> None:
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_a_weight_is_read_and_written_as_any_other(bits):
     torch.manual_seed(0)
-    packed = PackedLinear.from_linear(nn.Linear(70, 33), bits, group=32)
-    first, weight = packed.dequantize(), packed.weight
+    layer = PackedLinear.from_linear(nn.Linear(70, 33), bits, group=32)
+    first, weight = layer.dequantize(), layer.weight
     assert (
         isinstance(weight, nn.Parameter)
         and weight.shape == (33, 70)
@@ -197,29 +197,29 @@ def test_a_weight_is_read_and_written_as_any_other(bits):
     }
     with torch.no_grad():
         for name, change in changes.items():
-            before, plain = packed.quantized, nn.Parameter(packed.dequantize())
+            before, plain = layer.quantized, nn.Parameter(layer.dequantize())
             before = before._replace(values=before.values.clone(), scales=before.scales.clone())
-            change(packed.weight)
+            change(layer.weight)
             change(plain)
-            expected = dequantize(quantize(plain.detach(), packed.quantized.bits, 32))
+            expected = dequantize(quantize(plain.detach(), layer.quantized.bits, 32))
             same = (plain == dequantize(before)).all(1)
-            assert torch.equal(packed.quantized.values[same], before.values[same]) and torch.equal(
-                packed.quantized.scales[same], before.scales[same]
+            assert torch.equal(layer.quantized.values[same], before.values[same]) and torch.equal(
+                layer.quantized.scales[same], before.scales[same]
             ), name
-            assert torch.equal(packed.dequantize()[~same], expected[~same]) and not same.all(), name
+            assert torch.equal(layer.dequantize()[~same], expected[~same]) and not same.all(), name
     for wrong, error, message in (
         (torch.ones(33, 71), ValueError, r"takes shape \[N, 70\], got \[33, 71\]"),
         (torch.full((33, 70), torch.nan), ValueError, "NaN or infinite"),
     ):
         with pytest.raises(error, match=message):
-            packed.weight.data = wrong
+            layer.weight.data = wrong
     with pytest.raises(RuntimeError, match="a quantised weight is a constant; train an adapter"):
-        packed.weight.requires_grad_()
+        layer.weight.requires_grad_()
     with pytest.raises(TypeError, match="takes an nn.Parameter"):
-        packed.weight = torch.ones(33, 70)
-    assert torch.equal(packed.dequantize(), torch.full((33, 70), 0.25))
-    packed.weight = weight = nn.Parameter(torch.ones(33, 70))
-    assert type(packed) is nn.Linear and packed.weight is weight and list(packed.state_dict()) == ["weight", "bias"]
+        layer.weight = torch.ones(33, 70)
+    assert torch.equal(layer.dequantize(), torch.full((33, 70), 0.25))
+    layer.weight = weight = nn.Parameter(torch.ones(33, 70))
+    assert type(layer) is nn.Linear and layer.weight is weight and list(layer.state_dict()) == ["weight", "bias"]
 
 
 def test_tied_weights_are_one_through_copies_moves_and_writes():
@@ -380,18 +380,18 @@ def test_steps_of_gpus(weights, monkeypatch):
 def test_packed_linear_of_any_model(weights):
     torch.manual_seed(0)
     linear = nn.Linear(70, 33)
-    packed = PackedLinear.from_linear(linear, weights, group=32)
+    layer = PackedLinear.from_linear(linear, weights, group=32)
     x = torch.randn(4, 70)
-    expected = nn.functional.linear(rounded_activations(x, packed.quantized), packed.dequantize(), linear.bias)
-    assert_close(packed(x), expected)
-    assert packed.bias is linear.bias and isinstance(linear.weight, nn.Parameter) and "int" in repr(packed)
+    expected = nn.functional.linear(rounded_activations(x, layer.quantized), layer.dequantize(), linear.bias)
+    assert_close(layer(x), expected)
+    assert layer.bias is linear.bias and isinstance(linear.weight, nn.Parameter) and "int" in repr(layer)
     with torch.autocast("cpu", torch.bfloat16):
-        assert packed(x).dtype == torch.bfloat16
+        assert layer(x).dtype == torch.bfloat16
     with pytest.raises(TypeError, match="takes an nn.Linear"):
         PackedLinear.from_linear(nn.Conv1d(2, 2, 1))
     with pytest.raises(ValueError, match="one of int8, int4"):
         PackedLinear.from_linear(linear, "fp8")
-    assert dequantize(packed.quantized).shape == (33, 70)
+    assert dequantize(layer.quantized).shape == (33, 70)
 
 
 def _at_once(*works) -> None:

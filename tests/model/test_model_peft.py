@@ -55,12 +55,12 @@ def _stock(fast: nn.Module) -> nn.Module:
     stock = models.stock_model("small" if fast.config.tie_word_embeddings else "untied_bias")
     modules = dict(stock.named_modules())
     with torch.no_grad():
-        for name, module in _packed(fast).items():
+        for name, module in _quantised(fast).items():
             modules[name].weight.copy_(module.dequantize())
     return stock
 
 
-def _packed(model: nn.Module) -> dict[str, nn.Module]:
+def _quantised(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedEmbedding)
     }
@@ -70,7 +70,7 @@ def _bits(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the quantised weights, which must not change by a bit."""
     return {
         f"{name}.{own}": tensor.clone()
-        for name, module in _packed(model).items()
+        for name, module in _quantised(model).items()
         for own, tensor in module._buffers.items()
     }
 
@@ -152,7 +152,7 @@ def test_quantising_under_adapters_is_quantising_before_them(weights, method):
     assert {n for n, p in late.named_parameters() if p.requires_grad} == {
         n for n, p in early.named_parameters() if p.requires_grad
     }
-    assert _same(_bits(late), _bits(early)) and _packed(late)
+    assert _same(_bits(late), _bits(early)) and _quantised(late)
     late.load_state_dict(early.state_dict())  # values made from the dense weights: tokens, copies, norms
     batch = _batch()
     with qvl_kernels.use_backend("reference"):
@@ -179,7 +179,7 @@ def test_adapters_of_transformers_own_integration(how):
     except ValueError as error:
         pytest.skip(str(error))  # this transformers wants another PEFT
     qvl_model.accelerate(late, weights="int8")
-    assert _same(_bits(late), _bits(early)) and _packed(late)
+    assert _same(_bits(late), _bits(early)) and _quantised(late)
     with qvl_kernels.use_backend("reference"):
         _assert_same_gradients(late.train(), early.train(), _batch())
         for model in (late, early):
@@ -233,7 +233,7 @@ def test_merging_and_unmerging(method, weights):
                 assert_close(tuned(**batch).logits, expected(**batch).logits)
             elif method != "tied":  # where two are merged into one weight, one after the other
                 modules = dict(expected.named_modules())
-                for name, module in _packed(tuned).items():
+                for name, module in _quantised(tuned).items():
                     again = quantize(modules[name].weight.data, module.quantized.bits)
                     assert relative(module.dequantize(), dequantize(again)) < 1e-6, name
             if weights is not None:
@@ -260,7 +260,7 @@ def test_merging_for_good(tmp_path, weights):
         if weights is None:
             assert_close(logits, expected(**batch).logits)
             return
-        for name, module in _packed(merged).items():
+        for name, module in _quantised(merged).items():
             assert (
                 relative(
                     module.dequantize(),
@@ -268,7 +268,7 @@ def test_merging_for_good(tmp_path, weights):
                 )
                 < 1e-6
             )
-        assert all(module._kept.original is None for module in _packed(merged).values())
+        assert all(module._kept.original is None for module in _quantised(merged).values())
         second = _adapted(merged, METHODS["lora"]())  # one after the other
         bits = _bits(second)
         second.merge_adapter()
@@ -307,7 +307,7 @@ def test_an_unmerge_without_the_original_is_an_error():
         ValueError, match=r"an adapter is merged into .*call unmerge_adapter first, or merge_and_unload"
     ):
         qvl_model.accelerate(merged, weights="int8")
-    assert not _packed(merged)
+    assert not _quantised(merged)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "lora and tokens", "prompt", "copies"])
@@ -371,7 +371,7 @@ def test_restore_under_adapters(tmp_path, method):
 def test_bf16(method):
     """As close to fp32 as stock, with adapters of the same dtypes."""
     batch, golden = _batch(), _adapted(models.stock_model("small"), METHODS[method]())
-    stock, fast, packed = (
+    stock, fast, quantised = (
         _adapted(model, METHODS[method]())
         for model in (
             models.stock_model("small", torch.bfloat16),
@@ -380,7 +380,7 @@ def test_bf16(method):
         )
     )
     expected = {name: p.dtype for name, p in stock.named_parameters() if p.requires_grad}
-    for tuned in (fast, packed):
+    for tuned in (fast, quantised):
         assert {name: p.dtype for name, p in tuned.named_parameters() if p.requires_grad} == expected
     for model in (golden, stock, fast):  # random numbers differ with the dtype
         model.load_state_dict(stock.state_dict())
@@ -392,9 +392,9 @@ def test_bf16(method):
             exact = golden(**batch).logits
             errors = [relative(model(**batch).logits, exact) for model in (stock, fast)]
         assert 0 < errors[1] < 1.3 * errors[0]
-    loss = packed.train()(**batch, labels=batch["input_ids"]).loss
+    loss = quantised.train()(**batch, labels=batch["input_ids"]).loss
     loss.backward()
-    assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in packed.parameters() if p.requires_grad)
+    assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in quantised.parameters() if p.requires_grad)
 
 
 def test_target_parameters_of_a_packed_layer_are_refused():

@@ -33,7 +33,7 @@ FAMILIES = {
 }
 
 
-def _packed(weights="int8", **options):
+def _quantised(weights="int8", **options):
     return qvl_model.accelerate(stock_model("small"), weights=weights, **options)
 
 
@@ -73,7 +73,7 @@ def test_computes_the_same(tmp_path, family):
 
 
 def test_what_is_written(tmp_path):
-    _packed({"text": "int4", "vision": "int8", "lm_head": "int8"}, group=32).save_pretrained(tmp_path / "packed")
+    _quantised({"text": "int4", "vision": "int8", "lm_head": "int8"}, group=32).save_pretrained(tmp_path / "packed")
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3VLForConditionalGeneration"] and config["dtype"] == "float32"
     section = config["quantization_config"]
@@ -99,21 +99,21 @@ def test_what_is_written(tmp_path):
 
 
 def test_tied_rows_stay_one_tensor(tmp_path):
-    _packed("int8").save_pretrained(tmp_path)
+    _quantised("int8").save_pretrained(tmp_path)
     model = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
     embedding = model.get_input_embeddings()
     assert (
         type(embedding) is PackedEmbedding
         and embedding.weight_values.data_ptr() == model.lm_head.weight_values.data_ptr()
     )
-    _packed({"vision": "int8"}).save_pretrained(tmp_path)
+    _quantised({"vision": "int8"}).save_pretrained(tmp_path)
     model = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
     assert model.get_input_embeddings().weight is model.lm_head.weight
 
 
 def test_arguments_of_from_pretrained(tmp_path):
     load = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained
-    _packed("int8").save_pretrained(tmp_path)
+    _quantised("int8").save_pretrained(tmp_path)
     model, info = load(
         tmp_path,
         dtype=torch.bfloat16,
@@ -138,7 +138,7 @@ def test_arguments_of_from_pretrained(tmp_path):
 
 
 def test_stock_transformers_finds_no_weights(tmp_path):
-    _packed("int8").save_pretrained(tmp_path)
+    _quantised("int8").save_pretrained(tmp_path)
     for model_class in (StockModel, AutoModelForImageTextToText):
         with pytest.raises(OSError, match="no file named model.safetensors"):
             model_class.from_pretrained(tmp_path)
@@ -152,11 +152,11 @@ def test_what_is_not_packed_is_saved_as_ever(tmp_path):
         quantized_checkpoint.save(model, tmp_path / "other")
     assert not (tmp_path / "other").exists()
     with pytest.raises(TypeError, match="push_to_hub"):
-        _packed().save_pretrained(tmp_path / "other", push_to_hub=True)
+        _quantised().save_pretrained(tmp_path / "other", push_to_hub=True)
 
 
 def test_restore_cannot_unpack_what_was_loaded_packed(tmp_path):
-    _packed("int8").save_pretrained(tmp_path)
+    _quantised("int8").save_pretrained(tmp_path)
     model = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has them packed"):
         qvl_model.restore(model)
@@ -230,7 +230,7 @@ DAMAGE = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     directory = tmp_path_factory.mktemp("saved") / "packed"
-    _packed("int8").save_pretrained(directory)
+    _quantised("int8").save_pretrained(directory)
     return directory
 
 
@@ -249,7 +249,7 @@ def test_a_save_over_another_one(tmp_path, saved):
     """Files are replaced one by one; every state in between is refused, or is the complete old or new model."""
     directory = shutil.copytree(saved, tmp_path / "packed")
     (directory / "tokenizer.json").write_text("{}")
-    _packed("int4").save_pretrained(directory)
+    _quantised("int4").save_pretrained(directory)
     assert (directory / "tokenizer.json").exists()
     model = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(directory)
     assert model.lm_head.quantized.bits == 4
@@ -262,7 +262,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space left on device")
 
-    model = _packed("int8")
+    model = _quantised("int8")
     monkeypatch.setattr(quantized_checkpoint, "save_file", fail)
     with pytest.raises(OSError, match="no space"):
         model.save_pretrained(tmp_path / "packed")
@@ -412,12 +412,12 @@ def _write_large(directory, sizes):
     config.dtype, config.architectures = "bfloat16", ["Qwen3VLForConditionalGeneration"]
     config.save_pretrained(directory)
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    packed = sum(tensor.numel() for name, tensor in tensors.items() if name in linear or "embed_tokens" in name)
+    quantised = sum(tensor.numel() for name, tensor in tensors.items() if name in linear or "embed_tokens" in name)
     kept = sum(
         2 * tensor.numel() for name, tensor in tensors.items() if name not in linear and "embed_tokens" not in name
     )
     largest = max(2 * tensor.numel() for tensor in tensors.values())
-    return {"int8": packed + kept, "int4": packed * 17 // 32 + kept}, largest
+    return {"int8": quantised + kept, "int4": quantised * 17 // 32 + kept}, largest
 
 
 def _check_memory(directory, how, weights, final, largest, slack):

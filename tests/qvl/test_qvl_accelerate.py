@@ -300,10 +300,10 @@ def test_packed_weights_and_back(tmp_path, name, weights, limit):
     batch = inputs(9, 5)
     expected = run(model, **batch).logits
     qvl_model.accelerate(model, weights=weights)
-    packed = {key for key, _, ours in qvl_model.report(model).replaced if "Packed" in ours}
+    quantised = {key for key, _, ours in qvl_model.report(model).replaced if "Packed" in ours}
     wanted = {"lm_head", "model.language_model.layers.2.mlp.up_proj", "model.visual.blocks.0.attn.qkv"}
-    assert wanted | {key for key in packed if "fusion.attn" in key or "connector" in key} <= packed and any(
-        "fusion.attn.k_proj" in key for key in packed
+    assert wanted | {key for key in quantised if "fusion.attn" in key or "connector" in key} <= quantised and any(
+        "fusion.attn.k_proj" in key for key in quantised
     )
     out = run(model, **batch).logits
     assert 0 < relative(out, expected) < limit
