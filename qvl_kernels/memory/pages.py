@@ -33,8 +33,8 @@ def empty(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, sha
         >>> values = empty(weight, (2048, 6144), torch.int8)
     """
     size = math.prod(shape) * dtype.itemsize
-    plain = type(like) in (torch.Tensor, torch.nn.Parameter) and like.device.type == "cpu"
-    if not plain or size < (_SMALL if shared else _HUGE_PAGE) or not hasattr(mmap, "MADV_HUGEPAGE"):
+    eligible = type(like) in (torch.Tensor, torch.nn.Parameter) and like.device.type == "cpu"
+    if not eligible or size < (_SMALL if shared else _HUGE_PAGE) or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(shape, dtype=dtype)
     memory, start = _map(size) if size >= _HUGE_PAGE else _shared.take(size)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(shape)

@@ -5,7 +5,7 @@ import torch
 from qvl_kernels import checks, dispatch
 from qvl_kernels.library import call
 from qvl_kernels.ops.attention.op import attention_op
-from qvl_kernels.ops.attention.reference import attention_reference, packed_attention_reference
+from qvl_kernels.ops.attention.reference import attention_reference, varlen_attention_reference
 
 __all__ = [
     "MAX_HEAD_DIM",
@@ -24,7 +24,7 @@ MAX_HEAD_DIM_GPU = 256
 
 
 def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ndim: int) -> None:
-    """Shapes, dtypes and strides of q [.., T, H, D] and k, v [.., S, Hkv, D]."""
+    """Checks shapes, dtypes and strides of q [.., T, H, D] and k, v [.., S, Hkv, D]."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.check_tensor(op, name, x, ndim)
     checks.check_same(op, q=q, k=k, v=v)
@@ -43,7 +43,7 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ndim: 
 
 
 def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, total: int, device: torch.device) -> None:
-    """int32 [n + 1] on the CPU, from 0 to ``total`` without falling: out-of-range values would read foreign memory."""
+    """int32 [n + 1] that rises from 0 to ``total``: kernels would read outside the tensors otherwise."""
     checks.check_dtype(op, "cu_seqlens", cu_seqlens, torch.int32)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(
@@ -54,7 +54,7 @@ def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, total: int, device: torc
     if cu_seqlens.device.type != "cpu":
         checks.check_device(op, "cu_seqlens", cu_seqlens, device)
     if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
-        return  # values are not known while tracing, and reading them from a GPU would wait for it
+        return  # tracing has no values, and reading them from a GPU would synchronise
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in zip(bounds[:-1], bounds[1:])):
         raise ValueError(
@@ -63,7 +63,7 @@ def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, total: int, device: torc
 
 
 def check_mask(op: str, mask: torch.Tensor, q: torch.Tensor, shape: tuple[int, int, int, int]) -> None:
-    """bool or q's dtype, [B, H, T, S] with 1 where it broadcasts."""
+    """The mask is bool or of q's dtype, [B, H, T, S] with 1 where it broadcasts."""
     checks.check_dtype(op, "mask", mask, torch.bool, q.dtype)
     if mask.dim() != 4 or any(size != 1 and size != full for size, full in zip(mask.shape, shape)):
         raise ValueError(f"{op}: mask must broadcast to [B, H, T, S] = {shape}, got {tuple(mask.shape)}")
@@ -71,11 +71,11 @@ def check_mask(op: str, mask: torch.Tensor, q: torch.Tensor, shape: tuple[int, i
 
 
 def _on_gpu(x: torch.Tensor) -> bool:
-    return x.is_cuda or dispatch.forced() == "triton"  # the latter: under Triton's interpreter
+    return x.is_cuda or dispatch.forced() == "triton"  # forced: Triton's interpreter runs on CPU tensors
 
 
 def unsupported_heads(x: torch.Tensor, head_dim: int) -> str | None:
-    """Why the fast backend cannot run attention of heads so large on the device and in the dtype of ``x``, or None."""
+    """Why the fast backend cannot run attention with this head_dim on the device and in the dtype of ``x``, or None."""
     limit = MAX_HEAD_DIM_GPU if _on_gpu(x) else MAX_HEAD_DIM
     return f"head_dim {head_dim} (at most {limit})" if head_dim > limit else checks.unsupported_dtype(x)
 
@@ -86,8 +86,9 @@ def unsupported_case(q: torch.Tensor, dropout_p: float) -> str | None:
 
 
 def dropout_seed(dropout_p: float, device: torch.device) -> torch.Tensor | None:
-    """int64 [1] from PyTorch's generator of the device, so that ``torch.manual_seed`` and checkpointing repeat it; None
-    without dropout.
+    """int64 [1] from PyTorch's generator of the device, or None without dropout.
+
+    So ``torch.manual_seed`` and checkpointing reproduce the dropout keep mask.
     """
     return torch.randint(2**62, (1,), dtype=torch.int64, device=device) if dropout_p > 0.0 else None
 
@@ -109,27 +110,27 @@ def attention(
     arXiv:2307.08691]
 
     Args:
-        q: [B, T, H, D] fp32, bf16 or fp16; last dimension contiguous, others strided freely. Packed: [N, H, D].
-        k, v: [B, S, Hkv, D], H a multiple of Hkv (grouped queries). Packed: [N, Hkv, D].
+        q: [B, T, H, D] fp32, bf16 or fp16; last dimension contiguous, other strides free. Varlen: [N, H, D].
+        k, v: [B, S, Hkv, D], H a multiple of Hkv (grouped-query attention). Varlen: [N, Hkv, D].
         causal: query i sees keys <= S - T + i (bottom-right aligned). For T = 2, S = 4: rows 1110 and 1111.
         scale: of the scores; default 1 / sqrt(D).
-        cu_seqlens: int32 [n + 1] on the CPU, prefix sum of lengths: sequences are packed and see only themselves.
-        key_padding_mask: bool [B, S], True = visible. Hidden keys and values may hold anything, NaN included.
+        cu_seqlens: int32 [n + 1] on the CPU, prefix sum of lengths (varlen): each sequence attends to itself only.
+        key_padding_mask: bool [B, S], True = visible. Masked keys and values may hold anything, NaN included.
         mask: bool (True = visible) or additive in q's dtype, broadcastable to [B, H, T, S]; on top of the others.
         dropout_p: probability of dropping an attention weight; on the CPU this runs on the reference, on GPUs it has no
             second derivative.
         return_lse: also return the log-sum-exp of each row.
     Returns:
-        out as q, or (out, lse): lse fp32 [B, H, T] (packed [H, N]), natural logarithm. Rows that see no key give 0 and
-            -inf.
-    Numerics: scores, softmax and sums in fp32; order is scale, additive mask, hide, softmax.
+        out as q, or (out, lse): lse fp32 [B, H, T] (varlen: [H, N]), natural logarithm. Rows that see no key
+            give out 0 and lse -inf.
+    Numerics: scores, softmax and sums in fp32; order is scale, additive mask, boolean masks, softmax.
     Raises: TypeError or ValueError for bad arguments; RuntimeError if a forced backend cannot run here.
     Example:
         >>> q, kv = torch.randn(1, 5, 4, 64), torch.randn(1, 5, 2, 64)
         >>> out = qvl_kernels.attention(q, kv, kv, causal=True)
     """
-    packed = cu_seqlens is not None
-    check_qkv("attention", q, k, v, 3 if packed else 4)
+    varlen = cu_seqlens is not None
+    check_qkv("attention", q, k, v, 3 if varlen else 4)
     if cu_seqlens is not None:
         if key_padding_mask is not None or mask is not None:
             raise ValueError(
@@ -154,7 +155,7 @@ def attention(
     scale = checks.check_scale("attention", scale, q.shape[-1])
     if dispatch.choose("attention", q.device, unsupported_case(q, dropout_p)) == "reference":
         if cu_seqlens is not None:
-            out, lse = packed_attention_reference(q, k, v, cu_seqlens, causal=causal, scale=scale, dropout_p=dropout_p)
+            out, lse = varlen_attention_reference(q, k, v, cu_seqlens, causal=causal, scale=scale, dropout_p=dropout_p)
         else:
             out, lse = attention_reference(
                 q, k, v, causal=causal, scale=scale, key_padding_mask=key_padding_mask, mask=mask, dropout_p=dropout_p

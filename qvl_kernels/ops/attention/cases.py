@@ -23,7 +23,7 @@ def _case(
     scale: float = 1.0,
 ) -> Case:
     def tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-        if layout == "bhtd":  # a transposed view, as in a key/value cache
+        if layout == "bhtd":  # a transposed view, as in a KV cache
             b_, t_, h_, d_ = shape
             return random_tensor((b_, h_, t_ + 3, d_), dtype, generator, scale=scale)[:, :, 1 : 1 + t_].transpose(1, 2)
         return random_tensor(shape, dtype, generator, scale=scale)

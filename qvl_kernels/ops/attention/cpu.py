@@ -8,7 +8,7 @@ from qvl_kernels.ops.attention.layout import row_strides
 
 __all__ = ["attention_backward_cpu", "attention_cpu", "mask_arguments"]
 
-BACKWARD_QUERIES = 512  # rows of scores that the backward keeps at once
+BACKWARD_QUERIES = 512  # query rows whose scores the backward holds at once
 
 
 def mask_arguments(mask: torch.Tensor | None, shape: tuple[int, int, int, int]) -> tuple[int, int, list[int]]:
@@ -33,12 +33,12 @@ def attention_cpu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if dropout_p > 0.0:
         raise RuntimeError("attention: the C++ kernel has no dropout; the reference and Triton have")
-    packed = cu_seqlens is not None
+    varlen = cu_seqlens is not None
     batch = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     queries, heads, head_dim = q.shape[-3:]
     keys, kv_heads = k.shape[-3], k.shape[-2]
     out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty((heads, queries) if packed else (batch, heads, queries), dtype=torch.float32)
+    lse = torch.empty((heads, queries) if varlen else (batch, heads, queries), dtype=torch.float32)
     kind, pointer, strides = mask_arguments(mask, (batch, heads, queries, keys))
     dispatch.extension().attention(
         q=q.data_ptr(),
@@ -82,8 +82,9 @@ def _sequence_backward(
     scale: float,
     mask_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of one batch [B, T, H, D], in fp32: dP = dO V^T, dS = P (dP - rowsum(dO O) + dlse), dQ = dS K, dK =
-    dS^T Q.
+    """Gradients of one batch [B, T, H, D] in fp32.
+
+    dP = dO V^T, dS = P (dP - rowsum(dO O) + dlse), dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO.
     """
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
@@ -97,7 +98,7 @@ def _sequence_backward(
     if mask is not None:
         masked = (mask if mask.dtype == torch.bool else mask > float("-inf")).flatten(1, 2).any(1)
         seen = masked if seen is None else seen & masked
-    if seen is not None:  # keys that nobody sees may hold anything, and 0 * NaN is NaN
+    if seen is not None:  # keys masked for all queries may hold NaN, and 0 * NaN is NaN
         hidden = ~seen[:, None, :, None]
         kf, vf = kf.masked_fill(hidden, 0), vf.masked_fill(hidden, 0)
     dq = torch.zeros(batch, kv_heads, group, queries, head_dim, dtype=torch.float32, device=q.device)
@@ -127,7 +128,7 @@ def _sequence_backward(
                 scores = scores + full.float()
         if hide is not None:
             scores = scores.masked_fill(hide, float("-inf"))
-        # Not exp(scores - lse): under masks as large as the dtype, lse cannot hold the logarithm of the sum.
+        # Not exp(scores - lse): with an additive mask as large as the dtype, lse cannot hold the logarithm of the sum.
         p = torch.softmax(scores, -1).masked_fill(lse[:, :, :, rows] == float("-inf"), 0.0)
         ds = p * (torch.einsum("bhgtd,bhsd->bhgts", gf[:, :, :, rows], vf) - delta[:, :, :, rows])
         dv += torch.einsum("bhgts,bhgtd->bhsd", p, gf[:, :, :, rows])

@@ -1,4 +1,4 @@
-"""How tensors of attention lie in memory."""
+"""Strides of attention's tensors, as the C++ and Triton kernels take them."""
 
 import torch
 
@@ -6,5 +6,5 @@ __all__ = ["row_strides"]
 
 
 def row_strides(x: torch.Tensor) -> list[int]:
-    """Strides of batch, time, head; a packed [N, H, D] tensor has no batch."""
+    """Strides of batch, time and head; a varlen tensor [N, H, D] has no batch."""
     return [0, x.stride(0), x.stride(1)] if x.dim() == 3 else [x.stride(0), x.stride(1), x.stride(2)]

@@ -6,7 +6,7 @@ import torch
 
 from qvl_kernels.library import call, derivative_again, register
 from qvl_kernels.ops.attention.cpu import attention_backward_cpu, attention_cpu
-from qvl_kernels.ops.attention.reference import attention_reference, packed_attention_reference
+from qvl_kernels.ops.attention.reference import attention_reference, varlen_attention_reference
 
 __all__ = ["attention_backward_op", "attention_op"]
 
@@ -64,7 +64,7 @@ def _launch_attention(*args: Any) -> Any:
     return launch_attention(*args)
 
 
-# An op of its own: its work depends on the values of cu_seqlens, which tracing does not know.
+# The backward is its own op: its work depends on the values of cu_seqlens, which tracing does not know.
 attention_backward_op = register(
     "attention_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor? cu_seqlens,"
@@ -112,18 +112,18 @@ def _backward_again(
     ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     q, k, v, cu_seqlens, key_counts, mask, *_ = ctx.saved_tensors
-    if ctx.dropout_p > 0.0:  # the reference draws other numbers
+    if ctx.dropout_p > 0.0:  # the reference draws another dropout keep mask
         return _backward(ctx, grad, grad_lse)
     options, inputs = {"causal": ctx.causal, "scale": ctx.scale}, (q, k, v)
     if cu_seqlens is not None:
         dq, dk, dv = derivative_again(
-            lambda q, k, v: packed_attention_reference(q, k, v, cu_seqlens, dropout_p=0.0, **options),
+            lambda q, k, v: varlen_attention_reference(q, k, v, cu_seqlens, dropout_p=0.0, **options),
             inputs,
             (grad, grad_lse),
         )
         return dq, dk, dv, *[None] * 7
     seen = None if key_counts is None else torch.arange(k.shape[1], device=k.device)[None] < key_counts[:, None]
-    if mask is not None:  # keys that nobody sees may hold anything, and 0 * NaN is NaN
+    if mask is not None:  # keys masked for all queries may hold NaN, and 0 * NaN is NaN
         masked = (mask if mask.dtype == torch.bool else mask > float("-inf")).flatten(1, 2).any(1).expand(k.shape[:2])
         seen = masked if seen is None else seen & masked
     differentiable_mask = (mask,) if mask is not None and mask.requires_grad else ()
@@ -137,7 +137,7 @@ def _backward_again(
     return dq, dk, dv, None, None, dmask[0] if dmask else None, *[None] * 4
 
 
-# Dropout (Triton only) draws from ``seed``, int64 [1]; the backward draws the same.
+# Dropout (Triton only) derives its keep mask from ``seed``, int64 [1]; the backward derives the same one.
 attention_op = register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? key_counts, Tensor? mask, bool causal, "
     "float scale,"

@@ -2,7 +2,7 @@ import math
 
 import torch
 
-__all__ = ["attention_reference", "packed_attention_reference"]
+__all__ = ["attention_reference", "varlen_attention_reference"]
 
 
 def visible_mask(
@@ -29,10 +29,10 @@ def attention_reference(
     mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [B, T, H, D], lse [B, H, T] fp32 or wider). Order: scale, additive mask, hide, softmax, dropout."""
+    """(out [B, T, H, D], lse [B, H, T] fp32 or wider). Order: scale, additive mask, boolean masks, softmax, dropout."""
     group = q.shape[2] // k.shape[2]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    # Keys and values that are padding never count, not even as NaN * 0.
+    # Padding must not count, not even as NaN * 0: keys and values are zeroed.
     if key_padding_mask is not None:
         keep = key_padding_mask[:, :, None, None]
         k, v = k.masked_fill(~keep, 0), v.masked_fill(~keep, 0)
@@ -58,7 +58,7 @@ def attention_reference(
     return out.transpose(1, 2), lse
 
 
-def packed_attention_reference(
+def varlen_attention_reference(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -68,7 +68,7 @@ def packed_attention_reference(
     scale: float,
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed [N, H, D] sequences one by one; lse [H, N]."""
+    """Varlen: sequences of [N, H, D] one by one; lse [H, N]."""
     outs, lses = (
         [q[:0]],
         [q.new_zeros(q.shape[1], 0, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)],

@@ -7,16 +7,18 @@ __all__ = ["attention", "attention_backward_keys", "attention_backward_queries"]
 
 
 def _attention_stages(resident: int, stage: int, most: int, arch: str) -> int:
-    """Stages of what streams that fit beside the resident tiles (bytes); gfx942 loads through registers."""
+    """num_stages: how many stages of ``stage`` bytes fit in shared memory beside ``resident`` bytes; 1 on gfx942, which
+    loads through registers.
+    """
     return 1 if arch.startswith("gfx") else max(1, min(most, (SHARED_MEMORY[arch] - resident) // stage))
 
 
 def attention(queries: int, head_dim: int, size: int, arch: str, dropout: bool = False) -> dict:
-    """Forward: blocks of queries stay, keys and values stream. The largest tiles of 16-bit data that the audit finds
-    without spills; ``dropout``: its random numbers need registers too.
+    """Forward: a block of queries is resident, keys and values stream. These are the largest tiles without register
+    spills; random numbers of ``dropout`` need registers too.
     """
     block_d = max(16, next_power_of_2(head_dim))
-    if size == 4:  # products of full precision keep their operands in registers
+    if size == 4:  # fp32 products keep their operands in registers
         block_m, block_n, warps = (16, 16, 4) if block_d > 64 else (32, 32, 8 if dropout else 4)
     elif block_d > 128:
         block_m, block_n, warps = 128 if arch in ("sm_90", "sm_100") else 64, 32, 8
@@ -33,9 +35,9 @@ def attention(queries: int, head_dim: int, size: int, arch: str, dropout: bool =
 
 
 def attention_backward_queries(queries: int, head_dim: int, size: int, arch: str, dropout: bool = False) -> dict:
-    """Gradient of q: as the forward, with one more operand of each side."""
+    """dq: a block of queries and their do are resident, keys and values stream."""
     block_d = max(16, next_power_of_2(head_dim))
-    wide = arch in ("sm_90", "sm_100")  # products that leave their operands in shared memory
+    wide = arch in ("sm_90", "sm_100")  # WGMMA and tcgen05 read operands from shared memory
     if size == 4:
         block_m, block_n, warps = (16, 16, 4) if block_d > 128 else (32, 16, 4) if block_d > 64 else (32, 32, 4)
     elif block_d > 128:
@@ -55,7 +57,7 @@ def attention_backward_queries(queries: int, head_dim: int, size: int, arch: str
 
 
 def attention_backward_keys(keys: int, head_dim: int, size: int, arch: str, dropout: bool = False) -> dict:
-    """Gradients of k and v: blocks of keys stay, queries and their gradients stream."""
+    """dk and dv: a block of keys is resident, queries and do stream."""
     block_d = max(16, next_power_of_2(head_dim))
     wide = arch in ("sm_90", "sm_100")
     if size == 4:
@@ -70,7 +72,7 @@ def attention_backward_keys(keys: int, head_dim: int, size: int, arch: str, drop
         block_m = 32 if dropout or arch in ("sm_89", "sm_120") else 64
         block_n, warps = 128, 4 if dropout and arch.startswith("gfx") else 8
     block_n = min(block_n, max(16, next_power_of_2(keys)))
-    resident = 2 * block_n * block_d * size + (16 << 10)  # k and v, and room to change the layout of a tile
+    resident = 2 * block_n * block_d * size + (16 << 10)  # k, v, and scratch for converting a tile's layout
     most = 1 if size == 4 else 3 if arch == "sm_90" and block_d <= 128 and not dropout else 2
     stages = _attention_stages(resident, 2 * block_m * block_d * size, most, arch)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}

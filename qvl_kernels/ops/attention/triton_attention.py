@@ -1,7 +1,6 @@
 """Flash attention, forward: one program per block of queries and head, online softmax over blocks of keys.
 
-The device functions below say where a program's sequence lies, what it may see and which weights it drops; the backward
-uses the same.
+The backward shares the device functions: tile scheduler, masks, tile loads and dropout.
 """
 
 import torch
@@ -18,23 +17,23 @@ from qvl_kernels.ops.attention.layout import row_strides
 __all__ = [
     "LENGTHS",
     "Layout",
-    "kept",
+    "block_coordinates",
+    "dropout_keep_mask",
     "launch_attention",
     "load_tile",
     "masked_scores",
-    "place",
     "visible_keys",
     "zero_masked_keys",
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)  # softmax to base 2
-SEARCH = tl.constexpr(1024)  # sequences that a program looks through at once
-# Kernel arguments that change from call to call and from which no faster code follows.
+SEARCH = tl.constexpr(1024)  # sequences whose cu_seqlens a program reads at once
+# Kernel arguments that change from call to call; specialising on them would recompile without faster code.
 LENGTHS = ("T", "S", "sequences", "threshold", "scale")
 
 
 @triton.jit
-def place(
+def block_coordinates(
     cu_seqlens_ptr,
     key_counts_ptr,
     sequences,
@@ -47,12 +46,11 @@ def place(
     PACKED: tl.constexpr,
     HAS_COUNTS: tl.constexpr,
 ):
-    """(batch, head, first row of its block, where its sequence begins, queries, keys) of a program.
+    """The tile scheduler: (batch, head, first row of the block, first row of its sequence, queries, keys).
 
-    Programs run over blocks of queries (BY_KEYS: of keys), then heads, then the batch. Nothing that the device holds
-    leads outside the
-    tensors: the first sequence begins at 0, bounds lie in [0, T], and what follows the last sequence is one more,
-    without keys.
+    Programs run over blocks of queries (BY_KEYS: of keys), then heads, then the batch. cu_seqlens is clamped to [0, T],
+    so that no value on the device leads outside the tensors. Rows after the last sequence count as one more sequence,
+    which has no keys.
     """
     program = tl.program_id(0)
     if PACKED:
@@ -60,12 +58,12 @@ def place(
     else:
         blocks = tl.cdiv(S if BY_KEYS else T, BLOCK)
     block = program % blocks
-    if LAST_FIRST:  # the last queries see the most keys
+    if LAST_FIRST:  # causal: the last queries see the most keys, so their programs start first
         block = blocks - 1 - block
     head, batch = (program // blocks) % heads, (program // blocks // heads).to(tl.int64)
     first, queries, keys = 0, T, S
     if PACKED:
-        # Sequence i owns blocks bound[i] // BLOCK + i and on, enough for its rows whatever the lengths of the others.
+        # Sequence i owns the blocks from cu_seqlens[i] // BLOCK + i on: enough for its rows, whatever other lengths.
         sequence = 0
         for begin in range(1, sequences + 1, SEARCH):
             i = begin + tl.arange(0, SEARCH)
@@ -84,9 +82,11 @@ def place(
 
 
 @triton.jit
-def addend(mask):
-    """An additive mask to base 2. The lowest numbers of fp32 and bf16 stay finite (as -2.35e38, in the log-sum-exp
-    too): rows all of whose keys carry them attend to all alike.
+def additive_mask_base2(mask):
+    """The additive mask (attention bias) times log2(e).
+
+    The lowest numbers of fp32 and bf16 are clamped to -2.35e38, so that they and the log-sum-exp stay finite: a row
+    whose keys all carry them attends to all keys equally.
     """
     mask = mask.to(tl.float32)
     return tl.where(mask < -2.35e38, -2.35e38, mask) * LOG2E
@@ -94,8 +94,8 @@ def addend(mask):
 
 @triton.jit
 def visible_keys(mask_ptr, stride_ms, offs_n, keys, MASK: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """(bool, addend to base 2) of keys ``offs_n``, as far as these are the same for all rows: lengths and masks [B, 1,
-    1, S].
+    """(visible, additive mask to base 2) of keys ``offs_n``, from what is the same for all rows: the number of keys,
+    and a mask [B, 1, 1, S].
     """
     visible, bias = offs_n < keys, tl.zeros(offs_n.shape, tl.float32)
     if MASK != 0 and not MASK_ROWS:
@@ -104,7 +104,7 @@ def visible_keys(mask_ptr, stride_ms, offs_n, keys, MASK: tl.constexpr, MASK_ROW
             visible = visible & (mask != 0)
         else:
             visible = visible & (mask != float("-inf"))
-            bias = addend(mask)
+            bias = additive_mask_base2(mask)
     return visible, bias
 
 
@@ -124,8 +124,8 @@ def masked_scores(
     MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr,
 ):
-    """(scores with the mask added, which pairs are visible); rows, keys and what ``visible_keys`` said broadcast to the
-    tile, either way round.
+    """(scores + additive mask, visible) of a tile [queries, keys] or [keys, queries], to which ``rows``, ``offs_n`` and
+    the results of ``visible_keys`` broadcast.
     """
     if CAUSAL:
         visible = visible & (offs_n <= rows + keys - queries)
@@ -138,7 +138,7 @@ def masked_scores(
             visible = visible & (mask != 0)
         else:
             visible = visible & (mask != float("-inf"))
-            bias = addend(mask)
+            bias = additive_mask_base2(mask)
     if MASK == 2:
         scores += bias
     return scores, visible
@@ -161,8 +161,8 @@ def load_tile(pointers, in_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, 
 
 
 @triton.jit
-def load_described(descriptor, batch, row, head, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[ROWS, BLOCK_D] by a tensor descriptor of [B, T, H, D] that copies blocks [1, ROWS, 1, BLOCK_D]; zeros outside
+def load_tma_tile(descriptor, batch, row, head, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[ROWS, BLOCK_D] through a TMA tensor descriptor of [B, T, H, D] with blocks [1, ROWS, 1, BLOCK_D]; zeros outside
     the tensor.
     """
     return descriptor.load([batch.to(tl.int32), row, head, 0]).reshape([ROWS, BLOCK_D])
@@ -170,19 +170,19 @@ def load_described(descriptor, batch, row, head, ROWS: tl.constexpr, BLOCK_D: tl
 
 @triton.jit
 def zero_masked_keys(x, visible):
-    """Rows of x [keys, D] that no query of the tile [queries, keys] sees set to 0: they may hold anything, and 0 * NaN
-    is NaN.
+    """x [keys, D] with 0 in the rows that no query of the tile [queries, keys] sees: masked keys may hold NaN, and
+    0 * NaN is NaN.
     """
     seen = tl.max(visible.to(tl.int32), 0) > 0
     return tl.where(seen[:, None], x, 0.0)
 
 
 @triton.jit
-def kept(seed, threshold, rows, offs_n, head):
-    """True where dropout keeps the weight of a pair. A function of seed, row, key and head alone, whatever the tiles;
-    rows count through the batch.
+def dropout_keep_mask(seed, threshold, rows, offs_n, head):
+    """The dropout keep mask of a tile. It depends on seed, row, key and head only, so forward and backward agree
+    whatever their tiles; rows are numbered across the batch.
 
-    Philox of 7 rounds passes the known tests of randomness (Salmon et al. 2011).
+    Philox with 7 rounds passes the known tests of randomness (Salmon et al. 2011).
     """
     row = rows + offs_n * 0
     key = rows * 0 + offs_n
@@ -228,7 +228,10 @@ def _attend(
     DESCRIPTORS: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
-    """Online softmax over keys [begin, end). PARTIAL: some of them may be hidden; else all rows see them all."""
+    """One pass of online softmax over keys [begin, end): m_i = row maximum, l_i = row sum, acc = p v.
+
+    PARTIAL: some keys may be masked; else all rows see all of them.
+    """
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     k_offsets = offs_n[:, None] * stride_ks + offs_d[None, :]
     v_offsets = offs_n[:, None] * stride_vs + offs_d[None, :]
@@ -237,15 +240,15 @@ def _attend(
         wide_start, cols = start.to(tl.int64), start + offs_n
         key_visible, bias = visible_keys(mask_ptr, stride_ms, cols, keys, MASK if PARTIAL else 0, MASK_ROWS)
         if DESCRIPTORS:
-            k = load_described(k_ptr, batch, first + start, head // GROUP, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            v = load_described(v_ptr, batch, first + start, head // GROUP, BLOCK_N, BLOCK_D)
-            if PARTIAL:  # what follows the last key may be another sequence's, or anything
+            k = load_tma_tile(k_ptr, batch, first + start, head // GROUP, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            v = load_tma_tile(v_ptr, batch, first + start, head // GROUP, BLOCK_N, BLOCK_D)
+            if PARTIAL:  # TMA also loads what follows the last key: another sequence, or NaN
                 v = tl.where(key_visible[:, None], v, 0.0)
         else:
             k = load_tile(k_ptr + wide_start * stride_ks + k_offsets, key_visible, HEAD_DIM, BLOCK_D, PARTIAL)
             v = load_tile(v_ptr + wide_start * stride_vs + v_offsets, key_visible, HEAD_DIM, BLOCK_D, PARTIAL)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        # A positive scale needs no product of its own where nothing is hidden: it joins the subtraction.
+        # Where nothing is masked, a positive scale is folded into the subtraction of the row maximum.
         FOLDED: tl.constexpr = POSITIVE and not PARTIAL
         if not FOLDED:
             scores = scores * scale
@@ -275,7 +278,7 @@ def _attend(
         correction = tl.exp2(m_i - m_safe)
         l_i = l_i * correction + tl.sum(p, 1)
         if DROPOUT:
-            p = tl.where(kept(seed, threshold, (first_row + offs_m)[:, None], cols[None, :], head), p, 0.0)
+            p = tl.where(dropout_keep_mask(seed, threshold, (first_row + offs_m)[:, None], cols[None, :], head), p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision="ieee")
         m_i = m_new
     return acc, l_i, m_i
@@ -331,7 +334,7 @@ def _attention_kernel(
     MASK: 0 none, 1 bool, 2 additive; MASK_ROWS: it differs between rows. ``scale`` includes log2(e). DESCRIPTORS: k_ptr
     and v_ptr are tensor descriptors of [B, S, Hkv, D].
     """
-    batch, head, start_m, first, queries, keys = place(
+    batch, head, start_m, first, queries, keys = block_coordinates(
         cu_seqlens_ptr, key_counts_ptr, sequences, T, S, H, BLOCK_M, False, CAUSAL, PACKED, HAS_COUNTS
     )
     if start_m >= queries:
@@ -339,7 +342,7 @@ def _attention_kernel(
     offs_m, offs_d = start_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     in_rows = offs_m < queries
     wide_head, wide_first = head.to(tl.int64), first.to(tl.int64) if PACKED else 0
-    wide_start = wide_first + start_m  # tiles are 32-bit offsets from there
+    wide_start = wide_first + start_m  # 64-bit base; offsets inside a tile are 32-bit
     q_ptr += batch * stride_qb + wide_head * stride_qh + wide_start * stride_qt
     if not DESCRIPTORS:
         k_ptr += batch * stride_kb + (wide_head // GROUP) * stride_kh + wide_first * stride_ks
@@ -355,7 +358,7 @@ def _attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    full, end = keys, keys  # all rows see the keys before ``full``, none sees those from ``end`` on
+    full, end = keys, keys  # all rows see keys before ``full``, no row sees keys from ``end`` on
     if CAUSAL:
         full = tl.minimum(keys, tl.maximum(start_m + 1 + keys - queries, 0))
         end = tl.minimum(keys, tl.maximum(start_m + BLOCK_M + keys - queries, 0))
@@ -438,7 +441,7 @@ def _attention_kernel(
         True,
     )
 
-    total = tl.where(l_i == 0.0, 1.0, l_i)  # rows that see no key give zeros, and -inf: so is m_i
+    total = tl.where(l_i == 0.0, 1.0, l_i)  # rows without keys give out 0, and lse -inf from m_i
     acc = acc * ((keep_scale if DROPOUT else 1.0) / total)[:, None]
     out_ptr += ((batch * T + wide_start) * H + head) * HEAD_DIM
     out_offsets = tile_rows[:, None] * (H * HEAD_DIM) + offs_d[None, :]
@@ -450,7 +453,7 @@ def _attention_kernel(
 
 
 class Layout:
-    """What the forward and the backward kernels are told about a call, besides their own tensors."""
+    """Sizes, strides, mask and sequences of one call: the arguments that forward and backward kernels share."""
 
     def __init__(
         self,
@@ -464,11 +467,11 @@ class Layout:
         dropout_p: float,
         seed: torch.Tensor | None,
     ) -> None:
-        self.packed = cu_seqlens is not None
-        self.batch = 1 if self.packed else q.shape[0]
+        self.varlen = cu_seqlens is not None
+        self.batch = 1 if self.varlen else q.shape[0]
         self.queries, self.heads, self.head_dim = q.shape[-3:]
         self.keys, self.kv_heads = k.shape[-3], k.shape[-2]
-        self.sequences = cu_seqlens.numel() - 1 if self.packed else 0
+        self.sequences = cu_seqlens.numel() - 1 if self.varlen else 0
         self.log2_scale = scale * LOG2E.value
         kind, full, mask_strides = 0, q, (0, 0, 0, 0)
         if mask is not None:
@@ -496,7 +499,7 @@ class Layout:
         self.flags = {
             "GROUP": self.heads // self.kv_heads,
             "HEAD_DIM": self.head_dim,
-            "PACKED": self.packed,
+            "PACKED": self.varlen,
             "HAS_COUNTS": key_counts is not None,
             "CAUSAL": causal,
             "MASK": kind,
@@ -505,8 +508,8 @@ class Layout:
         }
 
     def programs(self, block: int, *, by_keys: bool = False) -> int:
-        """The grid: a function of shapes alone, whatever ``cu_seqlens`` holds."""
-        if self.packed:
+        """The size of the grid. It depends on shapes only, not on the values of ``cu_seqlens``."""
+        if self.varlen:
             blocks = self.queries // block + self.sequences + 1
         else:
             blocks = cdiv(self.keys if by_keys else self.queries, block)
@@ -526,7 +529,7 @@ def launch_attention(
     seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layout = Layout(q, k, cu_seqlens, key_counts, mask, causal, scale, dropout_p, seed)
-    rows = (layout.heads, layout.queries) if layout.packed else (layout.batch, layout.heads, layout.queries)
+    rows = (layout.heads, layout.queries) if layout.varlen else (layout.batch, layout.heads, layout.queries)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(rows, dtype=torch.float32, device=q.device)
     arch = architecture(q.device)
@@ -534,9 +537,9 @@ def launch_attention(
     descriptors = None
     if (
         features.variants("attention", arch, layout.batch * layout.queries)["DESCRIPTORS"] and dropout_p == 0.0
-    ):  # random numbers beside them spill on sm_100
+    ):  # on sm_100 registers spill with descriptors and dropout together
         block = [1, tile["BLOCK_N"], 1, tile["BLOCK_D"]]
-        descriptors = make_descriptors(*((x[None] if layout.packed else x, block) for x in (k, v)))
+        descriptors = make_descriptors(*((x[None] if layout.varlen else x, block) for x in (k, v)))
     launch(
         _attention_kernel,
         (layout.programs(tile["BLOCK_M"]),),

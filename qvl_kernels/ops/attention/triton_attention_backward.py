@@ -1,7 +1,7 @@
 """Flash attention, backward: a kernel over blocks of queries for dq, then one over blocks of keys for dk and dv.
 
-Both compute the scores again. Every gradient is summed inside one program, the query heads of a group too, so that
-there are no atomics and results are the same at every run.
+Both recompute the scores. Each gradient is summed inside one program, over the query heads of a group too: no atomics,
+so results are deterministic.
 """
 
 import torch
@@ -16,10 +16,10 @@ from qvl_kernels.ops.attention.triton_attention import (
     LENGTHS,
     LOG2E,
     Layout,
-    kept,
+    block_coordinates,
+    dropout_keep_mask,
     load_tile,
     masked_scores,
-    place,
     visible_keys,
     zero_masked_keys,
 )
@@ -48,7 +48,7 @@ def _statistics(
     MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr,
 ):
-    """(largest score, log2 of the sum of 2^(score - largest)) of each row; inf and 0 where no key is seen."""
+    """(row_max, log2 of row_sum = sum of 2^(score - row_max)) of each row; (inf, 0) where no key is seen."""
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     m_i, l_i = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, end, BLOCK_N):
@@ -87,9 +87,9 @@ def _dq_of_keys(
     q,
     do,
     dq,
-    found,
-    top,
-    log_total,
+    row_sum,
+    row_max,
+    log_row_sum,
     delta,
     begin,
     end,
@@ -122,8 +122,9 @@ def _dq_of_keys(
     MASK_GRAD: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
-    """dq + sum over keys [begin, end) of ds k, with ds = p (do v^T - delta); found + the sum of p do v^T, in fp32 of p.
-    PARTIAL as in the forward.
+    """dq += ds k over keys [begin, end), with ds = p (do v^T - delta).
+
+    row_sum += the sum of p for fp32 inputs, else of p do v^T. PARTIAL as in the forward.
     """
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     k_offsets = offs_n[:, None] * stride_ks + offs_d[None, :]
@@ -154,23 +155,25 @@ def _dq_of_keys(
                 MASK_ROWS,
             )
             scores = tl.where(visible, scores, float("-inf"))
-        scores -= top[:, None]
+        scores -= row_max[:, None]
         if MASK == 2:
-            scores -= log_total[:, None]
+            scores -= log_row_sum[:, None]
         p = tl.exp2(scores)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         if DROPOUT:
             dp = tl.where(
-                kept(seed, threshold, (first_row + offs_m)[:, None], cols[None, :], head), dp * keep_scale, 0.0
+                dropout_keep_mask(seed, threshold, (first_row + offs_m)[:, None], cols[None, :], head),
+                dp * keep_scale,
+                0.0,
             )
         if PARTIAL:
             dp = tl.where(visible, dp, 0.0)
         if q.dtype == tl.float32:
-            found += tl.sum(p, 1)
+            row_sum += tl.sum(p, 1)
             ds = p * (dp - delta[:, None])
         else:
             product = p * dp
-            found += tl.sum(product, 1)
+            row_sum += tl.sum(product, 1)
             ds = product - p * delta[:, None]
         if PARTIAL:
             if MASK_ROWS:
@@ -179,7 +182,7 @@ def _dq_of_keys(
                 in_tile = (offs_m < queries)[:, None] & (cols < S)[None, :]
                 tl.store(dscores_ptr + offs_m.to(tl.int64)[:, None] * S + cols[None, :], ds, mask=in_tile)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    return dq, found
+    return dq, row_sum
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -192,8 +195,8 @@ def _attention_backward_queries_kernel(
     lse_ptr,
     dlse_ptr,
     dq_ptr,
-    top_ptr,
-    log_total_ptr,
+    row_max_ptr,
+    log_row_sum_ptr,
     delta_ptr,
     dscores_ptr,
     cu_seqlens_ptr,
@@ -237,15 +240,15 @@ def _attention_backward_queries_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dq of BLOCK_M queries, and what the other kernel needs to know of them: delta = rowsum(do out) - dlse, and p =
-    2^(score - top - log_total).
+    """dq = scale sum of ds k for BLOCK_M queries, with ds = p (do v^T - delta), p = 2^(score - row_max - log_row_sum).
 
-    The out of 16-bit inputs is rounded, and a log-sum-exp of fp32 too: large scores show it. So the other kernel gets
-    delta as it is found here, and of fp32 inputs the logarithm of the sum of p beside top, the log-sum-exp; dq is
-    divided by that sum. Additive masks may be as large as the dtype, where a log-sum-exp cannot hold the logarithm of a
-    sum: top and log_total are found anew.
+    Also stores the softmax state for the dk/dv kernel: row_max, log_row_sum and delta = rowsum(do out) - dlse.
+    Rounding of the stored forward results would show with large scores, so they are corrected here: 16-bit inputs
+    store delta as the sum of p do v^T; fp32 inputs store the lse in row_max, log2 of the sum of p in log_row_sum, and
+    divide dq by that sum. With an additive mask as large as the dtype the lse cannot hold the logarithm of the sum, so
+    both are recomputed.
     """
-    batch, head, start_m, first, queries, keys = place(
+    batch, head, start_m, first, queries, keys = block_coordinates(
         cu_seqlens_ptr, key_counts_ptr, sequences, T, S, H, BLOCK_M, False, CAUSAL, PACKED, HAS_COUNTS
     )
     if start_m >= queries:
@@ -253,7 +256,7 @@ def _attention_backward_queries_kernel(
     offs_m, offs_d = start_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     in_rows = offs_m < queries
     wide_head, wide_first = head.to(tl.int64), first.to(tl.int64) if PACKED else 0
-    wide_start = wide_first + start_m  # tiles are 32-bit offsets from there
+    wide_start = wide_first + start_m  # 64-bit base; offsets inside a tile are 32-bit
     q_ptr += batch * stride_qb + wide_head * stride_qh + wide_start * stride_qt
     k_ptr += batch * stride_kb + (wide_head // GROUP) * stride_kh + wide_first * stride_ks
     v_ptr += batch * stride_vb + (wide_head // GROUP) * stride_vh + wide_first * stride_vs
@@ -282,7 +285,7 @@ def _attention_backward_queries_kernel(
         end = tl.minimum(keys, tl.maximum(start_m + BLOCK_M + keys - queries, 0))
     full = full // BLOCK_N * BLOCK_N
     if MASK == 2:
-        top, log_total = _statistics(
+        row_max, log_row_sum = _statistics(
             q,
             end,
             offs_m,
@@ -304,19 +307,19 @@ def _attention_backward_queries_kernel(
         )
     else:
         lse = tl.load(lse_ptr + stat_rows, mask=in_rows, other=0.0) * LOG2E
-        top, log_total = tl.where(lse == float("-inf"), float("inf"), lse), delta
-    tl.store(top_ptr + stat_rows, top, mask=in_rows)
+        row_max, log_row_sum = tl.where(lse == float("-inf"), float("inf"), lse), delta
+    tl.store(row_max_ptr + stat_rows, row_max, mask=in_rows)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    found = tl.zeros([BLOCK_M], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     if MASK == 0:
-        dq, found = _dq_of_keys(
+        dq, row_sum = _dq_of_keys(
             q,
             do,
             dq,
-            found,
-            top,
-            log_total,
+            row_sum,
+            row_max,
+            log_row_sum,
             delta,
             0,
             full,
@@ -351,13 +354,13 @@ def _attention_backward_queries_kernel(
         )
     else:
         full = 0
-    dq, found = _dq_of_keys(
+    dq, row_sum = _dq_of_keys(
         q,
         do,
         dq,
-        found,
-        top,
-        log_total,
+        row_sum,
+        row_max,
+        log_row_sum,
         delta,
         full,
         end,
@@ -392,14 +395,14 @@ def _attention_backward_queries_kernel(
     )
     dq *= scale / LOG2E
     if q.dtype != tl.float32:
-        delta = found
+        delta = row_sum
         if HAS_DLSE:
             delta -= dlse
     elif MASK != 2:
-        total = tl.where(found == 0.0, 1.0, found)
-        dq, log_total = dq / total[:, None], tl.log2(total)
+        total = tl.where(row_sum == 0.0, 1.0, row_sum)
+        dq, log_row_sum = dq / total[:, None], tl.log2(total)
     if MASK == 2 or q.dtype == tl.float32:
-        tl.store(log_total_ptr + stat_rows, log_total, mask=in_rows)
+        tl.store(log_row_sum_ptr + stat_rows, log_row_sum, mask=in_rows)
     tl.store(delta_ptr + stat_rows, delta, mask=in_rows)
     tl.store(
         dq_ptr + out_start + out_offsets,
@@ -420,8 +423,8 @@ def _dk_dv_of_queries(
     bias,
     q_ptr,
     do_ptr,
-    top_ptr,
-    log_total_ptr,
+    row_max_ptr,
+    log_row_sum_ptr,
     delta_ptr,
     mask_ptr,
     stride_qt,
@@ -450,11 +453,10 @@ def _dk_dv_of_queries(
     DROPOUT: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
-    """dk + sum of ds^T q and dv + sum of p^T do over blocks [begin, end) of queries, GROUP heads each. PARTIAL: some do
-    not see all of these keys.
+    """dk += ds^T q and dv += p^T do over blocks [begin, end) of queries, GROUP heads each. PARTIAL: some queries do not
+    see all of these keys.
 
-    One loop over blocks and heads: what a nest of loops keeps for the inner one between its runs does not fit into the
-    registers.
+    Blocks and heads share one loop: two nested loops need more registers than there are.
     """
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     q_offsets = offs_m[:, None] * stride_qt + offs_d[None, :]
@@ -468,7 +470,7 @@ def _dk_dv_of_queries(
         )  # [BLOCK_M, BLOCK_D]
         do = load_tile(do_ptr + member * stride_gh + start * stride_gt + do_offsets, in_rows, HEAD_DIM, BLOCK_D, True)
         stats = member * T + start
-        top = tl.load(top_ptr + stats + offs_m, mask=in_rows, other=float("inf"))
+        row_max = tl.load(row_max_ptr + stats + offs_m, mask=in_rows, other=float("inf"))
         delta = tl.load(delta_ptr + stats + offs_m, mask=in_rows, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # [BLOCK_N, BLOCK_M]
         if PARTIAL:
@@ -490,17 +492,19 @@ def _dk_dv_of_queries(
             scores = tl.where(visible, scores, float("-inf"))
         elif MASK == 2:
             scores += bias[:, None]
-        scores -= top[None, :]
+        scores -= row_max[None, :]
         if MASK == 2 or q.dtype == tl.float32:
-            scores -= tl.load(log_total_ptr + stats + offs_m, mask=in_rows, other=0.0)[None, :]
+            scores -= tl.load(log_row_sum_ptr + stats + offs_m, mask=in_rows, other=0.0)[None, :]
         p = tl.exp2(scores)
         dp = tl.zeros([offs_n.shape[0], BLOCK_M], tl.float32)
-        if not DROPOUT:  # delta where the products add up: no registers of its own
+        if not DROPOUT:  # -delta is the accumulator's start: it needs no registers of its own
             dp -= delta[None, :]
         dp = tl.dot(v, tl.trans(do), dp, input_precision="ieee")
         weights = p
         if DROPOUT:
-            keep = kept(seed, threshold, (first_row + rows)[None, :], offs_n[:, None], first_head + step % GROUP)
+            keep = dropout_keep_mask(
+                seed, threshold, (first_row + rows)[None, :], offs_n[:, None], first_head + step % GROUP
+            )
             weights, dp = tl.where(keep, p * keep_scale, 0.0), tl.where(keep, dp * keep_scale, 0.0) - delta[None, :]
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
         ds = p * dp
@@ -518,8 +522,8 @@ def _attention_backward_keys_kernel(
     do_ptr,
     dk_ptr,
     dv_ptr,
-    top_ptr,
-    log_total_ptr,
+    row_max_ptr,
+    log_row_sum_ptr,
     delta_ptr,
     cu_seqlens_ptr,
     key_counts_ptr,
@@ -560,16 +564,16 @@ def _attention_backward_keys_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dk and dv of BLOCK_N keys of one kv head: p^T do and ds^T q, summed over the queries of its GROUP heads."""
-    batch, kv_head, start_n, first, queries, keys = place(
+    """dk = scale sum of ds^T q, dv = sum of p^T do for BLOCK_N keys of one kv head, over queries of its GROUP heads."""
+    batch, kv_head, start_n, first, queries, keys = block_coordinates(
         cu_seqlens_ptr, key_counts_ptr, sequences, T, S, H // GROUP, BLOCK_N, True, False, PACKED, HAS_COUNTS
     )
-    rows_of_keys = queries if PACKED else S  # those hidden by lengths get zeros
+    rows_of_keys = queries if PACKED else S  # keys beyond a row's length get zeros
     if start_n >= rows_of_keys:
         return
     offs_n, offs_d = start_n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     wide_head, wide_first = kv_head.to(tl.int64), first.to(tl.int64) if PACKED else 0
-    wide_start = wide_first + start_n  # tiles are 32-bit offsets from there
+    wide_start = wide_first + start_n  # 64-bit base; offsets inside a tile are 32-bit
     k_ptr += batch * stride_kb + wide_head * stride_kh + wide_start * stride_ks
     v_ptr += batch * stride_vb + wide_head * stride_vh + wide_start * stride_vs
     tile_rows = tl.arange(0, BLOCK_N)
@@ -581,7 +585,7 @@ def _attention_backward_keys_kernel(
     )  # [BLOCK_N, BLOCK_D]
     v = load_tile(v_ptr + tile_rows[:, None] * stride_vs + offs_d[None, :], key_visible, HEAD_DIM, BLOCK_D, True)
 
-    # Of the blocks of queries those before ``begin`` see none of these keys, those from ``full`` on all of them.
+    # Blocks of queries before ``begin`` see none of these keys, those from ``full`` on see all of them.
     begin, full = 0, 0
     end = tl.where(start_n < keys, tl.cdiv(queries, BLOCK_M), 0)
     if CAUSAL:
@@ -609,8 +613,8 @@ def _attention_backward_keys_kernel(
             bias,
             q_ptr,
             do_ptr,
-            top_ptr + stats,
-            log_total_ptr + stats,
+            row_max_ptr + stats,
+            log_row_sum_ptr + stats,
             delta_ptr + stats,
             mask_ptr,
             stride_qt,
@@ -651,8 +655,8 @@ def _attention_backward_keys_kernel(
             bias,
             q_ptr,
             do_ptr,
-            top_ptr + stats,
-            log_total_ptr + stats,
+            row_max_ptr + stats,
+            log_row_sum_ptr + stats,
             delta_ptr + stats,
             mask_ptr,
             stride_qt,
@@ -708,21 +712,21 @@ def launch_attention_backward(
     seed: torch.Tensor | None,
     mask_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradient of an additive mask is summed from those of all scores, [B, H, T, S] fp32 in memory, and only made
-    where ``mask_grad`` asks.
+    """(dq, dk, dv, gradient of the additive mask). The last, only with ``mask_grad``, is summed from ds
+    [B, H, T, S], which then lies in memory in fp32.
     """
     layout = Layout(q, k, cu_seqlens, key_counts, mask, causal, scale, dropout_p, seed)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     dlse = lse if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    top, delta = (torch.empty(lse.shape, dtype=torch.float32, device=q.device) for _ in range(2))
-    log_total = (
+    row_max, delta = (torch.empty(lse.shape, dtype=torch.float32, device=q.device) for _ in range(2))
+    log_row_sum = (
         torch.empty(lse.shape, dtype=torch.float32, device=q.device)
         if layout.flags["MASK"] == 2 or q.dtype == torch.float32
         else delta
     )
     dscores = delta
-    if mask_grad:  # what no block of keys reaches stays 0
+    if mask_grad:  # tiles that no program reaches stay 0
         shape = (layout.batch, layout.heads, layout.queries, layout.keys)
         dscores = torch.zeros(shape, dtype=torch.float32, device=q.device)
     strides = (*row_strides(q), *row_strides(k), *row_strides(v), *layout.mask_strides, *row_strides(grad))
@@ -739,8 +743,8 @@ def launch_attention_backward(
         lse,
         dlse,
         dq,
-        top,
-        log_total,
+        row_max,
+        log_row_sum,
         delta,
         dscores,
         *layout.tensors,
@@ -761,8 +765,8 @@ def launch_attention_backward(
         grad,
         dk,
         dv,
-        top,
-        log_total,
+        row_max,
+        log_row_sum,
         delta,
         *layout.tensors,
         *layout.sizes,

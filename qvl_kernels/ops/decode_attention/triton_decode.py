@@ -195,18 +195,18 @@ def _decode_attention_join_kernel(
     used = tl.cdiv(length, _split_size(length, SPLITS, BLOCK_N))
     splits = tl.arange(0, SPLITS)
     lse = tl.load(lse_ptr + row * SPLITS + splits, mask=splits < used, other=float("-inf"))
-    largest = tl.max(lse, 0)
-    largest = tl.where(largest == float("-inf"), 0.0, largest)
-    total = tl.sum(tl.exp2(lse - largest), 0)
+    lse_max = tl.max(lse, 0)
+    lse_max = tl.where(lse_max == float("-inf"), 0.0, lse_max)
+    weight_sum = tl.sum(tl.exp2(lse - lse_max), 0)
     offs_s, offs_d = tl.arange(0, STEP), tl.arange(0, BLOCK_D)
     acc = tl.zeros([STEP, BLOCK_D], tl.float32)
     for start in range(0, used, STEP):
         s = start + offs_s
-        some = tl.load(lse_ptr + row * SPLITS + s, mask=s < used, other=float("-inf"))
+        lse_s = tl.load(lse_ptr + row * SPLITS + s, mask=s < used, other=float("-inf"))
         address = partial_ptr + (row * SPLITS + s)[:, None] * D + offs_d[None, :]
         part = tl.load(address, mask=(s < used)[:, None] & (offs_d < D)[None, :], other=0.0)  # [STEP, BLOCK_D]
-        acc += tl.exp2(some - largest)[:, None] * part
-    out = tl.sum(acc, 0) / tl.where(total == 0.0, 1.0, total)
+        acc += tl.exp2(lse_s - lse_max)[:, None] * part
+    out = tl.sum(acc, 0) / tl.where(weight_sum == 0.0, 1.0, weight_sum)
     tl.store(out_ptr + row * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < D)
 
 

@@ -13,7 +13,7 @@ from qvl_kernels.ops.rms_norm.op import rms_norm_op
 from qvl_kernels.ops.swiglu.op import swiglu_op
 from qvl_kernels.quantization import QuantizedWeight
 
-__all__ = ["linear_residual", "linear_swiglu", "norm_linears", "product"]
+__all__ = ["linear_residual", "linear_swiglu", "norm_linears", "matmul"]
 
 Weight = torch.Tensor | QuantizedWeight
 
@@ -24,15 +24,15 @@ def norm_linears(
     """rms_norm(x) times each of the weights, plus its bias. Few rows are bound by the weights' bytes: the norm rides
     along.
     """
-    if _few(x):
+    if _uses_gemv(x):
         return [_gemv(x, weight, bias, norm, eps, None) for weight, bias in zip(weights, biases)]
     normed = call(rms_norm_op, x, norm, eps)
-    return [product(normed, weight, bias) for weight, bias in zip(weights, biases)]
+    return [matmul(normed, weight, bias) for weight, bias in zip(weights, biases)]
 
 
 def linear_swiglu(x: torch.Tensor, norm: torch.Tensor, eps: float, gate: Weight, up: Weight) -> torch.Tensor:
     """silu(n gate^T) * (n up^T) of n = rms_norm(x)."""
-    if _few(x) and type(gate) is type(up):
+    if _uses_gemv(x) and type(gate) is type(up):
         if isinstance(gate, QuantizedWeight) and isinstance(up, QuantizedWeight):
             if gate.bits == up.bits and gate.group == up.group:
                 return call(quantized_gemv_swiglu_op, x, gate.values, gate.scales, up.values, up.scales, norm, eps)
@@ -43,10 +43,10 @@ def linear_swiglu(x: torch.Tensor, norm: torch.Tensor, eps: float, gate: Weight,
 
 def linear_residual(residual: torch.Tensor, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """residual + x weight^T + bias."""
-    return _gemv(x, weight, bias, None, 0.0, residual) if _few(x) else residual + product(x, weight, bias)
+    return _gemv(x, weight, bias, None, 0.0, residual) if _uses_gemv(x) else residual + matmul(x, weight, bias)
 
 
-def _few(x: torch.Tensor) -> bool:
+def _uses_gemv(x: torch.Tensor) -> bool:
     on_gpu = x.is_cuda or dispatch.forced() == "triton"  # the latter: under Triton's interpreter
     return on_gpu and few_rows(x)
 
@@ -64,7 +64,7 @@ def _gemv(
     return call(gemv_op, x, weight, bias, norm, eps, residual)
 
 
-def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+def matmul(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """x weight^T + bias."""
     if isinstance(weight, QuantizedWeight):
         return call(quantized_linear_op, x, weight.values, weight.scales, bias)

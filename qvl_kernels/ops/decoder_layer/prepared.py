@@ -38,7 +38,7 @@ class PreparedCache:
         >>> cache = qvl_kernels.PreparedCache(torch.zeros(1, 8, 512, 128), torch.zeros(1, 8, 512, 128))
     """
 
-    __slots__ = ("capacity", "extension", "k_cache", "plain", "sizes", "storages", "v_cache")
+    __slots__ = ("capacity", "eligible", "extension", "k_cache", "sizes", "storages", "v_cache")
 
     def __init__(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         check_caches("PreparedCache", k_cache, v_cache)
@@ -46,10 +46,10 @@ class PreparedCache:
         self.k_cache, self.v_cache, self.sizes = k_cache, v_cache, (k_cache.dtype, batch, kv_heads, head_dim)
         self.extension: Any = None
         self.storages: frozenset[int] = frozenset()
-        self.plain = not torch.compiler.is_compiling() and all(
+        self.eligible = not torch.compiler.is_compiling() and all(
             type(x) is torch.Tensor and is_eligible(x, x.device.type) and x.stride(3) == 1 for x in (k_cache, v_cache)
         )
-        if self.plain:
+        if self.eligible:
             self.storages = frozenset(_storage(x) for x in (k_cache, v_cache))
             if k_cache.is_cpu:
                 self.extension = extension_cache(k_cache, v_cache)
@@ -101,7 +101,7 @@ class PreparedDecoderLayer:
             head_dim,
         )  # layers that share them run on the same inputs
         device = weights.input_norm.device.type
-        self._plain = all(
+        self._eligible = all(
             is_eligible(x, device) for weight in weights if weight is not None for x in tensors_of(weight)
         )
         self._extension_layer = None
@@ -152,10 +152,10 @@ class PreparedDecoderLayer:
             >>> *_, y = PreparedDecoderLayer.run([first, second], x, cos, sin, caches, past=300)
         """
         try:
-            plain = _is_plain(layers, x, cos, sin, caches, past, mask)
+            eligible = _is_eligible(layers, x, cos, sin, caches, past, mask)
         except AttributeError:  # of what is no layer, which is said below
-            plain = False
-        if not plain or not x.is_cpu:
+            eligible = False
+        if not eligible or not x.is_cpu:
             layers, caches = _checked("layers", layers, PreparedDecoderLayer), _checked("caches", caches, PreparedCache)
             if not layers or len(layers) != len(caches):
                 raise ValueError(
@@ -164,7 +164,9 @@ class PreparedDecoderLayer:
                 )
             outs = []
             for layer, cache in zip(layers, caches):
-                x = (layer._composed if plain else layer._in_ops)(x, cos, sin, cache.k_cache, cache.v_cache, past, mask)
+                x = (layer._run_unfused if eligible else layer._run_checked)(
+                    x, cos, sin, cache.k_cache, cache.v_cache, past, mask
+                )
                 outs.append(x)
             return outs
         memories = [cache.extension for cache in caches]
@@ -182,9 +184,9 @@ class PreparedDecoderLayer:
 
     def _one_call(self, rows: int) -> bool:
         """Whether the extension computes the layer for so many rows in one call."""
-        return self._plain and rows < self.ROWS
+        return self._eligible and rows < self.ROWS
 
-    def _composed(
+    def _run_unfused(
         self,
         x: torch.Tensor,
         cos: torch.Tensor,
@@ -199,7 +201,7 @@ class PreparedDecoderLayer:
             x, *self.weights.groups(), cos, sin, k_cache, v_cache, past, mask, self.num_heads, self.eps, self.scale
         )
 
-    def _in_ops(
+    def _run_checked(
         self,
         x: torch.Tensor,
         cos: torch.Tensor,
@@ -245,7 +247,7 @@ class Run:
         """The output of the last layer. ``past`` must leave room in the caches."""
         layers, caches = self._layers, self._caches
         if self._handles is None:
-            if not x.is_cpu or not _is_plain(layers, x, cos, sin, caches, past, mask):
+            if not x.is_cpu or not _is_eligible(layers, x, cos, sin, caches, past, mask):
                 return PreparedDecoderLayer.run(layers, x, cos, sin, caches, past=past, mask=mask)[-1]
             self._handles = [layer._extension() for layer in layers], [cache.extension for cache in caches]
         handles, memories = self._handles
@@ -263,7 +265,7 @@ def _checked(name: str, items: object, kind: type) -> list:
     return list(items)
 
 
-def _is_plain(
+def _is_eligible(
     layers: Sequence[PreparedDecoderLayer],
     x: torch.Tensor,
     cos: torch.Tensor,
@@ -317,9 +319,9 @@ def _is_plain(
             return False
         if cache.sizes != cached or not 0 <= past <= cache.capacity - time:
             return False
-        if cache.extension is None if on_cpu else not cache.plain or cache.k_cache.device != device:
+        if cache.extension is None if on_cpu else not cache.eligible or cache.k_cache.device != device:
             return False
-        if not on_cpu and (not layer._plain or layer.weights.input_norm.device != device):
+        if not on_cpu and (not layer._eligible or layer.weights.input_norm.device != device):
             return False
         if not cache.storages.isdisjoint(storages):  # may be written to before it is read
             return False

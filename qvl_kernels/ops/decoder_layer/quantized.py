@@ -30,16 +30,16 @@ class QuantizedDecoderLayer(PreparedDecoderLayer):
     ) -> None:
         super().__init__(weights, num_heads=num_heads, kv_heads=kv_heads, eps=eps, scale=scale)
         self._unsupported = unsupported_scales(*weights)
-        self._plain = self._plain and self._unsupported is None
+        self._eligible = self._eligible and self._unsupported is None
         self._one_format = _one_format(weights.gate, weights.up)
 
     def _shapes(self, weights: DecoderWeights) -> DecoderWeights:
         return DecoderWeights._make(placeholder(OP, weight, weights.input_norm) for weight in weights)
 
     def _one_call(self, rows: int) -> bool:
-        return self._plain and self._one_format
+        return self._eligible and self._one_format
 
-    def _in_ops(
+    def _run_checked(
         self,
         x: torch.Tensor,
         cos: torch.Tensor,
@@ -59,7 +59,7 @@ class QuantizedDecoderLayer(PreparedDecoderLayer):
             return decoder_layer_reference(
                 x, weights, cos, sin, k_cache, v_cache, past, mask, self.num_heads, self.eps, self.scale
             )
-        return self._composed(x, cos, sin, k_cache, v_cache, past, mask)
+        return self._run_unfused(x, cos, sin, k_cache, v_cache, past, mask)
 
 
 def _one_format(gate: torch.Tensor | QuantizedWeight, up: torch.Tensor | QuantizedWeight) -> bool:

@@ -7,7 +7,7 @@ from qvl_kernels.quantization import QuantizedWeight, dequantize
 __all__ = ["gemv_reference", "gemv_swiglu_reference", "quantized_gemv_reference", "quantized_gemv_swiglu_reference"]
 
 
-def _normed(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+def _rms_normed(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     if weight is None:
         return x
     wide = x if x.dtype == torch.float64 else x.float()
@@ -22,18 +22,18 @@ def gemv_reference(
     eps: float,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    y = torch.nn.functional.linear(_normed(x, norm_weight, eps), weight, bias)
+    y = torch.nn.functional.linear(_rms_normed(x, norm_weight, eps), weight, bias)
     return y if residual is None else y + residual
 
 
 def gemv_swiglu_reference(
     x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, norm_weight: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    normed = _normed(x, norm_weight, eps)
+    normed = _rms_normed(x, norm_weight, eps)
     return torch.nn.functional.silu(torch.nn.functional.linear(normed, gate)) * torch.nn.functional.linear(normed, up)
 
 
-def _wide(values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _dequantized(values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return dequantize(QuantizedWeight(values, scales, x.shape[-1]), x.dtype)
 
 
@@ -46,7 +46,7 @@ def quantized_gemv_reference(
     eps: float,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    return gemv_reference(x, _wide(values, scales, x), bias, norm_weight, eps, residual)
+    return gemv_reference(x, _dequantized(values, scales, x), bias, norm_weight, eps, residual)
 
 
 def quantized_gemv_swiglu_reference(
@@ -59,5 +59,5 @@ def quantized_gemv_swiglu_reference(
     eps: float,
 ) -> torch.Tensor:
     return gemv_swiglu_reference(
-        x, _wide(gate_values, gate_scales, x), _wide(up_values, up_scales, x), norm_weight, eps
+        x, _dequantized(gate_values, gate_scales, x), _dequantized(up_values, up_scales, x), norm_weight, eps
     )

@@ -78,16 +78,16 @@ def finish_rows(
     r, n = index // BLOCK_N, first + index % BLOCK_N
     row = (row0 + r).to(tl.int64)
     valid = (r < ROWS) & (row < M) & (n < N)
-    y = tl.sum(_stack(_padded(_picked(accs, 0, ROWS, BLOCK_N, WEIGHT_ROWS), zero, COUNT), COUNT), 0)
+    y = tl.sum(_stack(_pad_parts(_pick_outputs(accs, 0, ROWS, BLOCK_N, WEIGHT_ROWS), zero, COUNT), COUNT), 0)
     if BITS == 8:
         y *= tl.load(scale_ptr + n.to(tl.int64) * stride_scale, mask=valid, other=0.0)
     if HAS_NORM:
-        mean = tl.sum(_stack(_padded(squares, zero, ROW_COUNT), ROW_COUNT), 0) / K  # [ROW_COUNT]
+        mean = tl.sum(_stack(_pad_parts(squares, zero, ROW_COUNT), ROW_COUNT), 0) / K  # [ROW_COUNT]
         mine = r[:, None] == tl.arange(0, ROW_COUNT)[None, :]
         factor = tl.sum(tl.where(mine, tl.rsqrt(mean + eps)[None, :], 0.0), 1)
         y *= factor
     if HAS_UP:
-        up = tl.sum(_stack(_padded(_picked(accs, BLOCK_N, ROWS, BLOCK_N, WEIGHT_ROWS), zero, COUNT), COUNT), 0)
+        up = tl.sum(_stack(_pad_parts(_pick_outputs(accs, BLOCK_N, ROWS, BLOCK_N, WEIGHT_ROWS), zero, COUNT), COUNT), 0)
         if BITS == 8:
             up *= tl.load(up_scale_ptr + n.to(tl.int64) * stride_up_scale, mask=valid, other=0.0)
         if HAS_NORM:
@@ -175,14 +175,14 @@ def gemv_fma_kernel(
     accs = (zero,) * (WEIGHT_ROWS * ROWS)
     squares = (zero,) * ROWS
     if AHEAD:
-        following = _weights(w_ptr, up_ptr, stride_w, stride_up, first, offs, N, K, BLOCK_N, WEIGHT_ROWS)
+        prefetched = _weights(w_ptr, up_ptr, stride_w, stride_up, first, offs, N, K, BLOCK_N, WEIGHT_ROWS)
     griddepcontrol_wait(DEPENDENT_LAUNCH)
     for column in range(0, K, BLOCKS * VECTOR):
         k = column + offs
         mask = k < K
         if AHEAD:
-            weights = following
-            following = _weights(
+            weights = prefetched
+            prefetched = _weights(
                 w_ptr, up_ptr, stride_w, stride_up, first, k + BLOCKS * VECTOR, N, K, BLOCK_N, WEIGHT_ROWS
             )
         else:
@@ -233,7 +233,7 @@ def gemv_fma_kernel(
 
 
 @triton.jit
-def _picked(accs, START: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, WEIGHT_ROWS: tl.constexpr):
+def _pick_outputs(accs, START: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, WEIGHT_ROWS: tl.constexpr):
     """Of each row's WEIGHT_ROWS sums the BLOCK_N from START."""
     chosen = ()
     for r in tl.static_range(ROWS):
@@ -243,7 +243,7 @@ def _picked(accs, START: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
 
 
 @triton.jit
-def _padded(parts, zero, COUNT: tl.constexpr):
+def _pad_parts(parts, zero, COUNT: tl.constexpr):
     for _ in tl.static_range(COUNT - len(parts)):
         parts = parts + (zero,)
     return parts

@@ -173,7 +173,7 @@ class _Logits:
                 first = total is None
                 if first:
                     total = dweight[free : free + words * self.tokens].view(-1).view(torch.float32).view(dhidden.shape)
-                _add_product(total, logits, self.weight[part], first)
+                _add_matmul(total, logits, self.weight[part], first)
             begin = part.stop
         if total is not None:
             dhidden.copy_(total)
@@ -183,16 +183,16 @@ class _Logits:
         memory = torch.empty((rows, size), dtype=self.hidden.dtype, device=self.hidden.device)
         for some in _parts(self.tokens, rows):
             logits = self.block(memory, some, part, loss=False, gradient=True)
-            _multiply(dweight[part], logits.t(), self.hidden[some], some.start == 0)
+            _matmul(dweight[part], logits.t(), self.hidden[some], some.start == 0)
             if dhidden is not None:
-                _multiply(dhidden[some], logits, self.weight[part], total is None)
+                _matmul(dhidden[some], logits, self.weight[part], total is None)
 
 
 def _parts(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+def _matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
     """out = a b, or out += a b."""
     if first:
         torch.mm(a, b, out=out)
@@ -200,7 +200,7 @@ def _multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) 
         torch.addmm(out, a, b, out=out)
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+def _add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
     """fp32 total = a b, or += a b."""
     if first:
         total.zero_()
@@ -212,7 +212,7 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: b
         total += torch.mm(a, b)
 
 
-def _products(logits: _Logits, dhidden: torch.Tensor | None, dweight: torch.Tensor | None) -> None:
+def _loss_and_gradients(logits: _Logits, dhidden: torch.Tensor | None, dweight: torch.Tensor | None) -> None:
     """Writes losses and sums if losses are asked for (else reads sums), and the gradients that are asked for."""
     if logits.tokens == 0:
         if dweight is not None:
@@ -243,7 +243,7 @@ def launch_loss_rows(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int, label_smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     losses, sums = _empty(hidden.shape[0], hidden.device)
-    _products(_Logits(hidden, weight, labels, ignore_index, label_smoothing, sums, losses), None, None)
+    _loss_and_gradients(_Logits(hidden, weight, labels, ignore_index, label_smoothing, sums, losses), None, None)
     return losses, sums
 
 
@@ -259,7 +259,7 @@ def launch_loss_rows_backward(
     weight_wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dhidden, dweight = _like(hidden, hidden_wanted), _like(weight, weight_wanted)
-    _products(
+    _loss_and_gradients(
         _Logits(hidden, weight, labels, ignore_index, label_smoothing, sums, scales=grad.contiguous()), dhidden, dweight
     )
     return _or_nothing(hidden, dhidden), _or_nothing(weight, dweight)
@@ -276,5 +276,5 @@ def launch_loss_sum(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     losses, sums = _empty(hidden.shape[0], hidden.device)
     dhidden, dweight = _like(hidden, hidden_wanted), _like(weight, weight_wanted)
-    _products(_Logits(hidden, weight, labels, ignore_index, label_smoothing, sums, losses), dhidden, dweight)
+    _loss_and_gradients(_Logits(hidden, weight, labels, ignore_index, label_smoothing, sums, losses), dhidden, dweight)
     return losses.sum(), _or_nothing(hidden, dhidden), _or_nothing(weight, dweight)

@@ -41,18 +41,18 @@ def quantized_vision_block(
     eps: float,
 ) -> torch.Tensor:
     """As ``vision_block_op``, over weights any of which is a QuantizedWeight: no op of PyTorch's takes those."""
-    plain = (
+    eligible = (
         x.is_cpu
         and dispatch.forced() != "triton"
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
     )
-    plain = plain and all(
+    eligible = eligible and all(
         is_eligible(part, "cpu")
         for weight in (x, *norms, *weights, *biases, cos, sin, cu_seqlens)
         for part in tensors_of(weight)
     )
-    function = _extension_vision_block if plain else unfused_vision_block
+    function = _extension_vision_block if eligible else unfused_vision_block
     return function(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps)
 
 

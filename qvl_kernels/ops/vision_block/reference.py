@@ -2,7 +2,7 @@ from typing import Any
 
 import torch
 
-from qvl_kernels.ops.attention.reference import packed_attention_reference
+from qvl_kernels.ops.attention.reference import varlen_attention_reference
 from qvl_kernels.ops.gelu_tanh.reference import gelu_tanh_reference
 from qvl_kernels.ops.layer_norm.reference import layer_norm_reference
 from qvl_kernels.ops.linear.reference import linear_reference
@@ -18,7 +18,7 @@ def vision_block_reference(
     normed = layer_norm_reference(x, w.norm1_w, w.norm1_b, eps)
     q, k, v = linear_reference(normed, w.qkv_w, w.qkv_b).view(tokens, 3, num_heads, x.shape[1] // num_heads).unbind(1)
     q, k = vision_rope_reference(q, k, cos, sin)
-    attended, _ = packed_attention_reference(
+    attended, _ = varlen_attention_reference(
         q, k, v, cu_seqlens, causal=False, scale=q.shape[-1] ** -0.5, dropout_p=0.0
     )
     x = x + linear_reference(attended.flatten(1), w.proj_w, w.proj_b)

@@ -8,7 +8,7 @@ import torch
 
 from qvl_kernels.library import call
 from qvl_kernels.ops.attention.op import attention_op
-from qvl_kernels.ops.decoder_layer.parts import product
+from qvl_kernels.ops.decoder_layer.parts import matmul
 from qvl_kernels.ops.gelu_tanh.op import gelu_tanh_op
 from qvl_kernels.ops.layer_norm.op import add_layer_norm_op, layer_norm_op
 from qvl_kernels.ops.rope.op import vision_rope_op
@@ -33,13 +33,13 @@ def unfused_vision_block(
     (qkv_w, proj_w, fc1_w, fc2_w), (qkv_b, proj_b, fc1_b, fc2_b) = weights, biases
     norm1_w, norm1_b, norm2_w, norm2_b = norms
     q, k, v = (
-        product(call(layer_norm_op, x, norm1_w, norm1_b, eps), qkv_w, qkv_b)
+        matmul(call(layer_norm_op, x, norm1_w, norm1_b, eps), qkv_w, qkv_b)
         .view(tokens, 3, num_heads, x.shape[1] // num_heads)
         .unbind(1)
     )
     q, k = call(vision_rope_op, q, k, cos, sin)
     attended, _ = call(attention_op, q, k, v, cu_seqlens, None, None, False, q.shape[-1] ** -0.5, 0.0, None)
     del q, k, v  # the block's peak is in its MLP
-    normed, total = call(add_layer_norm_op, product(attended.flatten(1), proj_w, proj_b), x, norm2_w, norm2_b, eps)
+    normed, total = call(add_layer_norm_op, matmul(attended.flatten(1), proj_w, proj_b), x, norm2_w, norm2_b, eps)
     del attended
-    return total + product(call(gelu_tanh_op, product(normed, fc1_w, fc1_b), None), fc2_w, fc2_b)
+    return total + matmul(call(gelu_tanh_op, matmul(normed, fc1_w, fc1_b), None), fc2_w, fc2_b)
