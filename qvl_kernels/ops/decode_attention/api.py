@@ -24,8 +24,9 @@ def decode_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The last few queries of each sequence against its key/value cache; long caches are split over keys. Inference
-    only.
+    """out = softmax(q k^T scale + mask) v of a few queries per sequence over its KV cache. Inference only.
+
+    Flash-decoding: the keys of long caches are split over programs or threads.
 
     Args:
         q: [B, T, H, D], the queries of the last T positions (T small), fp32, bf16 or fp16.
@@ -34,12 +35,12 @@ def decode_attention(
         mask: None for causal (query i sees keys <= length - T + i); or bool / additive, broadcastable to
             [B, H, T, S_cap], which replaces the causal rule.
         scale: default 1 / sqrt(D).
-        k_scale, v_scale: of an int8 cache, whose caches are int8 then: fp32, bf16 or fp16 [B, Hkv, S_cap], any strides.
-            A key is its 8-bit numbers times its scale; per token and kv head, max |k| / 127 when it is written.
+        k_scale, v_scale: scales if the caches are int8: fp32, bf16 or fp16 [B, Hkv, S_cap], any strides. One scale per
+            token and kv head, max |k| / 127 when it is written; key = int8 values * scale.
     Returns:
         [B, T, H, D], dtype of q. Rows that see no key give 0.
-    Numerics: scores, softmax and sums in fp32; int8 keys and values times their scales are rounded to q's dtype, as in
-        a cache of it. Lengths that only the device knows are taken into [0, S_cap] there; on the CPU they are checked.
+    Numerics: scores, softmax and sums in fp32; int8 keys and values times their scales are rounded to q's dtype.
+        Lengths on a GPU are clamped to [0, S_cap]; on the CPU they are checked.
     Raises: TypeError or ValueError for bad arguments; RuntimeError under gradients or if a forced backend cannot run
     here.
     Example:
@@ -104,6 +105,6 @@ def _check_caches(
             checks.check_device(op, name, x, q.device)
         k = v = q.new_empty(k_cache.shape[3]).expand(
             k_cache.transpose(1, 2).shape
-        )  # stands for the caches where q's shape is checked
+        )  # a placeholder of the caches' shape in q's dtype, for the check of q
     checks.check_last_contiguous(op, **caches)
     check_qkv(op, q, k, v, 4)

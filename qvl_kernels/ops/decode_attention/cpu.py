@@ -16,9 +16,7 @@ def decode_attention_cpu(
     scale: float,
     table: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The C++ attention with one number of keys per row; keys and values of an int8 cache are widened first, the used
-    ones only.
-    """
+    """The C++ attention kernel with one length per sequence; the used part of an int8 cache is dequantised first."""
     if k_scale is not None and v_scale is not None:
         used = int(lengths.max()) if lengths.numel() else 0
         k_cache = dequantize_cache(k_cache[:, :, :used], k_scale[:, :, :used], q.dtype)

@@ -16,7 +16,7 @@ def _launch_decode_attention(*args: Any) -> Any:
     return launch_decode_attention(*args)
 
 
-# ``table``: the caches' row of GrowingCaches.table, which a GPU asks where they and the mask are.
+# ``table``: a layer's row of GrowingCaches.table, from which GPU kernels read the addresses of caches and mask.
 decode_attention_op = register(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? mask, Tensor? k_scale, "
     "Tensor? v_scale,"

@@ -6,7 +6,7 @@ __all__ = ["decode_attention_reference", "dequantize_cache"]
 
 
 def dequantize_cache(cache: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """int8 [B, Hkv, S, D] times its scales [B, Hkv, S]."""
+    """cache * scale: int8 [B, Hkv, S, D] times [B, Hkv, S]."""
     wide = torch.promote_types(scale.dtype, torch.float32)
     return (cache.to(wide) * scale[..., None].to(wide)).to(dtype)
 

@@ -1,7 +1,7 @@
-"""decode_attention: programs over splits of the keys write partial softmaxes, a second kernel joins them.
+"""decode_attention as flash-decoding (split-K): one kernel writes a partial softmax per split, a second combines them.
 
-The number of splits is fixed by shapes, so that a CUDA graph fits every length; how many keys each takes follows from
-the length that the device holds, so that short sequences use few splits and long ones share their keys evenly.
+The number of splits depends on shapes only, so that one CUDA graph fits every length. The keys of a split follow from
+the length on the device: short sequences use few splits, long ones share their keys evenly.
 """
 
 import torch
@@ -22,13 +22,13 @@ LOG2E = tl.constexpr(1.4426950408889634)  # softmax to base 2
 
 @triton.jit
 def _split_size(length, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys of one split, whole blocks; the first cdiv(length, size) splits have keys."""
+    """Keys per split, in whole blocks; only the first cdiv(length, size) splits have keys."""
     return tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N), 1) * BLOCK_N
 
 
 @triton.jit
 def _length_of(lengths_ptr, stride_length, batch, S):
-    """A length inside the cache, whatever the device says."""
+    """The sequence's length, clamped to the cache's capacity: no value on the device leads outside it."""
     return tl.minimum(tl.maximum(tl.load(lengths_ptr + batch * stride_length), 0), S).to(tl.int32)
 
 
@@ -81,12 +81,11 @@ def _decode_attention_kernel(
     MASK: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
-    """softmax(q k^T scale + mask) v over the keys of one split; the GROUP query heads of a kv head and their T queries
-    are rows.
+    """partial = softmax(q k^T scale + mask) v and its lse (base 2) over the keys of one split, by online softmax.
 
-    Row r is query r // GROUP of head r % GROUP. MASK: 0 causal, 1 bool, 2 additive. The split's result is normalised;
-    its log-sum-exp (base 2) weighs it in the join. HAS_TABLE: where caches and mask lie, and S, stands in a row of
-    GrowingCaches.table.
+    The rows of a tile are the T queries of the GROUP query heads of one kv head: row r is query r // GROUP of head
+    r % GROUP. MASK: 0 causal, 1 bool, 2 additive. HAS_TABLE: the addresses of caches and mask, and S, are read from a
+    row of GrowingCaches.table.
     """
     griddepcontrol_wait(DEPENDENT_LAUNCH)
     split = tl.program_id(0)
@@ -129,7 +128,9 @@ def _decode_attention_kernel(
         k = tl.load(
             k_base + wide_keys[:, None] * stride_ks + offs_d[None, :], mask=kv_mask, other=0
         )  # [BLOCK_N, BLOCK_D]
-        v = tl.load(v_base + wide_keys[:, None] * stride_vs + offs_d[None, :], mask=kv_mask, other=0)
+        v = tl.load(
+            v_base + wide_keys[:, None] * stride_vs + offs_d[None, :], mask=kv_mask, other=0
+        )  # [BLOCK_N, BLOCK_D]
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * (scale * LOG2E)  # [BLOCK_M, BLOCK_N]
         if HAS_SCALES:
             scores *= tl.load(k_scale_base + wide_keys * stride_kss, mask=in_keys, other=0.0).to(tl.float32)[None, :]
@@ -148,15 +149,13 @@ def _decode_attention_kernel(
         p = tl.exp2(scores - m_safe[:, None])
         correction = tl.exp2(m_i - m_safe)
         l_i = l_i * correction + tl.sum(p, 1)
-        if (
-            HAS_SCALES
-        ):  # the scaled values, not p times scale, are rounded: small scales would take p below fp16's range
+        if HAS_SCALES:  # v is scaled before rounding, not p: p times a small scale may underflow in fp16
             v_scale = tl.load(v_scale_base + wide_keys * stride_vss, mask=in_keys, other=0.0).to(tl.float32)
             v = (v.to(tl.float32) * v_scale[:, None]).to(q.dtype)
         acc = tl.dot(p.to(q.dtype), v, acc * correction[:, None], input_precision="ieee")
         m_i = m_new
 
-    acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # rows that see no key give zeros
+    acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # rows that see no key give 0
     flat = (batch * T + t) * H + head  # row of [B, T, H]
     out_mask = in_rows[:, None] & in_d[None, :]
     if SPLITS == 1:
@@ -164,7 +163,7 @@ def _decode_attention_kernel(
     else:
         flat = flat * SPLITS + split
         tl.store(partial_ptr + flat[:, None] * D + offs_d[None, :], acc, mask=out_mask)
-        lse = m_i + tl.log2(tl.where(l_i == 0.0, 1.0, l_i))  # -inf where no key is seen: so is m_i
+        lse = m_i + tl.log2(tl.where(l_i == 0.0, 1.0, l_i))  # -inf from m_i where no key is seen
         tl.store(lse_ptr + flat, lse, mask=in_rows)
 
 
@@ -186,7 +185,7 @@ def _decode_attention_join_kernel(
     HAS_TABLE: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
-    """out = sum_s 2^(lse_s) partial_s / sum_s 2^(lse_s) of one row [B, T, H], over the splits that have keys."""
+    """out = sum_s 2^(lse_s) partial_s / sum_s 2^(lse_s) of one row [B, T, H] over the splits that have keys."""
     griddepcontrol_wait(DEPENDENT_LAUNCH)
     row = tl.program_id(0).to(tl.int64)
     if HAS_TABLE:
@@ -237,7 +236,7 @@ def launch_decode_attention(
         partial = torch.empty((batch, queries, heads, splits, head_dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((batch, queries, heads, splits), dtype=torch.float32, device=q.device)
     kind, full, mask_strides, entry = 0, q, (0, 0, 0, 0), q
-    if table is not None:  # a graph must not hold addresses and sizes of today
+    if table is not None:  # a captured graph must not hold the caches' present addresses and capacity
         kind, mask_strides, entry = 1, (0, 0, 0, 1), table
         k_cache, v_cache, capacity = q, q, 0
     elif mask is not None:

@@ -1,4 +1,4 @@
-"""Arguments of the matrix-vector ops, for tests and for compiling them at the shapes of Qwen3-VL-2B (``model``)."""
+"""Cases of the GEMV ops, for tests and for the compile check at the shapes of Qwen3-VL-2B (``model``)."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Launchers of the matrix-vector kernels: which of the two runs, and with which tiles."""
+"""Launchers of the GEMV kernels: which kernel runs (FMA units or tensor cores), and with which tiles."""
 
 from typing import Any
 
@@ -66,8 +66,8 @@ def _gemv(
     eps: float,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``weight`` and ``up`` are (values, scales or None); absent tensors are replaced by x, which the kernels then do
-    not read.
+    """``weight`` and ``up`` are (values, scales or None). Where a tensor is absent, the kernel gets another one, which
+    it does not read.
     """
     values, scales = weight
     up_values, up_scales = (values, scales) if up is None else up
@@ -89,9 +89,8 @@ def _gemv(
     if tile is None or (bits == 4 and words is None):
         tile = {**tiles.gemv_dot(x.element_size(), bits, group, up is not None, arch), "BITS": bits}
         kernel, programs = gemv_dot_kernel, (cdiv(n, tile["BLOCK_N"]), cdiv(m, 16))
-        if (
-            norm_weight is not None and x.dtype == torch.float16
-        ):  # x * weight, not yet divided by its norm, may overflow
+        if norm_weight is not None and x.dtype == torch.float16:
+            # The kernel multiplies x * norm_weight before it divides by the root mean square: fp16 may overflow.
             rows, norm_weight = _normalised(rows, norm_weight, eps), None
     else:
         tile["COUNT"], tile["ROW_COUNT"] = (next_power_of_2(size * tile["ROWS"]) for size in (tile["BLOCK_N"], 1))
@@ -139,7 +138,7 @@ def _gemv(
 def _words(
     rows: torch.Tensor, norm_weight: torch.Tensor | None, *values: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...] | None:
-    """x and the norm's weight as int64, int4 values as int32; None where their places or strides do not allow it."""
+    """Views of x and the norm's weight as int64 and of int4 values as int32; None if alignment or strides forbid it."""
     if rows.element_size() != 2 or not all(_divisible(x, 4) for x in (rows, norm_weight, *values) if x is not None):
         return None
     norm_words = None if norm_weight is None else norm_weight.view(torch.int64)

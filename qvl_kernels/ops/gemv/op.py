@@ -1,5 +1,6 @@
-"""torch ops qvl::gemv, qvl::gemv_swiglu and their quantised twins; inference only. x is [..., K], weights
-are [N, K].
+"""torch ops qvl::gemv and qvl::gemv_swiglu, and both over quantised weights; inference only.
+
+x is [..., K], weights are [N, K].
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the matrix-vector ops compute, as the composition of PyTorch operations; also their CPU kernels."""
+"""Reference of the GEMV ops in PyTorch operations; also their CPU kernels."""
 
 import torch
 

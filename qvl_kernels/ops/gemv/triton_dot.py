@@ -1,7 +1,7 @@
-"""3 to 16 rows times a weight on the tensor cores, whose smallest tile has 16 rows.
+"""Small-M (skinny) GEMM of 3 to 16 tokens on the tensor cores, whose smallest tile has 16 rows.
 
-A program has BLOCK_N outputs and PARTS slices of K, one per warp, multiplied as a batch and added up at the end: 1,024
-outputs are only 64 programs, and one warp alone could not keep up with its share of the memory.
+A program has BLOCK_N outputs and splits K into PARTS slices, one per warp, which are multiplied as a batch and summed
+at the end: 1,024 outputs are only 64 programs, and one warp per program would not saturate the memory bandwidth.
 """
 
 import triton
@@ -14,8 +14,9 @@ __all__ = ["gemv_dot_kernel", "normalise_rows_kernel"]
 
 @triton.jit
 def _multiply(x, x_high, w, BITS: tl.constexpr):
-    """[PARTS, 16, BLOCK] times [PARTS, BLOCK_N, BLOCK] transposed; int4: low nibbles times x plus high nibbles times
-    x_high.
+    """x w^T, batched over PARTS: [PARTS, 16, BLOCK] times [PARTS, BLOCK_N, BLOCK]^T.
+
+    int4: low nibbles times x plus high nibbles times x_high.
     """
     if BITS == 4:
         low, high = (w & 15).to(tl.int8) - 8, (w >> 4).to(tl.int8) - 8
@@ -58,8 +59,9 @@ def gemv_dot_kernel(
     HAS_RESIDUAL: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
-    """As gemv_fma_kernel, over PARTS * BLOCK columns of w at a time. int4: BLOCK columns are one group, whose scale
-    multiplies its product.
+    """y = norm(x) w^T + bias + residual, or silu(norm(x) w^T) * (norm(x) up^T), as gemv_fma_kernel.
+
+    Each step takes PARTS * BLOCK columns of w. int4: BLOCK columns are one group, whose scale multiplies its product.
     """
     griddepcontrol_wait(DEPENDENT_LAUNCH)
     rows = tl.program_id(1) * 16 + tl.arange(0, 16)

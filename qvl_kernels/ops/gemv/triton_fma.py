@@ -1,10 +1,9 @@
-"""A few rows times a weight on the FMA units: each thread loads 16 bytes of a weight row at a time and keeps its own
-sums.
+"""GEMV of 1 to 4 tokens on the FMA units: a thread loads 16 bytes of a weight row at a time and keeps its own sums.
 
-Tiles are [BLOCKS, VECTOR]: BLOCKS loads of 16 bytes. A thread owns whole blocks, so that sums over VECTOR stay inside
-it and the only exchange between threads is one reduction at the end. Rows of the weight are Python tuples, unrolled:
-BLOCK_N loads are in flight together. AHEAD: the next ones are under way while these are multiplied, and the first do
-not wait for the kernel that makes x.
+Tiles are [BLOCKS, VECTOR]: BLOCKS loads of 16 bytes. A thread owns whole blocks, so that sums over VECTOR stay in the
+thread and one reduction at the end is the only exchange. The rows of the weight are a Python tuple, unrolled: BLOCK_N
+loads are in flight together. AHEAD (software prefetch): the next weights are loaded while the current ones are
+multiplied, and with PDL the first loads do not wait for the kernel that writes x.
 """
 
 import triton
@@ -69,8 +68,9 @@ def finish_rows(
     COUNT: tl.constexpr,
     ROW_COUNT: tl.constexpr,
 ):
-    """Adds up each thread's part and stores the outputs. accs: per row of x BLOCK_N sums of w, then those of up;
-    squares: one a row.
+    """Reduces the threads' sums and stores y: the epilogue (scale, norm, SwiGLU, bias, residual).
+
+    accs: per token BLOCK_N sums [BLOCKS] of w, then those of up; squares: one sum of x^2 [BLOCKS] per token.
     """
     WEIGHT_ROWS: tl.constexpr = 2 * BLOCK_N if HAS_UP else BLOCK_N
     zero = tl.zeros([accs[0].shape[0]], tl.float32)
@@ -113,7 +113,7 @@ def _weights(
     BLOCK_N: tl.constexpr,
     WEIGHT_ROWS: tl.constexpr,
 ):
-    """Columns k of BLOCK_N rows of w, then of up; zeros from column K on."""
+    """A tuple of [BLOCKS, VECTOR] tiles: columns k of BLOCK_N rows of w, then of up; 0 from column K on."""
     weights = ()
     for i in tl.static_range(WEIGHT_ROWS):
         n = tl.minimum(first + i % BLOCK_N, N - 1).to(tl.int64)
@@ -164,8 +164,8 @@ def gemv_fma_kernel(
     """y = norm(x) w^T + bias + residual, or silu(norm(x) w^T) * (norm(x) up^T); norm(x) = x / sqrt(mean(x^2) + eps) *
     weight.
 
-    The factor of the norm is one number per row: it multiplies the finished sums, so x is read once. BITS is 8 for int8
-    weights, whose scale per output does the same, else 0.
+    1 / sqrt(mean(x^2) + eps) is one number per token and multiplies the finished sums, so x is read once. BITS is 8
+    for int8 weights, whose scale per output multiplies the finished sums too, else 0.
     """
     row0 = tl.program_id(1) * ROWS
     first = tl.program_id(0) * BLOCK_N
@@ -188,12 +188,12 @@ def gemv_fma_kernel(
         else:
             weights = _weights(w_ptr, up_ptr, stride_w, stride_up, first, k, N, K, BLOCK_N, WEIGHT_ROWS)
         if HAS_NORM:
-            factor = tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
+            factor = tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)  # [BLOCKS, VECTOR]
         new_squares = ()
         new_accs = ()
         for r in tl.static_range(ROWS):
             row = tl.minimum(row0 + r, M - 1).to(tl.int64)
-            x = tl.load(x_ptr + row * stride_x + k, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + row * stride_x + k, mask=mask, other=0.0).to(tl.float32)  # [BLOCKS, VECTOR]
             if HAS_NORM:
                 new_squares = new_squares + (squares[r] + tl.sum(x * x, 1),)
                 x = x * factor
@@ -234,7 +234,7 @@ def gemv_fma_kernel(
 
 @triton.jit
 def _pick_outputs(accs, START: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, WEIGHT_ROWS: tl.constexpr):
-    """Of each row's WEIGHT_ROWS sums the BLOCK_N from START."""
+    """The sums START to START + BLOCK_N of each token's WEIGHT_ROWS sums."""
     chosen = ()
     for r in tl.static_range(ROWS):
         for i in tl.static_range(BLOCK_N):

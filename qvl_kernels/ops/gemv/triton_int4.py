@@ -1,9 +1,8 @@
-"""One or two 16-bit rows times an int4 weight on the FMA units, with three instructions per weight: mask, convert,
-multiply-add.
+"""int4 GEMV of one or two 16-bit tokens on the FMA units, with three instructions per weight: mask, convert, FMA.
 
-At the memory bandwidth of an H100 a processor gets 29 int4 weights a cycle and has 128 instruction slots. So nibbles
-are taken from 32-bit words where they lie: nibble j of a word is an integer 16^j times too large, and x is divided by
-16^j instead, once for all outputs of the program. Of the 8 in every nibble the sum of x takes care, once per block.
+At an H100's memory bandwidth an SM gets 29 int4 weights a cycle and has 128 instruction slots. So nibbles are masked
+in place in 32-bit words: nibble j is 16^j times too large, and x is divided by 16^j instead, once for all outputs of
+the program. The zero-point 8 of the nibbles is compensated with the sum of x, once per block.
 """
 
 import triton
@@ -17,7 +16,7 @@ __all__ = ["gemv_int4_kernel"]
 
 @triton.jit
 def _number(word, INDEX: tl.constexpr, dtype: tl.constexpr):
-    """Number INDEX of the four 16-bit ones in a 64-bit word, as fp32."""
+    """The 16-bit number INDEX of the four in a 64-bit word, as fp32."""
     return (word >> (16 * INDEX)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
 
 
@@ -56,11 +55,11 @@ def gemv_int4_kernel(
     ROW_COUNT: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
-    """As gemv_fma_kernel. w is int32 [N, W_COLUMNS]; x and the norm's weight are int64, K words of four numbers; y has
-    their dtype.
+    """y = norm(x) w^T + bias + residual, or silu(norm(x) w^T) * (norm(x) up^T), with w = scale (nibble - 8).
 
-    A block is 32 inputs in 4 words: byte i of word q holds inputs 4 q + i and 16 + 4 q + i. GROUP_BLOCKS of them share
-    a scale.
+    w is int32 [N, W_COLUMNS]; x and the norm's weight are K int64 words of four 16-bit numbers; y is of x's dtype. A
+    block is 32 inputs in 4 words: byte i of word q holds inputs 4 q + i and 16 + 4 q + i. GROUP_BLOCKS blocks share a
+    scale.
     """
     griddepcontrol_wait(DEPENDENT_LAUNCH)
     row0 = tl.program_id(1) * ROWS
