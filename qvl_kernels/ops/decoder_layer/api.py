@@ -39,7 +39,7 @@ class DecoderWeights(NamedTuple):
     o_bias: torch.Tensor | None = None
 
     def groups(self) -> tuple[tuple, tuple, tuple]:
-        """(norms, matrices, biases), as the kernels take them."""
+        """(norms, weights, biases), in the order of the kernels' arguments."""
         return (
             (self.input_norm, self.q_norm, self.k_norm, self.post_norm),
             (self.q, self.k, self.v, self.o, self.gate, self.up, self.down),
@@ -48,7 +48,7 @@ class DecoderWeights(NamedTuple):
 
 
 def check_weights(x: torch.Tensor, w: Any, num_heads: int, kv_heads: int, head_dim: int) -> None:
-    """Weights, of which quantised ones are replaced by tensors of their shape, beside x [B, T, C]."""
+    """Checks weights against x [B, T, C]; each quantised weight is represented by a placeholder of its shape."""
     if num_heads % kv_heads:
         raise ValueError(f"{OP}: num_heads {num_heads} must be a multiple of the cache's {kv_heads} key/value heads")
     for name, weight in zip(DecoderWeights._fields, w):
@@ -58,8 +58,8 @@ def check_weights(x: torch.Tensor, w: Any, num_heads: int, kv_heads: int, head_d
         x.shape[2],
         num_heads * head_dim,
         kv_heads * head_dim,
-        w.gate.shape[:1].numel(),
-    )  # whatever its dimensions
+        w.gate.shape[:1].numel(),  # its number of dimensions is checked below
+    )
     expected = (
         (hidden,),
         (width, hidden),
@@ -108,9 +108,7 @@ def check_call(
     mask: torch.Tensor | None,
     num_heads: int,
 ) -> tuple[int, torch.Tensor | None]:
-    """``past`` and the part of the mask that counts, once all arguments are known to fit together; weights as for
-    ``check_weights``.
-    """
+    """Checks that all arguments fit together; returns ``past`` and the mask up to past + T. w: as for ``check_weights``."""
     for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
         checks.check_tensor(OP, name, tensor, 3)
     if not x.is_contiguous():
@@ -157,10 +155,10 @@ def decoder_layer(
     eps: float = 1e-6,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """One whole decoder layer in one call; writes its keys and values into the cache. Inference only.
+    """A fused decoder layer in one call; writes its keys and values into the KV cache. Inference only.
 
-    x + o(attention(rope(norm(q)), rope(norm(k)), v)) with q, k, v from rms_norm(x), then + down(swiglu(gate, up)) of
-    the normed sum        [Qwen3VLTextDecoderLayer]
+    h = x + o(attention(rope(norm(q)), rope(norm(k)), v)) with q, k, v = linear(rms_norm(x)), then
+    y = h + down(swiglu(gate(n), up(n))) with n = rms_norm(h)        [Qwen3VLTextDecoderLayer]
 
     Args:
         x: [B, T, C] contiguous, fp32, bf16 or fp16.
@@ -188,8 +186,7 @@ def decoder_layer(
     if backend == "reference":
         return decoder_layer_reference(x, w, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale)
     function = decoder_layer_op
-    if (
-        backend == "triton" and not needs_dispatcher()
-    ):  # past PyTorch's dispatcher, which takes the host longer than small kernels the device
+    if backend == "triton" and not needs_dispatcher():
+        # The dispatcher takes the host longer than the device takes for small kernels.
         function = unfused_decoder_layer
     return function(x, *w.groups(), cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale)

@@ -11,10 +11,10 @@ from qvl_kernels.ops.linear.onednn import use_onednn
 from qvl_kernels.ops.linear.weights import extension_weight, out_features
 from qvl_kernels.quantization import QuantizedWeight
 
-__all__ = ["decoder_layer_cpu", "extension_cache", "extension_layer", "run_extension_layers", "run_to_last"]
+__all__ = ["cache_handle", "decoder_layer_cpu", "layer_handle", "run_extension_layers", "run_to_last"]
 
 
-def extension_layer(
+def layer_handle(
     norms: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor | QuantizedWeight],
     biases: Sequence[torch.Tensor | None],
@@ -24,8 +24,9 @@ def extension_layer(
     eps: float,
     scale: float,
 ) -> Any:
-    """A layer as the extension takes it; the tensors must outlive it. norms: input, q, k, post; weights: q, k, v, o,
-    gate, up, down; biases of the first four.
+    """The extension's handle of a layer; the tensors must outlive it.
+
+    norms: input, q, k, post. weights: q, k, v, o, gate, up, down. biases: of the first four weights.
     """
     linears = [extension_weight(weight, bias) for weight, bias in zip(weights, (*biases, None, None, None))]
     return dispatch.extension().DecoderLayer(
@@ -42,8 +43,8 @@ def extension_layer(
     )
 
 
-def extension_cache(k_cache: torch.Tensor, v_cache: torch.Tensor) -> Any:
-    """Caches [B, Hkv, S_cap, D] as the extension takes them; the tensors must outlive it."""
+def cache_handle(k_cache: torch.Tensor, v_cache: torch.Tensor) -> Any:
+    """The extension's handle of a KV cache [B, Hkv, S_cap, D]; the tensors must outlive it."""
     return dispatch.extension().LayerCache(
         k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride()[:3], v_cache.stride()[:3]
     )
@@ -59,8 +60,9 @@ def run_extension_layers(
     mask: torch.Tensor | None,
     num_heads: int,
 ) -> list[torch.Tensor]:
-    """The outputs of ``extension_layer`` objects one after the other on an ``extension_cache`` each, in one call. All
-    is checked.
+    """Outputs of all layers (``layer_handle``), run one after the other on a cache each (``cache_handle``) in one call.
+
+    The arguments are not checked.
     """
     outs = [torch.empty_like(x) for _ in layers]
     _run(layers, x, outs, cos, sin, caches, past, mask, num_heads)
@@ -77,10 +79,10 @@ def run_to_last(
     mask: torch.Tensor | None,
     num_heads: int,
 ) -> torch.Tensor:
-    """As ``run_extension_layers``, the output of the last layer alone."""
-    turns = torch.empty_like(x), torch.empty_like(x)
-    _run(layers, x, [turns[i % 2] for i in range(len(layers))], cos, sin, caches, past, mask, num_heads)
-    return turns[(len(layers) - 1) % 2]
+    """As ``run_extension_layers``, but returns the output of the last layer only."""
+    buffers = torch.empty_like(x), torch.empty_like(x)
+    _run(layers, x, [buffers[i % 2] for i in range(len(layers))], cos, sin, caches, past, mask, num_heads)
+    return buffers[(len(layers) - 1) % 2]
 
 
 def _run(
@@ -136,5 +138,5 @@ def decoder_layer_cpu(
         return unfused_decoder_layer(
             x, norms, weights, biases, cos, sin, k_cache, v_cache, past, mask, num_heads, eps, scale
         )
-    layer = extension_layer(norms, weights, biases, num_heads, k_cache.shape[1], k_cache.shape[3], eps, scale)
-    return run_extension_layers([layer], x, cos, sin, [extension_cache(k_cache, v_cache)], past, mask, num_heads)[0]
+    layer = layer_handle(norms, weights, biases, num_heads, k_cache.shape[1], k_cache.shape[3], eps, scale)
+    return run_extension_layers([layer], x, cos, sin, [cache_handle(k_cache, v_cache)], past, mask, num_heads)[0]

@@ -1,5 +1,5 @@
-"""A decoder layer, and cross-attention, for one new token per row whose positions only the device knows: what a CUDA
-graph of a decoding step holds.
+"""A decoder layer and cross-attention for one decode step, as a decode CUDA graph captures them: lengths stay on the
+GPU.
 """
 
 import torch
@@ -28,22 +28,22 @@ def decode_step(
     lengths: torch.Tensor,
     filled: torch.Tensor,
 ) -> torch.Tensor:
-    """x [B, 1, C] through the layer; its keys and values go to position ``lengths[b]`` of row b of the caches.
+    """One token per row through the layer; its keys and values are written at position ``lengths[b]`` of row b.
 
     Args:
         x: [B, 1, C]. cos, sin: [B, 1, D], dtype of x.
-        caches: of all layers, with B rows. index: the layer's place in them.
-        lengths: int32 [B] on x's device, keys already in the cache. Where the caches have no room for another one, none
-            is written.
-        filled: int32 [B], lengths + 1, which all layers share.
+        caches: KV caches of all layers, with B rows. index: of the layer.
+        lengths: int32 [B] on x's device, cache_seqlens before this token. Without room for another key nothing is
+            written.
+        filled: int32 [B], lengths + 1 (cache_seqlens with this token), shared by all layers.
     Returns:
-        [B, 1, C]. Nothing here waits for the device, every shape is fixed, and none depends on the caches' capacity: a
-        graph of it stays valid while they grow.
+        [B, 1, C]. Nothing synchronises with the device, and no shape depends on the caches' capacity: a captured graph
+        stays valid while they grow.
     Raises: ValueError for caches of another dtype, or for other rows or heads.
     """
     w, batch, eps = layer.weights, x.shape[0], layer.eps
     sizes = (x.dtype, batch, layer.kv_heads, layer.head_dim)
-    if caches.sizes != sizes:  # kernels go by an address and could not tell
+    if caches.sizes != sizes:  # kernels read an address and cannot check the caches' shape
         raise ValueError(
             f"decode_step: caches must be of (dtype, rows, key/value heads, head_dim) {sizes}, got {caches.sizes}"
         )
@@ -63,15 +63,14 @@ def decode_step(
 def cross_attention_step(
     q: torch.Tensor, caches: GrowingCaches, index: int, lengths: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """softmax(q k^T scale) v over keys and values that are in the caches already.
+    """softmax(q k^T scale) v over keys and values that the caches already hold.
 
     Args:
         q: [B, 1, H, D], of one new token per row.
-        caches: with B rows; ``show`` has hidden none of their keys. index: the place in them. lengths: int32 [B] on q's
-            device, keys of each row.
+        caches: with B rows; ``show`` has masked none of their keys. index: of the layer.
+        lengths: int32 [B] on q's device, cache_seqlens.
     Returns:
-        [B, 1, H, D]; 0 for rows that have no keys. As in ``decode_step``, a graph of it does not depend on the caches'
-        capacity.
+        [B, 1, H, D]; 0 for rows without keys. As in ``decode_step``, no shape depends on the caches' capacity.
     Raises: ValueError for caches of another dtype, or for other rows or heads.
     """
     dtype, rows, kv_heads, head_dim = caches.sizes

@@ -1,4 +1,4 @@
-"""Key/value caches that grow while a captured CUDA graph goes on using them."""
+"""KV caches that grow while a captured CUDA graph stays valid."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,35 +8,34 @@ import torch
 __all__ = ["GrowingCaches"]
 
 GRAIN = 64  # capacities are multiples of it
-KEYS, VALUES, CAPACITY, VISIBLE, VISIBLE_STRIDE = range(5)  # columns of the table, which gpu/device_functions.py reads
-COLUMNS = 8  # a row begins at a multiple of 64 bytes
+KEYS, VALUES, CAPACITY, VISIBLE, VISIBLE_STRIDE = range(5)  # columns of the table; gpu/device_functions.py reads them
+COLUMNS = 8  # 64 bytes per row
 
 
 @contextlib.contextmanager
 def _ordinary_tensors() -> Iterator[None]:
-    """Inside, new tensors are none of inference mode's: caches that were made there serve calls outside of it, too."""
+    """Inside, new tensors are not inference tensors: caches made in inference mode also serve calls outside of it."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 class GrowingCaches:
-    """Keys and values of all layers, and the table on the device that tells kernels where they lie: ``decode_step``'s
-    caches.
+    """KV caches of all layers for ``decode_step``, with a table on the device that holds their addresses.
 
-    A captured graph holds the table's address only, so it stays valid while the caches grow. All calls, the graph's
-    replays included, must
-    come from one stream or be ordered by events: then the table changes, and old memory is used again, after what was
-    queued before.
+    A captured graph holds only the table's address, so it stays valid while the caches grow. All calls, graph replays
+    included, must come from one stream or be ordered by events: changes of the table and reuse of freed memory then
+    follow the work that was queued before.
 
     Args:
         layers, rows: how many. kv_heads, head_dim, dtype, device: of every layer's keys and values.
     Attributes:
         sizes: (dtype, rows, Hkv, D).
         keys, values: of each layer [rows, Hkv, its capacity, D]. Growth replaces them: do not keep them.
-        visible: bool [rows, capacity or more], False at keys that stand for padding, shared by the layers; growth
-            replaces it, too.
-        table: int64 [layers, 8] on the device. entries: its rows; a layer's addresses of keys and values, capacity,
-            address and row stride of ``visible``.
+        visible: attention mask bool [rows, capacity or more], False at padding, shared by the layers; growth replaces
+        it
+            too.
+        table: int64 [layers, 8] on the device. entries: its rows: per layer the addresses of keys and values, the
+            capacity, and address and row stride of ``visible``.
     Example:
         >>> caches = GrowingCaches(28, 1, 8, 128, torch.bfloat16, torch.device("cuda"))
         >>> for index, layer in enumerate(cache.layers):
@@ -60,17 +59,17 @@ class GrowingCaches:
 
     @property
     def capacity(self) -> int:
-        """Positions that all layers have room for."""
+        """Positions that every layer has room for."""
         return min(keys.shape[2] for keys in self.keys)
 
     @_ordinary_tensors()
     def reserve(self, length: int, *, limit: int | None = None) -> None:
-        """Room for ``length`` positions in every layer. What grows grows by half, or to ``length`` if that is more; not
-        beyond ``limit``, the length that is known to be enough.
+        """Makes room for ``length`` positions in every layer. Capacity grows by half, or to ``length`` if that is more,
+        but not beyond ``limit``, a length that is known to suffice.
 
-        Layer by layer, so that at most one layer's keys and values are there twice. New positions are not initialised:
-        kernels read those below a row's length only. Raises RuntimeError (torch.OutOfMemoryError included) with all
-        that was there still there, and valid.
+        Layers grow one by one, so that at most one layer is in memory twice. New positions are not initialised:
+        kernels read only those below a row's length. Raises RuntimeError (torch.OutOfMemoryError included); the caches
+        then stay valid with their contents.
         """
         before = self.capacity
         if length <= before:
@@ -85,9 +84,9 @@ class GrowingCaches:
 
     @_ordinary_tensors()
     def take(self, index: int, keys: torch.Tensor, values: torch.Tensor, *, length: int) -> None:
-        """Copies keys and values [B <= rows, Hkv, L, D] to the first positions of a layer, which gets room for
-        ``length`` >= L; what it had is lost. Raises ValueError for other shapes, RuntimeError without memory: the layer
-        is empty then.
+        """Copies keys and values [B <= rows, Hkv, L, D] to the first positions of a layer and makes room for ``length``
+        >= L; its former contents are lost. Raises ValueError for other shapes, and RuntimeError if memory runs out:
+        the layer is then empty.
         """
         _, rows, kv_heads, head_dim = self.sizes
         batch, taken = keys.shape[0], keys.shape[2]
@@ -107,14 +106,14 @@ class GrowingCaches:
 
     @_ordinary_tensors()
     def show(self, visible: torch.Tensor | None) -> None:
-        """Which keys are seen: bool [B <= rows, L] of the first ones; all others are, and all of None."""
+        """Sets the attention mask: bool [B <= rows, L] of the first keys; all other keys are visible, with None all."""
         self.visible.fill_(True)
         if visible is not None:
             self.visible[: visible.shape[0], : visible.shape[1]].copy_(visible)
 
     def give(self, index: int, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the first ``length`` keys and values of the first ``batch`` rows of a layer, [B, Hkv, L, D] each.
-        Raises ValueError where there are not so many.
+        Raises ValueError if the layer has fewer.
         """
         if batch > self.sizes[1] or length > self.keys[index].shape[2]:
             raise ValueError(
@@ -125,12 +124,12 @@ class GrowingCaches:
 
     @_ordinary_tensors()
     def clear(self) -> None:
-        """Frees keys and values: every layer is empty then, for kernels, too."""
+        """Frees keys and values; every layer is then empty, for kernels too."""
         for index in range(len(self.keys)):
             self._empty(index)
 
     def _widen_visible(self, wanted: int) -> None:
-        """Before the layers grow, so that they are never longer."""
+        """Called before the layers grow, so that no layer is longer than the mask."""
         before = self.visible.shape[1]
         if before < wanted:
             visible = torch.ones((self.sizes[1], wanted), dtype=torch.bool, device=self.visible.device)
@@ -145,16 +144,15 @@ class GrowingCaches:
     def _grow(self, index: int, wanted: int) -> None:
         old = self.keys[index], self.values[index]
         before = old[0].shape[2]
-        if before < wanted:  # not after a growth that failed half way
+        if before < wanted:  # a layer may have grown in an earlier call that ran out of memory
             new = [_longer(x, wanted) for x in old]
             for longer, x in zip(new, old):
                 longer[:, :, :before].copy_(x)
             self._set(index, *new)
 
     def _set(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """A layer's memory from here on. The table is filled by kernels in the stream's order: replays that are queued
-        already still see the old entries, and the old memory, which PyTorch's allocator gives to later work of the same
-        stream only.
+        """Replaces a layer's memory. Kernels write the table in stream order: replays that are already queued still
+        read the old entries and the old memory, which PyTorch's allocator gives only to later work of the same stream.
         """
         self.keys[index], self.values[index] = keys, values
         entry = self.entries[index]
@@ -168,5 +166,5 @@ def _rounded(length: int) -> int:
 
 
 def _longer(x: torch.Tensor, capacity: int) -> torch.Tensor:
-    """Uninitialised memory for so many positions."""
+    """Uninitialised memory like x for ``capacity`` positions."""
     return torch.empty((*x.shape[:2], capacity, x.shape[3]), dtype=x.dtype, device=x.device)

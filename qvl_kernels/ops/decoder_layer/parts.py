@@ -1,4 +1,4 @@
-"""Parts of a decoder layer over weights of any format: what its compositions from single ops share."""
+"""Parts of the unfused layers, over weights of any format."""
 
 import torch
 
@@ -21,9 +21,7 @@ Weight = torch.Tensor | QuantizedWeight
 def norm_linears(
     x: torch.Tensor, norm: torch.Tensor, eps: float, weights: list[Weight], biases: list
 ) -> list[torch.Tensor]:
-    """rms_norm(x) times each of the weights, plus its bias. Few rows are bound by the weights' bytes: the norm rides
-    along.
-    """
+    """rms_norm(x) w^T + bias for each weight. A GEMV fuses the norm: reading the weights dominates its time."""
     if _uses_gemv(x):
         return [_gemv(x, weight, bias, norm, eps, None) for weight, bias in zip(weights, biases)]
     normed = call(rms_norm_op, x, norm, eps)
@@ -31,7 +29,7 @@ def norm_linears(
 
 
 def linear_swiglu(x: torch.Tensor, norm: torch.Tensor, eps: float, gate: Weight, up: Weight) -> torch.Tensor:
-    """silu(n gate^T) * (n up^T) of n = rms_norm(x)."""
+    """Fused SwiGLU: silu(n gate^T) * (n up^T) with n = rms_norm(x)."""
     if _uses_gemv(x) and type(gate) is type(up):
         if isinstance(gate, QuantizedWeight) and isinstance(up, QuantizedWeight):
             if gate.bits == up.bits and gate.group == up.group:
@@ -42,12 +40,12 @@ def linear_swiglu(x: torch.Tensor, norm: torch.Tensor, eps: float, gate: Weight,
 
 
 def linear_residual(residual: torch.Tensor, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
-    """residual + x weight^T + bias."""
+    """residual + x weight^T + bias: a linear layer with a residual epilogue."""
     return _gemv(x, weight, bias, None, 0.0, residual) if _uses_gemv(x) else residual + matmul(x, weight, bias)
 
 
 def _uses_gemv(x: torch.Tensor) -> bool:
-    on_gpu = x.is_cuda or dispatch.forced() == "triton"  # the latter: under Triton's interpreter
+    on_gpu = x.is_cuda or dispatch.forced() == "triton"  # forced: Triton's interpreter runs on CPU tensors
     return on_gpu and few_rows(x)
 
 

@@ -1,6 +1,4 @@
-"""Decoder layers and caches that are checked once: for decoding, where checks and dispatch would cost as much as small
-layers.
-"""
+"""Layer and KV-cache handles, checked once: in decode, checks and dispatch cost as much as small layers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +11,7 @@ from qvl_kernels.library import has_memory, is_eligible, needs_dispatcher
 from qvl_kernels.ops.attention.api import unsupported_heads
 from qvl_kernels.ops.decoder_layer.api import OP, DecoderWeights, check_type, check_weights, decoder_layer
 from qvl_kernels.ops.decoder_layer.caches import check_caches
-from qvl_kernels.ops.decoder_layer.cpu import extension_cache, extension_layer, run_extension_layers, run_to_last
+from qvl_kernels.ops.decoder_layer.cpu import cache_handle, layer_handle, run_extension_layers, run_to_last
 from qvl_kernels.ops.decoder_layer.unfused import unfused_decoder_layer
 from qvl_kernels.ops.linear.onednn import MIN_ROWS
 from qvl_kernels.ops.linear.weights import tensors_of
@@ -22,18 +20,17 @@ __all__ = ["PreparedCache", "PreparedDecoderLayer", "Run"]
 
 
 class PreparedCache:
-    """Keys and values of a layer, for many calls of ``PreparedDecoderLayer.run``.
+    """KV-cache handle of a layer, for many calls of ``PreparedDecoderLayer.run``.
 
     They must not be resized or moved, or come to need gradients, while this object is used; it keeps them alive.
 
     Args:
         k_cache, v_cache: [B, Hkv, S_cap, D], as for ``decoder_layer``.
     Attributes:
-        sizes: (dtype, B, Hkv, D). capacity: S_cap. plain: whether kernels take them as they are. extension: as the
-            extension takes them, on the CPU.
-        storages: where their memory begins.
-    Raises: TypeError or ValueError for what is no cache: another shape or dtype, memory that is shared, or a gradient
-    needed.
+        sizes: (dtype, B, Hkv, D). capacity: S_cap.
+        eligible: whether kernels can take the caches' memory directly. extension: the C++ handle, on the CPU.
+        storages: addresses of the caches' storages.
+    Raises: TypeError or ValueError for another shape or dtype, shared memory, or a cache that needs a gradient.
     Example:
         >>> cache = qvl_kernels.PreparedCache(torch.zeros(1, 8, 512, 128), torch.zeros(1, 8, 512, 128))
     """
@@ -52,16 +49,16 @@ class PreparedCache:
         if self.eligible:
             self.storages = frozenset(_storage(x) for x in (k_cache, v_cache))
             if k_cache.is_cpu:
-                self.extension = extension_cache(k_cache, v_cache)
+                self.extension = cache_handle(k_cache, v_cache)
 
     def __reduce__(self) -> tuple:
         return PreparedCache, (self.k_cache, self.v_cache)
 
 
 class PreparedDecoderLayer:
-    """``decoder_layer`` for many calls on the same weights: the same results, less time per call.
+    """Layer handle: ``decoder_layer`` for many calls on the same weights, with less time per call.
 
-    Calls that are not plain inference over few CPU tokens go through ``decoder_layer``. The weights must not be resized
+    Calls that are not eligible for the fast path go through ``decoder_layer``. The weights must not be resized
     or freed while this object is used; it keeps them alive.
 
     Args:
@@ -73,7 +70,7 @@ class PreparedDecoderLayer:
         >>> y = layer(x, cos, sin, k_cache, v_cache, past=300)
     """
 
-    ROWS = MIN_ROWS  # fewer than these; more may go to oneDNN
+    ROWS = MIN_ROWS  # the fast path takes fewer tokens than this; more may go to oneDNN
 
     def __init__(
         self, weights: DecoderWeights, *, num_heads: int, kv_heads: int, eps: float, scale: float | None
@@ -99,15 +96,15 @@ class PreparedDecoderLayer:
             self.num_heads,
             self.kv_heads,
             head_dim,
-        )  # layers that share them run on the same inputs
+        )  # layers with equal sizes can run on the same inputs
         device = weights.input_norm.device.type
         self._eligible = all(
             is_eligible(x, device) for weight in weights if weight is not None for x in tensors_of(weight)
         )
-        self._extension_layer = None
+        self._layer_handle = None
 
     def _shapes(self, weights: DecoderWeights) -> DecoderWeights:
-        """What is checked in place of the weights."""
+        """The tensors whose shapes are checked: the weights, or placeholders of quantised ones."""
         return weights
 
     def __call__(
@@ -135,14 +132,12 @@ class PreparedDecoderLayer:
         past: int,
         mask: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """Layers one after the other, each on the output of the one before, in one call of the extension where that is
-        possible.
+        """Runs layers one after the other, each on the output of the one before; eligible calls are one C++ call.
 
-        Between two calls of the extension the weights of a layer push what Python looks at out of the processor's
-        caches.
+        One call is faster than one per layer: the weights of a layer evict Python's data from the CPU caches.
 
         Args:
-            layers: prepared layers, at least one. x, cos, sin, past, mask: as for ``decoder_layer``. caches: of each
+            layers: layer handles, at least one. x, cos, sin, past, mask: as for ``decoder_layer``. caches: one per
                 layer.
         Returns:
             The output of every layer, each [B, T, C].
@@ -153,7 +148,7 @@ class PreparedDecoderLayer:
         """
         try:
             eligible = _is_eligible(layers, x, cos, sin, caches, past, mask)
-        except AttributeError:  # of what is no layer, which is said below
+        except AttributeError:  # an argument is not a layer; the check below says so
             eligible = False
         if not eligible or not x.is_cpu:
             layers, caches = _checked("layers", layers, PreparedDecoderLayer), _checked("caches", caches, PreparedCache)
@@ -169,21 +164,21 @@ class PreparedDecoderLayer:
                 )
                 outs.append(x)
             return outs
-        memories = [cache.extension for cache in caches]
+        cache_handles = [cache.extension for cache in caches]
         return run_extension_layers(
-            [layer._extension() for layer in layers], x, cos, sin, memories, past, mask, layers[0].num_heads
+            [layer._handle() for layer in layers], x, cos, sin, cache_handles, past, mask, layers[0].num_heads
         )
 
-    def _extension(self) -> Any:
-        """The layer as the extension takes it."""
-        if self._extension_layer is None:
-            self._extension_layer = extension_layer(
+    def _handle(self) -> Any:
+        """The C++ handle of the layer, created at first use."""
+        if self._layer_handle is None:
+            self._layer_handle = layer_handle(
                 *self.weights.groups(), self.num_heads, self.kv_heads, self.head_dim, self.eps, self.scale
             )
-        return self._extension_layer
+        return self._layer_handle
 
     def _one_call(self, rows: int) -> bool:
-        """Whether the extension computes the layer for so many rows in one call."""
+        """Whether the extension computes the layer for ``rows`` tokens in one call."""
         return self._eligible and rows < self.ROWS
 
     def _run_unfused(
@@ -196,7 +191,7 @@ class PreparedDecoderLayer:
         past: int,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The layer from single ops, of arguments that are known to fit together."""
+        """The unfused layer, for arguments that are already checked."""
         return unfused_decoder_layer(
             x, *self.weights.groups(), cos, sin, k_cache, v_cache, past, mask, self.num_heads, self.eps, self.scale
         )
@@ -211,7 +206,7 @@ class PreparedDecoderLayer:
         past: int,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The layer of arguments that are not plain; refuses what does not fit together."""
+        """The layer with all checks, for calls that are not eligible."""
         return decoder_layer(
             x,
             self.weights,
@@ -228,8 +223,8 @@ class PreparedDecoderLayer:
 
 
 class Run:
-    """``PreparedDecoderLayer.run`` for calls between which only ``past``, the length of a mask and numbers in tensors
-    change: checked at the first one.
+    """``PreparedDecoderLayer.run`` that checks the first call only: between calls only ``past``, the length of a mask
+    and values of tensors change.
 
     Args:
         layers, caches: as for ``run``; the lists must not change.
@@ -239,7 +234,7 @@ class Run:
 
     def __init__(self, layers: list[PreparedDecoderLayer], caches: list[PreparedCache]) -> None:
         self._layers, self._caches = layers, caches
-        self._handles: tuple[list, list] | None = None  # of the extension
+        self._handles: tuple[list, list] | None = None  # C++ handles of layers and caches
 
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, past: int, mask: torch.Tensor | None
@@ -249,13 +244,13 @@ class Run:
         if self._handles is None:
             if not x.is_cpu or not _is_eligible(layers, x, cos, sin, caches, past, mask):
                 return PreparedDecoderLayer.run(layers, x, cos, sin, caches, past=past, mask=mask)[-1]
-            self._handles = [layer._extension() for layer in layers], [cache.extension for cache in caches]
-        handles, memories = self._handles
-        return run_to_last(handles, x, cos, sin, memories, past, mask, layers[0].num_heads)
+            self._handles = [layer._handle() for layer in layers], [cache.extension for cache in caches]
+        handles, cache_handles = self._handles
+        return run_to_last(handles, x, cos, sin, cache_handles, past, mask, layers[0].num_heads)
 
 
 def _storage(x: torch.Tensor) -> int:
-    """Where the memory begins that a tensor is a part of."""
+    """Address of a tensor's storage."""
     return x.untyped_storage().data_ptr()
 
 
@@ -274,8 +269,9 @@ def _is_eligible(
     past: int,
     mask: torch.Tensor | None,
 ) -> bool:
-    """Whether the extension, or on a GPU the kernels one by one, may be called as things are; whatever is odd, errors
-    included, is left to ``decoder_layer``.
+    """The guard of the fast path: whether the extension, or on a GPU the single kernels, can be called directly.
+
+    All other calls, errors included, are left to ``decoder_layer``.
     """
     if (
         type(x) is not torch.Tensor
@@ -314,7 +310,7 @@ def _is_eligible(
     ):
         return False
     sizes, rows, cached = layers[0].sizes, batch * time, (dtype, batch, kv_heads, head_dim)
-    for layer, cache in zip(layers, caches):  # once per layer and token
+    for layer, cache in zip(layers, caches):  # runs once per layer and token
         if type(cache) is not PreparedCache or layer.sizes != sizes or on_cpu and not layer._one_call(rows):
             return False
         if cache.sizes != cached or not 0 <= past <= cache.capacity - time:
@@ -323,11 +319,11 @@ def _is_eligible(
             return False
         if not on_cpu and (not layer._eligible or layer.weights.input_norm.device != device):
             return False
-        if not cache.storages.isdisjoint(storages):  # may be written to before it is read
+        if not cache.storages.isdisjoint(storages):  # an input may be overwritten before it is read
             return False
     return True
 
 
 def _broadcasts(mask: torch.Size, full: tuple[int, int, int, int]) -> bool:
-    """A mask [B or 1, H or 1, T or 1, >= keys] over ``full``."""
+    """Whether ``mask`` is [B or 1, H or 1, T or 1, >= keys], which broadcasts to ``full``."""
     return mask[0] in (1, full[0]) and mask[1] in (1, full[1]) and mask[2] in (1, full[2]) and mask[3] >= full[3]

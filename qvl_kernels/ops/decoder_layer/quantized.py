@@ -1,4 +1,4 @@
-"""A decoder layer some of whose weights are quantised; looks like a PreparedDecoderLayer from outside."""
+"""Layer handle of a decoder layer with quantised weights, with the interface of PreparedDecoderLayer."""
 
 import torch
 
@@ -14,9 +14,9 @@ __all__ = ["QuantizedDecoderLayer"]
 
 
 class QuantizedDecoderLayer(PreparedDecoderLayer):
-    """``decoder_layer`` over DecoderWeights any of whose matrices is a ``quant.QuantizedWeight``. Inference only.
+    """``decoder_layer`` over DecoderWeights of which any matrix may be a ``quant.QuantizedWeight``. Inference only.
 
-    On the CPU one C++ call; on GPUs, under tracing and where gate and up differ in format, composed of single ops.
+    On the CPU it is one C++ call; on GPUs, under tracing and if gate and up differ in format it is unfused.
     Activations are rounded as ``quantized_linear`` does.
 
     Args:
@@ -63,7 +63,7 @@ class QuantizedDecoderLayer(PreparedDecoderLayer):
 
 
 def _one_format(gate: torch.Tensor | QuantizedWeight, up: torch.Tensor | QuantizedWeight) -> bool:
-    """Whether one kernel can read both."""
+    """Whether gate and up have one format, so that the fused SwiGLU can read both."""
     if isinstance(gate, QuantizedWeight) and isinstance(up, QuantizedWeight):
         return gate.bits == up.bits and gate.group == up.group
     return isinstance(gate, torch.Tensor) and isinstance(up, torch.Tensor)

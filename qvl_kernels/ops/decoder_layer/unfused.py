@@ -1,6 +1,4 @@
-"""The layer from single ops: on GPUs, over quantised weights, and on processors whose matrix units (through oneDNN)
-make that faster.
-"""
+"""The unfused decoder layer, from single ops: on GPUs, and on CPUs where oneDNN's matrix units make it faster."""
 
 from collections.abc import Sequence
 
@@ -30,7 +28,7 @@ def unfused_decoder_layer(
     eps: float,
     scale: float,
 ) -> torch.Tensor:
-    """As ``decoder_layer``; each of the weights may be a QuantizedWeight."""
+    """As ``decoder_layer``; any weight may be a QuantizedWeight."""
     batch, time, _ = x.shape
     kv_heads, head_dim, end = k_cache.shape[1], k_cache.shape[3], past + time
     input_norm, q_norm, k_norm, post_norm = norms
@@ -44,7 +42,7 @@ def unfused_decoder_layer(
     keys, values = k_cache[:, :, :end].transpose(1, 2), v_cache[:, :, :end].transpose(1, 2)
     mask = None if mask is None else mask[..., :end]
     attended, _ = call(attention_op, q, keys, values, None, None, mask, mask is None, scale, 0.0, None)
-    del q, k, v, keys, values  # the layer's peak is in its MLP
+    del q, k, v, keys, values  # peak memory is in the MLP
     x = linear_residual(x, attended.flatten(2), o_w, o_b)
     del attended
     return linear_residual(x, linear_swiglu(x, post_norm, eps, gate_w, up_w), down_w, None)

@@ -96,23 +96,23 @@ def gemv_int4_kernel(
             low_x = tl.load(x_ptr + row * stride_x + low, mask=low < K, other=0)
             high_x = tl.load(x_ptr + row * stride_x + low + 4, mask=low + 4 < K, other=0)
             square = tl.zeros([BLOCKS, 4], tl.float32)
-            total = tl.zeros([BLOCKS, 4], tl.float32)
+            x_sum = tl.zeros([BLOCKS, 4], tl.float32)
             parts = ()
             for i in tl.static_range(4):
                 a, b = _number(low_x, i, dtype), _number(high_x, i, dtype)
                 if HAS_NORM:
                     square += a * a + b * b
                     a, b = a * _number(low_norm, i, dtype), b * _number(high_norm, i, dtype)
-                total += a + b
+                x_sum += a + b
                 parts = parts + (a * (1.0 / (1 << (8 * i))), b * (1.0 / (1 << (8 * i + 4))))
-            offset = tl.sum(total, 1) * 8.0
+            zero_point = tl.sum(x_sum, 1) * 8.0
             if HAS_NORM:
                 new_squares = new_squares + (squares[r] + tl.sum(square, 1),)
             for i in tl.static_range(WEIGHT_ROWS):
                 product = tl.zeros([BLOCKS, 4], tl.float32)
                 for j in tl.static_range(8):
                     product += (weights[i] & (15 << (4 * j))).to(tl.float32) * parts[j]
-                new_accs = new_accs + (accs[r * WEIGHT_ROWS + i] + (tl.sum(product, 1) - offset) * scales[i],)
+                new_accs = new_accs + (accs[r * WEIGHT_ROWS + i] + (tl.sum(product, 1) - zero_point) * scales[i],)
         accs = new_accs
         if HAS_NORM:
             squares = new_squares

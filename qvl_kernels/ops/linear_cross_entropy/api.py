@@ -32,16 +32,16 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """cross_entropy(hidden @ weight.T, labels) without ever holding the logits        [arXiv:2411.09009]
+    """cross_entropy(hidden @ weight.T, labels) without materialising the logits        [arXiv:2411.09009]
 
     Args:
         hidden: [M, C] fp32, bf16 or fp16. weight: [V, C], same dtype.
-        labels: int64 [M]; tokens equal to ignore_index do not count.
+        labels: int64 [M]; tokens labelled ignore_index do not count.
         label_smoothing: weight of the uniform distribution in the target, in [0, 1).
         reduction: "mean" (over counted tokens), "sum" or "none".
     Returns:
         fp32 scalar, or [M] for "none". Logits are rounded to hidden's dtype, as the language-model head would; the rest
-        is fp32. A second derivative (``create_graph=True``) does hold the logits.
+        is fp32. A second derivative (``create_graph=True``) does materialise the logits.
     Raises: TypeError or ValueError for bad arguments; RuntimeError if a forced backend cannot run here.
     Example:
         >>> loss = qvl_kernels.linear_cross_entropy(torch.randn(5, 64), torch.randn(100, 64), torch.randint(0, 100,
@@ -68,8 +68,8 @@ def linear_cross_entropy(
     if backend == "reference":
         return linear_cross_entropy_reference(hidden, weight, labels, ignore_index, label_smoothing, reduction)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    # In fp16 gradients must be computed at the scale of the loss, which the backward knows; without it the small ones
-    # are lost.
+    # fp16 gradients must be computed at the scale of the loss, which only the backward knows: without it small ones
+    # underflow.
     if backend == "triton" and any(wanted) and reduction != "none" and hidden.dtype != torch.float16:
         total, _, _ = loss_sum_op(hidden, weight, labels, ignore_index, label_smoothing, *wanted)
     else:

@@ -1,5 +1,4 @@
-"""Per-token losses from chunks of logits; the backward computes the logits once more, one slice of the vocabulary at a
-time.
+"""Per-token losses from chunks of logits; the backward recomputes the logits, one slice of the vocabulary at a time.
 
 [Cut Your Losses, Wijmans et al. 2024, arXiv:2411.09009: the [M, V] logits are never materialised.]
 """
@@ -10,7 +9,7 @@ from qvl_kernels.ops.linear.op import linear_op
 
 __all__ = ["loss_rows_backward_cpu", "loss_rows_cpu", "loss_sum_cpu"]
 
-CHUNK_LOGITS = 1 << 24  # logits held at once (64 MB of fp32)
+CHUNK_LOGITS = 1 << 24  # logits in memory at once (64 MB of fp32)
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -49,7 +48,7 @@ def loss_rows_backward_cpu(
     hidden_wanted: bool,
     weight_wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every row of dweight is written once, and dhidden is summed in fp32."""
+    """(dhidden, dweight): every row of dweight is written once, and dhidden is summed in fp32."""
     vocabulary = weight.shape[0]
     counted = (labels != ignore_index)[:, None]
     scale = torch.where(counted, grad[:, None], 0.0)
@@ -81,9 +80,7 @@ def loss_sum_cpu(
     hidden_wanted: bool,
     weight_wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One pass after the other: adding up dweight chunk by chunk would cost a CPU more than computing the
-    logits again.
-    """
+    """Forward, then backward: on a CPU, accumulating dweight over chunks costs more than recomputing the logits."""
     losses, sums = loss_rows_cpu(hidden, weight, labels, ignore_index, label_smoothing)
     options = (ignore_index, label_smoothing, hidden_wanted, weight_wanted)
     return losses.sum(), *loss_rows_backward_cpu(torch.ones_like(losses), sums, hidden, weight, labels, *options)

@@ -1,8 +1,7 @@
-"""torch ops behind linear_cross_entropy: losses of rows with a backward of their own, and their sum with its gradients
-at once.
+"""torch ops of linear_cross_entropy: per-token losses with a backward, and their sum together with its gradients.
 
-sums [2, M]: the largest logit of each row, and the logarithm of the sum of exp(logit - largest). Kept apart: their sum
-would lose the digits of the second beside a huge first.
+sums [2, M]: the softmax state m_i (largest logit of a token) and log(l_i), l_i = sum of exp(logit - m_i). They are two
+numbers because the lse m_i + log(l_i) would lose the digits of log(l_i) beside a large m_i.
 """
 
 from typing import Any
@@ -19,7 +18,7 @@ __all__ = ["loss_rows_op", "loss_sum_op"]
 def _gradients(
     hidden: torch.Tensor, weight: torch.Tensor, hidden_wanted: bool, weight_wanted: bool
 ) -> tuple[torch.Tensor, ...]:
-    """Uninitialised; of size 0 where not wanted."""
+    """Uninitialised gradients of hidden and weight; of size 0 where not wanted."""
     return tuple(
         torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
         for x, wanted in ((hidden, hidden_wanted), (weight, weight_wanted))
@@ -73,7 +72,7 @@ def _rows_backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tupl
 
 
 def _rows_backward_again(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Over all logits at once: a second derivative needs them."""
+    """Backward over the whole logits, which a second derivative needs."""
     _, hidden, weight, labels = ctx.saved_tensors
     return *_gradients_again(ctx, hidden, weight, labels, "none", grad), None, None, None
 
@@ -95,7 +94,7 @@ def _sum_setup(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, ...]) -> Non
 
 def _sum_backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     _, _, labels, *unscaled = ctx.saved_tensors
-    # With no row counted the mean is 0 / 0, its gradient infinite; times nothing it is nothing, as in PyTorch.
+    # If every label is ignored the mean is 0 / 0 and grad is infinite; the gradient is 0, as in PyTorch.
     factor = torch.where((labels != ctx.ignore_index).any(), grad, 0.0)
     gradients = (_scaled(x, factor) if needed else None for x, needed in zip(unscaled, ctx.needs_input_grad))
     return *gradients, None, None, None, None, None
@@ -107,9 +106,10 @@ def _sum_backward_again(ctx: Any, grad: torch.Tensor, *_: torch.Tensor | None) -
 
 
 def _scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """x [A, B] times a scalar on its device, in fp32 (as a scalar it would first be rounded to x's dtype). In place
-    where nobody asks
-    again, neither another backward over a kept graph nor a tracer: dweight is the largest tensor of a training step.
+    """x [A, B] * factor in fp32; ``factor`` is a tensor, as a scalar would first be rounded to x's dtype.
+
+    In place unless x is needed again, by a tracer or by another backward over a retained graph: dweight is the largest
+    tensor of a training step.
     """
     in_place = type(x) is torch.Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
     return torch.mul(x, factor.reshape(1, 1), out=x if in_place else torch.empty_like(x))

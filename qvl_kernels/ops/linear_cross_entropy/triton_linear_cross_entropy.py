@@ -1,11 +1,11 @@
-"""linear_cross_entropy: blocks of logits through PyTorch's products, with one kernel in between that turns them into
-losses or, in place, into their gradient.
+"""linear_cross_entropy: PyTorch's GEMMs compute blocks of logits, one kernel turns them into losses or, in place,
+gradients.
 
-Losses and dhidden go by rows: a block of whole rows of logits is all that they need. dweight goes by columns: a block
-of them makes rows of dweight, each written once. That takes the logits a second time, a fourth product of 2 M V C
-operations, but hardly any memory: the first time they lie where dweight will be, the second time mostly in what is not
-written yet of it. By rows with three products [Liger Kernel, Hsu et al. 2024, arXiv:2410.10989] dweight is read and
-written for every block, so that blocks are either small and slow or large.
+Losses and dhidden use blocks of whole rows of logits. dweight uses blocks of columns, each of which produces rows of
+dweight that are written once. The logits are then computed twice, a fourth GEMM of 2 M V C operations, but need little
+memory: the first time they lie where dweight will be, the second time mostly in its unwritten rows. With blocks of
+rows and three GEMMs [Liger Kernel, Hsu et al. 2024, arXiv:2410.10989] every block reads and writes the whole dweight,
+so that blocks are either small and slow or large.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from qvl_kernels.ops.linear_cross_entropy import tiles
 
 __all__ = ["launch_loss_rows", "launch_loss_rows_backward", "launch_loss_sum"]
 
-# Whether PyTorch adds products of 16-bit numbers to fp32 sums.
+# Whether torch.addmm can accumulate a 16-bit GEMM into an fp32 output.
 SUMS_IN_FP32 = not torch.version.hip and tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 
 
@@ -42,52 +42,57 @@ def _cross_entropy_kernel(
     HAS_SCALES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per row x of logits, columns ``first`` and on, with m = max x and l_i = log sum exp(x - m) of all of
-    them.
+    """One program per row x of logits, columns from ``first`` on; m_i = max x, l_i = log sum exp(x - m_i) over all
+    columns.
 
-    LOSS (all columns are there): loss = l_i + (1 - s) (m - x[label]) + s (m - mean x); 0 where ignored. Stores m,
-    l_i.
-    GRADIENT: in the place of x, scale (exp(x - m - l_i) - (1 - s) onehot(label) - s / V); scale is 0 where ignored.
+    LOSS (needs all columns): loss = l_i + (1 - s) (m_i - x[label]) + s (m_i - mean x), 0 where ignored; stores m_i and
+    l_i, found by online softmax.
+    GRADIENT: overwrites x with scale (exp(x - m_i - l_i) - (1 - s) onehot(label) - s / V); scale is 0 where ignored.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * columns
     label = tl.load(labels_ptr + row)
     counted = label != ignore_index
     if LOSS:
-        # Before the loop, whose reductions hold all warps together: later another warp may have written here already.
+        # The label's logit is loaded before the loop, whose reductions synchronise the warps: after it, another warp
+        # may already have overwritten the logit with its gradient.
         inside = (label >= 0) & (label < vocabulary)
         target = tl.load(logits_ptr + tl.where(inside, label, 0), mask=inside, other=float("nan")).to(tl.float32)
-        m, l_i, total = -3.4028234663852886e38, 0.0, 0.0  # finite, so that a block of -inf does not become NaN
+        m_i, l_i, total = (
+            -3.4028234663852886e38,
+            0.0,
+            0.0,
+        )  # m_i starts finite, so that a block of -inf does not give NaN
         for begin in range(0, columns, BLOCK):
             offs = begin + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + offs, mask=offs < columns, other=float("-inf")).to(tl.float32)  # [BLOCK]
-            largest = tl.maximum(m, tl.max(x, 0))
-            l_i = l_i * tl.exp(m - largest) + tl.sum(tl.exp(x - largest), 0)
-            m = largest
+            m_new = tl.maximum(m_i, tl.max(x, 0))
+            l_i = l_i * tl.exp(m_i - m_new) + tl.sum(tl.exp(x - m_new), 0)
+            m_i = m_new
             if SMOOTHED:
                 total += tl.sum(tl.where(offs < columns, x, 0.0), 0)
         l_i = tl.log(l_i)
-        loss = l_i + (1.0 - smoothing) * (m - target)
+        loss = l_i + (1.0 - smoothing) * (m_i - target)
         if SMOOTHED:
-            loss += smoothing * (m - total / vocabulary)
+            loss += smoothing * (m_i - total / vocabulary)
         tl.store(losses_ptr + row, tl.where(counted, loss, 0.0))
-        tl.store(sums_ptr + row, m)
+        tl.store(sums_ptr + row, m_i)
         tl.store(sums_ptr + tokens + row, l_i)
     else:
-        m, l_i = tl.load(sums_ptr + row), tl.load(sums_ptr + tokens + row)
+        m_i, l_i = tl.load(sums_ptr + row), tl.load(sums_ptr + tokens + row)
     if GRADIENT:
         scale = tl.where(counted, tl.load(scales_ptr + row) if HAS_SCALES else 1.0, 0.0)
         for begin in range(0, columns, BLOCK):
             offs = begin + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + offs, mask=offs < columns, other=0.0).to(tl.float32)  # [BLOCK]
-            gradient = tl.exp((x - m) - l_i) - tl.where(first + offs == label, 1.0 - smoothing, 0.0)
+            gradient = tl.exp((x - m_i) - l_i) - tl.where(first + offs == label, 1.0 - smoothing, 0.0)
             if SMOOTHED:
                 gradient -= smoothing / vocabulary
             tl.store(logits_ptr + offs, (scale * gradient).to(logits_ptr.dtype.element_ty), mask=offs < columns)
 
 
 class _Logits:
-    """hidden weight^T, block by block, turned into losses or their gradient in place."""
+    """Blocks of the logits hidden weight^T, turned into losses or their gradient in place."""
 
     def __init__(
         self,
@@ -112,8 +117,8 @@ class _Logits:
         (self.tokens, self.width), self.vocabulary = hidden.shape, weight.shape[0]
 
     def block(self, memory: torch.Tensor, rows: slice, columns: slice, *, loss: bool, gradient: bool) -> torch.Tensor:
-        """[rows, columns] at the end of ``memory``. ``loss``: of whole rows, whose losses and sums are stored; else
-        sums are read.
+        """Logits [rows, columns] at the end of ``memory``, or their gradient. With ``loss``, for whole rows, losses and
+        sums are stored; else sums are read.
         """
         count, size = rows.stop - rows.start, columns.stop - columns.start
         memory = memory.view(-1)
@@ -142,8 +147,8 @@ class _Logits:
         return logits
 
     def by_rows(self, dhidden: torch.Tensor | None, dweight: torch.Tensor | None) -> None:
-        """Losses, if they are wanted, and dhidden, if that alone is; with both gradients losses only, in the memory of
-        dweight.
+        """Blocks of rows: losses if wanted, and dhidden if dweight is not. With dweight only losses are computed here,
+        in its memory.
         """
         memory, everything = dweight, slice(0, self.vocabulary)
         rows = max(1, self.width)
@@ -157,14 +162,14 @@ class _Logits:
                 torch.mm(logits, self.weight, out=dhidden[part])
 
     def by_columns(self, dhidden: torch.Tensor | None, dweight: torch.Tensor) -> None:
-        """Both gradients, blocks of columns first: as long as they fit into rows of dweight that come later, the last
-        of which hold the sum for dhidden in fp32. Then rows of what columns are left, in memory as large as hidden or a
-        sixteenth of these logits.
+        """Blocks of columns: both gradients. As long as a block fits, its logits lie in unwritten rows of dweight, the
+        last of which hold dhidden's fp32 sum. The remaining columns go in blocks of rows, in a buffer as large as
+        hidden or a sixteenth of their logits.
         """
         everything, begin, total = slice(0, self.tokens), 0, None
         free, words = self.vocabulary, 4 // dweight.element_size()
         if dhidden is not None:
-            free = (free - words * self.tokens) // words * words  # fp32 begins at every second row of 16 bits at least
+            free = (free - words * self.tokens) // words * words  # the fp32 sum starts at an even 16-bit row
         while columns := tiles.cross_entropy_columns(self.tokens, self.width, free - begin):
             part = slice(begin, begin + columns)
             logits = self.block(dweight[part.stop : free], everything, part, loss=False, gradient=True)
@@ -213,7 +218,7 @@ def _add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bo
 
 
 def _loss_and_gradients(logits: _Logits, dhidden: torch.Tensor | None, dweight: torch.Tensor | None) -> None:
-    """Writes losses and sums if losses are asked for (else reads sums), and the gradients that are asked for."""
+    """Writes losses and sums if losses are wanted (else reads sums), and the wanted gradients."""
     if logits.tokens == 0:
         if dweight is not None:
             dweight.zero_()
@@ -225,7 +230,7 @@ def _loss_and_gradients(logits: _Logits, dhidden: torch.Tensor | None, dweight: 
 
 
 def _empty(tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses, sums)"""
+    """Uninitialised (losses, sums)."""
     return torch.empty((tokens,), dtype=torch.float32, device=device), torch.empty(
         (2, tokens), dtype=torch.float32, device=device
     )

@@ -72,9 +72,9 @@ def _int8_matmul_kernel(
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles = tiles_m * tl.cdiv(N, BLOCK_N)
-    turns = tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) if PERSISTENT else 1
-    for turn in tl.range(0, turns, flatten=PERSISTENT, warp_specialize=WARP_SPECIALIZE):
-        tile = tl.program_id(0) + turn * tl.num_programs(0)
+    tiles_of_program = tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) if PERSISTENT else 1
+    for index in tl.range(0, tiles_of_program, flatten=PERSISTENT, warp_specialize=WARP_SPECIALIZE):
+        tile = tl.program_id(0) + index * tl.num_programs(0)
         first_row, first_n = tile % tiles_m * BLOCK_M, tile // tiles_m * BLOCK_N
         rows, n = first_row + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
         offs_k = tl.arange(0, BLOCK_K)
