@@ -1,1 +1,1 @@
-"""The GPU: which there is, how kernels are launched on it, what they share."""
+"""The GPU: detection, launches, kernel features, and what kernels share."""

@@ -1,4 +1,4 @@
-"""Which GPU there is, or which one to assume: what Triton needs, and the architecture that tile choices depend on."""
+"""The present or assumed GPU: whether Triton can run on it, and the architecture that tile choices depend on."""
 
 import contextlib
 import functools
@@ -20,8 +20,8 @@ SM_COUNT = {
     "sm_100": 148,
     "sm_120": 170,
     "gfx942": 304,
-}  # of the largest chip of each
-# Bytes of shared memory that one thread block may use.
+}  # SMs (CUs) of the largest chip of each architecture
+# Bytes of shared memory per thread block.
 SHARED_MEMORY = {
     "sm_80": 163 << 10,
     "sm_89": 99 << 10,
@@ -39,7 +39,7 @@ _assumed: str | None = None
 
 @contextlib.contextmanager
 def assume(name: str) -> Iterator[None]:
-    """Inside the block, tiles are chosen and Triton is offered as if the GPU were ``name``; for compiling without one.
+    """Inside the block, tiles and backend are chosen as if the GPU were ``name``, to compile kernels without one.
 
     Example:
         >>> with gpu_device.assume("sm_90"):
@@ -57,8 +57,8 @@ def assume(name: str) -> Iterator[None]:
 
 
 def architecture(device: torch.device) -> str:
-    """The one of ARCHITECTURES that says how to compile for a device; for the interpreter's CPU tensors one with the
-    smallest shared memory.
+    """The entry of ARCHITECTURES to compile for on a device; for the interpreter's CPU tensors one with the smallest
+    shared memory.
     """
     if _assumed is not None:
         return _assumed
@@ -75,7 +75,7 @@ def _architecture(index: int) -> str:
 
 
 def nearest(name: str) -> str:
-    """Itself or, of ARCHITECTURES, the one whose tiles and instructions an architecture has too.
+    """The entry of ARCHITECTURES whose tiles and instructions also suit the architecture ``name``.
 
     Example:
         >>> nearest("sm_86"), nearest("sm_103"), nearest("gfx950")
@@ -84,9 +84,9 @@ def nearest(name: str) -> str:
     if name in ARCHITECTURES:
         return name
     if name.startswith("gfx"):
-        return "gfx942"  # whose 64 KB of shared memory the others have too
-    # 87: Jetson Orin has A100's shared memory. 101, 103, 110: the tensor memory of 100. Others, older or newer, get the
-    # smallest tiles.
+        return "gfx942"  # 64 KB of shared memory, which other AMD chips have too
+    # sm_87 (Jetson Orin) has the A100's shared memory; sm_101, sm_103 and sm_110 have the tensor memory of sm_100. All
+    # others get the smallest tiles.
     return {"sm_87": "sm_80", "sm_101": "sm_100", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120"}.get(
         name, "sm_89"
     )
@@ -104,7 +104,7 @@ def unavailable(device: torch.device | None = None) -> str | None:
         if not torch.cuda.is_available():
             return NO_GPU
         index = torch.cuda.current_device()
-    if torch.compiler.is_compiling():  # no launch in the middle of a trace, so what is found is not remembered either
+    if torch.compiler.is_compiling():  # tracing must not launch the probe, so this result is not cached
         return _unsupported(index)
     return _unrunnable(index)
 
@@ -133,7 +133,7 @@ def _unrunnable(index: int) -> str | None:
     reason = _unsupported(index)
     if reason is not None:
         return reason
-    try:  # no compiler for Triton's launchers, a driver too old, ...: said here once, not in the middle of a model
+    try:  # e.g. no C compiler for Triton's launchers, or an old driver: fail here, not inside a model
         from qvl_kernels.gpu.probe import probe
 
         with torch.cuda.device(index):

@@ -8,8 +8,9 @@ __all__ = ["griddepcontrol_wait", "caches_of_table", "visible_of_table"]
 
 @triton.jit
 def griddepcontrol_wait(DEPENDENT_LAUNCH: tl.constexpr):
-    """Before it, a kernel that may be launched while the one before it still runs touches weights at most: lets the
-    next one come, then waits for the results of the one before.
+    """PDL (programmatic dependent launch): lets the next kernel start, then waits for the previous kernel's results.
+
+    Before this call a kernel may read weights only, since the previous kernel may still run.
     """
     if DEPENDENT_LAUNCH:
         tl.extra.cuda.gdc_launch_dependents()
@@ -18,10 +19,10 @@ def griddepcontrol_wait(DEPENDENT_LAUNCH: tl.constexpr):
 
 @triton.jit
 def caches_of_table(table_ptr, like_ptr):
-    """(keys, values, capacity) of a layer from its row of GrowingCaches.table; the caches' dtype is that of
-    ``like_ptr``.
+    """(keys, values, capacity) of a layer from its row of GrowingCaches.table; the caches have ``like_ptr``'s dtype.
 
-    Alignment that the compiler cannot see behind an address is promised here: without it loads are not of 16 bytes.
+    The compiler cannot know the alignment of a loaded address, so it is promised here: else loads would not be 16 bytes
+    wide.
     """
     k_ptr = tl.multiple_of(tl.load(table_ptr).to(like_ptr.dtype), 16)
     v_ptr = tl.multiple_of(tl.load(table_ptr + 1).to(like_ptr.dtype), 16)
@@ -30,7 +31,7 @@ def caches_of_table(table_ptr, like_ptr):
 
 @triton.jit
 def visible_of_table(table_ptr):
-    """(mask, stride of its rows), as ``caches_of_table``."""
+    """(attention mask, its row stride) from the same row of the table."""
     return tl.multiple_of(tl.load(table_ptr + 3).to(tl.pointer_type(tl.uint8)), 16), tl.multiple_of(
         tl.load(table_ptr + 4), 16
     )

@@ -1,4 +1,4 @@
-"""What kernels do beyond their plain form, on which architectures, and where that has been measured to be faster."""
+"""Kernel features (TMA, persistent kernels, warp specialisation, PDL): where supported, and where on by default."""
 
 import contextlib
 import threading
@@ -6,13 +6,11 @@ from collections.abc import Iterator
 
 __all__ = ["DEFAULT", "DEFAULT_FROM", "SUPPORTED", "decoding", "override", "variants"]
 
-# What kernels can do beyond their plain form, and where the audit finds that sound (Triton 3.9 and 3.6 fail to
-# specialise the warps of attention).
-# DESCRIPTORS: tiles are copied by tensor descriptors (TMA). PERSISTENT: one program a processor works through all
-# tiles.
-# WARP_SPECIALIZE: some warps copy while others multiply. DEPENDENT_LAUNCH: a kernel is launched while the one before it
-# still runs, and waits for its results itself (programmatic dependent launch); "decoding" are the kernels of a decoding
-# step.
+# kernel -> features -> architectures on which the compile check passes with them (Triton 3.9 and 3.6 fail to specialise
+# the warps of attention). "decoding" stands for the kernels of a decode step.
+# DESCRIPTORS: tiles are loaded through TMA tensor descriptors. PERSISTENT: one program per SM loops over all tiles.
+# WARP_SPECIALIZE: some warps load while others multiply. DEPENDENT_LAUNCH: PDL (programmatic dependent launch): a
+# kernel starts while the previous one still runs, and waits for its results (griddepcontrol.wait).
 SUPPORTED: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"DESCRIPTORS": ("sm_90", "sm_100")},
     "int8_matmul": {
@@ -23,14 +21,13 @@ SUPPORTED: dict[str, dict[str, tuple[str, ...]]] = {
     "decoding": {"DEPENDENT_LAUNCH": ("sm_90", "sm_100", "sm_120")},
 }
 
-# (kernel, architecture) -> variants that a device has shown to be faster there than the plain form (make bench-gpu
-# measures both).
+# (kernel, architecture) -> features that were measured to be faster than without them (make bench-gpu measures both).
 DEFAULT: dict[tuple[str, str], tuple[str, ...]] = {
     ("attention", "sm_90"): ("DESCRIPTORS",),
     ("decoding", "sm_90"): ("DEPENDENT_LAUNCH",),
 }
 
-# Rows of a call from which on: a descriptor costs the host 5 us, more than it saves the device before.
+# kernel -> tokens from which its features are on: a descriptor costs the host 5 us, more than it saves short calls.
 DEFAULT_FROM = {"attention": 2048}
 
 _tried: dict[str, tuple[str, ...]] = {}
@@ -39,8 +36,8 @@ _thread = threading.local()
 
 @contextlib.contextmanager
 def decoding() -> Iterator[None]:
-    """Inside the block kernels are steps of decoding: one after the other in this thread, over weights that none of
-    them writes. That is what the variants of "decoding" need; elsewhere they are off.
+    """Turns on the features of "decoding" inside the block: its kernels run one after the other in this thread, and
+    none writes the weights, as PDL requires.
 
     Example:
         >>> with features.decoding():
@@ -57,8 +54,7 @@ def decoding() -> Iterator[None]:
 
 @contextlib.contextmanager
 def override(kernel: str, *names: str) -> Iterator[None]:
-    """Inside the block, ``kernel`` runs with these variants of SUPPORTED where its architecture has them, and no
-    others.
+    """Inside the block, ``kernel`` uses exactly these features of SUPPORTED, where the architecture has them.
 
     Example:
         >>> with features.override("attention", "DESCRIPTORS"):
@@ -79,7 +75,7 @@ def override(kernel: str, *names: str) -> Iterator[None]:
 
 
 def variants(kernel: str, arch: str, rows: int | None = None) -> dict[str, bool]:
-    """Constexpr arguments: which of its variants ``kernel`` uses for so many rows (None: many)."""
+    """Constexpr arguments: the features that ``kernel`` uses for ``rows`` tokens (None: many)."""
     on = _tried.get(kernel)
     if on is None:
         enough = rows is None or rows >= DEFAULT_FROM.get(kernel, 0)

@@ -1,4 +1,4 @@
-"""The one way to launch a Triton kernel, and how launches are recorded instead."""
+"""Launches Triton kernels, or records the launches for the compile check."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,13 +10,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["Launch", "as_rows", "make_descriptors", "launch", "record"]
 
-# Contracting a * b + c rounds once instead of twice: never less accurate, and what PyTorch's own kernels are built
-# with.
+# FMA contraction of a * b + c rounds once instead of twice, as in PyTorch's own kernels.
 FP_FUSION = True
 
 
 class Launch(NamedTuple):
-    """One kernel launch as ``launch`` got it; recorded for bench.compile_check."""
+    """One recorded call of ``launch``, for bench.compile_check."""
 
     kernel: triton.JITFunction
     grid: tuple[int, ...]
@@ -29,7 +28,7 @@ _recorded: list[Launch] | None = None
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Inside the block ``launch`` notes what it was given and runs nothing.
+    """Inside the block ``launch`` records its arguments and runs nothing.
 
     Example:
         >>> with gpu_device.assume("sm_90"), gpu_launch.record() as launches:
@@ -62,7 +61,7 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **meta
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., C] as [rows, C] with a contiguous last dimension: a view where the strides allow it, else a copy."""
+    """x [..., C] as [M, C] with a contiguous last dimension: a view where strides allow it, else a copy."""
     size = x.shape[-1]
     if x.dim() == 2 and x.stride(1) == 1:
         return x
@@ -71,9 +70,7 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def make_descriptors(*tensors: tuple[torch.Tensor, list[int]]) -> tuple[TensorDescriptor, ...] | None:
-    """Tensor descriptors of (tensor, shape of the blocks to copy); None if the hardware does not take all of their
-    places and strides.
-    """
+    """TMA tensor descriptors of (tensor, block shape); None if TMA does not support an address or stride."""
     for x, _ in tensors:
         size = x.element_size()
         if (

@@ -1,4 +1,4 @@
-"""The smallest Triton kernel, launched once to see whether any can be."""
+"""A minimal Triton kernel that probes whether launches work on a device."""
 
 import torch
 import triton
@@ -13,5 +13,5 @@ def _one(x_ptr):  # noqa: ANN001, ANN202
 
 
 def probe(device: torch.device) -> None:
-    """Compiles and launches; raises whatever Triton or the driver raise."""
+    """Compiles and launches the kernel; raises what Triton or the driver raises."""
     _one[(1,)](torch.empty(1, dtype=torch.float32, device=device))

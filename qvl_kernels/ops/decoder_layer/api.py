@@ -108,7 +108,7 @@ def check_call(
     mask: torch.Tensor | None,
     num_heads: int,
 ) -> tuple[int, torch.Tensor | None]:
-    """Checks that all arguments fit together; returns ``past`` and the mask up to past + T. w: as for ``check_weights``."""
+    """Checks all arguments (weights as for ``check_weights``); returns ``past`` and the mask up to past + T."""
     for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
         checks.check_tensor(OP, name, tensor, 3)
     if not x.is_contiguous():

@@ -16,12 +16,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     Args:
         x: [..., K] fp32, bf16 or fp16; last dimension contiguous.
-        weight: [N, K] as stored by ``nn.Linear``, same dtype as x; rows may be strided, nothing is packed or copied.
+        weight: [N, K] as stored by ``nn.Linear``, same dtype as x; rows may be strided, nothing is copied.
         bias: [N] or None.
     Returns:
         [..., N], dtype of x.
-    Numerics: products and sums in fp32 (bf16 pairs may be multiplied by the processor's own dot instruction), one
-    rounding.
+    Numerics: products and sums in fp32 (bf16 pairs may use the CPU's bf16 dot instruction), one rounding.
     Raises: TypeError or ValueError for dtype, device, shape or stride; RuntimeError if a forced backend cannot run
     here.
     Example:
@@ -40,8 +39,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     checks.check_same("linear", x=x, weight=weight, bias=bias)
     checks.check_last_contiguous("linear", x=x, weight=weight, bias=bias)
     backend = dispatch.choose("linear", x.device, checks.unsupported_dtype(x))
-    if (
-        backend == "reference" or backend == "triton" and not few_rows(x)
-    ):  # more rows are PyTorch's product, and so is its backward
+    if backend == "reference" or backend == "triton" and not few_rows(x):  # large M: PyTorch's GEMM and its backward
         return linear_reference(x, weight, bias)
     return call(linear_op, x, weight, bias)

@@ -19,7 +19,7 @@ def extension_linear(
 
 
 def run_extension_linear(x: torch.Tensor, weight: Any, n: int) -> torch.Tensor:
-    """``weight``: of ``extension_weight``, with ``n`` rows."""
+    """``weight``: from ``extension_weight``, with ``n`` outputs."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
     dispatch.extension().linear(

@@ -1,4 +1,4 @@
-"""torch op qvl::linear; its backward is PyTorch's own products."""
+"""torch op qvl::linear; its backward is PyTorch's GEMMs."""
 
 from typing import Any
 

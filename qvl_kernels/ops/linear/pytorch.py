@@ -1,4 +1,4 @@
-"""PyTorch's own linear, where it is the faster kernel."""
+"""PyTorch's linear, where it is the faster kernel."""
 
 import torch
 
@@ -6,9 +6,7 @@ __all__ = ["pytorch_linear"]
 
 
 def pytorch_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """torch.nn.functional.linear in the dtypes of its arguments: autocast, which casts them, is for callers of kernel
-    functions to obey.
-    """
+    """torch.nn.functional.linear with autocast off: callers of kernel functions have already chosen the dtypes."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):

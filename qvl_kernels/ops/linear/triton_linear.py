@@ -1,6 +1,4 @@
-"""linear on GPUs: few rows are bound by the weights and go to the matrix-vector kernels, more rows to PyTorch (cuBLAS,
-hipBLASLt).
-"""
+"""linear on GPUs: GEMV kernels for few tokens (memory-bound), else PyTorch (cuBLAS, hipBLASLt)."""
 
 import torch
 

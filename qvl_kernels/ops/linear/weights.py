@@ -1,4 +1,4 @@
-"""Weights of any format as the extension takes them."""
+"""Handles of dense and quantised weights for the extension."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ DENSE, INT8, INT4 = range(3)  # as csrc/cpu/kernel_table.h
 
 
 def extension_weight(weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None) -> Any:
-    """Pointers and layout of a checked weight; the tensors must outlive it."""
+    """The C++ handle (pointers and layout) of a checked weight; the tensors must outlive it."""
     bias_pointer = 0 if bias is None else bias.data_ptr()
     if isinstance(weight, torch.Tensor):
         return dispatch.extension().Weight(weight.data_ptr(), weight.stride(0), bias_pointer)
@@ -36,7 +36,7 @@ def out_features(weight: torch.Tensor | QuantizedWeight) -> int:
 
 
 def tensors_of(weight: torch.Tensor | QuantizedWeight) -> tuple[torch.Tensor, ...]:
-    """What a weight is stored in."""
+    """The tensors that hold a weight."""
     return weight[:2] if isinstance(weight, QuantizedWeight) else (weight,)
 
 
@@ -47,9 +47,7 @@ def unsupported_scales(*weights: torch.Tensor | QuantizedWeight | None) -> str |
 
 
 def placeholder(op: str, weight: torch.Tensor | QuantizedWeight | None, x: torch.Tensor) -> torch.Tensor | None:
-    """A plain weight as it is; for a quantised one, once it is checked, a tensor of its shape and x's dtype without its
-    memory.
-    """
+    """A dense weight itself; for a quantised one, which is checked, an expanded tensor of its shape and x's dtype."""
     if not isinstance(weight, QuantizedWeight):
         return weight
     quantization.check_weight(op, weight, x.device)

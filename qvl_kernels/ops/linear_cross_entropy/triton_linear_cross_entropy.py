@@ -58,11 +58,8 @@ def _cross_entropy_kernel(
         # may already have overwritten the logit with its gradient.
         inside = (label >= 0) & (label < vocabulary)
         target = tl.load(logits_ptr + tl.where(inside, label, 0), mask=inside, other=float("nan")).to(tl.float32)
-        m_i, l_i, total = (
-            -3.4028234663852886e38,
-            0.0,
-            0.0,
-        )  # m_i starts finite, so that a block of -inf does not give NaN
+        # m_i starts finite, so that a block of -inf does not give NaN.
+        m_i, l_i, total = -3.4028234663852886e38, 0.0, 0.0
         for begin in range(0, columns, BLOCK):
             offs = begin + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + offs, mask=offs < columns, other=float("-inf")).to(tl.float32)  # [BLOCK]

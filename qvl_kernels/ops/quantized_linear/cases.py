@@ -7,9 +7,8 @@ __all__ = ["CASES"]
 
 
 def _exact_in_int8(m: int, k: int, skipped: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Rows [m, k] (at a distance of k + skipped) that rounding to int8 with the scale max |x| / 127 of rows, or of
-    groups of 32
-    or more, leaves as they are: the format's error is not the kernel's.
+    """Rows [m, k], of stride k + skipped, that int8 represents exactly with the scale max |x| / 127 of a row, or of
+    groups of 32 or more: so tests measure the kernel's error, not the format's.
     """
     x = torch.randint(-127, 128, (m, skipped + k), generator=generator)
     x[:, skipped::32] = 127

@@ -1,4 +1,4 @@
-"""torch op qvl::quantized_linear; its weight is a constant, so the backward gives gradients of x and bias only."""
+"""torch op qvl::quantized_linear; the weight is a constant, so its backward has gradients of x and bias only."""
 
 from typing import Any
 

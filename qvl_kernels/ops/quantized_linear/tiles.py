@@ -1,4 +1,4 @@
-"""Which kernels multiply a quantised weight on a GPU, and their tiles."""
+"""Kernel selection for quantised weights on GPUs, and the tiles of these kernels."""
 
 from qvl_kernels.gpu.device import SHARED_MEMORY, SM_COUNT
 from qvl_kernels.gpu.tiles import next_power_of_2
@@ -8,11 +8,11 @@ __all__ = ["int8_matmul", "quantize_rows", "quantized_linear_route"]
 
 
 def quantized_linear_route(rows: int, bits: int) -> str:
-    """ "gemv", "int8" or "dequantize" (once to x's dtype, then PyTorch's product). Measured on an H100 with 17 to 4,096
-    rows:
+    """The kernel for ``rows`` tokens: "gemv", "int8" or "dequantize" (once to x's dtype, then PyTorch's GEMM).
 
-    int8 tensor cores win whatever the rows. int4 has none; a product that unpacked its weights for each 128 rows was up
-    to 3.8 times slower than this, and faster (by 0.005 ms) only with fewer than 64 rows.
+    Measured on an H100 with 17 to 4,096 tokens: int8 tensor cores are fastest for int8. There are no int4 ones; a GEMM
+    that dequantises per tile of 128 tokens was up to 3.8 times slower than dequantising once, and 0.005 ms faster only
+    below 64 tokens.
     """
     if rows <= GEMV_ROWS:
         return "gemv"
@@ -20,15 +20,15 @@ def quantized_linear_route(rows: int, bits: int) -> str:
 
 
 def quantize_rows(k: int) -> dict:
-    """A row in one pass where it has at most 8,192 elements: 16 a thread."""
+    """A row of up to 8,192 elements in one pass: 16 elements per thread."""
     block = min(8192, next_power_of_2(k))
     return {"BLOCK": block, "num_warps": min(8, max(1, block // 512))}
 
 
 def int8_matmul(m: int, n: int, arch: str) -> dict:
-    """int8 [m, k] times int8 [n, k]: 128 bytes of k at a time."""
-    # Enough programs for every processor first, and for two rounds of them before tiles are as large as 128 x 128
-    # (measured on an H100).
+    """int8 GEMM [m, k] x [n, k]: 128 bytes of k per step."""
+    # There is a program for every SM first; tiles become 128 x 128 only with two waves of programs (measured on an
+    # H100).
     block_m = 32 if m <= 32 else 64 if m * n < 2 * SM_COUNT[arch] * 128 * 128 else 128
     block_n = 128 if m * n >= SM_COUNT[arch] * block_m * 128 else 64
     stage = (block_m + block_n) * 128

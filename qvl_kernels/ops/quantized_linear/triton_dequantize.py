@@ -1,4 +1,4 @@
-"""Quantised weights as 16-bit or fp32 matrices for PyTorch's own product: worth it once many rows share the work."""
+"""Dequantises weights to 16-bit or fp32 matrices for PyTorch's GEMM: pays off in prefill, over many tokens."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ from qvl_kernels.gpu.tiles import cdiv
 
 __all__ = ["launch_dequantize"]
 
-BLOCK = 1024  # bytes of values per program: 8 a thread
+BLOCK = 1024  # bytes of values per program: 8 per thread
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _dequantize_kernel(
 
 
 def launch_dequantize(values: torch.Tensor, scales: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """[N, size] in ``dtype``."""
+    """The dense weight [N, size] in ``dtype``."""
     n, columns = values.shape
     weight = torch.empty((n, size), dtype=dtype, device=values.device)
     launch(

@@ -1,6 +1,4 @@
-"""int8 weights times many rows: the rows are rounded to int8 too, one scale each, and multiplied on integer tensor
-cores.
-"""
+"""int8 GEMM for prefill on int8 tensor cores: rows of x are quantised to int8 too, with one scale each."""
 
 import torch
 import triton
@@ -16,13 +14,13 @@ __all__ = ["launch_int8_matmul", "launch_quantize_rows"]
 
 ROUND = tl.constexpr(
     12582912.0
-)  # 1.5 * 2^23: adding it to a small fp32 leaves no bits behind the point, rounded to even
+)  # 1.5 * 2^23: adding it to a small fp32 number rounds the number to an integer, ties to even
 
 
 @triton.jit
 def _quantize_rows_kernel(x_ptr, values_ptr, scale_ptr, K, stride_x, stride_values, BLOCK: tl.constexpr):
-    """scale = max |x| / 127, values = round(x / scale); one program per row. A row that is not finite gets the scale
-    NaN.
+    """scale = max |x| / 127, values = round(x / scale); one program per row. A row with an element that is not finite
+    gets the scale NaN.
     """
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
@@ -33,7 +31,7 @@ def _quantize_rows_kernel(x_ptr, values_ptr, scale_ptr, K, stride_x, stride_valu
         largest = tl.maximum(largest, tl.abs(x))
         poison += x * 0.0
     top = tl.max(largest, 0)
-    inverse = tl.where(top > 1e-30, 127.0 / tl.maximum(top, 1e-30), 0.0)  # smaller rows are zeros
+    inverse = tl.where(top > 1e-30, 127.0 / tl.maximum(top, 1e-30), 0.0)  # rows below 1e-30 become zeros
     for begin in range(0, K, BLOCK):
         mask = begin + offs < K
         x = tl.load(x_ptr + row * stride_x + begin + offs, mask=mask, other=0.0).to(tl.float32)
@@ -65,10 +63,10 @@ def _int8_matmul_kernel(
     PERSISTENT: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
-    """y = (x w^T) * x_scale * w_scale + bias with int32 sums. Programs beside each other share their columns of w.
+    """y = (x w^T) * x_scale * w_scale + bias with int32 sums. Neighbouring programs share an N-block of w.
 
-    DESCRIPTORS: x_ptr and w_ptr are tensor descriptors. PERSISTENT: the grid has fewer programs than tiles, and each
-    takes several turns.
+    DESCRIPTORS: x_ptr and w_ptr are TMA tensor descriptors. PERSISTENT: the grid has fewer programs than tiles, and
+    each program computes several.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles = tiles_m * tl.cdiv(N, BLOCK_N)
@@ -88,8 +86,8 @@ def _int8_matmul_kernel(
                 in_k = begin + offs_k < K
                 x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_x + offs_k[None, :]
                 w_rows = w_ptr + n.to(tl.int64)[:, None] * stride_w + offs_k[None, :]
-                x = tl.load(x_rows + begin, mask=in_rows[:, None] & in_k[None, :], other=0)
-                w = tl.load(w_rows + begin, mask=in_n[:, None] & in_k[None, :], other=0)
+                x = tl.load(x_rows + begin, mask=in_rows[:, None] & in_k[None, :], other=0)  # [BLOCK_M, BLOCK_K]
+                w = tl.load(w_rows + begin, mask=in_n[:, None] & in_k[None, :], other=0)  # [BLOCK_N, BLOCK_K]
             acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
         x_scale = tl.load(x_scale_ptr + rows, mask=in_rows, other=0.0)
         w_scale = tl.load(w_scale_ptr + n.to(tl.int64) * stride_scale, mask=in_n, other=0.0)
@@ -101,7 +99,7 @@ def _int8_matmul_kernel(
 
 
 def launch_quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 [M, K] and fp32 [M] of rows [M, K]."""
+    """(int8 values [M, K], fp32 scales [M]) of rows [M, K]."""
     m, k = rows.shape
     values = torch.empty((m, k), dtype=torch.int8, device=rows.device)
     scales = torch.empty((m,), dtype=torch.float32, device=rows.device)
@@ -122,7 +120,7 @@ def launch_quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def launch_int8_matmul(
     rows: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
 ) -> None:
-    """y [M, N] = rows [M, K] times int8 values [N, K] with scales [N, 1]."""
+    """y [M, N] = rows [M, K] (values [N, K] * scales [N, 1])^T + bias, written to ``y``."""
     x, x_scales = launch_quantize_rows(rows)
     (m, k), n = rows.shape, values.shape[0]
     arch = architecture(rows.device)

@@ -1,6 +1,4 @@
-"""quantized_linear on GPUs: matrix-vector kernels for few rows, then int8 products or PyTorch's on a widened copy
-(tiles.py).
-"""
+"""quantized_linear on GPUs: GEMV kernels for few tokens, else an int8 GEMM or PyTorch's GEMM on a dequantised copy."""
 
 import torch
 
