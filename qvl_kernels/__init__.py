@@ -1,6 +1,4 @@
-"""Kernels for Qwen3-VL on CPU and GPU: public functions, each with a reference and fast backends. Knows tensors, not
-models.
-"""
+"""Kernels for Qwen3-VL on CPU and GPU: public functions with a reference and fast backends, on tensors only."""
 
 from importlib.metadata import PackageNotFoundError, version
 

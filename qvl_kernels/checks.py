@@ -30,7 +30,7 @@ __all__ = [
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/dtype.h
-LARGEST = torch.finfo(torch.float32).max  # kernels compute in fp32
+LARGEST = torch.finfo(torch.float32).max  # largest eps and scale: kernels compute in fp32
 
 
 def check_tensor(op: str, name: str, x: Any, ndim: int | None = None) -> None:
@@ -53,7 +53,7 @@ def check_dtype(op: str, name: str, x: Any, *dtypes: torch.dtype) -> None:
 
 
 def check_kind(op: str, name: str, x: Any) -> None:
-    """TypeError unless ``x`` is a tensor; ValueError unless it is dense and its memory is there."""
+    """TypeError unless ``x`` is a tensor; ValueError unless it is dense and its memory is allocated."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
     if x.layout is not torch.strided:
@@ -71,8 +71,8 @@ def check_kind(op: str, name: str, x: Any) -> None:
 
 
 def check_memory(op: str, name: str, x: torch.Tensor) -> None:
-    """ValueError unless an op that is handed lists of tensors, of which PyTorch prepares none, may read or write ``x``
-    as it lies.
+    """ValueError unless an op may read and write ``x``'s memory directly, for ops with lists of tensors, which PyTorch
+    does not resolve (conjugate and negative bits).
     """
     check_kind(op, name, x)
     if not torch.compiler.is_compiling() and x.is_neg():
@@ -85,12 +85,12 @@ def check_memory(op: str, name: str, x: torch.Tensor) -> None:
 
 
 def _untraced(value: Any) -> Any:
-    """Under ``torch.jit.trace`` sizes, and what is computed from them, are tensors."""
+    """The number in ``value``: under ``torch.jit.trace`` sizes, and what is computed from them, are tensors."""
     return value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 and torch.jit.is_tracing() else value
 
 
 def check_int(op: str, name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
-    """``value`` as an int; TypeError unless it is one (bool is none), ValueError unless low <= value <= high."""
+    """``value`` as an int; TypeError unless it is one (bool is not), ValueError unless low <= value <= high."""
     if type(value) is not int:
         value = _untraced(value)
         if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
@@ -102,8 +102,8 @@ def check_int(op: str, name: str, value: Any, low: int, high: int = 2**63 - 1) -
 
 
 def check_number(op: str, name: str, value: Any, low: float, high: float) -> float:
-    """``value`` as a float; TypeError unless it is a number (bool is none), ValueError unless low <= value <= high,
-    which NaN is not.
+    """``value`` as a float; TypeError unless it is a number (bool is not), ValueError unless low <= value <= high (NaN
+    is refused).
     """
     if type(value) is not float:
         value = _untraced(value)
@@ -115,7 +115,7 @@ def check_number(op: str, name: str, value: Any, low: float, high: float) -> flo
 
 
 def check_probability(op: str, name: str, value: Any) -> float:
-    """In [0, 1)."""
+    """``value`` as a float in [0, 1)."""
     value = check_number(op, name, value, 0.0, 1.0)
     if value == 1.0:
         raise ValueError(f"{op}: {name} must be in [0, 1), got {value}")
@@ -127,7 +127,7 @@ def check_eps(op: str, eps: object) -> float:
 
 
 def check_scale(op: str, scale: object, head_dim: int) -> float:
-    """Of scores; the default for None."""
+    """``scale`` of attention scores as a float; 1 / sqrt(head_dim) for None."""
     return head_dim**-0.5 if scale is None else check_number(op, "scale", scale, -LARGEST, LARGEST)
 
 
@@ -139,9 +139,7 @@ def check_bool(op: str, name: str, value: Any) -> bool:
 
 
 def check_no_gradient(op: str, advice: str, *tensors: object) -> None:
-    """RuntimeError if one of the tensors (anything else is skipped) wants a gradient, which ``op`` could only leave
-    out.
-    """
+    """RuntimeError if one of the tensors (other objects are skipped) needs a gradient that ``op`` does not compute."""
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
         raise RuntimeError(f"{op} {advice}")
 
@@ -157,7 +155,7 @@ def check_shape(op: str, name: str, x: torch.Tensor, expected: tuple[int, ...]) 
 
 
 def check_same(op: str, **tensors: torch.Tensor | None) -> None:
-    """All tensors (None is skipped) on one device and of one dtype."""
+    """Checks that all tensors (None is skipped) have one device and one dtype."""
     items = [(name, x) for name, x in tensors.items() if x is not None]
     first_name, first = items[0]
     for name, x in items[1:]:

@@ -2,9 +2,9 @@
 
 QVL_BACKEND       forces a backend ("reference", "cpp", "triton"); the same as ``use_backend`` around the whole program.
 QVL_CPU_ISA       forces a CPU instruction set ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"); read by the
-C++ extension. QVL_HUGE_PAGES    0: weights stay on the pages of the checkpoint, which processes share; 1, or unset:
-they move to 2 MB pages. TRITON_INTERPRET  1: Triton's own switch; its kernels then run on CPU tensors, slowly, for
-tests.
+                  C++ extension.
+QVL_HUGE_PAGES    0: weights stay on the checkpoint's pages, which processes share; 1 or unset: they move to 2 MB pages.
+TRITON_INTERPRET  1: Triton's own switch; its kernels then run on CPU tensors, slowly, for tests.
 """
 
 import os
@@ -19,7 +19,7 @@ def backend_from_environment() -> str | None:
 
 
 def huge_pages_wanted() -> bool:
-    """Raises: ValueError for a value that is none."""
+    """Whether QVL_HUGE_PAGES allows huge pages. Raises: ValueError unless it is 0 or 1."""
     value = os.environ.get("QVL_HUGE_PAGES") or "1"
     if value not in ("0", "1"):
         raise ValueError(

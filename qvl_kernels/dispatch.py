@@ -1,4 +1,4 @@
-"""Which backend runs a call: the fast one of the tensor's device, else the reference, with each reason said once."""
+"""Backend selection: the fast backend of the tensor's device, else the reference; each reason is reported once."""
 
 import contextlib
 import importlib
@@ -25,7 +25,7 @@ _fallbacks: dict[str, None] = {}  # "op: reason" in order of appearance
 
 
 def _load_extension() -> tuple[ModuleType | None, str | None]:
-    """qvl_kernels._C of this folder and of no other: one of other sources might compute something else."""
+    """(qvl_kernels._C, why it is missing). Only the one in this folder: another may be built from other sources."""
     name, here = "qvl_kernels._C", Path(__file__).parent
     if PathFinder.find_spec(name, [str(here)]) is None:
         folders = [str(Path(entry or ".").resolve() / here.name) for entry in sys.path]
@@ -55,7 +55,7 @@ def extension() -> ModuleType:
 
 
 def _unavailable(backend: str, device: torch.device | None = None) -> str | None:
-    """Why ``backend`` cannot run here, or on a device, or None."""
+    """Why ``backend`` cannot run here (or on ``device``), or None."""
     if backend == "cpp":
         return _extension_error
     return gpu_device.unavailable(device) if backend == "triton" else None
@@ -73,7 +73,7 @@ def forced() -> str | None:
 
 
 def backends() -> dict[str, dict]:
-    """Backends by name: whether each is available, and why not.
+    """The backends by name: whether each is available, and if not, why.
 
     Example:
         >>> qvl_kernels.backends()["reference"]
@@ -92,9 +92,10 @@ def _check_name(name: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces a backend inside the block. A forced backend never falls back: what it cannot run raises RuntimeError.
+    """Forces a backend inside the block. A forced backend never falls back: calls that it cannot run raise
+    RuntimeError.
 
-    Raises: TypeError or ValueError for another name than ``backends()`` has.
+    Raises: TypeError or ValueError unless ``name`` is in ``backends()``.
     Example:
         >>> with qvl_kernels.use_backend("reference"):
         ...     y = qvl_kernels.rms_norm(x, weight)
@@ -113,12 +114,12 @@ if _environment_backend is not None:
 
 
 def fallbacks() -> list[str]:
-    """ "op: reason" of every case that fell back to the reference in this process."""
+    """ "op: reason" of every fallback to the reference in this process."""
     return list(_fallbacks)
 
 
 def choose(op: str, device: torch.device, unsupported: str | None = None) -> str:
-    """Backend for one call of ``op``. ``unsupported`` says why the fast backend cannot run this case, or is None."""
+    """The backend for one call of ``op``. ``unsupported``: why the fast backend cannot run this case, or None."""
     fast = FAST_BACKEND.get(device.type)
     if _forced == "reference":
         return "reference"
@@ -159,7 +160,7 @@ def _note_fallback(op: str, reason: str) -> None:
 
 
 def cpu_info() -> dict:
-    """Instruction set in use, those that this machine supports, GEMM routes and threads of the C++ backend.
+    """Instruction sets (used and supported), GEMM kernel selection and threads of the C++ backend.
 
     Example:
         >>> qvl_kernels.cpu_info()["isa"]

@@ -32,13 +32,13 @@ TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 def _keys(x: torch.Tensor) -> int:
-    """All that makes PyTorch's dispatcher treat a tensor specially."""
+    """The dispatch keys of a tensor, as bits."""
     return torch._C._dispatch_keys(x).raw_repr()
 
 
 @functools.cache
 def _plain_keys(device: str) -> frozenset[int]:
-    """Of tensors about which nothing is special, in inference mode and outside of it."""
+    """The dispatch keys of eligible tensors on ``device``, in inference mode and outside of it."""
     found = set()
     for inference in (True, False):
         with torch.inference_mode(inference):
@@ -46,20 +46,18 @@ def _plain_keys(device: str) -> frozenset[int]:
     return frozenset(found)
 
 
-_plain_keys("cpu")  # while nothing traces or compiles
+_plain_keys("cpu")  # at import, while nothing traces or compiles
 
 
 def is_eligible(x: torch.Tensor, device: str) -> bool:
-    """Whether kernels may take a tensor's memory on a "cpu" or "cuda" as it is: dense, not fake, not negated when read,
-    no subclass, ...
+    """Whether kernels may read a tensor's memory directly: on ``device`` ("cpu" or "cuda"), dense, not fake, without a
+    negative or conjugate bit, no subclass, ...
     """
     return type(x) in TENSOR_TYPES and _keys(x) in _plain_keys(device)
 
 
 def has_memory(x: torch.Tensor) -> bool:
-    """Whether the storage of a plain tensor has room for all of it: sharding libraries free memory without another
-    word.
-    """
+    """Whether the storage of an eligible tensor holds all of it: sharding libraries free storages of live tensors."""
     there = x.untyped_storage().nbytes()
     if x.is_contiguous():
         return there >= x.storage_offset() * x.itemsize + x.nbytes
@@ -69,7 +67,7 @@ def has_memory(x: torch.Tensor) -> bool:
 
 def ops_are_seen() -> bool:
     """Whether something in this thread must see PyTorch's own operations: a mode, torch.func (grad, vmap, ...), or
-    forward-mode AD. A mode of where new tensors lie, as of ``torch.set_default_device``, is none.
+    forward-mode AD. The mode of ``torch.set_default_device`` does not count.
     """
     modes = torch._C._len_torch_function_stack()
     return bool(
@@ -91,12 +89,11 @@ def register(
     backward_again: Callable | None = None,
     setup_context: Callable | None = None,
 ) -> Callable:
-    """Registers an op: schema as in ``torch.library``, its CPU kernel, its fake kernel and, if trained, its backward.
+    """Registers an op with ``torch.library`` and returns it (``torch.ops.qvl.<name>.default``).
 
-    ``triton``: the launcher on GPUs; where it needs Triton, a function that imports it when called.
-    ``backward_again``: takes the place of ``backward`` where its results are differentiated themselves
-    (``create_graph=True``). Ops named ``*_backward`` are once differentiable: a derivative of their results raises.
-    Returns the callable op (``torch.ops.qvl.<name>.default``).
+    ``fake``: the meta kernel. ``triton``: the launcher on GPUs, which imports Triton only when it is called.
+    ``backward_again``: replaces ``backward`` where its results are differentiated again (``create_graph=True``). Ops
+    named ``*_backward`` are once differentiable: a derivative of their results raises.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -141,13 +138,13 @@ def _once_differentiable(name: str) -> Callable:
 def derivative_again(
     function: Callable, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor | None]:
-    """Gradients of ``function``, of PyTorch operations, as functions of its inputs and ``grads`` that can be
-    differentiated themselves; None for inputs that need none.
+    """Gradients of ``function`` (made of PyTorch operations) that can be differentiated again in its inputs and
+    ``grads``; None for inputs that need no gradient.
 
     Example:
         >>> derivative_again(swiglu_reference, (gate, up), (grad,))
     """
-    inputs = [x.view_as(x) for x in inputs]  # if one comes from another, that way does not count
+    inputs = [x.view_as(x) for x in inputs]  # views: if one input was computed from another, that path must not count
     outs = function(*inputs)
     outs = outs if isinstance(outs, tuple) else (outs,)
     pairs = [(out, grad) for out, grad in zip(outs, grads) if grad is not None and out.requires_grad]
@@ -162,8 +159,8 @@ def derivative_again(
 
 
 def needs_dispatcher() -> bool:
-    """Whether PyTorch must see every op: it differentiates, compiles, transforms or traces in this thread, or a
-    dispatch mode does as it likes.
+    """Whether PyTorch's dispatcher must see every op: in this thread gradients, forward-mode AD, tracing, torch.func or
+    a dispatch mode is on.
     """
     return bool(
         torch.compiler.is_compiling()
@@ -176,10 +173,10 @@ def needs_dispatcher() -> bool:
 
 
 def call(op: Callable, *args: Any) -> Any:
-    """``op(*args)``, past PyTorch's dispatcher where it has nothing to do: inference on plain tensors. On CPUs for ops
-    of every decoded token, whose weights have pushed the dispatcher out of the processor's caches: it takes 0.1 ms
-    there. On GPUs because a prompt's many small kernels take the host longer than the device. Not for ops that write to
-    an argument.
+    """``op(*args)``, bypassing PyTorch's dispatcher where it has nothing to do: inference on eligible tensors.
+
+    On CPUs the dispatcher costs 0.1 ms per decode step, as the weights evict it from the CPU caches. On GPUs the many
+    small kernels of a prefill are bound by the host. Not for ops that write to an argument.
 
     Example:
         >>> y = call(rms_norm_op, x, weight, 1e-6)
@@ -197,5 +194,5 @@ def call(op: Callable, *args: Any) -> Any:
 
 
 def _either(cpu: Callable, launcher: Callable) -> Callable:
-    """Under Triton's interpreter CPU tensors may go either way."""
+    """Under Triton's interpreter CPU tensors run on the forced backend: the CPU kernel or the launcher."""
     return lambda *args: (launcher if dispatch.forced() == "triton" else cpu)(*args)

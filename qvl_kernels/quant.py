@@ -1,4 +1,4 @@
-"""Another name of ``qvl_kernels.quantization``, for code written with it."""
+"""Alias of ``qvl_kernels.quantization``."""
 
 from qvl_kernels.quantization import GROUPS, QuantizedWeight, dequantize, quantize
 

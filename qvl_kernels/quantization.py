@@ -3,8 +3,8 @@ and in memory.
 
 int8  symmetric, one fp32 scale per output row: w[n, k] = scales[n, 0] * values[n, k], values int8 in [-127, 127].
 int4  symmetric, one bf16 scale per row and group of ``group`` inputs (32, 64 or 128): w[n, k] = scales[n, k // group] *
-      (nibble - 8), nibbles in [0, 15]. In each block of 32 inputs, byte j of 16 holds input j in its low and input j +
-      16 in its high nibble. K is padded with zeros to a whole number of groups.
+      (nibble - 8): zero-point 8, nibbles in [0, 15]. In each block of 32 inputs, byte j of 16 holds input j in its low
+      and input j + 16 in its high nibble. K is padded with zeros to a whole number of groups.
 
 On the CPU activations are rounded to int8 too, one scale per row and group of inputs: see ``quantize_activations``.
 """
@@ -29,15 +29,15 @@ __all__ = [
 
 GROUPS = (32, 64, 128)
 INT8_ACTIVATION_GROUP = 128  # activations per scale with int8 weights; as csrc/cpu/kernel_table.h
-TINY_ACTIVATION = 1e-30  # groups that stay below are zeros
+TINY_ACTIVATION = 1e-30  # groups below this are quantised to zeros
 BLOCK = 32
-CHUNK = 1 << 18  # elements widened at once: no wide copy of a large weight is made, and these stay in the caches
+CHUNK = 1 << 18  # elements converted to fp32 at once: avoids an fp32 copy of a large weight, and they stay in cache
 SHRINKS = (
     0.8,
     0.87,
     0.94,
     1.0,
-)  # int4 ranges tried: 16 of them, from 0.6 to 1.15, would lower the error by another 1 %
+)  # candidate int4 ranges; 16 of them, from 0.6 to 1.15, would lower the error by another 1 %
 
 
 class QuantizedWeight(NamedTuple):
@@ -53,15 +53,14 @@ class QuantizedWeight(NamedTuple):
 
     @property
     def group(self) -> int:
-        """Inputs per scale; all K for int8."""
+        """Inputs per scale; K for int8."""
         return self.in_features if self.bits == 8 else 2 * self.values.shape[1] // max(1, self.scales.shape[1])
 
 
 def quantize(weight: torch.Tensor, bits: int, group: int = 64) -> QuantizedWeight:
     """Rounds a floating-point weight [N, K] to ``bits`` (8 or 4), 4 in groups of ``group`` inputs.
 
-    Raises: TypeError for what is no tensor or int; ValueError for other bits, groups or shapes, and for weights that
-    are not finite.
+    Raises: TypeError for other types; ValueError for other bits, groups or shapes, and for weights that are not finite.
     Example:
         >>> quantized = quantize(torch.randn(10, 64), bits=4, group=32)
     """
@@ -75,7 +74,7 @@ def quantize(weight: torch.Tensor, bits: int, group: int = 64) -> QuantizedWeigh
         raise ValueError(f"quantize: bits must be 8 or 4, got {bits}")
     if checks.check_int("quantize", "group", group, 1) not in GROUPS and bits == 4:
         raise ValueError(f"quantize: int4 groups have {', '.join(map(str, GROUPS))} inputs, got {group}")
-    weight = weight.detach()  # its rounded values are constants
+    weight = weight.detach()  # quantised values have no gradient
     rows, size = weight.shape
     padded = -(-size // group) * group
     values = pages.empty(
@@ -103,7 +102,7 @@ def _int4(wide: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows, size = wide.shape
     padded = -(-size // group) * group
     wide = torch.nn.functional.pad(wide, (0, padded - size)).view(rows, padded // group, group)
-    # The end of the range that is larger in magnitude becomes -8, which the other sign does not reach.
+    # The range is [-8, 7], so the extreme of larger magnitude is mapped to -8.
     low, high = (wide.amin(2), wide.amax(2)) if padded else (wide.new_zeros(rows, 0), wide.new_zeros(rows, 0))
     extreme = torch.where(-low > high, low, high)
     scales = _safe(extreme / -8.0)
@@ -114,30 +113,28 @@ def _int4(wide: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _least_squares(unit: torch.Tensor) -> torch.Tensor:
-    """The factor of each group's scale that leaves the least squared error; ``unit`` [..., group] is in units of the
-    scale.
+    """The factor on each group's scale with the least squared error; ``unit`` [..., group] is weight / scale.
 
-    Rounded with each scale of SHRINKS, which clips the few largest, a group's best scale for the resulting integers q
-    is <w, q> / <q, q>, and its error |w|^2 - <w, q>^2 / <q, q>        [range by squared error: arXiv:2106.08295,
-    section 3.1]
+    For each candidate of SHRINKS, which clips the few largest weights, q are the rounded integers. Their best scale is
+    <w, q> / <q, q>, with error |w|^2 - <w, q>^2 / <q, q>        [range by squared error: arXiv:2106.08295, section 3.1]
     """
     best, factors = torch.zeros_like(unit[..., 0]), torch.ones_like(unit[..., 0])
     for shrink in SHRINKS:
         q = torch.round(unit / shrink).clamp_(-8, 7)
         product, square = (unit * q).sum(-1), (q * q).sum(-1)
-        gain = product * product / square  # NaN for a group of zeros, which is no gain
+        gain = product * product / square  # NaN for a group of zeros, which compares as no gain
         better = gain > best
         best, factors = torch.where(better, gain, best), torch.where(better, product / square, factors)
     return factors
 
 
 def _safe(scales: torch.Tensor) -> torch.Tensor:
-    """Rows and groups of zeros, and those too small for a normal number, get scale 1: their values are 0."""
+    """Replaces scales that are zero or subnormal by 1: the values of such rows and groups are 0."""
     return torch.where(scales.abs() < torch.finfo(torch.float32).tiny, torch.ones_like(scales), scales)
 
 
 def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """[N, K] in ``dtype``, the weight that a quantised linear layer multiplies with.
+    """The dense weight [N, K] in ``dtype`` that a quantised linear layer multiplies with.
 
     Raises: TypeError or ValueError for a weight that is not well-formed, or a dtype that is not floating-point.
     Example:
@@ -160,18 +157,18 @@ def _dequantize(quantized: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def embedding_rows(quantized: QuantizedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows ``ids`` int64 [n] of a weight that is known to be well-formed: [n, K] in ``dtype``."""
+    """Dequantised rows ``ids`` int64 [n] of a weight that is already checked: [n, K] in ``dtype``."""
     values, scales, size = quantized
     return _dequantize(QuantizedWeight(values[ids], scales[ids], size), dtype)
 
 
 def quantize_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., K] as int8 [..., K padded to whole groups] and fp32 scales [..., groups]: what the CPU kernels multiply.
+    """x [..., K] as int8 [..., K padded to whole groups] and fp32 scales [..., groups], as the CPU kernels multiply it.
 
     scale = max |x| / 127 of each group, values = round(x * 127 / max |x|). A group with an element that is not finite
-    gets the scale NaN, one below 1e-30 is zeros. Groups keep an outlier from coarsening more than its neighbours.
+    gets the scale NaN; a group below 1e-30 becomes zeros. With groups, an outlier coarsens only its own group.
 
-    Raises: TypeError or ValueError for what is no floating-point tensor of at least 1 input, or a group below 1.
+    Raises: TypeError or ValueError unless x is a floating-point tensor of at least 1 input and group at least 1.
     Example:
         >>> values, scales = quantize_activations(torch.randn(3, 100), 32)
     """
@@ -187,7 +184,7 @@ def quantize_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, tor
 
 
 def rounded_activations(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
-    """x [..., K] as the CPU kernels see it when they multiply with ``weight``, in fp32.
+    """x [..., K] after the int8 rounding of the CPU kernels that multiply with ``weight``, in fp32.
 
     Raises: TypeError or ValueError for a weight that is not well-formed, or an x that does not fit it.
     Example:
@@ -206,8 +203,8 @@ def rounded_activations(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tenso
 
 
 def check_weight(op: str, weight: object, device: torch.device | None = None) -> None:
-    """TypeError or ValueError unless ``weight`` is a well-formed QuantizedWeight of 1 input at least, on ``device`` if
-    one is given; its rows may be strided.
+    """TypeError or ValueError unless ``weight`` is a well-formed QuantizedWeight of at least 1 input, on ``device`` if
+    given; its rows may be strided.
 
     Example:
         >>> check_weight("my_layer", quantize(torch.randn(10, 64), bits=8), torch.device("cpu"))
@@ -225,7 +222,7 @@ def _check_format(op: str, weight: object, device: torch.device | None, least: i
             f"{op}: weight must be a quant.QuantizedWeight, got {type(weight).__name__}; see quant.quantize"
         )
     values, scales, size = weight
-    # float64 scales are the tests' truth and taken by the reference only
+    # float64 scales serve the tests' fp64 reference; only the reference backend takes them
     checks.check_dtype(op, "weight.values", values, torch.int8, torch.uint8)
     checks.check_dtype(
         op, "weight.scales", scales, torch.float32 if values.dtype == torch.int8 else torch.bfloat16, torch.float64

@@ -1,4 +1,4 @@
-"""Helpers for tests and benchmarks: relative error against a float64 truth, seeded random inputs, poisoned memory."""
+"""Helpers for tests and benchmarks: error against an fp64 reference, seeded random inputs, poisoned memory."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -25,9 +25,9 @@ __all__ = [
 class Case:
     """One input of an op, shared by tests and benchmarks.
 
-    ``make(dtype, generator)`` returns the keyword arguments of the public function; ``flops`` and ``bytes`` count what
-    a perfect kernel must do (``bytes`` takes the element size in bytes). ``model`` marks real model shapes
-    (benchmarked).
+    ``make(dtype, generator)`` returns the keyword arguments of the public function; ``flops`` and ``bytes`` are the
+    work and memory traffic of the roofline (``bytes`` takes the element size in bytes). ``model`` marks real model
+    shapes (benchmarked).
     """
 
     name: str
@@ -45,7 +45,7 @@ def random_tensor(
 
 @contextlib.contextmanager
 def instruction_set(isa: str) -> Iterator[None]:
-    """Runs the C++ kernels of this instruction set inside the block, whatever the processor's best is.
+    """Runs the C++ kernels of this instruction set inside the block, whatever the CPU's best is.
 
     Example:
         >>> with instruction_set("portable"):
@@ -70,7 +70,8 @@ def relative_error(out: torch.Tensor, truth: torch.Tensor) -> float:
 def assert_close_to_truth(
     out: torch.Tensor, baseline: torch.Tensor, truth: torch.Tensor, *, factor: float = 2.0, floor: float | None = None
 ) -> None:
-    """``out`` must be at most ``factor`` times as far from the float64 truth as plain PyTorch in the working dtype.
+    """``out`` must be at most ``factor`` times as far from the fp64 reference ``truth`` as PyTorch in the working
+    dtype.
 
     ``floor`` (default: 2 units in the last place of out's dtype) is allowed whatever the baseline's error.
     """

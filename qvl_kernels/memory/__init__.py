@@ -1,1 +1,1 @@
-"""Memory of tensors: pages that can grow in place, and huge pages under weights."""
+"""Memory of CPU tensors: huge pages under weights and large tensors, and returning freed memory."""

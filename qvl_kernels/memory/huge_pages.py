@@ -1,4 +1,4 @@
-"""Huge pages under weights: a mapped checkpoint lies on 4 KB pages, from which a processor reads more slowly."""
+"""Huge pages under weights: a mapped checkpoint lies on 4 KB pages, from which a CPU reads more slowly."""
 
 import re
 from collections.abc import Iterable
@@ -12,22 +12,22 @@ from qvl_kernels.library import has_memory, is_eligible
 __all__ = ["use_huge_pages"]
 
 _MAP = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r(.).(.) \S+ \S+ (\d+) *(.*)")
-_SPARE = 1 << 30  # bytes of memory that stay available
+_SPARE = 1 << 30  # bytes of memory that must stay available
 
 
 def use_huge_pages(tensors: Iterable[torch.Tensor]) -> int:
-    """Puts CPU tensors of private memory, such as those of a mapped checkpoint, on 2 MB pages. Linux; elsewhere nothing
-    happens.
+    """Moves CPU tensors in private memory, such as those of a mapped checkpoint, to 2 MB pages. Linux; elsewhere it
+    does nothing.
 
-    Pages are exchanged under the tensors: addresses, contents, views and sharing stay what they are, the file is not
-    touched. Nothing may write to the tensors meanwhile. What has no whole 2 MB block, or finds no huge page, stays as
-    it is; so does everything if memory is short, for pages of a file can be dropped by the system, and these cannot.
+    Pages are replaced under the tensors: addresses, contents, views and sharing do not change, nor does the file.
+    Nothing may write to the tensors meanwhile. Tensors without a whole 2 MB block, or without a free huge page, stay as
+    they are. So do all tensors if memory is short: the system can drop pages of a file, but not these.
 
     Args:
-        tensors: any; those that are not plain CPU tensors are left alone.
+        tensors: any; other than dense CPU tensors are left alone.
     Returns:
-        Bytes that lie on huge pages now.
-    Raises: TypeError for what is no iterable of tensors; ValueError if QVL_HUGE_PAGES is neither 0 nor 1.
+        Bytes that are now on huge pages.
+    Raises: TypeError unless given an iterable of tensors; ValueError if QVL_HUGE_PAGES is neither 0 nor 1.
     Example:
         >>> qvl_kernels.use_huge_pages(model.parameters())
         3439329280
@@ -51,7 +51,7 @@ def use_huge_pages(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _spans(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
-    """Address ranges of the tensors, touching ones joined: a huge page may lie under several."""
+    """Address ranges of the tensors, merged where they touch: one huge page may lie under several tensors."""
     tensors = list(tensors) if isinstance(tensors, Iterable) and not isinstance(tensors, torch.Tensor) else [tensors]
     for x in tensors:
         if not isinstance(x, torch.Tensor):
@@ -78,9 +78,7 @@ def _enabled() -> bool:
 
 
 def _private_maps() -> list[tuple[int, int, bool, bool]]:
-    """(first address, last, whether it is a file's, whether it is writable) of the process's readable
-    private memory.
-    """
+    """(first address, end address, mapped from a file, writable) of the process's readable private memory."""
     maps = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         match = _MAP.match(line)
@@ -94,6 +92,6 @@ def _private_maps() -> list[tuple[int, int, bool, bool]]:
 
 
 def _available() -> int:
-    """Bytes that can be had without swapping."""
+    """Bytes that can be allocated without swapping."""
     match = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
     return int(match[1]) * 1024 if match else 0

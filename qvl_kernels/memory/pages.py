@@ -1,4 +1,4 @@
-"""The memory pages of large CPU tensors: large ones for what is read often, none for what is not read again."""
+"""Pages of large CPU tensors: huge pages for what is read often, and release of what is not read again."""
 
 import contextlib
 import ctypes
@@ -24,11 +24,11 @@ _MADV_PAGEOUT = 21
 def empty(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, shared: bool = False) -> torch.Tensor:
     """``like.new_empty(shape, dtype=dtype)``, a large one on the CPU in 2 MB pages: reads are up to 1.6 times as fast.
 
-    Memory of its own, as what an allocator hands out again keeps the pages that it has, and begins between them.
+    The memory is mapped for this tensor: memory that an allocator reuses keeps its small pages and is not aligned.
 
     Args:
-        shared: tensors of 64 KB to 2 MB lie one after the other in such memory too, which goes back when the last of
-            them does: for what lives as long as a model.
+        shared: also for tensors of 64 KB to 2 MB, which then share a mapping that is freed with the last of them: for
+            tensors that live as long as a model.
     Example:
         >>> values = empty(weight, (2048, 6144), torch.int8)
     """
@@ -41,7 +41,7 @@ def empty(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, sha
 
 
 def _map(size: int) -> tuple[mmap.mmap, int]:
-    """New memory, and where in it the first 2 MB page begins; ``size`` bytes follow."""
+    """A new mapping, and the offset of its first 2 MB page, which ``size`` bytes follow."""
     memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
     with contextlib.suppress(OSError):  # a system without huge pages
@@ -50,7 +50,7 @@ def _map(size: int) -> tuple[mmap.mmap, int]:
 
 
 class _Shared:
-    """Memory that several tensors share; only they keep it alive."""
+    """A mapping that several tensors share; only the tensors keep it alive."""
 
     def __init__(self) -> None:
         self._lock, self._free, self._end = threading.Lock(), 0, 0
@@ -71,8 +71,8 @@ _shared = _Shared()
 
 
 def release(tensor: torch.Tensor) -> None:
-    """Lets the pages of a tensor that was read from a mapped file leave memory, though the map lives on. Values do not
-    change, and tensors that are no part of a file stay where they are.
+    """Drops the pages of a tensor in a mapped file from memory, while the mapping lives on. Values do not change;
+    tensors that are not in a file are left alone.
 
     Example:
         >>> release(weight)  # read, and not needed soon
@@ -86,13 +86,13 @@ def release(tensor: torch.Tensor) -> None:
         return
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if last > first:  # where the system refuses it, nothing changes
+    if last > first:  # if the system refuses, nothing changes
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_PAGEOUT)
 
 
 def trim() -> None:
-    """Gives memory that was freed back to the system, where the C library can (glibc): it may keep a tenth of what
-    passed through it.
+    """Returns freed memory to the system (malloc_trim of glibc): the C library may otherwise keep a tenth of what was
+    allocated.
 
     Example:
         >>> trim()
