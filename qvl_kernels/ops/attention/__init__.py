@@ -1,3 +1,5 @@
+"""attention: public names."""
+
 from qvl_kernels.ops.attention.api import attention
 
 __all__ = ["attention"]

@@ -1,3 +1,5 @@
+"""Reference of attention: its definition in PyTorch operations."""
+
 import math
 
 import torch

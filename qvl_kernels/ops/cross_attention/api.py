@@ -37,9 +37,9 @@ def cross_attention(
     Args:
         q: [B, T, H, D] text queries, fp32, bf16 or fp16; last dimension contiguous.
         k, v: [B, S, Hkv, D] visual keys and values, H a multiple of Hkv.
-        kv_lens: int [B], visual tokens of each sample (a prefix of S); what lies behind may hold anything, NaN
-            included.
-        key_padding_mask: bool [B, S], True = visible; together with kv_lens both must allow a key.
+        kv_lens: int [B], visual tokens of each sample (a prefix of S); keys and values behind it may hold anything,
+            NaN included.
+        key_padding_mask: bool [B, S], True = visible; with kv_lens, a key must be visible in both.
         scale: default 1 / sqrt(D).
         dropout_p: probability of dropping an attention weight; on the CPU this runs on the reference.
     Returns:

@@ -1,3 +1,5 @@
+"""Cases of cross_attention: shapes of the model and awkward ones, for tests and benchmarks."""
+
 import torch
 
 from qvl_kernels.testing import Case, random_tensor

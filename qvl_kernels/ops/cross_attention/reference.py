@@ -1,3 +1,5 @@
+"""Reference of cross_attention: its definition in PyTorch operations."""
+
 import torch
 
 from qvl_kernels.ops.attention.reference import attention_reference

@@ -1,3 +1,5 @@
+"""decode_attention on the CPU, over the C++ attention kernel."""
+
 import torch
 
 from qvl_kernels.ops.decode_attention.reference import dequantize_cache

@@ -20,7 +20,9 @@ NO_BACKWARD = "has no backward; call it under torch.no_grad(), or compose the si
 
 
 class DecoderWeights(NamedTuple):
-    """Tensors of one decoder layer, as ``nn.Linear`` and the norms store them. C hidden, F MLP width, D head_dim."""
+    """Weights of one decoder layer, as ``nn.Linear`` and the norms store them. C: hidden size, F: MLP width, D:
+    head_dim.
+    """
 
     input_norm: torch.Tensor  # [C]
     q: torch.Tensor | QuantizedWeight  # [H * D, C]

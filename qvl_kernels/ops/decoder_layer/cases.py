@@ -1,3 +1,5 @@
+"""Cases of decoder_layer: shapes of the model and awkward ones, for tests and benchmarks."""
+
 import torch
 
 from qvl_kernels.ops.decoder_layer.api import DecoderWeights

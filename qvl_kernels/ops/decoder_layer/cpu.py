@@ -1,3 +1,5 @@
+"""decoder_layer on the CPU: C++ handles of layers and KV caches, and calls on them."""
+
 from collections.abc import Sequence
 from typing import Any
 

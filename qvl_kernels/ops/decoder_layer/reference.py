@@ -1,3 +1,5 @@
+"""Reference of decoder_layer: its definition in PyTorch operations."""
+
 from typing import Any
 
 import torch

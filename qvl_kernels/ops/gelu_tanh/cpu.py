@@ -1,3 +1,5 @@
+"""gelu_tanh on the CPU: forward in C++, backward in PyTorch operations."""
+
 import torch
 
 from qvl_kernels import dispatch

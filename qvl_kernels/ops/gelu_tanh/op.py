@@ -1,4 +1,4 @@
-"""torch ops qvl::gelu_tanh and its backward."""
+"""torch op qvl::gelu_tanh and its backward."""
 
 from typing import Any
 

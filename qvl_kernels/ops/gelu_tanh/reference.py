@@ -1,3 +1,5 @@
+"""Reference of gelu_tanh: its definition in PyTorch operations."""
+
 import torch
 
 __all__ = ["gelu_tanh_reference"]

@@ -1,3 +1,5 @@
+"""layer_norm and add_layer_norm on the CPU: forward in C++, backward in PyTorch operations."""
+
 import torch
 
 from qvl_kernels import dispatch

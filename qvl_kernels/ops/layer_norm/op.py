@@ -51,9 +51,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 def _again(ctx: Any, grad: torch.Tensor, grad_total: torch.Tensor | None) -> tuple:
-    """Gradients of x, weight and bias, as functions of x and weight: the bias is only added, its value does
-    not count.
-    """
+    """Gradients of x, weight and bias that can be differentiated in x and weight; they do not depend on the bias."""
     x, weight = ctx.saved_tensors
     bias = torch.zeros_like(weight, requires_grad=ctx.needs_input_grad[-2])
     return tuple(

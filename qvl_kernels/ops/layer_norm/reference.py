@@ -1,3 +1,5 @@
+"""Reference of layer_norm: its definition in PyTorch operations."""
+
 import torch
 
 __all__ = ["add_layer_norm_reference", "layer_norm_reference"]

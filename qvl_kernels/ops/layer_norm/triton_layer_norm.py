@@ -1,4 +1,4 @@
-"""layer_norm, of a sum too, and its backward. A row stays in registers: read once, written once."""
+"""layer_norm, add_layer_norm and their backward. A row stays in registers: read once, written once."""
 
 import torch
 import triton
@@ -28,8 +28,9 @@ def _layer_norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias of ROWS rows; with a residual, of the rounded sum, which is
-    written too.
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias of ROWS rows.
+
+    HAS_RESIDUAL: x is x + residual, rounded, which is stored too.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
@@ -73,8 +74,8 @@ def _layer_norm_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """With n = (x - mean) r, r = rsqrt(var + eps), g = grad weight: dx = r (g - mean(g) - n mean(g n)) + grad_x; parts
-    of dweight = sum(grad n) and dbias = sum(grad).
+    """With r = rsqrt(var + eps), n = (x - mean) r, g = grad weight: dx = r (g - mean(g) - n mean(g n)) + grad_x, and
+    each program's partial sums of dweight = sum(grad n) and dbias = sum(grad).
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK)

@@ -1,3 +1,5 @@
+"""linear: public names."""
+
 from qvl_kernels.ops.gemv.tiles import few_rows
 from qvl_kernels.ops.linear.api import linear
 

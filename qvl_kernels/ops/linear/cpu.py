@@ -1,3 +1,5 @@
+"""linear on the CPU: the C++ kernel or oneDNN."""
+
 import torch
 
 from qvl_kernels.ops.linear.extension import extension_linear

@@ -1,3 +1,5 @@
+"""Reference of linear: its definition in PyTorch operations."""
+
 import torch
 
 __all__ = ["linear_reference"]

@@ -1,3 +1,5 @@
+"""Reference of linear_cross_entropy: its definition in PyTorch operations."""
+
 import torch
 
 __all__ = ["linear_cross_entropy_reference"]

@@ -1,3 +1,5 @@
+"""Reference of patch_embed: its definition in PyTorch operations."""
+
 import torch
 
 __all__ = ["patch_embed_reference"]

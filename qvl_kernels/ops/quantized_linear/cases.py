@@ -1,3 +1,5 @@
+"""Cases of quantized_linear: shapes of the model and awkward ones, for tests and benchmarks."""
+
 import torch
 
 from qvl_kernels.quantization import quantize

@@ -1,3 +1,5 @@
+"""quantized_linear on the CPU, over the C++ kernels."""
+
 import torch
 
 from qvl_kernels.ops.linear.extension import extension_linear

@@ -1,3 +1,5 @@
+"""Reference of quantized_linear: its definition in PyTorch operations."""
+
 import torch
 
 from qvl_kernels.quantization import QuantizedWeight, dequantize

@@ -1,3 +1,5 @@
+"""Reference of rms_norm: its definition in PyTorch operations."""
+
 import torch
 
 __all__ = ["add_rms_norm_reference", "rms_norm_reference"]

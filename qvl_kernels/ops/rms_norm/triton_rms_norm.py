@@ -1,4 +1,4 @@
-"""rms_norm, of a sum too, and its backward. A row stays in registers: read once, written once."""
+"""rms_norm, add_rms_norm and their backward. A row stays in registers: read once, written once."""
 
 import torch
 import triton
@@ -27,8 +27,9 @@ def _rms_norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y = x / sqrt(mean(x^2) + eps) * weight of ROWS rows; with a residual, of the rounded sum, which is
-    written too.
+    """y = x / sqrt(mean(x^2) + eps) * weight of ROWS rows.
+
+    HAS_RESIDUAL: x is x + residual, rounded, which is stored too.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
@@ -69,8 +70,8 @@ def _rms_norm_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """With r = rsqrt(mean(x^2) + eps), n = x r, g = grad weight: dx = r (g - n mean(g n)) + grad_x; a part of dweight =
-    sum(grad n).
+    """With r = rsqrt(mean(x^2) + eps), n = x r, g = grad weight: dx = r (g - n mean(g n)) + grad_x, and each program's
+    partial sum of dweight = sum(grad n).
 
     Since 1 = mean(n^2) + eps r^2, dx_i = r (g_i (sum of the other n_j^2 / size + eps r^2) - n_i sum of the other g_j
     n_j / size), which does not cancel in rows that one element dominates.
@@ -168,6 +169,6 @@ def launch_rms_norm_backward(
         dx_rows.stride(0),
         HAS_GRAD_X=grad_x is not None,
         **tile,
-        enable_fp_fusion=False,  # a sum minus one of its terms is exact only if both round the product
+        enable_fp_fusion=False,  # no FMA: a sum minus one of its terms is exact only if both round the product
     )
     return dx, partial.sum(0).to(weight.dtype)

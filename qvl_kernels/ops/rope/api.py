@@ -46,7 +46,7 @@ def qk_norm_rope(
         q: [B, T, H, D] fp32, bf16 or fp16; last dimension contiguous. k: [B, T, Hkv, D]. D even.
         q_weight, k_weight: [D], same dtype.
         cos, sin: [B or 1, T, D], same dtype, as Qwen3VLTextRotaryEmbedding returns them (M-RoPE sections interleaved);
-            constants, of which a gradient is refused.
+            constants: a gradient is refused.
         eps: of the norm.
     Returns:
         (q, k), shapes as given. The rotation is computed in fp32 and rounded once.
@@ -80,11 +80,11 @@ def qk_norm_rope(
 def vision_rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x cos + rotate_half(x) sin of packed vision tokens        [apply_rotary_pos_emb_vision of Qwen3-VL]
+    """x cos + rotate_half(x) sin of vision tokens, varlen        [apply_rotary_pos_emb_vision of Qwen3-VL]
 
     Args:
         q, k: [N, H, D] fp32, bf16 or fp16; last dimension contiguous. D even.
-        cos, sin: [N, D], fp32 or q's dtype; constants, of which a gradient is refused.
+        cos, sin: [N, D], fp32 or q's dtype; constants: a gradient is refused.
     Returns:
         (q, k), computed in fp32 and rounded once.
     Raises: TypeError or ValueError for bad arguments; RuntimeError if cos or sin needs a gradient or a forced backend

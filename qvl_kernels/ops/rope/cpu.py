@@ -1,3 +1,5 @@
+"""qk_norm_rope and vision_rope on the CPU: forward in C++, backward in PyTorch operations."""
+
 import torch
 
 from qvl_kernels import dispatch
@@ -15,12 +17,12 @@ __all__ = [
 
 
 def _strides(x: torch.Tensor) -> list[int]:
-    """Strides of batch, time, head of [B, T, H, D] or [N, H, D]."""
+    """Strides of batch, time and head of [B, T, H, D] or, varlen, [N, H, D]."""
     return [0, x.stride(0), x.stride(1)] if x.dim() == 3 else [x.stride(0), x.stride(1), x.stride(2)]
 
 
 def _table_strides(x: torch.Tensor) -> list[int]:
-    """Strides of batch and time of [B or 1, T, D] or [N, D]."""
+    """Strides of batch and time of a cos/sin cache [B or 1, T, D] or [N, D]."""
     if x.dim() == 2:
         return [0, x.stride(0)]
     return [x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)]
@@ -100,7 +102,7 @@ def qk_norm_rope_to_cache_cpu(
 
 
 def _rope_backward(grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """y = x cos + rotate_half(x) sin, so dx = g cos + rotate_half^T(g sin), and rotate_half^T = -rotate_half."""
+    """y = x cos + rotate_half(x) sin, so dx = grad cos - rotate_half(grad sin), as rotate_half^T = -rotate_half."""
     g, cos, sin = grad.float(), cos.unsqueeze(-2).float(), sin.unsqueeze(-2).float()
     return g * cos - rotate_half(g * sin)
 

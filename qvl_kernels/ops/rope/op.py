@@ -95,7 +95,7 @@ def _vision_backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tu
 
 
 def _vision_backward_again(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Linear, so that it is its own formula at any place."""
+    """The map is linear in q and k, so its backward is differentiable as the same map."""
     q, k = (torch.zeros_like(grad, requires_grad=True) for grad in (grad_q, grad_k))
     gradients = derivative_again(lambda q, k: vision_rope_reference(q, k, *ctx.saved_tensors), (q, k), (grad_q, grad_k))
     return *gradients, None, None
@@ -111,8 +111,8 @@ qk_norm_rope_op = register(
     backward_again=_backward_again,
     setup_context=_setup,
 )
-# The rotated q; k and v go to positions past + lengths[b] + t of the caches [B, Hkv, S_cap, D], or nowhere if those are
-# outside. ``table``: the caches' row of GrowingCaches.table, which a GPU asks where they are.
+# Returns the rotated q and writes k and v to positions past + lengths[b] + t of the caches [B, Hkv, S_cap, D], not
+# outside of them. ``table``: a layer's row of GrowingCaches.table, from which GPU kernels read the caches' addresses.
 qk_norm_rope_to_cache_op = register(
     "qk_norm_rope_to_cache(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, "
     "Tensor(a!) k_cache,"

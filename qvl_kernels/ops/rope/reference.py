@@ -1,3 +1,5 @@
+"""References of qk_norm_rope and vision_rope: their definition in PyTorch operations."""
+
 import torch
 
 from qvl_kernels.ops.rms_norm.reference import rms_norm_reference

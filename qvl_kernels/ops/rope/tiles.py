@@ -1,4 +1,4 @@
-"""Tile choices of the rotation kernels."""
+"""Tile choices of the RoPE kernels."""
 
 from qvl_kernels.gpu.tiles import next_power_of_2
 
@@ -6,9 +6,9 @@ __all__ = ["rope"]
 
 
 def rope(heads: int, kv_heads: int, half: int) -> dict:
-    """Heads of one token, both halves of ``half`` elements in registers: 4 elements of each a thread.
+    """Some heads of one token, with both halves of ``half`` elements in registers: 4 elements of each half per thread.
 
-    No more heads than k has, so that grouped-query attention leaves no thread idle.
+    A program has at most as many heads as k, so that grouped-query attention leaves no thread idle.
     """
     block = next_power_of_2(half)
     rows = min(next_power_of_2(min(heads, kv_heads)), max(1, 1024 // block))

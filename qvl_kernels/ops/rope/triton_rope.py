@@ -1,7 +1,7 @@
-"""qk_norm_rope, vision_rope, their backward, and at inference keys and values written straight into a cache.
+"""qk_norm_rope, vision_rope, their backward, and qk_norm_rope_to_cache, which writes keys and values to the KV cache.
 
-A program takes some heads of one token, both halves of each in registers: read once, written once. The first blocks of
-heads are of q, the others of k (and v).
+A program takes some heads of one token, with both halves of each head in registers: read once, written once. The first
+blocks of heads belong to q, the others to k (and v).
 """
 
 import torch
@@ -26,7 +26,7 @@ __all__ = [
 
 @triton.jit
 def _halves(ptr, mask, half):
-    """The two halves of what lies at ``ptr``, in fp32."""
+    """The low and high halves of the heads at ``ptr``, in fp32, each of ``mask``'s shape."""
     low = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(ptr + half, mask=mask, other=0.0).to(tl.float32)
     return low, high
@@ -40,7 +40,7 @@ def _store_halves(ptr, low, high, mask, half):
 
 @triton.jit
 def _rotated(low, high, cos_ptr, sin_ptr, offs, half, TRANSPOSED: tl.constexpr):
-    """x cos + rotate_half(x) sin, rotate_half(low, high) = (-high, low); or the transposed of that linear map."""
+    """x cos + rotate_half(x) sin, rotate_half(low, high) = (-high, low); or, if TRANSPOSED, the transposed map."""
     cos_low, cos_high = _halves(cos_ptr + offs, offs < half, half)
     sin_low, sin_high = _halves(sin_ptr + offs, offs < half, half)
     if TRANSPOSED:
@@ -130,16 +130,16 @@ def _rope_kernel(
     BLOCK: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
-    """q and k of one token, rotated; k, and v as it is, go to position past + length of the row + t, or nowhere if that
-    is outside [0, S).
+    """y = x cos + rotate_half(x) sin of q and k, with HAS_NORM of their RMS norm, for some heads of one token.
 
-    HAS_TABLE: where they lie, and S, stands in a row of GrowingCaches.table.
+    k, and v unchanged, are written at position past + length of the row + t; nothing is written outside [0, S).
+    HAS_TABLE: the addresses of the caches, and S, are read from a row of GrowingCaches.table.
     """
     griddepcontrol_wait(DEPENDENT_LAUNCH)
     token = tl.program_id(0).to(tl.int64)
     batch, t = token // T, token % T
     block, q_blocks = tl.program_id(1), tl.cdiv(H, ROWS)
-    if HAS_TABLE:  # not in the branch below, which must not change types of what it shares
+    if HAS_TABLE:  # not in the branch below, as both branches must keep the variables' types
         k_out_ptr, v_out_ptr, S = caches_of_table(table_ptr, q_ptr)
         stride_kob, stride_koh, stride_kos = HKV * S * 2 * half, S * 2 * half, 2 * half
         stride_vob, stride_voh, stride_vos = stride_kob, stride_koh, stride_kos
@@ -226,8 +226,10 @@ def _head_gradients(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients of some heads of every num_programs-th token, and their part of that of the norm's weight; formula of
-    rms_norm's.
+    """dx of some heads of every num_programs-th token, and their part of the norm's dweight.
+
+    With r = rsqrt(mean(x^2) + eps), n = x r, g = rope^T(grad) weight: dx = r (g - n mean(g n)), dweight =
+    sum(rope^T(grad) n); dx is computed as in rms_norm's backward, without cancellation.
     """
     heads, offs = first + tl.arange(0, ROWS).to(tl.int64), tl.arange(0, BLOCK)
     mask = (heads < count)[:, None] & (offs < half)[None, :]
@@ -312,8 +314,8 @@ def _qk_norm_rope_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dq, dk, and parts of the weights' gradients [num_programs(0), num_programs(1), D], first of q's heads, then of
-    k's.
+    """dq, dk and partial sums of the norm weights' gradients [num_programs(0), num_programs(1), D], q's blocks of heads
+    before k's; formulas in ``_head_gradients``.
     """
     block, q_blocks = tl.program_id(1), tl.cdiv(H, ROWS)
     dweight_ptr += (tl.program_id(0) * tl.num_programs(1) + block).to(tl.int64) * 2 * half
@@ -376,7 +378,7 @@ def _qk_norm_rope_backward_kernel(
 
 
 def _table_strides(table: torch.Tensor) -> tuple[int, int]:
-    """Of batch and time of [B or 1, T, D]."""
+    """Strides of batch and time of a cos/sin cache [B or 1, T, D]."""
     return (table.stride(0) if table.shape[0] > 1 else 0), table.stride(1)
 
 
@@ -400,15 +402,16 @@ def _forward(
     transposed: bool = False,
     table: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q, k, v: [B, T, heads, D]; k_out, v_out: [B, heads, S, D], or as ``table`` says at the time of the run. Returns
-    the rotated q.
+    """Returns the rotated q; writes k_out and v_out.
+
+    q, k, v: [B, T, heads, D]. k_out, v_out: [B, heads, S, D], or the caches that ``table`` holds when the kernel runs.
     """
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     batch, time, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     tile = tiles.rope(heads, kv_heads, head_dim // 2)
     values, v_out = (k, k_out) if v is None else (v, v_out)
-    if table is not None:  # a graph must not hold addresses and sizes of today
+    if table is not None:  # a captured graph must not hold the caches' present addresses and capacity
         k_out = v_out = q
     q_weight, k_weight = (q, k) if weights is None else weights
     launch(
@@ -533,7 +536,7 @@ def launch_qk_norm_rope_backward(
     kv_heads, tokens = k.shape[2], batch * time
     tile = tiles.rope(heads, kv_heads, head_dim // 2)
     q_blocks, k_blocks = cdiv(heads, tile["ROWS"]), cdiv(kv_heads, tile["ROWS"])
-    programs = min(tokens, 4 * PARTIAL_SUMS)  # of few heads each
+    programs = min(tokens, 4 * PARTIAL_SUMS)  # each takes few heads
     partial = torch.empty((programs, q_blocks + k_blocks, head_dim), dtype=torch.float32, device=q.device)
     launch(
         _qk_norm_rope_backward_kernel,

@@ -1,4 +1,4 @@
-"""torch ops qvl::swiglu and its backward."""
+"""torch op qvl::swiglu and its backward."""
 
 from typing import Any
 

@@ -1,3 +1,5 @@
+"""Reference of swiglu: its definition in PyTorch operations."""
+
 import torch
 
 __all__ = ["swiglu_reference"]

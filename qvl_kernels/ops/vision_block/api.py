@@ -18,7 +18,7 @@ __all__ = ["NO_BACKWARD", "VisionWeights", "vision_block"]
 
 
 class VisionWeights(NamedTuple):
-    """Tensors of one vision block, as stored. C hidden, F MLP width."""
+    """Weights of one vision block, as ``nn.Linear`` and the norms store them. C: hidden size, F: MLP width."""
 
     norm1_w: torch.Tensor  # [C]
     norm1_b: torch.Tensor
@@ -41,7 +41,7 @@ def _check_weights(x: torch.Tensor, w: Any) -> None:
     for name, weight in zip(VisionWeights._fields, w):
         if not isinstance(weight, torch.Tensor):
             raise TypeError(f"vision_block: {name} must be a torch.Tensor, got {type(weight).__name__}")
-    hidden, mlp = x.shape[1], w.fc1_w.shape[:1].numel()  # whatever its dimensions
+    hidden, mlp = x.shape[1], w.fc1_w.shape[:1].numel()  # its number of dimensions is checked below
     expected = (
         (hidden,),
         (hidden,),
@@ -77,16 +77,16 @@ def vision_block(
     num_heads: int,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """One whole vision transformer block over packed images in one call. Inference only.
+    """A fused vision block over several images (varlen) in one call. Inference only.
 
-    x + proj(attention(rope(q), rope(k), v)) with q, k, v from layer_norm(x), then + fc2(gelu_tanh(fc1(.))) of the
-    normed sum        [Qwen3VLVisionBlock]
+    h = x + proj(attention(rope(q), rope(k), v)) with q, k, v = qkv(layer_norm(x)), then
+    y = h + fc2(gelu_tanh(fc1(layer_norm(h))))        [Qwen3VLVisionBlock]
 
     Args:
         x: [N, C] contiguous, fp32, bf16 or fp16: the patches of all images, one after the other.
         weights: VisionWeights, dtype of x; any of the matrices may be a ``quant.QuantizedWeight`` instead.
         cos, sin: fp32 [N, D], D = C / num_heads, even.
-        cu_seqlens: int32 [images + 1] on the CPU, prefix sum of patches; patches see their own image only.
+        cu_seqlens: int32 [images + 1] on the CPU, prefix sum of patches; patches attend to their own image only.
         num_heads: heads; C must be a multiple.
         eps: of both norms.
     Returns:
@@ -132,9 +132,8 @@ def vision_block(
             )
         return vision_block_reference(x, w, cos, sin, cu_seqlens, num_heads, eps)
     function = quantized_vision_block if quantized else vision_block_op
-    if (
-        backend == "triton" and not needs_dispatcher()
-    ):  # past PyTorch's dispatcher, which takes the host longer than small kernels the device
+    if backend == "triton" and not needs_dispatcher():
+        # The dispatcher takes the host longer than the device takes for small kernels.
         function = unfused_vision_block
     return function(
         x,

@@ -1,3 +1,5 @@
+"""Cases of vision_block: shapes of the model and awkward ones, for tests and benchmarks."""
+
 import torch
 
 from qvl_kernels.ops.vision_block.api import VisionWeights

@@ -1,3 +1,5 @@
+"""vision_block on the CPU: one C++ call, or the unfused block where oneDNN is faster."""
+
 from collections.abc import Sequence
 
 import torch
@@ -40,7 +42,7 @@ def quantized_vision_block(
     num_heads: int,
     eps: float,
 ) -> torch.Tensor:
-    """As ``vision_block_op``, over weights any of which is a QuantizedWeight: no op of PyTorch's takes those."""
+    """As ``vision_block_op``; any weight may be a QuantizedWeight, which a torch op cannot take."""
     eligible = (
         x.is_cpu
         and dispatch.forced() != "triton"
@@ -67,7 +69,7 @@ def _extension_vision_block(
     num_heads: int,
     eps: float,
 ) -> torch.Tensor:
-    """One C++ call; each of the weights may be a QuantizedWeight."""
+    """The block in one C++ call; any weight may be a QuantizedWeight."""
     tokens, hidden = x.shape
     head_dim = out_features(weights[0]) // (3 * num_heads)
     out = torch.empty(x.shape, dtype=x.dtype)

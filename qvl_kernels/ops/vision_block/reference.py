@@ -1,3 +1,5 @@
+"""Reference of vision_block: its definition in PyTorch operations."""
+
 from typing import Any
 
 import torch

@@ -1,6 +1,4 @@
-"""The block from single ops: on GPUs, under tracing with quantised weights, and on processors whose matrix units
-(through oneDNN) make that faster.
-"""
+"""The unfused vision block: on GPUs, under tracing with quantised weights, and where oneDNN is faster."""
 
 from collections.abc import Sequence
 
@@ -28,7 +26,7 @@ def unfused_vision_block(
     num_heads: int,
     eps: float,
 ) -> torch.Tensor:
-    """As ``vision_block``; each of the weights may be a QuantizedWeight."""
+    """As ``vision_block``; any weight may be a QuantizedWeight."""
     tokens = x.shape[0]
     (qkv_w, proj_w, fc1_w, fc2_w), (qkv_b, proj_b, fc1_b, fc2_b) = weights, biases
     norm1_w, norm1_b, norm2_w, norm2_b = norms
@@ -39,7 +37,7 @@ def unfused_vision_block(
     )
     q, k = call(vision_rope_op, q, k, cos, sin)
     attended, _ = call(attention_op, q, k, v, cu_seqlens, None, None, False, q.shape[-1] ** -0.5, 0.0, None)
-    del q, k, v  # the block's peak is in its MLP
+    del q, k, v  # peak memory is in the MLP
     normed, total = call(add_layer_norm_op, matmul(attended.flatten(1), proj_w, proj_b), x, norm2_w, norm2_b, eps)
     del attended
     return total + matmul(call(gelu_tanh_op, matmul(normed, fc1_w, fc1_b), None), fc2_w, fc2_b)
