@@ -31,7 +31,7 @@ _GPU: dict[Callable, Callable] = {}  # op -> its Triton launcher
 TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
-def _keys(x: torch.Tensor) -> int:
+def _dispatch_keys(x: torch.Tensor) -> int:
     """The dispatch keys of a tensor, as bits."""
     return torch._C._dispatch_keys(x).raw_repr()
 
@@ -42,7 +42,7 @@ def _plain_keys(device: str) -> frozenset[int]:
     found = set()
     for inference in (True, False):
         with torch.inference_mode(inference):
-            found.add(_keys(torch.empty(0, device=device)))
+            found.add(_dispatch_keys(torch.empty(0, device=device)))
     return frozenset(found)
 
 
@@ -53,7 +53,7 @@ def is_eligible(x: torch.Tensor, device: str) -> bool:
     """Whether kernels may read a tensor's memory directly: on ``device`` ("cpu" or "cuda"), dense, not fake, without a
     negative or conjugate bit, no subclass, ...
     """
-    return type(x) in TENSOR_TYPES and _keys(x) in _plain_keys(device)
+    return type(x) in TENSOR_TYPES and _dispatch_keys(x) in _plain_keys(device)
 
 
 def has_memory(x: torch.Tensor) -> bool:
@@ -188,7 +188,7 @@ def call(op: Callable, *args: Any) -> Any:
         if isinstance(x, torch.Tensor):
             if x.is_cuda:
                 kernels = _GPU
-            if type(x) not in TENSOR_TYPES or _keys(x) not in _plain_keys("cuda" if x.is_cuda else "cpu"):
+            if type(x) not in TENSOR_TYPES or _dispatch_keys(x) not in _plain_keys("cuda" if x.is_cuda else "cpu"):
                 return op(*args)
     return kernels[op](*args)
 

@@ -61,7 +61,7 @@ def instruction_set(isa: str) -> Iterator[None]:
 
 
 def relative_error(out: torch.Tensor, truth: torch.Tensor) -> float:
-    """||out - truth|| / ||truth||, computed in float64."""
+    """||out - truth|| / ||truth|| in float64; ``truth`` is the fp64 reference."""
     out, truth = out.double(), truth.double()
     norm = truth.norm().item()
     return (out - truth).norm().item() / (norm if norm > 0 else 1.0)

@@ -96,11 +96,11 @@ def _sequence_backward(
     kf, vf = k.float().transpose(1, 2), v.float().transpose(1, 2)  # [B, Hkv, S, D]
     seen = visible_keys
     if mask is not None:
-        masked = (mask if mask.dtype == torch.bool else mask > float("-inf")).flatten(1, 2).any(1)
-        seen = masked if seen is None else seen & masked
+        mask_visible = (mask if mask.dtype == torch.bool else mask > float("-inf")).flatten(1, 2).any(1)
+        seen = mask_visible if seen is None else seen & mask_visible
     if seen is not None:  # keys masked for all queries may hold NaN, and 0 * NaN is NaN
-        hidden = ~seen[:, None, :, None]
-        kf, vf = kf.masked_fill(hidden, 0), vf.masked_fill(hidden, 0)
+        masked_keys = ~seen[:, None, :, None]
+        kf, vf = kf.masked_fill(masked_keys, 0), vf.masked_fill(masked_keys, 0)
     dq = torch.zeros(batch, kv_heads, group, queries, head_dim, dtype=torch.float32, device=q.device)
     dk, dv = torch.zeros_like(kf), torch.zeros_like(vf)
     dmask = torch.zeros_like(mask, dtype=torch.float32) if mask is not None and mask_grad else None
@@ -113,21 +113,21 @@ def _sequence_backward(
     for begin in range(0, queries, BACKWARD_QUERIES):
         rows = slice(begin, min(begin + BACKWARD_QUERIES, queries))
         scores = torch.einsum("bhgtd,bhsd->bhgts", qf[:, :, :, rows], kf) * scale
-        hide = None
+        masked_pairs = None
         if causal:
             last = torch.arange(rows.start, rows.stop, device=q.device) + keys - queries
-            hide = (key_index[None, :] > last[:, None])[None, None, None]
+            masked_pairs = (key_index[None, :] > last[:, None])[None, None, None]
         if visible_keys is not None:
             padding = ~visible_keys[:, None, None, None, :]
-            hide = padding if hide is None else hide | padding
+            masked_pairs = padding if masked_pairs is None else masked_pairs | padding
         if mask is not None:
             full = mask.expand(batch, heads, queries, keys)[:, :, rows].reshape(batch, kv_heads, group, -1, keys)
             if mask.dtype == torch.bool:
-                hide = ~full if hide is None else hide | ~full
+                masked_pairs = ~full if masked_pairs is None else masked_pairs | ~full
             else:
                 scores = scores + full.float()
-        if hide is not None:
-            scores = scores.masked_fill(hide, float("-inf"))
+        if masked_pairs is not None:
+            scores = scores.masked_fill(masked_pairs, float("-inf"))
         # Not exp(scores - lse): with an additive mask as large as the dtype, lse cannot hold the logarithm of the sum.
         p = torch.softmax(scores, -1).masked_fill(lse[:, :, :, rows] == float("-inf"), 0.0)
         ds = p * (torch.einsum("bhgtd,bhsd->bhgts", gf[:, :, :, rows], vf) - delta[:, :, :, rows])

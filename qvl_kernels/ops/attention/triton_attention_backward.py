@@ -470,7 +470,7 @@ def _dk_dv_of_queries(
         )  # [BLOCK_M, BLOCK_D]
         do = load_tile(do_ptr + member * stride_gh + start * stride_gt + do_offsets, in_rows, HEAD_DIM, BLOCK_D, True)
         stats = member * T + start
-        row_max = tl.load(row_max_ptr + stats + offs_m, mask=in_rows, other=float("inf"))
+        row_max = tl.load(row_max_ptr + stats + offs_m, mask=in_rows, other=float("inf"))  # [BLOCK_M]
         delta = tl.load(delta_ptr + stats + offs_m, mask=in_rows, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # [BLOCK_N, BLOCK_M]
         if PARTIAL:
@@ -497,7 +497,7 @@ def _dk_dv_of_queries(
             scores -= tl.load(log_row_sum_ptr + stats + offs_m, mask=in_rows, other=0.0)[None, :]
         p = tl.exp2(scores)
         dp = tl.zeros([offs_n.shape[0], BLOCK_M], tl.float32)
-        if not DROPOUT:  # -delta is the accumulator's start: it needs no registers of its own
+        if not DROPOUT:  # the accumulator starts at -delta, which saves registers
             dp -= delta[None, :]
         dp = tl.dot(v, tl.trans(do), dp, input_precision="ieee")
         weights = p
@@ -713,7 +713,7 @@ def launch_attention_backward(
     mask_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv, gradient of the additive mask). The last, only with ``mask_grad``, is summed from ds
-    [B, H, T, S], which then lies in memory in fp32.
+    [B, H, T, S], which then takes fp32 memory.
     """
     layout = Layout(q, k, cu_seqlens, key_counts, mask, causal, scale, dropout_p, seed)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()

@@ -56,7 +56,7 @@ def _gelu_tanh_backward_kernel(
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     grad = tl.load(grad_ptr + row * stride_grad + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
-    x = tl.load(x_ptr + row * stride_x + offs, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     if HAS_BIAS:
         x += tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     twice_u = _twice_u(x)

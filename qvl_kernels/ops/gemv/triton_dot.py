@@ -13,7 +13,7 @@ __all__ = ["gemv_dot_kernel", "normalise_rows_kernel"]
 
 
 @triton.jit
-def _multiply(x, x_high, w, BITS: tl.constexpr):
+def _batched_dot(x, x_high, w, BITS: tl.constexpr):
     """x w^T, batched over PARTS: [PARTS, 16, BLOCK] times [PARTS, BLOCK_N, BLOCK]^T.
 
     int4: low nibbles times x plus high nibbles times x_high.
@@ -96,7 +96,7 @@ def gemv_dot_kernel(
                 squares += tl.sum(wide * wide, 2)
                 factor = tl.load(norm_ptr + k + 16, mask=k + 16 < K, other=0.0).to(tl.float32)
                 x_high = (wide * factor).to(x_ptr.dtype.element_ty)
-        product = _multiply(x, x_high, w, BITS)
+        product = _batched_dot(x, x_high, w, BITS)
         if BITS == 4:
             group = column // BLOCK + part[:, None]  # [PARTS, 1]
             scale_mask = in_n[None, :] & (group * BLOCK < W_COLUMNS)
@@ -104,7 +104,7 @@ def gemv_dot_kernel(
             product *= scale.to(tl.float32)[:, None, :]
         acc += product
         if HAS_UP:
-            product = _multiply(x, x_high, tl.load(up_base + columns, mask=w_mask, other=0), BITS)
+            product = _batched_dot(x, x_high, tl.load(up_base + columns, mask=w_mask, other=0), BITS)
             if BITS == 4:
                 scale = tl.load(up_scale_ptr + wide_n[None, :] * stride_up_scale + group, mask=scale_mask, other=0.0)
                 product *= scale.to(tl.float32)[:, None, :]

@@ -30,6 +30,7 @@ def _stack(parts, COUNT: tl.constexpr):
 
 @triton.jit
 def _halve(parts):
+    """Joins pairs of tensors: half as many parts, each with one more dimension of 2."""
     if len(parts) == 1:
         return parts
     else:
@@ -244,6 +245,7 @@ def _pick_outputs(accs, START: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.con
 
 @triton.jit
 def _pad_parts(parts, zero, COUNT: tl.constexpr):
+    """``parts`` padded with ``zero`` to COUNT tensors."""
     for _ in tl.static_range(COUNT - len(parts)):
         parts = parts + (zero,)
     return parts

@@ -81,19 +81,19 @@ def gemv_int4_kernel(
             base, scale_base = w_ptr + n * stride_w, scale_ptr + n * stride_scale
             if i >= BLOCK_N:
                 base, scale_base = up_ptr + n * stride_up, up_scale_ptr + n * stride_up_scale
-            word = tl.load(base + words, mask=words < W_COLUMNS, other=0, eviction_policy="evict_first")
+            word = tl.load(base + words, mask=words < W_COLUMNS, other=0, eviction_policy="evict_first")  # [BLOCKS, 4]
             weights = weights + (word.to(tl.uint32, bitcast=True),)
-            scale = tl.load(scale_base + (column // 4 + block) // GROUP_BLOCKS, mask=inside, other=0.0)
+            scale = tl.load(scale_base + (column // 4 + block) // GROUP_BLOCKS, mask=inside, other=0.0)  # [BLOCKS]
             scales = scales + (scale.to(tl.float32),)
         low = column * 2 + block[:, None] * 8 + q  # [BLOCKS, 4], in units of four inputs
         if HAS_NORM:
-            low_norm = tl.load(norm_ptr + low, mask=low < K, other=0)
+            low_norm = tl.load(norm_ptr + low, mask=low < K, other=0)  # [BLOCKS, 4]
             high_norm = tl.load(norm_ptr + low + 4, mask=low + 4 < K, other=0)
         new_squares = ()
         new_accs = ()
         for r in tl.static_range(ROWS):
             row = tl.minimum(row0 + r, M - 1).to(tl.int64)
-            low_x = tl.load(x_ptr + row * stride_x + low, mask=low < K, other=0)
+            low_x = tl.load(x_ptr + row * stride_x + low, mask=low < K, other=0)  # [BLOCKS, 4]
             high_x = tl.load(x_ptr + row * stride_x + low + 4, mask=low + 4 < K, other=0)
             square = tl.zeros([BLOCKS, 4], tl.float32)
             x_sum = tl.zeros([BLOCKS, 4], tl.float32)

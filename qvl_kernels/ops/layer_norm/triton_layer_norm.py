@@ -48,8 +48,8 @@ def _layer_norm_kernel(
         x = total.to(tl.float32)
     centred = tl.where(mask, x - (tl.sum(x, 1) / size)[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, 1) / size + eps)  # [ROWS]
-    weight = tl.load(weight_ptr + cols, mask=cols < size, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask=cols < size, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=cols < size, other=0.0).to(tl.float32)  # [BLOCK]
+    bias = tl.load(bias_ptr + cols, mask=cols < size, other=0.0).to(tl.float32)  # [BLOCK]
     y = centred * scale[:, None] * weight[None, :] + bias[None, :]
     tl.store(y_ptr + rows[:, None] * stride_y + cols[None, :], y.to(dtype), mask=mask)
 
@@ -79,7 +79,7 @@ def _layer_norm_backward_kernel(
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK)
-    weight = tl.load(weight_ptr + cols, mask=cols < size, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=cols < size, other=0.0).to(tl.float32)  # [BLOCK]
     dweight = tl.zeros([BLOCK], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
     for first in range(program * ROWS, count, programs * ROWS):

@@ -11,8 +11,8 @@ __all__ = ["patch_embed"]
 
 
 def patch_embed(pixels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """y = pixels @ weight.flatten(1).T + bias: a Conv3d with kernel == stride as a GEMM        [Qwen3VLVisionPatchEmbed; pytorch
-    #174051]
+    """y = pixels @ weight.flatten(1).T + bias: a Conv3d with kernel == stride as a GEMM
+    [Qwen3VLVisionPatchEmbed; pytorch #174051]
 
     Args:
         pixels: [N, C * pt * p * p] flattened patches, fp32, bf16 or fp16; last dimension contiguous.

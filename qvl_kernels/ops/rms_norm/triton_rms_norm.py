@@ -47,7 +47,7 @@ def _rms_norm_kernel(
         x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 1) / size + eps)  # [ROWS]
     normed = (x * scale[:, None]).to(dtype).to(tl.float32)
-    weight = tl.load(weight_ptr + cols, mask=cols < size, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=cols < size, other=0.0).to(tl.float32)  # [BLOCK]
     tl.store(y_ptr + rows[:, None] * stride_y + cols[None, :], (normed * weight[None, :]).to(dtype), mask=mask)
 
 
@@ -78,7 +78,7 @@ def _rms_norm_backward_kernel(
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK)
-    weight = tl.load(weight_ptr + cols, mask=cols < size, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=cols < size, other=0.0).to(tl.float32)  # [BLOCK]
     dweight = tl.zeros([BLOCK], tl.float32)
     for first in range(program * ROWS, count, programs * ROWS):
         rows = first + tl.arange(0, ROWS).to(tl.int64)

@@ -34,6 +34,7 @@ def _halves(ptr, mask, half):
 
 @triton.jit
 def _store_halves(ptr, low, high, mask, half):
+    """Stores the halves of heads at ``ptr``, in its dtype."""
     tl.store(ptr, low.to(ptr.dtype.element_ty), mask=mask)
     tl.store(ptr + half, high.to(ptr.dtype.element_ty), mask=mask)
 
@@ -41,7 +42,7 @@ def _store_halves(ptr, low, high, mask, half):
 @triton.jit
 def _rotated(low, high, cos_ptr, sin_ptr, offs, half, TRANSPOSED: tl.constexpr):
     """x cos + rotate_half(x) sin, rotate_half(low, high) = (-high, low); or, if TRANSPOSED, the transposed map."""
-    cos_low, cos_high = _halves(cos_ptr + offs, offs < half, half)
+    cos_low, cos_high = _halves(cos_ptr + offs, offs < half, half)  # [BLOCK]
     sin_low, sin_high = _halves(sin_ptr + offs, offs < half, half)
     if TRANSPOSED:
         sin_low, sin_high = -sin_high, -sin_low
@@ -244,7 +245,7 @@ def _head_gradients(
         )  # [ROWS, BLOCK]
         grad_low, grad_high = _halves(
             grad_ptr + batch * stride_gb + t * stride_gt + heads[:, None] * stride_gh + offs[None, :], mask, half
-        )
+        )  # [ROWS, BLOCK]
         grad_low, grad_high = _rotated(
             grad_low,
             grad_high,

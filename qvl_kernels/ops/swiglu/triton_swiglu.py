@@ -26,7 +26,7 @@ def _swiglu_kernel(
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     gate = tl.load(gate_ptr + row * stride_gate + offs, mask=mask).to(tl.float32)  # [BLOCK]
-    up = tl.load(up_ptr + row * stride_up + offs, mask=mask).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_up + offs, mask=mask).to(tl.float32)  # [BLOCK]
     y = gate * tl.sigmoid(gate) * up
     tl.store(y_ptr + row * stride_y + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -51,8 +51,8 @@ def _swiglu_backward_kernel(
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     grad = tl.load(grad_ptr + row * stride_grad + offs, mask=mask).to(tl.float32)  # [BLOCK]
-    gate = tl.load(gate_ptr + row * stride_gate + offs, mask=mask).to(tl.float32)
-    up = tl.load(up_ptr + row * stride_up + offs, mask=mask).to(tl.float32)
+    gate = tl.load(gate_ptr + row * stride_gate + offs, mask=mask).to(tl.float32)  # [BLOCK]
+    up = tl.load(up_ptr + row * stride_up + offs, mask=mask).to(tl.float32)  # [BLOCK]
     sigmoid = tl.sigmoid(gate)
     dgate = grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     dup = grad * gate * sigmoid
