@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions. Messages say what was expected, what came, and what to do."""
+"""Argument checks shared by the public functions. Messages say what is expected, what was given, and what to do."""
 
 import numbers
 from typing import Any

@@ -15,7 +15,7 @@ __all__ = [
     "LAUNCHERS",
     "TENSOR_TYPES",
     "call",
-    "derivative_again",
+    "differentiable_gradients",
     "has_memory",
     "is_eligible",
     "ops_are_seen",
@@ -86,13 +86,13 @@ def register(
     fake: Callable,
     triton: Callable | None = None,
     backward: Callable | None = None,
-    backward_again: Callable | None = None,
+    double_backward: Callable | None = None,
     setup_context: Callable | None = None,
 ) -> Callable:
     """Registers an op with ``torch.library`` and returns it (``torch.ops.qvl.<name>.default``).
 
     ``fake``: the meta kernel. ``triton``: the launcher on GPUs, which imports Triton only when it is called.
-    ``backward_again``: replaces ``backward`` where its results are differentiated again (``create_graph=True``). Ops
+    ``double_backward``: replaces ``backward`` where its results are differentiated again (``create_graph=True``). Ops
     named ``*_backward`` are once differentiable: a derivative of their results raises.
     """
     name = schema.split("(", 1)[0]
@@ -107,7 +107,7 @@ def register(
     if backward is not None:
         AUTOGRAD[name] = backward, setup_context
         torch.library.register_autograd(
-            f"qvl::{name}", _either_order(backward, backward_again), setup_context=setup_context, lib=_LIBRARY
+            f"qvl::{name}", _either_order(backward, double_backward), setup_context=setup_context, lib=_LIBRARY
         )
     elif name.endswith("_backward"):
         torch.library.register_autograd(f"qvl::{name}", _once_differentiable(name), lib=_LIBRARY)
@@ -118,10 +118,10 @@ def register(
     return op
 
 
-def _either_order(backward: Callable, backward_again: Callable | None) -> Callable:
-    if backward_again is None:
+def _either_order(backward: Callable, double_backward: Callable | None) -> Callable:
+    if double_backward is None:
         return backward
-    return lambda ctx, *grads: (backward_again if torch.is_grad_enabled() else backward)(ctx, *grads)
+    return lambda ctx, *grads: (double_backward if torch.is_grad_enabled() else backward)(ctx, *grads)
 
 
 def _once_differentiable(name: str) -> Callable:
@@ -135,14 +135,14 @@ def _once_differentiable(name: str) -> Callable:
     return refuse
 
 
-def derivative_again(
+def differentiable_gradients(
     function: Callable, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor | None]:
     """Gradients of ``function`` (made of PyTorch operations) that can be differentiated again in its inputs and
     ``grads``; None for inputs that need no gradient.
 
     Example:
-        >>> derivative_again(swiglu_reference, (gate, up), (grad,))
+        >>> differentiable_gradients(swiglu_reference, (gate, up), (grad,))
     """
     inputs = [x.view_as(x) for x in inputs]  # views: if one input was computed from another, that path must not count
     outs = function(*inputs)
@@ -175,8 +175,8 @@ def needs_dispatcher() -> bool:
 def call(op: Callable, *args: Any) -> Any:
     """``op(*args)``, bypassing PyTorch's dispatcher where it has nothing to do: inference on eligible tensors.
 
-    On CPUs the dispatcher costs 0.1 ms per decode step, as the weights evict it from the CPU caches. On GPUs the many
-    small kernels of a prefill are bound by the host. Not for ops that write to an argument.
+    On CPUs the dispatcher takes 0.1 ms in decode, as the weights evict it from the CPU caches between calls. On GPUs
+    the many small kernels of a prefill are bound by the host. Not for ops that write to an argument.
 
     Example:
         >>> y = call(rms_norm_op, x, weight, 1e-6)

@@ -89,30 +89,32 @@ def quantize(weight: torch.Tensor, bits: int, group: int = 64) -> QuantizedWeigh
         wide = weight[piece].float()
         if not bool(torch.isfinite(wide).all()):
             raise ValueError("quantize: weight has NaN or infinite elements")
-        values[piece], scales[piece] = _int8(wide) if bits == 8 else _int4(wide, group)
+        values[piece], scales[piece] = _quantize_int8(wide) if bits == 8 else _quantize_int4(wide, group)
     return QuantizedWeight(values, scales, size)
 
 
-def _int8(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scales = _safe(wide.abs().amax(1, keepdim=True) / 127.0 if wide.shape[1] else wide.new_ones(wide.shape[0], 1))
+def _quantize_int8(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = _nonzero_scales(
+        wide.abs().amax(1, keepdim=True) / 127.0 if wide.shape[1] else wide.new_ones(wide.shape[0], 1)
+    )
     return torch.round(wide / scales).clamp_(-127, 127).to(torch.int8), scales
 
 
-def _int4(wide: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_int4(wide: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows, size = wide.shape
     padded = -(-size // group) * group
     wide = torch.nn.functional.pad(wide, (0, padded - size)).view(rows, padded // group, group)
     # The range is [-8, 7], so the extreme of larger magnitude is mapped to -8.
     low, high = (wide.amin(2), wide.amax(2)) if padded else (wide.new_zeros(rows, 0), wide.new_zeros(rows, 0))
     extreme = torch.where(-low > high, low, high)
-    scales = _safe(extreme / -8.0)
-    scales = _safe(scales * _least_squares(wide / scales[..., None])).to(torch.bfloat16)
+    scales = _nonzero_scales(extreme / -8.0)
+    scales = _nonzero_scales(scales * _least_squares_factor(wide / scales[..., None])).to(torch.bfloat16)
     values = (torch.round(wide / scales.float()[..., None]) + 8).clamp_(0, 15).to(torch.uint8)
     halves = values.view(rows, padded // BLOCK, 2, BLOCK // 2)
     return (halves[:, :, 0] | halves[:, :, 1] << 4).view(rows, padded // 2), scales
 
 
-def _least_squares(unit: torch.Tensor) -> torch.Tensor:
+def _least_squares_factor(unit: torch.Tensor) -> torch.Tensor:
     """The factor on each group's scale with the least squared error; ``unit`` [..., group] is weight / scale.
 
     For each candidate of SHRINKS, which clips the few largest weights, q are the rounded integers. Their best scale is
@@ -128,7 +130,7 @@ def _least_squares(unit: torch.Tensor) -> torch.Tensor:
     return factors
 
 
-def _safe(scales: torch.Tensor) -> torch.Tensor:
+def _nonzero_scales(scales: torch.Tensor) -> torch.Tensor:
     """Replaces scales that are zero or subnormal by 1: the values of such rows and groups are 0."""
     return torch.where(scales.abs() < torch.finfo(torch.float32).tiny, torch.ones_like(scales), scales)
 
@@ -177,10 +179,10 @@ def quantize_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, tor
         raise ValueError(f"quantize_activations: x must have at least 1 input, got shape {tuple(x.shape)}")
     group = checks.check_int("quantize_activations", "group", group, 1, 2**31)
     wide = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
-    top = wide.abs().amax(-1)
-    inverse = torch.where(top > TINY_ACTIVATION, top.new_tensor(127.0) / top, torch.zeros_like(top))
+    absmax = wide.abs().amax(-1)
+    inverse = torch.where(absmax > TINY_ACTIVATION, absmax.new_tensor(127.0) / absmax, torch.zeros_like(absmax))
     values = torch.round(wide * inverse[..., None]).nan_to_num(0.0, 0.0, 0.0).to(torch.int8).flatten(-2)
-    return values, torch.where(torch.isfinite(top), top / 127.0, torch.full_like(top, torch.nan))
+    return values, torch.where(torch.isfinite(absmax), absmax / 127.0, torch.full_like(absmax, torch.nan))
 
 
 def rounded_activations(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:

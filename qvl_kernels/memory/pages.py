@@ -1,4 +1,4 @@
-"""Pages of large CPU tensors: huge pages for what is read often, and release of what is not read again."""
+"""Pages of large CPU tensors: huge pages for tensors that are read often, release of those that are not read again."""
 
 import contextlib
 import ctypes

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from qvl_kernels.library import call, derivative_again, register
+from qvl_kernels.library import call, differentiable_gradients, register
 from qvl_kernels.ops.attention.cpu import attention_backward_cpu, attention_cpu
 from qvl_kernels.ops.attention.reference import attention_reference, varlen_attention_reference
 
@@ -108,7 +108,7 @@ def _backward(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None
     return dq, dk, dv, None, None, dmask if mask_grad else None, None, None, None, None
 
 
-def _backward_again(
+def _double_backward(
     ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     q, k, v, cu_seqlens, key_counts, mask, *_ = ctx.saved_tensors
@@ -116,7 +116,7 @@ def _backward_again(
         return _backward(ctx, grad, grad_lse)
     options, inputs = {"causal": ctx.causal, "scale": ctx.scale}, (q, k, v)
     if cu_seqlens is not None:
-        dq, dk, dv = derivative_again(
+        dq, dk, dv = differentiable_gradients(
             lambda q, k, v: varlen_attention_reference(q, k, v, cu_seqlens, dropout_p=0.0, **options),
             inputs,
             (grad, grad_lse),
@@ -133,7 +133,7 @@ def _backward_again(
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return attention_reference(q, k, v, key_padding_mask=seen, mask=masks[0] if masks else mask, **options)
 
-    dq, dk, dv, *dmask = derivative_again(function, (*inputs, *differentiable_mask), (grad, grad_lse))
+    dq, dk, dv, *dmask = differentiable_gradients(function, (*inputs, *differentiable_mask), (grad, grad_lse))
     return dq, dk, dv, None, None, dmask[0] if dmask else None, *[None] * 4
 
 
@@ -146,6 +146,6 @@ attention_op = register(
     triton=_launch_attention,
     fake=_attention_fake,
     backward=_backward,
-    backward_again=_backward_again,
+    double_backward=_double_backward,
     setup_context=_setup,
 )

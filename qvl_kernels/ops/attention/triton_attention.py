@@ -94,8 +94,8 @@ def additive_mask_base2(mask):
 
 @triton.jit
 def visible_keys(mask_ptr, stride_ms, offs_n, keys, MASK: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """(visible, additive mask to base 2) of keys ``offs_n``, from what is the same for all rows: the number of keys,
-    and a mask [B, 1, 1, S].
+    """(visible, additive mask to base 2) of keys ``offs_n``, from the number of keys and a mask that is the same for
+    all rows, [B, 1, 1, S].
     """
     visible, bias = offs_n < keys, tl.zeros(offs_n.shape, tl.float32)
     if MASK != 0 and not MASK_ROWS:

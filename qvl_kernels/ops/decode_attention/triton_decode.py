@@ -1,4 +1,4 @@
-"""decode_attention as flash-decoding (split-K): one kernel writes a partial softmax per split, a second combines them.
+"""decode_attention as flash-decoding (split-KV): one kernel writes a partial softmax per split, a second combines them.
 
 The number of splits depends on shapes only, so that one CUDA graph fits every length. The keys of a split follow from
 the length on the device: short sequences use few splits, long ones share their keys evenly.

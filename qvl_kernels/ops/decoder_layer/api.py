@@ -20,9 +20,7 @@ NO_BACKWARD = "has no backward; call it under torch.no_grad(), or compose the si
 
 
 class DecoderWeights(NamedTuple):
-    """Weights of one decoder layer, as ``nn.Linear`` and the norms store them. C: hidden size, F: MLP width, D:
-    head_dim.
-    """
+    """Weights of one decoder layer, as ``nn.Linear`` and norms store them. C hidden size, F MLP width, D head_dim."""
 
     input_norm: torch.Tensor  # [C]
     q: torch.Tensor | QuantizedWeight  # [H * D, C]
@@ -167,7 +165,7 @@ def decoder_layer(
         weights: DecoderWeights, dtype of x.
         cos, sin: [B or 1, T, D], dtype of x.
         k_cache, v_cache: [B, Hkv, S_cap, D], last dimension contiguous; positions [past, past + T) are overwritten, so
-            neither needs gradients or shares memory with the other, itself or what is read.
+            neither may need gradients or share memory with the other, itself or the inputs.
         past: keys already in the cache.
         mask: None for causal over [0, past + T); or bool (True = visible) / additive in x's dtype, broadcastable to
             [B, H, T, >= past + T], which replaces the causal rule.

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from qvl_kernels.library import call, derivative_again, register
+from qvl_kernels.library import call, differentiable_gradients, register
 from qvl_kernels.ops.gelu_tanh.cpu import gelu_tanh_backward_cpu, gelu_tanh_cpu
 from qvl_kernels.ops.gelu_tanh.reference import gelu_tanh_reference
 
@@ -46,11 +46,11 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return dx, db
 
 
-def _backward_again(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _double_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, bias = ctx.saved_tensors
     if bias is None:
-        return *derivative_again(lambda x: gelu_tanh_reference(x, None), (x,), (grad,)), None
-    return tuple(derivative_again(gelu_tanh_reference, (x, bias), (grad,)))
+        return *differentiable_gradients(lambda x: gelu_tanh_reference(x, None), (x,), (grad,)), None
+    return tuple(differentiable_gradients(gelu_tanh_reference, (x, bias), (grad,)))
 
 
 gelu_tanh_op = register(
@@ -59,6 +59,6 @@ gelu_tanh_op = register(
     triton=_launch_gelu_tanh,
     fake=lambda x, bias: _like(x),
     backward=_backward,
-    backward_again=_backward_again,
+    double_backward=_double_backward,
     setup_context=_setup,
 )

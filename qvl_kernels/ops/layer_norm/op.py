@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from qvl_kernels.library import call, derivative_again, register
+from qvl_kernels.library import call, differentiable_gradients, register
 from qvl_kernels.ops.layer_norm.cpu import add_layer_norm_cpu, layer_norm_backward_cpu, layer_norm_cpu
 from qvl_kernels.ops.layer_norm.reference import layer_norm_reference
 
@@ -50,19 +50,19 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return *call(layer_norm_backward_op, grad, None, *ctx.saved_tensors, ctx.eps), None
 
 
-def _again(ctx: Any, grad: torch.Tensor, grad_total: torch.Tensor | None) -> tuple:
+def _double_backward_gradients(ctx: Any, grad: torch.Tensor, grad_total: torch.Tensor | None) -> tuple:
     """Gradients of x, weight and bias that can be differentiated in x and weight; they do not depend on the bias."""
     x, weight = ctx.saved_tensors
     bias = torch.zeros_like(weight, requires_grad=ctx.needs_input_grad[-2])
     return tuple(
-        derivative_again(
+        differentiable_gradients(
             lambda x, w, b: (layer_norm_reference(x, w, b, ctx.eps), x), (x, weight, bias), (grad, grad_total)
         )
     )
 
 
-def _backward_again(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *_again(ctx, grad, None), None
+def _double_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *_double_backward_gradients(ctx, grad, None), None
 
 
 def _add_setup(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -75,8 +75,8 @@ def _add_backward(ctx: Any, grad_y: torch.Tensor, grad_total: torch.Tensor) -> t
     return dx, dx, dw, db, None
 
 
-def _add_backward_again(ctx: Any, grad_y: torch.Tensor, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    dx, dw, db = _again(ctx, grad_y, grad_total)
+def _add_double_backward(ctx: Any, grad_y: torch.Tensor, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    dx, dw, db = _double_backward_gradients(ctx, grad_y, grad_total)
     return dx, dx, dw, db, None
 
 
@@ -86,7 +86,7 @@ layer_norm_op = register(
     triton=_launch_layer_norm,
     fake=lambda x, weight, bias, eps: _like(x),
     backward=_backward,
-    backward_again=_backward_again,
+    double_backward=_double_backward,
     setup_context=_setup,
 )
 add_layer_norm_op = register(
@@ -95,6 +95,6 @@ add_layer_norm_op = register(
     triton=_launch_add_layer_norm,
     fake=lambda x, residual, weight, bias, eps: (_like(x), _like(x)),
     backward=_add_backward,
-    backward_again=_add_backward_again,
+    double_backward=_add_double_backward,
     setup_context=_add_setup,
 )

@@ -27,13 +27,13 @@ def loss_rows_cpu(
         logits = _logits(hidden[part], weight)
         ignored = labels[part] == ignore_index
         target = labels[part].masked_fill(ignored, 0)[:, None]
-        largest = logits.amax(-1)
-        loss = (largest - logits.gather(1, target)[:, 0]) * (1.0 - label_smoothing)
+        row_max = logits.amax(-1)
+        loss = (row_max - logits.gather(1, target)[:, 0]) * (1.0 - label_smoothing)
         if label_smoothing > 0.0:
-            loss += (largest - logits.mean(-1)) * label_smoothing
-        log_sum = logits.sub_(largest[:, None]).exp_().sum(-1).log_()
+            loss += (row_max - logits.mean(-1)) * label_smoothing
+        log_sum = logits.sub_(row_max[:, None]).exp_().sum(-1).log_()
         losses[part] = loss.add_(log_sum).masked_fill_(ignored, 0.0)
-        sums[0, part], sums[1, part] = largest, log_sum
+        sums[0, part], sums[1, part] = row_max, log_sum
     return losses, sums
 
 

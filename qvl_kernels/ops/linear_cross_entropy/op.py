@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qvl_kernels.library import call, derivative_again, register
+from qvl_kernels.library import call, differentiable_gradients, register
 from qvl_kernels.ops.linear_cross_entropy.cpu import loss_rows_backward_cpu, loss_rows_cpu, loss_sum_cpu
 from qvl_kernels.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 
@@ -71,19 +71,19 @@ def _rows_backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tupl
     return *(x if needed else None for x, needed in zip(gradients, wanted)), None, None, None
 
 
-def _rows_backward_again(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _rows_double_backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Backward over the whole logits, which a second derivative needs."""
     _, hidden, weight, labels = ctx.saved_tensors
-    return *_gradients_again(ctx, hidden, weight, labels, "none", grad), None, None, None
+    return *_double_backward_gradients(ctx, hidden, weight, labels, "none", grad), None, None, None
 
 
-def _gradients_again(
+def _double_backward_gradients(
     ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, reduction: str, grad: torch.Tensor
 ) -> list[torch.Tensor | None]:
     def function(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return linear_cross_entropy_reference(hidden, weight, labels, ctx.ignore_index, ctx.label_smoothing, reduction)
 
-    return derivative_again(function, (hidden, weight), (grad,))
+    return differentiable_gradients(function, (hidden, weight), (grad,))
 
 
 def _sum_setup(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
@@ -100,9 +100,9 @@ def _sum_backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor | None) -> tupl
     return *gradients, None, None, None, None, None
 
 
-def _sum_backward_again(ctx: Any, grad: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _sum_double_backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     hidden, weight, labels = ctx.saved_tensors[:3]
-    return *_gradients_again(ctx, hidden, weight, labels, "sum", grad), None, None, None, None, None
+    return *_double_backward_gradients(ctx, hidden, weight, labels, "sum", grad), None, None, None, None, None
 
 
 def _scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -149,7 +149,7 @@ loss_rows_op = register(
     triton=_launch_loss_rows,
     fake=_rows_fake,
     backward=_rows_backward,
-    backward_again=_rows_backward_again,
+    double_backward=_rows_double_backward,
     setup_context=_rows_setup,
 )
 
@@ -161,6 +161,6 @@ loss_sum_op = register(
     triton=_launch_loss_sum,
     fake=_sum_fake,
     backward=_sum_backward,
-    backward_again=_sum_backward_again,
+    double_backward=_sum_double_backward,
     setup_context=_sum_setup,
 )

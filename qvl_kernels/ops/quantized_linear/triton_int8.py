@@ -24,20 +24,20 @@ def _quantize_rows_kernel(x_ptr, values_ptr, scale_ptr, K, stride_x, stride_valu
     """
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
-    largest = tl.zeros([BLOCK], tl.float32)
-    poison = tl.zeros([BLOCK], tl.float32)
+    column_absmax = tl.zeros([BLOCK], tl.float32)
+    not_finite = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, K, BLOCK):
         x = tl.load(x_ptr + row * stride_x + begin + offs, mask=begin + offs < K, other=0.0).to(tl.float32)  # [BLOCK]
-        largest = tl.maximum(largest, tl.abs(x))
-        poison += x * 0.0
-    top = tl.max(largest, 0)
-    inverse = tl.where(top > 1e-30, 127.0 / tl.maximum(top, 1e-30), 0.0)  # rows below 1e-30 become zeros
+        column_absmax = tl.maximum(column_absmax, tl.abs(x))
+        not_finite += x * 0.0
+    absmax = tl.max(column_absmax, 0)
+    inverse = tl.where(absmax > 1e-30, 127.0 / tl.maximum(absmax, 1e-30), 0.0)  # rows below 1e-30 become zeros
     for begin in range(0, K, BLOCK):
         mask = begin + offs < K
         x = tl.load(x_ptr + row * stride_x + begin + offs, mask=mask, other=0.0).to(tl.float32)
         scaled = tl.minimum(tl.maximum(x * inverse, -127.0), 127.0)
         tl.store(values_ptr + row * stride_values + begin + offs, ((scaled + ROUND) - ROUND).to(tl.int8), mask=mask)
-    tl.store(scale_ptr + row, top / 127.0 + tl.sum(poison, 0))
+    tl.store(scale_ptr + row, absmax / 127.0 + tl.sum(not_finite, 0))
 
 
 @triton.jit

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from qvl_kernels.library import call, derivative_again, register
+from qvl_kernels.library import call, differentiable_gradients, register
 from qvl_kernels.ops.rms_norm.cpu import add_rms_norm_cpu, rms_norm_backward_cpu, rms_norm_cpu
 from qvl_kernels.ops.rms_norm.reference import rms_norm_reference
 
@@ -50,8 +50,10 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return *call(rms_norm_backward_op, grad, None, *ctx.saved_tensors, ctx.eps), None
 
 
-def _backward_again(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *derivative_again(lambda x, weight: rms_norm_reference(x, weight, ctx.eps), ctx.saved_tensors, (grad,)), None
+def _double_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *differentiable_gradients(
+        lambda x, weight: rms_norm_reference(x, weight, ctx.eps), ctx.saved_tensors, (grad,)
+    ), None
 
 
 def _add_setup(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -64,8 +66,8 @@ def _add_backward(ctx: Any, grad_y: torch.Tensor, grad_total: torch.Tensor) -> t
     return dx, dx, dw, None
 
 
-def _add_backward_again(ctx: Any, grad_y: torch.Tensor, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    dx, dw = derivative_again(
+def _add_double_backward(ctx: Any, grad_y: torch.Tensor, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    dx, dw = differentiable_gradients(
         lambda x, weight: (rms_norm_reference(x, weight, ctx.eps), x), ctx.saved_tensors, (grad_y, grad_total)
     )
     return dx, dx, dw, None
@@ -77,7 +79,7 @@ rms_norm_op = register(
     triton=_launch_rms_norm,
     fake=lambda x, weight, eps: _like(x),
     backward=_backward,
-    backward_again=_backward_again,
+    double_backward=_double_backward,
     setup_context=_setup,
 )
 add_rms_norm_op = register(
@@ -86,6 +88,6 @@ add_rms_norm_op = register(
     triton=_launch_add_rms_norm,
     fake=lambda x, residual, weight, eps: (_like(x), _like(x)),
     backward=_add_backward,
-    backward_again=_add_backward_again,
+    double_backward=_add_double_backward,
     setup_context=_add_setup,
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from qvl_kernels.library import call, derivative_again, register
+from qvl_kernels.library import call, differentiable_gradients, register
 from qvl_kernels.ops.rope.cpu import (
     qk_norm_rope_backward_cpu,
     qk_norm_rope_cpu,
@@ -76,9 +76,9 @@ def _backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[tor
     return *call(qk_norm_rope_backward_op, grad_q, grad_k, *ctx.saved_tensors, ctx.eps), None, None, None
 
 
-def _backward_again(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _double_backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     *inputs, cos, sin = ctx.saved_tensors
-    gradients = derivative_again(
+    gradients = differentiable_gradients(
         lambda q, k, q_weight, k_weight: qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, ctx.eps),
         inputs,
         (grad_q, grad_k),
@@ -94,10 +94,12 @@ def _vision_backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tu
     return *call(vision_rope_backward_op, grad_q, grad_k, *ctx.saved_tensors), None, None
 
 
-def _vision_backward_again(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _vision_double_backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """The map is linear in q and k, so its backward is differentiable as the same map."""
     q, k = (torch.zeros_like(grad, requires_grad=True) for grad in (grad_q, grad_k))
-    gradients = derivative_again(lambda q, k: vision_rope_reference(q, k, *ctx.saved_tensors), (q, k), (grad_q, grad_k))
+    gradients = differentiable_gradients(
+        lambda q, k: vision_rope_reference(q, k, *ctx.saved_tensors), (q, k), (grad_q, grad_k)
+    )
     return *gradients, None, None
 
 
@@ -108,7 +110,7 @@ qk_norm_rope_op = register(
     triton=_launch_qk_norm_rope,
     fake=lambda q, k, *rest: (_like(q), _like(k)),
     backward=_backward,
-    backward_again=_backward_again,
+    double_backward=_double_backward,
     setup_context=_setup,
 )
 # Returns the rotated q and writes k and v to positions past + lengths[b] + t of the caches [B, Hkv, S_cap, D], not
@@ -127,6 +129,6 @@ vision_rope_op = register(
     triton=_launch_vision_rope,
     fake=lambda q, k, *tables: (_like(q), _like(k)),
     backward=_vision_backward,
-    backward_again=_vision_backward_again,
+    double_backward=_vision_double_backward,
     setup_context=_vision_setup,
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from qvl_kernels.library import call, derivative_again, register
+from qvl_kernels.library import call, differentiable_gradients, register
 from qvl_kernels.ops.swiglu.cpu import swiglu_backward_cpu, swiglu_cpu
 from qvl_kernels.ops.swiglu.reference import swiglu_reference
 
@@ -45,6 +45,6 @@ swiglu_op = register(
     triton=_launch_swiglu,
     fake=lambda gate, up: _like(gate),
     backward=lambda ctx, grad: call(swiglu_backward_op, grad, *ctx.saved_tensors),
-    backward_again=lambda ctx, grad: tuple(derivative_again(swiglu_reference, ctx.saved_tensors, (grad,))),
+    double_backward=lambda ctx, grad: tuple(differentiable_gradients(swiglu_reference, ctx.saved_tensors, (grad,))),
     setup_context=_setup,
 )

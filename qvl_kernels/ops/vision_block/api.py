@@ -18,7 +18,7 @@ __all__ = ["NO_BACKWARD", "VisionWeights", "vision_block"]
 
 
 class VisionWeights(NamedTuple):
-    """Weights of one vision block, as ``nn.Linear`` and the norms store them. C: hidden size, F: MLP width."""
+    """Weights of one vision block, as ``nn.Linear`` and the norms store them. C hidden size, F MLP width."""
 
     norm1_w: torch.Tensor  # [C]
     norm1_b: torch.Tensor
