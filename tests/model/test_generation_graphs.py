@@ -330,7 +330,7 @@ def test_reasons_against_captured_steps(models, patch, reason):
 
 def test_only_triton_runs_captured_steps(monkeypatch):
     monkeypatch.setattr(
-        step_gpu.gpu, "unavailable", lambda device: None if device.index == 1 else f"no Triton on {device}"
+        step_gpu.gpu_device, "unavailable", lambda device: None if device.index == 1 else f"no Triton on {device}"
     )
     first, second, host = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
     assert step_gpu.why_no_graphs(second) is None and "no Triton on cuda:0" in step_gpu.why_no_graphs(first)
