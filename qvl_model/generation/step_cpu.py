@@ -50,7 +50,7 @@ class CpuStep:
         self, model: nn.Module, cache: Cache, positions: Tensor, visible: Tensor | None, foreign: bool
     ) -> None:
         self._model, self._body, self._cache, self._foreign = model, model.model.language_model, cache, foreign
-        self._positions, self._visible = positions.clone(), None if visible is None else visible[:, None, None]
+        self._positions, self._visible = positions, None if visible is None else visible[:, None, None]
         self._cos, self._sin, self._next = None, None, 0
         few = self._positions.shape[-2] < PreparedDecoderLayer.ROWS
         self._end = None if foreign or not few else _End.of(self._body.norm, model.lm_head)
@@ -128,7 +128,8 @@ class CpuStep:
         """cos and sin [B or 1, 1, D] of the next position."""
         if self._cos is None or self._next == self._cos.shape[1]:
             several = not self._foreign and _positions_are_independent(self._body)
-            positions = self._positions + torch.arange(_COS_SIN_POSITIONS if several else 1)
+            count = _COS_SIN_POSITIONS if several else 1
+            positions = self._positions + torch.arange(count, device=self._positions.device)
             self._cos, self._sin = self._body.rotary_emb(hidden, positions)
             self._positions, self._next = positions[..., -1:] + 1, 0
         at = self._next

@@ -98,6 +98,19 @@ def test_tables_that_depend_on_all_positions(models, tokens):
     assert tokens
 
 
+@pytest.mark.parametrize("kept", ["dense", "int8"])
+def test_another_default_device(tokens, kept):
+    """Nothing that a step makes lands on the device that the user prefers for new tensors."""
+    models = pair("odd")
+    if kept == "int8":
+        models = [qvl_model.accelerate(copy.deepcopy(models[0]), weights="int8") for _ in models]
+    batch = inputs([9])
+    expected = _generate(models[0], batch, **GREEDY)
+    with torch.device("meta"):
+        out = models[1].generate(**batch, **GREEDY)
+    assert torch.equal(out, expected) and tokens
+
+
 class _Tokens(BaseStreamer):
     def __init__(self, each=lambda: None):
         self.seen, self.ended, self._each = [], 0, each

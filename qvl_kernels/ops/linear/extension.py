@@ -21,7 +21,7 @@ def extension_linear(
 def run_extension_linear(x: torch.Tensor, weight: Any, n: int) -> torch.Tensor:
     """``weight``: from ``extension_weight``, with ``n`` outputs."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     dispatch.extension().linear(
         rows.data_ptr(),
         weight,

@@ -14,7 +14,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     rows = _rows(x)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dispatch.extension().norm(
         x=rows.data_ptr(),
         residual=0,
