@@ -3,7 +3,7 @@
 from torch import nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
-from qvl_model.modules import decoder_layer, generation, linear, lm_head, qvl_generation, text, vision
+from qvl_model.modules import decoder_layer, generation, linear, lm_head, qvl_generation, text, text_model, vision
 from qvl_model.modules import qvl as qvl_modules
 from qvl_model.qvl import QVLForConditionalGeneration, QVLModel, QVLTextModel, QVLVisionModel
 
@@ -11,6 +11,7 @@ __all__ = ["MODEL_CLASSES", "REPLACEMENTS", "STOCK_CLASSES", "replacement"]
 
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     stock.Qwen3VLForConditionalGeneration: generation.Qwen3VLForConditionalGeneration,
+    stock.Qwen3VLTextModel: text_model.Qwen3VLTextModel,
     stock.Qwen3VLTextDecoderLayer: decoder_layer.Qwen3VLTextDecoderLayer,
     stock.Qwen3VLTextAttention: text.Qwen3VLTextAttention,
     stock.Qwen3VLTextMLP: text.Qwen3VLTextMLP,

@@ -1,10 +1,9 @@
 """Shared by decode steps on CPUs and GPUs: which layers they can run, and the inputs of the first layer."""
 
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from qvl_model.modules.decoder_layer import fused_layer_of
-from qvl_model.modules.fast_path import kernels_take, only_capture_hooks, runs_library_code
+from qvl_model.modules.decoder_layer import plain_fused_layer
+from qvl_model.modules.fast_path import kernels_take, masks_as_stock
 from qvl_model.quantization.modules import PackedEmbedding
 from qvl_model.qvl.text import QVLTextModel
 
@@ -22,21 +21,10 @@ def body_why_not(body: nn.Module) -> str | None:
     )
     if weight is None or weight.dtype is not body.norm.weight.dtype:
         return "the embedding is not plain"
-    mask_function = ALL_MASK_ATTENTION_FUNCTIONS.get(body.config._attn_implementation)
-    if mask_function is not None and not mask_function.__module__.startswith("transformers."):
+    if not masks_as_stock(body.config):
         return "another function makes attention masks"
     for index, layer in enumerate(body.layers):
-        hooked = (
-            layer._forward_pre_hooks
-            or not only_capture_hooks(layer, "hidden_states")
-            or not runs_library_code(layer, "forward", "__call__")
-        )
-        fused_layer = None if hooked else fused_layer_of(layer)
-        if (
-            fused_layer is None
-            or not layer.is_deterministic()
-            or fused_layer.handle.dtype is not body.norm.weight.dtype
-        ):
+        if plain_fused_layer(layer, body.norm.weight.dtype) is None:
             return f"decoder layer {index} is not plain"
     if len(set(cache_indices(body))) < len(body.layers):
         return "decoder layers share a place in the cache"

@@ -10,6 +10,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 import qvl_kernels
 from qvl_kernels.memory import pages
+from qvl_kernels.ops.decoder_layer.prepared import Run
 from qvl_kernels.quantization import QuantizedWeight
 from qvl_model.compat import CACHE, takes_cache
 from qvl_model.generation.kv_cache import WriteSlots, reserve_slots
@@ -22,6 +23,7 @@ from qvl_model.modules.fast_path import (
     kernels_take,
     no_global_hooks,
     only_capture_hooks,
+    runs_library_code,
 )
 from qvl_model.modules.linear import Linear
 from qvl_model.modules.text import (
@@ -34,7 +36,15 @@ from qvl_model.modules.text import (
 )
 from qvl_model.quantization.modules import PackedLinear
 
-__all__ = ["FusedLayer", "Qwen3VLTextDecoderLayer", "forget_fused_layer", "fused_layer_of"]
+__all__ = [
+    "FusedLayer",
+    "Qwen3VLTextDecoderLayer",
+    "call_is_eligible",
+    "forget_fused_layer",
+    "fused_layer_of",
+    "plain_fused_layer",
+    "run_fused",
+]
 
 _LARGE = 2048  # tokens of a call from which on freed memory is returned to the system
 _IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", *FLASH)  # of attention; the fused call computes the same
@@ -225,23 +235,6 @@ def forget_fused_layer(layer: nn.Module) -> None:
 
 
 class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """An eligible layer at inference skips ``nn.Module.__call__`` and the decorators of ``forward``, which take a
-        third of the time per token.
-        """
-        ours = type(self).forward is Qwen3VLTextDecoderLayer.forward  # not overridden by a subclass
-        if (
-            ours
-            and len(args) == 1
-            and CACHE in kwargs
-            and not torch.is_grad_enabled()
-            and is_eligible(self, type(self))
-        ):
-            out = self._fused(args[0], **kwargs)
-            if out is not None:
-                return out
-        return super().__call__(*args, **kwargs)
-
     @takes_cache
     def forward(
         self,
@@ -280,7 +273,7 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
     ) -> Tensor | None:
         """The layer as one fused call, or None if that does not compute what its modules compute."""
         cos_sin, mask, positions, cache = position_embeddings, attention_mask, position_ids, kwargs.pop(CACHE)
-        if not _call_is_eligible(x, cos_sin, mask, kwargs):
+        if not call_is_eligible(x, cos_sin, mask, kwargs):
             return None
         if torch.is_grad_enabled() and _any_requires_grad(x, self):
             return None
@@ -292,17 +285,9 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
             or splits(self._modules["mlp"], x)
         ):
             return None
-        handle = fused_layer.handle
-        slots = reserve_slots(cache, self._modules["self_attn"].layer_idx, x, handle.kv_heads, handle.head_dim)
-        if slots is None or not _mask_is_equivalent(fused_layer.implementation, mask, positions, x, slots):
-            return None
-        if mask is not None and mask.dim() == 2:
-            mask = _causal_mask(mask, x.shape[1])
         if x.is_cpu and x.shape[0] * x.shape[1] >= _LARGE:
             pages.trim()  # milliseconds, against tenths of a second for the layer; else freed memory and cache add up
-        (out,) = qvl_kernels.PreparedDecoderLayer.run([handle], x, *cos_sin, [slots.memory], past=slots.past, mask=mask)
-        slots.commit(x.shape[1])
-        return out
+        return run_fused([self], [fused_layer], x, cos_sin, mask, positions, cache)
 
     def is_deterministic(self) -> bool:
         """Whether no dropout site of the layer is active now."""
@@ -310,7 +295,54 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         return not (attention.training and attention.attention_dropout > 0.0)
 
 
-def _call_is_eligible(x: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None, kwargs: dict) -> bool:
+def plain_fused_layer(layer: nn.Module, dtype: torch.dtype) -> FusedLayer | None:
+    """The fused layer of a layer whose call is one fused call and nothing else, on hidden states of ``dtype``; None if
+    it has hooks, another forward, dropout, or is not eligible.
+    """
+    if (
+        layer._forward_pre_hooks
+        or not only_capture_hooks(layer, "hidden_states")
+        or not runs_library_code(layer, "forward", "__call__")
+    ):
+        return None
+    fused_layer = fused_layer_of(layer)
+    if fused_layer is None or fused_layer.handle.dtype is not dtype or not layer.is_deterministic():
+        return None
+    return fused_layer
+
+
+def run_fused(
+    layers: list[nn.Module],
+    fused_layers: list[FusedLayer],
+    x: Tensor,
+    cos_sin: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    positions: Tensor | None,
+    cache: Cache | None,
+) -> Tensor | None:
+    """The output [B, T, C] of consecutive layers, run in one call, or None where stock code must update the KV cache or
+    mask the keys. The cache gets the new keys and values.
+    """
+    reserved: list[WriteSlots] = []
+    for layer, fused_layer in zip(layers, fused_layers):
+        handle = fused_layer.handle
+        slots = reserve_slots(cache, layer._modules["self_attn"].layer_idx, x, handle.kv_heads, handle.head_dim)
+        if slots is None or not _mask_is_equivalent(fused_layer.implementation, mask, positions, x, slots):
+            return None
+        reserved.append(slots)
+    past = reserved[0].past
+    if any(slots.past != past for slots in reserved):
+        return None
+    if mask is not None and mask.dim() == 2:
+        mask = _causal_mask(mask, x.shape[1])
+    run = Run([fused_layer.handle for fused_layer in fused_layers], [slots.memory for slots in reserved])
+    out = run(x, *cos_sin, past=past, mask=mask)
+    for slots in reserved:
+        slots.commit(x.shape[1])
+    return out
+
+
+def call_is_eligible(x: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None, kwargs: dict) -> bool:
     """Whether fused calls take these arguments, independent of the layer."""
     return (
         not torch.compiler.is_compiling()

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
+from transformers import PretrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from transformers.utils import output_capturing
 
@@ -25,6 +27,7 @@ __all__ = [
     "is_number",
     "is_eligible",
     "kernels_take",
+    "masks_as_stock",
     "no_global_hooks",
     "only_capture_hooks",
     "runs_library_code",
@@ -50,6 +53,12 @@ _ATTENTION_FUNCTIONS = {
 def attends_as_stock(implementation: str) -> bool:
     """Whether the attention function of this name is transformers' own, and not a registered replacement."""
     return _attention_function(implementation) is _ATTENTION_FUNCTIONS.get(implementation)
+
+
+def masks_as_stock(config: PretrainedConfig) -> bool:
+    """Whether transformers' own function makes the attention masks of a model with this config."""
+    function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    return function is None or function.__module__.startswith("transformers.")
 
 
 def is_number(*values: object) -> bool:

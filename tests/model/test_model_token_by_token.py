@@ -1,5 +1,5 @@
-"""A user's decode loop, ``model(...)`` per token: one fused call per layer, and stock's results after any change in
-between.
+"""A user's decode loop, ``model(...)`` per token: one fused call for all layers, and stock's results after any change
+in between.
 """
 
 import copy
@@ -13,10 +13,10 @@ import torch
 from models import assert_close, inputs, pair
 from transformers import DynamicCache, StaticCache
 
-import qvl_kernels
 import qvl_model
 from qvl_model.compat import CACHE
 from qvl_model.generation import kv_cache
+from qvl_model.modules import decoder_layer
 
 PROMPT, NEXT = [5, 6, 7, 8, 9], [11, 12, 13, 14]
 LAYERS = 5  # of "odd"
@@ -30,13 +30,14 @@ def models():
 @pytest.fixture
 def calls(monkeypatch):
     """How many layers each fused call ran."""
-    seen, run = [], qvl_kernels.PreparedDecoderLayer.run
+    seen = []
 
-    def spy(layers, *args, **kwargs):
-        seen.append(len(layers))
-        return run(layers, *args, **kwargs)
+    class Spy(decoder_layer.Run):
+        def __call__(self, *args, **kwargs):
+            seen.append(len(self._layers))
+            return super().__call__(*args, **kwargs)
 
-    monkeypatch.setattr(qvl_kernels.PreparedDecoderLayer, "run", spy)
+    monkeypatch.setattr(decoder_layer, "Run", Spy)
     return seen
 
 
@@ -67,14 +68,14 @@ def _compare(models, change=lambda model: None, cache=DynamicCache) -> None:
     assert_close(torch.cat(out, 1), torch.cat(expected, 1))
 
 
-def test_one_call_a_layer(models, calls):
+def test_one_call_a_token(models, calls):
     _compare(models)
-    assert calls == [1] * LAYERS * (len(PROMPT) + len(NEXT))
+    assert calls == [LAYERS] * (len(PROMPT) + len(NEXT))
 
 
 def test_static_cache(models, calls):
     _compare(models, cache=lambda model: StaticCache(config=model.config.text_config, max_cache_len=16))
-    assert calls == [1] * LAYERS * (len(PROMPT) + len(NEXT))
+    assert calls == [LAYERS] * (len(PROMPT) + len(NEXT))
 
 
 def _replace_output(model):
@@ -178,7 +179,7 @@ def test_in_inference_mode(models, calls):
 
     stock, fast = models
     assert_close(torch.cat(logits(fast), 1), torch.cat(logits(stock), 1))
-    assert len(calls) == LAYERS * len(PROMPT + NEXT)
+    assert calls == [LAYERS] * len(PROMPT + NEXT)
     for model in models:
         _edit_in_place(model)
     assert_close(torch.cat(logits(fast), 1), torch.cat(logits(stock), 1))
@@ -263,7 +264,7 @@ def test_images_in_a_later_turn(models, calls):
             ).logits
         results.append(torch.cat((first, second, _logits(model, NEXT, cache)), 1))
     assert_close(results[1], results[0])
-    assert len(calls) == LAYERS * (len(PROMPT) + 1 + len(NEXT))
+    assert calls == [LAYERS] * len(PROMPT) + [1] * LAYERS + [LAYERS] * len(NEXT)
 
 
 @pytest.mark.parametrize(
@@ -358,11 +359,11 @@ def test_a_layer_with_dropout_is_stock_code(models, calls):
     cache = DynamicCache()
     fast.train()
     _logits(fast, PROMPT, cache)
-    assert len(calls) == LAYERS * len(PROMPT)  # these layers have no dropout
+    assert calls == [LAYERS] * len(PROMPT)  # these layers have no dropout
     _layers(fast)[2].self_attn.attention_dropout = 0.5
     calls.clear()
     _logits(fast, NEXT, cache)
-    assert len(calls) == (LAYERS - 1) * len(NEXT)
+    assert calls == [1] * (LAYERS - 1) * len(NEXT)
 
 
 def test_what_a_cache_has_outgrown_is_freed_layer_by_layer(models, monkeypatch):
