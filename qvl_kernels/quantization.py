@@ -158,12 +158,6 @@ def _dequantize(quantized: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
     return ((nibbles.float() - 8) * scales.float()[..., None]).view(rows, padded)[:, :size].to(dtype)
 
 
-def embedding_rows(quantized: QuantizedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Dequantised rows ``ids`` int64 [n] of a weight that is already checked: [n, K] in ``dtype``."""
-    values, scales, size = quantized
-    return _dequantize(QuantizedWeight(values[ids], scales[ids], size), dtype)
-
-
 def quantize_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., K] as int8 [..., K padded to whole groups] and fp32 scales [..., groups], as the CPU kernels multiply it.
 

@@ -1,6 +1,7 @@
-// Python binding of linear, and the weight handle.
+// Python binding of linear and of the quantised embedding, and the weight handle.
 #include "../ops/linear.h"
 
+#include "../ops/quant_embedding.h"
 #include "common.h"
 
 namespace qvl {
@@ -27,6 +28,20 @@ void bind_linear(py::module_& m) {
         run_linears(input, &call, 1);
       },
       "x"_a, "weight"_a, "y"_a, "rows"_a, "n"_a, "k"_a, "x_stride"_a, "y_stride"_a, "dtype"_a, "y = x w^T + bias");
+  m.def(
+      "quantized_embedding",
+      [](Ptr ids, const Weight& weight, Ptr y, int64_t count, int64_t vocabulary, int64_t k, int dtype) {
+        if (weight.format == WeightFormat::dense) throw std::invalid_argument("weight must be int8 or int4");
+        const QuantEmbeddingArgs a{
+            static_cast<const int64_t*>(in(ids)), count, vocabulary, k, weight, to_dtype(dtype), out(y)};
+        py::gil_scoped_release release;
+        const int64_t bad = first_bad_id(a);
+        if (bad >= 0)
+          throw std::out_of_range("id " + std::to_string(a.ids[bad]) + " is outside of the " +
+                                  std::to_string(vocabulary) + " rows of the embedding");
+        run_quant_embedding(a);
+      },
+      "ids"_a, "weight"_a, "y"_a, "count"_a, "vocabulary"_a, "k"_a, "dtype"_a, "y = dequantised rows ids of w");
 }
 
 }  // namespace qvl

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import qvl_kernels
 from qvl_kernels import quantization
+from qvl_kernels.ops.quantized_linear.embedding import embedding_rows
 from qvl_kernels.quantization import QuantizedWeight
 from qvl_model.modules.fast_path import autocast_dtype
 from qvl_model.quantization.weight import TAKEN_OUT, Kept, PackedWeight, copied_to_train, merge_in_progress
@@ -222,5 +223,5 @@ class PackedEmbedding(_Quantised, nn.Embedding):
         embedding._take(quantized, weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = quantization.embedding_rows(self.quantized, input.reshape(-1), self._parameters["weight"].dtype)
+        rows = embedding_rows(self.quantized, input.reshape(-1), self._parameters["weight"].dtype)
         return rows.view(*input.shape, self.embedding_dim)
