@@ -278,12 +278,7 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         if torch.is_grad_enabled() and _any_requires_grad(x, self):
             return None
         fused_layer = fused_layer_of(self)
-        if (
-            fused_layer is None
-            or fused_layer.handle.dtype is not x.dtype
-            or not self.is_deterministic()
-            or splits(self._modules["mlp"], x)
-        ):
+        if fused_layer is None or fused_layer.handle.dtype is not x.dtype or not self.is_deterministic():
             return None
         if x.is_cpu and x.shape[0] * x.shape[1] >= _LARGE:
             pages.trim()  # milliseconds, against tenths of a second for the layer; else freed memory and cache add up
@@ -320,9 +315,11 @@ def run_fused(
     positions: Tensor | None,
     cache: Cache | None,
 ) -> Tensor | None:
-    """The output [B, T, C] of consecutive layers, run in one call, or None where stock code must update the KV cache or
-    mask the keys. The cache gets the new keys and values.
+    """The output [B, T, C] of consecutive layers, run in one call, or None where stock code must update the KV cache,
+    mask the keys or split the MLP. The cache gets the new keys and values.
     """
+    if any(splits(layer._modules["mlp"], x) for layer in layers):
+        return None
     reserved: list[WriteSlots] = []
     for layer, fused_layer in zip(layers, fused_layers):
         handle = fused_layer.handle

@@ -12,6 +12,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 import qvl_kernels
 import qvl_model
 from qvl_kernels import dispatch
+from qvl_kernels.ops.decoder_layer import prepared
 
 VOCABULARY = 160
 IMAGE, VIDEO, VISION_START, VISION_END = 150, 151, 152, 153  # text ids are below these
@@ -181,15 +182,22 @@ class Calls:
 def fused_calls(model: nn.Module) -> Iterator[Calls]:
     """Counts the fused calls of ``model`` inside the block; the C++ backend is forced, so a fallback raises."""
     calls = Calls()
-    fused = {"decoder_layer": (qvl_kernels.PreparedDecoderLayer, "run"), "vision_block": (qvl_kernels, "vision_block")}
-    originals = {name: getattr(*place) for name, place in fused.items()}
+    places = {
+        (qvl_kernels.PreparedDecoderLayer, "run"): "decoder_layer",
+        (prepared, "run_to_last"): "decoder_layer",
+        (qvl_kernels, "vision_block"): "vision_block",
+    }
+    originals = {place: getattr(*place) for place in places}
 
-    def spy(name):
+    def spy(place):
         def called(*args, **kwargs):
-            calls.fused[name] += len(args[0]) if name == "decoder_layer" else 1
-            return originals[name](*args, **kwargs)
+            calls.fused[places[place]] += len(args[0]) if places[place] == "decoder_layer" else 1
+            return originals[place](*args, **kwargs)
 
         return called
+
+    def put(owner, attribute, function):
+        setattr(owner, attribute, staticmethod(function) if isinstance(owner, type) else function)
 
     def expects(name, count):
         def hook(*_):
@@ -206,13 +214,13 @@ def fused_calls(model: nn.Module) -> Iterator[Calls]:
     ]
     known = dispatch.fallbacks()
     try:
-        for name, place in fused.items():
-            setattr(*place, staticmethod(spy(name)) if isinstance(place[0], type) else spy(name))
+        for place in places:
+            put(*place, spy(place))
         with qvl_kernels.use_backend("cpp"):
             yield calls
     finally:
-        for name, (owner, attribute) in fused.items():
-            setattr(owner, attribute, staticmethod(originals[name]) if isinstance(owner, type) else originals[name])
+        for place, original in originals.items():
+            put(*place, original)
         for handle in handles:
             handle.remove()
     assert dispatch.fallbacks() == known
