@@ -167,16 +167,12 @@ def _factor(divisor: float, inverse: bool) -> float:
     """The number to multiply with (``inverse``) or divide by, rounded as in PyTorch: its GPU kernels divide by a
     tensor, but multiply with the fp32 reciprocal of a Python number.
     """
-    return (
-        (torch.ones((), dtype=torch.float32) / torch.tensor(divisor, dtype=torch.float32)).item()
-        if inverse
-        else divisor
-    )
+    return torch.tensor(divisor, dtype=torch.float32, device="cpu").reciprocal().item() if inverse else divisor
 
 
 def _mark(mask: Tensor, ids: list[Tensor]) -> None:
     """Sets ``mask`` [V] to True at the ids that are in the vocabulary, else to False."""
-    host = torch.zeros(mask.shape, dtype=torch.bool)
+    host = torch.zeros(mask.shape, dtype=torch.bool, device="cpu")
     host[[index for tensor in ids for index in tensor.reshape(-1).tolist() if 0 <= index < len(host)]] = True
     mask.copy_(host)
 

@@ -270,3 +270,11 @@ def test_few_samplers_are_kept(monkeypatch):
         counts.append(len(made))
     step = step_gpu._pools[ours]._idle[0]
     assert counts == [1, 1, 2, 3, 4, 5, 6] and len(step._samplers) == step_gpu.KEPT_SAMPLERS == 4
+
+
+def test_another_default_device():
+    mask = torch.zeros(9, dtype=torch.bool)
+    with torch.device("meta"):
+        assert sampling._factor(0.7, inverse=True) == (torch.ones((), device="cpu") / 0.7).item()
+        sampling._mark(mask, [torch.tensor([2, 5, 9], device="cpu")])
+    assert mask.nonzero()[:, 0].tolist() == [2, 5]
