@@ -36,7 +36,8 @@ class Qwen3VLTextModel(stock.Qwen3VLTextModel):
         """
         x, cache, config = inputs_embeds, kwargs.pop(CACHE, None), self.config
         if (
-            torch.is_grad_enabled()
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
             or type(x) is not Tensor
             or x.dim() != 3
             or x.shape[0] * x.shape[1] >= PreparedDecoderLayer.ROWS
