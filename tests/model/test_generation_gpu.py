@@ -107,7 +107,7 @@ def test_streamer_sees_the_same(models):
 
 CHOSEN_BY_PROCESSORS = {
     "scores and logits": dict(output_scores=True, output_logits=True),
-    "a limit of time": dict(stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(1000.0)])),
+    "a limit of time": dict(stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(1e9)])),
     "another processor": dict(logits_processor=LogitsProcessorList([processors.NoRepeatNGramLogitsProcessor(2)])),
     "several sequences": dict(num_return_sequences=3, do_sample=True, output_scores=True),
 }
