@@ -52,7 +52,7 @@ def test_a_fault_that_is_seen(tree, capsys):
 )
 def test_what_else_fails(tree, monkeypatch, capsys, statuses, words):
     given = iter(statuses)
-    monkeypatch.setattr(mutate, "run_tests", lambda tree, tests: (next(given), "the end of the output"))
+    monkeypatch.setattr(mutate, "run_tests", lambda *_: (next(given), "the end of the output"))
     assert mutate.main([Mutation("doubling.py", "2 * x", "3 * x", "test_it.py")], ["--jobs", "1"]) == 1
     out = capsys.readouterr().out
     assert all(line.startswith(word) for line, word in zip(out.splitlines(), words)) and out.rstrip().endswith(

@@ -18,7 +18,8 @@ from pathlib import Path
 from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 300  # seconds for one run of pytest
+TIMEOUT = 300  # seconds for the tests of one mutation
+TIMEOUT_OF_ALL = 1800  # seconds for the tests of all of them
 PASSED, FAILED = 0, 1  # exit status of pytest; all others mean that no test ran
 
 
@@ -38,14 +39,14 @@ def mutated(text: str, mutation: Mutation) -> str:
     return text.replace(mutation.old, mutation.new)
 
 
-def run_tests(tree: Path, tests: list[str]) -> tuple[int | None, str]:
+def run_tests(tree: Path, tests: list[str], timeout: int = TIMEOUT) -> tuple[int | None, str]:
     """Exit status of pytest (None: timeout) and the end of its output."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
-        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return None, f"not done in {TIMEOUT} s"
+        return None, f"not done in {timeout} s"
     return done.returncode, (done.stdout + done.stderr)[-3000:]
 
 
@@ -76,7 +77,7 @@ def main(mutations: list[Mutation] = MUTATIONS, options: list[str] | None = None
             try:
                 if mutation is None:
                     tests = sorted({test for other in chosen for test in other.tests.split("\n")})
-                    status, output = run_tests(tree, tests)
+                    status, output = run_tests(tree, tests, TIMEOUT_OF_ALL)
                     return ("pass" if status == PASSED else "FAIL WITHOUT A FAULT"), output
                 file = tree / mutation.file
                 text = file.read_text()
