@@ -115,7 +115,7 @@ class _Collector:
                 for direction, calls in (("forward", forward), ("backward", backward), ("training", training))
                 for call in calls
                 for launch in call.launches
-                if not source.variants or any(launch.meta.get(name) for name in source.variants)
+                if not source.variants or any(launch.arguments.get(name) for name in source.variants)
             ]
             made = [(direction, specialise(launch, arch)) for direction, launch in launches]
         except Exception as error:  # the check must report a launcher that cannot run on this architecture

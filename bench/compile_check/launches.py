@@ -238,15 +238,15 @@ def specialise(launch: gpu_launch.Launch, arch: str) -> Specialisation:
     """Signature, constants and attributes by Triton's own binder, so that alignment, ones and do_not_specialize count
     as in a real launch.
     """
-    kernel, meta = launch.kernel, {**launch.meta, "debug": False}
+    kernel, arguments = launch.kernel, {**launch.arguments, "debug": False}
     backend = make_backend(target(arch))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialisation, options = bind(
-        *(_Pointer(x) if isinstance(x, torch.Tensor) else x for x in launch.args), **meta
+    bound, specialisation, chosen = bind(
+        **tree_map(lambda x: _Pointer(x) if isinstance(x, torch.Tensor) else x, arguments)
     )
-    options, signature, constants, attributes = kernel._pack_args(backend, meta, bound, specialisation, options)
+    options, signature, constants, attributes = kernel._pack_args(backend, arguments, bound, specialisation, chosen)
     source = ASTSource(kernel, signature, constants, attributes)
-    key = f"{kernel.__module__}:{kernel.__name__} {arch} {signature} {constants} {attributes} {launch.meta}"
+    key = f"{kernel.__module__}:{kernel.__name__} {arch} {signature} {constants} {attributes} {chosen}"
     return Specialisation(kernel, arch, source, options.__dict__, key)
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["griddepcontrol_wait", "caches_of_table", "visible_of_table"]
+__all__ = ["caches_of_table", "griddepcontrol_wait", "tile_pointers", "visible_of_table"]
 
 
 @triton.jit
@@ -15,6 +15,12 @@ def griddepcontrol_wait(DEPENDENT_LAUNCH: tl.constexpr):
     if DEPENDENT_LAUNCH:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def tile_pointers(view, rows, cols):
+    """Pointers [rows, cols] into a RowsView."""
+    return view.ptr + rows[:, None] * view.stride + cols[None, :]
 
 
 @triton.jit

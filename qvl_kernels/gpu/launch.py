@@ -1,14 +1,14 @@
 """Launches Triton kernels, or records the launches for the compile check."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Launch", "as_rows", "make_descriptors", "launch", "record"]
+__all__ = ["Launch", "make_descriptors", "launch", "record", "tensors"]
 
 # FMA contraction of a * b + c rounds once instead of twice, as in PyTorch's own kernels.
 FP_FUSION = True
@@ -19,8 +19,7 @@ class Launch(NamedTuple):
 
     kernel: triton.JITFunction
     grid: tuple[int, ...]
-    args: tuple
-    meta: dict
+    arguments: dict[str, Any]  # of the kernel, and launch options such as num_warps
 
 
 _recorded: list[Launch] | None = None
@@ -42,31 +41,35 @@ def record() -> Iterator[list[Launch]]:
         _recorded = previous
 
 
-def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """kernel[grid](*args, **meta) on the device of the first tensor; an empty grid launches nothing."""
+def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *positional: Any, **arguments: Any) -> None:
+    """kernel[grid](**arguments) on the device of the first tensor; an empty grid launches nothing.
+
+    Arguments may be named tuples (qvl_kernels/gpu/views.py); launch options such as num_warps are among them.
+    """
     if 0 in grid:
         return
-    meta.setdefault("enable_fp_fusion", FP_FUSION)
-    if meta.get("DEPENDENT_LAUNCH"):
-        meta["launch_pdl"] = True
+    arguments = {**dict(zip(kernel.arg_names, positional)), **arguments}
+    arguments.setdefault("enable_fp_fusion", FP_FUSION)
+    if arguments.get("DEPENDENT_LAUNCH"):
+        arguments["launch_pdl"] = True
     if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, args, meta))
+        _recorded.append(Launch(kernel, grid, arguments))
         return
-    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    device = next(tensors(arguments.values())).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **meta)
+            kernel[grid](**arguments)
     else:
-        kernel[grid](*args, **meta)
+        kernel[grid](**arguments)
 
 
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """x [..., C] as [M, C] with a contiguous last dimension: a view where strides allow it, else a copy."""
-    size = x.shape[-1]
-    if x.dim() == 2 and x.stride(1) == 1:
-        return x
-    rows = x.reshape(x.numel() // size if size else 0, size)
-    return rows if size <= 1 or rows.stride(-1) == 1 else rows.contiguous()
+def tensors(arguments: Iterable) -> Iterator[torch.Tensor]:
+    """The tensors among kernel arguments, those in tuples too."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from tensors(argument)
 
 
 def make_descriptors(*tensors: tuple[torch.Tensor, list[int]]) -> tuple[TensorDescriptor, ...] | None:

@@ -21,6 +21,7 @@ from bench.kernels import cases_of
 from qvl_kernels import config
 from qvl_kernels.gpu.device import ARCHITECTURES
 from qvl_kernels.gpu.launch import Launch
+from qvl_kernels.gpu.views import RowsView
 
 pytestmark = pytest.mark.skipif(config.interpreted(), reason="the interpreter replaces what the audit compiles")
 
@@ -50,13 +51,19 @@ def _scale_kernel(x_ptr, y_ptr, size, one, odd, step, BLOCK: tl.constexpr):
     tl.store(y_ptr + offs, x * odd * step, mask=offs < size)
 
 
+def _scaled(x, y, size, odd, block, step=3):
+    return {"x_ptr": x, "y_ptr": y, "size": size, "one": 1, "odd": odd, "step": step, "BLOCK": block}
+
+
 def _found(arch, *, dtype=torch.bfloat16, block=64, size=64, **meta):
     x = torch.empty(1024, 1024, dtype=dtype)
     launch = Launch(
         _matmul_kernel,
         (1,),
-        (x, x, x, 1024, 1024),
-        {"BLOCK": block, "SIZE": size, "num_warps": 4, "enable_fp_fusion": True, **meta},
+        {
+            **{"x_ptr": x, "w_ptr": x, "y_ptr": x, "size": 1024, "stride": 1024, "BLOCK": block, "SIZE": size},
+            **{"num_warps": 4, "enable_fp_fusion": True, **meta},
+        },
     )
     ((_, found),) = compile_all([specialise(launch, arch)], jobs=1)
     assert "error" not in found, found
@@ -103,7 +110,10 @@ def test_variants_become_their_instructions(op, case, variants, arch, stage, ins
         chosen = next(c for c in source.cases if c.name == case)
         forward, _ = record(source.function, chosen, torch.bfloat16, arch)
         launches[name] = [
-            launch for call in forward for launch in call.launches if any(v in launch.meta for v in variants.split("+"))
+            launch
+            for call in forward
+            for launch in call.launches
+            if any(v in launch.arguments for v in variants.split("+"))
         ]
     for plain, varied in zip(*launches.values(), strict=True):
         assert plain.kernel is varied.kernel and ("PERSISTENT" in variants) == (varied.grid != plain.grid)
@@ -130,7 +140,7 @@ def test_keys_behind_an_address_are_loaded_16_bytes_at_once(arch, stage, wide):
             for launch in call.launches
             if launch.kernel.__name__ == "_decode_attention_kernel"
         ]
-        assert [launch.meta["HAS_TABLE"] for launch in launches] == [op == "decode_step"]
+        assert [launch.arguments["HAS_TABLE"] for launch in launches] == [op == "decode_step"]
         made = specialise(launches[0], arch)
         found[op] = triton.compile(made.source, target=target(arch), options=made.options).asm[stage]
     assert found["decode_step"].count(wide) >= found["decode_attention"].count(wide) > 0
@@ -176,9 +186,7 @@ def test_full_precision_products_need_no_matrix_instructions():
 
 def test_a_compiler_that_fails_or_hangs_is_one_error(monkeypatch):
     x = torch.empty(64, 64)
-    good, bad = (
-        Launch(_scale_kernel, (1,), (x, x, 64, 1, 3, 3), {"BLOCK": block}) for block in (64, 63)
-    )  # 63 is no power of two
+    good, bad = (Launch(_scale_kernel, (1,), _scaled(x, x, 64, 3, block)) for block in (64, 63))  # no power of two
     made = [specialise(launch, "sm_90") for launch in (good, bad)]
     results = {item.key: found for item, found in compile_all(made, jobs=2)}
     assert results[made[0].key]["registers"] > 0
@@ -189,7 +197,7 @@ def test_a_compiler_that_fails_or_hangs_is_one_error(monkeypatch):
 
 def test_specialisation_is_tritons_own():
     x = torch.empty(4096, dtype=torch.bfloat16)
-    launch = Launch(_scale_kernel, (4,), (x, x[1:], 4096, 1, 17, 32), {"BLOCK": 1024, "num_warps": 8})
+    launch = Launch(_scale_kernel, (4,), {**_scaled(x, x[1:], 4096, 17, 1024, step=32), "num_warps": 8})
     made = specialise(launch, "sm_90")
     assert made.source.signature == {
         "x_ptr": "*bf16",
@@ -204,9 +212,30 @@ def test_specialisation_is_tritons_own():
     divisible = {place[0] for place, attributes in made.source.attrs.items() if ["tt.divisibility", 16] in attributes}
     assert divisible == {0, 2}  # y begins 2 bytes in, 17 is odd, step asked not to be looked at
     assert made.options["num_warps"] == 8
-    other = specialise(launch._replace(args=(x, x[1:], 8192, 1, 19, 7)), "sm_90")
+    other = specialise(launch._replace(arguments={**launch.arguments, "size": 8192, "odd": 19, "step": 7}), "sm_90")
     assert other.key == made.key  # the same compilation
-    assert specialise(launch._replace(args=(x, x, 4096, 1, 17, 32)), "sm_90").key != made.key
+    assert specialise(launch._replace(arguments={**launch.arguments, "y_ptr": x}), "sm_90").key != made.key
+
+
+@triton.jit
+def _copy_kernel(x_rows, y_rows, mode: tl.constexpr):
+    offs = tl.arange(0, 16)
+    tl.store(y_rows.ptr + offs * y_rows.stride, tl.load(x_rows.ptr + offs * x_rows.stride) * mode[0])
+
+
+def test_members_of_views_are_specialised_as_plain_arguments_are():
+    x = torch.empty(4096, dtype=torch.bfloat16)
+    arguments = {"x_rows": RowsView(x, 48), "y_rows": RowsView(x[1:], 1), "mode": (2, True)}
+    made = specialise(Launch(_copy_kernel, (1,), arguments), "sm_90")
+    assert made.source.signature == {"x_rows": ("*bf16", "i32"), "y_rows": ("*bf16", "constexpr"), "mode": "constexpr"}
+    assert made.source.constants == {(1, 1): 1, (2,): (2, True)}
+    divisible = {place for place, attributes in made.source.attrs.items() if ["tt.divisibility", 16] in attributes}
+    assert divisible == {(0, 0), (0, 1)}
+    assert inspect(made)["registers"] > 0
+    for other in ({"x_rows": RowsView(x, 17)}, {"mode": (3, True)}):
+        assert specialise(Launch(_copy_kernel, (1,), arguments | other), "sm_90").key != made.key
+    same = {"x_rows": RowsView(x[8:], 64)}
+    assert specialise(Launch(_copy_kernel, (1,), arguments | same), "sm_90").key == made.key
 
 
 def test_recording_sees_launchers_and_formulas():
@@ -216,7 +245,8 @@ def test_recording_sees_launchers_and_formulas():
     assert forward[0].bytes == case.bytes(2)
     ((launch,), (gradient,)) = (calls[0].launches for calls in (forward, backward))
     assert launch.kernel.__name__ == "_swiglu_kernel" and gradient.kernel.__name__ == "_swiglu_backward_kernel"
-    assert launch.args[0].device.type == "cuda" and tuple(launch.args[0].shape) == (262, 6144)
+    assert launch.arguments["gate_rows"].ptr.device.type == "cuda"
+    assert launch.arguments["gate_rows"].ptr.shape == (262, 6144)
     assert {"qvl_kernels.ops.swiglu.triton_swiglu:_swiglu_kernel"} < kernels(qvl_kernels)
 
 
@@ -327,7 +357,7 @@ def test_loops_are_found_by_control_flow():
 
 def test_compilation_in_process_equals_the_forked_one():
     x = torch.empty(64, 64)
-    made = specialise(Launch(_scale_kernel, (1,), (x, x, 64, 1, 3, 3), {"BLOCK": 64}), "sm_80")
+    made = specialise(Launch(_scale_kernel, (1,), _scaled(x, x, 64, 3, 64)), "sm_80")
     ((_, forked),) = compile_all([made], jobs=1)
     assert inspect(made) == forked
 

@@ -25,14 +25,14 @@ def device() -> torch.device:
 
 @pytest.fixture
 def launches_of(monkeypatch):
-    """Returns a list that receives grid, constexpr arguments and options of each launch of a module's kernels."""
+    """Returns a list that receives grid, arguments and options of each launch of a module's kernels."""
 
     def spy(module) -> list[dict]:
         launches = []
 
-        def launch(kernel, grid, *args, **meta):
-            launches.append({**meta, "grid": grid})
-            gpu_launch.launch(kernel, grid, *args, **meta)
+        def launch(kernel, grid, *positional, **arguments):
+            launches.append({**arguments, "grid": grid})
+            gpu_launch.launch(kernel, grid, *positional, **arguments)
 
         monkeypatch.setattr(module, "launch", launch)
         return launches

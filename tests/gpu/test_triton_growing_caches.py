@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import qvl_kernels
 from qvl_kernels.gpu import launch as gpu_launch
@@ -80,7 +81,7 @@ class _Model:
 
 def _replay(launches: list[gpu_launch.Launch]) -> None:
     for launch in launches:
-        gpu_launch.launch(launch.kernel, launch.grid, *launch.args, **launch.meta)
+        gpu_launch.launch(launch.kernel, launch.grid, **launch.arguments)
 
 
 @pytest.mark.parametrize(("rows", "heads", "kv_heads", "head_dim"), [(3, 6, 3, 10), (1, 5, 1, 64)], ids=str)
@@ -263,11 +264,11 @@ def test_launches_do_not_depend_on_the_capacity(device, monkeypatch):
             )
         memory = {x.data_ptr() for x in (caches.keys[0], caches.values[0], caches.visible)} - {0}
         assert len(launches) == 3 and not any(
-            torch.is_tensor(x) and x.data_ptr() in memory for launch in launches for x in launch.args
+            x.data_ptr() in memory for launch in launches for x in gpu_launch.tensors(launch.arguments.values())
         )
         recorded.append(
             [
-                (launch.kernel, launch.grid, [x for x in launch.args if not torch.is_tensor(x)], launch.meta)
+                (launch.kernel, launch.grid, tree_map(lambda x: None if torch.is_tensor(x) else x, launch.arguments))
                 for launch in launches
             ]
         )

@@ -233,7 +233,7 @@ def test_inference_computes_no_gradient(dtype, device):
     hidden.requires_grad_()
     with torch.no_grad(), qvl_kernels.use_backend("triton"), gpu_launch.record() as launches:
         qvl_kernels.linear_cross_entropy(hidden, weight, labels)
-    assert [launch.meta["GRADIENT"] for launch in launches] == [False] * 3
+    assert [launch.arguments["GRADIENT"] for launch in launches] == [False] * 3
 
 
 def test_blocks_of_columns(monkeypatch):

@@ -6,8 +6,9 @@ import torch
 
 from qvl_kernels.gpu import features
 from qvl_kernels.gpu.device import architecture
-from qvl_kernels.gpu.launch import as_rows, launch
+from qvl_kernels.gpu.launch import launch
 from qvl_kernels.gpu.tiles import cdiv, elementwise, next_power_of_2
+from qvl_kernels.gpu.views import as_rows
 from qvl_kernels.ops.gemv import tiles
 from qvl_kernels.ops.gemv.triton_dot import gemv_dot_kernel, normalise_rows_kernel
 from qvl_kernels.ops.gemv.triton_fma import gemv_fma_kernel

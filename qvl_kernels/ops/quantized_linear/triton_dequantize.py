@@ -6,6 +6,7 @@ import triton.language as tl
 
 from qvl_kernels.gpu.launch import launch
 from qvl_kernels.gpu.tiles import cdiv
+from qvl_kernels.gpu.views import rows_view
 
 __all__ = ["launch_dequantize"]
 
@@ -14,14 +15,11 @@ BLOCK = 1024  # bytes of values per program: 8 per thread
 
 @triton.jit
 def _dequantize_kernel(
-    values_ptr,
-    scale_ptr,
-    weight_ptr,
+    values_rows,
+    scale_rows,
+    weight_rows,
     K,
     W_COLUMNS,
-    stride_values,
-    stride_scale,
-    stride_weight,
     HALF_GROUP: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -29,16 +27,15 @@ def _dequantize_kernel(
     """weight[n, k] = scale * value, or scale * (nibble - 8); one program per row and block of stored bytes."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(values_ptr + row * stride_values + offs, mask=offs < W_COLUMNS, other=0)  # [BLOCK]
-    dtype = weight_ptr.dtype.element_ty
-    out = weight_ptr + row * stride_weight
+    values = tl.load(values_rows.ptr + row * values_rows.stride + offs, mask=offs < W_COLUMNS, other=0)  # [BLOCK]
+    dtype = weight_rows.ptr.dtype.element_ty
+    out = weight_rows.ptr + row * weight_rows.stride
+    scale_ptr = scale_rows.ptr + row * scale_rows.stride
     if BITS == 8:
-        scale = tl.load(scale_ptr + row * stride_scale)
+        scale = tl.load(scale_ptr)
         tl.store(out + offs, (values.to(tl.float32) * scale).to(dtype), mask=offs < K)
     else:
-        scale = tl.load(scale_ptr + row * stride_scale + offs // HALF_GROUP, mask=offs < W_COLUMNS, other=0.0).to(
-            tl.float32
-        )
+        scale = tl.load(scale_ptr + offs // HALF_GROUP, mask=offs < W_COLUMNS, other=0.0).to(tl.float32)
         k = offs // 16 * 32 + offs % 16
         tl.store(out + k, (((values & 15).to(tl.float32) - 8.0) * scale).to(dtype), mask=k < K)
         tl.store(out + k + 16, (((values >> 4).to(tl.float32) - 8.0) * scale).to(dtype), mask=k + 16 < K)
@@ -51,14 +48,11 @@ def launch_dequantize(values: torch.Tensor, scales: torch.Tensor, size: int, dty
     launch(
         _dequantize_kernel,
         (n, cdiv(columns, BLOCK)),
-        values,
-        scales,
-        weight,
-        size,
-        columns,
-        values.stride(0),
-        scales.stride(0),
-        weight.stride(0),
+        values_rows=rows_view(values),
+        scale_rows=rows_view(scales),
+        weight_rows=rows_view(weight),
+        K=size,
+        W_COLUMNS=columns,
         HALF_GROUP=columns // scales.shape[1],
         BITS=8 if values.dtype == torch.int8 else 4,
         BLOCK=BLOCK,

@@ -6,8 +6,10 @@ import triton.language as tl
 
 from qvl_kernels.gpu import features
 from qvl_kernels.gpu.device import SM_COUNT, architecture
+from qvl_kernels.gpu.device_functions import tile_pointers
 from qvl_kernels.gpu.launch import launch, make_descriptors
 from qvl_kernels.gpu.tiles import cdiv
+from qvl_kernels.gpu.views import rows_view
 from qvl_kernels.ops.quantized_linear import tiles as quantized_linear_tiles
 
 __all__ = ["launch_int8_matmul", "launch_quantize_rows"]
@@ -18,43 +20,40 @@ ROUND = tl.constexpr(
 
 
 @triton.jit
-def _quantize_rows_kernel(x_ptr, values_ptr, scale_ptr, K, stride_x, stride_values, BLOCK: tl.constexpr):
+def _quantize_rows_kernel(x_rows, values_rows, scale_ptr, K, BLOCK: tl.constexpr):
     """scale = max |x| / 127, values = round(x / scale); one program per row. A row with an element that is not finite
     gets the scale NaN.
     """
     row = tl.program_id(0).to(tl.int64)
+    x_ptr, values_ptr = x_rows.ptr + row * x_rows.stride, values_rows.ptr + row * values_rows.stride
     offs = tl.arange(0, BLOCK)
     column_absmax = tl.zeros([BLOCK], tl.float32)
     not_finite = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, K, BLOCK):
-        x = tl.load(x_ptr + row * stride_x + begin + offs, mask=begin + offs < K, other=0.0).to(tl.float32)  # [BLOCK]
+        x = tl.load(x_ptr + begin + offs, mask=begin + offs < K, other=0.0).to(tl.float32)  # [BLOCK]
         column_absmax = tl.maximum(column_absmax, tl.abs(x))
         not_finite += x * 0.0
     absmax = tl.max(column_absmax, 0)
     inverse = tl.where(absmax > 1e-30, 127.0 / tl.maximum(absmax, 1e-30), 0.0)  # rows below 1e-30 become zeros
     for begin in range(0, K, BLOCK):
         mask = begin + offs < K
-        x = tl.load(x_ptr + row * stride_x + begin + offs, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + begin + offs, mask=mask, other=0.0).to(tl.float32)
         scaled = tl.minimum(tl.maximum(x * inverse, -127.0), 127.0)
-        tl.store(values_ptr + row * stride_values + begin + offs, ((scaled + ROUND) - ROUND).to(tl.int8), mask=mask)
+        tl.store(values_ptr + begin + offs, ((scaled + ROUND) - ROUND).to(tl.int8), mask=mask)
     tl.store(scale_ptr + row, absmax / 127.0 + tl.sum(not_finite, 0))
 
 
 @triton.jit
 def _int8_matmul_kernel(
-    x_ptr,
+    x_rows,
     x_scale_ptr,
-    w_ptr,
-    w_scale_ptr,
+    w_rows,
+    w_scale_rows,
     bias_ptr,
-    y_ptr,
+    y_rows,
     M,
     N,
     K,
-    stride_x,
-    stride_w,
-    stride_scale,
-    stride_y,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -65,8 +64,8 @@ def _int8_matmul_kernel(
 ):
     """y = (x w^T) * x_scale * w_scale + bias with int32 sums. Neighbouring programs share an N-block of w.
 
-    DESCRIPTORS: x_ptr and w_ptr are TMA tensor descriptors. PERSISTENT: the grid has fewer programs than tiles, and
-    each program computes several.
+    DESCRIPTORS: x_rows and w_rows are TMA tensor descriptors, not views. PERSISTENT: the grid has fewer programs than
+    tiles, and each program computes several.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles = tiles_m * tl.cdiv(N, BLOCK_N)
@@ -80,22 +79,22 @@ def _int8_matmul_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
         for begin in range(0, K, BLOCK_K):
             if DESCRIPTORS:
-                x = x_ptr.load([first_row, begin])  # [BLOCK_M, BLOCK_K]
-                w = w_ptr.load([first_n, begin])  # [BLOCK_N, BLOCK_K]
+                x = x_rows.load([first_row, begin])  # [BLOCK_M, BLOCK_K]
+                w = w_rows.load([first_n, begin])  # [BLOCK_N, BLOCK_K]
             else:
                 in_k = begin + offs_k < K
-                x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_x + offs_k[None, :]
-                w_rows = w_ptr + n.to(tl.int64)[:, None] * stride_w + offs_k[None, :]
-                x = tl.load(x_rows + begin, mask=in_rows[:, None] & in_k[None, :], other=0)  # [BLOCK_M, BLOCK_K]
-                w = tl.load(w_rows + begin, mask=in_n[:, None] & in_k[None, :], other=0)  # [BLOCK_N, BLOCK_K]
+                x_tile = tile_pointers(x_rows, rows.to(tl.int64), offs_k)
+                w_tile = tile_pointers(w_rows, n.to(tl.int64), offs_k)
+                x = tl.load(x_tile + begin, mask=in_rows[:, None] & in_k[None, :], other=0)  # [BLOCK_M, BLOCK_K]
+                w = tl.load(w_tile + begin, mask=in_n[:, None] & in_k[None, :], other=0)  # [BLOCK_N, BLOCK_K]
             acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
         x_scale = tl.load(x_scale_ptr + rows, mask=in_rows, other=0.0)
-        w_scale = tl.load(w_scale_ptr + n.to(tl.int64) * stride_scale, mask=in_n, other=0.0)
+        w_scale = tl.load(w_scale_rows.ptr + n.to(tl.int64) * w_scale_rows.stride, mask=in_n, other=0.0)
         y = acc.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
         if HAS_BIAS:
             y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-        address = y_ptr + rows.to(tl.int64)[:, None] * stride_y + n[None, :]
-        tl.store(address, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & in_n[None, :])
+        address = tile_pointers(y_rows, rows.to(tl.int64), n)
+        tl.store(address, y.to(y_rows.ptr.dtype.element_ty), mask=in_rows[:, None] & in_n[None, :])
 
 
 def launch_quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,12 +105,10 @@ def launch_quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     launch(
         _quantize_rows_kernel,
         (m,),
-        rows,
-        values,
-        scales,
-        k,
-        rows.stride(0),
-        values.stride(0),
+        x_rows=rows_view(rows),
+        values_rows=rows_view(values),
+        scale_ptr=scales,
+        K=k,
         **quantized_linear_tiles.quantize_rows(k),
     )
     return values, scales
@@ -131,24 +128,20 @@ def launch_int8_matmul(
             (x, [tile["BLOCK_M"], tile["BLOCK_K"]]), (values, [tile["BLOCK_N"], tile["BLOCK_K"]])
         )
     flags["DESCRIPTORS"] = descriptors is not None
-    x_tiles, w_tiles = descriptors or (x, values)
+    x_rows, w_rows = descriptors or (rows_view(x), rows_view(values))
     programs = cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"])
     launch(
         _int8_matmul_kernel,
         (min(programs, SM_COUNT[arch]) if flags["PERSISTENT"] else programs,),
-        x_tiles,
-        x_scales,
-        w_tiles,
-        scales,
-        scales if bias is None else bias,
-        y,
-        m,
-        n,
-        k,
-        x.stride(0),
-        values.stride(0),
-        scales.stride(0),
-        y.stride(0),
+        x_rows=x_rows,
+        x_scale_ptr=x_scales,
+        w_rows=w_rows,
+        w_scale_rows=rows_view(scales),
+        bias_ptr=scales if bias is None else bias,
+        y_rows=rows_view(y),
+        M=m,
+        N=n,
+        K=k,
         HAS_BIAS=bias is not None,
         **flags,
         **tile,

@@ -2,7 +2,7 @@
 
 import torch
 
-from qvl_kernels.gpu.launch import as_rows
+from qvl_kernels.gpu.views import as_rows
 from qvl_kernels.ops.gemv.launch import launch_quantized_gemv
 from qvl_kernels.ops.linear.pytorch import pytorch_linear
 from qvl_kernels.ops.quantized_linear import tiles

@@ -4,77 +4,53 @@ import torch
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.launch import as_rows, launch
+from qvl_kernels.gpu.launch import launch
 from qvl_kernels.gpu.tiles import cdiv, elementwise
+from qvl_kernels.gpu.views import rows_view
 
 __all__ = ["launch_swiglu", "launch_swiglu_backward"]
 
 
 @triton.jit
-def _swiglu_kernel(
-    gate_ptr,
-    up_ptr,
-    y_ptr,
-    size,
-    stride_gate,
-    stride_up,
-    stride_y,
-    BLOCK: tl.constexpr,
-):
+def _swiglu_kernel(gate_rows, up_rows, y_rows, size, BLOCK: tl.constexpr):
     """y = gate * sigmoid(gate) * up; one program per row and block of columns."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
-    gate = tl.load(gate_ptr + row * stride_gate + offs, mask=mask).to(tl.float32)  # [BLOCK]
-    up = tl.load(up_ptr + row * stride_up + offs, mask=mask).to(tl.float32)  # [BLOCK]
+    gate = tl.load(gate_rows.ptr + row * gate_rows.stride + offs, mask=mask).to(tl.float32)  # [BLOCK]
+    up = tl.load(up_rows.ptr + row * up_rows.stride + offs, mask=mask).to(tl.float32)  # [BLOCK]
     y = gate * tl.sigmoid(gate) * up
-    tl.store(y_ptr + row * stride_y + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_rows.ptr + row * y_rows.stride + offs, y.to(y_rows.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _swiglu_backward_kernel(
-    grad_ptr,
-    gate_ptr,
-    up_ptr,
-    dgate_ptr,
-    dup_ptr,
-    size,
-    stride_grad,
-    stride_gate,
-    stride_up,
-    stride_dgate,
-    stride_dup,
-    BLOCK: tl.constexpr,
-):
+def _swiglu_backward_kernel(grad_rows, gate_rows, up_rows, dgate_rows, dup_rows, size, BLOCK: tl.constexpr):
     """With s = sigmoid(gate): dgate = grad up s (1 + gate (1 - s)), dup = grad gate s."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
-    grad = tl.load(grad_ptr + row * stride_grad + offs, mask=mask).to(tl.float32)  # [BLOCK]
-    gate = tl.load(gate_ptr + row * stride_gate + offs, mask=mask).to(tl.float32)  # [BLOCK]
-    up = tl.load(up_ptr + row * stride_up + offs, mask=mask).to(tl.float32)  # [BLOCK]
+    grad = tl.load(grad_rows.ptr + row * grad_rows.stride + offs, mask=mask).to(tl.float32)  # [BLOCK]
+    gate = tl.load(gate_rows.ptr + row * gate_rows.stride + offs, mask=mask).to(tl.float32)  # [BLOCK]
+    up = tl.load(up_rows.ptr + row * up_rows.stride + offs, mask=mask).to(tl.float32)  # [BLOCK]
     sigmoid = tl.sigmoid(gate)
     dgate = grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     dup = grad * gate * sigmoid
-    tl.store(dgate_ptr + row * stride_dgate + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-    tl.store(dup_ptr + row * stride_dup + offs, dup.to(dup_ptr.dtype.element_ty), mask=mask)
+    tl.store(dgate_rows.ptr + row * dgate_rows.stride + offs, dgate.to(dgate_rows.ptr.dtype.element_ty), mask=mask)
+    tl.store(dup_rows.ptr + row * dup_rows.stride + offs, dup.to(dup_rows.ptr.dtype.element_ty), mask=mask)
 
 
 def launch_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    gate_rows, up_rows, y_rows = as_rows(gate), as_rows(up), as_rows(y)
-    count, size = gate_rows.shape
+    gate_rows, up_rows, y_rows = (rows_view(x) for x in (gate, up, y))
+    count, size = gate_rows.ptr.shape
     tile = elementwise(size)
     launch(
         _swiglu_kernel,
         (count, cdiv(size, tile["BLOCK"])),
-        gate_rows,
-        up_rows,
-        y_rows,
-        size,
-        gate_rows.stride(0),
-        up_rows.stride(0),
-        y_rows.stride(0),
+        gate_rows=gate_rows,
+        up_rows=up_rows,
+        y_rows=y_rows,
+        size=size,
         **tile,
     )
     return y
@@ -85,23 +61,18 @@ def launch_swiglu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
-    grad_rows, gate_rows, up_rows, dgate_rows, dup_rows = (as_rows(x) for x in (grad, gate, up, dgate, dup))
-    count, size = gate_rows.shape
+    grad_rows, gate_rows, up_rows, dgate_rows, dup_rows = (rows_view(x) for x in (grad, gate, up, dgate, dup))
+    count, size = gate_rows.ptr.shape
     tile = elementwise(size)
     launch(
         _swiglu_backward_kernel,
         (count, cdiv(size, tile["BLOCK"])),
-        grad_rows,
-        gate_rows,
-        up_rows,
-        dgate_rows,
-        dup_rows,
-        size,
-        grad_rows.stride(0),
-        gate_rows.stride(0),
-        up_rows.stride(0),
-        dgate_rows.stride(0),
-        dup_rows.stride(0),
+        grad_rows=grad_rows,
+        gate_rows=gate_rows,
+        up_rows=up_rows,
+        dgate_rows=dgate_rows,
+        dup_rows=dup_rows,
+        size=size,
         **tile,
     )
     return dgate, dup
