@@ -13,6 +13,7 @@ from qvl_kernels.gpu.device import architecture
 from qvl_kernels.gpu.device_functions import caches_of_table, griddepcontrol_wait, visible_of_table
 from qvl_kernels.gpu.launch import launch
 from qvl_kernels.gpu.tiles import cdiv
+from qvl_kernels.gpu.views import HeadsView, MaskView, heads_view
 from qvl_kernels.ops.decode_attention import tiles
 
 __all__ = ["launch_decode_attention"]
@@ -34,12 +35,12 @@ def _length_of(lengths_ptr, stride_length, batch, S):
 
 @triton.jit
 def _decode_attention_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    mask_ptr,
+    q_view,
+    k_view,
+    v_view,
+    k_scale_view,
+    v_scale_view,
+    mask_view,
     lengths_ptr,
     table_ptr,
     out_ptr,
@@ -50,25 +51,6 @@ def _decode_attention_kernel(
     S,
     D,
     scale,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_ksb,
-    stride_ksh,
-    stride_kss,
-    stride_vsb,
-    stride_vsh,
-    stride_vss,
-    stride_mb,
-    stride_mh,
-    stride_mt,
-    stride_ms,
     stride_length,
     ROW_BLOCKS,
     GROUP: tl.constexpr,
@@ -92,10 +74,11 @@ def _decode_attention_kernel(
     kv_head, row_block = tl.program_id(1) // ROW_BLOCKS, tl.program_id(1) % ROW_BLOCKS
     batch = tl.program_id(2).to(tl.int64)
     if HAS_TABLE:
-        k_ptr, v_ptr, S = caches_of_table(table_ptr, q_ptr)
-        mask_ptr, stride_mb = visible_of_table(table_ptr)
-        stride_kb, stride_kh, stride_ks = H // GROUP * S * D, S * D, D
-        stride_vb, stride_vh, stride_vs = stride_kb, stride_kh, stride_ks
+        k_ptr, v_ptr, S = caches_of_table(table_ptr, q_view.ptr)
+        k_view = HeadsView(k_ptr, H // GROUP * S * D, D, S * D)
+        v_view = HeadsView(v_ptr, k_view.stride_b, k_view.stride_t, k_view.stride_h)
+        mask_ptr, mask_stride_b = visible_of_table(table_ptr)
+        mask_view = MaskView(mask_ptr, mask_stride_b, mask_view.stride_h, mask_view.stride_t, mask_view.stride_s)
     length = _length_of(lengths_ptr, stride_length, batch, S)
     size = _split_size(length, SPLITS, BLOCK_N)
     begin = split * size
@@ -108,15 +91,17 @@ def _decode_attention_kernel(
     t, head = rows // GROUP, kv_head * GROUP + rows % GROUP
     offs_d, offs_n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     in_rows, in_d = t < T, offs_d < D
-    q_rows = batch * stride_qb + t.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
+    q_rows = batch * q_view.stride_b + t.to(tl.int64) * q_view.stride_t + head.to(tl.int64) * q_view.stride_h
     q = tl.load(
-        q_ptr + q_rows[:, None] + offs_d[None, :], mask=in_rows[:, None] & in_d[None, :], other=0.0
+        q_view.ptr + q_rows[:, None] + offs_d[None, :], mask=in_rows[:, None] & in_d[None, :], other=0.0
     )  # [BLOCK_M, BLOCK_D]
-    k_base = k_ptr + batch * stride_kb + kv_head.to(tl.int64) * stride_kh
-    v_base = v_ptr + batch * stride_vb + kv_head.to(tl.int64) * stride_vh
-    k_scale_base = k_scale_ptr + batch * stride_ksb + kv_head.to(tl.int64) * stride_ksh
-    v_scale_base = v_scale_ptr + batch * stride_vsb + kv_head.to(tl.int64) * stride_vsh
-    mask_rows = batch * stride_mb + head.to(tl.int64) * stride_mh + t.to(tl.int64) * stride_mt
+    k_base = k_view.ptr + batch * k_view.stride_b + kv_head.to(tl.int64) * k_view.stride_h
+    v_base = v_view.ptr + batch * v_view.stride_b + kv_head.to(tl.int64) * v_view.stride_h
+    k_scale_base = k_scale_view.ptr + batch * k_scale_view.stride_b + kv_head.to(tl.int64) * k_scale_view.stride_h
+    v_scale_base = v_scale_view.ptr + batch * v_scale_view.stride_b + kv_head.to(tl.int64) * v_scale_view.stride_h
+    mask_rows = (
+        batch * mask_view.stride_b + head.to(tl.int64) * mask_view.stride_h + t.to(tl.int64) * mask_view.stride_t
+    )
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -126,19 +111,23 @@ def _decode_attention_kernel(
         wide_keys = keys.to(tl.int64)
         kv_mask = in_keys[:, None] & in_d[None, :]
         k = tl.load(
-            k_base + wide_keys[:, None] * stride_ks + offs_d[None, :], mask=kv_mask, other=0
+            k_base + wide_keys[:, None] * k_view.stride_t + offs_d[None, :], mask=kv_mask, other=0
         )  # [BLOCK_N, BLOCK_D]
         v = tl.load(
-            v_base + wide_keys[:, None] * stride_vs + offs_d[None, :], mask=kv_mask, other=0
+            v_base + wide_keys[:, None] * v_view.stride_t + offs_d[None, :], mask=kv_mask, other=0
         )  # [BLOCK_N, BLOCK_D]
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * (scale * LOG2E)  # [BLOCK_M, BLOCK_N]
         if HAS_SCALES:
-            scores *= tl.load(k_scale_base + wide_keys * stride_kss, mask=in_keys, other=0.0).to(tl.float32)[None, :]
+            scores *= tl.load(k_scale_base + wide_keys * k_scale_view.stride_t, mask=in_keys, other=0.0).to(tl.float32)[
+                None, :
+            ]
         visible = in_rows[:, None] & in_keys[None, :]
         if MASK == 0:
             visible = visible & (keys[None, :] <= (length - T + t)[:, None])
         else:
-            mask = tl.load(mask_ptr + mask_rows[:, None] + wide_keys[None, :] * stride_ms, mask=visible, other=0)
+            mask = tl.load(
+                mask_view.ptr + mask_rows[:, None] + wide_keys[None, :] * mask_view.stride_s, mask=visible, other=0
+            )
             if MASK == 1:
                 visible = visible & (mask != 0)
             else:
@@ -150,7 +139,7 @@ def _decode_attention_kernel(
         correction = tl.exp2(m_i - m_safe)
         l_i = l_i * correction + tl.sum(p, 1)
         if HAS_SCALES:  # v is scaled before rounding, not p: p times a small scale may underflow in fp16
-            v_scale = tl.load(v_scale_base + wide_keys * stride_vss, mask=in_keys, other=0.0).to(tl.float32)
+            v_scale = tl.load(v_scale_base + wide_keys * v_scale_view.stride_t, mask=in_keys, other=0.0).to(tl.float32)
             v = (v.to(tl.float32) * v_scale[:, None]).to(q.dtype)
         acc = tl.dot(p.to(q.dtype), v, acc * correction[:, None], input_precision="ieee")
         m_i = m_new
@@ -243,33 +232,30 @@ def launch_decode_attention(
         kind = 1 if mask.dtype == torch.bool else 2
         full = (mask.view(torch.uint8) if kind == 1 else mask).expand(batch, heads, queries, capacity)
         mask_strides = full.stride()
-    scales = (q, q) if k_scale is None else (k_scale, v_scale)
-    scale_strides = (0, 0, 0, 0, 0, 0) if k_scale is None else (*k_scale.stride(), *v_scale.stride())
+    k_scales = v_scales = HeadsView(q, 0, 0, 0)
+    if k_scale is not None:
+        k_scales, v_scales = (HeadsView(x, x.stride(0), x.stride(2), x.stride(1)) for x in (k_scale, v_scale))
     launch(
         _decode_attention_kernel,
         (splits, kv_heads * row_blocks, batch),
-        q,
-        k_cache,
-        v_cache,
-        *scales,
-        full,
-        lengths,
-        entry,
-        out,
-        partial,
-        lse,
-        queries,
-        heads,
-        capacity,
-        head_dim,
-        scale,
-        *q.stride()[:3],
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        *scale_strides,
-        *mask_strides,
-        lengths.stride(0),
-        row_blocks,
+        q_view=heads_view(q),
+        k_view=heads_view(k_cache.transpose(1, 2)),
+        v_view=heads_view(v_cache.transpose(1, 2)),
+        k_scale_view=k_scales,
+        v_scale_view=v_scales,
+        mask_view=MaskView(full, *mask_strides),
+        lengths_ptr=lengths,
+        table_ptr=entry,
+        out_ptr=out,
+        partial_ptr=partial,
+        lse_ptr=lse,
+        T=queries,
+        H=heads,
+        S=capacity,
+        D=head_dim,
+        scale=scale,
+        stride_length=lengths.stride(0),
+        ROW_BLOCKS=row_blocks,
         GROUP=group,
         HAS_SCALES=k_scale is not None,
         HAS_TABLE=table is not None,
@@ -281,15 +267,15 @@ def launch_decode_attention(
         launch(
             _decode_attention_join_kernel,
             (batch * queries * heads,),
-            partial,
-            lse,
-            lengths,
-            entry,
-            out,
-            queries * heads,
-            capacity,
-            head_dim,
-            lengths.stride(0),
+            partial_ptr=partial,
+            lse_ptr=lse,
+            lengths_ptr=lengths,
+            table_ptr=entry,
+            out_ptr=out,
+            rows_per_batch=queries * heads,
+            S=capacity,
+            D=head_dim,
+            stride_length=lengths.stride(0),
             BLOCK_N=tile["BLOCK_N"],
             BLOCK_D=tile["BLOCK_D"],
             SPLITS=splits,

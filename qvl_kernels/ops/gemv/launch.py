@@ -8,7 +8,7 @@ from qvl_kernels.gpu import features
 from qvl_kernels.gpu.device import architecture
 from qvl_kernels.gpu.launch import launch
 from qvl_kernels.gpu.tiles import cdiv, elementwise, next_power_of_2
-from qvl_kernels.gpu.views import as_rows
+from qvl_kernels.gpu.views import RowsView, as_rows, rows_view
 from qvl_kernels.ops.gemv import tiles
 from qvl_kernels.ops.gemv.triton_dot import gemv_dot_kernel, normalise_rows_kernel
 from qvl_kernels.ops.gemv.triton_fma import gemv_fma_kernel
@@ -107,27 +107,20 @@ def _gemv(
     launch(
         kernel,
         programs,
-        rows,
-        values,
-        scales,
-        up_values,
-        up_scales,
-        x if bias is None else bias,
-        x if norm_weight is None else norm_weight,
-        residual_rows,
-        y_rows,
-        m,
-        n,
-        k,
-        columns,
-        eps,
-        rows.stride(0),
-        values.stride(0),
-        scales.stride(0),
-        up_values.stride(0),
-        up_scales.stride(0),
-        residual_rows.stride(0),
-        y_rows.stride(0),
+        x_rows=RowsView(rows, rows.stride(0)),
+        w_rows=RowsView(values, values.stride(0)),
+        scale_rows=RowsView(scales, scales.stride(0)),
+        up_rows=RowsView(up_values, up_values.stride(0)),
+        up_scale_rows=RowsView(up_scales, up_scales.stride(0)),
+        bias_ptr=x if bias is None else bias,
+        norm_ptr=x if norm_weight is None else norm_weight,
+        residual_rows=RowsView(residual_rows, residual_rows.stride(0)),
+        y_rows=RowsView(y_rows, y_rows.stride(0)),
+        M=m,
+        N=n,
+        K=k,
+        W_COLUMNS=columns,
+        eps=eps,
         HAS_NORM=norm_weight is not None,
         **features.variants("decoding", arch),
         **flags,
@@ -155,13 +148,11 @@ def _normalised(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
     launch(
         normalise_rows_kernel,
         (rows.shape[0],),
-        rows,
-        weight,
-        y,
-        rows.shape[1],
-        eps,
-        rows.stride(0),
-        y.stride(0),
+        x_rows=rows_view(rows),
+        weight_ptr=weight,
+        y_rows=rows_view(y),
+        K=rows.shape[1],
+        eps=eps,
         **features.variants("decoding", architecture(rows.device)),
         **elementwise(rows.shape[1]),
     )

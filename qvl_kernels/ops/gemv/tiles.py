@@ -41,7 +41,7 @@ def gemv_fma(rows: int, n: int, k: int, size: int, bits: int, pair: bool, arch: 
     together = max(1, loads * warps * lanes // blocks // (2 if pair else 1) // (1 if rows <= 2 else 2))
     block_n = next(b for b in (8, 4, 2, 1) if b == 1 or (b <= together and n >= 512 * b))
     tile = {"ROWS": min(rows, limit), "BLOCK_N": block_n, "BLOCKS": blocks, "num_warps": warps, "num_stages": 1}
-    return tile if bits == 4 else {**tile, "AHEAD": measured}
+    return tile if bits == 4 else {**tile, "PREFETCH": measured}
 
 
 def gemv_dot(size: int, bits: int, group: int, pair: bool, arch: str) -> dict:

@@ -28,27 +28,20 @@ def _batched_dot(x, x_high, w, BITS: tl.constexpr):
 
 @triton.jit
 def gemv_dot_kernel(
-    x_ptr,
-    w_ptr,
-    scale_ptr,
-    up_ptr,
-    up_scale_ptr,
+    x_rows,
+    w_rows,
+    scale_rows,
+    up_rows,
+    up_scale_rows,
     bias_ptr,
     norm_ptr,
-    residual_ptr,
-    y_ptr,
+    residual_rows,
+    y_rows,
     M,
     N,
     K,
     W_COLUMNS,
     eps,
-    stride_x,
-    stride_w,
-    stride_scale,
-    stride_up,
-    stride_up_scale,
-    stride_residual,
-    stride_y,
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -70,9 +63,9 @@ def gemv_dot_kernel(
     in_rows, in_n = rows < M, n < N
     part = tl.arange(0, PARTS)
     offs = (part[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])[:, None, :]  # [PARTS, 1, BLOCK]
-    x_base = x_ptr + wide_rows[None, :, None] * stride_x
-    w_base = w_ptr + wide_n[None, :, None] * stride_w
-    up_base = up_ptr + wide_n[None, :, None] * stride_up
+    x_base = x_rows.ptr + wide_rows[None, :, None] * x_rows.stride
+    w_base = w_rows.ptr + wide_n[None, :, None] * w_rows.stride
+    up_base = up_rows.ptr + wide_n[None, :, None] * up_rows.stride
     acc = tl.zeros([PARTS, 16, BLOCK_N], tl.float32)
     up_acc = tl.zeros([PARTS, 16, BLOCK_N], tl.float32)
     squares = tl.zeros([PARTS, 16], tl.float32)
@@ -90,36 +83,38 @@ def gemv_dot_kernel(
         if HAS_NORM:
             wide = x.to(tl.float32)
             squares += tl.sum(wide * wide, 2)
-            x = (wide * tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)).to(x_ptr.dtype.element_ty)
+            x = (wide * tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)).to(x_rows.ptr.dtype.element_ty)
             if BITS == 4:
                 wide = x_high.to(tl.float32)
                 squares += tl.sum(wide * wide, 2)
                 factor = tl.load(norm_ptr + k + 16, mask=k + 16 < K, other=0.0).to(tl.float32)
-                x_high = (wide * factor).to(x_ptr.dtype.element_ty)
+                x_high = (wide * factor).to(x_rows.ptr.dtype.element_ty)
         product = _batched_dot(x, x_high, w, BITS)
         if BITS == 4:
             group = column // BLOCK + part[:, None]  # [PARTS, 1]
             scale_mask = in_n[None, :] & (group * BLOCK < W_COLUMNS)
-            scale = tl.load(scale_ptr + wide_n[None, :] * stride_scale + group, mask=scale_mask, other=0.0)
+            scale = tl.load(scale_rows.ptr + wide_n[None, :] * scale_rows.stride + group, mask=scale_mask, other=0.0)
             product *= scale.to(tl.float32)[:, None, :]
         acc += product
         if HAS_UP:
             product = _batched_dot(x, x_high, tl.load(up_base + columns, mask=w_mask, other=0), BITS)
             if BITS == 4:
-                scale = tl.load(up_scale_ptr + wide_n[None, :] * stride_up_scale + group, mask=scale_mask, other=0.0)
+                scale = tl.load(
+                    up_scale_rows.ptr + wide_n[None, :] * up_scale_rows.stride + group, mask=scale_mask, other=0.0
+                )
                 product *= scale.to(tl.float32)[:, None, :]
             up_acc += product
 
     y = tl.sum(acc, 0)  # [16, BLOCK_N]
     if BITS == 8:
-        y *= tl.load(scale_ptr + wide_n * stride_scale, mask=in_n, other=0.0)[None, :]
+        y *= tl.load(scale_rows.ptr + wide_n * scale_rows.stride, mask=in_n, other=0.0)[None, :]
     if HAS_NORM:
         factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
         y *= factor[:, None]
     if HAS_UP:
         up = tl.sum(up_acc, 0)
         if BITS == 8:
-            up *= tl.load(up_scale_ptr + wide_n * stride_up_scale, mask=in_n, other=0.0)[None, :]
+            up *= tl.load(up_scale_rows.ptr + wide_n * up_scale_rows.stride, mask=in_n, other=0.0)[None, :]
         if HAS_NORM:
             up *= factor[:, None]
         y = y * tl.sigmoid(y) * up
@@ -127,26 +122,30 @@ def gemv_dot_kernel(
         y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     mask = in_rows[:, None] & in_n[None, :]
     if HAS_RESIDUAL:
-        residual = residual_ptr + wide_rows[:, None] * stride_residual + n[None, :]
+        residual = residual_rows.ptr + wide_rows[:, None] * residual_rows.stride + n[None, :]
         y += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + wide_rows[:, None] * stride_y + n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_rows.ptr + wide_rows[:, None] * y_rows.stride + n[None, :], y.to(y_rows.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def normalise_rows_kernel(
-    x_ptr, weight_ptr, y_ptr, K, eps, stride_x, stride_y, BLOCK: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr
-):
+def normalise_rows_kernel(x_rows, weight_ptr, y_rows, K, eps, BLOCK: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr):
     """y = x / sqrt(mean(x^2) + eps) * weight, one program per row."""
     griddepcontrol_wait(DEPENDENT_LAUNCH)
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, K, BLOCK):
-        x = tl.load(x_ptr + row * stride_x + begin + offs, mask=begin + offs < K, other=0.0).to(tl.float32)  # [BLOCK]
+        x = tl.load(x_rows.ptr + row * x_rows.stride + begin + offs, mask=begin + offs < K, other=0.0).to(
+            tl.float32
+        )  # [BLOCK]
         squares += x * x
     factor = tl.rsqrt(tl.sum(squares) / K + eps)
     for begin in range(0, K, BLOCK):
         mask = begin + offs < K
-        x = tl.load(x_ptr + row * stride_x + begin + offs, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_rows.ptr + row * x_rows.stride + begin + offs, mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + begin + offs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + row * stride_y + begin + offs, (x * factor * weight).to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            y_rows.ptr + row * y_rows.stride + begin + offs,
+            (x * factor * weight).to(y_rows.ptr.dtype.element_ty),
+            mask=mask,
+        )

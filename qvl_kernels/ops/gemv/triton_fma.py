@@ -2,7 +2,7 @@
 
 Tiles are [BLOCKS, VECTOR]: BLOCKS loads of 16 bytes. A thread owns whole blocks, so that sums over VECTOR stay in the
 thread and one reduction at the end is the only exchange. The rows of the weight are a Python tuple, unrolled: BLOCK_N
-loads are in flight together. AHEAD (software prefetch): the next weights are loaded while the current ones are
+loads are in flight together. PREFETCH: the next weights are loaded while the current ones are
 multiplied, and with PDL the first loads do not wait for the kernel that writes x.
 """
 
@@ -44,21 +44,17 @@ def _halve(parts):
 def finish_rows(
     accs,
     squares,
-    scale_ptr,
-    up_scale_ptr,
+    scale_rows,
+    up_scale_rows,
     bias_ptr,
-    residual_ptr,
-    y_ptr,
+    residual_rows,
+    y_rows,
     row0,
     first,
     M,
     N,
     K,
     eps,
-    stride_scale,
-    stride_up_scale,
-    stride_residual,
-    stride_y,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BITS: tl.constexpr,
@@ -81,7 +77,7 @@ def finish_rows(
     valid = (r < ROWS) & (row < M) & (n < N)
     y = tl.sum(_stack(_pad_parts(_pick_outputs(accs, 0, ROWS, BLOCK_N, WEIGHT_ROWS), zero, COUNT), COUNT), 0)
     if BITS == 8:
-        y *= tl.load(scale_ptr + n.to(tl.int64) * stride_scale, mask=valid, other=0.0)
+        y *= tl.load(scale_rows.ptr + n.to(tl.int64) * scale_rows.stride, mask=valid, other=0.0)
     if HAS_NORM:
         mean = tl.sum(_stack(_pad_parts(squares, zero, ROW_COUNT), ROW_COUNT), 0) / K  # [ROW_COUNT]
         mine = r[:, None] == tl.arange(0, ROW_COUNT)[None, :]
@@ -90,64 +86,46 @@ def finish_rows(
     if HAS_UP:
         up = tl.sum(_stack(_pad_parts(_pick_outputs(accs, BLOCK_N, ROWS, BLOCK_N, WEIGHT_ROWS), zero, COUNT), COUNT), 0)
         if BITS == 8:
-            up *= tl.load(up_scale_ptr + n.to(tl.int64) * stride_up_scale, mask=valid, other=0.0)
+            up *= tl.load(up_scale_rows.ptr + n.to(tl.int64) * up_scale_rows.stride, mask=valid, other=0.0)
         if HAS_NORM:
             up *= factor
         y = y * tl.sigmoid(y) * up
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=valid, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + row * stride_residual + n, mask=valid, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * stride_y + n, y.to(y_ptr.dtype.element_ty), mask=valid)
+        y += tl.load(residual_rows.ptr + row * residual_rows.stride + n, mask=valid, other=0.0).to(tl.float32)
+    tl.store(y_rows.ptr + row * y_rows.stride + n, y.to(y_rows.ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit
-def _weights(
-    w_ptr,
-    up_ptr,
-    stride_w,
-    stride_up,
-    first,
-    k,
-    N,
-    K,
-    BLOCK_N: tl.constexpr,
-    WEIGHT_ROWS: tl.constexpr,
-):
+def _weights(w_rows, up_rows, first, k, N, K, BLOCK_N: tl.constexpr, WEIGHT_ROWS: tl.constexpr):
     """A tuple of [BLOCKS, VECTOR] tiles: columns k of BLOCK_N rows of w, then of up; 0 from column K on."""
     weights = ()
     for i in tl.static_range(WEIGHT_ROWS):
         n = tl.minimum(first + i % BLOCK_N, N - 1).to(tl.int64)
-        base = w_ptr + n * stride_w
+        base = w_rows.ptr + n * w_rows.stride
         if i >= BLOCK_N:
-            base = up_ptr + n * stride_up
+            base = up_rows.ptr + n * up_rows.stride
         weights = weights + (tl.load(base + k, mask=k < K, other=0, eviction_policy="evict_first"),)
     return weights
 
 
 @triton.jit
 def gemv_fma_kernel(
-    x_ptr,
-    w_ptr,
-    scale_ptr,
-    up_ptr,
-    up_scale_ptr,
+    x_rows,
+    w_rows,
+    scale_rows,
+    up_rows,
+    up_scale_rows,
     bias_ptr,
     norm_ptr,
-    residual_ptr,
-    y_ptr,
+    residual_rows,
+    y_rows,
     M,
     N,
     K,
     W_COLUMNS,
     eps,
-    stride_x,
-    stride_w,
-    stride_scale,
-    stride_up,
-    stride_up_scale,
-    stride_residual,
-    stride_y,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -159,7 +137,7 @@ def gemv_fma_kernel(
     HAS_RESIDUAL: tl.constexpr,
     COUNT: tl.constexpr,
     ROW_COUNT: tl.constexpr,
-    AHEAD: tl.constexpr,
+    PREFETCH: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """y = norm(x) w^T + bias + residual, or silu(norm(x) w^T) * (norm(x) up^T); norm(x) = x / sqrt(mean(x^2) + eps) *
@@ -175,26 +153,24 @@ def gemv_fma_kernel(
     zero = tl.zeros([BLOCKS], tl.float32)
     accs = (zero,) * (WEIGHT_ROWS * ROWS)
     squares = (zero,) * ROWS
-    if AHEAD:
-        prefetched = _weights(w_ptr, up_ptr, stride_w, stride_up, first, offs, N, K, BLOCK_N, WEIGHT_ROWS)
+    if PREFETCH:
+        prefetched = _weights(w_rows, up_rows, first, offs, N, K, BLOCK_N, WEIGHT_ROWS)
     griddepcontrol_wait(DEPENDENT_LAUNCH)
     for column in range(0, K, BLOCKS * VECTOR):
         k = column + offs
         mask = k < K
-        if AHEAD:
+        if PREFETCH:
             weights = prefetched
-            prefetched = _weights(
-                w_ptr, up_ptr, stride_w, stride_up, first, k + BLOCKS * VECTOR, N, K, BLOCK_N, WEIGHT_ROWS
-            )
+            prefetched = _weights(w_rows, up_rows, first, k + BLOCKS * VECTOR, N, K, BLOCK_N, WEIGHT_ROWS)
         else:
-            weights = _weights(w_ptr, up_ptr, stride_w, stride_up, first, k, N, K, BLOCK_N, WEIGHT_ROWS)
+            weights = _weights(w_rows, up_rows, first, k, N, K, BLOCK_N, WEIGHT_ROWS)
         if HAS_NORM:
             factor = tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)  # [BLOCKS, VECTOR]
         new_squares = ()
         new_accs = ()
         for r in tl.static_range(ROWS):
             row = tl.minimum(row0 + r, M - 1).to(tl.int64)
-            x = tl.load(x_ptr + row * stride_x + k, mask=mask, other=0.0).to(tl.float32)  # [BLOCKS, VECTOR]
+            x = tl.load(x_rows.ptr + row * x_rows.stride + k, mask=mask, other=0.0).to(tl.float32)  # [BLOCKS, VECTOR]
             if HAS_NORM:
                 new_squares = new_squares + (squares[r] + tl.sum(x * x, 1),)
                 x = x * factor
@@ -206,21 +182,17 @@ def gemv_fma_kernel(
     finish_rows(
         accs,
         squares,
-        scale_ptr,
-        up_scale_ptr,
+        scale_rows,
+        up_scale_rows,
         bias_ptr,
-        residual_ptr,
-        y_ptr,
+        residual_rows,
+        y_rows,
         row0,
         first,
         M,
         N,
         K,
         eps,
-        stride_scale,
-        stride_up_scale,
-        stride_residual,
-        stride_y,
         ROWS,
         BLOCK_N,
         BITS,

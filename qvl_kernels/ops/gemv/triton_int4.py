@@ -22,27 +22,20 @@ def _number(word, INDEX: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def gemv_int4_kernel(
-    x_ptr,
-    w_ptr,
-    scale_ptr,
-    up_ptr,
-    up_scale_ptr,
+    x_rows,
+    w_rows,
+    scale_rows,
+    up_rows,
+    up_scale_rows,
     bias_ptr,
     norm_ptr,
-    residual_ptr,
-    y_ptr,
+    residual_rows,
+    y_rows,
     M,
     N,
     K,
     W_COLUMNS,
     eps,
-    stride_x,
-    stride_w,
-    stride_scale,
-    stride_up,
-    stride_up_scale,
-    stride_residual,
-    stride_y,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -64,7 +57,7 @@ def gemv_int4_kernel(
     griddepcontrol_wait(DEPENDENT_LAUNCH)
     row0 = tl.program_id(1) * ROWS
     first = tl.program_id(0) * BLOCK_N
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    dtype: tl.constexpr = y_rows.ptr.dtype.element_ty
     block = tl.arange(0, BLOCKS)
     q = tl.arange(0, 4)[None, :]
     WEIGHT_ROWS: tl.constexpr = 2 * BLOCK_N if HAS_UP else BLOCK_N
@@ -78,9 +71,9 @@ def gemv_int4_kernel(
         scales = ()
         for i in tl.static_range(WEIGHT_ROWS):
             n = tl.minimum(first + i % BLOCK_N, N - 1).to(tl.int64)
-            base, scale_base = w_ptr + n * stride_w, scale_ptr + n * stride_scale
+            base, scale_base = w_rows.ptr + n * w_rows.stride, scale_rows.ptr + n * scale_rows.stride
             if i >= BLOCK_N:
-                base, scale_base = up_ptr + n * stride_up, up_scale_ptr + n * stride_up_scale
+                base, scale_base = up_rows.ptr + n * up_rows.stride, up_scale_rows.ptr + n * up_scale_rows.stride
             word = tl.load(base + words, mask=words < W_COLUMNS, other=0, eviction_policy="evict_first")  # [BLOCKS, 4]
             weights = weights + (word.to(tl.uint32, bitcast=True),)
             scale = tl.load(scale_base + (column // 4 + block) // GROUP_BLOCKS, mask=inside, other=0.0)  # [BLOCKS]
@@ -93,8 +86,8 @@ def gemv_int4_kernel(
         new_accs = ()
         for r in tl.static_range(ROWS):
             row = tl.minimum(row0 + r, M - 1).to(tl.int64)
-            low_x = tl.load(x_ptr + row * stride_x + low, mask=low < K, other=0)  # [BLOCKS, 4]
-            high_x = tl.load(x_ptr + row * stride_x + low + 4, mask=low + 4 < K, other=0)
+            low_x = tl.load(x_rows.ptr + row * x_rows.stride + low, mask=low < K, other=0)  # [BLOCKS, 4]
+            high_x = tl.load(x_rows.ptr + row * x_rows.stride + low + 4, mask=low + 4 < K, other=0)
             square = tl.zeros([BLOCKS, 4], tl.float32)
             x_sum = tl.zeros([BLOCKS, 4], tl.float32)
             parts = ()
@@ -119,21 +112,17 @@ def gemv_int4_kernel(
     finish_rows(
         accs,
         squares,
-        scale_ptr,
-        up_scale_ptr,
+        scale_rows,
+        up_scale_rows,
         bias_ptr,
-        residual_ptr,
-        y_ptr,
+        residual_rows,
+        y_rows,
         row0,
         first,
         M,
         N,
         K * 4,
         eps,
-        stride_scale,
-        stride_up_scale,
-        stride_residual,
-        stride_y,
         ROWS,
         BLOCK_N,
         4,

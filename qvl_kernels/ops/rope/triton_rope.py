@@ -13,6 +13,7 @@ from qvl_kernels.gpu.device import architecture
 from qvl_kernels.gpu.device_functions import caches_of_table, griddepcontrol_wait
 from qvl_kernels.gpu.launch import launch
 from qvl_kernels.gpu.tiles import PARTIAL_SUMS, cdiv
+from qvl_kernels.gpu.views import HeadsView, cos_sin_view, heads_view
 from qvl_kernels.ops.rope import tiles
 
 __all__ = [
@@ -83,17 +84,17 @@ def _rotate_heads(
 
 @triton.jit(do_not_specialize=["past"])
 def _rope_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    q,
+    k,
+    v,
     q_weight_ptr,
     k_weight_ptr,
-    cos_ptr,
-    sin_ptr,
+    cos,
+    sin,
     lengths_ptr,
     q_out_ptr,
-    k_out_ptr,
-    v_out_ptr,
+    k_out,
+    v_out,
     table_ptr,
     T,
     H,
@@ -102,25 +103,6 @@ def _rope_kernel(
     half,
     eps,
     past,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_cb,
-    stride_ct,
-    stride_sb,
-    stride_st,
-    stride_kob,
-    stride_koh,
-    stride_kos,
-    stride_vob,
-    stride_voh,
-    stride_vos,
     stride_length,
     HAS_NORM: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -141,15 +123,15 @@ def _rope_kernel(
     batch, t = token // T, token % T
     block, q_blocks = tl.program_id(1), tl.cdiv(H, ROWS)
     if HAS_TABLE:  # not in the branch below, as both branches must keep the variables' types
-        k_out_ptr, v_out_ptr, S = caches_of_table(table_ptr, q_ptr)
-        stride_kob, stride_koh, stride_kos = HKV * S * 2 * half, S * 2 * half, 2 * half
-        stride_vob, stride_voh, stride_vos = stride_kob, stride_koh, stride_kos
-    cos_ptr += batch * stride_cb + t * stride_ct
-    sin_ptr += batch * stride_sb + t * stride_st
+        k_out_ptr, v_out_ptr, S = caches_of_table(table_ptr, q.ptr)
+        k_out = HeadsView(k_out_ptr, HKV * S * 2 * half, 2 * half, S * 2 * half)
+        v_out = HeadsView(v_out_ptr, k_out.stride_b, k_out.stride_t, k_out.stride_h)
+    cos_ptr = cos.ptr + (batch * cos.stride_b + t * cos.stride_t)
+    sin_ptr = sin.ptr + (batch * sin.stride_b + t * sin.stride_t)
     if block < q_blocks:
         _rotate_heads(
-            q_ptr + batch * stride_qb + t * stride_qt,
-            stride_qh,
+            q.ptr + batch * q.stride_b + t * q.stride_t,
+            q.stride_h,
             q_weight_ptr,
             cos_ptr,
             sin_ptr,
@@ -171,13 +153,13 @@ def _rope_kernel(
             position += tl.load(lengths_ptr + batch * stride_length).to(tl.int64)
         count = tl.where((position >= 0) & (position < S), HKV, 0)
         _rotate_heads(
-            k_ptr + batch * stride_kb + t * stride_kt,
-            stride_kh,
+            k.ptr + batch * k.stride_b + t * k.stride_t,
+            k.stride_h,
             k_weight_ptr,
             cos_ptr,
             sin_ptr,
-            k_out_ptr + batch * stride_kob + position * stride_kos,
-            stride_koh,
+            k_out.ptr + batch * k_out.stride_b + position * k_out.stride_t,
+            k_out.stride_h,
             first,
             count,
             half,
@@ -191,27 +173,19 @@ def _rope_kernel(
             heads, offs = first + tl.arange(0, ROWS).to(tl.int64), tl.arange(0, BLOCK)
             mask = (heads < count)[:, None] & (offs < half)[None, :]
             low, high = _halves(
-                v_ptr + batch * stride_vb + t * stride_vt + heads[:, None] * stride_vh + offs[None, :], mask, half
+                v.ptr + batch * v.stride_b + t * v.stride_t + heads[:, None] * v.stride_h + offs[None, :], mask, half
             )
-            out_ptr = (
-                v_out_ptr + batch * stride_vob + position * stride_vos + heads[:, None] * stride_voh + offs[None, :]
-            )
-            _store_halves(out_ptr, low, high, mask, half)
+            out_ptr = v_out.ptr + batch * v_out.stride_b + position * v_out.stride_t
+            _store_halves(out_ptr + heads[:, None] * v_out.stride_h + offs[None, :], low, high, mask, half)
 
 
 @triton.jit
 def _head_gradients(
-    grad_ptr,
-    stride_gb,
-    stride_gt,
-    stride_gh,
-    x_ptr,
-    stride_xb,
-    stride_xt,
-    stride_xh,
+    grad,
+    x,
     weight_ptr,
-    cos_ptr,
-    sin_ptr,
+    cos,
+    sin,
     dx_ptr,
     dweight_ptr,
     first,
@@ -220,10 +194,6 @@ def _head_gradients(
     T,
     half,
     eps,
-    stride_cb,
-    stride_ct,
-    stride_sb,
-    stride_st,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -241,16 +211,18 @@ def _head_gradients(
         token = tl.cast(index, tl.int64)
         batch, t = token // T, token % T
         low, high = _halves(
-            x_ptr + batch * stride_xb + t * stride_xt + heads[:, None] * stride_xh + offs[None, :], mask, half
+            x.ptr + batch * x.stride_b + t * x.stride_t + heads[:, None] * x.stride_h + offs[None, :], mask, half
         )  # [ROWS, BLOCK]
         grad_low, grad_high = _halves(
-            grad_ptr + batch * stride_gb + t * stride_gt + heads[:, None] * stride_gh + offs[None, :], mask, half
+            grad.ptr + batch * grad.stride_b + t * grad.stride_t + heads[:, None] * grad.stride_h + offs[None, :],
+            mask,
+            half,
         )  # [ROWS, BLOCK]
         grad_low, grad_high = _rotated(
             grad_low,
             grad_high,
-            cos_ptr + batch * stride_cb + t * stride_ct,
-            sin_ptr + batch * stride_sb + t * stride_st,
+            cos.ptr + batch * cos.stride_b + t * cos.stride_t,
+            sin.ptr + batch * sin.stride_b + t * sin.stride_t,
             offs,
             half,
             True,
@@ -279,14 +251,14 @@ def _head_gradients(
 
 @triton.jit
 def _qk_norm_rope_backward_kernel(
-    grad_q_ptr,
-    grad_k_ptr,
-    q_ptr,
-    k_ptr,
+    grad_q,
+    grad_k,
+    q,
+    k,
     q_weight_ptr,
     k_weight_ptr,
-    cos_ptr,
-    sin_ptr,
+    cos,
+    sin,
     dq_ptr,
     dk_ptr,
     dweight_ptr,
@@ -296,22 +268,6 @@ def _qk_norm_rope_backward_kernel(
     HKV,
     half,
     eps,
-    stride_gqb,
-    stride_gqt,
-    stride_gqh,
-    stride_gkb,
-    stride_gkt,
-    stride_gkh,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_cb,
-    stride_ct,
-    stride_sb,
-    stride_st,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -322,17 +278,11 @@ def _qk_norm_rope_backward_kernel(
     dweight_ptr += (tl.program_id(0) * tl.num_programs(1) + block).to(tl.int64) * 2 * half
     if block < q_blocks:
         _head_gradients(
-            grad_q_ptr,
-            stride_gqb,
-            stride_gqt,
-            stride_gqh,
-            q_ptr,
-            stride_qb,
-            stride_qt,
-            stride_qh,
+            grad_q,
+            q,
             q_weight_ptr,
-            cos_ptr,
-            sin_ptr,
+            cos,
+            sin,
             dq_ptr,
             dweight_ptr,
             block * ROWS,
@@ -341,26 +291,16 @@ def _qk_norm_rope_backward_kernel(
             T,
             half,
             eps,
-            stride_cb,
-            stride_ct,
-            stride_sb,
-            stride_st,
             ROWS,
             BLOCK,
         )
     else:
         _head_gradients(
-            grad_k_ptr,
-            stride_gkb,
-            stride_gkt,
-            stride_gkh,
-            k_ptr,
-            stride_kb,
-            stride_kt,
-            stride_kh,
+            grad_k,
+            k,
             k_weight_ptr,
-            cos_ptr,
-            sin_ptr,
+            cos,
+            sin,
             dk_ptr,
             dweight_ptr,
             (block - q_blocks) * ROWS,
@@ -369,18 +309,9 @@ def _qk_norm_rope_backward_kernel(
             T,
             half,
             eps,
-            stride_cb,
-            stride_ct,
-            stride_sb,
-            stride_st,
             ROWS,
             BLOCK,
         )
-
-
-def _table_strides(table: torch.Tensor) -> tuple[int, int]:
-    """Strides of batch and time of a cos/sin cache [B or 1, T, D]."""
-    return (table.stride(0) if table.shape[0] > 1 else 0), table.stride(1)
 
 
 def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
@@ -418,33 +349,26 @@ def _forward(
     launch(
         _rope_kernel,
         (batch * time, cdiv(heads, tile["ROWS"]) + cdiv(kv_heads, tile["ROWS"])),
-        q,
-        k,
-        values,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        q if lengths is None else lengths,
-        q_out,
-        k_out,
-        v_out,
-        q if table is None else table,
-        time,
-        heads,
-        kv_heads,
-        k_out.shape[2],
-        head_dim // 2,
-        eps,
-        past,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *values.stride()[:3],
-        *_table_strides(cos),
-        *_table_strides(sin),
-        *k_out.stride()[:3],
-        *v_out.stride()[:3],
-        0 if lengths is None else lengths.stride(0),
+        q=heads_view(q),
+        k=heads_view(k),
+        v=heads_view(values),
+        q_weight_ptr=q_weight,
+        k_weight_ptr=k_weight,
+        cos=cos_sin_view(cos),
+        sin=cos_sin_view(sin),
+        lengths_ptr=q if lengths is None else lengths,
+        q_out_ptr=q_out,
+        k_out=heads_view(k_out.transpose(1, 2)),
+        v_out=heads_view(v_out.transpose(1, 2)),
+        table_ptr=q if table is None else table,
+        T=time,
+        H=heads,
+        HKV=kv_heads,
+        S=k_out.shape[2],
+        half=head_dim // 2,
+        eps=eps,
+        past=past,
+        stride_length=0 if lengths is None else lengths.stride(0),
         HAS_NORM=weights is not None,
         TRANSPOSED=transposed,
         HAS_V=v is not None,
@@ -542,29 +466,23 @@ def launch_qk_norm_rope_backward(
     launch(
         _qk_norm_rope_backward_kernel,
         (programs, q_blocks + k_blocks),
-        grad_q,
-        grad_k,
-        q,
-        k,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        dq,
-        dk,
-        partial,
-        tokens,
-        time,
-        heads,
-        kv_heads,
-        head_dim // 2,
-        eps,
-        *grad_q.stride()[:3],
-        *grad_k.stride()[:3],
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *_table_strides(cos),
-        *_table_strides(sin),
+        grad_q=heads_view(grad_q),
+        grad_k=heads_view(grad_k),
+        q=heads_view(q),
+        k=heads_view(k),
+        q_weight_ptr=q_weight,
+        k_weight_ptr=k_weight,
+        cos=cos_sin_view(cos),
+        sin=cos_sin_view(sin),
+        dq_ptr=dq,
+        dk_ptr=dk,
+        dweight_ptr=partial,
+        tokens=tokens,
+        T=time,
+        H=heads,
+        HKV=kv_heads,
+        half=head_dim // 2,
+        eps=eps,
         **tile,
         enable_fp_fusion=False,  # as for rms_norm
     )
