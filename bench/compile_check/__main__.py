@@ -174,12 +174,12 @@ def _collect(result: Audit, names: list[str] | None, plan: list[tuple[str, str]]
 
 def _row(kernel: _Kernel, found: dict) -> dict:
     specialisation = kernel.specialisation
-    names = specialisation.kernel.arg_names
-    constants = {
-        names[place[0]]: str(value)
-        for place, value in specialisation.source.constants.items()
-        if names[place[0]].isupper()
-    }
+    names, constants = specialisation.kernel.arg_names, {}
+    for place, value in specialisation.source.constants.items():
+        if hasattr(value, "_asdict"):  # constants in a named tuple
+            constants |= {name: str(constant) for name, constant in value._asdict().items()}
+        elif names[place[0]].isupper():
+            constants[names[place[0]]] = str(value)
     return {
         "kernel": specialisation.kernel.__name__,
         "arch": specialisation.arch,

@@ -41,14 +41,13 @@ def record() -> Iterator[list[Launch]]:
         _recorded = previous
 
 
-def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *positional: Any, **arguments: Any) -> None:
+def launch(kernel: triton.JITFunction, grid: tuple[int, ...], **arguments: Any) -> None:
     """kernel[grid](**arguments) on the device of the first tensor; an empty grid launches nothing.
 
     Arguments may be named tuples (qvl_kernels/gpu/views.py); launch options such as num_warps are among them.
     """
     if 0 in grid:
         return
-    arguments = {**dict(zip(kernel.arg_names, positional)), **arguments}
     arguments.setdefault("enable_fp_fusion", FP_FUSION)
     if arguments.get("DEPENDENT_LAUNCH"):
         arguments["launch_pdl"] = True

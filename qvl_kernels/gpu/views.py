@@ -61,8 +61,8 @@ def rows_view(x: torch.Tensor) -> RowsView:
 
 
 def heads_view(x: torch.Tensor) -> HeadsView:
-    """``x`` [B, T, H, D]."""
-    return HeadsView(x, *x.stride()[:3])
+    """``x`` [B, T, H, D], or varlen [N, H, D], which has no batch."""
+    return HeadsView(x, *(x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])))
 
 
 def cos_sin_view(x: torch.Tensor) -> CosSinView:

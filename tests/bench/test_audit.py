@@ -15,13 +15,14 @@ from bench.compile_check import __main__ as command
 from bench.compile_check import chips, report, sass
 from bench.compile_check.compiled import compile_all, inspect, violations
 from bench.compile_check.known_issues import ACCEPTABLE, KNOWN_ISSUES, KnownIssue
-from bench.compile_check.launches import kernels, record, specialise, target
+from bench.compile_check.launches import kernels, record, record_call, specialise, target
 from bench.compile_check.sources import sources
 from bench.kernels import cases_of
 from qvl_kernels import config
 from qvl_kernels.gpu.device import ARCHITECTURES
 from qvl_kernels.gpu.launch import Launch
 from qvl_kernels.gpu.views import RowsView
+from qvl_kernels.ops.rope.op import qk_norm_rope_to_cache_op
 
 pytestmark = pytest.mark.skipif(config.interpreted(), reason="the interpreter replaces what the audit compiles")
 
@@ -236,6 +237,34 @@ def test_members_of_views_are_specialised_as_plain_arguments_are():
         assert specialise(Launch(_copy_kernel, (1,), arguments | other), "sm_90").key != made.key
     same = {"x_rows": RowsView(x[8:], 64)}
     assert specialise(Launch(_copy_kernel, (1,), arguments | same), "sm_90").key == made.key
+
+
+def _keys(function, make):
+    forward, backward = record_call(function, make, "sm_90")
+    return {specialise(launch, "sm_90").key for call in forward + backward for launch in call.launches}
+
+
+def test_lengths_do_not_recompile():
+    """One compilation of each kernel serves all lengths: odd ones, multiples of 16, other scales."""
+
+    def attention(length):
+        def make():
+            q = torch.empty(1, length, 4, 64, dtype=torch.bfloat16, device="cuda")
+            return {"q": q, "k": q[:, :, :2], "v": q[:, :, :2], "causal": True, "scale": 1 / length}
+
+        return _keys(qvl_kernels.attention, make)
+
+    def rope(past):
+        def make():
+            q = torch.empty(2, 1, 4, 64, dtype=torch.bfloat16, device="cuda")
+            cache = torch.empty(2, 2, 512, 64, dtype=q.dtype, device="cuda")
+            heads, norm, table = q[:, :, :2], q[0, 0, 0], q[:, :, 0]
+            return {"arguments": (q, heads, heads, norm, norm, table, table, cache, cache, None, past, 1e-6)}
+
+        return _keys(lambda arguments: qk_norm_rope_to_cache_op(*arguments), make)
+
+    assert len(set().union(*map(attention, (128, 200, 1001, 1296)))) == 3  # forward, and two kernels of the backward
+    assert len(set().union(*map(rope, (0, 1, 16, 77)))) == 1
 
 
 def test_recording_sees_launchers_and_formulas():

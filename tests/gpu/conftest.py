@@ -30,9 +30,9 @@ def launches_of(monkeypatch):
     def spy(module) -> list[dict]:
         launches = []
 
-        def launch(kernel, grid, *positional, **arguments):
+        def launch(kernel, grid, **arguments):
             launches.append({**arguments, "grid": grid})
-            gpu_launch.launch(kernel, grid, *positional, **arguments)
+            gpu_launch.launch(kernel, grid, **arguments)
 
         monkeypatch.setattr(module, "launch", launch)
         return launches

@@ -106,7 +106,7 @@ def test_training_drops_attention_weights_in_the_kernels(device, launches_of):
     known = dispatch.fallbacks()
     with qvl_kernels.use_backend("triton"):
         loss, gradients = step(0)
-        assert sum(launch["DROPOUT"] for launch in launches) == 2  # the connector and the vision tower have none
+        assert sum(launch["mode"].DROPOUT for launch in launches) == 2  # the connector and the vision tower have none
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         repeated_loss, repeated = step(0)
     assert repeated_loss == loss

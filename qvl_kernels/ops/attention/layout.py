@@ -1,4 +1,4 @@
-"""Strides of attention's tensors, as the C++ and Triton kernels take them."""
+"""Strides of attention's tensors, as the C++ kernels take them."""
 
 import torch
 

@@ -4,20 +4,26 @@ Both recompute the scores. Each gradient is summed inside one program, over the 
 so results are deterministic.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from qvl_kernels.gpu.device import architecture
 from qvl_kernels.gpu.launch import launch
+from qvl_kernels.gpu.views import heads_view
 from qvl_kernels.ops.attention import tiles
-from qvl_kernels.ops.attention.layout import row_strides
-from qvl_kernels.ops.attention.triton_attention import (
-    LENGTHS,
+from qvl_kernels.ops.attention.triton_arguments import LENGTHS, Layout
+from qvl_kernels.ops.attention.triton_device_functions import (
     LOG2E,
-    Layout,
+    Dropout,
+    HeadMask,
     block_coordinates,
     dropout_keep_mask,
+    head_mask,
+    head_view,
+    key_range,
     load_tile,
     masked_scores,
     visible_keys,
@@ -27,51 +33,28 @@ from qvl_kernels.ops.attention.triton_attention import (
 __all__ = ["launch_attention_backward"]
 
 
+class Statistics(NamedTuple):
+    """The softmax state of the rows [B, H, T] that the first kernel stores for the second."""
+
+    row_max_ptr: Any
+    log_row_sum_ptr: Any
+    delta_ptr: Any
+
+
 @triton.jit
-def _statistics(
-    q,
-    end,
-    offs_m,
-    k_ptr,
-    mask_ptr,
-    stride_ks,
-    stride_mt,
-    stride_ms,
-    queries,
-    keys,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-):
+def _statistics(q, end, offs_m, k_view, mask, block, scale, mode: tl.constexpr, BLOCK_N: tl.constexpr):
     """(row_max, log2 of row_sum = sum of 2^(score - row_max)) of each row; (inf, 0) where no key is seen."""
-    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    BLOCK_M: tl.constexpr = q.shape[0]
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, q.shape[1])
     m_i, l_i = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, end, BLOCK_N):
         cols = start + offs_n
-        key_visible, bias = visible_keys(mask_ptr, stride_ms, cols, keys, MASK, MASK_ROWS)
-        k = load_tile(
-            k_ptr + cols.to(tl.int64)[:, None] * stride_ks + offs_d[None, :], key_visible, HEAD_DIM, BLOCK_D, True
-        )
+        key_visible, bias = visible_keys(mask, cols, block.keys, mode)
+        k_pointers = k_view.ptr + cols.to(tl.int64)[:, None] * k_view.stride_t + offs_d[None, :]
+        k = load_tile(k_pointers, key_visible, mode.HEAD_DIM, True)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores, visible = masked_scores(
-            scores,
-            offs_m[:, None],
-            cols[None, :],
-            key_visible[None, :],
-            bias[None, :],
-            mask_ptr,
-            stride_mt,
-            stride_ms,
-            queries,
-            keys,
-            CAUSAL,
-            MASK,
-            MASK_ROWS,
+            scores, offs_m[:, None], cols[None, :], key_visible[None, :], bias[None, :], mask, block, mode
         )
         scores = tl.where(visible, scores, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(scores, 1))
@@ -94,31 +77,16 @@ def _dq_of_keys(
     begin,
     end,
     offs_m,
-    k_ptr,
-    v_ptr,
-    mask_ptr,
+    k_view,
+    v_view,
+    mask,
     dscores_ptr,
-    stride_ks,
-    stride_vs,
-    stride_mt,
-    stride_ms,
-    queries,
-    keys,
+    block,
     S,
     scale,
-    seed,
-    threshold,
-    keep_scale,
-    first_row,
-    head,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    dropout,
+    mode: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-    DROPOUT: tl.constexpr,
     MASK_GRAD: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
@@ -126,46 +94,31 @@ def _dq_of_keys(
 
     row_sum += the sum of p for fp32 inputs, else of p do v^T. PARTIAL as in the forward.
     """
-    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    k_offsets = offs_n[:, None] * stride_ks + offs_d[None, :]
-    v_offsets = offs_n[:, None] * stride_vs + offs_d[None, :]
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, q.shape[1])
+    k_offsets = offs_n[:, None] * k_view.stride_t + offs_d[None, :]
+    v_offsets = offs_n[:, None] * v_view.stride_t + offs_d[None, :]
     for start in range(begin, end, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         wide_start, cols = start.to(tl.int64), start + offs_n
-        key_visible, bias = visible_keys(mask_ptr, stride_ms, cols, keys, MASK if PARTIAL else 0, MASK_ROWS)
-        k = load_tile(
-            k_ptr + wide_start * stride_ks + k_offsets, key_visible, HEAD_DIM, BLOCK_D, PARTIAL
-        )  # [BLOCK_N, BLOCK_D]
-        v = load_tile(v_ptr + wide_start * stride_vs + v_offsets, key_visible, HEAD_DIM, BLOCK_D, PARTIAL)
+        key_visible, bias = visible_keys(mask, cols, block.keys, mode)
+        k_pointers = k_view.ptr + wide_start * k_view.stride_t + k_offsets
+        v_pointers = v_view.ptr + wide_start * v_view.stride_t + v_offsets
+        k = load_tile(k_pointers, key_visible, mode.HEAD_DIM, PARTIAL)  # [BLOCK_N, BLOCK_D]
+        v = load_tile(v_pointers, key_visible, mode.HEAD_DIM, PARTIAL)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
         if PARTIAL:
             scores, visible = masked_scores(
-                scores,
-                offs_m[:, None],
-                cols[None, :],
-                key_visible[None, :],
-                bias[None, :],
-                mask_ptr,
-                stride_mt,
-                stride_ms,
-                queries,
-                keys,
-                CAUSAL,
-                MASK,
-                MASK_ROWS,
+                scores, offs_m[:, None], cols[None, :], key_visible[None, :], bias[None, :], mask, block, mode
             )
             scores = tl.where(visible, scores, float("-inf"))
         scores -= row_max[:, None]
-        if MASK == 2:
+        if mode.MASK == 2:
             scores -= log_row_sum[:, None]
         p = tl.exp2(scores)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        if DROPOUT:
-            dp = tl.where(
-                dropout_keep_mask(seed, threshold, (first_row + offs_m)[:, None], cols[None, :], head),
-                dp * keep_scale,
-                0.0,
-            )
+        if mode.DROPOUT:
+            keep = dropout_keep_mask(dropout, (dropout.first_row + offs_m)[:, None], cols[None, :], block.head)
+            dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
         if PARTIAL:
             dp = tl.where(visible, dp, 0.0)
         if q.dtype == tl.float32:
@@ -176,10 +129,10 @@ def _dq_of_keys(
             row_sum += tl.sum(product, 1)
             ds = product - p * delta[:, None]
         if PARTIAL:
-            if MASK_ROWS:
+            if mode.MASK_ROWS:
                 k = zero_masked_keys(k, visible)
             if MASK_GRAD:
-                in_tile = (offs_m < queries)[:, None] & (cols < S)[None, :]
+                in_tile = (offs_m < block.queries)[:, None] & (cols < S)[None, :]
                 tl.store(dscores_ptr + offs_m.to(tl.int64)[:, None] * S + cols[None, :], ds, mask=in_tile)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq, row_sum
@@ -187,21 +140,19 @@ def _dq_of_keys(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _attention_backward_queries_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    q_view,
+    k_view,
+    v_view,
     out_ptr,
-    do_ptr,
+    do_view,
     lse_ptr,
     dlse_ptr,
     dq_ptr,
-    row_max_ptr,
-    log_row_sum_ptr,
-    delta_ptr,
+    statistics,
     dscores_ptr,
+    mask_view,
     cu_seqlens_ptr,
     key_counts_ptr,
-    mask_ptr,
     seed_ptr,
     T,
     S,
@@ -210,30 +161,7 @@ def _attention_backward_queries_kernel(
     scale,
     threshold,
     keep_scale,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    stride_mb,
-    stride_mh,
-    stride_mt,
-    stride_ms,
-    stride_gb,
-    stride_gt,
-    stride_gh,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PACKED: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    mode: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     MASK_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -248,71 +176,45 @@ def _attention_backward_queries_kernel(
     divide dq by that sum. With an additive mask as large as the dtype the lse cannot hold the logarithm of the sum, so
     both are recomputed.
     """
-    batch, head, start_m, first, queries, keys = block_coordinates(
-        cu_seqlens_ptr, key_counts_ptr, sequences, T, S, H, BLOCK_M, False, CAUSAL, PACKED, HAS_COUNTS
-    )
-    if start_m >= queries:
+    block = block_coordinates(cu_seqlens_ptr, key_counts_ptr, sequences, T, S, H, mode, BLOCK_M, False)
+    if block.start >= block.queries:
         return
-    offs_m, offs_d = start_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    in_rows = offs_m < queries
-    wide_head, wide_first = head.to(tl.int64), first.to(tl.int64) if PACKED else 0
-    wide_start = wide_first + start_m  # 64-bit base; offsets inside a tile are 32-bit
-    q_ptr += batch * stride_qb + wide_head * stride_qh + wide_start * stride_qt
-    k_ptr += batch * stride_kb + (wide_head // GROUP) * stride_kh + wide_first * stride_ks
-    v_ptr += batch * stride_vb + (wide_head // GROUP) * stride_vh + wide_first * stride_vs
-    do_ptr += batch * stride_gb + wide_head * stride_gh + wide_start * stride_gt
-    out_start = ((batch * T + wide_start) * H + head) * HEAD_DIM
-    mask_ptr += batch * stride_mb + wide_head * stride_mh
-    dscores_ptr += (batch * H + head) * T * S
-    seed = tl.load(seed_ptr) if DROPOUT else 0
-    first_row = batch.to(tl.int32) * T + first
-    tile_rows = tl.arange(0, BLOCK_M)
-    q = load_tile(
-        q_ptr + tile_rows[:, None] * stride_qt + offs_d[None, :], in_rows, HEAD_DIM, BLOCK_D, True
-    )  # [BLOCK_M, BLOCK_D]
-    do = load_tile(do_ptr + tile_rows[:, None] * stride_gt + offs_d[None, :], in_rows, HEAD_DIM, BLOCK_D, True)
-    out_offsets = tile_rows[:, None] * (H * HEAD_DIM) + offs_d[None, :]
-    out = load_tile(out_ptr + out_start + out_offsets, in_rows, HEAD_DIM, BLOCK_D, True)
+    tile_rows, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    offs_m = block.start + tile_rows
+    in_rows = offs_m < block.queries
+    head, first = block.head.to(tl.int64), block.first.to(tl.int64) if mode.VARLEN else 0
+    row = first + block.start  # 64-bit base; offsets inside a tile are 32-bit
+    q_view, do_view = head_view(q_view, block.batch, head, row), head_view(do_view, block.batch, head, row)
+    k_view = head_view(k_view, block.batch, head // mode.GROUP, first)
+    v_view = head_view(v_view, block.batch, head // mode.GROUP, first)
+    mask = head_mask(mask_view, block.batch, head)
+    out_start = ((block.batch * T + row) * H + block.head) * mode.HEAD_DIM
+    dscores_ptr += (block.batch * H + block.head) * T * S
+    seed = tl.load(seed_ptr) if mode.DROPOUT else 0
+    dropout = Dropout(seed, threshold, keep_scale, block.batch.to(tl.int32) * T + block.first)
+    q_pointers = q_view.ptr + tile_rows[:, None] * q_view.stride_t + offs_d[None, :]
+    do_pointers = do_view.ptr + tile_rows[:, None] * do_view.stride_t + offs_d[None, :]
+    q = load_tile(q_pointers, in_rows, mode.HEAD_DIM, True)  # [BLOCK_M, BLOCK_D]
+    do = load_tile(do_pointers, in_rows, mode.HEAD_DIM, True)
+    out_offsets = tile_rows[:, None] * (H * mode.HEAD_DIM) + offs_d[None, :]
+    out = load_tile(out_ptr + out_start + out_offsets, in_rows, mode.HEAD_DIM, True)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    stat_rows = (batch * H + head) * T + wide_start + tile_rows
+    stat_rows = (block.batch * H + block.head) * T + row + tile_rows
     if HAS_DLSE:
         dlse = tl.load(dlse_ptr + stat_rows, mask=in_rows, other=0.0)
         delta -= dlse
 
-    full, end = keys, keys
-    if CAUSAL:
-        full = tl.minimum(keys, tl.maximum(start_m + 1 + keys - queries, 0))
-        end = tl.minimum(keys, tl.maximum(start_m + BLOCK_M + keys - queries, 0))
-    full = full // BLOCK_N * BLOCK_N
-    if MASK == 2:
-        row_max, log_row_sum = _statistics(
-            q,
-            end,
-            offs_m,
-            k_ptr,
-            mask_ptr,
-            stride_ks,
-            stride_mt,
-            stride_ms,
-            queries,
-            keys,
-            scale,
-            HEAD_DIM,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            CAUSAL,
-            MASK,
-            MASK_ROWS,
-        )
+    full, end = key_range(block, mode, BLOCK_M, BLOCK_N)
+    if mode.MASK == 2:
+        row_max, log_row_sum = _statistics(q, end, offs_m, k_view, mask, block, scale, mode, BLOCK_N)
     else:
         lse = tl.load(lse_ptr + stat_rows, mask=in_rows, other=0.0) * LOG2E
         row_max, log_row_sum = tl.where(lse == float("-inf"), float("inf"), lse), delta
-    tl.store(row_max_ptr + stat_rows, row_max, mask=in_rows)
+    tl.store(statistics.row_max_ptr + stat_rows, row_max, mask=in_rows)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    if MASK == 0:
+    if mode.MASK == 0:
         dq, row_sum = _dq_of_keys(
             q,
             do,
@@ -324,36 +226,19 @@ def _attention_backward_queries_kernel(
             0,
             full,
             offs_m,
-            k_ptr,
-            v_ptr,
-            mask_ptr,
+            k_view,
+            v_view,
+            mask,
             dscores_ptr,
-            stride_ks,
-            stride_vs,
-            stride_mt,
-            stride_ms,
-            queries,
-            keys,
+            block,
             S,
             scale,
-            seed,
-            threshold,
-            keep_scale,
-            first_row,
-            head,
-            HEAD_DIM,
-            BLOCK_M,
+            dropout,
+            mode,
             BLOCK_N,
-            BLOCK_D,
-            CAUSAL,
-            MASK,
-            MASK_ROWS,
-            DROPOUT,
             MASK_GRAD,
             False,
         )
-    else:
-        full = 0
     dq, row_sum = _dq_of_keys(
         q,
         do,
@@ -365,31 +250,16 @@ def _attention_backward_queries_kernel(
         full,
         end,
         offs_m,
-        k_ptr,
-        v_ptr,
-        mask_ptr,
+        k_view,
+        v_view,
+        mask,
         dscores_ptr,
-        stride_ks,
-        stride_vs,
-        stride_mt,
-        stride_ms,
-        queries,
-        keys,
+        block,
         S,
         scale,
-        seed,
-        threshold,
-        keep_scale,
-        first_row,
-        head,
-        HEAD_DIM,
-        BLOCK_M,
+        dropout,
+        mode,
         BLOCK_N,
-        BLOCK_D,
-        CAUSAL,
-        MASK,
-        MASK_ROWS,
-        DROPOUT,
         MASK_GRAD,
         True,
     )
@@ -398,16 +268,16 @@ def _attention_backward_queries_kernel(
         delta = row_sum
         if HAS_DLSE:
             delta -= dlse
-    elif MASK != 2:
+    elif mode.MASK != 2:
         total = tl.where(row_sum == 0.0, 1.0, row_sum)
         dq, log_row_sum = dq / total[:, None], tl.log2(total)
-    if MASK == 2 or q.dtype == tl.float32:
-        tl.store(log_row_sum_ptr + stat_rows, log_row_sum, mask=in_rows)
-    tl.store(delta_ptr + stat_rows, delta, mask=in_rows)
+    if mode.MASK == 2 or q.dtype == tl.float32:
+        tl.store(statistics.log_row_sum_ptr + stat_rows, log_row_sum, mask=in_rows)
+    tl.store(statistics.delta_ptr + stat_rows, delta, mask=in_rows)
     tl.store(
         dq_ptr + out_start + out_offsets,
         dq.to(dq_ptr.dtype.element_ty),
-        mask=in_rows[:, None] & (offs_d < HEAD_DIM)[None, :],
+        mask=in_rows[:, None] & (offs_d < mode.HEAD_DIM)[None, :],
     )
 
 
@@ -421,36 +291,18 @@ def _dk_dv_of_queries(
     end,
     offs_n,
     bias,
-    q_ptr,
-    do_ptr,
-    row_max_ptr,
-    log_row_sum_ptr,
-    delta_ptr,
-    mask_ptr,
-    stride_qt,
-    stride_qh,
-    stride_gt,
-    stride_gh,
-    stride_mt,
+    q_view,
+    do_view,
+    statistics,
+    mask,
     stride_mh,
-    stride_ms,
+    block,
     T,
-    queries,
-    keys,
     scale,
-    seed,
-    threshold,
-    keep_scale,
-    first_row,
+    dropout,
     first_head,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    mode: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-    DROPOUT: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
     """dk += ds^T q and dv += p^T do over blocks [begin, end) of queries, GROUP heads each. PARTIAL: some queries do not
@@ -458,20 +310,20 @@ def _dk_dv_of_queries(
 
     Blocks and heads share one loop: two nested loops need more registers than there are.
     """
-    offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    q_offsets = offs_m[:, None] * stride_qt + offs_d[None, :]
-    do_offsets = offs_m[:, None] * stride_gt + offs_d[None, :]
-    for step in range(begin * GROUP, end * GROUP):
-        member, start = tl.cast(step % GROUP, tl.int64), tl.cast(step // GROUP, tl.int64) * BLOCK_M
-        rows = step // GROUP * BLOCK_M + offs_m
-        in_rows = rows < queries
-        q = load_tile(
-            q_ptr + member * stride_qh + start * stride_qt + q_offsets, in_rows, HEAD_DIM, BLOCK_D, True
-        )  # [BLOCK_M, BLOCK_D]
-        do = load_tile(do_ptr + member * stride_gh + start * stride_gt + do_offsets, in_rows, HEAD_DIM, BLOCK_D, True)
+    offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, k.shape[1])
+    q_offsets = offs_m[:, None] * q_view.stride_t + offs_d[None, :]
+    do_offsets = offs_m[:, None] * do_view.stride_t + offs_d[None, :]
+    for step in range(begin * mode.GROUP, end * mode.GROUP):
+        member, start = tl.cast(step % mode.GROUP, tl.int64), tl.cast(step // mode.GROUP, tl.int64) * BLOCK_M
+        rows = step // mode.GROUP * BLOCK_M + offs_m
+        in_rows = rows < block.queries
+        q_pointers = q_view.ptr + member * q_view.stride_h + start * q_view.stride_t + q_offsets
+        do_pointers = do_view.ptr + member * do_view.stride_h + start * do_view.stride_t + do_offsets
+        q = load_tile(q_pointers, in_rows, mode.HEAD_DIM, True)  # [BLOCK_M, BLOCK_D]
+        do = load_tile(do_pointers, in_rows, mode.HEAD_DIM, True)
         stats = member * T + start
-        row_max = tl.load(row_max_ptr + stats + offs_m, mask=in_rows, other=float("inf"))  # [BLOCK_M]
-        delta = tl.load(delta_ptr + stats + offs_m, mask=in_rows, other=0.0)
+        row_max = tl.load(statistics.row_max_ptr + stats + offs_m, mask=in_rows, other=float("inf"))  # [BLOCK_M]
+        delta = tl.load(statistics.delta_ptr + stats + offs_m, mask=in_rows, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # [BLOCK_N, BLOCK_M]
         if PARTIAL:
             scores, visible = masked_scores(
@@ -480,32 +332,28 @@ def _dk_dv_of_queries(
                 offs_n[:, None],
                 in_rows[None, :],
                 bias[:, None],
-                mask_ptr + member * stride_mh,
-                stride_mt,
-                stride_ms,
-                queries,
-                keys,
-                CAUSAL,
-                MASK,
-                MASK_ROWS,
+                HeadMask(mask.ptr + member * stride_mh, mask.stride_t, mask.stride_s),
+                block,
+                mode,
             )
             scores = tl.where(visible, scores, float("-inf"))
-        elif MASK == 2:
+        elif mode.MASK == 2:
             scores += bias[:, None]
         scores -= row_max[None, :]
-        if MASK == 2 or q.dtype == tl.float32:
-            scores -= tl.load(log_row_sum_ptr + stats + offs_m, mask=in_rows, other=0.0)[None, :]
+        if mode.MASK == 2 or q.dtype == tl.float32:
+            scores -= tl.load(statistics.log_row_sum_ptr + stats + offs_m, mask=in_rows, other=0.0)[None, :]
         p = tl.exp2(scores)
         dp = tl.zeros([offs_n.shape[0], BLOCK_M], tl.float32)
-        if not DROPOUT:  # the accumulator starts at -delta, which saves registers
+        if not mode.DROPOUT:  # the accumulator starts at -delta, which saves registers
             dp -= delta[None, :]
         dp = tl.dot(v, tl.trans(do), dp, input_precision="ieee")
         weights = p
-        if DROPOUT:
+        if mode.DROPOUT:
             keep = dropout_keep_mask(
-                seed, threshold, (first_row + rows)[None, :], offs_n[:, None], first_head + step % GROUP
+                dropout, (dropout.first_row + rows)[None, :], offs_n[:, None], first_head + step % mode.GROUP
             )
-            weights, dp = tl.where(keep, p * keep_scale, 0.0), tl.where(keep, dp * keep_scale, 0.0) - delta[None, :]
+            weights = tl.where(keep, p * dropout.keep_scale, 0.0)
+            dp = tl.where(keep, dp * dropout.keep_scale, 0.0) - delta[None, :]
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
         ds = p * dp
         if PARTIAL:
@@ -516,18 +364,16 @@ def _dk_dv_of_queries(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _attention_backward_keys_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    do_ptr,
+    q_view,
+    k_view,
+    v_view,
+    do_view,
     dk_ptr,
     dv_ptr,
-    row_max_ptr,
-    log_row_sum_ptr,
-    delta_ptr,
+    statistics,
+    mask_view,
     cu_seqlens_ptr,
     key_counts_ptr,
-    mask_ptr,
     seed_ptr,
     T,
     S,
@@ -536,72 +382,50 @@ def _attention_backward_keys_kernel(
     scale,
     threshold,
     keep_scale,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    stride_mb,
-    stride_mh,
-    stride_mt,
-    stride_ms,
-    stride_gb,
-    stride_gt,
-    stride_gh,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PACKED: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    mode: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """dk = scale sum of ds^T q, dv = sum of p^T do for BLOCK_N keys of one kv head, over queries of its GROUP heads."""
-    batch, kv_head, start_n, first, queries, keys = block_coordinates(
-        cu_seqlens_ptr, key_counts_ptr, sequences, T, S, H // GROUP, BLOCK_N, True, False, PACKED, HAS_COUNTS
-    )
-    rows_of_keys = queries if PACKED else S  # keys beyond a row's length get zeros
-    if start_n >= rows_of_keys:
+    block = block_coordinates(cu_seqlens_ptr, key_counts_ptr, sequences, T, S, H // mode.GROUP, mode, BLOCK_N, True)
+    queries, keys = block.queries, block.keys
+    rows_of_keys = queries if mode.VARLEN else S  # keys beyond a row's length get zeros
+    if block.start >= rows_of_keys:
         return
-    offs_n, offs_d = start_n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    wide_head, wide_first = kv_head.to(tl.int64), first.to(tl.int64) if PACKED else 0
-    wide_start = wide_first + start_n  # 64-bit base; offsets inside a tile are 32-bit
-    k_ptr += batch * stride_kb + wide_head * stride_kh + wide_start * stride_ks
-    v_ptr += batch * stride_vb + wide_head * stride_vh + wide_start * stride_vs
-    tile_rows = tl.arange(0, BLOCK_N)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
-    first_row = batch.to(tl.int32) * T + first
-    key_visible, bias = visible_keys(mask_ptr + batch * stride_mb, stride_ms, offs_n, keys, MASK, MASK_ROWS)
-    k = load_tile(
-        k_ptr + tile_rows[:, None] * stride_ks + offs_d[None, :], key_visible, HEAD_DIM, BLOCK_D, True
-    )  # [BLOCK_N, BLOCK_D]
-    v = load_tile(v_ptr + tile_rows[:, None] * stride_vs + offs_d[None, :], key_visible, HEAD_DIM, BLOCK_D, True)
+    tile_rows, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    offs_n = block.start + tile_rows
+    first = block.first.to(tl.int64) if mode.VARLEN else 0
+    row = first + block.start  # 64-bit base; offsets inside a tile are 32-bit
+    k_view = head_view(k_view, block.batch, block.head.to(tl.int64), row)
+    v_view = head_view(v_view, block.batch, block.head.to(tl.int64), row)
+    seed = tl.load(seed_ptr) if mode.DROPOUT else 0
+    dropout = Dropout(seed, threshold, keep_scale, block.batch.to(tl.int32) * T + block.first)
+    first_head = block.head * mode.GROUP
+    head = first_head.to(tl.int64)
+    mask = head_mask(mask_view, block.batch, head)
+    key_visible, bias = visible_keys(mask, offs_n, keys, mode)
+    k_pointers = k_view.ptr + tile_rows[:, None] * k_view.stride_t + offs_d[None, :]
+    v_pointers = v_view.ptr + tile_rows[:, None] * v_view.stride_t + offs_d[None, :]
+    k = load_tile(k_pointers, key_visible, mode.HEAD_DIM, True)  # [BLOCK_N, BLOCK_D]
+    v = load_tile(v_pointers, key_visible, mode.HEAD_DIM, True)
 
     # Blocks of queries before ``begin`` see none of these keys, those from ``full`` on see all of them.
     begin, full = 0, 0
-    end = tl.where(start_n < keys, tl.cdiv(queries, BLOCK_M), 0)
-    if CAUSAL:
-        begin = tl.maximum(start_n - keys + queries, 0) // BLOCK_M
-        full = tl.minimum(tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - keys + queries, 0), BLOCK_M), end)
-    if MASK_ROWS:
+    end = tl.where(block.start < keys, tl.cdiv(queries, BLOCK_M), 0)
+    if mode.CAUSAL:
+        begin = tl.maximum(block.start - keys + queries, 0) // BLOCK_M
+        full = tl.minimum(tl.cdiv(tl.maximum(block.start + BLOCK_N - 1 - keys + queries, 0), BLOCK_M), end)
+    if mode.MASK_ROWS:
         full = end
-    first_head = kv_head * GROUP
-    wide_head = first_head.to(tl.int64)
-    stats = (batch * H + first_head) * T + wide_first
-    q_ptr += batch * stride_qb + wide_head * stride_qh + wide_first * stride_qt
-    do_ptr += batch * stride_gb + wide_head * stride_gh + wide_first * stride_gt
-    mask_ptr += batch * stride_mb + wide_head * stride_mh
+    stats = (block.batch * H + first_head) * T + first
+    statistics = Statistics(
+        statistics.row_max_ptr + stats, statistics.log_row_sum_ptr + stats, statistics.delta_ptr + stats
+    )
+    q_view, do_view = head_view(q_view, block.batch, head, first), head_view(do_view, block.batch, head, first)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if CAUSAL or MASK_ROWS:
+    if mode.CAUSAL or mode.MASK_ROWS:
         dk, dv = _dk_dv_of_queries(
             k,
             v,
@@ -611,39 +435,21 @@ def _attention_backward_keys_kernel(
             full,
             offs_n,
             bias,
-            q_ptr,
-            do_ptr,
-            row_max_ptr + stats,
-            log_row_sum_ptr + stats,
-            delta_ptr + stats,
-            mask_ptr,
-            stride_qt,
-            stride_qh,
-            stride_gt,
-            stride_gh,
-            stride_mt,
-            stride_mh,
-            stride_ms,
+            q_view,
+            do_view,
+            statistics,
+            mask,
+            mask_view.stride_h,
+            block,
             T,
-            queries,
-            keys,
             scale,
-            seed,
-            threshold,
-            keep_scale,
-            first_row,
+            dropout,
             first_head,
-            GROUP,
-            HEAD_DIM,
+            mode,
             BLOCK_M,
-            BLOCK_D,
-            CAUSAL,
-            MASK,
-            MASK_ROWS,
-            DROPOUT,
             True,
         )
-    if not MASK_ROWS:
+    if not mode.MASK_ROWS:
         dk, dv = _dk_dv_of_queries(
             k,
             v,
@@ -653,44 +459,26 @@ def _attention_backward_keys_kernel(
             end,
             offs_n,
             bias,
-            q_ptr,
-            do_ptr,
-            row_max_ptr + stats,
-            log_row_sum_ptr + stats,
-            delta_ptr + stats,
-            mask_ptr,
-            stride_qt,
-            stride_qh,
-            stride_gt,
-            stride_gh,
-            stride_mt,
-            stride_mh,
-            stride_ms,
+            q_view,
+            do_view,
+            statistics,
+            mask,
+            mask_view.stride_h,
+            block,
             T,
-            queries,
-            keys,
             scale,
-            seed,
-            threshold,
-            keep_scale,
-            first_row,
+            dropout,
             first_head,
-            GROUP,
-            HEAD_DIM,
+            mode,
             BLOCK_M,
-            BLOCK_D,
-            CAUSAL,
-            MASK,
-            MASK_ROWS,
-            DROPOUT,
             False,
         )
 
     dk = tl.where(key_visible[:, None], dk * (scale / LOG2E), 0.0)
     dv = tl.where(key_visible[:, None], dv, 0.0)
-    out_start = ((batch * S + wide_start) * (H // GROUP) + kv_head) * HEAD_DIM
-    offsets = tile_rows[:, None] * (H // GROUP * HEAD_DIM) + offs_d[None, :]
-    stored = (offs_n < rows_of_keys)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    out_start = ((block.batch * S + row) * (H // mode.GROUP) + block.head) * mode.HEAD_DIM
+    offsets = tile_rows[:, None] * (H // mode.GROUP * mode.HEAD_DIM) + offs_d[None, :]
+    stored = (offs_n < rows_of_keys)[:, None] & (offs_d < mode.HEAD_DIM)[None, :]
     tl.store(dk_ptr + out_start + offsets, dk.to(dk_ptr.dtype.element_ty), mask=stored)
     tl.store(dv_ptr + out_start + offsets, dv.to(dv_ptr.dtype.element_ty), mask=stored)
 
@@ -722,56 +510,43 @@ def launch_attention_backward(
     row_max, delta = (torch.empty(lse.shape, dtype=torch.float32, device=q.device) for _ in range(2))
     log_row_sum = (
         torch.empty(lse.shape, dtype=torch.float32, device=q.device)
-        if layout.flags["MASK"] == 2 or q.dtype == torch.float32
+        if layout.mode.MASK == 2 or q.dtype == torch.float32
         else delta
     )
     dscores = delta
     if mask_grad:  # tiles that no program reaches stay 0
         shape = (layout.batch, layout.heads, layout.queries, layout.keys)
         dscores = torch.zeros(shape, dtype=torch.float32, device=q.device)
-    strides = (*row_strides(q), *row_strides(k), *row_strides(v), *layout.mask_strides, *row_strides(grad))
+    shared = {
+        "q_view": heads_view(q),
+        "k_view": heads_view(k),
+        "v_view": heads_view(v),
+        "do_view": heads_view(grad),
+        "statistics": Statistics(row_max, log_row_sum, delta),
+        **layout.arguments,
+    }
     arch = architecture(q.device)
     tile = tiles.attention_backward_queries(layout.queries, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
     launch(
         _attention_backward_queries_kernel,
         (layout.programs(tile["BLOCK_M"]),),
-        q,
-        k,
-        v,
-        out,
-        grad,
-        lse,
-        dlse,
-        dq,
-        row_max,
-        log_row_sum,
-        delta,
-        dscores,
-        *layout.tensors,
-        *layout.sizes,
-        *strides,
+        **shared,
+        out_ptr=out,
+        lse_ptr=lse,
+        dlse_ptr=dlse,
+        dq_ptr=dq,
+        dscores_ptr=dscores,
         HAS_DLSE=grad_lse is not None,
         MASK_GRAD=mask_grad,
-        **layout.flags,
         **tile,
     )
     tile = tiles.attention_backward_keys(layout.keys, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
     launch(
         _attention_backward_keys_kernel,
         (layout.programs(tile["BLOCK_N"], by_keys=True),),
-        q,
-        k,
-        v,
-        grad,
-        dk,
-        dv,
-        row_max,
-        log_row_sum,
-        delta,
-        *layout.tensors,
-        *layout.sizes,
-        *strides,
-        **layout.flags,
+        **shared,
+        dk_ptr=dk,
+        dv_ptr=dv,
         **tile,
     )
     dmask = (
