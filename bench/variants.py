@@ -18,9 +18,9 @@ COMBINATIONS = [
     ("quantized_linear", "int8_matmul", ("PERSISTENT",)),
     ("quantized_linear", "int8_matmul", ("DESCRIPTORS", "PERSISTENT")),
     ("quantized_linear", "int8_matmul", ("DESCRIPTORS", "PERSISTENT", "WARP_SPECIALIZE")),
-    ("linear", "decoding", ("DEPENDENT_LAUNCH",)),
-    ("decode_attention", "decoding", ("DEPENDENT_LAUNCH",)),
-    ("decode_step", "decoding", ("DEPENDENT_LAUNCH",)),
+    ("linear", "decoding", ("PDL",)),
+    ("decode_attention", "decoding", ("PDL",)),
+    ("decode_step", "decoding", ("PDL",)),
 ]
 
 

@@ -145,7 +145,7 @@ def _replays(model: nn.Module, rows: int, length: int, device: torch.device) -> 
 
     step_gpu.release(model)  # graphs captured by earlier calls
     steps, on = {}, features.DEFAULT.get(("decoding", architecture(device)), ())
-    for name, variants in (("ours", on), ("plain", ()) if on else ("DEPENDENT_LAUNCH", ("DEPENDENT_LAUNCH",))):
+    for name, variants in (("ours", on), ("plain", ()) if on else ("PDL", ("PDL",))):
         with features.override("decoding", *variants):
             cache, config = DynamicCache(config=model.config.text_config), model.config.text_config
             for index in range(config.num_hidden_layers):

@@ -7,12 +7,12 @@ __all__ = ["caches_of_table", "griddepcontrol_wait", "tile_pointers", "visible_o
 
 
 @triton.jit
-def griddepcontrol_wait(DEPENDENT_LAUNCH: tl.constexpr):
+def griddepcontrol_wait(PDL: tl.constexpr):
     """PDL (programmatic dependent launch): lets the next kernel start, then waits for the previous kernel's results.
 
     Before this call a kernel may read weights only, since the previous kernel may still run.
     """
-    if DEPENDENT_LAUNCH:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 

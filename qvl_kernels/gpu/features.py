@@ -9,8 +9,8 @@ __all__ = ["DEFAULT", "DEFAULT_FROM", "SUPPORTED", "decoding", "override", "vari
 # kernel -> features -> architectures on which the compile check passes with them (Triton 3.9 and 3.6 fail to specialise
 # the warps of attention). "decoding" stands for the kernels of a decode step.
 # DESCRIPTORS: tiles are loaded through TMA tensor descriptors. PERSISTENT: one program per SM loops over all tiles.
-# WARP_SPECIALIZE: some warps load while others multiply. DEPENDENT_LAUNCH: PDL (programmatic dependent launch): a
-# kernel starts while the previous one still runs, and waits for its results (griddepcontrol.wait).
+# WARP_SPECIALIZE: some warps load while others multiply. PDL (programmatic dependent launch): a kernel starts while
+# the previous one still runs, and waits for its results (griddepcontrol.wait).
 SUPPORTED: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"DESCRIPTORS": ("sm_90", "sm_100")},
     "int8_matmul": {
@@ -18,13 +18,13 @@ SUPPORTED: dict[str, dict[str, tuple[str, ...]]] = {
         "PERSISTENT": ("sm_90", "sm_100", "sm_120"),
         "WARP_SPECIALIZE": ("sm_100",),
     },
-    "decoding": {"DEPENDENT_LAUNCH": ("sm_90", "sm_100", "sm_120")},
+    "decoding": {"PDL": ("sm_90", "sm_100", "sm_120")},
 }
 
 # (kernel, architecture) -> features that were measured to be faster than without them (make bench-gpu measures both).
 DEFAULT: dict[tuple[str, str], tuple[str, ...]] = {
     ("attention", "sm_90"): ("DESCRIPTORS",),
-    ("decoding", "sm_90"): ("DEPENDENT_LAUNCH",),
+    ("decoding", "sm_90"): ("PDL",),
 }
 
 # kernel -> tokens from which its features are on: a descriptor costs the host 5 us, more than it saves short calls.
@@ -42,7 +42,7 @@ def decoding() -> Iterator[None]:
     Example:
         >>> with features.decoding():
         ...     features.variants("decoding", "sm_90")
-        {'DEPENDENT_LAUNCH': True}
+        {'PDL': True}
     """
     before = getattr(_thread, "decoding", False)
     _thread.decoding = True

@@ -49,7 +49,7 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], **arguments: Any) 
     if 0 in grid:
         return
     arguments.setdefault("enable_fp_fusion", FP_FUSION)
-    if arguments.get("DEPENDENT_LAUNCH"):
+    if arguments.get("PDL"):
         arguments["launch_pdl"] = True
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments))

@@ -100,7 +100,7 @@ def test_a_good_kernel_is_clean(arch, family):
             "ttgir",
             "ttg.warp_specialize",
         ),
-        ("decode_step", "1_rows_16_bits", "DEPENDENT_LAUNCH", "sm_90", "ptx", "griddepcontrol.wait"),
+        ("decode_step", "1_rows_16_bits", "PDL", "sm_90", "ptx", "griddepcontrol.wait"),
     ],
 )
 def test_variants_become_their_instructions(op, case, variants, arch, stage, instruction):
@@ -122,7 +122,7 @@ def test_variants_become_their_instructions(op, case, variants, arch, stage, ins
             made = specialise(launch, arch)
             compiled = triton.compile(made.source, target=target(arch), options=made.options)
             assert (instruction in compiled.asm[stage]) == expected
-            assert getattr(compiled.metadata, "launch_pdl", False) == (expected and variants == "DEPENDENT_LAUNCH")
+            assert getattr(compiled.metadata, "launch_pdl", False) == (expected and variants == "PDL")
     assert all(launches.values())
 
 

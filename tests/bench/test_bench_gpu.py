@@ -137,7 +137,7 @@ def test_model_cases_run_and_agree():
     value = gpu_models.generate(gpu_models.SMALL, CPU)
     assert set(value["first"]) == set(value["decode"]) == set(value["vision"]) == {"stock", "ours"} and set(
         value["replay"]
-    ) == {"ours", "DEPENDENT_LAUNCH"}
+    ) == {"ours", "PDL"}
     assert value["errors"]["ours"] <= 2 * value["errors"]["stock"] + 1e-3
     parity = {}
     built = gpu_models.build(lambda sizes, device: parity.update(gpu_models.parity(sizes, device)) or parity)

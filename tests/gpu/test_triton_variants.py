@@ -195,27 +195,27 @@ def test_int8_products(names, k, arch, device, launches_of, monkeypatch):
 
 @pytest.mark.skipif(config.interpreted(), reason="the interpreter has no instructions of dependent launch")
 def test_dependent_launch_of_products(arch, device):
-    _offered("decoding", ("DEPENDENT_LAUNCH",), arch)
+    _offered("decoding", ("PDL",), arch)
     for case in cases.CASES:
         arguments = case.make(torch.bfloat16, torch.Generator().manual_seed(0))
         moved = tree_map(lambda x: x.to(device) if torch.is_tensor(x) else x, arguments)
         op = cases.op_of(arguments)
         plain = op(**moved)
-        with features.override("decoding", "DEPENDENT_LAUNCH"):
+        with features.override("decoding", "PDL"):
             for _ in range(3):  # each after another such kernel
                 assert torch.equal(op(**moved), plain), case.name
 
 
 @pytest.mark.skipif(config.interpreted(), reason="the interpreter has no instructions of dependent launch")
 def test_dependent_launch_of_decode_attention(arch, device, launches_of):
-    _offered("decoding", ("DEPENDENT_LAUNCH",), arch)
+    _offered("decoding", ("PDL",), arch)
     q, k, v = (x.to(device) for x in (_rand(2, 1, 4, 64), _rand(2, 2, 900, 64, seed=1), _rand(2, 2, 900, 64, seed=2)))
     lengths = torch.tensor([900, 31], dtype=torch.int32, device=device)
     plain = qvl_kernels.decode_attention(q, k, v, lengths=lengths)
     launches = launches_of(triton_decode)
-    with features.override("decoding", "DEPENDENT_LAUNCH"):
+    with features.override("decoding", "PDL"):
         assert torch.equal(qvl_kernels.decode_attention(q, k, v, lengths=lengths), plain)
-    assert len(launches) == 2 and all(launch["DEPENDENT_LAUNCH"] for launch in launches)
+    assert len(launches) == 2 and all(launch["PDL"] for launch in launches)
 
 
 def test_table():

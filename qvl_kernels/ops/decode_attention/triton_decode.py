@@ -61,7 +61,7 @@ def _decode_attention_kernel(
     HAS_SCALES: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     MASK: tl.constexpr,
-    DEPENDENT_LAUNCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """partial = softmax(q k^T scale + mask) v and its lse (base 2) over the keys of one split, by online softmax.
 
@@ -69,7 +69,7 @@ def _decode_attention_kernel(
     r % GROUP. MASK: 0 causal, 1 bool, 2 additive. HAS_TABLE: the addresses of caches and mask, and S, are read from a
     row of GrowingCaches.table.
     """
-    griddepcontrol_wait(DEPENDENT_LAUNCH)
+    griddepcontrol_wait(PDL)
     split = tl.program_id(0)
     kv_head, row_block = tl.program_id(1) // ROW_BLOCKS, tl.program_id(1) % ROW_BLOCKS
     batch = tl.program_id(2).to(tl.int64)
@@ -172,10 +172,10 @@ def _decode_attention_join_kernel(
     SPLITS: tl.constexpr,
     STEP: tl.constexpr,
     HAS_TABLE: tl.constexpr,
-    DEPENDENT_LAUNCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out = sum_s 2^(lse_s) partial_s / sum_s 2^(lse_s) of one row [B, T, H] over the splits that have keys."""
-    griddepcontrol_wait(DEPENDENT_LAUNCH)
+    griddepcontrol_wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     if HAS_TABLE:
         S = tl.load(table_ptr + 2)

@@ -50,13 +50,13 @@ def gemv_dot_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    DEPENDENT_LAUNCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y = norm(x) w^T + bias + residual, or silu(norm(x) w^T) * (norm(x) up^T), as gemv_fma_kernel.
 
     Each step takes PARTS * BLOCK columns of w. int4: BLOCK columns are one group, whose scale multiplies its product.
     """
-    griddepcontrol_wait(DEPENDENT_LAUNCH)
+    griddepcontrol_wait(PDL)
     rows = tl.program_id(1) * 16 + tl.arange(0, 16)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     wide_rows, wide_n = rows.to(tl.int64), n.to(tl.int64)
@@ -128,9 +128,9 @@ def gemv_dot_kernel(
 
 
 @triton.jit
-def normalise_rows_kernel(x_rows, weight_ptr, y_rows, K, eps, BLOCK: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr):
+def normalise_rows_kernel(x_rows, weight_ptr, y_rows, K, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """y = x / sqrt(mean(x^2) + eps) * weight, one program per row."""
-    griddepcontrol_wait(DEPENDENT_LAUNCH)
+    griddepcontrol_wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)

@@ -138,7 +138,7 @@ def gemv_fma_kernel(
     COUNT: tl.constexpr,
     ROW_COUNT: tl.constexpr,
     PREFETCH: tl.constexpr,
-    DEPENDENT_LAUNCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y = norm(x) w^T + bias + residual, or silu(norm(x) w^T) * (norm(x) up^T); norm(x) = x / sqrt(mean(x^2) + eps) *
     weight.
@@ -155,7 +155,7 @@ def gemv_fma_kernel(
     squares = (zero,) * ROWS
     if PREFETCH:
         prefetched = _weights(w_rows, up_rows, first, offs, N, K, BLOCK_N, WEIGHT_ROWS)
-    griddepcontrol_wait(DEPENDENT_LAUNCH)
+    griddepcontrol_wait(PDL)
     for column in range(0, K, BLOCKS * VECTOR):
         k = column + offs
         mask = k < K

@@ -46,7 +46,7 @@ def gemv_int4_kernel(
     HAS_RESIDUAL: tl.constexpr,
     COUNT: tl.constexpr,
     ROW_COUNT: tl.constexpr,
-    DEPENDENT_LAUNCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y = norm(x) w^T + bias + residual, or silu(norm(x) w^T) * (norm(x) up^T), with w = scale (nibble - 8).
 
@@ -54,7 +54,7 @@ def gemv_int4_kernel(
     block is 32 inputs in 4 words: byte i of word q holds inputs 4 q + i and 16 + 4 q + i. GROUP_BLOCKS blocks share a
     scale.
     """
-    griddepcontrol_wait(DEPENDENT_LAUNCH)
+    griddepcontrol_wait(PDL)
     row0 = tl.program_id(1) * ROWS
     first = tl.program_id(0) * BLOCK_N
     dtype: tl.constexpr = y_rows.ptr.dtype.element_ty

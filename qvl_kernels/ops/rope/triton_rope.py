@@ -111,14 +111,14 @@ def _rope_kernel(
     HAS_TABLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    DEPENDENT_LAUNCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y = x cos + rotate_half(x) sin of q and k, with HAS_NORM of their RMS norm, for some heads of one token.
 
     k, and v unchanged, are written at position past + length of the row + t; nothing is written outside [0, S).
     HAS_TABLE: the addresses of the caches, and S, are read from a row of GrowingCaches.table.
     """
-    griddepcontrol_wait(DEPENDENT_LAUNCH)
+    griddepcontrol_wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     batch, t = token // T, token % T
     block, q_blocks = tl.program_id(1), tl.cdiv(H, ROWS)
