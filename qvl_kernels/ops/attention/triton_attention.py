@@ -31,12 +31,9 @@ __all__ = ["launch_attention"]
 @triton.jit
 def _attend(
     q,
-    acc,
-    l_i,
-    m_i,
+    state,
     begin,
     end,
-    offs_m,
     k_view,
     v_view,
     mask,
@@ -49,11 +46,13 @@ def _attend(
     DESCRIPTORS: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
-    """One pass of online softmax over keys [begin, end): m_i = row maximum, l_i = row sum, acc = p v.
+    """One pass of online softmax over keys [begin, end): ``state`` is (acc = p v, l_i = row sum, m_i = row maximum).
 
     PARTIAL: some keys may be masked; else all rows see all of them.
     """
     BLOCK_D: tl.constexpr = q.shape[1]
+    acc, l_i, m_i = state
+    offs_m = block.start + tl.arange(0, q.shape[0])
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     if not DESCRIPTORS:
         k_offsets = offs_n[:, None] * k_view.stride_t + offs_d[None, :]
@@ -146,52 +145,18 @@ def _attention_kernel(
     q_pointers = q_view.ptr + tile_rows[:, None] * q_view.stride_t + offs_d[None, :]
     q = load_tile(q_pointers, in_rows, mode.HEAD_DIM, True)  # [BLOCK_M, BLOCK_D]
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i, m_i = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32)
+    state = (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), l_i, m_i)
     full, end = key_range(block, mode, BLOCK_M, BLOCK_N)
     if mode.MASK == 0:
-        acc, l_i, m_i = _attend(
-            q,
-            acc,
-            l_i,
-            m_i,
-            0,
-            full,
-            offs_m,
-            k_view,
-            v_view,
-            mask,
-            block,
-            scale,
-            dropout,
-            mode,
-            BLOCK_N,
-            POSITIVE,
-            DESCRIPTORS,
-            False,
+        state = _attend(
+            q, state, 0, full, k_view, v_view, mask, block, scale, dropout, mode, BLOCK_N, POSITIVE, DESCRIPTORS, False
         )
-    acc, l_i, m_i = _attend(
-        q,
-        acc,
-        l_i,
-        m_i,
-        full,
-        end,
-        offs_m,
-        k_view,
-        v_view,
-        mask,
-        block,
-        scale,
-        dropout,
-        mode,
-        BLOCK_N,
-        POSITIVE,
-        DESCRIPTORS,
-        True,
+    state = _attend(
+        q, state, full, end, k_view, v_view, mask, block, scale, dropout, mode, BLOCK_N, POSITIVE, DESCRIPTORS, True
     )
 
+    acc, l_i, m_i = state
     total = tl.where(l_i == 0.0, 1.0, l_i)  # rows without keys give out 0, and lse -inf from m_i
     acc = acc * ((keep_scale if mode.DROPOUT else 1.0) / total)[:, None]
     out_ptr += ((block.batch * T + row) * H + block.head) * mode.HEAD_DIM

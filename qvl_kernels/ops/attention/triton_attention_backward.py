@@ -12,13 +12,12 @@ import triton.language as tl
 
 from qvl_kernels.gpu.device import architecture
 from qvl_kernels.gpu.launch import launch
-from qvl_kernels.gpu.views import heads_view
+from qvl_kernels.gpu.views import RowsView, heads_view
 from qvl_kernels.ops.attention import tiles
 from qvl_kernels.ops.attention.triton_arguments import LENGTHS, Layout
 from qvl_kernels.ops.attention.triton_device_functions import (
     LOG2E,
     Dropout,
-    HeadMask,
     block_coordinates,
     dropout_keep_mask,
     head_mask,
@@ -41,10 +40,19 @@ class Statistics(NamedTuple):
     delta_ptr: Any
 
 
+class RowState(NamedTuple):
+    """The same of a block's rows, loaded."""
+
+    row_max: Any
+    log_row_sum: Any
+    delta: Any
+
+
 @triton.jit
-def _statistics(q, end, offs_m, k_view, mask, block, scale, mode: tl.constexpr, BLOCK_N: tl.constexpr):
+def _statistics(q, end, k_view, mask, block, scale, mode: tl.constexpr, BLOCK_N: tl.constexpr):
     """(row_max, log2 of row_sum = sum of 2^(score - row_max)) of each row; (inf, 0) where no key is seen."""
     BLOCK_M: tl.constexpr = q.shape[0]
+    offs_m = block.start + tl.arange(0, BLOCK_M)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, q.shape[1])
     m_i, l_i = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, end, BLOCK_N):
@@ -69,20 +77,15 @@ def _statistics(q, end, offs_m, k_view, mask, block, scale, mode: tl.constexpr, 
 def _dq_of_keys(
     q,
     do,
-    dq,
-    row_sum,
-    row_max,
-    log_row_sum,
-    delta,
+    sums,
+    state,
     begin,
     end,
-    offs_m,
     k_view,
     v_view,
     mask,
-    dscores_ptr,
+    dscores,
     block,
-    S,
     scale,
     dropout,
     mode: tl.constexpr,
@@ -90,10 +93,12 @@ def _dq_of_keys(
     MASK_GRAD: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
-    """dq += ds k over keys [begin, end), with ds = p (do v^T - delta).
+    """``sums`` is (dq, row_sum): dq += ds k over keys [begin, end), with ds = p (do v^T - delta).
 
     row_sum += the sum of p for fp32 inputs, else of p do v^T. PARTIAL as in the forward.
     """
+    dq, row_sum = sums
+    offs_m = block.start + tl.arange(0, q.shape[0])
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, q.shape[1])
     k_offsets = offs_n[:, None] * k_view.stride_t + offs_d[None, :]
     v_offsets = offs_n[:, None] * v_view.stride_t + offs_d[None, :]
@@ -111,9 +116,9 @@ def _dq_of_keys(
                 scores, offs_m[:, None], cols[None, :], key_visible[None, :], bias[None, :], mask, block, mode
             )
             scores = tl.where(visible, scores, float("-inf"))
-        scores -= row_max[:, None]
+        scores -= state.row_max[:, None]
         if mode.MASK == 2:
-            scores -= log_row_sum[:, None]
+            scores -= state.log_row_sum[:, None]
         p = tl.exp2(scores)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         if mode.DROPOUT:
@@ -123,17 +128,17 @@ def _dq_of_keys(
             dp = tl.where(visible, dp, 0.0)
         if q.dtype == tl.float32:
             row_sum += tl.sum(p, 1)
-            ds = p * (dp - delta[:, None])
+            ds = p * (dp - state.delta[:, None])
         else:
             product = p * dp
             row_sum += tl.sum(product, 1)
-            ds = product - p * delta[:, None]
+            ds = product - p * state.delta[:, None]
         if PARTIAL:
             if mode.MASK_ROWS:
                 k = zero_masked_keys(k, visible)
             if MASK_GRAD:
-                in_tile = (offs_m < block.queries)[:, None] & (cols < S)[None, :]
-                tl.store(dscores_ptr + offs_m.to(tl.int64)[:, None] * S + cols[None, :], ds, mask=in_tile)
+                in_tile = (offs_m < block.queries)[:, None] & (cols < dscores.stride)[None, :]
+                tl.store(dscores.ptr + offs_m.to(tl.int64)[:, None] * dscores.stride + cols[None, :], ds, mask=in_tile)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq, row_sum
 
@@ -189,7 +194,7 @@ def _attention_backward_queries_kernel(
     v_view = head_view(v_view, block.batch, head // mode.GROUP, first)
     mask = head_mask(mask_view, block.batch, head)
     out_start = ((block.batch * T + row) * H + block.head) * mode.HEAD_DIM
-    dscores_ptr += (block.batch * H + block.head) * T * S
+    dscores = RowsView(dscores_ptr + (block.batch * H + block.head) * T * S, S)
     seed = tl.load(seed_ptr) if mode.DROPOUT else 0
     dropout = Dropout(seed, threshold, keep_scale, block.batch.to(tl.int32) * T + block.first)
     q_pointers = q_view.ptr + tile_rows[:, None] * q_view.stride_t + offs_d[None, :]
@@ -206,32 +211,28 @@ def _attention_backward_queries_kernel(
 
     full, end = key_range(block, mode, BLOCK_M, BLOCK_N)
     if mode.MASK == 2:
-        row_max, log_row_sum = _statistics(q, end, offs_m, k_view, mask, block, scale, mode, BLOCK_N)
+        row_max, log_row_sum = _statistics(q, end, k_view, mask, block, scale, mode, BLOCK_N)
     else:
         lse = tl.load(lse_ptr + stat_rows, mask=in_rows, other=0.0) * LOG2E
         row_max, log_row_sum = tl.where(lse == float("-inf"), float("inf"), lse), delta
     tl.store(statistics.row_max_ptr + stat_rows, row_max, mask=in_rows)
 
+    state = RowState(row_max, log_row_sum, delta)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    sums = (dq, tl.zeros([BLOCK_M], tl.float32))
     if mode.MASK == 0:
-        dq, row_sum = _dq_of_keys(
+        sums = _dq_of_keys(
             q,
             do,
-            dq,
-            row_sum,
-            row_max,
-            log_row_sum,
-            delta,
+            sums,
+            state,
             0,
             full,
-            offs_m,
             k_view,
             v_view,
             mask,
-            dscores_ptr,
+            dscores,
             block,
-            S,
             scale,
             dropout,
             mode,
@@ -239,23 +240,18 @@ def _attention_backward_queries_kernel(
             MASK_GRAD,
             False,
         )
-    dq, row_sum = _dq_of_keys(
+    sums = _dq_of_keys(
         q,
         do,
-        dq,
-        row_sum,
-        row_max,
-        log_row_sum,
-        delta,
+        sums,
+        state,
         full,
         end,
-        offs_m,
         k_view,
         v_view,
         mask,
-        dscores_ptr,
+        dscores,
         block,
-        S,
         scale,
         dropout,
         mode,
@@ -263,6 +259,7 @@ def _attention_backward_queries_kernel(
         MASK_GRAD,
         True,
     )
+    dq, row_sum = sums
     dq *= scale / LOG2E
     if q.dtype != tl.float32:
         delta = row_sum
@@ -289,18 +286,15 @@ def _dk_dv_of_queries(
     dv,
     begin,
     end,
-    offs_n,
     bias,
     q_view,
     do_view,
-    statistics,
+    stats,
     mask,
-    stride_mh,
     block,
     T,
     scale,
     dropout,
-    first_head,
     mode: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PARTIAL: tl.constexpr,
@@ -310,6 +304,7 @@ def _dk_dv_of_queries(
 
     Blocks and heads share one loop: two nested loops need more registers than there are.
     """
+    offs_n = block.start + tl.arange(0, k.shape[0])
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, k.shape[1])
     q_offsets = offs_m[:, None] * q_view.stride_t + offs_d[None, :]
     do_offsets = offs_m[:, None] * do_view.stride_t + offs_d[None, :]
@@ -321,9 +316,9 @@ def _dk_dv_of_queries(
         do_pointers = do_view.ptr + member * do_view.stride_h + start * do_view.stride_t + do_offsets
         q = load_tile(q_pointers, in_rows, mode.HEAD_DIM, True)  # [BLOCK_M, BLOCK_D]
         do = load_tile(do_pointers, in_rows, mode.HEAD_DIM, True)
-        stats = member * T + start
-        row_max = tl.load(statistics.row_max_ptr + stats + offs_m, mask=in_rows, other=float("inf"))  # [BLOCK_M]
-        delta = tl.load(statistics.delta_ptr + stats + offs_m, mask=in_rows, other=0.0)
+        first = member * T + start
+        row_max = tl.load(stats.row_max_ptr + first + offs_m, mask=in_rows, other=float("inf"))  # [BLOCK_M]
+        delta = tl.load(stats.delta_ptr + first + offs_m, mask=in_rows, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # [BLOCK_N, BLOCK_M]
         if PARTIAL:
             scores, visible = masked_scores(
@@ -332,7 +327,7 @@ def _dk_dv_of_queries(
                 offs_n[:, None],
                 in_rows[None, :],
                 bias[:, None],
-                HeadMask(mask.ptr + member * stride_mh, mask.stride_t, mask.stride_s),
+                head_mask(mask, 0, member),
                 block,
                 mode,
             )
@@ -341,7 +336,7 @@ def _dk_dv_of_queries(
             scores += bias[:, None]
         scores -= row_max[None, :]
         if mode.MASK == 2 or q.dtype == tl.float32:
-            scores -= tl.load(statistics.log_row_sum_ptr + stats + offs_m, mask=in_rows, other=0.0)[None, :]
+            scores -= tl.load(stats.log_row_sum_ptr + first + offs_m, mask=in_rows, other=0.0)[None, :]
         p = tl.exp2(scores)
         dp = tl.zeros([offs_n.shape[0], BLOCK_M], tl.float32)
         if not mode.DROPOUT:  # the accumulator starts at -delta, which saves registers
@@ -350,7 +345,10 @@ def _dk_dv_of_queries(
         weights = p
         if mode.DROPOUT:
             keep = dropout_keep_mask(
-                dropout, (dropout.first_row + rows)[None, :], offs_n[:, None], first_head + step % mode.GROUP
+                dropout,
+                (dropout.first_row + rows)[None, :],
+                offs_n[:, None],
+                block.head * mode.GROUP + step % mode.GROUP,
             )
             weights = tl.where(keep, p * dropout.keep_scale, 0.0)
             dp = tl.where(keep, dp * dropout.keep_scale, 0.0) - delta[None, :]
@@ -418,60 +416,20 @@ def _attention_backward_keys_kernel(
         full = tl.minimum(tl.cdiv(tl.maximum(block.start + BLOCK_N - 1 - keys + queries, 0), BLOCK_M), end)
     if mode.MASK_ROWS:
         full = end
-    stats = (block.batch * H + first_head) * T + first
-    statistics = Statistics(
-        statistics.row_max_ptr + stats, statistics.log_row_sum_ptr + stats, statistics.delta_ptr + stats
+    stat_row = (block.batch * H + first_head) * T + first
+    stats = Statistics(
+        statistics.row_max_ptr + stat_row, statistics.log_row_sum_ptr + stat_row, statistics.delta_ptr + stat_row
     )
     q_view, do_view = head_view(q_view, block.batch, head, first), head_view(do_view, block.batch, head, first)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if mode.CAUSAL or mode.MASK_ROWS:
         dk, dv = _dk_dv_of_queries(
-            k,
-            v,
-            dk,
-            dv,
-            begin,
-            full,
-            offs_n,
-            bias,
-            q_view,
-            do_view,
-            statistics,
-            mask,
-            mask_view.stride_h,
-            block,
-            T,
-            scale,
-            dropout,
-            first_head,
-            mode,
-            BLOCK_M,
-            True,
+            k, v, dk, dv, begin, full, bias, q_view, do_view, stats, mask, block, T, scale, dropout, mode, BLOCK_M, True
         )
     if not mode.MASK_ROWS:
         dk, dv = _dk_dv_of_queries(
-            k,
-            v,
-            dk,
-            dv,
-            full,
-            end,
-            offs_n,
-            bias,
-            q_view,
-            do_view,
-            statistics,
-            mask,
-            mask_view.stride_h,
-            block,
-            T,
-            scale,
-            dropout,
-            first_head,
-            mode,
-            BLOCK_M,
-            False,
+            k, v, dk, dv, full, end, bias, q_view, do_view, stats, mask, block, T, scale, dropout, mode, BLOCK_M, False
         )
 
     dk = tl.where(key_visible[:, None], dk * (scale / LOG2E), 0.0)

@@ -5,13 +5,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from qvl_kernels.gpu.views import HeadsView
+from qvl_kernels.gpu.views import HeadsView, MaskView
 
 __all__ = [
     "LOG2E",
     "Block",
     "Dropout",
-    "HeadMask",
     "block_coordinates",
     "dropout_keep_mask",
     "head_mask",
@@ -37,14 +36,6 @@ class Block(NamedTuple):
     first: Any
     queries: Any
     keys: Any
-
-
-class HeadMask(NamedTuple):
-    """The attention mask [T, S] of a head."""
-
-    ptr: Any
-    stride_t: Any
-    stride_s: Any
 
 
 class Dropout(NamedTuple):
@@ -112,8 +103,9 @@ def head_view(view, batch, head, row):
 
 @triton.jit
 def head_mask(view, batch, head):
-    """The HeadMask of a MaskView."""
-    return HeadMask(view.ptr + (batch * view.stride_b + head * view.stride_h), view.stride_t, view.stride_s)
+    """The MaskView from head ``head`` on."""
+    ptr = view.ptr + (batch * view.stride_b + head * view.stride_h)
+    return MaskView(ptr, view.stride_b, view.stride_h, view.stride_t, view.stride_s)
 
 
 @triton.jit
