@@ -51,10 +51,13 @@ class Qwen3VLTextModel(stock.Qwen3VLTextModel):
             or not masks_as_stock(config)
         ):
             return None
-        layers = list(self.layers)
-        fused_layers = [plain_fused_layer(layer, x.dtype) for layer in layers]
-        indices = {layer.self_attn.layer_idx for layer, found in zip(layers, fused_layers) if found is not None}
-        if not layers or len(indices) < len(layers):
+        layers, fused_layers = list(self.layers), []
+        for layer in layers:  # the first that is not eligible decides: with adapters, each is judged again when it runs
+            fused_layer = plain_fused_layer(layer, x.dtype)
+            if fused_layer is None:
+                return None
+            fused_layers.append(fused_layer)
+        if not layers or len({layer.self_attn.layer_idx for layer in layers}) < len(layers):
             return None
         positions, text_positions = _positions(position_ids, cache, x)
         mask = stock.create_causal_mask(
