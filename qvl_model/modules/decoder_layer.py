@@ -277,8 +277,8 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
             return None
         if torch.is_grad_enabled() and _any_requires_grad(x, self):
             return None
-        fused_layer = fused_layer_of(self)
-        if fused_layer is None or fused_layer.handle.dtype is not x.dtype or not self.is_deterministic():
+        fused_layer = _fused_layer_for(self, x.dtype)
+        if fused_layer is None:
             return None
         if x.is_cpu and x.shape[0] * x.shape[1] >= _LARGE:
             pages.trim()  # milliseconds, against tenths of a second for the layer; else freed memory and cache add up
@@ -300,6 +300,11 @@ def plain_fused_layer(layer: nn.Module, dtype: torch.dtype) -> FusedLayer | None
         or not runs_library_code(layer, "forward", "__call__")
     ):
         return None
+    return _fused_layer_for(layer, dtype)
+
+
+def _fused_layer_for(layer: nn.Module, dtype: torch.dtype) -> FusedLayer | None:
+    """The fused layer of a layer, if it takes hidden states of ``dtype`` and no dropout is active."""
     fused_layer = fused_layer_of(layer)
     if fused_layer is None or fused_layer.handle.dtype is not dtype or not layer.is_deterministic():
         return None
