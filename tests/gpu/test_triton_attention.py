@@ -219,6 +219,27 @@ def test_strided_everything(device, monkeypatch):
     _check(arguments, device, monkeypatch, function=lambda **x: qvl_kernels.attention(**x).sum(-1))
 
 
+@pytest.mark.slow
+def test_rows_further_apart_than_32_bits_count(device):
+    """The second block of queries (and of keys, in the backward) starts 2^31 elements behind the first."""
+
+    def far(name: str, seed: int) -> dict:
+        x = torch.empty(33 * 2**26, dtype=torch.float16, device=device).view(1, 33, 1, 2**26)[..., :16]
+        return {name: x.copy_(_rand(1, 33, 1, 16, seed=seed))}
+
+    def gradients(arguments: dict, backend: str) -> list[torch.Tensor]:
+        with qvl_kernels.use_backend(backend):
+            x = {name: value.detach().requires_grad_() for name, value in arguments.items()}
+            out = qvl_kernels.attention(**x, causal=True)
+            return [out.detach(), *torch.autograd.grad(out.float().square().sum(), x.values())]
+
+    near = {name: x.to(device) for name, x in _qkv(t=33, s=33, h=1).items()}
+    expected = gradients(near, "triton")
+    for name in "qkv":
+        found = gradients({**near, **far(name, "qkv".index(name) + 1)}, "triton")
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize(
     "bounds", [[0, 1000, 30], [0, -5, 30], [7, 20, 30], [0, 25, 10, 30], [0, 2**31 - 1, -(2**31)]], ids=str
 )

@@ -134,7 +134,7 @@ def _attention_kernel(
     offs_m = block.start + tile_rows
     in_rows = offs_m < block.queries
     head, first = block.head.to(tl.int64), block.first.to(tl.int64) if mode.VARLEN else 0
-    row = first + block.start  # 64-bit base; offsets inside a tile are 32-bit
+    row = first + block.start.to(tl.int64)  # offsets inside a tile are 32-bit
     q_view = head_view(q_view, block.batch, head, row)
     if not DESCRIPTORS:
         k_view = head_view(k_view, block.batch, head // mode.GROUP, first)

@@ -188,7 +188,7 @@ def _attention_backward_queries_kernel(
     offs_m = block.start + tile_rows
     in_rows = offs_m < block.queries
     head, first = block.head.to(tl.int64), block.first.to(tl.int64) if mode.VARLEN else 0
-    row = first + block.start  # 64-bit base; offsets inside a tile are 32-bit
+    row = first + block.start.to(tl.int64)  # offsets inside a tile are 32-bit
     q_view, do_view = head_view(q_view, block.batch, head, row), head_view(do_view, block.batch, head, row)
     k_view = head_view(k_view, block.batch, head // mode.GROUP, first)
     v_view = head_view(v_view, block.batch, head // mode.GROUP, first)
@@ -394,7 +394,7 @@ def _attention_backward_keys_kernel(
     tile_rows, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     offs_n = block.start + tile_rows
     first = block.first.to(tl.int64) if mode.VARLEN else 0
-    row = first + block.start  # 64-bit base; offsets inside a tile are 32-bit
+    row = first + block.start.to(tl.int64)  # offsets inside a tile are 32-bit
     k_view = head_view(k_view, block.batch, block.head.to(tl.int64), row)
     v_view = head_view(v_view, block.batch, block.head.to(tl.int64), row)
     seed = tl.load(seed_ptr) if mode.DROPOUT else 0
