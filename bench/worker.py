@@ -29,14 +29,14 @@ class Handlers(Session):
         return extension().read_bandwidth(bytes, repeats)
 
     def errors(self, path: str, layers: int, image_size: int, text_tokens: int) -> dict:
-        from bench import truth
+        from bench import fp64_reference
 
-        return truth.errors_against_float64(path, layers, image_size, text_tokens)
+        return fp64_reference.errors_against_float64(path, layers, image_size, text_tokens)
 
     def cosines(self, path: str, weights: list[str], layers: int, image_size: int, text_tokens: int) -> dict:
-        from bench import truth
+        from bench import fp64_reference
 
-        return truth.cosines_of_packed(path, weights, layers, image_size, text_tokens)
+        return fp64_reference.cosines_of_quantised(path, weights, layers, image_size, text_tokens)
 
     def greedy(self, family: str) -> dict:
         from bench import greedy

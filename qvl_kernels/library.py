@@ -37,7 +37,7 @@ def _dispatch_keys(x: torch.Tensor) -> int:
 
 
 @functools.cache
-def _plain_keys(device: str) -> frozenset[int]:
+def _eager_dispatch_keys(device: str) -> frozenset[int]:
     """The dispatch keys of eligible tensors on ``device``, in inference mode and outside of it."""
     found = set()
     for inference in (True, False):
@@ -46,14 +46,14 @@ def _plain_keys(device: str) -> frozenset[int]:
     return frozenset(found)
 
 
-_plain_keys("cpu")  # at import, while nothing traces or compiles
+_eager_dispatch_keys("cpu")  # at import, while nothing traces or compiles
 
 
 def is_eligible(x: torch.Tensor, device: str) -> bool:
     """Whether kernels may read a tensor's memory directly: on ``device`` ("cpu" or "cuda"), dense, not fake, without a
     negative or conjugate bit, no subclass, ...
     """
-    return type(x) in TENSOR_TYPES and _dispatch_keys(x) in _plain_keys(device)
+    return type(x) in TENSOR_TYPES and _dispatch_keys(x) in _eager_dispatch_keys(device)
 
 
 def has_memory(x: torch.Tensor) -> bool:
@@ -188,7 +188,9 @@ def call(op: Callable, *args: Any) -> Any:
         if isinstance(x, torch.Tensor):
             if x.is_cuda:
                 kernels = _GPU
-            if type(x) not in TENSOR_TYPES or _dispatch_keys(x) not in _plain_keys("cuda" if x.is_cuda else "cpu"):
+            if type(x) not in TENSOR_TYPES or _dispatch_keys(x) not in _eager_dispatch_keys(
+                "cuda" if x.is_cuda else "cpu"
+            ):
                 return op(*args)
     return kernels[op](*args)
 

@@ -19,7 +19,7 @@ from qvl_model.modules.lm_head import set_skip_logits
 from qvl_model.modules.text import Qwen3VLTextAttention, Qwen3VLTextMLP
 from qvl_model.modules.vision import Qwen3VLVisionAttention, Qwen3VLVisionMLP, give_memory_back
 from qvl_model.modules.vision_tables import provide_tables
-from qvl_model.quantization.convert import formats_of, pack_model, part_of, unpack_model
+from qvl_model.quantization.convert import dequantize_model, formats_of, part_of, quantize_model
 from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
 from qvl_model.replacements import MODEL_CLASSES, STOCK_CLASSES, replacement
 from qvl_model.self_check import why_stock
@@ -187,7 +187,7 @@ def accelerate(
         warnings.warn(f"qvl_model: the model stays stock: {reason}", stacklevel=2)
         return model
     _forget_fused_layers(inner)
-    pack_model(inner, formats, group)
+    quantize_model(inner, formats, group)
     _replace_modules(inner)
     for module in inner.modules():
         if isinstance(module, _MLPS):
@@ -234,7 +234,7 @@ def restore(model: Model) -> Model:
     """
     inner = _base_model(model)
     _forget_fused_layers(inner)
-    unpack_model(inner)
+    dequantize_model(inner)
     if hasattr(inner, "lm_head"):
         set_skip_logits(inner, None)
     for module in inner.modules():

@@ -33,14 +33,14 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="qvl", description="Qwen3-VL, accelerated.")
     commands = parser.add_subparsers(required=True)
-    generate = commands.add_parser("generate", help="answer a prompt about pictures, streaming the text")
+    generate = commands.add_parser("generate", help="answer a prompt about images, streaming the text")
     generate.add_argument("--model", help="checkpoint directory, or a model that ships: digits (default), qvl-tiny")
-    generate.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="pictures, in order")
+    generate.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="images, in order")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--stock", action="store_true", help="run transformers' own code, for comparison")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     generate.set_defaults(run=_generate)
-    quantize = commands.add_parser("quantize", help="pack the weights of a checkpoint into int8 or int4")
+    quantize = commands.add_parser("quantize", help="quantise the weights of a checkpoint to int8 or int4")
     quantize.add_argument("--model", required=True, metavar="MODEL", help="checkpoint directory")
     quantize.add_argument(
         "--weights",
@@ -114,7 +114,7 @@ def _images(files: list[str]) -> list:
             with Image.open(file) as image:
                 images.append(image.convert("RGB"))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise CommandError(f"cannot read picture {file}: {one_line(error)}") from error
+            raise CommandError(f"cannot read image {file}: {one_line(error)}") from error
     return images
 
 
@@ -143,10 +143,10 @@ def _weights(checkpoint: Path) -> Any:
     from transformers import AutoModelForImageTextToText
 
     from qvl_model import pretrained
-    from qvl_model.quantization.convert import is_packed_checkpoint
+    from qvl_model.quantization.convert import is_quantized_checkpoint
 
     try:
-        if is_packed_checkpoint(checkpoint):
+        if is_quantized_checkpoint(checkpoint):
             return pretrained.load(checkpoint, output_loading_info=True)
         return AutoModelForImageTextToText.from_pretrained(
             checkpoint,
@@ -222,12 +222,14 @@ def _generate(arguments: argparse.Namespace) -> None:
     from jinja2 import TemplateError
 
     import qvl_model
-    from qvl_model.quantization.convert import is_packed_checkpoint
+    from qvl_model.quantization.convert import is_quantized_checkpoint
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if arguments.stock and is_packed_checkpoint(checkpoint):
-        raise CommandError(f"{checkpoint} holds packed weights, which stock transformers cannot run; leave --stock out")
+    if arguments.stock and is_quantized_checkpoint(checkpoint):
+        raise CommandError(
+            f"{checkpoint} holds quantised weights, which stock transformers cannot run; leave --stock out"
+        )
     model, processor = _load(checkpoint)
     try:
         if not arguments.stock:
@@ -297,11 +299,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForImageTextToText
 
     import qvl_model
-    from qvl_model.quantization.convert import is_packed_checkpoint
+    from qvl_model.quantization.convert import is_quantized_checkpoint
 
     checkpoint = _checkpoint(arguments.model)
     config = _config(checkpoint)
-    if is_packed_checkpoint(checkpoint):
+    if is_quantized_checkpoint(checkpoint):
         print(qvl_model.report(_weights(checkpoint)[0]))
         return
     with torch.device("meta"):  # the structure is enough; no weight is read

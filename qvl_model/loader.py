@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["accelerate", "load_packed", "provide"]
+__all__ = ["accelerate", "load_quantized", "provide"]
 
 _provided: dict[str, Callable] = {}
 
@@ -18,9 +18,9 @@ def provide(**functions: Callable) -> None:
     _provided.update(functions)
 
 
-def load_packed(path: str | os.PathLike, model_class: type, /, **kwargs: Any) -> Any:
+def load_quantized(path: str | os.PathLike, model_class: type, /, **kwargs: Any) -> Any:
     """The accelerated model of a directory of quantised weights, or None for any other."""
-    return _provided["load_packed"](path, model_class, **kwargs)
+    return _provided["load_quantized"](path, model_class, **kwargs)
 
 
 def accelerate(model: nn.Module) -> Any:

@@ -14,7 +14,7 @@ from qvl_model.accelerate import accelerate
 from qvl_model.checkpoint_files import load_config
 from qvl_model.modules.generation import Qwen3VLForConditionalGeneration
 from qvl_model.quantization.checkpoint import fill, read, save
-from qvl_model.quantization.convert import is_packed_checkpoint, section_of
+from qvl_model.quantization.convert import is_quantized_checkpoint, section_of
 from qvl_model.qvl import QVLForConditionalGeneration
 
 __all__ = ["load", "quantize"]
@@ -50,10 +50,10 @@ def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[st
         >>> quantize("qwen3-vl-2b", "qwen3-vl-2b-int8", formats_of("int8"))
     """
     source, out = Path(source), Path(out)
-    if is_packed_checkpoint(source):
-        raise ValueError(f"{source} is packed already; pack the checkpoint that it was made from")
+    if is_quantized_checkpoint(source):
+        raise ValueError(f"{source} is quantised already; quantise the checkpoint that it was made from")
     if not formats:
-        raise ValueError("quantize: no part is to be packed")
+        raise ValueError("quantize: no part is to be quantised")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists; give a directory that does not")
     model_class = _class_of(load_config(source))
@@ -106,7 +106,7 @@ def load(
     unknown = sorted(set(kwargs) - _ABOUT_DOWNLOADS)
     if unknown:
         raise TypeError(
-            f"from_pretrained: a packed checkpoint takes dtype, device_map and attn_implementation, not "
+            f"from_pretrained: a quantised checkpoint takes dtype, device_map and attn_implementation, not "
             f"{', '.join(unknown)}"
         )
     config = load_config(path) if config is None else copy.deepcopy(config)
@@ -127,21 +127,21 @@ def load(
     return (model, nothing) if output_loading_info else model
 
 
-def _load_packed(
+def _load_quantized(
     path: str | os.PathLike, model_class: type[PreTrainedModel], /, **kwargs: Any
 ) -> PreTrainedModel | tuple[PreTrainedModel, dict] | None:
     """The model of a directory of quantised weights, or None for any other."""
-    return load(path, model_class, **kwargs) if is_packed_checkpoint(path) else None
+    return load(path, model_class, **kwargs) if is_quantized_checkpoint(path) else None
 
 
 def _one_device(device_map: Any) -> torch.device:
     if isinstance(device_map, Mapping) and set(device_map) == {""}:
         device_map = device_map[""]
     if isinstance(device_map, Mapping) or device_map in ("balanced", "balanced_low_0", "sequential"):
-        raise ValueError(f"from_pretrained: a packed checkpoint goes to one device, got device_map={device_map!r}")
+        raise ValueError(f"from_pretrained: a quantised checkpoint goes to one device, got device_map={device_map!r}")
     if device_map == "auto":
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device_map)
 
 
-loader.provide(load_packed=_load_packed, accelerate=accelerate)
+loader.provide(load_quantized=_load_quantized, accelerate=accelerate)

@@ -62,7 +62,7 @@ def _decode_step_case(rows: int, bits: int) -> Case:
             "cos": tensor(rows, 1, D),
             "sin": tensor(rows, 1, D),
             "lengths": torch.zeros(rows, dtype=torch.int32),
-            "filled": torch.ones(rows, dtype=torch.int32),
+            "cache_seqlens": torch.ones(rows, dtype=torch.int32),
         }
 
     parameters = C * (H + 2 * HKV) * D + H * D * C + 3 * C * F

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from bench.checkpoint_files import FULL_CONFIG, special_token_ids
+from bench.fp64_reference import relative_error
 from bench.gpu.timing import compare, synchronize
 from bench.timing import summary
-from bench.truth import relative_error
 from qvl_kernels.gpu import features
 from qvl_kernels.gpu.device import architecture
 

@@ -6,7 +6,7 @@ from torch.optim import Optimizer
 
 from qvl_model.capacity.report import CapacityReport
 from qvl_model.capacity.spec import OWN_PACKAGES, CapacitySpec, heads_of, sizes_of
-from qvl_model.capacity.weights import is_packed, shape_of, storage_of
+from qvl_model.capacity.weights import is_quantized, shape_of, storage_of
 
 __all__ = ["check_trainable", "compare"]
 
@@ -78,7 +78,7 @@ def _compare_parameters(model: nn.Module, spec: CapacitySpec, report: CapacityRe
         if _inside(owner_name, wrong):
             continue
         parameter, owner = found.get(name), model.get_submodule(owner_name)
-        if own_name == "weight" and is_packed(owner):
+        if own_name == "weight" and is_quantized(owner):
             shape: tuple[int, ...] = shape_of(owner)
         elif parameter is not None:
             shape = tuple(parameter.shape)
@@ -127,7 +127,7 @@ def _count(model: nn.Module, spec: CapacitySpec, report: CapacityReport) -> None
         report.facts[f"{kind} (heads)"] = f"{', '.join(map(str, sorted(set(counts))))} in each of {len(counts)}"
     count = sum(parameter.numel() for parameter in model.parameters())
     for name, module in model.named_modules():
-        if is_packed(module) and f"{name}.weight" not in spec.shared:
+        if is_quantized(module) and f"{name}.weight" not in spec.shared:
             rows, columns = shape_of(module)
             count += rows * columns
     report.facts["parameters"] = count
@@ -149,7 +149,7 @@ def check_trainable(model: nn.Module, report: CapacityReport, optimizer: Optimiz
         elif held is not None and id(parameter) not in held:
             report.add(owner, f"{own_name} is not in the optimizer")
     for name, module in model.named_modules():
-        if is_packed(module):
+        if is_quantized(module):
             report.add(name, "its weight is quantised, which cannot be trained")
     if not torch.is_grad_enabled():
         report.add("", "gradients are switched off (torch.no_grad)")

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from qvl_model.capacity.report import CapacityReport
 from qvl_model.capacity.spec import CapacitySpec, heads_of
 
-__all__ = ["check_finite", "is_finite", "is_packed", "not_finite", "read", "shape_of", "storage_of", "weight_of"]
+__all__ = ["check_finite", "is_finite", "is_quantized", "not_finite", "read", "shape_of", "storage_of", "weight_of"]
 
 _CHUNK = 1 << 24  # elements read at a time, so that an embedding is not copied as a whole
 # Relative to the median of its kind, or to 1 for a gate; smaller weights count as dead. Weight decay does not reach it.
@@ -25,7 +25,7 @@ _COLUMN_HEADS = ("o_proj", "out_proj", "proj")
 _LISTED = 8
 
 
-def is_packed(module: nn.Module) -> TypeGuard[nn.Linear | nn.Embedding]:
+def is_quantized(module: nn.Module) -> TypeGuard[nn.Linear | nn.Embedding]:
     """Whether a linear layer or embedding has a quantised weight in place of a parameter."""
     return isinstance(module, nn.Linear | nn.Embedding) and hasattr(module, "dequantize")
 
@@ -46,7 +46,7 @@ def weight_of(linear: nn.Module) -> Tensor | None:
         torch.Size([151936, 2048])
     """
     layer: Any = linear
-    return layer.dequantize() if is_packed(linear) else _values(layer.weight)
+    return layer.dequantize() if is_quantized(linear) else _values(layer.weight)
 
 
 def _values(parameter: Tensor) -> Tensor | None:
@@ -184,7 +184,7 @@ def _compare_sizes(sizes: dict[str, dict[str, float]], report: CapacityReport) -
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     """(name, parameter) of matrices, weights of norms, and gates; (name, None) for a quantised weight."""
-    if is_packed(module):
+    if is_quantized(module):
         yield "weight", None
     for name, parameter in module._parameters.items():
         if (

@@ -28,7 +28,7 @@ class Family:
         model: its class for generation.
         config: from the id of each special token.
         image_processor: as it is saved beside the model.
-        picture: (image uint8 [32, 96, 3], image tokens bool [T]) -> the model's inputs for the image, as from the
+        image: (image uint8 [32, 96, 3], image tokens bool [T]) -> the model's inputs for the image, as from the
             processor.
         places: image tokens in the text.
     """
@@ -36,7 +36,7 @@ class Family:
     model: type[PreTrainedModel]
     config: Callable[[dict[str, int]], Any]
     image_processor: Callable[[], Any]
-    picture: Callable[[np.ndarray, Tensor], dict[str, Tensor]]
+    image: Callable[[np.ndarray, Tensor], dict[str, Tensor]]
     places: int
 
 

@@ -110,7 +110,7 @@ class _Collator:
         for row in rows:
             prompt, answer = chat_ids(self.tokenizer, row["question"], row["answer"], self.family.places)
             ids = torch.tensor(prompt + answer)
-            seen = self.family.picture(row["image"], ids == self.image_token_id)
+            seen = self.family.image(row["image"], ids == self.image_token_id)
             parts.append({"input_ids": ids, "labels": torch.tensor([IGNORED] * len(prompt) + answer), **seen})
         return pad(parts, self.tokenizer.pad_token_id)
 

@@ -128,7 +128,7 @@ class Images:
 
     def tensors(self) -> list[Tensor]:
         caches = self._caches
-        return [self._lengths, caches.table, caches.visible, *caches.keys, *caches.values]
+        return [self._lengths, caches.table, caches.mask, *caches.keys, *caches.values]
 
     def clear(self) -> None:
         """Frees keys and values."""

@@ -252,16 +252,16 @@ def _begin(
     if any(int(cache.layers[index].get_seq_length()) != past for index in cache_indices(model.model.language_model)):
         return StockStep(model, chooser, kwargs)  # for example, a model whose first layer was removed
     has_padding = mask is not None and not bool(mask.all())
-    visible = mask.bool() if has_padding else None
+    padding_mask = mask.bool() if has_padding else None
     if not _on_gpu(model):
-        step = CpuStep.begin(model, cache, positions, visible, foreign=foreign)
+        step = CpuStep.begin(model, cache, positions, padding_mask, foreign=foreign)
         return step or StockStep(model, chooser, kwargs)
     if step_gpu.why_failed(model, chooser.sequences.shape[0], past) is not None:
         return StockStep(model, chooser, kwargs)
     longest = chooser.criteria.max_length
     limit = None if longest is None else past + longest - chooser.sequences.shape[1]
     try:
-        return GpuStep.begin(model, cache, positions, visible, limit=limit, release=release)
+        return GpuStep.begin(model, cache, positions, padding_mask, limit=limit, release=release)
     except StepFailed as error:
         _warn(error)
         return StockStep(model, chooser, kwargs)

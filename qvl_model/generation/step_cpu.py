@@ -39,18 +39,16 @@ class CpuStep:
         model: one that ``why_not`` accepts.
         cache: keys and values of all tokens before the next one; a DynamicCache, or a StaticCache with room for all.
         positions: int64 [3, B, 1] (QVL: [B, 1]), of the next token.
-        visible: bool [B, keys], the next token's key included: False at padding; None without padding.
+        mask: bool [B, keys], the next token's key included: False at padding; None without padding.
         foreign: whether users' code may run between two tokens, or in hooks of modules. If so, nothing that it could
             change is kept, and modules are called as modules.
     Attributes:
         length: tokens in the cache.
     """
 
-    def __init__(
-        self, model: nn.Module, cache: Cache, positions: Tensor, visible: Tensor | None, foreign: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, cache: Cache, positions: Tensor, mask: Tensor | None, foreign: bool) -> None:
         self._model, self._body, self._cache, self._foreign = model, model.model.language_model, cache, foreign
-        self._positions, self._visible = positions, None if visible is None else visible[:, None, None]
+        self._positions, self._attention_mask = positions, None if mask is None else mask[:, None, None]
         self._cos, self._sin, self._next = None, None, 0
         few = self._positions.shape[-2] < PreparedDecoderLayer.ROWS
         self._end = None if foreign or not few else _End.of(self._body.norm, model.lm_head)
@@ -72,10 +70,10 @@ class CpuStep:
 
     @classmethod
     def begin(
-        cls, model: nn.Module, cache: Cache, positions: Tensor, visible: Tensor | None, *, foreign: bool
+        cls, model: nn.Module, cache: Cache, positions: Tensor, mask: Tensor | None, *, foreign: bool
     ) -> "CpuStep | None":
         """A step, or None if a layer of the cache has no write slots."""
-        step = cls(model, cache, positions, visible, foreign)
+        step = cls(model, cache, positions, mask, foreign)
         return step if step._open() else None
 
     def run(self, tokens: Tensor) -> Tensor | None:
@@ -142,12 +140,12 @@ class CpuStep:
         return self._model.lm_head(self._body.norm(hidden))
 
     def _mask(self) -> Tensor | None:
-        if self._visible is None:
+        if self._attention_mask is None:
             return None
         keys = self.length + 1
-        if self._visible.shape[3] < keys:
-            self._visible = nn.functional.pad(self._visible, (0, _ROOM), value=True)
-        return self._visible[..., :keys]
+        if self._attention_mask.shape[3] < keys:
+            self._attention_mask = nn.functional.pad(self._attention_mask, (0, _ROOM), value=True)
+        return self._attention_mask[..., :keys]
 
 
 def _layer_runs(layers: list, calls: list, memories: list[PreparedCache]) -> list[tuple]:

@@ -278,7 +278,7 @@ class GpuStep:
         model: nn.Module,
         cache: DynamicCache,
         positions: Tensor,
-        visible: Tensor | None,
+        mask: Tensor | None,
         *,
         limit: int | None,
         release: bool = False,
@@ -289,7 +289,7 @@ class GpuStep:
             model: one that ``why_not`` accepts.
             cache: of B sequences.
             positions: int64 [3, B, 1] (QVL: [B, 1]), of the next token; every run adds 1.
-            visible: bool [B, L + 1], attention mask of the next token, or None if it sees all keys.
+            mask: bool [B, L + 1], attention mask of the next token, or None if it sees all keys.
             limit: most keys that there will be at the end, if known.
             release: the cache is not read afterwards, so that its memory is freed layer by layer.
         Raises: StepFailed if memory is short or the capture fails; the cache is unchanged. ``why_failed`` reports the
@@ -306,7 +306,7 @@ class GpuStep:
         def begun() -> GpuStep:
             step = pool.check_out(model, rows, layers) or cls(model, rows, _state(model), layers)
             try:
-                step._begin(pool, cache, positions, visible, limit, release)
+                step._begin(pool, cache, positions, mask, limit, release)
             except BaseException:
                 step._hand_over(step._emptied, length)
                 raise
@@ -324,7 +324,7 @@ class GpuStep:
         pool: _Pool,
         cache: DynamicCache,
         positions: Tensor,
-        visible: Tensor | None,
+        mask: Tensor | None,
         limit: int | None,
         release: bool,
     ) -> None:
@@ -347,21 +347,21 @@ class GpuStep:
                 forget(layer)
         if self._images is not None:
             self._images.load(cache, self._batch)
-        self._set(positions, visible)
+        self._set(positions, mask)
         if self.graph is None:
             self.graph = self._device.captured(self._token)
-            self._set(positions, visible)  # warm-up runs have changed the buffers
+            self._set(positions, mask)  # warm-up runs have changed the buffers
 
     def _cache_layers(self) -> list:
         return [self._cache.layers[index] for index in self._cache_indices]
 
-    def _set(self, positions: Tensor, visible: Tensor | None) -> None:
+    def _set(self, positions: Tensor, mask: Tensor | None) -> None:
         self._tokens.zero_()
         self._lengths.zero_()
         self._lengths[: self._batch] = self.length
         self._positions.zero_()
         self._positions[..., : self._batch, :] = positions
-        self._caches.show(visible)
+        self._caches.set_mask(mask)
 
     def _follow(self) -> None:
         """Makes the current stream wait for earlier work of the step on another stream."""
@@ -370,7 +370,7 @@ class GpuStep:
     def _tensors(self) -> list[Tensor]:
         caches = self._caches
         samplers = [x for sampler in self._samplers.values() if sampler is not None for x in sampler.tensors()]
-        small = [self._tokens, self._positions, self._lengths, self._logits, caches.table, caches.visible]
+        small = [self._tokens, self._positions, self._lengths, self._logits, caches.table, caches.mask]
         seen = [] if self._images is None else self._images.tensors()
         return small + caches.keys + caches.values + seen + samplers
 

@@ -13,7 +13,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from qvl_model import loader
 from qvl_model.generation import loop, step_gpu
 from qvl_model.modules.lm_head import causal_loss
-from qvl_model.quantization.checkpoint import PackedSaving
+from qvl_model.quantization.checkpoint import QuantizedSaving
 
 __all__ = ["GeneratesByStep", "Qwen3VLForConditionalGeneration"]
 
@@ -43,7 +43,7 @@ class GeneratesByStep:
         return super()._sample(*arguments, **options)
 
 
-class Qwen3VLForConditionalGeneration(GeneratesByStep, PackedSaving, stock.Qwen3VLForConditionalGeneration):
+class Qwen3VLForConditionalGeneration(GeneratesByStep, QuantizedSaving, stock.Qwen3VLForConditionalGeneration):
     """The stock class whose ``from_pretrained`` returns an accelerated model, also for quantised checkpoints.
     Saved configs name the stock class.
 
@@ -54,7 +54,7 @@ class Qwen3VLForConditionalGeneration(GeneratesByStep, PackedSaving, stock.Qwen3
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Self:
-        quantised = loader.load_packed(pretrained_model_name_or_path, cls, **kwargs)
+        quantised = loader.load_quantized(pretrained_model_name_or_path, cls, **kwargs)
         if quantised is not None:
             return quantised
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs})

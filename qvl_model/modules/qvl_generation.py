@@ -6,13 +6,13 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from qvl_model.modules.generation import GeneratesByStep
 from qvl_model.modules.lm_head import causal_loss
-from qvl_model.quantization.checkpoint import PackedSaving
+from qvl_model.quantization.checkpoint import QuantizedSaving
 from qvl_model.qvl import modeling
 
 __all__ = ["QVLForConditionalGeneration"]
 
 
-class QVLForConditionalGeneration(GeneratesByStep, PackedSaving, modeling.QVLForConditionalGeneration):
+class QVLForConditionalGeneration(GeneratesByStep, QuantizedSaving, modeling.QVLForConditionalGeneration):
     """The plain class, with a loss that skips logits that are not read, quantised weights on disk, and decode steps."""
 
     @property

@@ -29,16 +29,16 @@ from qvl_kernels import checks, quantization
 from qvl_model.quantization.convert import (
     METHOD,
     base_modules,
-    is_packed,
-    packed_elements,
+    is_quantized,
     part_of,
+    quantized_elements,
     tied_pairs,
     without_weights,
 )
 from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
-from qvl_model.quantization.weight import PackedWeight
+from qvl_model.quantization.weight import DequantizedWeight
 
-__all__ = ["PackedSaving", "fill", "read", "save"]
+__all__ = ["QuantizedSaving", "fill", "read", "save"]
 
 VERSION, FILE = 1, "packed.safetensors"
 _ABOUT_LAYOUT = (
@@ -52,7 +52,7 @@ _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "additional_chat
 _NOT_COPIED = ("config.json", "generation_config.json")
 
 
-class PackedSaving:
+class QuantizedSaving:
     """Mixin of model classes whose linear layers may be quantised: overrides methods of transformers' models."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -71,7 +71,7 @@ class PackedSaving:
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         new = self.get_output_embeddings()
         if isinstance(head, PackedLinear) and new is not head:
-            if isinstance(new.weight, PackedWeight):  # tied to the embedding
+            if isinstance(new.weight, DequantizedWeight):  # tied to the embedding
                 head.weight = new.weight
             else:
                 head.weight.data = new.weight.data
@@ -82,7 +82,7 @@ class PackedSaving:
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """As transformers' own, including the elements of quantised weights, which are not trainable."""
         count = super().num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
-        return count if only_trainable else count + packed_elements(self, exclude_embeddings=exclude_embeddings)
+        return count if only_trainable else count + quantized_elements(self, exclude_embeddings=exclude_embeddings)
 
     def save_pretrained(
         self,
@@ -92,14 +92,14 @@ class PackedSaving:
         **kwargs: Any,
     ) -> None:
         """As transformers' own; a quantised model is written in the format of this module, in one file."""
-        if getattr(self, "_hf_peft_config_loaded", False) or not is_packed(self):
+        if getattr(self, "_hf_peft_config_loaded", False) or not is_quantized(self):
             return super().save_pretrained(
                 save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
             )
         refused = sorted(name for name, value in kwargs.items() if value and name not in _ABOUT_LAYOUT)
         if refused:
             raise TypeError(
-                f"save_pretrained: packed weights are written as one file in a local directory; it takes no "
+                f"save_pretrained: quantised weights are written as one file in a local directory; it takes no "
                 f"{', '.join(refused)}"
             )
         if is_main_process:
@@ -164,7 +164,7 @@ def _formats(model: nn.Module) -> dict:
             formats.setdefault(part_of(model, name), set()).add(f"int{quantized.bits}")
             groups |= {quantized.group} if quantized.bits == 4 else set()
     if not formats:
-        raise ValueError("save: the model has no packed layers; save_pretrained writes it")
+        raise ValueError("save: the model has no quantised layers; save_pretrained writes it")
     return {
         "weights": {part: "/".join(sorted(found)) for part, found in formats.items()},
         "group": min(groups, default=None),
@@ -176,7 +176,7 @@ def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     tensors, shared, first = {}, {}, {}
     for name, tensor in state.items():
         tensor = (
-            tensor.clone() if isinstance(tensor, PackedWeight) else tensor
+            tensor.clone() if isinstance(tensor, DequantizedWeight) else tensor
         )  # a dense layer that was tied to a quantised one
         known = first.setdefault(
             (tensor.device, tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else name, name
@@ -241,22 +241,22 @@ def read(path: Path, section: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
     file = path / FILE
     if section.get("version") != VERSION:
         raise ValueError(
-            f"{path} was packed in version {section.get('version')} of the format, this qvl reads version "
-            f"{VERSION}; pack it again, or update qvl"
+            f"{path} was quantised in version {section.get('version')} of the format, this qvl reads version "
+            f"{VERSION}; quantise it again, or update qvl"
         )
     if not file.is_file():
-        raise ValueError(f"{path} has no {FILE}; pack it again")
+        raise ValueError(f"{path} has no {FILE}; quantise it again")
     try:
         with safe_open(file, "pt") as stream:
             metadata = stream.metadata() or {}
             if metadata.get("qvl") != str(VERSION) or metadata.get("id") != section.get("id"):
                 raise ValueError(
                     f"{file} is not the one that {path}/config.json was written with (a save that was cut short?); "
-                    f"pack it again"
+                    f"quantise it again"
                 )
             return {name: stream.get_tensor(name) for name in stream.keys()}, json.loads(metadata["shared"])
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); pack it again") from error
+        raise ValueError(f"{file} is damaged ({error}); quantise it again") from error
 
 
 def fill(
@@ -270,7 +270,7 @@ def fill(
         kind = PackedLinear if isinstance(module, nn.Linear) else PackedEmbedding
         if scales is None or not isinstance(module, nn.Linear | nn.Embedding):
             raise ValueError(
-                f"{path}: {name} is packed, and "
+                f"{path}: {name} is quantised, and "
                 f"{'its scales are missing' if scales is None else 'config.json has no such layer'}"
             )
         quantized = quantization.QuantizedWeight(tensors[f"{name}.weight_values"], scales, module.weight.shape[1])
@@ -278,8 +278,8 @@ def fill(
             quantization.check_weight(name, quantized, torch.device("cpu"))
             checks.check_shape(name, "weight", quantized.values, (module.weight.shape[0], quantized.values.shape[1]))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not fit its config.json: {error}; pack it again") from error
-        kind.pack(module, quantized)
+            raise ValueError(f"{path} does not fit its config.json: {error}; quantise it again") from error
+        kind.convert(module, quantized)
     for embedding, head in tied_pairs(model):
         embedding.weight = head.weight
     wanted = model.state_dict()
@@ -292,7 +292,7 @@ def fill(
         ),
     ):
         if names:
-            raise ValueError(f"{path} {what} {len(names)} tensors, such as {min(names)}; pack it again")
+            raise ValueError(f"{path} {what} {len(names)} tensors, such as {min(names)}; quantise it again")
     placed = {}
     for name in wanted:
         owner, _, own = name.rpartition(".")

@@ -21,14 +21,14 @@ __all__ = [
     "PARTS",
     "base_modules",
     "formats_of",
-    "is_packed",
-    "is_packed_checkpoint",
-    "pack_model",
-    "packed_elements",
+    "is_quantized",
+    "is_quantized_checkpoint",
+    "quantize_model",
+    "quantized_elements",
     "part_of",
     "section_of",
     "tied_pairs",
-    "unpack_model",
+    "dequantize_model",
     "without_weights",
 ]
 
@@ -113,7 +113,7 @@ def tied_pairs(model: nn.Module) -> list[tuple[PackedEmbedding, PackedLinear]]:
     ]
 
 
-def packed_elements(model: nn.Module, *, exclude_embeddings: bool = False) -> int:
+def quantized_elements(model: nn.Module, *, exclude_embeddings: bool = False) -> int:
     """Number of elements of the quantised weights; tied ones count once, for the first module that has them."""
     quantised = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
     first = {id(module.weight_values): module for module in reversed(quantised)}
@@ -124,7 +124,7 @@ def packed_elements(model: nn.Module, *, exclude_embeddings: bool = False) -> in
     )
 
 
-def is_packed(model: nn.Module) -> bool:
+def is_quantized(model: nn.Module) -> bool:
     """Whether any layer of the model is quantised."""
     return any(isinstance(module, PackedLinear) for module in model.modules())
 
@@ -138,11 +138,11 @@ def section_of(path: str | os.PathLike | None) -> dict | None:
     return section if isinstance(section, dict) else None
 
 
-def is_packed_checkpoint(path: str | os.PathLike | None) -> bool:
+def is_quantized_checkpoint(path: str | os.PathLike | None) -> bool:
     """Whether ``path`` is a directory with weights quantised by qvl, in any version of the format.
 
     Example:
-        >>> is_packed_checkpoint("qwen3-vl-2b-int8")
+        >>> is_quantized_checkpoint("qwen3-vl-2b-int8")
         True
     """
     return (section_of(path) or {}).get("quant_method") == METHOD
@@ -156,7 +156,7 @@ def part_of(model: nn.Module, name: str) -> str:
     return "vision" if "visual" in name or "vision" in whole.split("model")[0] or "connector" in name else "text"
 
 
-def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64) -> None:
+def quantize_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64) -> None:
     """Quantises every linear layer of the named parts, int4 in groups of ``group`` inputs, and an embedding tied to a
     quantised head.
 
@@ -184,7 +184,7 @@ def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64)
             and _format_of(module) != (asked, group if asked == "int4" else None)
         ):
             raise ValueError(
-                f"accelerate: {name} is packed as {_format_name(*_format_of(module))} already, which "
+                f"accelerate: {name} is quantised as {_format_name(*_format_of(module))} already, which "
                 f"{_format_name(asked, group)} cannot be made of; restore the model "
                 "first, or load it again with from_pretrained"
             )
@@ -204,9 +204,9 @@ def pack_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64)
     for _, module, weights in chosen:
         weight = module.weight.detach()
         quantised = quantization.quantize(weight, FORMATS[weights], group)
-        PackedLinear.pack(module, quantised)
+        PackedLinear.convert(module, quantised)
         if module is lm_head and embedding is not None:
-            PackedEmbedding.pack(embedding, quantised)
+            PackedEmbedding.convert(embedding, quantised)
             embedding.weight = module.weight
         pages.release(weight)
         del weight
@@ -227,8 +227,8 @@ def _format_name(name: str, group: int | None) -> str:
 def _check_finite(name: str, weight: Tensor) -> None:
     if not is_finite(weight.detach()):
         raise ValueError(
-            f"accelerate: {name}.weight has NaN or infinite elements, which no packed format can hold; nothing was "
-            f"packed"
+            f"accelerate: {name}.weight has NaN or infinite elements, which no quantised format can hold; nothing was "
+            f"quantised"
         )
     pages.release(weight)
 
@@ -239,7 +239,7 @@ def _tied_embedding(modules: Mapping[str, nn.Module]) -> nn.Embedding | None:
     return next((m for m in modules.values() if type(m) is nn.Embedding and m.weight is weight), None)
 
 
-def unpack_model(model: PreTrainedModel) -> None:
+def dequantize_model(model: PreTrainedModel) -> None:
     """Puts the dense weights of the checkpoint that the model was loaded from back into its quantised layers; under
     adapters they are frozen.
 
@@ -252,10 +252,10 @@ def unpack_model(model: PreTrainedModel) -> None:
     if not quantised:
         return
     path = Path(model.name_or_path or "")
-    if not model.name_or_path or not path.is_dir() or is_packed_checkpoint(path):
-        where = f" ({path} has them packed)" if model.name_or_path and path.is_dir() else ""
+    if not model.name_or_path or not path.is_dir() or is_quantized_checkpoint(path):
+        where = f" ({path} has them quantised)" if model.name_or_path and path.is_dir() else ""
         raise ValueError(
-            f"restore: the weights were packed, and the checkpoint that they came from is not known{where}; load "
+            f"restore: the weights were quantised, and the checkpoint that they came from is not known{where}; load "
             f"the model again with from_pretrained"
         )
     source = dict(
@@ -267,7 +267,7 @@ def unpack_model(model: PreTrainedModel) -> None:
         weight = getattr(source.get(name), "weight", None)
         if not isinstance(weight, Tensor) or weight.shape != module.weight.shape or not _same(weight, module):
             raise ValueError(
-                f"restore: {name} was not packed from the checkpoint at {path} as it is now; unmerge its adapters, "
+                f"restore: {name} was not quantised from the checkpoint at {path} as it is now; unmerge its adapters, "
                 f"or load the model again with "
                 "from_pretrained"
             )
@@ -281,7 +281,7 @@ def unpack_model(model: PreTrainedModel) -> None:
         if id(weight) not in weights:
             trained = module.was_trained and not frozen
             weights[id(weight)] = nn.Parameter(weight.detach().to(module.weight.device), requires_grad=trained)
-        module.unpack(weights[id(weight)])
+        module.make_dense(weights[id(weight)])
 
 
 def _same(weight: Tensor, module: PackedLinear | PackedEmbedding) -> bool:

@@ -12,7 +12,7 @@ from qvl_kernels import quantization
 from qvl_kernels.ops.quantized_linear.embedding import embedding_rows
 from qvl_kernels.quantization import QuantizedWeight
 from qvl_model.modules.fast_path import autocast_dtype
-from qvl_model.quantization.weight import TAKEN_OUT, Kept, PackedWeight, copied_to_train, merge_in_progress
+from qvl_model.quantization.weight import TAKEN_OUT, DequantizedWeight, Kept, copied_to_train, merge_in_progress
 
 __all__ = ["FORMATS", "PackedEmbedding", "PackedLinear"]
 
@@ -32,9 +32,9 @@ class _Quantised:
         return QuantizedWeight(self.weight_values, self.weight_scales, self._inputs)
 
     @property
-    def weight(self) -> PackedWeight:
+    def weight(self) -> DequantizedWeight:
         """The weight [N, K] in the model's dtype: dequantised where it is read, quantised again where it is written."""
-        return nn.Parameter(PackedWeight(self), requires_grad=False)
+        return nn.Parameter(DequantizedWeight(self), requires_grad=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Setting ``weight`` to a parameter turns the module back into a dense one; setting it to the weight of another
@@ -42,10 +42,10 @@ class _Quantised:
         """
         if name != "weight":
             super().__setattr__(name, value)
-        elif isinstance(value, PackedWeight):
+        elif isinstance(value, DequantizedWeight):
             self._share(value.module)
         elif isinstance(value, nn.Parameter):
-            self.unpack(value)
+            self.make_dense(value)
         else:
             raise TypeError(
                 f"the weight of a quantised layer takes an nn.Parameter, got {type(value).__name__}; write other "
@@ -62,7 +62,7 @@ class _Quantised:
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         if copied_to_train(self):
-            copied.unpack(nn.Parameter(copied.dequantize(copied.weight.dtype)))
+            copied.make_dense(nn.Parameter(copied.dequantize(copied.weight.dtype)))
         return copied
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -115,7 +115,7 @@ class _Quantised:
         self.weight_values, self.weight_scales, self._kept = other.weight_values, other.weight_scales, other._kept
         self._parameters["weight"] = other._parameters["weight"]
 
-    def unpack(self, weight: nn.Parameter) -> None:
+    def make_dense(self, weight: nn.Parameter) -> None:
         """Turns the module itself back into a dense one with ``weight``; hooks, names and references to it stay."""
         del self.weight_values, self.weight_scales, self._kept, self.was_trained
         self.__class__ = nn.Linear if isinstance(self, nn.Linear) else nn.Embedding
@@ -187,7 +187,7 @@ class PackedLinear(_Quantised, nn.Linear):
         return layer
 
     @staticmethod
-    def pack(linear: nn.Linear, quantized: QuantizedWeight) -> None:
+    def convert(linear: nn.Linear, quantized: QuantizedWeight) -> None:
         """Turns ``linear`` itself into a quantised layer; hooks, names and references to it stay."""
         weight = linear.weight
         linear.__class__ = PackedLinear
@@ -216,7 +216,7 @@ class PackedEmbedding(_Quantised, nn.Embedding):
         return self.embedding_dim
 
     @staticmethod
-    def pack(embedding: nn.Embedding, quantized: QuantizedWeight) -> None:
+    def convert(embedding: nn.Embedding, quantized: QuantizedWeight) -> None:
         """Turns ``embedding`` itself into a quantised one that returns rows in the dtype of its weight."""
         weight = embedding.weight
         embedding.__class__ = PackedEmbedding

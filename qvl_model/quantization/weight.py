@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qvl_kernels.quantization import QuantizedWeight
 
-__all__ = ["TAKEN_OUT", "Kept", "Merge", "PackedWeight", "copied_to_train", "merge_in_progress"]
+__all__ = ["TAKEN_OUT", "Kept", "Merge", "DequantizedWeight", "copied_to_train", "merge_in_progress"]
 
 
 TAKEN_OUT = (
@@ -21,7 +21,7 @@ TAKEN_OUT = (
 )
 
 
-class PackedWeight(Tensor):
+class DequantizedWeight(Tensor):
     """The weight [N, K] of a quantised module, or a view of it. Operations read dequantised values; what they write is
     quantised again and stored in the module. The tensor itself has no memory, so its shape, dtype and device cost
     nothing to read.
@@ -30,7 +30,9 @@ class PackedWeight(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls: type, module: nn.Module, views: tuple[Callable[[Tensor], Tensor], ...] = ()) -> "PackedWeight":
+    def __new__(
+        cls: type, module: nn.Module, views: tuple[Callable[[Tensor], Tensor], ...] = ()
+    ) -> "DequantizedWeight":
         if "weight" not in module._parameters:
             raise TypeError(TAKEN_OUT)
         shape = (module.weight_values.shape[0], module.quantized.in_features)
@@ -48,7 +50,7 @@ class PackedWeight(Tensor):
         self.module, self.views = module, views
 
     @property
-    def data(self) -> "PackedWeight":
+    def data(self) -> "DequantizedWeight":
         return self
 
     @data.setter
@@ -62,7 +64,7 @@ class PackedWeight(Tensor):
             )
         self.module.requantize(value)
 
-    def requires_grad_(self, requires_grad: bool = True) -> "PackedWeight":
+    def requires_grad_(self, requires_grad: bool = True) -> "DequantizedWeight":
         if requires_grad:
             raise RuntimeError(
                 "a quantised weight is a constant; train an adapter on top of it, or quantise (accelerate) without "
@@ -101,16 +103,16 @@ def _through(views: tuple[Callable[[Tensor], Tensor], ...], weight: Tensor) -> T
     return weight
 
 
-def _views(func: Any, args: tuple, kwargs: dict) -> "PackedWeight | list[PackedWeight]":
+def _views(func: Any, args: tuple, kwargs: dict) -> "DequantizedWeight | list[DequantizedWeight]":
     """The view, or views, that ``func`` makes of its first argument."""
     weight, *others = args
 
-    def at(index: int | None) -> PackedWeight:
+    def at(index: int | None) -> DequantizedWeight:
         def view(base: Tensor) -> Tensor:
             out = func(base, *others, **kwargs)
             return out if index is None else out[index]
 
-        return PackedWeight(weight.module, (*weight.views, view))
+        return DequantizedWeight(weight.module, (*weight.views, view))
 
     out = func(torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta"), *others, **kwargs)
     return at(None) if isinstance(out, Tensor) else [at(index) for index in range(len(out))]

@@ -233,7 +233,7 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Self:
         """As every model's; from a directory of quantised weights it returns an accelerated model."""
-        quantised = loader.load_packed(pretrained_model_name_or_path, cls, **kwargs)
+        quantised = loader.load_quantized(pretrained_model_name_or_path, cls, **kwargs)
         if quantised is not None:
             return quantised
         return super().from_pretrained(pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs})

@@ -133,7 +133,7 @@ class QVLProcessor:
         flat_images = _flat(images)
         if sum(counts) != len(flat_images):
             raise ValueError(
-                f"the texts have {sum(counts)} image tokens ({self.image_token}) for {len(flat_images)} pictures"
+                f"the texts have {sum(counts)} image tokens ({self.image_token}) for {len(flat_images)} images"
             )
         if flat_images:
             encoded["pixel_values"], encoded["pixel_attention_mask"] = self._pixels(flat_images, counts)

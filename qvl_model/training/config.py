@@ -69,15 +69,13 @@ class DataConfig:
     )
     validation: str | None = _key(None, "the same for validation", path=True)
     images: str | None = _key(
-        None, "folder that relative picture paths start from (default: the folder of the JSONL file)", path=True
+        None, "folder that relative image paths start from (default: the folder of the JSONL file)", path=True
     )
     split: str | None = _key(None, "split to train on, when the directory holds several")
     columns: dict[str, str] | None = _key(None, "our name of a column: its name in the data, such as `question: query`")
-    max_length: int = _key(
-        2048, "longest row in tokens, pictures included; longer rows are skipped and reported", low=2
-    )
+    max_length: int = _key(2048, "longest row in tokens, images included; longer rows are skipped and reported", low=2)
     decode: bool = _key(
-        True, "decode every picture before training starts, to find broken ones; false reads their headers only"
+        True, "decode every image before training starts, to find broken ones; false reads their headers only"
     )
 
 

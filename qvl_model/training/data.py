@@ -125,7 +125,7 @@ class Rows(Dataset):
         decode: decode every image now, to find broken ones.
     Attributes:
         skipped: the rows that were left out, with reasons.
-        without_pictures: lines of good rows without images.
+        without_images: lines of good rows without images.
     Raises: DataError if no good row is left.
     Example:
         >>> rows = Rows(JsonlRows("train.jsonl"), Encoder(processor, max_length=2048))
@@ -143,14 +143,14 @@ class Rows(Dataset):
         self.source, self.encoder, self.columns = source, encoder, columns
         self.skipped = Skipped(source.name, len(source))
         self.good: list[int] = []
-        self.without_pictures: list[int] = []
+        self.without_images: list[int] = []
         for index, (images, reason) in enumerate(self._scan(decode)):
             if reason is not None:
                 self.skipped.rows.append((source.line(index), reason))
                 continue
             self.good.append(index)
             if images == 0:
-                self.without_pictures.append(source.line(index))
+                self.without_images.append(source.line(index))
         if not self.good:
             raise DataError(
                 f"no row can be trained on\n{self.skipped}" if len(source) else f"{source.name} has no rows"

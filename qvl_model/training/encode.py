@@ -44,7 +44,7 @@ class Encoder:
             for part in message["content"]:
                 for token in special:
                     if token in part.get("text", ""):
-                        raise BadRow(f"has {token} in a text, which stands for a picture")
+                        raise BadRow(f"has {token} in a text, which stands for an image")
         pieces, done, end = [], "", self.processor.tokenizer.eos_token
         messages = conversation.messages
         for i, message in enumerate(messages):
@@ -77,7 +77,7 @@ class Encoder:
                 count += self._image_tokens(height, width) - 1  # its placeholder is one token of the text
             except ValueError as error:
                 raise BadRow(
-                    f"a picture of {width} x {height} pixels is refused: {' '.join(str(error).split())}"
+                    f"an image of {width} x {height} pixels is refused: {' '.join(str(error).split())}"
                 ) from error
         return count
 
@@ -92,7 +92,7 @@ class Encoder:
     def check(self, conversation: Conversation, sizes: list[tuple[int, int]]) -> None:
         """Raises: BadRow if the row is too long or has too many images."""
         if self.max_images is not None and len(sizes) > self.max_images:
-            raise BadRow(f"has {len(sizes)} pictures, more than the model's {self.max_images}")
+            raise BadRow(f"has {len(sizes)} images, more than the model's {self.max_images}")
         length = self.length(conversation, sizes)
         if length > self.max_length:
             raise BadRow(f"is {length} tokens long, more than {self.max_length}")

@@ -68,17 +68,17 @@ def parse(row: object, columns: dict[str, str] | None = None) -> Conversation:
                 source = part.pop("image", None)
                 if source is None:
                     if used >= len(images):
-                        raise BadRow(f"has {len(images)} pictures, and a place for another one in turn {i + 1}")
+                        raise BadRow(f"has {len(images)} images, and a place for another one in turn {i + 1}")
                     source, used = images[used], used + 1
                 placed.append(source)
             parts.append(part)
         messages.append({"role": role, "content": parts})
     if used < len(images):
         if used:
-            raise BadRow(f"has {len(images)} pictures and places for {used}")
+            raise BadRow(f"has {len(images)} images and places for {used}")
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
-            raise BadRow("has pictures and no user turn to show them in")
+            raise BadRow("has images and no user turn to show them in")
         earlier = sum(
             part["type"] == "image" for message in messages[: messages.index(first)] for part in message["content"]
         )
@@ -134,7 +134,7 @@ def _parts(content: object, index: int) -> list[dict]:
             )
             parts.append({"type": "image"} if source is None else {"type": "image", "image": source})
         else:
-            raise BadRow(f"turn {index + 1} has a part that is neither text nor a picture")
+            raise BadRow(f"turn {index + 1} has a part that is neither text nor an image")
     return parts
 
 
@@ -146,7 +146,7 @@ def _check_turns(messages: list[dict]) -> None:
         raise BadRow("begins with the assistant")
     for answer in answers:
         if any(part["type"] == "image" for part in answer["content"]):
-            raise BadRow("has a picture in an assistant turn")
+            raise BadRow("has an image in an assistant turn")
         if not "".join(part["text"] for part in answer["content"]).strip():
             raise BadRow("has an empty assistant turn")
 
@@ -164,7 +164,7 @@ def load_image(source: object, folder: Path, *, decode: bool = True) -> Image.Im
     if isinstance(source, Image.Image):
         return source.convert("RGB") if decode else source
     if not isinstance(source, (str, bytes)):
-        raise BadRow(f"has a picture that is a {type(source).__name__}, not a path")
+        raise BadRow(f"has an image that is a {type(source).__name__}, not a path")
     if isinstance(source, bytes):
         name = "from bytes"
         file: io.BytesIO | Path = io.BytesIO(source)
@@ -172,11 +172,11 @@ def load_image(source: object, folder: Path, *, decode: bool = True) -> Image.Im
         name = source
         file = path = folder / source.removeprefix("file://")
         if not path.is_file():
-            raise BadRow(f"picture {name} does not exist")
+            raise BadRow(f"image {name} does not exist")
     try:
         with Image.open(file) as image:
             if decode:
                 return image.convert("RGB")
             return Image.new("1", image.size)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadRow(f"picture {name} cannot be read: {' '.join(str(error).split())}") from error
+        raise BadRow(f"image {name} cannot be read: {' '.join(str(error).split())}") from error

@@ -137,12 +137,12 @@ def _set_dropout(settings: Any, config: TrainConfig) -> None:
 
 
 def build_arguments(
-    config: TrainConfig, model: PreTrainedModel, *, pictures_in_every_row: bool = True
+    config: TrainConfig, model: PreTrainedModel, *, images_in_every_row: bool = True
 ) -> TrainingArguments:
     """transformers' TrainingArguments for a configuration.
 
     Args:
-        pictures_in_every_row: False if ranks may get batches without images, so that the vision tower has no gradient.
+        images_in_every_row: False if ranks may get batches without images, so that the vision tower has no gradient.
     Raises: ConfigError for a precision, device or sharding that is not available here.
     """
     run, optimizer, output = config.run, config.optimizer, config.output
@@ -160,16 +160,16 @@ def build_arguments(
     if run.sharding == "fsdp":
         if ranks == 1:
             raise ConfigError("run.sharding is fsdp, which needs several ranks: start with torchrun, or use ddp")
-        if not pictures_in_every_row:
+        if not images_in_every_row:
             raise ConfigError(
-                "run.sharding fsdp needs pictures in every row or in none: a rank without them would wait for the "
+                "run.sharding fsdp needs images in every row or in none: a rank without them would wait for the "
                 "others for ever"
             )
         present = {type(module).__name__ for module in model.modules()}
         wrapped = [name for name in model._no_split_modules or () if name in present]
         options |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": wrapped}}
     if ranks > 1:
-        options |= {"ddp_find_unused_parameters": not pictures_in_every_row, "ddp_backend": "nccl" if cuda else "gloo"}
+        options |= {"ddp_find_unused_parameters": not images_in_every_row, "ddp_backend": "nccl" if cuda else "gloo"}
     if run.workers and "dataloader_multiprocessing_context" in names:
         options["dataloader_multiprocessing_context"] = "spawn"  # a forked worker hangs in PyTorch after OpenMP has run
     evaluate = config.data.validation is not None
@@ -280,7 +280,7 @@ def _train(config: TrainConfig, path: Path, directory: Path, main: bool) -> Trai
         raise ConfigError(f"model.path: config or processor of {path} cannot be loaded: {one_line(error)}") from error
     rows = _rows("train", config, encoder, main)
     validation = _rows("validation", config, encoder, main) if config.data.validation is not None else None
-    mixed = 0 < len(rows.without_pictures) < len(rows)
+    mixed = 0 < len(rows.without_images) < len(rows)
 
     checkpoint, incomplete = last_complete(directory)
     fingerprints = {
@@ -298,7 +298,7 @@ def _train(config: TrainConfig, path: Path, directory: Path, main: bool) -> Trai
             print(f"going on from {checkpoint}", file=sys.stderr)
 
     model, spec, dtype = load_model(config)
-    arguments = build_arguments(config, model, pictures_in_every_row=not mixed)
+    arguments = build_arguments(config, model, images_in_every_row=not mixed)
     trainer = Trainer(
         model=model,
         args=arguments,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import plan, report, timing, truth
+from bench import fp64_reference, plan, report, timing
 from bench.__main__ import RESULTS
 from bench.checkpoint import RANDOM_KEY, cached_checkpoint, write_random
 from bench.client import Worker, WorkerError
@@ -51,7 +51,7 @@ def test_targets_are_unique_and_bounded_on_one_side(family):
 
 def test_keep_double_leaves_out_casts_to_float32():
     x = torch.tensor([1.0 + 1e-12], dtype=torch.float64)
-    with truth.KeepDouble():
+    with fp64_reference.KeepDouble():
         assert x.float().dtype == x.to(torch.float32).dtype == x.to(dtype=torch.float32).dtype == torch.float64
         assert x.to(torch.bfloat16).dtype == torch.bfloat16
     assert x.float().dtype == torch.float32
@@ -145,7 +145,7 @@ def test_end_to_end_on_a_tiny_model(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_packed_weights_are_further_variants_of_a_run(tmp_path):
+def test_quantised_weights_are_further_variants_of_a_run(tmp_path):
     sizes = {
         **_sizes("qvl"),
         "vocab_size": 16384,

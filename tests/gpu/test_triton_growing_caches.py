@@ -44,9 +44,9 @@ class _Model:
             [torch.full((rows, kv_heads, ROOM, head_dim), torch.nan, dtype=dtype, device=device) for _ in range(2)]
             for _ in range(layers)
         ]
-        self.visible = torch.ones(rows, ROOM, dtype=torch.bool, device=device)
-        self.visible[:, :40] = (torch.rand(rows, 40, generator=self.generator) > 0.3).to(device)
-        self.lengths, self.filled = (torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(2))
+        self.mask = torch.ones(rows, ROOM, dtype=torch.bool, device=device)
+        self.mask[:, :40] = (torch.rand(rows, 40, generator=self.generator) > 0.3).to(device)
+        self.lengths, self.cache_seqlens = (torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(2))
         self.length, self.buffers = 0, []
 
     def buffer(self, *shape: int) -> torch.Tensor:
@@ -66,10 +66,10 @@ class _Model:
             for ours, plain, part in zip((self.caches.keys[index], self.caches.values[index]), fixed, new):
                 ours[:, :, self.length : length], plain[:, :, self.length : length] = part, part
         if self.length == 0:
-            self.caches.show(self.visible[:, :40])
+            self.caches.set_mask(self.mask[:, :40])
         self.length = length
         self.lengths.copy_(torch.tensor([length, 5, 0][: self.rows]))
-        self.filled.copy_(self.lengths + 1)
+        self.cache_seqlens.copy_(self.lengths + 1)
         for buffer in self.buffers:
             buffer.copy_(self.rand(*buffer.shape))
 
@@ -100,7 +100,7 @@ def test_recorded_attention_outlives_growth(rows, heads, kv_heads, head_dim, dty
         with gpu_launch.record() as launches:  # before any capacity
             for (q, k, v), keys, values, entry in zip(inputs, caches.keys, caches.values, caches.entries):
                 q = qk_norm_rope_to_cache_op(q, k, v, *tables, keys, values, model.lengths, 0, 1e-6, entry)
-                outs.append(decode_attention_op(q, keys, values, model.filled, None, None, None, scale, entry))
+                outs.append(decode_attention_op(q, keys, values, model.cache_seqlens, None, None, None, scale, entry))
         for length, capacity in ((61, 64), (64, 128), (150, 192)):
             model.go_on(length)
             assert caches.capacity == capacity
@@ -108,7 +108,7 @@ def test_recorded_attention_outlives_growth(rows, heads, kv_heads, head_dim, dty
             for (q, k, v), fixed, out in zip(inputs, model.fixed, outs):
                 q = qk_norm_rope_to_cache_op(q, k, v, *tables, *fixed, model.lengths, 0, 1e-6)
                 expected = decode_attention(
-                    q, *fixed, lengths=model.filled, mask=model.visible[:, None, None], scale=scale
+                    q, *fixed, lengths=model.cache_seqlens, mask=model.mask[:, None, None], scale=scale
                 )
                 assert torch.equal(out, expected) and out.isfinite().all() and out.any()
             model.check_caches()
@@ -140,7 +140,7 @@ def test_a_recorded_step_outlives_growth(dtype, device, monkeypatch):
     x, cos, sin = model.buffer(rows, 1, hidden), model.buffer(rows, 1, head_dim), model.buffer(rows, 1, head_dim)
     with torch.no_grad(), qvl_kernels.use_backend("triton"):
         with gpu_launch.record() as launches:
-            out = decode_step(x, layer, cos, sin, model.caches, 0, model.lengths, model.filled)
+            out = decode_step(x, layer, cos, sin, model.caches, 0, model.lengths, model.cache_seqlens)
         for length in (63, 100):
             model.go_on(length)
             _replay(launches)
@@ -149,7 +149,7 @@ def test_a_recorded_step_outlives_growth(dtype, device, monkeypatch):
             )
             q = qk_norm_rope_to_cache_op(q, k, v, w.q_norm, w.k_norm, cos, sin, *model.fixed[0], model.lengths, 0, eps)
             attended = decode_attention(
-                q, *model.fixed[0], lengths=model.filled, mask=model.visible[:, None, None], scale=0.5
+                q, *model.fixed[0], lengths=model.cache_seqlens, mask=model.mask[:, None, None], scale=0.5
             )
             y = linear_residual(x, attended.view(rows, 1, -1), w.o, None)
             expected = linear_residual(y, linear_swiglu(y, w.post_norm, eps, w.gate, w.up), w.down, None)
@@ -206,7 +206,7 @@ def test_lengths_beyond_the_capacity(device, monkeypatch):
     keys, values = rand(rows, kv_heads, 64, head_dim), rand(rows, kv_heads, 64, head_dim)
     caches.take(0, keys, values, length=64)
     visible = (torch.rand(rows, 64, generator=generator) > 0.3).to(device)
-    caches.show(visible)
+    caches.set_mask(visible)
     lengths = torch.tensor([64, 63, -1, 2**31 - 2, 70], dtype=torch.int32, device=device)
     q, k, v = (rand(rows, 1, heads, head_dim) for heads in (4, kv_heads, kv_heads))
     norm, cos, sin = rand(head_dim), *rand(2, rows, 1, head_dim)
@@ -262,7 +262,7 @@ def test_launches_do_not_depend_on_the_capacity(device, monkeypatch):
                 1e-6,
                 caches.entries[0],
             )
-        memory = {x.data_ptr() for x in (caches.keys[0], caches.values[0], caches.visible)} - {0}
+        memory = {x.data_ptr() for x in (caches.keys[0], caches.values[0], caches.mask)} - {0}
         assert len(launches) == 3 and not any(
             x.data_ptr() in memory for launch in launches for x in gpu_launch.tensors(launch.arguments.values())
         )

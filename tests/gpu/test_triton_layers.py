@@ -103,7 +103,7 @@ def test_decode_step(bits, dtype, device):
     moved = [t.clone().to(device) for t in tensors]
     caches = GrowingCaches(1, len(LENGTHS), KV_HEADS, HEAD_DIM, dtype, device)
     caches.take(0, *moved[3:], length=CAPACITY)
-    caches.show(visible[:, 0, 0].to(device))
+    caches.set_mask(visible[:, 0, 0].to(device))
     weights = _map(
         lambda w: (
             QuantizedWeight(w.values.to(device), w.scales.to(device), w.in_features)

@@ -74,7 +74,7 @@ def differentiable(arguments: dict) -> dict:
 # Cases for second derivatives: a small one of every differentiable op, and one for each branch of its backward.
 TWICE = [
     ("attention", "causal_longer_keys"),
-    ("attention", "packed_causal"),
+    ("attention", "varlen_causal"),
     ("attention", "bool_mask"),
     ("attention", "additive_mask"),
     ("attention", "left_padding"),

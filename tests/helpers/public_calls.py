@@ -82,7 +82,7 @@ def _caches(n: SimpleNamespace) -> dict:
     return {name: rand(n.B, n.HKV, n.S, n.D) + i for i, name in enumerate(("k_cache", "v_cache"))}
 
 
-def _packed_caches(n: SimpleNamespace) -> dict:
+def _joined_caches(n: SimpleNamespace) -> dict:
     caches = {name: torch.ones(n.B, n.HKV, n.S, n.D, dtype=torch.int8) for name in ("k_cache", "v_cache")}
     return {**caches, "k_scale": rand(n.B, n.HKV, n.S), "v_scale": rand(n.B, n.HKV, n.S)}
 
@@ -161,7 +161,7 @@ CALLS: dict[str, tuple[Callable, Callable[[SimpleNamespace], dict]]] = {
             "return_lse": True,
         },
     ),
-    "attention packed": (
+    "attention varlen": (
         Q.attention,
         lambda n: {
             "q": rand(n.N, n.H, n.D),
@@ -192,7 +192,7 @@ CALLS: dict[str, tuple[Callable, Callable[[SimpleNamespace], dict]]] = {
     ),
     "decode_attention int8": (
         Q.decode_attention,
-        lambda n: {"q": rand(n.B, n.T, n.H, n.D), **_packed_caches(n), "lengths": n.S},
+        lambda n: {"q": rand(n.B, n.T, n.H, n.D), **_joined_caches(n), "lengths": n.S},
     ),
     "decoder_layer": (
         Q.decoder_layer,

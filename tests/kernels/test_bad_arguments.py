@@ -380,9 +380,9 @@ def _raises(op: str, match: str = "", **changes) -> None:
         ("attention", {"mask": rand(n.T, n.S)}, "broadcast"),
         ("attention", {"dropout_p": 1.0}, "dropout_p"),
         ("attention", {"scale": float("inf")}, "scale must lie in"),
-        ("attention packed", {"mask": rand(n.B, 1, n.T, n.S)}, "excludes"),
+        ("attention varlen", {"mask": rand(n.B, 1, n.T, n.S)}, "excludes"),
         *(
-            ("attention packed", {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}, "cu_seqlens")
+            ("attention varlen", {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}, "cu_seqlens")
             for bounds in ([0, 4], [0, 5, 3, n.N], [-1, n.N], [])
         ),
         ("cross_attention", {"kv_lens": torch.tensor([n.S + 1, 0])}, "kv_lens"),
@@ -527,10 +527,10 @@ def test_masks_may_have_any_strides(op):
 
 
 def test_lengths_are_checked_where_tracing_hides_them():
-    packed = rand(n.N, n.H, n.D)
+    varlen = rand(n.N, n.H, n.D)
     compiled = torch.compile(qvl_kernels.attention, fullgraph=True, backend="eager")
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 6"):
-        compiled(packed, packed, packed, cu_seqlens=torch.tensor([0, n.N + 100], dtype=torch.int32))
+        compiled(varlen, varlen, varlen, cu_seqlens=torch.tensor([0, n.N + 100], dtype=torch.int32))
     compiled = torch.compile(qvl_kernels.cross_attention, fullgraph=True, backend="eager")
     with pytest.raises(ValueError, match=r"key lengths must lie in \[0, 5\], got 99"):
         compiled(**{**CALLS["cross_attention"][1](n), "kv_lens": torch.tensor([99, 1])})

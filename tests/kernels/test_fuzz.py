@@ -237,8 +237,8 @@ def _mask(kind: str | None, full: tuple[int, ...], inputs: Inputs, low: float = 
 def attention(case: dict, inputs: Inputs) -> Trial:
     b, t, s, kv, d = (case[name] for name in ("b", "t", "s", "kv_heads", "d"))
     heads = kv * case["group"]
-    if case["packed"] is not None:
-        bounds = torch.tensor([0, *case["packed"]]).cumsum(0).int()
+    if case["varlen"] is not None:
+        bounds = torch.tensor([0, *case["varlen"]]).cumsum(0).int()
         n = int(bounds[-1])
         tensors = inputs.place(n, heads, d, repeat=True), inputs.place(n, kv, d, repeat=True), inputs.place(n, kv, d)
         extra = {"cu_seqlens": inputs.laid(bounds)}
@@ -284,14 +284,14 @@ def decode_attention(case: dict, inputs: Inputs) -> Trial:
     lengths = torch.randint(t, capacity + 1, (b,), generator=inputs.generator)
     arguments = {
         "q": inputs.place(b, t, kv * case["group"], d, repeat=True),
-        "lengths": inputs.laid(lengths.int() if case["packed"] else lengths),
+        "lengths": inputs.laid(lengths.int() if case["varlen"] else lengths),
         "mask": _mask(case["mask"], (b, kv * case["group"], t, capacity), inputs),
         "scale": case["scale"],
     }
     behind = (torch.arange(capacity)[None] >= lengths[:, None])[:, None].expand(b, kv, capacity)
     exact = double(arguments)
     for name in "kv":
-        if case["packed"]:
+        if case["varlen"]:
             cache = torch.randint(-127, 128, (b, kv, capacity, d), generator=inputs.generator, dtype=torch.int8)
             scales = torch.rand(b, kv, capacity, generator=inputs.generator) / 64
             arguments |= {f"{name}_cache": inputs.laid(cache), f"{name}_scale": inputs.laid(scales, dense=0)}
@@ -491,10 +491,10 @@ VISION = {
 FUZZED = {
     "attention": (
         attention,
-        cases(**ATTENTION, causal=st.booleans(), packed=st.none() | st.lists(sizes(0, 9, 33, 140), max_size=4)),
+        cases(**ATTENTION, causal=st.booleans(), varlen=st.none() | st.lists(sizes(0, 9, 33, 140), max_size=4)),
     ),
     "cross_attention": (cross_attention, cases(**ATTENTION)),
-    "decode_attention": (decode_attention, cases(**{**ATTENTION, "t": sizes(1, 4, 9)}, packed=st.booleans())),
+    "decode_attention": (decode_attention, cases(**{**ATTENTION, "t": sizes(1, 4, 9)}, varlen=st.booleans())),
     "rms_norm": (lambda *arguments: _norm("rms_norm", *arguments), NORMS),
     "add_rms_norm": (lambda *arguments: _norm("add_rms_norm", *arguments), NORMS),
     "layer_norm": (lambda *arguments: _norm("layer_norm", *arguments), NORMS),

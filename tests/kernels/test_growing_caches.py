@@ -35,7 +35,7 @@ def _check_table(caches: GrowingCaches) -> None:
     """Checks that the table has the addresses of all caches, and that its rows are aligned to 16 bytes, as kernels
     assume.
     """
-    visible = caches.visible
+    visible = caches.mask
     for keys, values, entry in zip(caches.keys, caches.values, caches.entries):
         assert entry.tolist()[:5] == [
             keys.data_ptr(),
@@ -106,16 +106,14 @@ def test_growth_stops_at_the_limit():
 def test_padding_stays_hidden_and_new_keys_are_seen():
     caches, _ = _taken(3, 70, 70)
     visible = torch.rand(3, 70, generator=torch.Generator().manual_seed(1)) > 0.3
-    caches.show(visible)
+    caches.set_mask(visible)
     caches.reserve(300)
-    assert torch.equal(caches.visible[:3, :70], visible)
-    assert caches.visible[:, 70:].all() and caches.visible[3:].all() and caches.visible.shape[1] == caches.capacity
-    caches.show(visible[:2, :9])
-    assert (
-        torch.equal(caches.visible[:2, :9], visible[:2, :9]) and caches.visible[2].all() and caches.visible[:, 9:].all()
-    )
-    caches.show(None)
-    assert caches.visible.all()
+    assert torch.equal(caches.mask[:3, :70], visible)
+    assert caches.mask[:, 70:].all() and caches.mask[3:].all() and caches.mask.shape[1] == caches.capacity
+    caches.set_mask(visible[:2, :9])
+    assert torch.equal(caches.mask[:2, :9], visible[:2, :9]) and caches.mask[2].all() and caches.mask[:, 9:].all()
+    caches.set_mask(None)
+    assert caches.mask.all()
 
 
 class _Memory:
@@ -203,9 +201,9 @@ def test_in_and_out_of_inference_mode():
     with torch.inference_mode():
         caches, given = _taken(2, 10, 10)
         caches.reserve(100)
-        caches.show(torch.ones(2, 10, dtype=torch.bool))
+        caches.set_mask(torch.ones(2, 10, dtype=torch.bool))
     assert not any(
-        x.is_inference() or x.requires_grad for x in (*caches.keys, *caches.values, caches.visible, caches.table)
+        x.is_inference() or x.requires_grad for x in (*caches.keys, *caches.values, caches.mask, caches.table)
     )
     caches.keys[0].mul_(1.0)
     _check_content(caches, given)

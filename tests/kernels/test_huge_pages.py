@@ -206,7 +206,7 @@ def test_small_and_fake_memory_is_as_ever():
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_packed_weights_lie_on_huge_pages(bits):
+def test_quantised_weights_lie_on_huge_pages(bits):
     if not huge_pages_work():
         pytest.skip("the system gives no huge pages")
     held = [torch.ones(HUGE // 4) for _ in range(8)]  # the allocator would reuse freed memory on its small pages

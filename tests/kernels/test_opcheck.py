@@ -19,7 +19,7 @@ from qvl_kernels.quantization import quantize
 # One small case for every op that a public function calls, and for arguments that change the trace.
 CALLS = [
     ("attention", "attention", "causal_square"),
-    ("attention", "attention", "packed_causal"),
+    ("attention", "attention", "varlen_causal"),
     ("attention", "attention", "additive_mask"),
     ("cross_attention", "cross_attention", "lengths"),
     ("decode_attention", "decode_attention", "lengths"),

@@ -617,26 +617,26 @@ def test_weights_without_gradient(whole):
         capacity.verify(whole, training=True)
 
 
-class _Packed(nn.Linear):
+class _Quantised(nn.Linear):
     """A linear layer that stores its weight in another format, as quantised ones do."""
 
     def dequantize(self):
         return self.stored.float()
 
 
-_Packed.__module__ = "qvl_model.quantization.modules"
+_Quantised.__module__ = "qvl_model.quantization.modules"
 
 
 def _pack(model):
     for module in list(model.modules()):
         if type(module) is nn.Linear and module is not model.lm_head:
             stored = module.weight.detach().to(torch.bfloat16)
-            module.__class__ = _Packed
+            module.__class__ = _Quantised
             del module.weight
             module.register_buffer("stored", stored)
 
 
-def test_packed_weights(whole):
+def test_quantised_weights(whole):
     model = copy.deepcopy(whole)
     _pack(model)
     report = capacity.verify(model, models.config("odd"))

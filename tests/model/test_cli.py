@@ -22,7 +22,7 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize("stock", [False, True], ids=["accelerated", "stock"])
-def test_generate_reads_a_picture(tmp_path, stock):
+def test_generate_reads_a_image(tmp_path, stock):
     question = next(q for q in scenes.held_out_questions(100) if q.kind == "read" and len(q.answer) == 5)
     question.image.save(tmp_path / "digits.png")
     done = run(
@@ -35,18 +35,18 @@ def test_generate_reads_a_picture(tmp_path, stock):
     assert "noise" not in done.stderr
 
 
-def test_generate_on_the_sample_picture():
+def test_generate_on_the_sample_image():
     done = run("generate", "--image", digits.SAMPLE, "--prompt", "Read the digits from left to right.")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "8 6 9"
 
 
-def test_the_sample_picture_is_of_held_out_digits():
+def test_the_sample_image_is_of_held_out_digits():
     sample = scenes.held_out_questions(5)[4]
     assert np.array_equal(sample.image, Image.open(digits.SAMPLE).convert("RGB")) and sample.answer == "8 6 9"
 
 
-def test_pictures_add_up_over_repeated_options(monkeypatch):
+def test_images_add_up_over_repeated_options(monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "_images", lambda files: seen.extend(files) or cli._checkpoint("/no/such/dir"))
     assert cli.main(["generate", "--image", "a", "b", "--image", "c", "--prompt", "x"]) == 2
@@ -86,7 +86,7 @@ def test_inspect(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "--image", "missing.png", "--prompt", "x"], "cannot read picture missing.png"),
+        (["generate", "--image", "missing.png", "--prompt", "x"], "cannot read image missing.png"),
         (["generate", "--model", "/no/such/dir", "--prompt", "x"], "is not a directory"),
         (["generate", "--prompt", "x", "--max-new-tokens", "0"], "at least 1"),
         (["inspect", "/tmp"], "no config.json"),
@@ -99,11 +99,11 @@ def test_mistakes_get_one_line(arguments, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_not_a_picture(tmp_path, capsys):
+def test_not_a_image(tmp_path, capsys):
     file = tmp_path / "text.png"
-    file.write_text("not a picture")
+    file.write_text("not an image")
     assert cli.main(["generate", "--image", str(file), "--prompt", "x"]) == 2
-    assert "cannot read picture" in capsys.readouterr().err
+    assert "cannot read image" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -228,9 +228,9 @@ def test_broken_checkpoints(checkpoint, damage, message, capsys):
 
 
 @pytest.mark.parametrize(
-    ("size", "message"), [((4000, 8), "aspect ratio"), ((20000, 20000), "cannot read picture")], ids=["thin", "huge"]
+    ("size", "message"), [((4000, 8), "aspect ratio"), ((20000, 20000), "cannot read image")], ids=["thin", "huge"]
 )
-def test_pictures_of_impossible_sizes(tmp_path, size, message, capsys):
+def test_images_of_impossible_sizes(tmp_path, size, message, capsys):
     Image.new("1", size).save(tmp_path / "a.png")
     assert cli.main(["generate", "--image", str(tmp_path / "a.png"), "--prompt", "x"]) == 2
     assert message in capsys.readouterr().err

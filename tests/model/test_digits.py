@@ -59,7 +59,7 @@ def test_training_sees_what_the_processor_makes(model):
         expected = processor(images=[question.image], text=[prompt], return_tensors="pt")
         ids = torch.tensor(train.chat_ids(processor.tokenizer, question.question, question.answer, family.places)[0])
         assert torch.equal(ids, expected["input_ids"][0])
-        row = family.picture(np.asarray(question.image), ids == processor.image_token_id)
+        row = family.image(np.asarray(question.image), ids == processor.image_token_id)
         assert (ids == processor.image_token_id).sum() == family.places
         assert torch.equal(row.pop("pixel_values").squeeze(), expected["pixel_values"].squeeze())
         assert all(torch.equal(value.squeeze(), expected[name].squeeze()) for name, value in row.items())

@@ -342,7 +342,7 @@ def test_two_models_take_turns(tokens):
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_packed_weights(tokens, weights):
+def test_quantised_weights(tokens, weights):
     """As by the model's own forward, token by token."""
     _, ours = pair("odd")
     qvl_model.accelerate(ours, weights=weights, group=32)

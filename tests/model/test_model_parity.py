@@ -79,7 +79,7 @@ def test_position_ids(models, rows):
     assert_close(_logits(models[1], batch), _logits(models[0], batch))
 
 
-def test_packed_sequences(models):
+def test_varlen_sequences(models):
     """Varlen: positions that restart mean several sequences in one row; transformers then masks between them."""
     batch = {
         "input_ids": inputs([9])["input_ids"],

@@ -397,7 +397,7 @@ def test_bf16(method):
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in quantised.parameters() if p.requires_grad)
 
 
-def test_target_parameters_of_a_packed_layer_are_refused():
+def test_target_parameters_of_a_quantised_layer_are_refused():
     model = qvl_model.accelerate(models.stock_model("small"), weights="int8")
     with pytest.raises(TypeError, match="train an adapter of its layer .target_modules."):
         peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=[], target_parameters=["q_proj.weight"]))(

@@ -18,7 +18,7 @@ from qvl_model.modules import qvl as qvl_modules
 NAMES = ["mlp", "attention"]
 
 
-def pictures(*sizes, seed=0):
+def images(*sizes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return pad_pixels(*(torch.randn(3, *size, generator=generator) for size in sizes))
 
@@ -29,7 +29,7 @@ BATCHES = {
     "right": inputs(9, 4, padding="right"),
     "text": inputs(5, 8, image=None),
     "one token": inputs(1),
-    "ragged": inputs(7, 3, 5, image=None) | pictures((9, 14), (0, 0), (16, 6)),
+    "ragged": inputs(7, 3, 5, image=None) | images((9, 14), (0, 0), (16, 6)),
     "long": inputs(70, image=(40, 36)),
 }
 
@@ -162,7 +162,7 @@ def test_a_refused_model_stays_as_it_was(break_it):
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients(name):
     plain, accelerated = pair(name)
-    batch = inputs(7, 5, image=None) | pictures((9, 14), (16, 6))
+    batch = inputs(7, 5, image=None) | images((9, 14), (16, 6))
     batch["input_ids"][:, -2] = IMAGE
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     losses = []
@@ -293,7 +293,7 @@ def test_autocast():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("weights, limit", [("int8", 0.03), ("int4", 0.4)])
-def test_packed_weights_and_back(tmp_path, name, weights, limit):
+def test_quantised_weights_and_back(tmp_path, name, weights, limit):
     """Random weights are the worst case of int4; the kernels' own tests check quantised weights."""
     plain_model(name).save_pretrained(tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()

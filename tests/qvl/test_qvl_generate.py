@@ -46,8 +46,8 @@ def generated(model, batch: dict, steps: int = 6, **options) -> torch.Tensor:
 def ragged() -> dict:
     """Three rows: images of different sizes, and one row without."""
     generator = torch.Generator().manual_seed(3)
-    pictures = [torch.randn(3, *size, generator=generator) for size in ((9, 14), (0, 0), (16, 6))]
-    return inputs(7, 4, 5, image=None) | pad_pixels(*pictures)
+    images = [torch.randn(3, *size, generator=generator) for size in ((9, 14), (0, 0), (16, 6))]
+    return inputs(7, 4, 5, image=None) | pad_pixels(*images)
 
 
 BATCHES = {
@@ -232,7 +232,7 @@ def test_crop_keeps_the_image_and_reset_drops_it(model):
 
 
 @torch.no_grad()
-def test_a_picture_after_text(model):
+def test_a_image_after_text(model):
     """Text before the image does not attend to it; later text does."""
     batch = inputs(5)
     cache = DynamicCache(config=model.config)

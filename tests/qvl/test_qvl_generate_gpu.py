@@ -148,7 +148,7 @@ def test_tokens_that_stand_for_images_have_their_type(models):
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_packed_weights(models, steps, weights):
+def test_quantised_weights(models, steps, weights):
     """As by the model's own forward, token by token."""
     ours = qvl_model.accelerate(copy.deepcopy(models[1]), weights=weights, group=32)
     out = _generate(ours, BATCHES["a row without"])

@@ -25,7 +25,7 @@ def assert_differ(one, other):
     assert (one - other).abs().max() > 1e-3
 
 
-def pictures(*sizes, seed=0):
+def images(*sizes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(3, *size, generator=generator) for size in sizes]
 
@@ -126,23 +126,23 @@ def test_padded_text_changes_nothing(models, name, padding):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("filler", [float("nan"), 0.0, 1e4])
 def test_padded_pixels_change_nothing(models, name, filler):
-    one, two, three = pictures((16, 24), (10, 9), (4, 4))
+    one, two, three = images((16, 24), (10, 9), (4, 4))
     batch = inputs(5, 5, 5)
     batch |= pad_pixels(one, two, three, filler=filler)
     together = logits(models[name], **batch)
-    for i, picture in enumerate((one, two, three)):
-        alone = logits(models[name], input_ids=batch["input_ids"][i : i + 1], pixel_values=picture[None])
+    for i, image in enumerate((one, two, three)):
+        alone = logits(models[name], input_ids=batch["input_ids"][i : i + 1], pixel_values=image[None])
         assert_close(together[i : i + 1], alone)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_position_in_the_batch_tensor_does_not_matter(models, name):
     """An image moved by whole patches within its padding gives the same result."""
-    (picture,) = pictures((8, 12))
+    (image,) = images((8, 12))
     batch = inputs(5)
-    alone = logits(models[name], **{**batch, "pixel_values": picture[None]})
+    alone = logits(models[name], **{**batch, "pixel_values": image[None]})
     pixels, mask = torch.full((1, 3, 24, 20), float("nan")), torch.zeros(1, 24, 20)
-    pixels[0, :, 8:16, 4:16], mask[0, 8:16, 4:16] = picture, 1
+    pixels[0, :, 8:16, 4:16], mask[0, 8:16, 4:16] = image, 1
     assert_close(logits(models[name], **{**batch, "pixel_values": pixels, "pixel_attention_mask": mask}), alone)
 
 
@@ -179,20 +179,20 @@ def test_positions_of_the_native_size_are_the_learned_ones():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_text_alone_beside_pictures(models, name):
+def test_text_alone_beside_images(models, name):
     """A row without image in a batch with images equals the row alone without pixels."""
-    (picture,) = pictures((8, 8))
+    (image,) = images((8, 8))
     batch = inputs(6, 6)
-    batch |= pad_pixels(picture, torch.zeros(3, 0, 0))
+    batch |= pad_pixels(image, torch.zeros(3, 0, 0))
     together = logits(models[name], **batch)
     ids = batch["input_ids"]
     assert_close(together[1:], logits(models[name], input_ids=ids[1:]))
-    assert_close(together[:1], logits(models[name], input_ids=ids[:1], pixel_values=picture[None]))
+    assert_close(together[:1], logits(models[name], input_ids=ids[:1], pixel_values=image[None]))
     assert_differ(together[:1], logits(models[name], input_ids=ids[:1]))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_batch_of_absent_pictures_is_text_alone(attention):
+def test_batch_of_absent_images_is_text_alone(attention):
     model, batch = plain_model(attention=attention), inputs(6, 4)
     pixels = batch.pop("pixel_values")
     absent = torch.zeros(2, *pixels.shape[2:])
@@ -200,7 +200,7 @@ def test_batch_of_absent_pictures_is_text_alone(attention):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_closed_gates_hide_the_picture(name):
+def test_closed_gates_hide_the_image(name):
     model, batch = plain_model(name), inputs(6)
     open_gates = logits(model, **batch)
     with torch.no_grad():
@@ -214,9 +214,9 @@ def test_closed_gates_hide_the_picture(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_several_pictures_per_sample(models, name):
+def test_several_images_per_sample(models, name):
     model, batch = models[name], inputs(6, 6)
-    one, two, three = pictures((8, 8), (12, 5), (9, 16))
+    one, two, three = images((8, 8), (12, 5), (9, 16))
     first, second = (
         pad_pixels(one, two, torch.zeros(3, 12, 16)),
         pad_pixels(three, torch.zeros(3, 12, 0), torch.zeros(3, 0, 0)),
@@ -287,7 +287,7 @@ def trained(model, batch):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_learns_from_the_first_step(name):
     """As initialised: with gates at zero, vision and connector would have no gradient."""
-    batch = inputs(6, 5, image=None) | pad_pixels(*pictures((8, 8), (11, 13)))
+    batch = inputs(6, 5, image=None) | pad_pixels(*images((8, 8), (11, 13)))
     batch["input_ids"][:, -2] = IMAGE
     without = [key for key, grad in trained(fresh(name).train(), batch).items() if grad is None or not grad.any()]
     assert not without

@@ -59,7 +59,7 @@ ODD = {
 }
 
 
-def pictures(*sizes, seed=0):
+def images(*sizes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return pad_pixels(*(torch.randn(3, *size, generator=generator) for size in sizes))
 
@@ -86,7 +86,7 @@ def several() -> dict:
 BATCHES = {
     "one": {key: value for key, value in inputs(6, image=(16, 16)).items() if key != "attention_mask"},
     "left": inputs(9, 4),
-    "ragged": inputs(7, 3, 5, image=None) | pictures((9, 14), (0, 0), (16, 6)),
+    "ragged": inputs(7, 3, 5, image=None) | images((9, 14), (0, 0), (16, 6)),
     "several": several(),
     "text": inputs(5, 8, image=None),
     "types": {

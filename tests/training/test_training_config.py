@@ -71,12 +71,12 @@ def test_groups_must_be_groups():
 def test_yaml(tmp_path):
     file = tmp_path / "train.yaml"
     file.write_text(
-        "data: {train: rows.jsonl, images: /pictures}\nrun: {epochs: 2}\noptimizer: {learning_rate: 1e-4}\noutput: "
+        "data: {train: rows.jsonl, images: /images}\nrun: {epochs: 2}\noptimizer: {learning_rate: 1e-4}\noutput: "
         "{directory: ~/out}\n"
     )
     config = TrainConfig.from_yaml(file)
     assert config.optimizer.learning_rate == 1e-4 and config.run.epochs == 2.0  # 1e-4 is text to PyYAML
-    assert config.data.train == str(tmp_path / "rows.jsonl") and config.data.images == "/pictures"
+    assert config.data.train == str(tmp_path / "rows.jsonl") and config.data.images == "/images"
     assert config.output.directory == str(Path("~/out").expanduser())
 
 

@@ -65,7 +65,7 @@ def test_rows_are_what_the_digits_model_was_trained_on(processor):
     assert row["labels"].tolist() == [-100] * len(prompt) + answer
     assert torch.equal(
         row["pixel_values"],
-        DIGITS.picture(np.asarray(question.image), row["input_ids"] == processor.image_token_id)["pixel_values"],
+        DIGITS.image(np.asarray(question.image), row["input_ids"] == processor.image_token_id)["pixel_values"],
     )
     assert row["image_grid_thw"].tolist() == [[1, 2, 6]] and int(row["mm_token_type_ids"].sum()) == 3
 
@@ -112,7 +112,7 @@ def test_forms_of_conversations(form, images, processor):
     assert processor.tokenizer.decode(rows[0]["input_ids"]) == whole.rstrip("\n")
 
 
-def test_two_pictures_keep_their_places(tmp_path, processor):
+def test_two_images_keep_their_places(tmp_path, processor):
     for name, value in (("a", 0), ("b", 255)):
         Image.new("RGB", (96, 32), (value,) * 3).save(tmp_path / f"{name}.png")
     rows = _rows(tmp_path, processor, {"images": ["b.png", "a.png"], "question": "<image> or <image>?", "answer": "b"})
@@ -122,7 +122,7 @@ def test_two_pictures_keep_their_places(tmp_path, processor):
     assert rows.encoder.length(training.parse(rows.source.row(0)), [(96, 32)] * 2) == len(row["input_ids"])
 
 
-def test_system_turns_and_rows_without_pictures(images, processor):
+def test_system_turns_and_rows_without_images(images, processor):
     system = {
         "messages": [
             {"role": "system", "content": "Be brief."},
@@ -131,7 +131,7 @@ def test_system_turns_and_rows_without_pictures(images, processor):
         ]
     }
     rows = _rows(images, processor, system, GOOD)
-    assert rows.without_pictures == [1] and "pixel_values" not in rows[0]
+    assert rows.without_images == [1] and "pixel_values" not in rows[0]
     assert processor.tokenizer.decode(rows[0]["input_ids"]).startswith("<|im_start|>system\nBe brief.<|im_end|>")
 
 
@@ -148,21 +148,21 @@ BAD = {
     "unknown role": ({"messages": [{"role": "tool", "content": "Hi"}]}, "role 'tool'"),
     "turns not a list": ({"messages": "Hi"}, "must be a list"),
     "turn not an object": ({"messages": ["Hi"]}, "turn 1 is a str"),
-    "unknown part": ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "neither text nor a picture"),
-    "missing picture": ({**GOOD, "image": "none.png"}, "picture none.png does not exist"),
-    "no picture": ({**GOOD, "image": "text.png"}, "picture text.png cannot be read"),
-    "cut picture": ({**GOOD, "image": "cut.png"}, "picture cut.png cannot be read"),
-    "thin picture": ({**GOOD, "image": "thin.png"}, "8000 x 8 pixels is refused"),
-    "picture of another type": ({**GOOD, "image": [3]}, "a picture that is a int"),
-    "too few pictures": ({**GOOD, "question": "<image><image>?"}, "has 1 pictures, and a place for another"),
-    "too many pictures": (
+    "unknown part": ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "neither text nor an image"),
+    "missing image": ({**GOOD, "image": "none.png"}, "image none.png does not exist"),
+    "no image": ({**GOOD, "image": "text.png"}, "image text.png cannot be read"),
+    "cut image": ({**GOOD, "image": "cut.png"}, "image cut.png cannot be read"),
+    "thin image": ({**GOOD, "image": "thin.png"}, "8000 x 8 pixels is refused"),
+    "image of another type": ({**GOOD, "image": [3]}, "an image that is a int"),
+    "too few images": ({**GOOD, "question": "<image><image>?"}, "has 1 images, and a place for another"),
+    "too many images": (
         {**GOOD, "image": ["a.png", "a.png"], "question": "<image>?"},
-        "has 2 pictures and places for 1",
+        "has 2 images and places for 1",
     ),
     "image and images": ({**GOOD, "images": []}, "both image and images"),
-    "picture in an answer": (
+    "image in an answer": (
         {"image": "a.png", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<image>"}]},
-        "picture in an assistant",
+        "image in an assistant",
     ),
     "image token": ({**GOOD, "question": "What is <|image_pad|>?"}, "<|image_pad|> in a text"),
     "too long": ({**GOOD, "question": "word " * 300}, "tokens long, more than 256"),
@@ -171,7 +171,7 @@ BAD = {
 
 @pytest.fixture
 def broken(images):
-    (images / "text.png").write_text("no picture")
+    (images / "text.png").write_text("no image")
     whole = (images / "a.png").read_bytes()
     (images / "cut.png").write_bytes(whole[: len(whole) // 2])
     Image.new("1", (8000, 8)).save(images / "thin.png")
@@ -197,10 +197,10 @@ def test_only_bad_rows(images, processor):
         _rows(images, processor)
 
 
-def test_pictures_that_break_later_stop_with_their_line(images, processor):
+def test_images_that_break_later_stop_with_their_line(images, processor):
     rows = _rows(images, processor, b"", GOOD, decode=False)
     (images / "a.png").write_bytes((images / "a.png").read_bytes()[:100])
-    with pytest.raises(training.DataError, match=r"rows.jsonl, line 2: picture a.png cannot be read"):
+    with pytest.raises(training.DataError, match=r"rows.jsonl, line 2: image a.png cannot be read"):
         rows[0]
 
 
@@ -234,7 +234,7 @@ def test_batches(images, processor):
     assert batch["image_grid_thw"].shape == (3, 3) and batch["pixel_values"].shape[0] == 36
 
 
-def test_relative_pictures_start_elsewhere(images, processor, tmp_path_factory):
+def test_relative_images_start_elsewhere(images, processor, tmp_path_factory):
     file = _write(tmp_path_factory.mktemp("elsewhere"), GOOD)
     assert len(training.Rows(training.JsonlRows(file, images=images), training.Encoder(processor))) == 1
 
@@ -295,7 +295,7 @@ def test_bad_rows_of_hugging_face_datasets(processor):
         {"pic": {"bytes": data, "path": None}, "query": "Which?", "reply": reply}
         for data, reply in (
             (buffer.getvalue(), "1"),
-            (b"no picture", "1"),
+            (b"no image", "1"),
             (buffer.getvalue(), ""),
             (buffer.getvalue()[:90], "1"),
         )
@@ -329,4 +329,4 @@ def test_exported_digits(tmp_path, processor):
     rows = training.Rows(
         training.JsonlRows(write_rows(tmp_path / "train.jsonl", "train", 5)), training.Encoder(processor)
     )
-    assert len(rows) == 5 and not rows.skipped.rows and not rows.without_pictures
+    assert len(rows) == 5 and not rows.skipped.rows and not rows.without_images

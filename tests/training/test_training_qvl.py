@@ -37,11 +37,11 @@ def _train(directory, out, **groups):
     return training.train(TrainConfig.from_dict(settings(directory, "qvl", **groups)))
 
 
-def _picture(width, height, value):
+def _image(width, height, value):
     return Image.new("RGB", (width, height), (value,) * 3)
 
 
-def test_pictures_become_pixels():
+def test_images_become_pixels():
     image_processor = QVLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=96 * 96)
     image = scenes.held_out_questions(1)[0].image
     expected = np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
@@ -52,10 +52,10 @@ def test_pictures_become_pixels():
         (400, 100): (48, 192),
         (17, 15): (32, 48),
     }.items():
-        pixels = image_processor(_picture(width, height, 255))
+        pixels = image_processor(_image(width, height, 255))
         assert pixels.shape == (3, *shape) and torch.all(pixels == 1), (width, height)
     with pytest.raises(ValueError, match="aspect ratio"):
-        image_processor(_picture(4000, 8, 0))
+        image_processor(_image(4000, 8, 0))
     with pytest.raises(ValueError, match="min_pixels"):
         QVLImageProcessor(min_pixels=100, max_pixels=10)
 
@@ -67,14 +67,14 @@ def test_processor(processor):
         add_generation_prompt=True,
     )
     inputs = processor(
-        images=[_picture(96, 32, 255), _picture(32, 64, 0)], text=[prompt, prompt], return_tensors="pt", padding=True
+        images=[_image(96, 32, 255), _image(32, 64, 0)], text=[prompt, prompt], return_tensors="pt", padding=True
     )
     assert inputs["pixel_values"].shape == (2, 3, 64, 96) and inputs["pixel_attention_mask"].shape == (2, 64, 96)
     assert inputs["pixel_attention_mask"].sum((1, 2)).tolist() == [96 * 32, 32 * 64]
     assert torch.equal(inputs["pixel_values"][0, 0] == 1, inputs["pixel_attention_mask"][0].bool())
     assert (inputs["input_ids"] == processor.image_token_id).sum(1).tolist() == [1, 1]
     two = processor(
-        images=[[_picture(32, 32, 0)], [_picture(32, 32, 0)] * 2],
+        images=[[_image(32, 32, 0)], [_image(32, 32, 0)] * 2],
         text=[prompt, prompt + prompt],
         return_tensors="pt",
         padding=True,
@@ -84,8 +84,8 @@ def test_processor(processor):
         [1024, 1024],
     ]
     assert "pixel_values" not in processor(text="Hi")
-    with pytest.raises(ValueError, match="1 image tokens .* for 2 pictures"):
-        processor(images=[_picture(32, 32, 0)] * 2, text=[prompt])
+    with pytest.raises(ValueError, match="1 image tokens .* for 2 images"):
+        processor(images=[_image(32, 32, 0)] * 2, text=[prompt])
     with pytest.raises(ValueError, match="no videos"):
         processor(videos=[object()], text="x")
 
@@ -110,8 +110,8 @@ def test_processor_is_saved_and_loaded(processor, tmp_path):
 
 
 def test_rows_and_batches(processor, tmp_path):
-    for name, picture in {"a": _picture(96, 32, 255), "b": _picture(32, 64, 255)}.items():
-        picture.save(tmp_path / f"{name}.png")
+    for name, image in {"a": _image(96, 32, 255), "b": _image(32, 64, 255)}.items():
+        image.save(tmp_path / f"{name}.png")
     turns = [
         {"role": "user", "content": "<image>What?"},
         {"role": "assistant", "content": "1"},
@@ -126,7 +126,7 @@ def test_rows_and_batches(processor, tmp_path):
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = training.Rows(training.JsonlRows(tmp_path / "rows.jsonl"), training.Encoder(processor, 64, max_images=2))
-    assert rows.skipped.rows == [(4, "has 3 pictures, more than the model's 2")]
+    assert rows.skipped.rows == [(4, "has 3 images, more than the model's 2")]
     assert rows[0]["pixel_values"].shape == (1, 2, 3, 64, 96) and rows[0]["pixel_attention_mask"].sum(
         (2, 3)
     ).tolist() == [[96 * 32, 32 * 64]]

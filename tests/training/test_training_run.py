@@ -206,7 +206,7 @@ def test_two_ranks_are_one(shared, tmp_path, sharding):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fsdp in bf16", "some rows without pictures"])
+@pytest.mark.parametrize("kind", ["fsdp in bf16", "some rows without images"])
 def test_two_ranks_are_one_also(shared, tmp_path, kind):
     groups = {"run": {"gradient_checkpointing": True}}
     if kind == "fsdp in bf16":
@@ -310,9 +310,9 @@ def test_schedule_and_precision_arguments(shared, monkeypatch):
         with pytest.raises(training.ConfigError, match="finds no GPU"):
             training.build_arguments(TrainConfig.from_dict(settings(shared, run={"device": "cuda"})), model)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(training.ConfigError, match="pictures in every row"):
+    with pytest.raises(training.ConfigError, match="images in every row"):
         training.build_arguments(
-            TrainConfig.from_dict(settings(shared, run={"sharding": "fsdp"})), model, pictures_in_every_row=False
+            TrainConfig.from_dict(settings(shared, run={"sharding": "fsdp"})), model, images_in_every_row=False
         )
 
 

@@ -58,7 +58,7 @@ def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, total: int, device: torc
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in zip(bounds[:-1], bounds[1:])):
         raise ValueError(
-            f"{op}: cu_seqlens must rise from 0 to {total} (the packed length), got {bounds[:4]}...{bounds[-1]}"
+            f"{op}: cu_seqlens must rise from 0 to {total} (the joined length), got {bounds[:4]}...{bounds[-1]}"
         )
 
 
@@ -134,10 +134,10 @@ def attention(
     if cu_seqlens is not None:
         if key_padding_mask is not None or mask is not None:
             raise ValueError(
-                "attention: cu_seqlens excludes key_padding_mask and mask; packed sequences have no padding"
+                "attention: cu_seqlens excludes key_padding_mask and mask; varlen sequences have no padding"
             )
         if q.shape[0] != k.shape[0]:
-            raise ValueError(f"attention: packed q and k must have the same length, got {q.shape[0]} and {k.shape[0]}")
+            raise ValueError(f"attention: varlen q and k must have the same length, got {q.shape[0]} and {k.shape[0]}")
         check_cu_seqlens("attention", cu_seqlens, q.shape[0], q.device)
     else:
         shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])

@@ -26,7 +26,7 @@ def decode_step(
     caches: GrowingCaches,
     index: int,
     lengths: torch.Tensor,
-    filled: torch.Tensor,
+    cache_seqlens: torch.Tensor,
 ) -> torch.Tensor:
     """One token per row through the layer; its keys and values are written at position ``lengths[b]`` of row b.
 
@@ -35,7 +35,7 @@ def decode_step(
         caches: KV caches of all layers, with B rows. index: of the layer.
         lengths: int32 [B] on x's device, cache_seqlens before this token. Without room for another key nothing is
             written.
-        filled: int32 [B], lengths + 1 (cache_seqlens with this token), shared by all layers.
+        cache_seqlens: int32 [B], lengths + 1 (with this token), shared by all layers.
     Returns:
         [B, 1, C]. Nothing synchronises with the device, and no shape depends on the caches' capacity: a captured graph
         stays valid while they grow.
@@ -50,12 +50,12 @@ def decode_step(
     q, k, v = norm_linears(x, w.input_norm, eps, [w.q, w.k, w.v], [w.q_bias, w.k_bias, w.v_bias])
     q, k, v = (heads.view(batch, 1, -1, layer.head_dim) for heads in (q, k, v))
     keys, values, entry = caches.keys[index], caches.values[index], caches.entries[index]
-    visible = caches.visible[:, None, None, : keys.shape[2]]
+    mask = caches.mask[:, None, None, : keys.shape[2]]
     q = qk_norm_rope_to_cache_op(q, k, v, w.q_norm, w.k_norm, cos, sin, keys, values, lengths, 0, eps, entry)
     if dispatch.choose("decode_step", x.device, unsupported_heads(x, layer.head_dim)) == "triton":
-        attended = call(decode_attention_op, q, keys, values, filled, visible, None, None, layer.scale, entry)
+        attended = call(decode_attention_op, q, keys, values, cache_seqlens, mask, None, None, layer.scale, entry)
     else:
-        attended = decode_attention(q, keys, values, lengths=filled, mask=visible, scale=layer.scale)
+        attended = decode_attention(q, keys, values, lengths=cache_seqlens, mask=mask, scale=layer.scale)
     x = linear_residual(x, attended.view(batch, 1, -1), w.o, w.o_bias)
     return linear_residual(x, linear_swiglu(x, w.post_norm, eps, w.gate, w.up), w.down, None)
 
@@ -67,7 +67,7 @@ def cross_attention_step(
 
     Args:
         q: [B, 1, H, D], of one new token per row.
-        caches: with B rows; ``show`` has masked none of their keys. index: of the layer.
+        caches: with B rows; ``set_mask`` has masked none of their keys. index: of the layer.
         lengths: int32 [B] on q's device, cache_seqlens.
     Returns:
         [B, 1, H, D]; 0 for rows without keys. As in ``decode_step``, no shape depends on the caches' capacity.

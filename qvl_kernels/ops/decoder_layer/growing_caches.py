@@ -8,7 +8,7 @@ import torch
 __all__ = ["GrowingCaches"]
 
 GRAIN = 64  # capacities are multiples of it
-KEYS, VALUES, CAPACITY, VISIBLE, VISIBLE_STRIDE = range(5)  # columns of the table; gpu/device_functions.py reads them
+KEYS, VALUES, CAPACITY, MASK, MASK_STRIDE = range(5)  # columns of the table; gpu/device_functions.py reads them
 COLUMNS = 8  # 64 bytes per row
 
 
@@ -31,16 +31,16 @@ class GrowingCaches:
     Attributes:
         sizes: (dtype, rows, Hkv, D).
         keys, values: of each layer [rows, Hkv, its capacity, D]. Growth replaces them: do not keep them.
-        visible: attention mask bool [rows, capacity or more], False at padding, shared by the layers; growth replaces
+        mask: attention mask bool [rows, capacity or more], False at padding, shared by the layers; growth replaces
         it
             too.
         table: int64 [layers, 8] on the device. entries: its rows: per layer the addresses of keys and values, the
-            capacity, and address and row stride of ``visible``.
+            capacity, and address and row stride of ``mask``.
     Example:
         >>> caches = GrowingCaches(28, 1, 8, 128, torch.bfloat16, torch.device("cuda"))
         >>> for index, layer in enumerate(cache.layers):
         ...     caches.take(index, layer.keys, layer.values, length=300)
-        >>> caches.show(None)
+        >>> caches.set_mask(None)
         >>> caches.reserve(301)
     """
 
@@ -53,7 +53,7 @@ class GrowingCaches:
                 [torch.empty((rows, kv_heads, 0, head_dim), dtype=dtype, device=device) for _ in range(layers)]
                 for _ in range(2)
             )
-            self.visible = torch.empty((rows, 0), dtype=torch.bool, device=device)
+            self.mask = torch.empty((rows, 0), dtype=torch.bool, device=device)
             self.table = torch.zeros((layers, COLUMNS), dtype=torch.int64, device=device)
             self.entries = [self.table[index] for index in range(layers)]
 
@@ -78,7 +78,7 @@ class GrowingCaches:
         if limit is not None:
             half_more = min(half_more, _rounded(limit))
         wanted = max(_rounded(length), half_more // GRAIN * GRAIN)
-        self._widen_visible(wanted)
+        self._widen_mask(wanted)
         for index in range(len(self.keys)):
             self._grow(index, wanted)
 
@@ -97,7 +97,7 @@ class GrowingCaches:
                 f"{tuple(keys.shape)} and {tuple(values.shape)}"
             )
         wanted = _rounded(length)
-        self._widen_visible(wanted)
+        self._widen_mask(wanted)
         if self.keys[index].shape[2] < wanted:
             self._empty(index)  # frees the old memory first
             self._set(index, *(_longer(x, wanted) for x in (self.keys[index], self.values[index])))
@@ -105,11 +105,11 @@ class GrowingCaches:
         self.values[index][:batch, :, :taken].copy_(values)
 
     @_ordinary_tensors()
-    def show(self, visible: torch.Tensor | None) -> None:
+    def set_mask(self, mask: torch.Tensor | None) -> None:
         """Sets the attention mask: bool [B <= rows, L] of the first keys; all other keys are visible, with None all."""
-        self.visible.fill_(True)
-        if visible is not None:
-            self.visible[: visible.shape[0], : visible.shape[1]].copy_(visible)
+        self.mask.fill_(True)
+        if mask is not None:
+            self.mask[: mask.shape[0], : mask.shape[1]].copy_(mask)
 
     def give(self, index: int, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the first ``length`` keys and values of the first ``batch`` rows of a layer, [B, Hkv, L, D] each.
@@ -128,15 +128,15 @@ class GrowingCaches:
         for index in range(len(self.keys)):
             self._empty(index)
 
-    def _widen_visible(self, wanted: int) -> None:
+    def _widen_mask(self, wanted: int) -> None:
         """Called before the layers grow, so that no layer is longer than the mask."""
-        before = self.visible.shape[1]
+        before = self.mask.shape[1]
         if before < wanted:
-            visible = torch.ones((self.sizes[1], wanted), dtype=torch.bool, device=self.visible.device)
-            visible[:, :before].copy_(self.visible)
-            self.visible = visible
-            self.table[:, VISIBLE].fill_(visible.data_ptr())
-            self.table[:, VISIBLE_STRIDE].fill_(wanted)
+            mask = torch.ones((self.sizes[1], wanted), dtype=torch.bool, device=self.mask.device)
+            mask[:, :before].copy_(self.mask)
+            self.mask = mask
+            self.table[:, MASK].fill_(mask.data_ptr())
+            self.table[:, MASK_STRIDE].fill_(wanted)
 
     def _empty(self, index: int) -> None:
         self._set(index, *(x[index][:, :, :0].clone() for x in (self.keys, self.values)))

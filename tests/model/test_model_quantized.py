@@ -15,7 +15,7 @@ from torch import nn
 
 import qvl_kernels
 import qvl_model
-from bench.truth import fake_quantised
+from bench.fp64_reference import fake_quantised
 from qvl_kernels.quantization import dequantize, quantize, rounded_activations
 from qvl_model.generation.step_gpu import GpuStep
 from qvl_model.quantization.convert import formats_of
@@ -43,7 +43,7 @@ def test_computes_with_rounded_weights_and_activations(weights):
     assert torch.equal(*generated)
 
 
-def test_every_linear_layer_is_packed_once():
+def test_every_linear_layer_is_quantised_once():
     _, fast = pair()
     linears = sum(isinstance(module, nn.Linear) for module in fast.modules())
     qvl_model.accelerate(fast, weights="int8")
@@ -121,7 +121,7 @@ def test_restore_refuses_what_it_cannot_bring_back(tmp_path):
     with torch.no_grad():
         fast.model.language_model.layers[1].mlp.up_proj.weight.mul_(2)
     qvl_model.accelerate(fast, weights="int8")
-    with pytest.raises(ValueError, match="was not packed from the checkpoint"):
+    with pytest.raises(ValueError, match="was not quantised from the checkpoint"):
         qvl_model.restore(fast)
     assert isinstance(fast.lm_head, PackedLinear) and fast(**inputs([4])).logits.isfinite().all()
 
@@ -300,7 +300,7 @@ def test_tying_and_initialising_again(name):
     _assert_quantised(fast, stock)
 
 
-def test_a_float_embedding_is_tied_to_a_packed_head():
+def test_a_float_embedding_is_tied_to_a_quantised_head():
     fast = qvl_model.accelerate(models.stock_model("small"), weights="int8")
     torch.manual_seed(0)
     embedding = nn.Embedding(models.VOCABULARY, 64)
@@ -314,7 +314,7 @@ def test_a_float_embedding_is_tied_to_a_packed_head():
         assert relative(fast(**batch).logits, stock(**batch).logits) < 0.05
 
 
-def test_a_float_head_is_tied_to_a_packed_embedding(tmp_path):
+def test_a_float_head_is_tied_to_a_quantised_embedding(tmp_path):
     fast = qvl_model.accelerate(models.stock_model("small"), weights="int8")
     stock, batch = _dequantised(fast, models.stock_model("small")), inputs([6])
     fast.set_output_embeddings(nn.Linear(64, models.VOCABULARY, bias=False))
@@ -377,7 +377,7 @@ def test_steps_of_gpus(weights, monkeypatch):
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_packed_linear_of_any_model(weights):
+def test_quantised_linear_of_any_model(weights):
     torch.manual_seed(0)
     linear = nn.Linear(70, 33)
     layer = PackedLinear.from_linear(linear, weights, group=32)
@@ -449,7 +449,7 @@ def test_packing_again_in_another_format_is_refused(first, then):
     before = {name: x.clone() for name, x in model.state_dict().items()}
     with pytest.raises(
         ValueError,
-        match=r"packed as int\d.* already, which int\d.* cannot be made of; restore the model first, or load it again",
+        match=r"quantised as int\d.* already, which int\d.* cannot be made of; restore the model first",
     ):
         qvl_model.accelerate(model, **then)
     after = model.state_dict()
@@ -480,7 +480,7 @@ TAKERS = {
 
 
 @pytest.mark.parametrize("taker", TAKERS)
-def test_a_packed_weight_cannot_be_parametrized(taker):
+def test_a_quantised_weight_cannot_be_parametrized(taker):
     model = qvl_model.accelerate(models.stock_model("small"), weights="int8")
     batch = inputs(*FEW)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from bench import inputs
 from bench.families import family_of
 
-__all__ = ["KeepDouble", "cosines_of_packed", "errors_against_float64", "fake_quantised", "relative_error"]
+__all__ = ["KeepDouble", "cosines_of_quantised", "errors_against_float64", "fake_quantised", "relative_error"]
 
 
 class KeepDouble(TorchFunctionMode):
@@ -90,7 +90,7 @@ def fake_quantised(stock: nn.Module, quantised: nn.Module) -> nn.Module:
     return exact
 
 
-def cosines_of_packed(
+def cosines_of_quantised(
     path: str, weights: list[str], layers: int, image_size: int, text_tokens: int
 ) -> dict[str, float]:
     """{format: the least cosine between the outputs of a quantised layer and of stock with fake-quantised weights and

@@ -144,21 +144,21 @@ def test_stock_transformers_finds_no_weights(tmp_path):
             model_class.from_pretrained(tmp_path)
 
 
-def test_what_is_not_packed_is_saved_as_ever(tmp_path):
+def test_what_is_not_quantised_is_saved_as_ever(tmp_path):
     model = qvl_model.accelerate(stock_model("small"))
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "packed.safetensors").exists() and type(StockModel.from_pretrained(tmp_path)) is StockModel
-    with pytest.raises(ValueError, match="no packed layers"):
+    with pytest.raises(ValueError, match="no quantised layers"):
         quantized_checkpoint.save(model, tmp_path / "other")
     assert not (tmp_path / "other").exists()
     with pytest.raises(TypeError, match="push_to_hub"):
         _quantised().save_pretrained(tmp_path / "other", push_to_hub=True)
 
 
-def test_restore_cannot_unpack_what_was_loaded_packed(tmp_path):
+def test_restore_cannot_dequantise_what_was_loaded_quantised(tmp_path):
     _quantised("int8").save_pretrained(tmp_path)
     model = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has them packed"):
+    with pytest.raises(ValueError, match="has them quantised"):
         qvl_model.restore(model)
     assert isinstance(model.lm_head, PackedLinear) and qvl_model.is_accelerated(model)
 
@@ -345,7 +345,7 @@ def test_quantize_and_the_command_line(tmp_path, capsys):
     )
     for arguments, message in (
         (["generate", "--model", str(out), "--stock", "--prompt", "x"], "stock transformers cannot run"),
-        (["quantize", "--model", str(out), "--out", str(tmp_path / "again")], "is packed already"),
+        (["quantize", "--model", str(out), "--out", str(tmp_path / "again")], "is quantised already"),
         (["quantize", "--model", str(digits.CHECKPOINT), "--out", str(out)], "exists"),
         (
             ["quantize", "--model", str(digits.CHECKPOINT), "--weights", "int3", "--out", str(tmp_path / "x")],
