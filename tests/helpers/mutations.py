@@ -196,7 +196,7 @@ MUTATIONS = [
         "positions[None] if positions.dim() == 2 else positions[:3]",
         f"{ON_CPU}::test_as_stock[image-greedy]",
     ),
-    Mutation(LOOP, "visible = mask.bool() if has_padding else None", "visible = None", PADDED),
+    Mutation(LOOP, "padding_mask = mask.bool() if has_padding else None", "padding_mask = None", PADDED),
     Mutation(
         LOOP,
         "release = not (users or foreign or config.return_dict_in_generate)",
