@@ -323,7 +323,7 @@ def _begun(model, length=5, release=False):
         model(**inputs([length]), **{CACHE: cache})
     positions = torch.full((3, 1, 1), length)
     return dict(
-        model=model, cache=cache, positions=positions, visible=None, limit=length + 300, release=release
+        model=model, cache=cache, positions=positions, mask=None, limit=length + 300, release=release
     ), copy.deepcopy(cache)
 
 
