@@ -82,6 +82,17 @@ KNOWN_ISSUES += [
     )
     for dtype in ("bf16", "fp16")
 ]
+KNOWN_ISSUES += [
+    KnownIssue(
+        f"_attention_{kernel}",
+        "gfx942",
+        "bf16",
+        "spill",
+        f"{count} scalar registers are kept in lanes of a vector register, one instruction each",
+        triton="3.9",
+    )
+    for kernel, count in (("kernel", "4 to 6"), ("backward_queries_kernel", "2"), ("backward_keys_kernel", "4 to 8"))
+]
 KNOWN_ISSUES.append(
     KnownIssue(
         "_int8_matmul_kernel", "sm_100", "bf16", "matrix", "Triton 3.6 makes IMMA of it, not tcgen05", triton="3.6"
