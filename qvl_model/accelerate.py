@@ -19,7 +19,14 @@ from qvl_model.modules.lm_head import set_skip_logits
 from qvl_model.modules.text import Qwen3VLTextAttention, Qwen3VLTextMLP
 from qvl_model.modules.vision import Qwen3VLVisionAttention, Qwen3VLVisionMLP, give_memory_back
 from qvl_model.modules.vision_tables import provide_tables
-from qvl_model.quantization.convert import dequantize_model, formats_of, part_of, quantize_model
+from qvl_model.quantization.convert import (
+    dequantize_model,
+    formats_in,
+    formats_of,
+    is_quantized,
+    part_of,
+    quantize_model,
+)
 from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
 from qvl_model.replacements import MODEL_CLASSES, STOCK_CLASSES, replacement
 from qvl_model.self_check import why_stock
@@ -169,7 +176,8 @@ def accelerate(
         model.
     Raises: TypeError for another class or type; ValueError for meta weights, foreign quantisation, unsupported dtypes,
         unknown formats, parts or groups, and for quantising weights that are not finite, have an adapter merged into
-        them, or are quantised in another format. The model is then as it was.
+        them, or are quantised in another format; and for quantised layers on an untested version of transformers with
+        which they do not give stock's results. The model is then as it was.
     Example:
         >>> model = Qwen3VLForConditionalGeneration.from_pretrained(path)
         >>> model = qvl_model.accelerate(model)
@@ -182,20 +190,36 @@ def accelerate(
     inner = _base_model(model)
     _check(inner)
     qvl_kernels.use_huge_pages(())  # raises for a bad QVL_HUGE_PAGES before anything is changed
-    reason = why_stock(inner, _replace_modules)
+    reason = _why_stock(inner, formats, group, mlp_rows)
     if reason is not None:
+        if is_quantized(inner):
+            raise ValueError(f"accelerate: only qvl's layers can run quantised weights, and must not: {reason}")
         warnings.warn(f"qvl_model: the model stays stock: {reason}", stacklevel=2)
         return model
     _forget_fused_layers(inner)
-    quantize_model(inner, formats, group)
-    _replace_modules(inner)
-    for module in inner.modules():
-        if isinstance(module, _MLPS):
-            set_chunk_size(module, mlp_rows)
+    _change(inner, formats, group, mlp_rows)
     if hasattr(inner, "lm_head"):
         set_skip_logits(inner, skip_logits)
     qvl_kernels.use_huge_pages(_read_by_every_token(inner))
     return model
+
+
+def _why_stock(model: PreTrainedModel, formats: dict[str, str], group: int, mlp_rows: int | None) -> str | None:
+    """Why this version of transformers keeps the model stock, or None."""
+    formats = formats_in(model) | formats
+    return why_stock(
+        model,
+        lambda small: _change(small, formats, group, mlp_rows),
+        (tuple(sorted(formats.items())), group, mlp_rows),
+    )
+
+
+def _change(model: PreTrainedModel, formats: dict[str, str], group: int, mlp_rows: int | None) -> None:
+    quantize_model(model, formats, group)
+    _replace_modules(model)
+    for module in model.modules():
+        if isinstance(module, _MLPS):
+            set_chunk_size(module, mlp_rows)
 
 
 def _replace_modules(model: nn.Module) -> None:

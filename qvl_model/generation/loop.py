@@ -207,8 +207,8 @@ def _warn(error: StepFailed) -> None:
 
 
 def _foreign(model: nn.Module, *parts: object) -> bool:
-    """Whether any streamer, processor, criterion or hook of the call is not transformers' own. Such code may change the
-    model between two tokens.
+    """Whether code of the user runs between two tokens: a streamer, processor, criterion or hook. It may change the
+    model.
     """
     body = model.model.language_model
     modules = [
@@ -217,10 +217,18 @@ def _foreign(model: nn.Module, *parts: object) -> bool:
         if isinstance(module, nn.Module)
     ]
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules) or any(
-        part is not None
-        and (not type(part).__module__.startswith("transformers.") or type(part) is PrefixConstrainedLogitsProcessor)
-        for part in parts
+        part is not None and _is_foreign(part) for part in parts
     )
+
+
+def _is_foreign(part: object) -> bool:
+    """Whether an object is of the user's own class, or of transformers' with a function of the user's set on it or on
+    what it calls (a streamer's tokenizer).
+    """
+    theirs = type(part).__module__.startswith(("transformers.", "qvl_model."))
+    if not theirs or type(part) is PrefixConstrainedLogitsProcessor:
+        return True
+    return any(callable(value) and _is_foreign(value) for value in getattr(part, "__dict__", {}).values())
 
 
 def _begin(

@@ -20,6 +20,7 @@ __all__ = [
     "METHOD",
     "PARTS",
     "base_modules",
+    "formats_in",
     "formats_of",
     "is_quantized",
     "is_quantized_checkpoint",
@@ -64,6 +65,12 @@ def formats_of(weights: Weights) -> dict[str, str]:
                 f"accelerate: weights={name!r} is no format; accepted are None (as stored), {', '.join(FORMATS)}"
             )
     return {part: name for part, name in weights.items() if name is not None}
+
+
+def formats_in(model: nn.Module) -> dict[str, str]:
+    """Format of the quantised linear layers by part of the model."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    return {part_of(model, name): _format_of(module)[0] for name, module in layers}
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:

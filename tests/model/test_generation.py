@@ -9,13 +9,15 @@ from models import assert_close, inputs, pair, relative
 from transformers import DynamicCache, StaticCache, masking_utils
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import LogitsProcessor, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation.streamers import BaseStreamer, TextStreamer
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 import qvl_model
+from qvl_model import digits
 from qvl_model.compat import CACHE
 from qvl_model.generation import loop
 from qvl_model.generation.step_cpu import CpuStep
+from qvl_model.processing import load_processor
 
 ROWS = {
     "text": [[9]],
@@ -330,6 +332,29 @@ def test_what_changes_counts(change, when):
     assert_close(torch.stack(ours.logits), torch.stack(stock.logits))
     matters = change != "places in the cache swapped" or when == "by a streamer"  # any order suits an empty cache
     assert not matters or relative(torch.stack(stock.logits), torch.stack(before.logits)) > 1e-3
+
+
+@pytest.mark.parametrize("where", ["streamer", "tokenizer"])
+def test_a_function_on_a_stock_streamer_changes_the_model(where):
+    """It is the user's code, although the class of the streamer is transformers' own."""
+    outs, options = [], GREEDY | dict(return_dict_in_generate=True, output_logits=True)
+    for model in pair("odd"):
+        streamer, calls = TextStreamer(load_processor(digits.CHECKPOINT).tokenizer), []
+
+        def change(*args, model=model, calls=calls, **kwargs):
+            calls.append(args)
+            if len(calls) == 3:
+                _layer(model, 1).register_forward_hook(lambda module, args, out: out * 1.7)
+            return "x"
+
+        if where == "streamer":
+            streamer.on_finalized_text = change
+        else:
+            streamer.tokenizer.decode = change
+        outs.append(_generate(model, inputs([9]), **options, streamer=streamer))
+        assert len(calls) > 3
+    stock, ours = outs
+    assert_close(torch.stack(ours.logits), torch.stack(stock.logits))
 
 
 def test_two_models_take_turns(tokens):

@@ -15,8 +15,10 @@ import torch
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 import qvl_model
-from qvl_model import self_check
+from qvl_model import pretrained, self_check
+from qvl_model.compat import TESTED_TRANSFORMERS
 from qvl_model.modules import text
+from qvl_model.quantization.modules import PackedLinear
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,6 +96,50 @@ def test_wrong_tokens_alone_are_seen(untested, monkeypatch):
     monkeypatch.setattr("qvl_model.modules.decoder_layer.FusedLayer.of", lambda layer: None)
     with pytest.warns(UserWarning, match="logits of tokens differ"):
         assert not qvl_model.is_accelerated(qvl_model.accelerate(models.stock_model("small")))
+
+
+OPTIONS = [
+    {"weights": "int8"},
+    {"weights": "int4"},
+    {"weights": {"vision": "int8"}},
+    {"weights": "int4", "group": 32},
+    {"mlp_rows": 3},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_options_have_a_check_of_their_own(untested, dtype):
+    for options in ({}, *OPTIONS):
+        model = models.stock_model("small", dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert qvl_model.is_accelerated(qvl_model.accelerate(model, **options)), options
+    qvl_model.accelerate(models.stock_model("odd", dtype))
+    assert len(self_check._known) == len(OPTIONS) + 2 and set(self_check._known.values()) == {None}
+
+
+def test_quantised_layers_are_checked_too(untested, monkeypatch):
+    forward = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: forward(self, x) * 1.5)
+    monkeypatch.setattr("qvl_model.modules.decoder_layer.FusedLayer.of", lambda layer: None)
+    model = models.stock_model("small")
+    with pytest.warns(UserWarning, match="differ"):
+        assert not qvl_model.is_accelerated(qvl_model.accelerate(model, weights="int8"))
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def test_quantised_checkpoints_do_not_become_stock(untested, monkeypatch, tmp_path):
+    """There is no stock model that could run their weights."""
+    with monkeypatch.context() as patch:
+        patch.setattr(self_check.transformers, "__version__", TESTED_TRANSFORMERS[-1])
+        saved = qvl_model.accelerate(models.stock_model("small"), weights="int8")
+        saved.save_pretrained(tmp_path)
+    assert qvl_model.is_accelerated(saved)
+    assert qvl_model.is_accelerated(pretrained.load(tmp_path))
+    monkeypatch.setattr(self_check, "_known", {})
+    monkeypatch.setattr(stock.Qwen3VLTextRMSNorm, "forward", lambda self, x: x * 1.5 * self.weight)
+    with pytest.raises(ValueError, match=r"only qvl's layers can run quantised weights.*5\.99\.0"):
+        pretrained.load(tmp_path)
 
 
 FUTURE = r"""
