@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import report
+from bench import report, timing
 from bench.gpu import report as gpu_report
 from bench.gpu.targets import speed
 
@@ -18,6 +18,7 @@ RESULTS = ROOT / "bench" / "results"
 CHART = RESULTS / "overview.png"
 # The result files that the pages show.
 CPU, OLDER_CPU, QVL, GPU = "zen5", "zen4", "zen5-qvl", "nvidia-h100-80gb-hbm3"
+ONE_LOOP = "one-loop"  # bench/compare.py against the commit before the one loop of generate
 
 
 def markers(name: str) -> tuple[str, str]:
@@ -214,11 +215,28 @@ def _cpu_table(name: str) -> Callable[[Path], str]:
     return lambda folder: report.markdown_table(_load(folder, name))
 
 
+def checkouts(folder: Path) -> str:
+    """What bench/compare.py found: tokens per second of two checkouts, medians, and the range of the pairs' ratios."""
+    result = _load(folder, ONE_LOOP)
+    names = {"generate": "`generate`", "loop": "a loop of one's own", "prompt": "a prompt"}
+    rows = []
+    for row in result["rows"]:
+        ratios = [this / that for that, this in row["pairs"]]
+        that, this = (timing.median([pair[side] for pair in row["pairs"]]) for side in (0, 1))
+        speeds = (f"{that:.2f}", f"{this:.2f}", f"{row['median']:.3f}", f"{min(ratios):.2f} to {max(ratios):.2f}")
+        rows.append((row["weights"], names[row["kind"]], str(row["rows"]), *speeds))
+    machine = result["machine"]
+    header = ("weights", "call", "rows", f"{result['other']}, tok/s", "then, tok/s", "ratio", "range of the pairs")
+    about = f"{machine['cpu']}, {machine['cores']} cores, {' '.join(machine['cpu_flags'])}; commit {machine['commit']}"
+    return f"{_table(header, rows)}\n\n{len(result['rows'][0]['pairs'])} interleaved pairs; {about}."
+
+
 SECTIONS: dict[tuple[str, str], Callable[[Path], str]] = {
     ("README.md", "front"): front,
     ("docs/benchmarks.md", "cpu"): _cpu_table(CPU),
     ("docs/benchmarks.md", "older cpu"): _cpu_table(OLDER_CPU),
     ("docs/benchmarks.md", "qvl"): _cpu_table(QVL),
+    ("docs/benchmarks.md", "one loop"): checkouts,
     ("docs/benchmarks.md", "gpu"): gpu_report.markdown_section,
     ("docs/accuracy.md", "accuracy"): accuracy,
     ("docs/training.md", "keys"): training_keys,
