@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bench import greedy
 from bench.checkpoint_files import FULL_CONFIG, IMAGE_PROCESSOR, special_token_ids, write_json
-from bench.targets import NOTES, PACKED_TARGETS, PEER_NOTES, PEER_TARGETS, QVL_NOTES, QVL_TARGETS, TARGETS, Target
+from bench.targets import NOTES, PEER_NOTES, PEER_TARGETS, QUANTIZED_TARGETS, QVL_NOTES, QVL_TARGETS, TARGETS, Target
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
@@ -66,7 +66,7 @@ class Qwen3VL(Family):
         "Qwen3-VL: stock transformers (sdpa, bf16) and accelerated",
         "Qwen3-VL-2B architecture",
     )
-    shipped, targets, notes = "digits", [*TARGETS, *PACKED_TARGETS, *PEER_TARGETS], [*NOTES, *PEER_NOTES]
+    shipped, targets, notes = "digits", [*TARGETS, *QUANTIZED_TARGETS, *PEER_TARGETS], [*NOTES, *PEER_NOTES]
 
     def full_config(self) -> dict:
         return FULL_CONFIG

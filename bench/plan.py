@@ -18,7 +18,7 @@ __all__ = ["AVX2", "Options", "run", "steps"]
 
 # An AVX2 machine, simulated: our kernels, PyTorch's own and oneDNN's.
 AVX2 = {"QVL_CPU_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-PACKED = ("int8", "int4")
+QUANTIZED = ("int8", "int4")
 MATCHING = {
     "bf16": "ours",
     "Q8_0": "int8",
@@ -59,7 +59,7 @@ class Options:
         """The interleaved variants: "stock" and keys of ``session.ACCELERATED``, "ours" (accelerated, weights as
         stored) among them.
         """
-        return ("stock", "ours", *(PACKED if self.packed else ()))
+        return ("stock", "ours", *(QUANTIZED if self.packed else ()))
 
 
 Workers = dict[str, Worker]  # by variant
@@ -192,7 +192,7 @@ def _other_engines(options: Options, folder: Path, step: Callable[[str], None]) 
     ready, skipped = prepared(engines_of(Path(options.model)), lambda text: None)
     times: dict = {}
     with ExitStack() as stack:
-        ours = {variant: stack.enter_context(Worker(f"{variant} bf16")) for variant in ("ours", *PACKED)}
+        ours = {variant: stack.enter_context(Worker(f"{variant} bf16")) for variant in ("ours", *QUANTIZED)}
         step(f"loading {', '.join(ours)}")
         for variant, worker in ours.items():
             threads = _load(worker, options, variant, "bf16")["threads"]
@@ -254,11 +254,11 @@ def run(options: Options, step: Callable[[str], None]) -> dict[str, object]:
         )
         raw["errors"] |= {f"{dtype}_float64": pair for dtype, pair in errors.items()}
         if options.packed:
-            step("layers of packed weights against the same rounded numbers")
+            step("layers of quantised weights against the same rounded numbers")
             raw["layer_cosines"] = worker.ask(
                 "cosines",
                 path=options.model,
-                weights=PACKED,
+                weights=QUANTIZED,
                 layers=options.layers,
                 image_size=options.image_size,
                 text_tokens=options.text_tokens,

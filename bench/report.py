@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.families import FAMILIES, Family
-from bench.targets import Target, verdict
+from bench.targets import QUANTIZED, Target, verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,7 +115,7 @@ def print_table(result: dict, console: "Console") -> None:
         console.print(f"slow path taken: {case}", style="yellow")
     for name, reason in result["raw"].get("peers", {}).get("skipped", {}).items():
         console.print(f"peer {name} left out: {reason}", style="yellow")
-    for option in ("packed", "peers", "all"):
+    for option in (QUANTIZED, "peers", "all"):
         unmeasured = [
             target.label
             for target in family_of_result(result).targets
@@ -184,7 +184,7 @@ def markdown_table(result: dict) -> str:
     lines += ["| " + " | ".join(row) + " |" for row in [*rows(result), *accuracy_rows(result)]]
     command = "make bench-all" if result["options"]["all"] else "make bench"
     command += "" if family_of_result(result).name == "qwen3-vl" else f" FAMILY={family_of_result(result).name}"
-    extra = [f"--{option}" for option in ("packed", "peers") if result["options"].get(option)]
+    extra = [f"--{option}" for option in (QUANTIZED, "peers") if result["options"].get(option)]
     command += f' ARGS="{" ".join(extra)}"' if extra and not result["options"]["all"] else ""
     lines += [
         "",

@@ -4,15 +4,18 @@ from dataclasses import dataclass
 
 __all__ = [
     "NOTES",
-    "PACKED_TARGETS",
     "PEER_NOTES",
     "PEER_TARGETS",
+    "QUANTIZED",
+    "QUANTIZED_TARGETS",
     "QVL_NOTES",
     "QVL_TARGETS",
     "TARGETS",
     "Target",
     "verdict",
 ]
+
+QUANTIZED = "packed"  # the option for quantised weights: its name on the command line and in result files
 
 
 @dataclass(frozen=True)
@@ -60,30 +63,30 @@ TARGETS = [
     Target("avx2_decode_fp32", "AVX2: decode, against stock fp32", at_least=1.0, needs="all"),
 ]
 # Near the roofline: stricter bounds for bf16, quantised weights, and other engines at the same precision.
-PACKED_TARGETS = [
-    Target("decode_share", "decode, bf16, share of read bandwidth", at_least=0.90, unit="%", needs="packed"),
-    Target("ttft", "time to first token, image + text, bf16", at_least=1.9, needs="packed"),
-    Target("decode_int8", "decode, int8", at_least=3.0, needs="packed"),
-    Target("decode_int4", "decode, int4", at_least=4.8, needs="packed"),
-    Target("prefill_int8", "text prefill, int8", at_least=4.5, needs="packed"),
-    Target("ttft_int8", "time to first token, image + text, int8", at_least=4.5, needs="packed"),
-    Target("ttft_long_int8", "time to first token, two large images, int8", at_least=4.5, needs="packed"),
-    Target("batch_int8", "decode, batch of 8, int8", at_least=4.0, needs="packed"),
-    Target("peak_rss_long_int8", "peak RSS of the whole run, int8", at_most=0.6, needs="packed"),
-    Target("peak_rss_long_int4", "peak RSS of the whole run, int4", at_most=0.5, needs="packed"),
+QUANTIZED_TARGETS = [
+    Target("decode_share", "decode, bf16, share of read bandwidth", at_least=0.90, unit="%", needs=QUANTIZED),
+    Target("ttft", "time to first token, image + text, bf16", at_least=1.9, needs=QUANTIZED),
+    Target("decode_int8", "decode, int8", at_least=3.0, needs=QUANTIZED),
+    Target("decode_int4", "decode, int4", at_least=4.8, needs=QUANTIZED),
+    Target("prefill_int8", "text prefill, int8", at_least=4.5, needs=QUANTIZED),
+    Target("ttft_int8", "time to first token, image + text, int8", at_least=4.5, needs=QUANTIZED),
+    Target("ttft_long_int8", "time to first token, two large images, int8", at_least=4.5, needs=QUANTIZED),
+    Target("batch_int8", "decode, batch of 8, int8", at_least=4.0, needs=QUANTIZED),
+    Target("peak_rss_long_int8", "peak RSS of the whole run, int8", at_most=0.6, needs=QUANTIZED),
+    Target("peak_rss_long_int4", "peak RSS of the whole run, int4", at_most=0.5, needs=QUANTIZED),
     Target(
         "layer_cosine_int8",
         "int8 layers, least cosine with the same rounded numbers",
         at_least=0.9999,
         unit="cosine",
-        needs="packed",
+        needs=QUANTIZED,
     ),
     Target(
         "layer_cosine_int4",
         "int4 layers, least cosine with the same rounded numbers",
         at_least=0.9999,
         unit="cosine",
-        needs="packed",
+        needs=QUANTIZED,
     ),
 ]
 PEER_TARGETS = [
@@ -104,16 +107,20 @@ PEER_NOTES = [
     Target("decode_ours_llama.cpp_bf16", "decode, bf16, against llama.cpp bf16", needs="peers"),
     Target("decode_ours_ik_llama.cpp_bf16", "decode, bf16, against ik_llama.cpp bf16", needs="peers"),
 ]
-PACKED_NOTES = [
-    Target("decode_share_int8", "decode, int8, share of read bandwidth", unit="%", needs="packed"),
-    Target("decode_share_int4", "decode, int4, share of read bandwidth", unit="%", needs="packed"),
-    Target("vision_int8", "vision encode, one image, int8", needs="packed"),
-    Target("prefill_int4", "text prefill, int4", needs="packed"),
-    Target("ttft_int4", "time to first token, image + text, int4", needs="packed"),
-    Target("batch", "decode, batch of 8, bf16", needs="packed"),
-    Target("batch_int4", "decode, batch of 8, int4", needs="packed"),
+QUANTIZED_NOTES = [
+    Target("decode_share_int8", "decode, int8, share of read bandwidth", unit="%", needs=QUANTIZED),
+    Target("decode_share_int4", "decode, int4, share of read bandwidth", unit="%", needs=QUANTIZED),
+    Target("vision_int8", "vision encode, one image, int8", needs=QUANTIZED),
+    Target("prefill_int4", "text prefill, int4", needs=QUANTIZED),
+    Target("ttft_int4", "time to first token, image + text, int4", needs=QUANTIZED),
+    Target("batch", "decode, batch of 8, bf16", needs=QUANTIZED),
+    Target("batch_int4", "decode, batch of 8, int4", needs=QUANTIZED),
 ]
-NOTES = [Target("prefill", "text prefill"), Target("peak_rss_long", "peak RSS after the large images"), *PACKED_NOTES]
+NOTES = [
+    Target("prefill", "text prefill"),
+    Target("peak_rss_long", "peak RSS after the large images"),
+    *QUANTIZED_NOTES,
+]
 
 QVL_TARGETS = [
     Target("decode", "decode, bf16 weights", at_least=1.6),
@@ -123,8 +130,8 @@ QVL_TARGETS = [
     Target("error_bf16_float64", "error, bf16, 4 layers against float64", at_most=1.1),
     Target("error_fp32_float64", "error, fp32, 4 layers against float64", at_most=1.1),
     Target("greedy_fp32", "greedy tokens equal, fp32, odd configs", at_least=1.0, unit="%"),
-    Target("decode_int8", "decode, int8", at_least=3.0, needs="packed"),
-    Target("ttft_int8", "time to first token, image + text, int8", at_least=3.5, needs="packed"),
+    Target("decode_int8", "decode, int8", at_least=3.0, needs=QUANTIZED),
+    Target("ttft_int8", "time to first token, image + text, int8", at_least=3.5, needs=QUANTIZED),
 ]
 QVL_NOTES = [
     Target("decode_share", "decode, share of read bandwidth", unit="%"),

@@ -60,31 +60,31 @@ def instruction_set(isa: str) -> Iterator[None]:
         extension.use_isa(before)
 
 
-def relative_error(out: torch.Tensor, truth: torch.Tensor) -> float:
-    """||out - truth|| / ||truth|| in float64; ``truth`` is the fp64 reference."""
-    out, truth = out.double(), truth.double()
-    norm = truth.norm().item()
-    return (out - truth).norm().item() / (norm if norm > 0 else 1.0)
+def relative_error(out: torch.Tensor, golden: torch.Tensor) -> float:
+    """||out - golden|| / ||golden|| in float64; ``golden`` is the fp64 reference."""
+    out, golden = out.double(), golden.double()
+    norm = golden.norm().item()
+    return (out - golden).norm().item() / (norm if norm > 0 else 1.0)
 
 
 def assert_close_to_truth(
-    out: torch.Tensor, baseline: torch.Tensor, truth: torch.Tensor, *, factor: float = 2.0, floor: float | None = None
+    out: torch.Tensor, baseline: torch.Tensor, golden: torch.Tensor, *, factor: float = 2.0, floor: float | None = None
 ) -> None:
-    """``out`` must be at most ``factor`` times as far from the fp64 reference ``truth`` as PyTorch in the working
+    """``out`` must be at most ``factor`` times as far from the fp64 reference ``golden`` as PyTorch in the working
     dtype.
 
     ``floor`` (default: 2 units in the last place of out's dtype) is allowed whatever the baseline's error.
     """
-    assert out.shape == truth.shape, f"shape {tuple(out.shape)}, expected {tuple(truth.shape)}"
+    assert out.shape == golden.shape, f"shape {tuple(out.shape)}, expected {tuple(golden.shape)}"
     assert out.dtype == baseline.dtype, f"dtype {out.dtype}, expected {baseline.dtype}"
     floor = 2 * torch.finfo(out.dtype).eps if floor is None else floor
-    error, limit = relative_error(out, truth), max(factor * relative_error(baseline, truth), floor)
+    error, limit = relative_error(out, golden), max(factor * relative_error(baseline, golden), floor)
     if not error <= limit:  # also catches NaN
-        difference = (out.double() - truth.double()).abs().nan_to_num(nan=float("inf"))
+        difference = (out.double() - golden.double()).abs().nan_to_num(nan=float("inf"))
         worst = int(difference.argmax())
         raise AssertionError(
             f"relative error {error:.3e} > {limit:.3e}; worst element {worst} of shape {tuple(out.shape)}: "
-            f"got {out.flatten()[worst].item()}, truth {truth.flatten()[worst].item()}"
+            f"got {out.flatten()[worst].item()}, golden {golden.flatten()[worst].item()}"
         )
 
 

@@ -26,7 +26,7 @@ def why_not(body: nn.Module) -> str | None:
     for index, layer in enumerate(body.layers):
         fusion = getattr(layer, "fusion", None)
         if fusion is not None and not _fusion_is_eligible(fusion, body.norm.weight.dtype):
-            return f"the cross-attention of decoder layer {index} is not plain"
+            return f"the cross-attention of decoder layer {index} is not eligible for the fast path"
     return None
 
 

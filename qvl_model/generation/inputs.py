@@ -20,12 +20,12 @@ def body_why_not(body: nn.Module) -> str | None:
         else None
     )
     if weight is None or weight.dtype is not body.norm.weight.dtype:
-        return "the embedding is not plain"
+        return "the embedding is not eligible for the fast path"
     if not masks_as_stock(body.config):
         return "another function makes attention masks"
     for index, layer in enumerate(body.layers):
         if plain_fused_layer(layer, body.norm.weight.dtype) is None:
-            return f"decoder layer {index} is not plain"
+            return f"decoder layer {index} is not eligible for the fast path"
     if len(set(cache_indices(body))) < len(body.layers):
         return "decoder layers share a place in the cache"
     return None

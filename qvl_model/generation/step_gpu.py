@@ -130,9 +130,9 @@ def why_not(model: nn.Module) -> str | None:
     ):
         return "hooks, which a graph would not call, or tensors that are no parameters or buffers"
     if type(body.norm) is not text.Qwen3VLTextRMSNorm or type(lm_head) not in (head.Linear, PackedLinear):
-        return "the last norm or the head is not plain"
+        return "the last norm or the head is not eligible for the fast path"
     if lm_head._parameters.get("weight") is None:
-        return "the head is not plain"
+        return "the head is not eligible for the fast path"
     if lm_head._parameters["weight"].dtype is not body.norm.weight.dtype:
         return "the head has another dtype"
     return body_why_not(body) or images.why_not(body)

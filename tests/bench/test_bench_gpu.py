@@ -91,7 +91,7 @@ def test_contestants_take_turns():
     [
         gpu_kernels._elementwise("small swiglu", "swiglu", {"gate": (6, 64), "up": (6, 64)}, 3 * 6 * 64),
         gpu_kernels._attention("small attention", 2, 12, 4, 2, 32, causal=True),
-        gpu_kernels._attention("small packed", 2, 12, 4, 4, 32, causal=False, varlen=True),
+        gpu_kernels._attention("small varlen", 2, 12, 4, 4, 32, causal=False, varlen=True),
         gpu_kernels._cross_attention(2, 5, 20, 4, 32),
         gpu_kernels._decode_attention("small decode", 2, 20, 4, 2, 32),
         gpu_kernels._linear_cross_entropy(9, 64, 32),

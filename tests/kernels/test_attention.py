@@ -340,7 +340,7 @@ def test_decode_refuses_gradients():
 
 
 Q, KV = torch.zeros(2, 3, 4, 8), torch.zeros(2, 5, 2, 8)
-PACKED = torch.zeros(6, 2, 8)
+VARLEN = torch.zeros(6, 2, 8)
 BAD = {
     "heads": ({"q": Q[:, :, :3]}, ValueError, "multiple"),
     "head_dim": ({"q": Q[..., :4]}, ValueError, "head_dim"),
@@ -374,9 +374,9 @@ def test_bad_arguments(name):
 @pytest.mark.parametrize("name", BAD_BOUNDS)
 def test_bad_cu_seqlens(name):
     with pytest.raises(ValueError, match="cu_seqlens"):
-        qvl_kernels.attention(PACKED, PACKED, PACKED, cu_seqlens=BAD_BOUNDS[name].int())
+        qvl_kernels.attention(VARLEN, VARLEN, VARLEN, cu_seqlens=BAD_BOUNDS[name].int())
     with pytest.raises(TypeError, match="int32"):
-        qvl_kernels.attention(PACKED, PACKED, PACKED, cu_seqlens=torch.tensor([0, 6]))
+        qvl_kernels.attention(VARLEN, VARLEN, VARLEN, cu_seqlens=torch.tensor([0, 6]))
 
 
 @pytest.mark.parametrize("lengths", [0, 6, -1, torch.tensor([5, 6]), torch.tensor([0, 5])])

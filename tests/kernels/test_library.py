@@ -15,12 +15,12 @@ def _rand(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-PACKED = quantization.quantize(_rand(5, 40), 8)
+QUANTIZED = quantization.quantize(_rand(5, 40), 8)
 CALLS = {
     rms_norm_op: (_rand(3, 40), _rand(40), 1e-6),
     add_rms_norm_op: (_rand(3, 40), _rand(3, 40), _rand(40), 1e-6),
     linear_op: (_rand(3, 40), _rand(5, 40), None),
-    quantized_linear_op: (_rand(3, 40), PACKED.values, PACKED.scales, _rand(5)),
+    quantized_linear_op: (_rand(3, 40), QUANTIZED.values, QUANTIZED.scales, _rand(5)),
 }
 
 

@@ -92,7 +92,7 @@ ACTIVATIONS = {
     "linear_cross_entropy": (("hidden",), ("none", "sum_smoothed", "whole_tiles")),
     "qk_norm_rope": (("q", "k"), ("odd_half",)),
     "vision_rope": (("q", "k"), ("odd",)),
-    "attention": (("q", "k", "v"), ("one_query", "odd_head_dim", "packed")),
+    "attention": (("q", "k", "v"), ("one_query", "odd_head_dim", "varlen")),
     "cross_attention": (("q", "k", "v"), ("lengths", "one_query")),
     "decode_attention": (("q", "k_cache", "v_cache"), ("lengths",)),
     "decoder_layer": (("x",), ("odd_decode",)),

@@ -311,8 +311,8 @@ REASONS = {
     "several devices": CHANGES["devices"],
     "change with the length": lambda model, patch: patch.setattr(_rotary(model), "rope_type", "dynamic"),
     "hooks": lambda model, patch: patch.callback(_rotary(model).register_forward_hook(lambda *_: None).remove),
-    "decoder layer 1 is not plain": _hook,
-    "decoder layer 0 is not plain": lambda model, patch: (
+    "decoder layer 1 is not eligible for the fast path": _hook,
+    "decoder layer 0 is not eligible for the fast path": lambda model, patch: (
         patch.setattr(_attention(model), "training", True),
         patch.setattr(_attention(model), "attention_dropout", 0.1),
     ),

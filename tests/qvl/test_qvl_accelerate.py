@@ -56,7 +56,7 @@ def test_fp32_is_the_plain_model(name, batch):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_error_against_the_truth_is_no_larger_than_the_plain_models(name, dtype):
+def test_error_against_the_fp64_reference_is_no_larger_than_the_plain_models(name, dtype):
     """Summed over weights and inputs to average out noise."""
     errors = {"plain": 0.0, "accelerated": 0.0}
     for seed in range(6):

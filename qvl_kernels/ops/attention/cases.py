@@ -75,7 +75,7 @@ CASES = [
     _case("odd_head_dim", 1, 33, 17, 3, 3, 15),
     _case("head_dim_72", 1, 20, 20, 2, 2, 72, layout="bhtd"),
     _case("head_dim_256", 1, 7, 40, 2, 1, 256),
-    _case("packed", 0, 0, 0, 4, 4, 20, lengths=[4, 0, 1, 67, 130]),
+    _case("varlen", 0, 0, 0, 4, 4, 20, lengths=[4, 0, 1, 67, 130]),
     _case("varlen_causal", 0, 0, 0, 4, 2, 16, lengths=[3, 200], causal=True),
     _case("bool_mask", 2, 30, 45, 4, 2, 16, mask="bool"),
     _case("additive_mask", 2, 30, 45, 4, 2, 16, mask="additive"),

@@ -43,7 +43,7 @@ def tensors_of(weight: torch.Tensor | QuantizedWeight) -> tuple[torch.Tensor, ..
 def unsupported_scales(*weights: torch.Tensor | QuantizedWeight | None) -> str | None:
     """Why the fast backends cannot take the scales of the weights, or None."""
     wide = any(isinstance(weight, QuantizedWeight) and weight.scales.dtype is torch.float64 for weight in weights)
-    return "scales of torch.float64 (the tests' truth)" if wide else None
+    return "scales of torch.float64 (the tests' fp64 reference)" if wide else None
 
 
 def placeholder(op: str, weight: torch.Tensor | QuantizedWeight | None, x: torch.Tensor) -> torch.Tensor | None:
