@@ -2,9 +2,11 @@
 
 import copy
 import threading
+import time
 
 import pytest
 import torch
+from gpu_steps import begun, offer
 from models import assert_close, inputs, pair, relative
 from transformers import DynamicCache, StaticCache, masking_utils
 from transformers.cache_utils import DynamicLayer
@@ -38,6 +40,15 @@ def tokens(monkeypatch):
     seen, run = [], CpuStep.run
     monkeypatch.setattr(CpuStep, "run", lambda *args: seen.append(1) or run(*args))
     return seen
+
+
+@pytest.fixture(params=["CPU step", "GPU step"])
+def steps(request, tokens, monkeypatch):
+    """What the step of the device has run: tokens, or the steps that began on the GPU, here without graphs."""
+    if request.param == "CPU step":
+        return tokens
+    offer(monkeypatch)
+    return begun(monkeypatch)
 
 
 def _generate(model, batch, **options):
@@ -133,6 +144,36 @@ def test_streamer_sees_the_same(models, tokens):
     assert streamers[0].seen == streamers[1].seen and streamers[1].ended == 1 and tokens
 
 
+class _Slow(BaseStreamer):
+    """Sleeps at each token; keeps tokens and the time before and after each."""
+
+    def __init__(self):
+        self.seen, self.before, self.after = [], [], []
+
+    def put(self, value):
+        self.before.append(time.time())
+        self.seen += value.reshape(-1).tolist()
+        time.sleep(0.1)
+        self.after.append(time.time())
+
+    def end(self):
+        self.ended = time.time()
+
+
+def test_time_is_over(models, steps):
+    """``max_time`` ends generation after the first token that is late, and not before; true on a slow machine too."""
+    seen, limit = [], 0.4
+    for model in models:
+        streamer = _Slow()
+        out = _generate(model, inputs([9]), do_sample=False, max_new_tokens=60, max_time=limit, streamer=streamer)
+        assert streamer.seen == out[0].tolist()
+        seen.append(streamer.seen[9:])
+        assert 1 <= len(seen[-1]) <= 5 and streamer.ended - streamer.after[0] > limit  # the first is the prompt
+        assert len(seen[-1]) == 1 or streamer.after[-2] - streamer.before[1] <= limit
+    shared = min(map(len, seen))
+    assert seen[0][:shared] == seen[1][:shared]
+
+
 def test_two_threads_share_a_model(models, tokens):
     stock, ours = models
     batches = [inputs([n]) for n in (5, 9, 3, 12)]
@@ -188,7 +229,7 @@ def test_next_turns(models, tokens):
 
 
 @pytest.mark.parametrize("rows", [[[9]], [[9], [4]]], ids=["one row", "left padding"])
-def test_prefill_in_chunks(models, rows):
+def test_prefill_in_chunks(models, steps, rows):
     options = GREEDY | dict(prefill_chunk_size=4)
     try:
         _generate(models[0], inputs(*rows), **options, **{CACHE: DynamicCache()})
@@ -197,11 +238,12 @@ def test_prefill_in_chunks(models, rows):
             _generate(models[1], inputs(*rows), **options, **{CACHE: DynamicCache()})
         return
     _same(models, inputs(*rows), **options, **{CACHE: DynamicCache()})
+    assert steps
 
 
 @pytest.mark.parametrize("positions", [False, True])
 @pytest.mark.parametrize("mask", ["right", "holes", "none"])
-def test_other_masks_and_positions(models, mask, positions):
+def test_other_masks_and_positions(models, steps, mask, positions):
     batch = inputs([9], [9])
     shown = torch.ones(2, 9, dtype=torch.long)
     if mask == "right":
@@ -214,6 +256,7 @@ def test_other_masks_and_positions(models, mask, positions):
     if positions:
         batch["position_ids"] = torch.arange(3, 12).expand(3, 2, -1)
     _same(models, batch, **GREEDY)
+    assert steps
 
 
 def test_embeddings_as_prompt(models, tokens):
