@@ -98,6 +98,24 @@ def test_extension_needs_no_torch_headers():
     assert not wrong
 
 
+PRIVATE_LAYOUT = re.compile(
+    r"(->|\.)(ob|f|co|tp)_\w+|\b_?Py\w*(Object|Frame|Code|ThreadState|InterpreterState)\b|\bPy_TYPE\b|\bPyTensor\b"
+    r"|\bTHP\w+|\b(TensorImpl|StorageImpl)\b|internal/pycore_|offsetof|reinterpret_cast<[^>]*>\(\w+\.ptr\(\)\)"
+)
+
+
+def test_extension_knows_no_layout_of_python_or_torch_objects():
+    """Their sizes and fields change with versions; pybind11 and the pointers that Python passes are enough."""
+    examples = ("x->ob_type", "frame->f_code", "(PyObject*)x", "PyTensor", "THPVariable_Check(x)", "c10::TensorImpl")
+    assert all(PRIVATE_LAYOUT.search(example) for example in examples)
+    wrong = [
+        (file.name, found[0])
+        for file in (ROOT / "csrc").rglob("*")
+        if file.is_file() and (found := PRIVATE_LAYOUT.search(file.read_text()))
+    ]
+    assert not wrong
+
+
 @pytest.mark.parametrize("folder", OP_FOLDERS, ids=lambda folder: folder.name)
 def test_op_folder_is_complete(folder):
     assert (folder / "reference.py").is_file() and (folder / "cases.py").is_file()
