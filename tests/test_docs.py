@@ -47,6 +47,8 @@ def _code(text: str) -> list[str]:
 
 def test_the_front_page_is_short():
     assert len(_text("README.md").splitlines()) <= 150
+    example = next(code for code, _ in _python_blocks("README.md") if "generate(" in code)
+    assert len([line for line in example.splitlines() if line]) <= 12
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -219,6 +221,14 @@ def test_every_example_is_tested():
 
 GAP = "…"  # stands for the values of a message
 NOT_FOR_USERS = ("testing.py",)
+WARNS = re.compile(r"(warnings\.warn|logger\.warning(_once)?)")
+# Thrown where Python passes codes of its own; nobody who calls a public function sees them.
+INTERNAL = {
+    f"dtype code must be 0 (fp32), 1 (bf16) or 2 (fp16), got {GAP}",
+    f"format must be 0 (dense), 1 (int8) or 2 (int4), got {GAP}",
+    "weight must be int8 or int4",
+    "decoder_layers: every layer needs an output and a cache",
+}
 
 
 def _documented() -> list[str]:
@@ -241,7 +251,7 @@ def _message(node: ast.expr | None, constants: dict[str, str]) -> str:
 
 
 def _raised() -> dict[str, str]:
-    """Messages of raise and warn -> the file."""
+    """Messages of raise, warnings and the logger, and of the extension -> the file."""
     found = {}
     for file in [*ROOT.glob("qvl_model/**/*.py"), *ROOT.glob("qvl_kernels/**/*.py")]:
         tree = ast.parse(file.read_text())
@@ -252,10 +262,27 @@ def _raised() -> dict[str, str]:
         }
         for node in ast.walk(tree):
             call = node.exc if isinstance(node, ast.Raise) else node
-            warns = isinstance(call, ast.Call) and ast.unparse(call.func) == "warnings.warn"
+            warns = isinstance(call, ast.Call) and WARNS.fullmatch(ast.unparse(call.func))
             if isinstance(call, ast.Call) and call.args and (isinstance(node, ast.Raise) or warns):
                 found[_message(call.args[0], constants)] = file.name
+    for file in ROOT.glob("csrc/**/*.*"):
+        for thrown in re.findall(r"throw [\w:]+\((.*?)\);", file.read_text(), flags=re.DOTALL):
+            found[_thrown(thrown)] = file.name
     return found
+
+
+def _thrown(code: str) -> str:
+    """The text of a message in C++, with GAP for values: literals that stand side by side are one."""
+    parts = re.split(r'"((?:[^"\\]|\\.)*)"', code)  # literals are at the odd places
+    return "".join(part if i % 2 else GAP if part.strip() else "" for i, part in enumerate(parts))
+
+
+def test_messages_are_found():
+    assert _thrown('"a " + std::to_string(b) +\n "c "\n "d"') == f"a {GAP}c d"
+    found = _raised()
+    for file in ("configuration.py", "inputs.py", "attention.cpp", "linear.cpp", "common.h", "dispatch.cpp"):
+        assert file in found.values(), file
+    assert found.keys() >= INTERNAL
 
 
 def test_every_message_has_a_way_out():
@@ -266,6 +293,7 @@ def test_every_message_has_a_way_out():
         if re.search(r"[a-z]{3}.*[a-z]{3} ", message)  # messages of values alone repeat another message
         and message != f"qvl_kernels: {GAP}"
         and file not in NOT_FOR_USERS
+        and message not in INTERNAL
         and not any(pattern.match(message) for pattern in patterns)
     }
     assert not missing, "docs/troubleshooting.md lacks these messages"
