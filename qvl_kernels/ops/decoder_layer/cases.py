@@ -2,7 +2,7 @@
 
 import torch
 
-from qvl_kernels.ops.decoder_layer.api import DecoderWeights
+from qvl_kernels.ops.decoder_layer.call import DecoderWeights
 from qvl_kernels.testing import Case, random_tensor
 
 __all__ = ["CASES"]

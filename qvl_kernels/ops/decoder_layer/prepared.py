@@ -9,8 +9,8 @@ from qvl_kernels import checks, dispatch
 from qvl_kernels.gpu import device as gpu_device
 from qvl_kernels.library import has_memory, is_eligible, needs_dispatcher
 from qvl_kernels.ops.attention.api import unsupported_heads
-from qvl_kernels.ops.decoder_layer.api import OP, DecoderWeights, check_type, check_weights, decoder_layer
 from qvl_kernels.ops.decoder_layer.caches import check_caches
+from qvl_kernels.ops.decoder_layer.call import OP, DecoderWeights, check_type, check_weights, run_decoder_layer
 from qvl_kernels.ops.decoder_layer.cpu import cache_handle, layer_handle, run_extension_layers, run_to_last
 from qvl_kernels.ops.decoder_layer.unfused import unfused_decoder_layer
 from qvl_kernels.ops.linear.onednn import MIN_ROWS
@@ -207,7 +207,7 @@ class PreparedDecoderLayer:
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """The layer with all checks, for calls that are not eligible."""
-        return decoder_layer(
+        return run_decoder_layer(
             x,
             self.weights,
             cos,

@@ -4,7 +4,7 @@ import torch
 
 from qvl_kernels import checks, dispatch
 from qvl_kernels.ops.attention.api import unsupported_heads
-from qvl_kernels.ops.decoder_layer.api import NO_BACKWARD, OP, DecoderWeights, check_call
+from qvl_kernels.ops.decoder_layer.call import NO_BACKWARD, OP, DecoderWeights, check_call
 from qvl_kernels.ops.decoder_layer.prepared import PreparedDecoderLayer
 from qvl_kernels.ops.decoder_layer.reference import decoder_layer_reference
 from qvl_kernels.ops.linear.weights import placeholder, unsupported_scales
