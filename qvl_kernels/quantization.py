@@ -2,14 +2,18 @@
 and in memory.
 
 int8  symmetric, one fp32 scale per output row: w[n, k] = scales[n, 0] * values[n, k], values int8 in [-127, 127].
-int4  symmetric, one bf16 scale per row and group of ``group`` inputs (32, 64 or 128): w[n, k] = scales[n, k // group] *
-      (nibble - 8): zero-point 8, nibbles in [0, 15]. In each block of 32 inputs, byte j of 16 holds input j in its low
-      and input j + 16 in its high nibble. K is padded with zeros to a whole number of groups.
+int4  one bf16 or fp16 scale and one zero-point in [0, 15] per row and group of ``group`` inputs (32, 64 or 128):
+      w[n, k] = scales[n, k // group] * (nibble - zero), nibbles in [0, 15]. Symmetric weights store no zero-points: all
+      are 8.
+      In each block of 32 inputs, byte j of 16 holds input j in its low and input j + 16 in its high nibble. Zero-points
+      lie two in a byte, the even group's in the low nibble: 4 + 16 / 32 + 4 / 32 = 4.625 bits a weight in groups of 32.
+      K is padded with zeros to a whole number of groups.
 
 On the CPU activations are rounded to int8 too, one scale per row and group of inputs: see ``quantize_activations``.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +32,8 @@ __all__ = [
 ]
 
 GROUPS = (32, 64, 128)
+SCALE_DTYPES = (torch.bfloat16, torch.float16)  # of int4
+ZERO = 8  # the zero-point of a symmetric int4 weight
 INT8_ACTIVATION_GROUP = 128  # activations per scale with int8 weights; as csrc/cpu/kernel_table.h
 TINY_ACTIVATION = 1e-30  # groups below this are quantised to zeros
 BLOCK = 32
@@ -44,8 +50,9 @@ class QuantizedWeight(NamedTuple):
     """A weight [N, K] in a quantised format."""
 
     values: torch.Tensor  # int8 [N, K], or uint8 [N, K padded / 2]
-    scales: torch.Tensor  # fp32 [N, 1], or bf16 [N, K padded / group]
+    scales: torch.Tensor  # fp32 [N, 1], or bf16 or fp16 [N, groups] with groups = K padded / group
     in_features: int  # K
+    zeros: torch.Tensor | None = None  # uint8 [N, groups / 2 rounded up]: int4 with zero-points, two in a byte
 
     @property
     def bits(self) -> int:
@@ -56,13 +63,46 @@ class QuantizedWeight(NamedTuple):
         """Inputs per scale; K for int8."""
         return self.in_features if self.bits == 8 else 2 * self.values.shape[1] // max(1, self.scales.shape[1])
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments with which ``quantize`` makes a weight of this format."""
+        if self.bits == 8:
+            return {"bits": 8}
+        zero_points = self.zeros is not None
+        return {"bits": 4, "group": self.group, "zero_points": zero_points, "scale_dtype": self.scales.dtype}
 
-def quantize(weight: torch.Tensor, bits: int, group: int = 64) -> QuantizedWeight:
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that hold the weight."""
+        return (self.values, self.scales) if self.zeros is None else (self.values, self.scales, self.zeros)
+
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "QuantizedWeight":
+        """The weight whose tensors are ``function`` of these: another device, a copy, some of the rows."""
+        zeros = None if self.zeros is None else function(self.zeros)
+        return QuantizedWeight(function(self.values), function(self.scales), self.in_features, zeros)
+
+
+def quantize(
+    weight: torch.Tensor,
+    bits: int,
+    group: int = 64,
+    *,
+    zero_points: bool = False,
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> QuantizedWeight:
     """Rounds a floating-point weight [N, K] to ``bits`` (8 or 4), 4 in groups of ``group`` inputs.
 
-    Raises: TypeError for other types; ValueError for other bits, groups or shapes, and for weights that are not finite.
+    Args:
+        weight: floating-point [N, K].
+        bits: 8 or 4. What follows is about 4.
+        group: 32, 64 or 128.
+        zero_points: a group's range is [min(w, 0), max(w, 0)], and 0 is exact; otherwise it is symmetric, of the least
+            squared error.
+        scale_dtype: bf16 or fp16. fp16 is more precise, and holds scales from 6e-8 to 65504.
+    Raises: TypeError for other types; ValueError for other bits, groups or shapes, for weights that are not finite, and
+    for scales beyond fp16.
     Example:
-        >>> quantized = quantize(torch.randn(10, 64), bits=4, group=32)
+        >>> quantized = quantize(torch.randn(10, 64), bits=4, group=32, zero_points=True)
     """
     checks.check_kind("quantize", "weight", weight)
     if weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
@@ -74,23 +114,35 @@ def quantize(weight: torch.Tensor, bits: int, group: int = 64) -> QuantizedWeigh
         raise ValueError(f"quantize: bits must be 8 or 4, got {bits}")
     if checks.check_int("quantize", "group", group, 1) not in GROUPS and bits == 4:
         raise ValueError(f"quantize: int4 groups have {', '.join(map(str, GROUPS))} inputs, got {group}")
+    if not isinstance(zero_points, bool):
+        raise TypeError(f"quantize: zero_points must be a bool, got {type(zero_points).__name__}")
+    if scale_dtype not in SCALE_DTYPES:
+        raise TypeError(f"quantize: scale_dtype must be torch.bfloat16 or torch.float16, got {scale_dtype!r}")
+    if bits == 8 and (zero_points or scale_dtype is not torch.bfloat16):
+        raise ValueError("quantize: int8 is symmetric with fp32 scales; zero_points and scale_dtype are of int4")
     weight = weight.detach()  # quantised values have no gradient
     rows, size = weight.shape
-    padded = -(-size // group) * group
+    groups = -(-size // group)
     values = pages.empty(
-        weight, *(((rows, size), torch.int8) if bits == 8 else ((rows, padded // 2), torch.uint8)), shared=True
+        weight, *(((rows, size), torch.int8) if bits == 8 else ((rows, groups * group // 2), torch.uint8)), shared=True
     )
     scales = pages.empty(
-        weight, *(((rows, 1), torch.float32) if bits == 8 else ((rows, padded // group), torch.bfloat16)), shared=True
+        weight, *(((rows, 1), torch.float32) if bits == 8 else ((rows, groups), scale_dtype)), shared=True
     )
+    zeros = pages.empty(weight, (rows, -(-groups // 2)), torch.uint8, shared=True) if zero_points else None
     step = max(1, CHUNK // max(1, size))
     for begin in range(0, rows, step):
         piece = slice(begin, begin + step)
         wide = weight[piece].float()
         if not bool(torch.isfinite(wide).all()):
             raise ValueError("quantize: weight has NaN or infinite elements")
-        values[piece], scales[piece] = _quantize_int8(wide) if bits == 8 else _quantize_int4(wide, group)
-    return QuantizedWeight(values, scales, size)
+        if bits == 8:
+            values[piece], scales[piece] = _quantize_int8(wide)
+        elif zeros is None:
+            values[piece], scales[piece] = _quantize_int4(wide, group, scale_dtype)
+        else:
+            values[piece], scales[piece], zeros[piece] = _quantize_int4_range(wide, group, scale_dtype)
+    return QuantizedWeight(values, scales, size, zeros)
 
 
 def _quantize_int8(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,18 +152,56 @@ def _quantize_int8(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.round(wide / scales).clamp_(-127, 127).to(torch.int8), scales
 
 
-def _quantize_int4(wide: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, size = wide.shape
-    padded = -(-size // group) * group
-    wide = torch.nn.functional.pad(wide, (0, padded - size)).view(rows, padded // group, group)
+def _quantize_int4(wide: torch.Tensor, group: int, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    wide, low, high = _in_groups(wide, group)
     # The range is [-8, 7], so the extreme of larger magnitude is mapped to -8.
-    low, high = (wide.amin(2), wide.amax(2)) if padded else (wide.new_zeros(rows, 0), wide.new_zeros(rows, 0))
     extreme = torch.where(-low > high, low, high)
     scales = _nonzero_scales(extreme / -8.0)
-    scales = _nonzero_scales(scales * _least_squares_factor(wide / scales[..., None])).to(torch.bfloat16)
-    values = (torch.round(wide / scales.float()[..., None]) + 8).clamp_(0, 15).to(torch.uint8)
-    halves = values.view(rows, padded // BLOCK, 2, BLOCK // 2)
-    return (halves[:, :, 0] | halves[:, :, 1] << 4).view(rows, padded // 2), scales
+    scales = _stored_scales(scales * _least_squares_factor(wide / scales[..., None]), scale_dtype)
+    values = (torch.round(wide / scales.float()[..., None]) + ZERO).clamp_(0, 15).to(torch.uint8)
+    return _packed_values(values), scales
+
+
+def _quantize_int4_range(
+    wide: torch.Tensor, group: int, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """With zero-points: the range from the smallest to the largest weight, and 0, in 15 steps."""
+    wide, low, high = _in_groups(wide, group)
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    scales = _stored_scales(high / 15.0 - low / 15.0, scale_dtype)
+    zeros = torch.round(-low / scales.float()).clamp_(0, 15)
+    values = (torch.round(wide / scales.float()[..., None]) + zeros[..., None]).clamp_(0, 15).to(torch.uint8)
+    return _packed_values(values), scales, _packed_zeros(zeros.to(torch.uint8))
+
+
+def _in_groups(wide: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The weight as [N, groups, group], padded with zeros, and the least and the largest of each group."""
+    rows, size = wide.shape
+    groups = -(-size // group)
+    wide = torch.nn.functional.pad(wide, (0, groups * group - size)).view(rows, groups, group)
+    return (wide, wide.amin(2), wide.amax(2)) if groups else (wide, wide.new_zeros(rows, 0), wide.new_zeros(rows, 0))
+
+
+def _packed_values(nibbles: torch.Tensor) -> torch.Tensor:
+    """Nibbles [N, groups, group] as bytes [N, K padded / 2]."""
+    rows, padded = nibbles.shape[0], nibbles.shape[1] * nibbles.shape[2]
+    halves = nibbles.view(rows, padded // BLOCK, 2, BLOCK // 2)
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).view(rows, padded // 2)
+
+
+def _packed_zeros(zeros: torch.Tensor) -> torch.Tensor:
+    """Zero-points [N, groups] as bytes [N, groups / 2 rounded up]."""
+    pairs = torch.nn.functional.pad(zeros, (0, zeros.shape[1] % 2)).view(zeros.shape[0], -(-zeros.shape[1] // 2), 2)
+    return pairs[:, :, 0] | pairs[:, :, 1] << 4
+
+
+def _zero_points(quantized: QuantizedWeight) -> torch.Tensor | int:
+    """The zero-points [N, groups, 1] in fp32 of an int4 weight, or the one of all its groups."""
+    zeros = quantized.zeros
+    if zeros is None:
+        return ZERO
+    pairs = torch.stack((zeros & 15, zeros >> 4), 2).flatten(1)
+    return pairs[:, : quantized.scales.shape[1], None].float()
 
 
 def _least_squares_factor(unit: torch.Tensor) -> torch.Tensor:
@@ -135,6 +225,14 @@ def _nonzero_scales(scales: torch.Tensor) -> torch.Tensor:
     return torch.where(scales.abs() < torch.finfo(torch.float32).tiny, torch.ones_like(scales), scales)
 
 
+def _stored_scales(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Nonzero scales in ``dtype``; those below fp16's range become 1 as well."""
+    stored = _nonzero_scales(scales).to(dtype)
+    if not bool(torch.isfinite(stored).all()):
+        raise ValueError(f"quantize: the weight's scales are beyond {dtype}; take torch.bfloat16")
+    return torch.where(stored == 0, torch.ones_like(stored), stored)
+
+
 def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The dense weight [N, K] in ``dtype`` that a quantised linear layer multiplies with.
 
@@ -149,13 +247,14 @@ def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -
 
 
 def _dequantize(quantized: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
-    values, scales, size = quantized
+    values, scales, size, _ = quantized
     if quantized.bits == 8:
         return (values.float() * scales).to(dtype)
     rows, padded = values.shape[0], 2 * values.shape[1]
     blocks = values.reshape(rows, padded // BLOCK, 1, BLOCK // 2)
     nibbles = torch.cat((blocks & 15, blocks >> 4), 2).view(rows, scales.shape[1], padded // max(1, scales.shape[1]))
-    return ((nibbles.float() - 8) * scales.float()[..., None]).view(rows, padded)[:, :size].to(dtype)
+    wide = (nibbles.float() - _zero_points(quantized)) * scales.float()[..., None]
+    return wide.view(rows, padded)[:, :size].to(dtype)
 
 
 def quantize_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,13 +316,18 @@ def _check_format(op: str, weight: object, device: torch.device | None, least: i
         raise TypeError(
             f"{op}: weight must be a quant.QuantizedWeight, got {type(weight).__name__}; see quant.quantize"
         )
-    values, scales, size = weight
+    values, scales, size, zeros = weight
     # float64 scales serve the tests' fp64 reference; only the reference backend takes them
     checks.check_dtype(op, "weight.values", values, torch.int8, torch.uint8)
-    checks.check_dtype(
-        op, "weight.scales", scales, torch.float32 if values.dtype == torch.int8 else torch.bfloat16, torch.float64
-    )
-    for name, part in (("weight.values", values), ("weight.scales", scales)):
+    scale_dtypes = (torch.float32,) if values.dtype == torch.int8 else SCALE_DTYPES
+    checks.check_dtype(op, "weight.scales", scales, *scale_dtypes, torch.float64)
+    parts = [("weight.values", values), ("weight.scales", scales)]
+    if zeros is not None:
+        checks.check_dtype(op, "weight.zeros", zeros, torch.uint8)
+        if values.dtype == torch.int8:
+            raise ValueError(f"{op}: int8 weights have no zero-points; weight.zeros must be None")
+        parts.append(("weight.zeros", zeros))
+    for name, part in parts:
         if part.dim() != 2:
             raise ValueError(f"{op}: {name} must be a matrix, got shape {tuple(part.shape)}")
         checks.check_device(op, name, part, values.device if device is None else device)
@@ -244,4 +348,6 @@ def _check_format(op: str, weight: object, device: torch.device | None, least: i
                 f"{size}"
                 f" inputs in groups of {', '.join(map(str, GROUPS))}"
             )
-    checks.check_last_contiguous(op, values=values, scales=scales)
+        if zeros is not None:
+            checks.check_shape(op, "weight.zeros", zeros, (values.shape[0], -(-count // 2)))
+    checks.check_last_contiguous(op, values=values, scales=scales, zeros=zeros)

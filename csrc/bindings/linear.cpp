@@ -8,13 +8,24 @@ namespace qvl {
 
 void bind_linear(py::module_& m) {
   py::class_<Weight>(m, "Weight", "A weight [n, k] of a linear layer, by pointers that must outlive it")
-      .def(py::init([](Ptr w, int64_t stride, Ptr bias, int format, Ptr scales, int64_t scale_stride, int64_t group) {
+      .def(py::init([](Ptr w, int64_t stride, Ptr bias, int format, Ptr scales, int64_t scale_stride, int64_t group,
+                       int scale_dtype, Ptr zeros, int64_t zero_stride) {
              if (format < 0 || format > 2)
                throw std::invalid_argument("format must be 0 (dense), 1 (int8) or 2 (int4), got " +
                                            std::to_string(format));
-             return Weight{in(w), stride, in(bias), static_cast<WeightFormat>(format), in(scales), scale_stride, group};
+             const auto weight_format = static_cast<WeightFormat>(format);
+             const DType scales_of = to_dtype(scale_dtype);
+             if (weight_format == WeightFormat::int4 && scales_of == DType::f32)
+               throw std::invalid_argument("int4 weights take bf16 or fp16 scales");
+             if (weight_format == WeightFormat::int4 && group != 32 && group != 64 && group != 128)
+               throw std::invalid_argument("int4 groups have 32, 64 or 128 inputs, got " + std::to_string(group));
+             return Weight{in(w),         stride,     in(bias),
+                           weight_format, in(scales), scale_stride,
+                           group,         scales_of,  static_cast<const uint8_t*>(in(zeros)),
+                           zero_stride};
            }),
-           "w"_a, "stride"_a, "bias"_a = 0, "format"_a = 0, "scales"_a = 0, "scale_stride"_a = 0, "group"_a = 0);
+           "w"_a, "stride"_a, "bias"_a = 0, "format"_a = 0, "scales"_a = 0, "scale_stride"_a = 0, "group"_a = 0,
+           "scale_dtype"_a = int(DType::bf16), "zeros"_a = 0, "zero_stride"_a = 0);
   m.def(
       "linear",
       [](Ptr x, const Weight& weight, Ptr y, int64_t rows, int64_t n, int64_t k, int64_t x_stride, int64_t y_stride,

@@ -38,16 +38,31 @@ enum class Activation : int { none = 0, gelu_tanh = 1, swiglu = 2 };
 
 enum class WeightFormat : int { dense = 0, int8 = 1, int4 = 2 };  // layouts: qvl_kernels/quantization.py
 
-// A weight [n, k] of a linear layer, its bias, and the scales of a quantised one.
+// A weight [n, k] of a linear layer, its bias, and the scales and zero-points of a quantised one.
 struct Weight {
   const void* w;     // elements of the activations' dtype, int8 values, or nibbles
   int64_t stride;    // of rows, in elements; in bytes for int4
   const void* bias;  // [n] or nullptr
   WeightFormat format = WeightFormat::dense;
-  const void* scales = nullptr;  // int8: fp32 [n]; int4: bf16 [n][k padded / group]
+  const void* scales = nullptr;  // int8: fp32 [n]; int4: of scale_dtype [n][k padded / group]
   int64_t scale_stride = 0;
-  int64_t group = 0;  // int4: inputs per scale
+  int64_t group = 0;                // int4: inputs per scale
+  DType scale_dtype = DType::bf16;  // int4: bf16 or f16
+  const uint8_t* zeros = nullptr;   // int4: zero-points, two in a byte, low nibble first; nullptr: all are 8
+  int64_t zero_stride = 0;          // of rows, in bytes
 };
+constexpr int kInt4Zero = 8;  // the zero-point of a symmetric weight
+
+// The zero-point of a group of an int4 row whose zero-points are `zeros`, which may be nullptr.
+inline int int4_zero(const uint8_t* zeros, int64_t group) {
+  return zeros ? zeros[group / 2] >> (group % 2 * 4) & 15 : kInt4Zero;
+}
+
+// The scale of a group of an int4 row, of `dtype`.
+inline float int4_scale(const void* scales, DType dtype, int64_t group) {
+  return dtype == DType::bf16 ? to_float(static_cast<const bf16*>(scales)[group])
+                              : to_float(static_cast<const f16*>(scales)[group]);
+}
 
 // out [m, n] = act(x [m, k] W^T + bias) + residual. x comes with the kernel that is called.
 struct LinearCall {
@@ -102,9 +117,10 @@ struct QuantizeArgs {
 constexpr float kTinyActivation = 1e-30f;
 
 // Packed quantised activation row, what the quantised GEMV reads: [k_padded] int8 or int16 values in the order of the
-// format's dot products, fp32 scales (int8: one per chunk; int4: one per lane), and int32 zero-point compensation. The
-// dot instructions are u8s8: int8 weights carry an offset of 128 and int4 weights one of 8, so each chunk's integer sum
-// begins at minus that offset times the sum of its activations.
+// format's dot products, fp32 scales (int8: one per chunk; int4: one per lane), and zero-point compensation. The dot
+// instructions are u8s8. int8 weights carry an offset of 128: each chunk's integer sum begins at minus 128 times the
+// sum of its activations, int32. int4 weights carry their zero-points: minus the sum of each lane's activations, an
+// integer in fp32, is multiplied by them.
 constexpr int64_t kQuantChunk = 128;  // inputs; k_padded is a whole number of chunks
 inline int64_t packed_row_bytes(int64_t k_padded) { return 3 * k_padded; }
 

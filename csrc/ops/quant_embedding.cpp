@@ -17,13 +17,15 @@ void dequantize_int8(const Weight& weight, int64_t row, int64_t k, T* out) {
 template <class T>
 void dequantize_int4(const Weight& weight, int64_t row, int64_t k, T* out) {
   const auto* bytes = static_cast<const uint8_t*>(weight.w) + row * weight.stride;
-  const auto* scales = static_cast<const bf16*>(weight.scales) + row * weight.scale_stride;
+  const auto* scales = static_cast<const uint16_t*>(weight.scales) + row * weight.scale_stride;
+  const uint8_t* zeros = weight.zeros ? weight.zeros + row * weight.zero_stride : nullptr;
   for (int64_t block = 0; block < k; block += 32, bytes += 16) {
-    const float scale = to_float(scales[block / weight.group]);
+    const float scale = int4_scale(scales, weight.scale_dtype, block / weight.group);
+    const int zero = int4_zero(zeros, block / weight.group);
     T values[32];
     for (int64_t i = 0; i < 16; ++i) {
-      from_float(float(int(bytes[i] & 15) - 8) * scale, values[i]);
-      from_float(float(int(bytes[i] >> 4) - 8) * scale, values[16 + i]);
+      from_float(float(int(bytes[i] & 15) - zero) * scale, values[i]);
+      from_float(float(int(bytes[i] >> 4) - zero) * scale, values[16 + i]);
     }
     std::memcpy(out + block, values, size_t(k - block < 32 ? k - block : 32) * sizeof(T));
   }

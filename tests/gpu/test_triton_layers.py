@@ -78,8 +78,8 @@ def _map(function, weights):
     return type(weights)(*(None if x is None else function(x) for x in weights))
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_decode_step(bits, dtype, device):
+@pytest.mark.parametrize(("bits", "zeros"), [(16, False), (8, False), (4, False), (4, True)])
+def test_decode_step(bits, zeros, dtype, device):
     x, cos, sin, keys, values, weights = _arguments(dtype)
     for cache, fill in ((keys, float("nan")), (values, float("nan"))):
         for row, length in enumerate(LENGTHS):
@@ -88,7 +88,7 @@ def test_decode_step(bits, dtype, device):
     visible[0, ..., :3] = False  # left padding
     exact = weights
     if bits < 16:
-        quantised = _map(lambda w: quantize(w, bits, 32) if w.dim() == 2 else w, weights)
+        quantised = _map(lambda w: quantize(w, bits, 32, zero_points=zeros) if w.dim() == 2 else w, weights)
         exact = _map(lambda w: dequantize(w, dtype) if isinstance(w, QuantizedWeight) else w, quantised)
         golden_weights = _map(
             lambda w: dequantize(w, torch.float64) if isinstance(w, QuantizedWeight) else w.double(),
@@ -105,11 +105,7 @@ def test_decode_step(bits, dtype, device):
     caches.take(0, *moved[3:], length=CAPACITY)
     caches.set_mask(visible[:, 0, 0].to(device))
     weights = _map(
-        lambda w: (
-            QuantizedWeight(w.values.to(device), w.scales.to(device), w.in_features)
-            if isinstance(w, QuantizedWeight)
-            else w.to(device)
-        ),
+        lambda w: w.apply(lambda x: x.to(device)) if isinstance(w, QuantizedWeight) else w.to(device),
         weights,
     )
     lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)

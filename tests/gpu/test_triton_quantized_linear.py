@@ -4,6 +4,7 @@ that are not finite.
 
 import pytest
 import torch
+from weight_formats import FORMATS
 
 import qvl_kernels
 from qvl_kernels.ops.quantized_linear import tiles, triton_int8
@@ -16,7 +17,7 @@ def _rand(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
 
 
 def _run(x: torch.Tensor, weight, device, monkeypatch) -> torch.Tensor:
-    ours = weight._replace(values=surrounded(weight.values.to(device)), scales=surrounded(weight.scales.to(device)))
+    ours = weight.apply(lambda x: surrounded(x.to(device)))
     x = surrounded(x.to(device))
     guard = GuardedEmpty()
     monkeypatch.setattr(torch, "empty", guard)
@@ -56,10 +57,10 @@ def test_int8_products_are_exact_but_for_the_rounding_of_rows(m, n, k, dtype, de
     assert relative_error(out, x.double() @ wide.t()) < 0.012  # 8 bits of a normal distribution
 
 
-@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32), (4, 64), (4, 128)])
-def test_widened_weight(bits, group, dtype, device, monkeypatch):
+@pytest.mark.parametrize(("bits", "group", "options"), FORMATS)
+def test_widened_weight(bits, group, options, dtype, device, monkeypatch):
     monkeypatch.setattr(tiles, "quantized_linear_route", lambda *_: "dequantize")
-    x, weight = _rand(20, 300, dtype=dtype), quantize(_rand(9, 300, seed=1), bits, group)
+    x, weight = _rand(20, 300, dtype=dtype), quantize(_rand(9, 300, seed=1), bits, group, **options)
     out = _run(x, weight, device, monkeypatch)
     assert_close_to_truth(out, x @ dequantize(weight, dtype).t(), x.double() @ dequantize(weight, torch.float64).t())
 

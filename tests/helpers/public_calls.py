@@ -9,7 +9,13 @@ import torch
 
 import qvl_kernels
 from qvl_kernels import quantization
-from qvl_kernels.quantization import check_weight, dequantize, quantize, quantize_activations, rounded_activations
+from qvl_kernels.quantization import (
+    check_weight,
+    dequantize,
+    quantize,
+    quantize_activations,
+    rounded_activations,
+)
 
 SIZES = {"B": 2, "T": 3, "S": 5, "H": 4, "HKV": 2, "D": 8, "C": 32, "F": 24, "N": 6, "V": 11, "K": 48, "P": 2}
 PAST, VISION_HEADS = 1, 2
@@ -252,7 +258,7 @@ CALLS: dict[str, tuple[Callable, Callable[[SimpleNamespace], dict]]] = {
     ),
     "quantized_linear": (
         Q.quantized_linear,
-        lambda n: {"x": rand(n.N, n.K), "weight": quantize(rand(n.F, n.K), 4, 32), "bias": rand(n.F)},
+        lambda n: {"x": rand(n.N, n.K), "weight": quantize(rand(n.F, n.K), 4, 32, zero_points=True), "bias": rand(n.F)},
     ),
     "swiglu": (Q.swiglu, lambda n: {"gate": rand(n.N, n.F), "up": rand(n.N, n.F)}),
     "vision_block": (
@@ -288,7 +294,16 @@ CALLS: dict[str, tuple[Callable, Callable[[SimpleNamespace], dict]]] = {
     "use_backend": (_in_block, lambda n: {"name": "reference"}),
     "use_huge_pages": (Q.use_huge_pages, lambda n: {"tensors": [rand(n.N, n.C), rand(n.C)]}),
     **{name: (getattr(Q, name), lambda n: {}) for name in ("backends", "cpu_info", "fallbacks")},
-    "quant.quantize": (quantize, lambda n: {"weight": rand(n.F, n.K), "bits": 4, "group": 32}),
+    "quant.quantize": (
+        quantize,
+        lambda n: {
+            "weight": rand(n.F, n.K),
+            "bits": 4,
+            "group": 32,
+            "zero_points": True,
+            "scale_dtype": torch.float16,
+        },
+    ),
     "quant.dequantize": (
         dequantize,
         lambda n: {"quantized": quantize(rand(n.F, n.K), 4, 32), "dtype": torch.float32},

@@ -29,6 +29,7 @@ OPTIONAL = {  # arguments that may be None
     "k_scale",
     "v_scale",
     "device",
+    "weight.zeros",
     "weights.q_bias",
     "weights.k_bias",
     "weights.v_bias",

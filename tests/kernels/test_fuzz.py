@@ -130,13 +130,19 @@ def _norm(name: str, case: dict, inputs: Inputs) -> Trial:
 # Matmuls
 
 
+def _quantised(matrix: torch.Tensor, form: tuple) -> QuantizedWeight:
+    """``form``: bits, group and, of int4, whether it has zero-points and fp16 scales."""
+    bits, group, zeros, half = (*form, False, False)[:4]
+    dtype = torch.float16 if half else torch.bfloat16
+    return quantize(matrix.float(), bits, group, zero_points=zeros, scale_dtype=dtype)
+
+
 def linear(case: dict, inputs: Inputs) -> Trial:
     m, n, k = (case[name] for name in "mnk")
     x, weight = inputs.place(m, k, repeat=True), inputs.laid(inputs.matrix(n, k), repeat=True)
     bias = inputs.place(n) if case["bias"] else None
     if case["quantised"]:
-        bits, group = case["quantised"]
-        weight = inputs.laid.all(quantize(inputs.matrix(n, k).float(), bits, group))
+        weight = inputs.laid.all(_quantised(inputs.matrix(n, k), case["quantised"]))
         y, slack = bounds.matmul(rounded_activations(x, weight), dequantize(weight), bias, inputs.dtype)
         return Trial(lambda: qvl_kernels.quantized_linear(x, weight, bias), (y,), (slack,))
     y, slack = bounds.matmul(x, weight, bias, inputs.dtype)
@@ -323,7 +329,13 @@ def _attention_trial(
 
 # Whole layers
 
-FORMATS = st.sampled_from([None, (8, 128), (4, 32), (4, 64), (4, 128)])
+FORMATS = st.sampled_from(
+    [
+        None,
+        (8, 128),
+        *((4, group, zeros, half) for group in (32, 64, 128) for zeros in (False, True) for half in (0, 1)),
+    ]
+)
 
 
 def _quantised_matmul(
@@ -359,9 +371,7 @@ def decoder_layer(case: dict, inputs: Inputs) -> Trial:
     formats = dict(zip(shapes, case["formats"] or [None] * 7))
     weights = DecoderWeights(
         **{
-            name: inputs.matrix(*shape)
-            if formats[name] is None
-            else quantize(inputs.matrix(*shape).float(), *formats[name])
+            name: inputs.matrix(*shape) if formats[name] is None else _quantised(inputs.matrix(*shape), formats[name])
             for name, shape in shapes.items()
         },
         **{
@@ -425,7 +435,7 @@ def vision_block(case: dict, inputs: Inputs) -> Trial:
             **{
                 f"{name}_w": inputs.matrix(*shape)
                 if formats[name] is None
-                else quantize(inputs.matrix(*shape).float(), *formats[name])
+                else _quantised(inputs.matrix(*shape), formats[name])
                 for name, shape in shapes.items()
             },
             **{f"{name}_b": 0.1 * inputs.random(shape[0]) for name, shape in shapes.items()},

@@ -20,7 +20,7 @@ CALLS = {
     rms_norm_op: (_rand(3, 40), _rand(40), 1e-6),
     add_rms_norm_op: (_rand(3, 40), _rand(3, 40), _rand(40), 1e-6),
     linear_op: (_rand(3, 40), _rand(5, 40), None),
-    quantized_linear_op: (_rand(3, 40), QUANTIZED.values, QUANTIZED.scales, _rand(5)),
+    quantized_linear_op: (_rand(3, 40), QUANTIZED.values, QUANTIZED.scales, None, _rand(5)),
 }
 
 

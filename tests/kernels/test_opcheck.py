@@ -48,7 +48,7 @@ def _rand(*shape: int) -> torch.Tensor:
 
 # Internal ops, and their arguments.
 X, NORM = _rand(2, 3, 40), _rand(40)
-INT8, INT4 = quantize(_rand(5, 40), 8), quantize(_rand(5, 40), 4, 32)
+INT8, INT4_ZEROS = quantize(_rand(5, 40), 8), quantize(_rand(5, 40), 4, 32, zero_points=True).tensors
 HEADS, CACHE = (
     _rand(2, 3, 4, 16),
     (_rand(16), _rand(16), _rand(1, 3, 16), _rand(1, 3, 16), _rand(2, 4, 9, 16), _rand(2, 4, 9, 16)),
@@ -57,8 +57,8 @@ INTERNAL = [
     (gemv.gemv_op, (X, _rand(5, 40), _rand(5), NORM, 1e-6, _rand(2, 3, 5))),
     (gemv.gemv_op, (X, _rand(5, 40), None, None, 0.0, None)),
     (gemv.gemv_swiglu_op, (X, _rand(5, 40), _rand(5, 40), NORM, 1e-6)),
-    (gemv.quantized_gemv_op, (X, INT8.values, INT8.scales, _rand(5), NORM, 1e-6, _rand(2, 3, 5))),
-    (gemv.quantized_gemv_swiglu_op, (X, INT4.values, INT4.scales, INT4.values, INT4.scales, None, 1e-6)),
+    (gemv.quantized_gemv_op, (X, INT8.values, INT8.scales, None, _rand(5), NORM, 1e-6, _rand(2, 3, 5))),
+    (gemv.quantized_gemv_swiglu_op, (X, *INT4_ZEROS, *INT4_ZEROS, None, 1e-6)),
     (
         loss_sum_op,
         (

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from bounds import norm_error
+from weight_formats import FORMATS
 
 import qvl_kernels
 from qvl_kernels import dispatch, quantization
@@ -12,7 +13,6 @@ from qvl_kernels.ops.decoder_layer.quantized import QuantizedDecoderLayer
 from qvl_kernels.ops.linear.weights import extension_weight
 from qvl_kernels.testing import random_tensor, relative_error, surrounded
 
-FORMATS = [(8, 128), (4, 32), (4, 64), (4, 128)]  # bits, inputs per scale
 # M of one and of several panels, whole and partial tasks, blocks of k (2,048 or fewer) and groups, K not a multiple of
 # 4
 SIZES = [(17, 1, 1), (33, 50, 129), (64, 128, 256), (18, 7, 35), (100, 131, 2304), (70, 300, 2049), (200, 129, 96)]
@@ -27,20 +27,23 @@ def _golden(x: torch.Tensor, weight: quantization.QuantizedWeight) -> torch.Tens
     return quantization.rounded_activations(x, weight).double() @ quantization.dequantize(weight).double().T
 
 
-def _weight(n: int, k: int, bits: int, group: int, generator: torch.Generator) -> quantization.QuantizedWeight:
-    return quantization.quantize(random_tensor((n, k), torch.float32, generator, scale=k**-0.5), bits, group)
+def _weight(
+    n: int, k: int, bits: int, group: int, generator: torch.Generator, **options
+) -> quantization.QuantizedWeight:
+    dense = random_tensor((n, k), torch.float32, generator, scale=k**-0.5)
+    return quantization.quantize(dense, bits, group, **options)
 
 
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@pytest.mark.parametrize(("bits", "group", "options"), FORMATS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_equals_the_product_of_rounded_numbers(bits, group, size):
+def test_equals_the_product_of_rounded_numbers(bits, group, options, size):
     (m, n, k), generator = size, _generator()
-    weight = _weight(n, k, bits, group, generator)
+    weight = _weight(n, k, bits, group, generator, **options)
     x = random_tensor((m, k + 3), torch.float32, generator)[:, 3:]
     x[:, k // 2] *= 100.0
     x[m // 2] = 0.0
     bias = random_tensor((n,), torch.float32, generator)
-    weight = weight._replace(values=surrounded(weight.values), scales=surrounded(weight.scales))
+    weight = weight.apply(surrounded)
     for dtype in DTYPES:
         typed = surrounded(x.to(dtype))
         out = qvl_kernels.quantized_linear(typed, weight, bias.to(dtype))
@@ -49,11 +52,11 @@ def test_equals_the_product_of_rounded_numbers(bits, group, size):
         )
 
 
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@pytest.mark.parametrize(("bits", "group", "options"), FORMATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
-def test_rows_that_are_not_finite_are_nan_and_alone(bits, group, bad):
+def test_rows_that_are_not_finite_are_nan_and_alone(bits, group, options, bad):
     generator = _generator()
-    weight = _weight(45, 300, bits, group, generator)
+    weight = _weight(45, 300, bits, group, generator, **options)
     x = random_tensor((80, 300), torch.float32, generator)
     clean = qvl_kernels.quantized_linear(x, weight)
     x[66, 290] = bad
@@ -98,6 +101,10 @@ def _decoder(dtype: torch.dtype, generator: torch.Generator) -> DecoderWeights:
     )
 
 
+def _quantised(matrix: torch.Tensor, name: str) -> quantization.QuantizedWeight:
+    return quantization.quantize(matrix, 8 if name == "int8" else 4, 32, zero_points=name == "zeros")
+
+
 def _run(weights: DecoderWeights, x: torch.Tensor) -> torch.Tensor:
     time, dtype = x.shape[1], x.dtype
     angles = torch.arange(time)[None, :, None] * 10.0 ** -torch.linspace(0, 2, 16).repeat(2)
@@ -107,7 +114,9 @@ def _run(weights: DecoderWeights, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "formats", [("int8", "int8"), ("int4", "int4"), ("int8", "int4"), ("int4", "int8")], ids="-".join
+    "formats",
+    [("int8", "int8"), ("int4", "int4"), ("int8", "int4"), ("int4", "int8"), ("zeros", "zeros")],
+    ids="-".join,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decoder_layer_is_its_fake_quantised_composition(formats, dtype):
@@ -115,8 +124,10 @@ def test_decoder_layer_is_its_fake_quantised_composition(formats, dtype):
     generator = _generator()
     stored = _decoder(dtype, generator)
     names = ("q", "k", "v", "o", "gate", "up", "down")
-    bits = {name: int(formats[name == "down"][3:]) for name in names}
-    matrices = {name: quantization.quantize(getattr(stored, name), bits[name], 32) for name in names}
+    matrices = {name: _quantised(getattr(stored, name), formats[name == "down"]) for name in names}
+    if formats[0] == "zeros":  # weights with and without zero-points share a call, of bf16 and fp16 scales too
+        matrices["k"], matrices["up"] = (_quantised(getattr(stored, name), "int4") for name in ("k", "up"))
+        matrices["v"] = quantization.quantize(stored.v, 4, 32, zero_points=True, scale_dtype=torch.float16)
     x = random_tensor((1, 70, 160), dtype, generator)
     x[..., 7] *= 30.0
     with torch.inference_mode():
@@ -151,12 +162,12 @@ def _fake_quantised(stored: DecoderWeights, matrices: dict, x: torch.Tensor) -> 
     return x + product(hidden, "down")
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_vision_block_is_its_fake_quantised_composition(bits):
+@pytest.mark.parametrize(("bits", "options"), [(8, {}), (4, {}), (4, {"zero_points": True})])
+def test_vision_block_is_its_fake_quantised_composition(bits, options):
     """GELU outputs are quantised in panels; matmuls have biases."""
     generator, tokens, hidden, heads, mlp = _generator(), 90, 96, 3, 200
     shapes = [(3 * hidden, hidden), (hidden, hidden), (mlp, hidden), (hidden, mlp)]
-    matrices = [_weight(*shape, bits, 32, generator) for shape in shapes]
+    matrices = [_weight(*shape, bits, 32, generator, **options) for shape in shapes]
     biases = [random_tensor(shape[:1], torch.float32, generator) for shape in shapes]
     norms = [torch.ones(hidden), torch.zeros(hidden)] * 2
     x = random_tensor((tokens, hidden), torch.float32, generator)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from weight_formats import FORMATS
 
 from qvl_kernels import quantization
 from qvl_kernels.ops.quantized_linear import embedding
@@ -10,9 +11,9 @@ from qvl_kernels.ops.quantized_linear.embedding import embedding_rows
 VOCABULARY = 41
 
 
-def _weight(k: int, bits: int, group: int) -> quantization.QuantizedWeight:
+def _weight(k: int, bits: int, group: int, **options) -> quantization.QuantizedWeight:
     torch.manual_seed(k)
-    return quantization.quantize(torch.randn(VOCABULARY, k), bits, group)
+    return quantization.quantize(torch.randn(VOCABULARY, k), bits, group, **options)
 
 
 @pytest.fixture(params=["extension", "pytorch"])
@@ -25,10 +26,10 @@ def path(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("k", [1, 31, 64, 100, 2048])
-@pytest.mark.parametrize("bits,group", [(8, 64), (4, 32), (4, 64), (4, 128)])
+@pytest.mark.parametrize(("bits", "group", "options"), FORMATS)
 @torch.no_grad()
-def test_rows_are_those_of_dequantize(path, bits, group, k, dtype):
-    weight = _weight(k, bits, group)
+def test_rows_are_those_of_dequantize(path, bits, group, options, k, dtype):
+    weight = _weight(k, bits, group, **options)
     ids = torch.randint(VOCABULARY, (77,))
     assert torch.equal(embedding_rows(weight, ids, dtype), quantization.dequantize(weight, dtype)[ids])
 
@@ -59,14 +60,11 @@ def test_the_extension_is_called(monkeypatch):
     assert len(seen) == 1  # those are left to PyTorch
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("bits", "options"), [(8, {}), (4, {}), (4, {"zero_points": True})])
 @torch.no_grad()
-def test_strided_rows_and_no_ids(path, bits):
-    weight = _weight(96, bits, 32)
-    wide = torch.cat((weight.values, weight.values), 1)[:, : weight.values.shape[1]]
-    strided = weight._replace(
-        values=wide, scales=torch.cat((weight.scales, weight.scales), 1)[:, : weight.scales.shape[1]]
-    )
+def test_strided_rows_and_no_ids(path, bits, options):
+    weight = _weight(96, bits, 32, **options)
+    strided = weight.apply(lambda x: torch.cat((x, x), 1)[:, : x.shape[1]])
     ids = torch.tensor([5, 0, 40])
     assert not strided.values.is_contiguous()
     assert torch.equal(embedding_rows(strided, ids, torch.float32), quantization.dequantize(weight)[ids])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from bounds import norm_error
+from weight_formats import FORMATS
 
 import qvl_kernels
 from qvl_kernels import quantization
@@ -10,7 +11,6 @@ from qvl_kernels.ops.vision_block.cases import CASES as VISION_CASES
 from qvl_kernels.ops.vision_block.unfused import unfused_vision_block
 from qvl_kernels.testing import random_tensor, relative_error, surrounded
 
-FORMATS = [(8, 64), (4, 32), (4, 64), (4, 128)]
 SIZES = [
     (1, 1, 1),
     (1, 9, 127),
@@ -35,14 +35,14 @@ def _golden(x: torch.Tensor, weight: quantization.QuantizedWeight) -> torch.Tens
     return quantization.rounded_activations(x, weight).double() @ quantization.dequantize(weight).double().T
 
 
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@pytest.mark.parametrize(("bits", "group", "options"), FORMATS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_equals_the_product_of_rounded_numbers(bits, group, size):
+def test_equals_the_product_of_rounded_numbers(bits, group, options, size):
     (m, n, k), generator = size, _generator()
-    weight = quantization.quantize(random_tensor((n, k), torch.float32, generator), bits, group)
+    weight = quantization.quantize(random_tensor((n, k), torch.float32, generator), bits, group, **options)
     x = random_tensor((m, k + 3), torch.float32, generator)[:, 3:]
     x[0, k // 2] = 100.0  # an outlier affects its group only
-    weight = weight._replace(values=surrounded(weight.values), scales=surrounded(weight.scales))
+    weight = weight.apply(surrounded)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x_typed = surrounded(x.to(dtype))
         assert relative_error(qvl_kernels.quantized_linear(x_typed, weight), _golden(x_typed, weight)) <= norm_error(
@@ -50,10 +50,10 @@ def test_equals_the_product_of_rounded_numbers(bits, group, size):
         )
 
 
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
-def test_an_outlier_coarsens_its_own_group_only(bits, group):
+@pytest.mark.parametrize(("bits", "group", "options"), FORMATS)
+def test_an_outlier_coarsens_its_own_group_only(bits, group, options):
     generator, k = _generator(), 512
-    weight = quantization.quantize(random_tensor((32, k), torch.float32, generator), bits, group)
+    weight = quantization.quantize(random_tensor((32, k), torch.float32, generator), bits, group, **options)
     x = random_tensor((4, k), torch.float32, generator)
     x[:, 7] = 1e4
     without = x.clone()
@@ -62,12 +62,12 @@ def test_an_outlier_coarsens_its_own_group_only(bits, group):
     assert relative_error(difference, without @ quantization.dequantize(weight).T) < 0.02
 
 
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@pytest.mark.parametrize(("bits", "group", "options"), FORMATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 16, 20])
-def test_rows_that_are_not_finite_are_nan_and_alone(bits, group, bad, rows):
+def test_rows_that_are_not_finite_are_nan_and_alone(bits, group, options, bad, rows):
     generator = _generator()
-    weight = quantization.quantize(random_tensor((9, 150), torch.float32, generator), bits, group)
+    weight = quantization.quantize(random_tensor((9, 150), torch.float32, generator), bits, group, **options)
     x = random_tensor((rows, 150), torch.float32, generator)
     clean = qvl_kernels.quantized_linear(x, weight)
     x[rows - 1, 140] = bad
@@ -75,15 +75,15 @@ def test_rows_that_are_not_finite_are_nan_and_alone(bits, group, bad, rows):
     assert out[-1].isnan().all() and torch.equal(out[:-1], clean[:-1])
 
 
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
-def test_weights_at_the_ends_of_the_range(bits, group):
+@pytest.mark.parametrize(("bits", "group", "options"), FORMATS)
+def test_weights_at_the_ends_of_the_range(bits, group, options):
     generator = _generator()
     wide = random_tensor((6, 200), torch.float32, generator)
     wide[0] = 0.0
     wide[1] = 1e-40  # denormal
-    wide[2, 3] = 1e30
+    wide[2, 3] = 1e4 if options.get("scale_dtype") is torch.float16 else 1e30
     wide[3] = wide[3].sign()  # every value at the end of the range
-    weight = quantization.quantize(wide, bits, group)
+    weight = quantization.quantize(wide, bits, group, **options)
     x = random_tensor((5, 200), torch.float32, generator)
     x[1], x[2], x[3] = x[1] * 1e-20, 0.0, x[3].sign()
     out, golden = qvl_kernels.quantized_linear(x, weight), _golden(x, weight)
@@ -100,12 +100,15 @@ def test_int8_minus_128_is_multiplied_too():
     assert torch.equal(qvl_kernels.quantized_linear(x, weight), torch.full((2, 3), -128.0 * 127 * 256))
 
 
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
-def test_a_vision_block_in_one_call_equals_its_single_ops(bits, group):
+@pytest.mark.parametrize(("bits", "group", "options"), FORMATS)
+def test_a_vision_block_in_one_call_equals_its_single_ops(bits, group, options):
     arguments = next(case for case in VISION_CASES if case.name == "odd").make(torch.float32, _generator())
     weights = arguments["weights"]
     arguments["weights"] = weights._replace(
-        **{name: quantization.quantize(getattr(weights, name), bits, group) for name in ("qkv_w", "fc1_w", "fc2_w")}
+        **{
+            name: quantization.quantize(getattr(weights, name), bits, group, **options)
+            for name in ("qkv_w", "fc1_w", "fc2_w")
+        }
     )
     with torch.no_grad():
         out = qvl_kernels.vision_block(**arguments)

@@ -14,9 +14,12 @@ struct QuantBlock {
   WeightFormat format;
   const char* source;  // the weight rows in memory; bytes of a row, and of a group of it
   int64_t source_row_bytes, source_group_bytes;
-  // int4: bf16 [rows][groups] from the block's first group on; int8: fp32 [rows] in the last K-block, else nullptr
+  // int4: [rows][groups] from the block's first group on; int8: fp32 [rows] in the last K-block, else nullptr
   const void* source_scales;
   int64_t scale_stride;
+  DType scale_dtype;            // int4
+  const uint8_t* source_zeros;  // int4: zero-points from the block's first group on, or nullptr
+  int64_t zero_stride;
   GemmInts::Weight* unpacked;  // [rows][kQuantGemmKBlock], or nullptr where the rows in memory are words already
   const char* words;           // [rows][words] at word_row bytes: either of them
   int64_t word_row;
@@ -95,8 +98,13 @@ inline void quant_unpack_rows(const QuantBlock& b, int64_t n, int64_t end) {
     if (b.unpacked) {
       GemmInts::Weight* out = b.unpacked + n * kQuantGemmKBlock;
       if (b.format == WeightFormat::int4) {
-        for (int64_t i = 0; i < b.depth; i += 32)
-          GemmInts::unpack(reinterpret_cast<const uint8_t*>(source) + i / 2, out + i);
+        const uint8_t* zeros = b.source_zeros ? b.source_zeros + n * b.zero_stride : nullptr;
+        const int64_t group = b.group * GemmInts::kPerWord;
+        for (int64_t begin = 0; begin < b.depth; begin += group) {
+          const int zero = int4_zero(zeros, begin / group);
+          for (int64_t i = begin; i < min_i(begin + group, b.depth); i += 32)
+            GemmInts::unpack(reinterpret_cast<const uint8_t*>(source) + i / 2, zero, out + i);
+        }
       } else {
         for (int64_t i = 0; i < b.depth; ++i) out[i] = GemmInts::Weight(reinterpret_cast<const int8_t*>(source)[i]);
         for (int64_t i = b.depth; i < b.count * GemmInts::kPerWord; ++i) out[i] = GemmInts::Weight(0);
@@ -106,8 +114,7 @@ inline void quant_unpack_rows(const QuantBlock& b, int64_t n, int64_t end) {
       b.compensation[group * kQuantGemmTileN + n] =
           GemmInts::zero_point_compensation(b.words + n * b.word_row + begin * 4, min_i(b.group, b.count - begin));
       if (b.format == WeightFormat::int4)
-        b.scales[group * kQuantGemmTileN + n] =
-            to_float(static_cast<const bf16*>(b.source_scales)[n * b.scale_stride + group]);
+        b.scales[group * kQuantGemmTileN + n] = int4_scale(b.source_scales, b.scale_dtype, n * b.scale_stride + group);
     }
     if (b.format == WeightFormat::int8)
       b.scales[n] = b.source_scales ? static_cast<const float*>(b.source_scales)[n * b.scale_stride] : 1.0f;
@@ -162,7 +169,7 @@ inline void quant_accumulate(const QuantGemmArgs& a, const Weight& weight, const
   QuantBlock b{};
   b.format = weight.format;
   b.source_row_bytes = weight.stride, b.source_group_bytes = int4 ? a.group / 2 : a.group;
-  b.scale_stride = weight.scale_stride;
+  b.scale_stride = weight.scale_stride, b.scale_dtype = weight.scale_dtype, b.zero_stride = weight.zero_stride;
   b.group = a.group / GemmInts::kPerWord;
   if (int4 || GemmInts::kPerWord < 4 || a.k % 4 != 0) b.unpacked = reinterpret_cast<GemmInts::Weight*>(scratch);
   b.compensation = reinterpret_cast<int32_t*>(scratch + kQuantGemmTileN * kQuantGemmKBlockBytes / 4);
@@ -172,7 +179,9 @@ inline void quant_accumulate(const QuantGemmArgs& a, const Weight& weight, const
     b.count = quant_words(b.depth);
     b.source = static_cast<const char*>(weight.w) + tile.n_begin * weight.stride + (int4 ? k / 2 : k);
     if (int4) {
-      b.source_scales = static_cast<const bf16*>(weight.scales) + tile.n_begin * weight.scale_stride + k / a.group;
+      const int64_t group = k / a.group;
+      b.source_scales = static_cast<const uint16_t*>(weight.scales) + tile.n_begin * weight.scale_stride + group;
+      if (weight.zeros) b.source_zeros = weight.zeros + tile.n_begin * weight.zero_stride + group / 2;
     } else if (k + kQuantGemmKBlock >= a.k) {
       b.source_scales = static_cast<const float*>(weight.scales) + tile.n_begin * weight.scale_stride;
     }

@@ -4,13 +4,14 @@
 // Weights are read front to back, a few rows at a time. Software prefetch runs through memory in the order of
 // addresses, one cache line beside each load: 31 GB/s a core on Zen 4, 1 row. It is 12 GB/s where each weight row
 // prefetches within itself, or where lines come in bursts of eight. With one activation row the next four weight rows
-// are prefetched into L1; with more, whose passes find weights in L2, the next 32. int4 scales are prefetched four rows
-// ahead.
+// are prefetched into L1; with more, whose passes find weights in L2, the next 32. int4 scales and zero-points are
+// prefetched four rows ahead.
 
 constexpr int kQuantGemvTileN = 4;                                // weight rows and activation rows held in registers:
 constexpr int kQuantGemvTileM = Vec::kPanelVectors == 4 ? 4 : 2;  // 32 or 16 vector registers
 constexpr int64_t kQuantGemvSums = 512;         // fp32 sums of all activation rows between two vectorised epilogues
 constexpr int64_t kQuantGemvKBlockChunks = 16;  // K-block of several activation rows: 4 of them take 12 KB of L1
+static_assert(kQuantGemvKBlockChunks % 2 == 0, "the zero-points of a K-block begin with a whole byte");
 constexpr int64_t kInt4Steps = kQuantChunk / GemvInts::kInt4Step;
 
 // The parts of a packed quantised activation row: see packed_row_bytes.
@@ -21,8 +22,9 @@ inline Value* packed_row_values(char* packed_row) {
 inline float* packed_row_scales(char* packed_row, int64_t k_padded) {
   return reinterpret_cast<float*>(packed_row + 2 * k_padded);
 }
-inline int32_t* packed_row_compensation(char* packed_row, int64_t k_padded) {
-  return reinterpret_cast<int32_t*>(packed_row + 5 * k_padded / 2);
+template <class Number>
+inline Number* packed_row_compensation(char* packed_row, int64_t k_padded) {
+  return reinterpret_cast<Number*>(packed_row + 5 * k_padded / 2);
 }
 
 // Packs the values [128] of one chunk in the order in which the format's dot products read them.
@@ -34,25 +36,27 @@ inline void pack_row_int8(const int8_t* values, float scale, char* packed_row, i
   GemvInts sum = GemvInts::zero();
   for (int64_t i = 0; i < kQuantChunk; i += GemvInts::kInt8Step)
     sum = GemvInts::dot(sum, GemvInts::load_int8(zeros), out + i);
-  (GemvInts::zero() - sum).store(packed_row_compensation(packed_row, k_padded) + chunk * Vec::kWidth);
+  (GemvInts::zero() - sum).store(packed_row_compensation<int32_t>(packed_row, k_padded) + chunk * Vec::kWidth);
 }
 
 inline void pack_row_int4(const int8_t* values, const float* scales, int64_t group, char* packed_row, int64_t k_padded,
                           int64_t chunk) {
-  alignas(64) uint8_t eights[GemvInts::kInt4Step / 2];
-  std::memset(eights, 0x88, sizeof(eights));
   for (int64_t step = 0; step < kInt4Steps; ++step, values += GemvInts::kInt4Step) {
     const int64_t at = chunk * kInt4Steps + step;
     auto* out = packed_row_values<GemvInts::Int4Value>(packed_row) + at * GemvInts::kInt4Step;
     float* lanes = packed_row_scales(packed_row, k_padded) + at * Vec::kWidth;
+    float* compensation = packed_row_compensation<float>(packed_row, k_padded) + at * Vec::kWidth;
     for (int64_t block = 0; block < GemvInts::kInt4Step / 32; ++block) {
       for (int64_t i = 0; i < 16; ++i) out[block * 16 + i] = values[block * 32 + i];
       for (int64_t i = 0; i < 16; ++i) out[GemvInts::kInt4Step / 2 + block * 16 + i] = values[block * 32 + 16 + i];
       const float scale = scales[(step * GemvInts::kInt4Step + block * 32) / group];
-      for (int64_t lane = 0; lane < 4; ++lane) lanes[block * 4 + lane] = scale;
+      int32_t sum = 0;
+      for (int64_t i = 0; i < 32; ++i) sum += values[block * 32 + i];
+      for (int64_t lane = 0; lane < 4; ++lane) {
+        lanes[block * 4 + lane] = scale;
+        compensation[block * 4 + lane] = float(-sum);
+      }
     }
-    const GemvInts sum = GemvInts::dot(GemvInts::zero(), GemvInts::load_int4(eights), out);
-    (GemvInts::zero() - sum).store(packed_row_compensation(packed_row, k_padded) + at * Vec::kWidth);
   }
 }
 
@@ -86,6 +90,16 @@ struct QuantMatrix {
   int64_t stride_bytes;
   const char* scales;
   int64_t scale_stride_bytes;
+  DType scale_dtype;     // int4
+  const uint8_t* zeros;  // int4, or nullptr
+  int64_t zero_stride;
+
+  QuantMatrix from_row(int64_t n) const {
+    QuantMatrix rows = *this;
+    rows.w += n * stride_bytes, rows.scales += n * scale_stride_bytes;
+    if (zeros) rows.zeros += n * zero_stride;
+    return rows;
+  }
 };
 
 // Software prefetch that runs through memory once: of every 64 bytes of the tile's rows, the first `lines` rows bring
@@ -147,7 +161,7 @@ struct QuantSums {
 };
 
 struct Int8Format {
-  static constexpr int64_t kChunkBytes = kQuantChunk, kChunkScaleBytes = 0;
+  static constexpr int64_t kChunkBytes = kQuantChunk, kChunkScaleBytes = 0, kChunkGroups = 0;
   static constexpr bool kRowScale = true;
 
   static int64_t row_bytes(const QuantGemvArgs& a) { return a.k; }
@@ -171,8 +185,8 @@ struct Int8Format {
       GemvInts acc[ROWS][M];
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
-        const GemvInts start =
-            GemvInts::load(packed_row_compensation(packed_rows + m * row_bytes, k_padded) + chunk * Vec::kWidth);
+        const GemvInts start = GemvInts::load(packed_row_compensation<int32_t>(packed_rows + m * row_bytes, k_padded) +
+                                              chunk * Vec::kWidth);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) acc[r][m] = start;
       }
@@ -205,14 +219,15 @@ struct Int8Format {
       std::memset(values, 0, sizeof(values));
       for (int r = 0; r < ROWS; ++r)
         std::memcpy(values[r], matrix.w + r * matrix.stride_bytes + chunk * kQuantChunk, size_t(bytes));
-      return {reinterpret_cast<const char*>(values), kQuantChunk, nullptr, 0};
+      return {reinterpret_cast<const char*>(values), kQuantChunk, nullptr, 0, DType::f32, nullptr, 0};
     }
   };
 };
 
 template <int GROUP>
 struct Int4Format {
-  static constexpr int64_t kChunkBytes = kQuantChunk / 2, kChunkScaleBytes = kQuantChunk / GROUP * 2;
+  static constexpr int64_t kChunkBytes = kQuantChunk / 2, kChunkGroups = kQuantChunk / GROUP,
+                           kChunkScaleBytes = kChunkGroups * 2;
   static constexpr bool kRowScale = false;
 
   static int64_t row_bytes(const QuantGemvArgs& a) { return (a.k + GROUP - 1) / GROUP * (GROUP / 2); }
@@ -221,6 +236,10 @@ struct Int4Format {
     for (int r = 0; r < kQuantGemvTileN; ++r)
       for (int64_t at = begin * kChunkScaleBytes; at < end * kChunkScaleBytes; at += 64)
         __builtin_prefetch(matrix.scales + r * matrix.scale_stride_bytes + at, 0, 3);
+    if (!matrix.zeros) return;
+    for (int r = 0; r < kQuantGemvTileN; ++r)
+      for (int64_t at = begin * kChunkGroups / 2; at < end * kChunkGroups / 2; at += 64)
+        __builtin_prefetch(matrix.zeros + r * matrix.zero_stride + at, 0, 3);
   }
 
   template <int ROWS, int M>
@@ -232,7 +251,7 @@ struct Int4Format {
     Vec total[M];
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) total[m] = Vec::zero();
-    for (int64_t chunk = begin; chunk < end; ++chunk, w += kQuantChunk / 2, scales += kQuantChunk / GROUP * 2) {
+    for (int64_t chunk = begin; chunk < end; ++chunk, w += kQuantChunk / 2, scales += kChunkScaleBytes) {
 #pragma GCC unroll 4
       for (int64_t step = 0; step < kInt4Steps; ++step) {
         const int64_t at = chunk * kInt4Steps + step;
@@ -243,19 +262,26 @@ struct Int4Format {
           const auto weights = GemvInts::load_int4(w + r * stride + step * (GemvInts::kInt4Step / 2));
 #pragma GCC unroll 4
           for (int m = 0; m < M; ++m) {
-            char* packed_row = packed_rows + m * row_bytes;
-            const GemvInts start = GemvInts::load(packed_row_compensation(packed_row, k_padded) + at * Vec::kWidth);
-            acc[r][m] = GemvInts::dot(start, weights,
-                                      packed_row_values<GemvInts::Int4Value>(packed_row) + at * GemvInts::kInt4Step);
+            const auto* x = packed_row_values<GemvInts::Int4Value>(packed_rows + m * row_bytes);
+            acc[r][m] = GemvInts::dot(GemvInts::zero(), weights, x + at * GemvInts::kInt4Step);
           }
         }
-        const Vec w_scale = GemvInts::load_scales<GROUP>(scales + step * GemvInts::kInt4Step / GROUP * 2,
-                                                         ROWS == 4 ? matrix.scale_stride_bytes : 0);
+        const char* step_scales = scales + step * GemvInts::kInt4Step / GROUP * 2;
+        const int64_t scale_stride = ROWS == 4 ? matrix.scale_stride_bytes : 0;
+        const Vec w_scale = matrix.scale_dtype == DType::bf16
+                                ? GemvInts::load_scales<GROUP, bf16>(step_scales, scale_stride)
+                                : GemvInts::load_scales<GROUP, f16>(step_scales, scale_stride);
+        Vec zero = Vec::set1(kInt4Zero);
+        if (matrix.zeros) {
+          const int64_t group = (chunk - begin) * kChunkGroups + step * GemvInts::kInt4Step / GROUP;
+          zero = GemvInts::load_zeros<GROUP>(matrix.zeros + group / 2, ROWS == 4 ? matrix.zero_stride : 0, group % 2);
+        }
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
-          const Vec scale =
-              w_scale * Vec::load(packed_row_scales(packed_rows + m * row_bytes, k_padded) + at * Vec::kWidth);
-          total[m] = Vec::fma(reduce_rows(acc, m), scale, total[m]);
+          char* packed_row = packed_rows + m * row_bytes;
+          const Vec scale = w_scale * Vec::load(packed_row_scales(packed_row, k_padded) + at * Vec::kWidth);
+          const Vec compensation = Vec::load(packed_row_compensation<float>(packed_row, k_padded) + at * Vec::kWidth);
+          total[m] = Vec::fma(Vec::fma(zero, compensation, reduce_rows(acc, m)), scale, total[m]);
         }
       }
     }
@@ -265,26 +291,41 @@ struct Int4Format {
   template <int ROWS>
   struct Tail {
     alignas(64) uint8_t values[ROWS][kQuantChunk / 2];
-    bf16 scales[ROWS][kQuantChunk / GROUP];
+    uint16_t scales[ROWS][kChunkGroups];
+    uint8_t zeros[ROWS][(kChunkGroups + 1) / 2];
 
     QuantMatrix copy(const QuantMatrix& matrix, int64_t chunk, int64_t bytes) {
       std::memset(values, 0, sizeof(values));
       std::memset(scales, 0, sizeof(scales));
+      std::memset(zeros, 0, sizeof(zeros));
       for (int r = 0; r < ROWS; ++r) {
         std::memcpy(values[r], matrix.w + r * matrix.stride_bytes + chunk * (kQuantChunk / 2), size_t(bytes));
-        std::memcpy(scales[r], matrix.scales + r * matrix.scale_stride_bytes + chunk * (kQuantChunk / GROUP * 2),
+        std::memcpy(scales[r], matrix.scales + r * matrix.scale_stride_bytes + chunk * kChunkScaleBytes,
                     size_t(bytes * 2 / GROUP * 2));
+        if (matrix.zeros)
+          std::memcpy(zeros[r], matrix.zeros + r * matrix.zero_stride + chunk * kChunkGroups / 2,
+                      size_t((bytes * 2 / GROUP + 1) / 2));
       }
-      return {reinterpret_cast<const char*>(values), kQuantChunk / 2, reinterpret_cast<const char*>(scales),
-              kQuantChunk / GROUP * 2};
+      return {reinterpret_cast<const char*>(values),
+              kQuantChunk / 2,
+              reinterpret_cast<const char*>(scales),
+              kChunkScaleBytes,
+              matrix.scale_dtype,
+              matrix.zeros ? zeros[0] : nullptr,
+              int64_t(sizeof(zeros[0]))};
     }
   };
 };
 
 inline QuantMatrix quant_matrix(const Weight& weight, int64_t n) {
-  const int64_t scale_stride = weight.scale_stride * (weight.format == WeightFormat::int8 ? 4 : 2);
-  return {static_cast<const char*>(weight.w) + n * weight.stride, weight.stride,
-          static_cast<const char*>(weight.scales) + n * scale_stride, scale_stride};
+  const QuantMatrix matrix{static_cast<const char*>(weight.w),
+                           weight.stride,
+                           static_cast<const char*>(weight.scales),
+                           weight.scale_stride * (weight.format == WeightFormat::int8 ? 4 : 2),
+                           weight.scale_dtype,
+                           weight.zeros,
+                           weight.zero_stride};
+  return matrix.from_row(n);
 }
 
 // sums[m][r] += chunks [begin, end) of ROWS weight rows times M activation rows; the last chunk may be a part of one.
@@ -299,6 +340,7 @@ void quant_gemv_k_block(const QuantGemvArgs& a, QuantMatrix matrix, char* packed
     Format::template add<ROWS, M>(copied, packed_rows, a.k_padded, whole, end--, nothing, sums);
   }
   matrix.w += begin * Format::kChunkBytes, matrix.scales += begin * Format::kChunkScaleBytes;
+  if (matrix.zeros) matrix.zeros += begin * Format::kChunkGroups / 2;
   Format::template add<ROWS, M>(matrix, packed_rows, a.k_padded, begin, end, prefetch, sums);
 }
 
@@ -306,10 +348,6 @@ void quant_gemv_k_block(const QuantGemvArgs& a, QuantMatrix matrix, char* packed
 template <class Format, int M>
 void quant_gemv_m_tile(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_t rows, char* packed_rows,
                        SoftwarePrefetch prefetch, const QuantSums& sums) {
-  const auto from = [&](int64_t r) {
-    return QuantMatrix{matrix.w + r * matrix.stride_bytes, matrix.stride_bytes,
-                       matrix.scales + r * matrix.scale_stride_bytes, matrix.scale_stride_bytes};
-  };
   std::memset(sums.sums, 0, size_t(M * sums.n_block) * sizeof(float));
   const SoftwarePrefetch next_n_block = prefetch;
   const int64_t chunks = a.k_padded / kQuantChunk, depth = a.m == 1 ? chunks : kQuantGemvKBlockChunks;
@@ -318,13 +356,15 @@ void quant_gemv_m_tile(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_
     int64_t r = 0;
     for (; r + kQuantGemvTileN <= rows; r += kQuantGemvTileN) {
       if (a.m == 1)
-        prefetch = r + 2 * kQuantGemvTileN <= rows ? SoftwarePrefetch{from(r + kQuantGemvTileN).w, kQuantGemvTileN}
-                                                   : next_n_block;
-      Format::prefetch_scales(from(r + kQuantGemvTileN), begin, end);
-      quant_gemv_k_block<Format, kQuantGemvTileN, M>(a, from(r), packed_rows, begin, end, prefetch, sums.from(0, r));
+        prefetch = r + 2 * kQuantGemvTileN <= rows
+                       ? SoftwarePrefetch{matrix.from_row(r + kQuantGemvTileN).w, kQuantGemvTileN}
+                       : next_n_block;
+      Format::prefetch_scales(matrix.from_row(r + kQuantGemvTileN), begin, end);
+      quant_gemv_k_block<Format, kQuantGemvTileN, M>(a, matrix.from_row(r), packed_rows, begin, end, prefetch,
+                                                     sums.from(0, r));
     }
     for (; r < rows; ++r)
-      quant_gemv_k_block<Format, 1, M>(a, from(r), packed_rows, begin, end, prefetch, sums.from(0, r));
+      quant_gemv_k_block<Format, 1, M>(a, matrix.from_row(r), packed_rows, begin, end, prefetch, sums.from(0, r));
   }
 }
 

@@ -162,7 +162,7 @@ struct GemvInts {
     return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
   }
   // Scales of four weight rows' groups in the lanes of transpose_reduce: 64 inputs lie in two blocks of 32.
-  template <int GROUP>
+  template <int GROUP, class Scale>
   static Vec load_scales(const char* p, int64_t stride) {
     const auto row = [&](int64_t r) {
       std::conditional_t<GROUP == 32, uint32_t, uint16_t> scales;
@@ -171,7 +171,16 @@ struct GemvInts {
     };
     const __m128i scales = _mm_set_epi32(row(3), row(2), row(1), row(0)), first = _mm_slli_epi32(scales, 16);
     const __m128i second = GROUP == 32 ? _mm_blend_epi16(_mm_setzero_si128(), scales, 0xaa) : first;
-    return {_mm256_castsi256_ps(_mm256_set_m128i(second, first))};
+    if constexpr (std::is_same_v<Scale, bf16>) return {_mm256_castsi256_ps(_mm256_set_m128i(second, first))};
+    return {_mm256_cvtph_ps(_mm_packus_epi32(_mm_srli_epi32(first, 16), _mm_srli_epi32(second, 16)))};
+  }
+  // Zero-points of the same groups, in the same lanes. The first is the low or, with odd = 1, the high nibble of *p.
+  template <int GROUP>
+  static Vec load_zeros(const uint8_t* p, int64_t stride, int64_t odd) {
+    const __m128i zeros = _mm_set_epi32(p[3 * stride], p[2 * stride], p[stride], p[0]);
+    const __m256i places = GROUP == 32 ? _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4) : _mm256_set1_epi32(int(4 * odd));
+    const __m256i shifted = _mm256_srlv_epi32(_mm256_set_m128i(zeros, zeros), places);
+    return {_mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(15)))};
   }
 };
 
@@ -194,8 +203,8 @@ struct GemmInts {
   static int32_t zero_point_compensation(const char*, int64_t) { return 0; }
   static GemmInts load_values(const int8_t* p) { return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p))}; }
   // See unpack_int4.
-  static void unpack(const uint8_t* nibbles, Weight* out) {
-    const __m256i values = unpack_int4(nibbles);
+  static void unpack(const uint8_t* nibbles, int zero, Weight* out) {
+    const __m256i values = unpack_int4(nibbles, zero);
     _mm256_storeu_si256((__m256i*)out, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(values)));
     _mm256_storeu_si256((__m256i*)(out + 16), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(values, 1)));
   }

@@ -59,8 +59,8 @@ struct GemmInts {
   static int32_t zero_point_compensation(const char*, int64_t) { return 0; }
   static GemmInts load_values(const int8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
   // See unpack_int4.
-  static void unpack(const uint8_t* nibbles, Weight* out) {
-    _mm512_storeu_si512(out, _mm512_cvtepi8_epi16(unpack_int4(nibbles)));
+  static void unpack(const uint8_t* nibbles, int zero, Weight* out) {
+    _mm512_storeu_si512(out, _mm512_cvtepi8_epi16(unpack_int4(nibbles, zero)));
   }
   static GemmInts pack(const Vec* x) {
     const __m512i low = _mm512_cvtps_epi32(x[0].v), high = _mm512_slli_epi32(_mm512_cvtps_epi32(x[1].v), 16);

@@ -146,15 +146,22 @@ struct GemvInts {
                    w.v[3] * load_values(x + 24));
   }
   // Scales of four weight rows' groups in the lanes of transpose_reduce.
-  template <int GROUP>
+  template <int GROUP, class Scale>
   static Vec load_scales(const char* p, int64_t stride) {
     float scales[4];
     for (int r = 0; r < 4; ++r) {
-      bf16 scale;
+      Scale scale;
       std::memcpy(&scale, p + r * stride, sizeof(scale));
       scales[r] = qvl::to_float(scale);
     }
     return Vec::load(scales);
+  }
+  // Zero-points of the same groups, in the same lanes: low nibbles or, with odd = 1, high ones.
+  template <int GROUP>
+  static Vec load_zeros(const uint8_t* p, int64_t stride, int64_t odd) {
+    float zeros[4];
+    for (int r = 0; r < 4; ++r) zeros[r] = float(p[r * stride] >> 4 * odd & 15);
+    return Vec::load(zeros);
   }
 };
 
@@ -176,11 +183,11 @@ struct GemmInts {
   static GemmInts load_values(const int8_t* p) {
     return {{Vec::Float4{float(p[0]), float(p[1]), float(p[2]), float(p[3])}}};
   }
-  // 16 bytes of nibbles, the low ones first, as 32 elements.
-  static void unpack(const uint8_t* nibbles, Weight* out) {
+  // 16 bytes of nibbles, the low ones first, as 32 elements nibble - zero.
+  static void unpack(const uint8_t* nibbles, int zero, Weight* out) {
     for (int j = 0; j < 16; ++j) {
-      out[j] = float(int(nibbles[j] & 15) - 8);
-      out[j + 16] = float(int(nibbles[j] >> 4) - 8);
+      out[j] = float(int(nibbles[j] & 15) - zero);
+      out[j + 16] = float(int(nibbles[j] >> 4) - zero);
     }
   }
   static GemmInts pack(const Vec* x) { return {Vec::round(x[0])}; }

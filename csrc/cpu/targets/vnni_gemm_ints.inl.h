@@ -31,7 +31,9 @@ struct GemmInts {
     return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
   }
   // See unpack_int4.
-  static void unpack(const uint8_t* nibbles, Weight* out) { _mm256_storeu_si256((__m256i*)out, unpack_int4(nibbles)); }
+  static void unpack(const uint8_t* nibbles, int zero, Weight* out) {
+    _mm256_storeu_si256((__m256i*)out, unpack_int4(nibbles, zero));
+  }
   static GemmInts pack(const Vec* x) {
     const __m512i low = _mm512_add_epi32(_mm512_cvtps_epi32(x[0].v), _mm512_slli_epi32(_mm512_cvtps_epi32(x[1].v), 8));
     const __m512i high = _mm512_add_epi32(_mm512_cvtps_epi32(x[2].v), _mm512_slli_epi32(_mm512_cvtps_epi32(x[3].v), 8));

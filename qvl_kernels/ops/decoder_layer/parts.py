@@ -32,8 +32,9 @@ def linear_swiglu(x: torch.Tensor, norm: torch.Tensor, eps: float, gate: Weight,
     """Fused SwiGLU: silu(n gate^T) * (n up^T) with n = rms_norm(x)."""
     if _uses_gemv(x) and type(gate) is type(up):
         if isinstance(gate, QuantizedWeight) and isinstance(up, QuantizedWeight):
-            if gate.bits == up.bits and gate.group == up.group:
-                return call(quantized_gemv_swiglu_op, x, gate.values, gate.scales, up.values, up.scales, norm, eps)
+            if (gate.bits, gate.group, gate.zeros is None) == (up.bits, up.group, up.zeros is None):
+                gate_tensors, up_tensors = ((w.values, w.scales, w.zeros) for w in (gate, up))
+                return call(quantized_gemv_swiglu_op, x, *gate_tensors, *up_tensors, norm, eps)
         else:
             return call(gemv_swiglu_op, x, gate, up, norm, eps)
     return call(swiglu_op, *norm_linears(x, norm, eps, [gate, up], [None, None]))
@@ -58,12 +59,12 @@ def _gemv(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     if isinstance(weight, QuantizedWeight):
-        return call(quantized_gemv_op, x, weight.values, weight.scales, bias, norm, eps, residual)
+        return call(quantized_gemv_op, x, weight.values, weight.scales, weight.zeros, bias, norm, eps, residual)
     return call(gemv_op, x, weight, bias, norm, eps, residual)
 
 
 def matmul(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """x weight^T + bias."""
     if isinstance(weight, QuantizedWeight):
-        return call(quantized_linear_op, x, weight.values, weight.scales, bias)
+        return call(quantized_linear_op, x, weight.values, weight.scales, weight.zeros, bias)
     return call(linear_op, x, weight, bias) if x.is_cpu else pytorch_linear(x, weight, bias)

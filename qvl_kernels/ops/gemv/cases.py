@@ -39,6 +39,7 @@ def _case(
     strided: int = 0,
     scale: float = 1.0,
     model: bool = False,
+    **options: Any,
 ) -> Case:
     """``plus``: bias and residual where the op has them; ``strided``: elements between rows and before the first."""
 
@@ -54,8 +55,9 @@ def _case(
             w = random_tensor((n, k), torch.float32 if bits else dtype, generator, scale=max(1, k) ** -0.5)
             if not bits:
                 return {prefix or "weight": spread(w)}
-            values, scales, _ = quantize(w, bits, group)
-            return {f"{prefix}_values".strip("_"): spread(values), f"{prefix}_scales".strip("_"): scales}
+            values, scales, _, zeros = quantize(w, bits, group, **options)
+            tensors = {"values": spread(values), "scales": scales, "zeros": zeros if zeros is None else spread(zeros)}
+            return {f"{prefix}_{name}".strip("_"): tensor for name, tensor in tensors.items()}
 
         arguments: dict[str, Any] = {"x": spread(random_tensor((m, k), dtype, generator, scale=scale))}
         arguments |= weight("gate") | weight("up") if swiglu else weight("")
@@ -66,7 +68,11 @@ def _case(
             arguments["residual"] = spread(random_tensor((m, n), dtype, generator)) if plus else None
         return arguments
 
-    per_row = {0: lambda size: k * size, 8: lambda size: k + 4, 4: lambda size: k // 2 + 2 * (k // group)}[bits]
+    per_row = {
+        0: lambda size: k * size,
+        8: lambda size: k + 4,
+        4: lambda size: k // 2 + (2.5 if "zero_points" in options else 2) * (k // group),
+    }[bits]
     weights = 2 * n if swiglu else n
     return Case(
         name,
@@ -89,6 +95,13 @@ def _model_cases() -> list[Case]:
                 _case(f"kv_{label}", rows, 1024, 2048, bits=bits, plus=False, model=True),
                 _case(f"down_{label}", rows, 2048, 6144, bits=bits, norm=False, model=True),
                 _case(f"mlp_{label}", rows, 6144, 2048, bits=bits, swiglu=True, model=True),
+            ]
+        if bits == 4:
+            zeros = {"bits": 4, "group": 32, "zero_points": True, "model": True}
+            cases += [
+                _case("down_zeros_rows_1", 1, 2048, 6144, norm=False, **zeros),
+                _case("mlp_zeros_rows_1", 1, 6144, 2048, swiglu=True, **zeros),
+                _case("mlp_zeros_rows_16", 16, 6144, 2048, swiglu=True, **zeros),
             ]
         cases.append(_case(f"head_{bits or 'dense'}", 1, 151936, 2048, bits=bits, plus=False, model=True))
     return cases
@@ -119,5 +132,11 @@ CASES = [
     _case("int4_misaligned", 1, 7, 64, bits=4, group=32, strided=3),
     _case("int4_rows_2", 2, 18, 130, bits=4, group=32),
     _case("int4_swiglu_rows_11", 11, 8, 96, bits=4, group=32, swiglu=True, norm=False),
+    _case("int4_zeros_words", 1, 19, 300, bits=4, group=32, zero_points=True),
+    _case("int4_zeros_words_group_64", 1, 6, 320, bits=4, zero_points=True, scale_dtype=torch.float16),
+    _case("int4_zeros_words_swiglu", 1, 9, 300, bits=4, group=128, swiglu=True, zero_points=True),
+    _case("int4_zeros_rows_5_strided", 5, 18, 130, bits=4, group=32, strided=3, zero_points=True),
+    _case("int4_zeros_swiglu_rows_11", 11, 8, 200, bits=4, swiglu=True, zero_points=True, scale_dtype=torch.float16),
+    _case("int4_fp16_scales", 1, 7, 128, bits=4, group=32, scale_dtype=torch.float16),
     *_model_cases(),
 ]

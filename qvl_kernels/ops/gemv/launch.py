@@ -16,6 +16,8 @@ from qvl_kernels.ops.gemv.triton_int4 import gemv_int4_kernel
 
 __all__ = ["launch_gemv", "launch_gemv_swiglu", "launch_quantized_gemv", "launch_quantized_gemv_swiglu"]
 
+_Weight = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
 
 def launch_gemv(
     x: torch.Tensor,
@@ -25,53 +27,59 @@ def launch_gemv(
     eps: float,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    return _gemv(x, (weight, None), None, bias, norm_weight, eps, residual)
+    return _gemv(x, (weight, None, None), None, bias, norm_weight, eps, residual)
 
 
 def launch_gemv_swiglu(
     x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, norm_weight: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    return _gemv(x, (gate, None), (up, None), None, norm_weight, eps, None)
+    return _gemv(x, (gate, None, None), (up, None, None), None, norm_weight, eps, None)
 
 
 def launch_quantized_gemv(
     x: torch.Tensor,
     values: torch.Tensor,
     scales: torch.Tensor,
+    zeros: torch.Tensor | None,
     bias: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
     eps: float,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    return _gemv(x, (values, scales), None, bias, norm_weight, eps, residual)
+    return _gemv(x, (values, scales, zeros), None, bias, norm_weight, eps, residual)
 
 
 def launch_quantized_gemv_swiglu(
     x: torch.Tensor,
     gate_values: torch.Tensor,
     gate_scales: torch.Tensor,
+    gate_zeros: torch.Tensor | None,
     up_values: torch.Tensor,
     up_scales: torch.Tensor,
+    up_zeros: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    return _gemv(x, (gate_values, gate_scales), (up_values, up_scales), None, norm_weight, eps, None)
+    gate, up = (gate_values, gate_scales, gate_zeros), (up_values, up_scales, up_zeros)
+    return _gemv(x, gate, up, None, norm_weight, eps, None)
 
 
 def _gemv(
     x: torch.Tensor,
-    weight: tuple[torch.Tensor, torch.Tensor | None],
-    up: tuple[torch.Tensor, torch.Tensor | None] | None,
+    weight: _Weight,
+    up: _Weight | None,
     bias: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
     eps: float,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``weight`` and ``up`` are (values, scales or None). Where a tensor is absent, the kernel gets another one, which
-    it does not read.
+    """``weight`` and ``up``, both with zero-points or neither, are (values, scales or None, zeros or None). Where a
+    tensor is absent, the kernel gets another one, which it does not read.
     """
-    values, scales = weight
-    up_values, up_scales = (values, scales) if up is None else up
+    values, scales, zeros = weight
+    up_values, up_scales, up_zeros = weight if up is None else up
+    if (zeros is None) != (up_zeros is None):
+        raise ValueError("gemv: gate and up must both have zero-points, or neither")
     n, columns = values.shape
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     rows, y_rows = as_rows(x), as_rows(y)
@@ -102,6 +110,10 @@ def _gemv(
             kernel, tile["GROUP_BLOCKS"] = gemv_int4_kernel, group // 32
         else:
             tile["VECTOR"], tile["BITS"] = 16 // values.element_size(), bits
+    if kernel is not gemv_fma_kernel:
+        tile["HAS_ZEROS"] = zeros is not None
+        for name, tensor in (("zero_rows", zeros), ("up_zero_rows", up_zeros)):
+            tile[name] = rows_view(y_rows if tensor is None else tensor)
     if scales is None or up_scales is None:
         scales = up_scales = y_rows  # not read
     launch(

@@ -56,17 +56,16 @@ gemv_swiglu_op = register(
 )
 
 quantized_gemv_op = register(
-    "quantized_gemv(Tensor x, Tensor values, Tensor scales, Tensor? bias, Tensor? norm_weight, float eps, Tensor? "
-    "residual) -> Tensor",
+    "quantized_gemv(Tensor x, Tensor values, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? norm_weight, "
+    "float eps, Tensor? residual) -> Tensor",
     cpu=reference.quantized_gemv_reference,
     triton=_launch_quantized_gemv,
     fake=_fake,
 )
 
 quantized_gemv_swiglu_op = register(
-    "quantized_gemv_swiglu(Tensor x, Tensor gate_values, Tensor gate_scales, Tensor up_values, Tensor up_scales, "
-    "Tensor? norm_weight,"
-    " float eps) -> Tensor",
+    "quantized_gemv_swiglu(Tensor x, Tensor gate_values, Tensor gate_scales, Tensor? gate_zeros, Tensor up_values, "
+    "Tensor up_scales, Tensor? up_zeros, Tensor? norm_weight, float eps) -> Tensor",
     cpu=reference.quantized_gemv_swiglu_reference,
     triton=_launch_quantized_gemv_swiglu,
     fake=_fake,

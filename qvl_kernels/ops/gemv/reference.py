@@ -33,31 +33,35 @@ def gemv_swiglu_reference(
     return torch.nn.functional.silu(torch.nn.functional.linear(normed, gate)) * torch.nn.functional.linear(normed, up)
 
 
-def _dequantized(values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return dequantize(QuantizedWeight(values, scales, x.shape[-1]), x.dtype)
+def _dequantized(
+    values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, x: torch.Tensor
+) -> torch.Tensor:
+    return dequantize(QuantizedWeight(values, scales, x.shape[-1], zeros), x.dtype)
 
 
 def quantized_gemv_reference(
     x: torch.Tensor,
     values: torch.Tensor,
     scales: torch.Tensor,
+    zeros: torch.Tensor | None,
     bias: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
     eps: float,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    return gemv_reference(x, _dequantized(values, scales, x), bias, norm_weight, eps, residual)
+    return gemv_reference(x, _dequantized(values, scales, zeros, x), bias, norm_weight, eps, residual)
 
 
 def quantized_gemv_swiglu_reference(
     x: torch.Tensor,
     gate_values: torch.Tensor,
     gate_scales: torch.Tensor,
+    gate_zeros: torch.Tensor | None,
     up_values: torch.Tensor,
     up_scales: torch.Tensor,
+    up_zeros: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    return gemv_swiglu_reference(
-        x, _dequantized(gate_values, gate_scales, x), _dequantized(up_values, up_scales, x), norm_weight, eps
-    )
+    gate = _dequantized(gate_values, gate_scales, gate_zeros, x)
+    return gemv_swiglu_reference(x, gate, _dequantized(up_values, up_scales, up_zeros, x), norm_weight, eps)

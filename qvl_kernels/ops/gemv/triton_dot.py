@@ -13,13 +13,20 @@ __all__ = ["gemv_dot_kernel", "normalise_rows_kernel"]
 
 
 @triton.jit
-def _batched_dot(x, x_high, w, BITS: tl.constexpr):
+def _group_zeros(zero_rows, n, group, mask):
+    """The zero-points [PARTS, BLOCK_N, 1] of one group per part: groups 2 g and 2 g + 1 lie in byte g."""
+    pair = tl.load(zero_rows.ptr + n[None, :] * zero_rows.stride + group // 2, mask=mask, other=0).to(tl.int32)
+    return ((pair >> (group % 2 * 4)) & 15).to(tl.int8)[:, :, None]
+
+
+@triton.jit
+def _batched_dot(x, x_high, w, zero, BITS: tl.constexpr):
     """x w^T, batched over PARTS: [PARTS, 16, BLOCK] times [PARTS, BLOCK_N, BLOCK]^T.
 
-    int4: low nibbles times x plus high nibbles times x_high.
+    int4: low nibbles times x plus high nibbles times x_high, each minus ``zero``.
     """
     if BITS == 4:
-        low, high = (w & 15).to(tl.int8) - 8, (w >> 4).to(tl.int8) - 8
+        low, high = (w & 15).to(tl.int8) - zero, (w >> 4).to(tl.int8) - zero
         total = tl.dot(x, tl.trans(low.to(x.dtype), 0, 2, 1), input_precision="ieee")
         return tl.dot(x_high, tl.trans(high.to(x.dtype), 0, 2, 1), total, input_precision="ieee")
     else:
@@ -31,8 +38,10 @@ def gemv_dot_kernel(
     x_rows,
     w_rows,
     scale_rows,
+    zero_rows,
     up_rows,
     up_scale_rows,
+    up_zero_rows,
     bias_ptr,
     norm_ptr,
     residual_rows,
@@ -46,6 +55,7 @@ def gemv_dot_kernel(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BITS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
     HAS_UP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
@@ -54,7 +64,8 @@ def gemv_dot_kernel(
 ):
     """y = norm(x) w^T + bias + residual, or silu(norm(x) w^T) * (norm(x) up^T), as gemv_fma_kernel.
 
-    Each step takes PARTS * BLOCK columns of w. int4: BLOCK columns are one group, whose scale multiplies its product.
+    Each step takes PARTS * BLOCK columns of w. int4: BLOCK columns are one group, whose scale multiplies its product;
+    its zero-point is 8 without HAS_ZEROS.
     """
     griddepcontrol_wait(PDL)
     rows = tl.program_id(1) * 16 + tl.arange(0, 16)
@@ -89,15 +100,21 @@ def gemv_dot_kernel(
                 squares += tl.sum(wide * wide, 2)
                 factor = tl.load(norm_ptr + k + 16, mask=k + 16 < K, other=0.0).to(tl.float32)
                 x_high = (wide * factor).to(x_rows.ptr.dtype.element_ty)
-        product = _batched_dot(x, x_high, w, BITS)
+        group = column // BLOCK + part[:, None]  # [PARTS, 1]
+        scale_mask = in_n[None, :] & (group * BLOCK < W_COLUMNS)
+        zero = 8
+        if HAS_ZEROS:
+            zero = _group_zeros(zero_rows, wide_n, group, scale_mask)
+        product = _batched_dot(x, x_high, w, zero, BITS)
         if BITS == 4:
-            group = column // BLOCK + part[:, None]  # [PARTS, 1]
-            scale_mask = in_n[None, :] & (group * BLOCK < W_COLUMNS)
             scale = tl.load(scale_rows.ptr + wide_n[None, :] * scale_rows.stride + group, mask=scale_mask, other=0.0)
             product *= scale.to(tl.float32)[:, None, :]
         acc += product
         if HAS_UP:
-            product = _batched_dot(x, x_high, tl.load(up_base + columns, mask=w_mask, other=0), BITS)
+            zero = 8
+            if HAS_ZEROS:
+                zero = _group_zeros(up_zero_rows, wide_n, group, scale_mask)
+            product = _batched_dot(x, x_high, tl.load(up_base + columns, mask=w_mask, other=0), zero, BITS)
             if BITS == 4:
                 scale = tl.load(
                     up_scale_rows.ptr + wide_n[None, :] * up_scale_rows.stride + group, mask=scale_mask, other=0.0

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from qvl_kernels import dispatch, quantization
+from qvl_kernels.checks import DTYPE_CODES
 from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["extension_weight", "out_features", "placeholder", "tensors_of", "unsupported_scales"]
@@ -17,9 +18,11 @@ def extension_weight(weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor 
     bias_pointer = 0 if bias is None else bias.data_ptr()
     if isinstance(weight, torch.Tensor):
         return dispatch.extension().Weight(weight.data_ptr(), weight.stride(0), bias_pointer)
-    values, scales, _ = weight
-    if scales.dtype is not (torch.float32 if weight.bits == 8 else torch.bfloat16):
-        raise TypeError(f"the C++ kernels take fp32 scales of int8 and bf16 scales of int4 weights, got {scales.dtype}")
+    values, scales, _, zeros = weight
+    if scales.dtype not in ((torch.float32,) if weight.bits == 8 else quantization.SCALE_DTYPES):
+        raise TypeError(
+            f"the C++ kernels take fp32 scales of int8 and bf16 or fp16 scales of int4 weights, got {scales.dtype}"
+        )
     return dispatch.extension().Weight(
         values.data_ptr(),
         values.stride(0),
@@ -28,6 +31,9 @@ def extension_weight(weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor 
         scales.data_ptr(),
         scales.stride(0),
         0 if weight.bits == 8 else weight.group,
+        DTYPE_CODES[scales.dtype],
+        0 if zeros is None else zeros.data_ptr(),
+        0 if zeros is None else zeros.stride(0),
     )
 
 
@@ -37,7 +43,7 @@ def out_features(weight: torch.Tensor | QuantizedWeight) -> int:
 
 def tensors_of(weight: torch.Tensor | QuantizedWeight) -> tuple[torch.Tensor, ...]:
     """The tensors that hold a weight."""
-    return weight[:2] if isinstance(weight, QuantizedWeight) else (weight,)
+    return weight.tensors if isinstance(weight, QuantizedWeight) else (weight,)
 
 
 def unsupported_scales(*weights: torch.Tensor | QuantizedWeight | None) -> str | None:

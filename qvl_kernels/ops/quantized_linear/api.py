@@ -18,7 +18,8 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
 
     Args:
         x: [..., K] fp32, bf16 or fp16; last dimension contiguous.
-        weight: [N, K] in int8 or int4 as ``quant.quantize`` returns it; rows may be strided.
+        weight: [N, K] in int8 or int4, with or without zero-points, as ``quant.quantize`` returns it; rows may be
+            strided.
         bias: [N] in x's dtype, or None.
     Returns:
         [..., N], dtype of x. Differentiable in x and bias; the weight is a constant.
@@ -54,4 +55,4 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
     checks.check_no_gradient(
         "quantized_linear", 'has no gradient of scales; detach them, or use_backend("reference")', weight.scales
     )
-    return call(quantized_linear_op, x, weight.values, weight.scales, bias)
+    return call(quantized_linear_op, x, weight.values, weight.scales, weight.zeros, bias)

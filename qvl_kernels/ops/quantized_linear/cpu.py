@@ -9,6 +9,10 @@ __all__ = ["quantized_linear_cpu"]
 
 
 def quantized_linear_cpu(
-    x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    return extension_linear(x, QuantizedWeight(values, scales, x.shape[-1]), bias)
+    return extension_linear(x, QuantizedWeight(values, scales, x.shape[-1], zeros), bias)

@@ -27,8 +27,7 @@ def embedding_rows(quantized: QuantizedWeight, ids: torch.Tensor, dtype: torch.d
     """
     quantization.check_weight("embedding_rows", quantized, ids.device)
     if not _extension_takes(quantized, ids, dtype):
-        values, scales = (x.index_select(0, ids) for x in tensors_of(quantized))
-        return quantization.dequantize(QuantizedWeight(values, scales, quantized.in_features), dtype)
+        return quantization.dequantize(quantized.apply(lambda x: x.index_select(0, ids)), dtype)
     y = torch.empty((ids.numel(), quantized.in_features), dtype=dtype, device=ids.device)
     dispatch.extension().quantized_embedding(
         ids.data_ptr(),

@@ -13,14 +13,18 @@ __all__ = ["launch_quantized_linear"]
 
 
 def launch_quantized_linear(
-    x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     rows = as_rows(x)
     route = tiles.quantized_linear_route(rows.shape[0], 8 if values.dtype == torch.int8 else 4)
     if route == "gemv":
-        return launch_quantized_gemv(x, values, scales, bias, None, 0.0, None)
+        return launch_quantized_gemv(x, values, scales, zeros, bias, None, 0.0, None)
     if route == "dequantize":
-        return pytorch_linear(x, launch_dequantize(values, scales, x.shape[-1], x.dtype), bias)
+        return pytorch_linear(x, launch_dequantize(values, scales, zeros, x.shape[-1], x.dtype), bias)
     y = torch.empty((*x.shape[:-1], values.shape[0]), dtype=x.dtype, device=x.device)
     launch_int8_matmul(rows, values, scales, bias, as_rows(y))
     return y
