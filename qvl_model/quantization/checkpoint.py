@@ -5,7 +5,10 @@ first of their names, and ``config.json``, whose ``quantization_config`` says ho
 
     {"quant_method": "qvl", "version": 1, "weights": {"text": "int4", "vision": "int8"}, "group": 64, "id": "5f0c..."}
 
-The metadata of the tensors holds the same id. Other loaders report that they find no weights.
+Version 2 is written where int4 layers have zero-points (``weight_zeros`` beside ``weight_values`` and
+``weight_scales``) or fp16 scales, which readers of version 1 do not know; version 1 otherwise. Both are read.
+
+The metadata of the tensors holds the same version and id. Other loaders report that they find no weights.
 """
 
 import copy
@@ -40,7 +43,7 @@ from qvl_model.quantization.weight import DequantizedWeight
 
 __all__ = ["QuantizedSaving", "fill", "read", "save"]
 
-VERSION, FILE = 1, "packed.safetensors"
+VERSIONS, FILE = (1, 2), "packed.safetensors"
 _ABOUT_LAYOUT = (
     "max_shard_size",
     "save_original_format",
@@ -126,7 +129,7 @@ def save(
     state_dict = model.state_dict() if state_dict is None else state_dict
     _check_names(model, state_dict)
     tensors, shared = _distinct(state_dict)
-    section = {"quant_method": METHOD, "version": VERSION, **_formats(model), "id": secrets.token_hex(8)}
+    section = {"quant_method": METHOD, "version": _version(model), **_formats(model), "id": secrets.token_hex(8)}
     config = copy.deepcopy(model.config)
     config.dtype, config.architectures = str(model.dtype).removeprefix("torch."), [type(model).__name__]
     config.quantization_config = section
@@ -134,7 +137,7 @@ def save(
         save_file(
             tensors,
             temporary / FILE,
-            {"format": "pt", "qvl": str(VERSION), "id": section["id"], "shared": json.dumps(shared)},
+            {"format": "pt", "qvl": str(section["version"]), "id": section["id"], "shared": json.dumps(shared)},
         )
         config.save_pretrained(temporary)
         if model.can_generate():
@@ -153,6 +156,12 @@ def _check_names(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
             "merge_and_unload first. Modules of your own: save their state_dict beside the model, and pass a "
             "state_dict without them"
         )
+
+
+def _version(model: nn.Module) -> int:
+    """The lowest version of the format that describes the model."""
+    weights = [module.quantized for _, module in base_modules(model) if isinstance(module, PackedLinear)]
+    return 2 if any(weight.zeros is not None or weight.scales.dtype == torch.float16 for weight in weights) else 1
 
 
 def _formats(model: nn.Module) -> dict:
@@ -239,17 +248,18 @@ def _umask() -> int:
 def read(path: Path, section: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, mapped; other names -> the name of their tensor) of a directory whose config has ``section``."""
     file = path / FILE
-    if section.get("version") != VERSION:
+    version = section.get("version")
+    if version not in VERSIONS:
         raise ValueError(
-            f"{path} was quantised in version {section.get('version')} of the format, this qvl reads version "
-            f"{VERSION}; quantise it again, or update qvl"
+            f"{path} was quantised in version {version} of the format, this qvl reads versions "
+            f"{' and '.join(map(str, VERSIONS))}; quantise it again, or update qvl"
         )
     if not file.is_file():
         raise ValueError(f"{path} has no {FILE}; quantise it again")
     try:
         with safe_open(file, "pt") as stream:
             metadata = stream.metadata() or {}
-            if metadata.get("qvl") != str(VERSION) or metadata.get("id") != section.get("id"):
+            if metadata.get("qvl") != str(version) or metadata.get("id") != section.get("id"):
                 raise ValueError(
                     f"{file} is not the one that {path}/config.json was written with (a save that was cut short?); "
                     f"quantise it again"
@@ -273,7 +283,9 @@ def fill(
                 f"{path}: {name} is quantised, and "
                 f"{'its scales are missing' if scales is None else 'config.json has no such layer'}"
             )
-        quantized = quantization.QuantizedWeight(tensors[f"{name}.weight_values"], scales, module.weight.shape[1])
+        quantized = quantization.QuantizedWeight(
+            tensors[f"{name}.weight_values"], scales, module.weight.shape[1], tensors.get(f"{name}.weight_zeros")
+        )
         try:
             quantization.check_weight(name, quantized, torch.device("cpu"))
             checks.check_shape(name, "weight", quantized.values, (module.weight.shape[0], quantized.values.shape[1]))

@@ -293,5 +293,5 @@ def dequantize_model(model: PreTrainedModel) -> None:
 
 def _same(weight: Tensor, module: PackedLinear | PackedEmbedding) -> bool:
     quantized = module.quantized
-    again = quantization.quantize(weight.detach(), quantized.bits, *([quantized.group] if quantized.bits == 4 else []))
-    return torch.equal(again.values, quantized.values.cpu()) and torch.equal(again.scales, quantized.scales.cpu())
+    again = quantization.quantize(weight.detach(), **quantized.options)
+    return all(torch.equal(ours, theirs.cpu()) for ours, theirs in zip(again.tensors, quantized.tensors))

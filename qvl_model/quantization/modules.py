@@ -20,8 +20,8 @@ FORMATS = {"int8": 8, "int4": 4}  # name -> bits
 
 
 class _Quantised:
-    """Base of quantised modules: buffers ``weight_values`` and ``weight_scales`` (see ``qvl_kernels.quantization``)
-    in place of ``weight``.
+    """Base of quantised modules: buffers ``weight_values``, ``weight_scales`` and, with zero-points, ``weight_zeros``
+    (see ``qvl_kernels.quantization``) in place of ``weight``.
 
     The parameter ``weight`` is empty, [N, 0], and in no state_dict. It follows the model's dtype and device. PEFT finds
     the number of rows in its shape, and tied modules by its identity.
@@ -29,7 +29,7 @@ class _Quantised:
 
     @property
     def quantized(self) -> QuantizedWeight:
-        return QuantizedWeight(self.weight_values, self.weight_scales, self._inputs)
+        return QuantizedWeight(self.weight_values, self.weight_scales, self._inputs, self.weight_zeros)
 
     @property
     def weight(self) -> DequantizedWeight:
@@ -71,7 +71,7 @@ class _Quantised:
 
     @torch.no_grad()
     def requantize(self, weight: Tensor) -> None:
-        """Quantises ``weight`` [N, K] in the module's format; unchanged rows keep their values and scales bit for bit.
+        """Quantises ``weight`` [N, K] in the module's format; unchanged rows stay as they are, bit for bit.
 
         The weight before a merge of an adapter is kept, and put back when the adapter is unmerged.
         Raises: ValueError for another K and weights that are not finite; RuntimeError for an unmerge without a kept
@@ -89,10 +89,11 @@ class _Quantised:
             original = self._kept.undo(merge)
             if original is not None:
                 return self._replace(original)
-        new = quantization.quantize(weight, old.bits, *([old.group] if old.bits == 4 else []))
+        new = quantization.quantize(weight, **old.options)
         rows = min(len(old.values), len(new.values))
         same = (self.dequantize(weight.dtype)[:rows] == weight[:rows]).all(1).nonzero()[:, 0]
-        new.values[same], new.scales[same] = old.values[same], old.scales[same]
+        for stored, kept in zip(new.tensors, old.tensors):
+            stored[same] = kept[same]
         if merge is None or merge.for_good:
             self._kept.forget()
         elif not merge.undone:
@@ -102,22 +103,23 @@ class _Quantised:
     def _replace(self, new: QuantizedWeight) -> None:
         """Writes in place where shapes are equal, so that tied modules change too."""
         if new.values.shape == self.weight_values.shape:
-            self.weight_values.copy_(new.values)
-            self.weight_scales.copy_(new.scales)
+            for stored, tensor in zip(self.quantized.tensors, new.tensors):
+                stored.copy_(tensor)
         else:
-            self.weight_values, self.weight_scales = new.values, new.scales
+            self.weight_values, self.weight_scales, self.weight_zeros = new.values, new.scales, new.zeros
             self._parameters["weight"] = nn.Parameter(
                 self._parameters["weight"].new_empty(len(new.values), 0), requires_grad=False
             )
 
     def _share(self, other: nn.Module) -> None:
         """Ties this module to ``other``."""
-        self.weight_values, self.weight_scales, self._kept = other.weight_values, other.weight_scales, other._kept
+        self.weight_values, self.weight_scales = other.weight_values, other.weight_scales
+        self.weight_zeros, self._kept = other.weight_zeros, other._kept
         self._parameters["weight"] = other._parameters["weight"]
 
     def make_dense(self, weight: nn.Parameter) -> None:
         """Turns the module itself back into a dense one with ``weight``; hooks, names and references to it stay."""
-        del self.weight_values, self.weight_scales, self._kept, self.was_trained
+        del self.weight_values, self.weight_scales, self.weight_zeros, self._kept, self.was_trained
         self.__class__ = nn.Linear if isinstance(self, nn.Linear) else nn.Embedding
         self.weight = weight
 
@@ -144,6 +146,7 @@ class _Quantised:
         self._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
         self.register_buffer("weight_values", quantized.values)
         self.register_buffer("weight_scales", quantized.scales)
+        self.register_buffer("weight_zeros", quantized.zeros)  # None is in no state_dict
         self._kept = Kept()
         self.was_trained = weight.requires_grad
 
@@ -161,13 +164,22 @@ class PackedLinear(_Quantised, nn.Linear):
         return self.in_features
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, weights: str = "int8", *, group: int = 64) -> "PackedLinear":
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        weights: str = "int8",
+        *,
+        group: int = 64,
+        zero_points: bool = False,
+        scale_dtype: torch.dtype = torch.bfloat16,
+    ) -> "PackedLinear":
         """A quantised copy of ``linear``, which stays as it is. The bias is shared.
 
         Args:
             linear: any floating-point linear layer.
             weights: "int8" (a scale per row) or "int4" (a scale per row and ``group`` inputs).
             group: 32, 64 or 128.
+            zero_points, scale_dtype: of "int4", as ``qvl_kernels.quantization.quantize`` takes them.
         Raises: TypeError unless ``linear`` is an nn.Linear; ValueError for other formats or groups and weights that are
         not finite.
         """
@@ -182,7 +194,10 @@ class PackedLinear(_Quantised, nn.Linear):
             linear.out_features,
             linear.training,
         )
-        layer._take(quantization.quantize(linear.weight.detach(), FORMATS[weights], group), linear.weight)
+        quantized = quantization.quantize(
+            linear.weight.detach(), FORMATS[weights], group, zero_points=zero_points, scale_dtype=scale_dtype
+        )
+        layer._take(quantized, linear.weight)
         layer.register_parameter("bias", linear.bias)
         return layer
 
@@ -203,13 +218,13 @@ class PackedLinear(_Quantised, nn.Linear):
 
     def extra_repr(self) -> str:
         quantized = self.quantized
-        return f"{super().extra_repr()}, int{quantized.bits}" + (
-            f" in groups of {quantized.group}" if quantized.bits == 4 else ""
-        )
+        groups = f" in groups of {quantized.group}" if quantized.bits == 4 else ""
+        zeros = "" if quantized.zeros is None else " with zero-points"
+        return f"{super().extra_repr()}, int{quantized.bits}{groups}{zeros}"
 
 
 class PackedEmbedding(_Quantised, nn.Embedding):
-    """An embedding tied to a quantised head: rows are looked up in the head's values and scales."""
+    """An embedding tied to a quantised head: rows are looked up in the head's quantised weight."""
 
     @property
     def _inputs(self) -> int:

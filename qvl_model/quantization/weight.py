@@ -154,7 +154,7 @@ class Kept:
         if not merge.before:  # the recorded merges were unloaded then
             self._drop(merge)
         if not self.merges:
-            self.original = weight._replace(values=weight.values.clone(), scales=weight.scales.clone())
+            self.original = weight.apply(torch.clone)
         self.merges.add((merge.kind, merge.before))
 
     def undo(self, merge: Merge) -> QuantizedWeight | None:

@@ -171,10 +171,13 @@ def _assert_quantised(quantised: nn.Module, stock: nn.Module) -> None:
                 assert torch.equal(getattr(ours, own), expected), (name, own)
 
 
-@pytest.mark.parametrize("bits", ["int8", "int4"])
-def test_a_weight_is_read_and_written_as_any_other(bits):
+V2 = {"zero_points": True, "scale_dtype": torch.float16}
+
+
+@pytest.mark.parametrize(("bits", "options"), [("int8", {}), ("int4", {}), ("int4", V2)])
+def test_a_weight_is_read_and_written_as_any_other(bits, options):
     torch.manual_seed(0)
-    layer = PackedLinear.from_linear(nn.Linear(70, 33), bits, group=32)
+    layer = PackedLinear.from_linear(nn.Linear(70, 33), bits, group=32, **options)
     first, weight = layer.dequantize(), layer.weight
     assert (
         isinstance(weight, nn.Parameter)
@@ -198,14 +201,13 @@ def test_a_weight_is_read_and_written_as_any_other(bits):
     with torch.no_grad():
         for name, change in changes.items():
             before, plain = layer.quantized, nn.Parameter(layer.dequantize())
-            before = before._replace(values=before.values.clone(), scales=before.scales.clone())
+            before = before.apply(torch.clone)
             change(layer.weight)
             change(plain)
-            expected = dequantize(quantize(plain.detach(), layer.quantized.bits, 32))
+            expected = dequantize(quantize(plain.detach(), layer.quantized.bits, 32, **options))
             same = (plain == dequantize(before)).all(1)
-            assert torch.equal(layer.quantized.values[same], before.values[same]) and torch.equal(
-                layer.quantized.scales[same], before.scales[same]
-            ), name
+            after = zip(layer.quantized.tensors, before.tensors)
+            assert all(torch.equal(now[same], then[same]) for now, then in after), name
             assert torch.equal(layer.dequantize()[~same], expected[~same]) and not same.all(), name
     for wrong, error, message in (
         (torch.ones(33, 71), ValueError, r"takes shape \[N, 70\], got \[33, 71\]"),
@@ -217,7 +219,8 @@ def test_a_weight_is_read_and_written_as_any_other(bits):
         layer.weight.requires_grad_()
     with pytest.raises(TypeError, match="takes an nn.Parameter"):
         layer.weight = torch.ones(33, 70)
-    assert torch.equal(layer.dequantize(), torch.full((33, 70), 0.25))
+    constant = quantize(torch.full((33, 70), 0.25), layer.quantized.bits, 32, **options)
+    assert torch.equal(layer.dequantize(), dequantize(constant))
     layer.weight = weight = nn.Parameter(torch.ones(33, 70))
     assert type(layer) is nn.Linear and layer.weight is weight and list(layer.state_dict()) == ["weight", "bias"]
 
@@ -376,11 +379,33 @@ def test_steps_of_gpus(weights, monkeypatch):
     assert torch.equal(fast.generate(**batch, max_new_tokens=8, do_sample=False), expected) and len(calls) == 7
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_quantised_linear_of_any_model(weights):
+@pytest.mark.parametrize("options", [{"zero_points": True}, V2], ids=["zeros", "fp16"])
+def test_zero_points_through_copies_moves_and_state_dicts(options):
+    torch.manual_seed(0)
+    layer = PackedLinear.from_linear(nn.Linear(70, 33), "int4", group=32, **options)
+    stored = layer.quantized.apply(torch.clone)
+    assert list(layer.state_dict()) == ["bias", "weight_values", "weight_scales", "weight_zeros"]
+    assert "in groups of 32 with zero-points" in repr(layer)
+    for moved in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer).to(torch.bfloat16)):
+        assert moved.weight_scales.dtype == stored.scales.dtype and moved.weight_zeros.dtype == torch.uint8
+        assert all(torch.equal(a, b) for a, b in zip(moved.quantized.tensors, stored.tensors))
+    other = PackedLinear.from_linear(nn.Linear(70, 33), "int4", group=32, **options)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.dequantize(), layer.dequantize())
+    with pytest.raises(RuntimeError, match="weight_zeros"):
+        PackedLinear.from_linear(nn.Linear(70, 33), "int4", group=32).load_state_dict(layer.state_dict())
+    tied = PackedLinear.from_linear(nn.Linear(70, 33), "int4", group=32)
+    tied.weight = layer.weight
+    assert tied.weight_zeros is layer.weight_zeros
+    tied.weight = nn.Parameter(torch.ones(33, 70))
+    assert type(tied) is nn.Linear and list(tied.state_dict()) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize(("weights", "options"), [("int8", {}), ("int4", {}), ("int4", V2)])
+def test_quantised_linear_of_any_model(weights, options):
     torch.manual_seed(0)
     linear = nn.Linear(70, 33)
-    layer = PackedLinear.from_linear(linear, weights, group=32)
+    layer = PackedLinear.from_linear(linear, weights, group=32, **options)
     x = torch.randn(4, 70)
     expected = nn.functional.linear(rounded_activations(x, layer.quantized), layer.dequantize(), linear.bias)
     assert_close(layer(x), expected)

@@ -21,8 +21,10 @@ from transformers import AutoModelForImageTextToText
 from transformers import Qwen3VLForConditionalGeneration as StockModel
 
 import qvl_model
+from qvl_kernels import quantization
 from qvl_model import cli, digits
 from qvl_model.quantization import checkpoint as quantized_checkpoint
+from qvl_model.quantization import convert
 from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
 
 FORMATS = ["int8", "int4", {"text": "int4", "lm_head": "int8"}, {"vision": "int4"}]
@@ -96,6 +98,52 @@ def test_what_is_written(tmp_path):
     assert len({"lm_head.weight_values", "model.language_model.embed_tokens.weight_values"} & names) == 1
     assert not any(name.endswith(("lm_head.weight", "embed_tokens.weight", "up_proj.weight")) for name in names)
     assert os.listdir(tmp_path) == ["packed"]  # nothing temporary is left
+
+
+def _with_zero_points(model, **options):
+    """Every int4 layer of the model rounded again, in the formats of version 2."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear) and module.quantized.bits == 4:
+            module._take(quantization.quantize(module.dequantize(), 4, **options), module.weight)
+    for embedding, head in convert.tied_pairs(model):
+        embedding.weight = head.weight
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"group": 32, "zero_points": True},
+        {"group": 128, "zero_points": True, "scale_dtype": torch.float16},
+        {"group": 64, "scale_dtype": torch.float16},
+    ],
+    ids=["zeros", "zeros-fp16", "fp16"],
+)
+def test_version_2_is_written_where_version_1_does_not_do(tmp_path, options):
+    model = _with_zero_points(_quantised({"text": "int4", "vision": "int8"}), **options)
+    model.save_pretrained(tmp_path / "packed")
+    section = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert section["version"] == 2 and section["group"] == options["group"]
+    again = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "packed")
+    state, expected = again.state_dict(), model.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert state[name].dtype == tensor.dtype and torch.equal(state[name], tensor), name
+    assert any(name.endswith("weight_zeros") for name in state) == bool(options.get("zero_points"))
+    batch = inputs([5, (1, 4, 6), 3], [14])
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert torch.equal(*(one.generate(**batch, max_new_tokens=4, do_sample=False) for one in (model, again)))
+    _quantised({"text": "int4", "vision": "int8"}).save_pretrained(tmp_path / "packed")  # over the other one
+    assert json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["version"] == 1
+
+
+def test_zero_points_of_another_shape_are_refused(tmp_path):
+    _with_zero_points(_quantised("int4"), group=32, zero_points=True).save_pretrained(tmp_path)
+    zeros = f"{NAME}.weight_zeros"
+    _tensors(lambda t: t.update({zeros: t[zeros][:, :-1].contiguous()}))(tmp_path)
+    with pytest.raises(ValueError, match=r"does not fit its config\.json.*weight\.zeros"):
+        qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
 
 
 def test_tied_rows_stay_one_tensor(tmp_path):
@@ -198,8 +246,8 @@ DAMAGE = {
     "empty": (lambda directory: (directory / "packed.safetensors").write_bytes(b""), "is damaged"),
     "no tensors": (lambda directory: (directory / "packed.safetensors").unlink(), "has no packed.safetensors"),
     "foreign version": (
-        _config(quantization_config={"version": 2}),
-        "version 2 of the format, this qvl reads version 1",
+        _config(quantization_config={"version": 3}),
+        "version 3 of the format, this qvl reads versions 1 and 2",
     ),
     "of another save": (_config(quantization_config={"id": "0" * 16}), "is not the one"),
     "missing": (
