@@ -22,9 +22,8 @@ inline Value* packed_row_values(char* packed_row) {
 inline float* packed_row_scales(char* packed_row, int64_t k_padded) {
   return reinterpret_cast<float*>(packed_row + 2 * k_padded);
 }
-template <class Number>
-inline Number* packed_row_compensation(char* packed_row, int64_t k_padded) {
-  return reinterpret_cast<Number*>(packed_row + 5 * k_padded / 2);
+inline int32_t* packed_row_compensation(char* packed_row, int64_t k_padded) {
+  return reinterpret_cast<int32_t*>(packed_row + 5 * k_padded / 2);
 }
 
 // Packs the values [128] of one chunk in the order in which the format's dot products read them.
@@ -36,7 +35,7 @@ inline void pack_row_int8(const int8_t* values, float scale, char* packed_row, i
   GemvInts sum = GemvInts::zero();
   for (int64_t i = 0; i < kQuantChunk; i += GemvInts::kInt8Step)
     sum = GemvInts::dot(sum, GemvInts::load_int8(zeros), out + i);
-  (GemvInts::zero() - sum).store(packed_row_compensation<int32_t>(packed_row, k_padded) + chunk * Vec::kWidth);
+  (GemvInts::zero() - sum).store(packed_row_compensation(packed_row, k_padded) + chunk * Vec::kWidth);
 }
 
 inline void pack_row_int4(const int8_t* values, const float* scales, int64_t group, char* packed_row, int64_t k_padded,
@@ -45,7 +44,7 @@ inline void pack_row_int4(const int8_t* values, const float* scales, int64_t gro
     const int64_t at = chunk * kInt4Steps + step;
     auto* out = packed_row_values<GemvInts::Int4Value>(packed_row) + at * GemvInts::kInt4Step;
     float* lanes = packed_row_scales(packed_row, k_padded) + at * Vec::kWidth;
-    float* compensation = packed_row_compensation<float>(packed_row, k_padded) + at * Vec::kWidth;
+    int32_t* compensation = packed_row_compensation(packed_row, k_padded) + at * Vec::kWidth;
     for (int64_t block = 0; block < GemvInts::kInt4Step / 32; ++block) {
       for (int64_t i = 0; i < 16; ++i) out[block * 16 + i] = values[block * 32 + i];
       for (int64_t i = 0; i < 16; ++i) out[GemvInts::kInt4Step / 2 + block * 16 + i] = values[block * 32 + 16 + i];
@@ -54,7 +53,7 @@ inline void pack_row_int4(const int8_t* values, const float* scales, int64_t gro
       for (int64_t i = 0; i < 32; ++i) sum += values[block * 32 + i];
       for (int64_t lane = 0; lane < 4; ++lane) {
         lanes[block * 4 + lane] = scale;
-        compensation[block * 4 + lane] = float(-sum);
+        compensation[block * 4 + lane] = -kInt4Zero / 4 * sum;
       }
     }
   }
@@ -185,8 +184,8 @@ struct Int8Format {
       GemvInts acc[ROWS][M];
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
-        const GemvInts start = GemvInts::load(packed_row_compensation<int32_t>(packed_rows + m * row_bytes, k_padded) +
-                                              chunk * Vec::kWidth);
+        const GemvInts start =
+            GemvInts::load(packed_row_compensation(packed_rows + m * row_bytes, k_padded) + chunk * Vec::kWidth);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) acc[r][m] = start;
       }
@@ -224,7 +223,8 @@ struct Int8Format {
   };
 };
 
-template <int GROUP>
+// int4 in groups of GROUP inputs, with scales of type Scale, and with zero-points if ZEROS.
+template <int GROUP, class Scale, bool ZEROS>
 struct Int4Format {
   static constexpr int64_t kChunkBytes = kQuantChunk / 2, kChunkGroups = kQuantChunk / GROUP,
                            kChunkScaleBytes = kChunkGroups * 2;
@@ -236,7 +236,7 @@ struct Int4Format {
     for (int r = 0; r < kQuantGemvTileN; ++r)
       for (int64_t at = begin * kChunkScaleBytes; at < end * kChunkScaleBytes; at += 64)
         __builtin_prefetch(matrix.scales + r * matrix.scale_stride_bytes + at, 0, 3);
-    if (!matrix.zeros) return;
+    if (!ZEROS) return;
     for (int r = 0; r < kQuantGemvTileN; ++r)
       for (int64_t at = begin * kChunkGroups / 2; at < end * kChunkGroups / 2; at += 64)
         __builtin_prefetch(matrix.zeros + r * matrix.zero_stride + at, 0, 3);
@@ -248,6 +248,8 @@ struct Int4Format {
     const auto* w = reinterpret_cast<const uint8_t*>(matrix.w);
     const char* scales = matrix.scales;
     const int64_t stride = matrix.stride_bytes, row_bytes = packed_row_bytes(k_padded);
+    const int64_t scale_stride = ROWS == 4 ? matrix.scale_stride_bytes : 0;
+    const int64_t zero_stride = ROWS == 4 ? matrix.zero_stride : 0;
     Vec total[M];
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) total[m] = Vec::zero();
@@ -262,26 +264,31 @@ struct Int4Format {
           const auto weights = GemvInts::load_int4(w + r * stride + step * (GemvInts::kInt4Step / 2));
 #pragma GCC unroll 4
           for (int m = 0; m < M; ++m) {
-            const auto* x = packed_row_values<GemvInts::Int4Value>(packed_rows + m * row_bytes);
-            acc[r][m] = GemvInts::dot(GemvInts::zero(), weights, x + at * GemvInts::kInt4Step);
+            char* packed_row = packed_rows + m * row_bytes;
+            const GemvInts start =
+                ZEROS ? GemvInts::zero()
+                      : GemvInts::load(packed_row_compensation(packed_row, k_padded) + at * Vec::kWidth);
+            acc[r][m] = GemvInts::dot(start, weights,
+                                      packed_row_values<GemvInts::Int4Value>(packed_row) + at * GemvInts::kInt4Step);
           }
         }
-        const char* step_scales = scales + step * GemvInts::kInt4Step / GROUP * 2;
-        const int64_t scale_stride = ROWS == 4 ? matrix.scale_stride_bytes : 0;
-        const Vec w_scale = matrix.scale_dtype == DType::bf16
-                                ? GemvInts::load_scales<GROUP, bf16>(step_scales, scale_stride)
-                                : GemvInts::load_scales<GROUP, f16>(step_scales, scale_stride);
-        Vec zero = Vec::set1(kInt4Zero);
-        if (matrix.zeros) {
+        const Vec w_scale =
+            GemvInts::load_scales<GROUP, Scale>(scales + step * GemvInts::kInt4Step / GROUP * 2, scale_stride);
+        Vec zero;  // in units of the compensation
+        if constexpr (ZEROS) {
           const int64_t group = (chunk - begin) * kChunkGroups + step * GemvInts::kInt4Step / GROUP;
-          zero = GemvInts::load_zeros<GROUP>(matrix.zeros + group / 2, ROWS == 4 ? matrix.zero_stride : 0, group % 2);
+          zero = GemvInts::load_zeros<GROUP>(matrix.zeros + group / 2, zero_stride, group % 2) *
+                 Vec::set1(4.0f / kInt4Zero);
         }
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
           char* packed_row = packed_rows + m * row_bytes;
           const Vec scale = w_scale * Vec::load(packed_row_scales(packed_row, k_padded) + at * Vec::kWidth);
-          const Vec compensation = Vec::load(packed_row_compensation<float>(packed_row, k_padded) + at * Vec::kWidth);
-          total[m] = Vec::fma(Vec::fma(zero, compensation, reduce_rows(acc, m)), scale, total[m]);
+          Vec sum = reduce_rows(acc, m);
+          if constexpr (ZEROS)
+            sum = Vec::fma(
+                zero, GemvInts::load(packed_row_compensation(packed_row, k_padded) + at * Vec::kWidth).to_float(), sum);
+          total[m] = Vec::fma(sum, scale, total[m]);
         }
       }
     }
@@ -302,7 +309,7 @@ struct Int4Format {
         std::memcpy(values[r], matrix.w + r * matrix.stride_bytes + chunk * (kQuantChunk / 2), size_t(bytes));
         std::memcpy(scales[r], matrix.scales + r * matrix.scale_stride_bytes + chunk * kChunkScaleBytes,
                     size_t(bytes * 2 / GROUP * 2));
-        if (matrix.zeros)
+        if (ZEROS)
           std::memcpy(zeros[r], matrix.zeros + r * matrix.zero_stride + chunk * kChunkGroups / 2,
                       size_t((bytes * 2 / GROUP + 1) / 2));
       }
@@ -311,7 +318,7 @@ struct Int4Format {
               reinterpret_cast<const char*>(scales),
               kChunkScaleBytes,
               matrix.scale_dtype,
-              matrix.zeros ? zeros[0] : nullptr,
+              ZEROS ? zeros[0] : nullptr,
               int64_t(sizeof(zeros[0]))};
     }
   };
@@ -403,8 +410,33 @@ inline void quant_gemv_n_block(const QuantGemvArgs& a, const QuantMatrix& matrix
       (Vec::load(sums.row(m) + r) * Vec::load(scales + r)).store(sums.row(m) + r);
 }
 
-template <class Format>
-void quant_gemv_format(const QuantGemvArgs& a, int64_t n_begin, int64_t n_end) {
+struct Int8Weights {
+  static void n_block(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_t rows, const char* next,
+                      const QuantSums& sums) {
+    quant_gemv_n_block<Int8Format>(a, matrix, rows, next, sums);
+  }
+};
+
+template <int GROUP>
+struct Int4Weights {
+  static void n_block(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_t rows, const char* next,
+                      const QuantSums& sums) {
+    const auto run = [&](auto scale) {
+      using Scale = decltype(scale);
+      if (matrix.zeros)
+        quant_gemv_n_block<Int4Format<GROUP, Scale, true>>(a, matrix, rows, next, sums);
+      else
+        quant_gemv_n_block<Int4Format<GROUP, Scale, false>>(a, matrix, rows, next, sums);
+    };
+    if (matrix.scale_dtype == DType::bf16)
+      run(bf16{});
+    else
+      run(f16{});
+  }
+};
+
+template <class Weights>
+void quant_gemv_weights(const QuantGemvArgs& a, int64_t n_begin, int64_t n_end) {
   alignas(64) float sums_memory[kQuantGemvSums], sums2_memory[kQuantGemvSums];
   // With several activation rows the N-block is short, so that it stays in L2, where the block before has prefetched
   // it. One row prefetches on its own, and reads faster the less often SwiGLU changes between its two weights.
@@ -415,10 +447,10 @@ void quant_gemv_format(const QuantGemvArgs& a, int64_t n_begin, int64_t n_end) {
     const char* next = n + n_block < n_end ? quant_matrix(a.weight, n + n_block).w : nullptr;
     if (a.activation == Activation::swiglu) {
       const QuantMatrix up = quant_matrix(a.up, n);
-      quant_gemv_n_block<Format>(a, quant_matrix(a.weight, n), rows, up.w, sums);
-      quant_gemv_n_block<Format>(a, up, rows, next, sums2);
+      Weights::n_block(a, quant_matrix(a.weight, n), rows, up.w, sums);
+      Weights::n_block(a, up, rows, next, sums2);
     } else {
-      quant_gemv_n_block<Format>(a, quant_matrix(a.weight, n), rows, next, sums);
+      Weights::n_block(a, quant_matrix(a.weight, n), rows, next, sums);
     }
     for_dtype(a.dtype, [&](auto element) {
       for (int64_t m = 0; m < a.m; ++m) gemv_epilogue<decltype(element)>(a, m, n, rows, sums.row(m), sums2.row(m));
@@ -427,13 +459,13 @@ void quant_gemv_format(const QuantGemvArgs& a, int64_t n_begin, int64_t n_end) {
 }
 
 void quant_gemv_rows(const QuantGemvArgs& a, int64_t n_begin, int64_t n_end) {
-  if (a.weight.format == WeightFormat::int8) return quant_gemv_format<Int8Format>(a, n_begin, n_end);
+  if (a.weight.format == WeightFormat::int8) return quant_gemv_weights<Int8Weights>(a, n_begin, n_end);
   switch (a.group) {
     case 32:
-      return quant_gemv_format<Int4Format<32>>(a, n_begin, n_end);
+      return quant_gemv_weights<Int4Weights<32>>(a, n_begin, n_end);
     case 64:
-      return quant_gemv_format<Int4Format<64>>(a, n_begin, n_end);
+      return quant_gemv_weights<Int4Weights<64>>(a, n_begin, n_end);
     default:
-      return quant_gemv_format<Int4Format<128>>(a, n_begin, n_end);
+      return quant_gemv_weights<Int4Weights<128>>(a, n_begin, n_end);
   }
 }

@@ -97,7 +97,7 @@ def _model_cases() -> list[Case]:
                 _case(f"mlp_{label}", rows, 6144, 2048, bits=bits, swiglu=True, model=True),
             ]
         if bits == 4:
-            zeros = {"bits": 4, "group": 32, "zero_points": True, "model": True}
+            zeros: dict[str, Any] = {"bits": 4, "group": 32, "zero_points": True, "model": True}
             cases += [
                 _case("down_zeros_rows_1", 1, 2048, 6144, norm=False, **zeros),
                 _case("mlp_zeros_rows_1", 1, 6144, 2048, swiglu=True, **zeros),
