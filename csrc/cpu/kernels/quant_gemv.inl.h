@@ -232,6 +232,8 @@ struct Int4Format {
 
   static int64_t row_bytes(const QuantGemvArgs& a) { return (a.k + GROUP - 1) / GROUP * (GROUP / 2); }
   static float row_scale(const QuantMatrix&, int64_t) { return 1.0f; }  // scales are those of groups
+  // Scales and zero-points of a K-block's next four rows. One activation row reads whole rows, which lie one behind the
+  // other: `add` prefetches them as it goes, since lines in a burst hold up the weights.
   static void prefetch_scales(const QuantMatrix& matrix, int64_t begin, int64_t end) {
     for (int r = 0; r < kQuantGemvTileN; ++r)
       for (int64_t at = begin * kChunkScaleBytes; at < end * kChunkScaleBytes; at += 64)
@@ -254,6 +256,10 @@ struct Int4Format {
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) total[m] = Vec::zero();
     for (int64_t chunk = begin; chunk < end; ++chunk, w += kQuantChunk / 2, scales += kChunkScaleBytes) {
+      if (ROWS == 4 && M == 1) {
+        __builtin_prefetch(scales + 4 * scale_stride + 3 * (chunk - begin) * kChunkScaleBytes, 0, 3);
+        if (ZEROS) __builtin_prefetch(matrix.zeros + 4 * zero_stride + 2 * (chunk - begin) * kChunkGroups, 0, 3);
+      }
 #pragma GCC unroll 4
       for (int64_t step = 0; step < kInt4Steps; ++step) {
         const int64_t at = chunk * kInt4Steps + step;
@@ -366,7 +372,7 @@ void quant_gemv_m_tile(const QuantGemvArgs& a, const QuantMatrix& matrix, int64_
         prefetch = r + 2 * kQuantGemvTileN <= rows
                        ? SoftwarePrefetch{matrix.from_row(r + kQuantGemvTileN).w, kQuantGemvTileN}
                        : next_n_block;
-      Format::prefetch_scales(matrix.from_row(r + kQuantGemvTileN), begin, end);
+      if (M > 1) Format::prefetch_scales(matrix.from_row(r + kQuantGemvTileN), begin, end);
       quant_gemv_k_block<Format, kQuantGemvTileN, M>(a, matrix.from_row(r), packed_rows, begin, end, prefetch,
                                                      sums.from(0, r));
     }
