@@ -1,9 +1,10 @@
-"""Answer agreement with stock: ``python -m bench.accuracy [--model PATH --questions FILE.jsonl]``
+"""Answer agreement with stock: ``python -m bench.accuracy [--model PATH --questions FILE.jsonl | --text FILE]``
 
 Stock against accelerated on a trained checkpoint, for every weight format: exact answers (generated, greedy), mean
 log-likelihood and perplexity of the reference answers, and agreement of the generated answers. Default: the models that
 ship, one of each family, on the held-out questions of the digits scenes. FILE.jsonl has one ``{"image": path or list of
-paths, "question": text, "answer": text}`` per line, paths relative to the file.
+paths, "question": text, "answer": text}`` per line, paths relative to the file. With --text, the perplexity of a plain
+text and the divergence from the dense model instead, for any checkpoint of a language model: ``bench.text``.
 """
 
 import argparse
@@ -240,12 +241,20 @@ def _rows(name: str, m: dict, precision: Precision) -> list[list[str]]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint directory, or a model that ships (default: all that ship)")
-    parser.add_argument("--questions", help="JSONL file of questions")
-    parser.add_argument("--limit", type=int, help="use the first N questions only")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--questions", help="JSONL file of questions")
+    source.add_argument("--text", metavar="FILE", help="plain text; prints perplexity, KL divergence, top-1 agreement")
+    parser.add_argument("--window", type=int, default=512, help="tokens per sequence of --text (default: 512)")
+    parser.add_argument("--limit", type=int, help="use the first N questions, or sequences of the text, only")
     arguments = parser.parse_args(argv)
     from qvl_model import digits
 
     try:
+        if arguments.text is not None:
+            from bench import text
+
+            print(text.run(digits.checkpoint(arguments.model), arguments.text, arguments.window, arguments.limit))
+            return 0
         results = [
             run(model, arguments.questions, arguments.limit)
             for model in ([arguments.model] if arguments.model else digits.SHIPPED)
