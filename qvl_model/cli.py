@@ -47,11 +47,23 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         default=["int8"],
         metavar="FORMAT",
-        help="int8 or int4, or by part, as in: text=int4 vision=int8 lm_head=int8; parts not named keep their "
-        "weights (default: int8)",
+        help="int8 or int4, or by part or pattern of layer names, as in: text=int4 vision=int8 *.down_proj=int8; parts "
+        "not named keep their weights (default: int8)",
     )
     quantize.add_argument(
         "--group", type=int, default=64, choices=(32, 64, 128), help="inputs that share an int4 scale (default: 64)"
+    )
+    quantize.add_argument(
+        "--calibrate",
+        nargs="?",
+        const="default",
+        metavar="FILE.jsonl",
+        help="choose input scales on the texts and images of the package, or on those of a file",
+    )
+    quantize.add_argument(
+        "--bits",
+        type=float,
+        help="average bits per weight of parts in int4: the most sensitive layers are int8 (with --calibrate: 4.85)",
     )
     quantize.add_argument("--out", required=True, metavar="DIR", help="directory to write; it must not exist yet")
     quantize.set_defaults(run=_quantize)
@@ -272,7 +284,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     try:
         formats = convert.formats_of(_weight_formats(arguments.weights))
-        pretrained.quantize(checkpoint, arguments.out, formats, arguments.group)
+        pretrained.quantize(checkpoint, arguments.out, formats, arguments.group, arguments.calibrate, arguments.bits)
     except _reading_errors() as error:
         raise CommandError(one_line(error)) from error
     before, after = (

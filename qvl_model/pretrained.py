@@ -13,6 +13,7 @@ from qvl_model import capacity, loader
 from qvl_model.accelerate import accelerate
 from qvl_model.checkpoint_files import load_config
 from qvl_model.modules.generation import Qwen3VLForConditionalGeneration
+from qvl_model.quantization import calibration_set
 from qvl_model.quantization.checkpoint import fill, read, save
 from qvl_model.quantization.convert import is_quantized_checkpoint, section_of
 from qvl_model.qvl import QVLForConditionalGeneration
@@ -36,7 +37,14 @@ _ABOUT_DOWNLOADS = {
 }
 
 
-def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[str, str], group: int = 64) -> None:
+def quantize(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    formats: dict[str, str | None],
+    group: int = 64,
+    calibration: str | None = None,
+    bits: float | None = None,
+) -> None:
     """Quantises a checkpoint directory into another one, layer by layer; the whole source is never in memory.
 
     Args:
@@ -44,6 +52,8 @@ def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[st
         out: directory that does not exist yet, or is empty.
         formats: by part, as ``qvl_model.quantization.convert.formats_of`` gives them.
         group: inputs per int4 scale.
+        calibration: None, "default", or a JSONL file as ``calibration_set.read`` takes it.
+        bits: as ``accelerate`` takes it.
     Raises: ValueError for weights that are missing, hold NaN or Inf, or cannot be quantised, a source that is
         quantised already, and an ``out`` in use.
     Example:
@@ -65,7 +75,12 @@ def quantize(source: str | os.PathLike, out: str | os.PathLike, formats: dict[st
         raise ValueError(
             f"{source} lacks {len(info['missing_keys'])} of the model's weights, such as {min(info['missing_keys'])}"
         )
-    model = accelerate(model, weights=formats, group=group)  # this checks the weights that it quantises
+    inputs = calibration_set.DEFAULT if calibration == calibration_set.DEFAULT else None
+    if calibration is not None and inputs is None:
+        inputs = calibration_set.read(Path(calibration), source)
+    model = accelerate(
+        model, weights=formats, group=group, calibration=inputs, bits=bits
+    )  # this checks the weights that it quantises
     capacity.check_finite(model, source)
     save(model, out, files_of=source)
 
@@ -111,13 +126,15 @@ def load(
         )
     config = load_config(path) if config is None else copy.deepcopy(config)
     vars(config).pop("quantization_config", None)  # it describes the files, which are read here
-    tensors, shared = read(path, section_of(path))
+    section = section_of(path)
+    tensors, shared = read(path, section)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     dtype = config.dtype if dtype in (None, "auto") else dtype
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"):
         model = (model_class or _class_of(config))._from_config(config, dtype=dtype, **chosen)
     fill(model, tensors, shared, dtype, path)
+    calibration_set.put(model, section.get("calibration"))
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     model = accelerate(model.eval())

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qvl_kernels import checks, quantization
+from qvl_model.quantization import calibration_set, scaling
 from qvl_model.quantization.convert import (
     METHOD,
     base_modules,
@@ -130,6 +131,8 @@ def save(
     _check_names(model, state_dict)
     tensors, shared = _distinct(state_dict)
     section = {"quant_method": METHOD, "version": _version(model), **_formats(model), "id": secrets.token_hex(8)}
+    if calibration_set.recorded(model) is not None:
+        section["calibration"] = calibration_set.recorded(model)
     config = copy.deepcopy(model.config)
     config.dtype, config.architectures = str(model.dtype).removeprefix("torch."), [type(model).__name__]
     config.quantization_config = section
@@ -292,6 +295,13 @@ def fill(
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} does not fit its config.json: {error}; quantise it again") from error
         kind.convert(module, quantized)
+        if isinstance(module, nn.Linear):
+            found = {own: tensors[f"{name}.{own}"] for own in scaling.BUFFERS if f"{name}.{own}" in tensors}
+            try:
+                scaling.load(module, found)
+            except ValueError as error:
+                raise ValueError(f"{path} does not fit its config.json: {name}.{error}; quantise it again") from error
+    scaling.attach(modules)
     for embedding, head in tied_pairs(model):
         embedding.weight = head.weight
     wanted = model.state_dict()

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -14,12 +15,14 @@ from qvl_kernels import quantization
 from qvl_kernels.memory import pages
 from qvl_model.capacity.weights import is_finite
 from qvl_model.modules import linear, lm_head
+from qvl_model.quantization import calibration, precision, scaling
 from qvl_model.quantization.modules import FORMATS, PackedEmbedding, PackedLinear
 
 __all__ = [
     "METHOD",
     "PARTS",
     "base_modules",
+    "fold_again",
     "formats_in",
     "formats_of",
     "is_quantized",
@@ -40,8 +43,8 @@ METHOD = "qvl"  # the quant_method in configs of quantised checkpoints
 Weights = str | Mapping[str, str | None] | None
 
 
-def formats_of(weights: Weights) -> dict[str, str]:
-    """Format by part of the model; parts whose weights stay dense do not appear.
+def formats_of(weights: Weights) -> dict[str, str | None]:
+    """Format by part of the model, and by pattern of layer names; parts whose weights stay dense do not appear.
 
     Raises: ValueError for unknown formats or parts; TypeError for anything but a name or a mapping.
     Example:
@@ -58,13 +61,16 @@ def formats_of(weights: Weights) -> dict[str, str]:
             f"{type(weights).__name__}"
         )
     for part, name in weights.items():
-        if part not in PARTS:
-            raise ValueError(f"accelerate: weights names the part {part!r}; a model has {', '.join(PARTS)}")
+        if part not in PARTS and not precision.is_pattern(part):
+            raise ValueError(
+                f"accelerate: weights names the part {part!r}; a model has {', '.join(PARTS)}; patterns of layer names "
+                f"have a * or a dot"
+            )
         if name is not None and name not in FORMATS:
             raise ValueError(
                 f"accelerate: weights={name!r} is no format; accepted are None (as stored), {', '.join(FORMATS)}"
             )
-    return {part: name for part, name in weights.items() if name is not None}
+    return {part: name for part, name in weights.items() if name is not None or precision.is_pattern(part)}
 
 
 def formats_in(model: nn.Module) -> dict[str, str]:
@@ -163,31 +169,50 @@ def part_of(model: nn.Module, name: str) -> str:
     return "vision" if "visual" in name or "vision" in whole.split("model")[0] or "connector" in name else "text"
 
 
-def quantize_model(model: PreTrainedModel, formats: dict[str, str], group: int = 64) -> None:
+def quantize_model(
+    model: PreTrainedModel,
+    formats: Mapping[str, str | None],
+    group: int = 64,
+    inputs: "calibration.Inputs | None" = None,
+    bits: float | None = None,
+) -> None:
     """Quantises every linear layer of the named parts, int4 in groups of ``group`` inputs, and an embedding tied to a
     quantised head.
 
     Only modules that the class of the model builds are quantised; adapters, also copies that train in place of a layer,
     and attached modules stay. Each dense weight is freed before the next layer, so the peak of memory is the quantised
-    plus the remaining dense weights. Pages of weights that are mapped from a file are released too.
-    Raises: ValueError for other groups, layers that are quantised in another format, merged adapters and weights that
-    are not finite; the model is then as it was.
+    plus the remaining dense weights. Pages of weights that are mapped from a file are released too. With ``inputs`` of
+    the model, their channels get input scales: see ``qvl_model.quantization.scaling``. With ``bits``, some of the
+    layers that would be int4 by their part are int8, for an average of at most so many bits.
+    Raises: ValueError for other groups, patterns without a layer, bits that int4 alone exceeds, layers that are
+    quantised in another format, merged adapters, weights that are not finite, and inputs without layers to calibrate;
+    the model is then as it was.
     """
     if group not in quantization.GROUPS:
         raise ValueError(f"accelerate: group must be {', '.join(map(str, quantization.GROUPS))}, got {group}")
     if not formats:
+        if inputs is not None:
+            raise ValueError("accelerate: calibration is for quantised weights; give weights too")
+        if bits is not None:
+            precision.check_budget({}, group, bits)
         return
     modules = dict(base_modules(model))
-    chosen = [
-        (name, module, formats[part_of(model, name)])
-        for name, module in modules.items()
-        if type(module) in _LINEAR and "weight" in module._parameters and part_of(model, name) in formats
-    ]
-    for name, module in modules.items():
-        asked = formats.get(part_of(model, name))
+    wanted = _wanted(model, modules, formats)
+    chosen = [(name, modules[name], asked) for name, asked in wanted.items() if type(modules[name]) in _LINEAR]
+    free = {
+        name: modules[name].weight.numel()
+        for name, asked in wanted.items()
+        if asked == "int4" and not precision.by_pattern(formats, name)
+    }
+    if bits is not None:
+        precision.check_budget(free, group, bits)
+    elif inputs is not None and free and precision.least_bits(group) <= precision.BUDGET:
+        bits = precision.BUDGET
+    for name, asked in wanted.items():
+        module = modules[name]
         if (
             isinstance(module, PackedLinear)
-            and asked is not None
+            and not (bits is not None and asked == "int4" and _format_of(module)[0] == "int8")
             and _format_of(module) != (asked, group if asked == "int4" else None)
         ):
             raise ValueError(
@@ -195,11 +220,7 @@ def quantize_model(model: PreTrainedModel, formats: dict[str, str], group: int =
                 f"{_format_name(asked, group)} cannot be made of; restore the model "
                 "first, or load it again with from_pretrained"
             )
-    merged = [
-        name
-        for name, module in model.named_modules()
-        if _without_adapters(module) is not module and getattr(module, "merged", False)
-    ]
+    merged = [name for name, module in _wrappers(model) if getattr(module, "merged", False)]
     if chosen and merged:
         raise ValueError(
             f"accelerate: an adapter is merged into {merged[0]}; call unmerge_adapter first, or merge_and_unload to "
@@ -208,9 +229,16 @@ def quantize_model(model: PreTrainedModel, formats: dict[str, str], group: int =
     for name, module, _ in chosen:
         _check_finite(name, module.weight)
     lm_head, embedding = modules.get("lm_head"), _tied_embedding(modules)
-    for _, module, weights in chosen:
+    layer_formats = {name: (FORMATS[weights], group) for name, _, weights in chosen}
+    scales: dict[str, Tensor] = {}
+    errors: dict[str, float] | None = None
+    if inputs is not None:
+        scales, errors = calibration.calibrate(model, modules, layer_formats, inputs)
+    raised = precision.mixed(free, group, bits, errors) if bits is not None else set()
+    for name, module, asked in chosen:
+        weights = "int8" if name in raised else asked
         weight = module.weight.detach()
-        quantised = quantization.quantize(weight, FORMATS[weights], group)
+        quantised = quantization.quantize(_multiplied(weight, scales.get(name)), FORMATS[weights], group)
         PackedLinear.convert(module, quantised)
         if module is lm_head and embedding is not None:
             PackedEmbedding.convert(embedding, quantised)
@@ -218,6 +246,44 @@ def quantize_model(model: PreTrainedModel, formats: dict[str, str], group: int =
         pages.release(weight)
         del weight
         pages.trim()
+    scaling.put(modules, scales)
+
+
+def fold_again(model: nn.Module) -> None:
+    """Folds the input scales of all layers that have no adapter, or no longer."""
+    wrapped = {id(_without_adapters(module)) for _, module in _wrappers(model)}
+    for record in scaling.records_of(model):
+        if record.can_fold(wrapped):
+            record.fold()
+
+
+def _wanted(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], formats: Mapping[str, str | None]
+) -> dict[str, str]:
+    """The format that is asked for each linear layer, dense or quantised, that is not to stay as it is.
+
+    Raises: ValueError for patterns without a layer.
+    """
+    linear = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, PackedLinear) or type(module) in _LINEAR and "weight" in module._parameters
+    ]
+    for pattern in filter(precision.is_pattern, formats):
+        if not any(fnmatchcase(name, pattern) for name in linear):
+            raise ValueError(f"accelerate: weights names {pattern!r}, which matches no linear layer of the model")
+    wanted = {name: precision.format_of(formats, part_of(model, name), name) for name in linear}
+    return {name: asked for name, asked in wanted.items() if asked is not None}
+
+
+def _wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of the modules that adapters put around others."""
+    return ((name, module) for name, module in model.named_modules() if _without_adapters(module) is not module)
+
+
+def _multiplied(weight: Tensor, scales: Tensor | None) -> Tensor:
+    """The weight whose columns are multiplied by the input scales, in fp32."""
+    return weight if scales is None else weight.float() * scales.to(weight.device)
 
 
 def _format_of(module: PackedLinear) -> tuple[str, int | None]:
@@ -270,15 +336,23 @@ def dequantize_model(model: PreTrainedModel) -> None:
         .from_pretrained(path, dtype=quantised[0][1].weight.dtype, trust_remote_code=False)
         .named_modules()
     )
-    for name, module in quantised:
-        weight = getattr(source.get(name), "weight", None)
-        if not isinstance(weight, Tensor) or weight.shape != module.weight.shape or not _same(weight, module):
-            raise ValueError(
-                f"restore: {name} was not quantised from the checkpoint at {path} as it is now; unmerge its adapters, "
-                f"or load the model again with "
-                "from_pretrained"
-            )
-    adapted = any(_without_adapters(module) is not module for module in model.modules())
+    sources = scaling.sources_of(model)
+    with scaling.unfolded(model):  # norms and rows have their own values again, and fold back if this fails
+        for name, module in quantised:
+            weight = getattr(source.get(name), "weight", None)
+            if (
+                not isinstance(weight, Tensor)
+                or weight.shape != module.weight.shape
+                or not _same(weight, module, rounded=id(module) in sources)
+            ):
+                raise ValueError(
+                    f"restore: {name} was not quantised from the checkpoint at {path} as it is now; unmerge its "
+                    f"adapters, or load the model again with from_pretrained"
+                )
+    for name, module in base_modules(model):
+        if id(module) in sources:
+            _put_back(source.get(name), module)
+    adapted = next(_wrappers(model), None) is not None
     frozen = adapted or not any(
         parameter.requires_grad for parameter in model.parameters()
     )  # a frozen model may have its adapters outside
@@ -289,9 +363,32 @@ def dequantize_model(model: PreTrainedModel) -> None:
             trained = module.was_trained and not frozen
             weights[id(weight)] = nn.Parameter(weight.detach().to(module.weight.device), requires_grad=trained)
         module.make_dense(weights[id(weight)])
+    scaling.forget(model)
 
 
-def _same(weight: Tensor, module: PackedLinear | PackedEmbedding) -> bool:
-    quantized = module.quantized
-    again = quantization.quantize(weight.detach(), **quantized.options)
-    return all(torch.equal(ours, theirs.cpu()) for ours, theirs in zip(again.tensors, quantized.tensors))
+def _same(weight: Tensor, module: PackedLinear | PackedEmbedding, rounded: bool) -> bool:
+    """Whether the module was quantised from ``weight``; ``rounded``: its scales were divided and multiplied again."""
+    quantized, scales = module.quantized, scaling.scales_of(module)
+    multiplied = _multiplied(weight.detach(), None if scales is None else scales.cpu())
+    again = quantization.quantize(multiplied, **quantized.options)
+    tolerance = 4 * torch.finfo(quantized.scales.dtype).eps if rounded else 0.0
+    ours, theirs = again, quantized.apply(torch.Tensor.cpu)
+    same_zeros = ours.zeros is None or torch.equal(ours.zeros, theirs.zeros)
+    return (
+        torch.equal(ours.values, theirs.values)
+        and same_zeros
+        and torch.allclose(ours.scales.float(), theirs.scales.float(), rtol=tolerance, atol=0)
+    )
+
+
+@torch.no_grad()
+def _put_back(source: nn.Module | None, module: nn.Module) -> None:
+    """Norm weights and biases that unfolding left a rounding error away from the checkpoint's, exactly as there.
+    Others were trained since then, and stay.
+    """
+    for name, parameter in module._parameters.items():
+        original = getattr(source, name, None)
+        if isinstance(original, Tensor) and parameter is not None and original.shape == parameter.shape:
+            original = original.detach().to(parameter.device)
+            if torch.allclose(original, parameter, rtol=4 * torch.finfo(parameter.dtype).eps, atol=0):
+                parameter.copy_(original)

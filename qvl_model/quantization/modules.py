@@ -125,10 +125,11 @@ class _Quantised:
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves with ``.to(device)``; scales keep their dtype under ``.to(dtype)``, as integer values do."""
-        scales = self.weight_scales
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        if self.weight_scales.dtype != scales.dtype:
-            self.weight_scales = scales.to(self.weight_scales.device)
+        for name, buffer in before.items():
+            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
