@@ -19,6 +19,8 @@ PRECISIONS: dict[str, dict] = {
     "accelerated": {},
     "int8": {"weights": "int8"},
     "int4": {"weights": "int4"},
+    "int8, calibrated": {"weights": "int8", "calibration": "default"},
+    "int4, calibrated": {"weights": "int4", "calibration": "default"},
 }
 _COLUMNS = ("perplexity", "perplexity_ratio", "kl_mean", "kl_p99", "top1_agreement")
 
@@ -60,6 +62,8 @@ def run(model: Path, text: str, window: int = 512, limit: int | None = None) -> 
     """
     from transformers import AutoTokenizer
 
+    from qvl_model.replacements import MODEL_CLASSES
+
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
@@ -68,10 +72,12 @@ def run(model: Path, text: str, window: int = 512, limit: int | None = None) -> 
     if not sequences:
         raise ValueError(f"{text} holds {len(ids)} tokens; at least 2 are needed")
     stock = load(model)
-    dense = [text_logits(stock, sequence) for sequence in sequences]
+    dense, takes_calibration = [text_logits(stock, one) for one in sequences], isinstance(stock, MODEL_CLASSES)
     del stock
     precisions = {}
     for name, options in PRECISIONS.items():
+        if "calibration" in options and not takes_calibration:
+            continue
         ours, divergence = with_weights(load(model), **options), Divergence()
         for sequence, expected in zip(sequences, dense):
             divergence.add(expected, text_logits(ours, sequence), sequence[0, 1:])
@@ -96,7 +102,7 @@ def load(path: Path) -> "PreTrainedModel":
 
 def with_weights(model: "PreTrainedModel", **options: str) -> "nn.Module":
     """The accelerated model; of a model that ``accelerate`` does not take, the linear layers but the head are
-    quantised.
+    quantised. Calibration is for those that it takes.
     """
     import qvl_model
     from qvl_model.quantization.modules import PackedLinear

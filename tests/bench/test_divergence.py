@@ -124,7 +124,7 @@ def test_command_on_a_text(model, tmp_path, capsys):
     assert accuracy.main(["--model", model, "--text", str(file), "--window", "32", "--limit", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith("| ")]
-    assert "in 3 sequences" in lines[0] and [row.split()[1] for row in rows[2:]] == list(text.PRECISIONS)
+    assert "in 3 sequences" in lines[0] and [row.split(" | ")[0][2:] for row in rows[2:]] == list(text.PRECISIONS)
     file.write_text("")
     assert accuracy.main(["--model", model, "--text", str(file)]) == 2
     assert "at least 2 are needed" in capsys.readouterr().err
