@@ -57,7 +57,7 @@ class _Activations:
         self.total += x.abs().sum(0, dtype=torch.float32).double().cpu()
         self.count += len(x)
         step = max(1, len(x) // self.per_call)
-        self.sample.append(x[step // 2 :: step][: self.per_call].cpu())
+        self.sample.append(x[step // 2 :: step][: self.per_call].clone().cpu())  # not a view that keeps x alive
 
 
 @torch.no_grad()
