@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from qvl_kernels import quantization
+from qvl_kernels.memory import pages
 from qvl_model.quantization import scaling
 
 __all__ = ["Inputs", "calibrate", "check_inputs"]
@@ -107,11 +108,17 @@ def calibrate(
 def _run(
     model: PreTrainedModel, modules: Mapping[str, nn.Module], folds: list[scaling.Fold], inputs: Inputs, bar: tqdm
 ) -> list[_Activations]:
+    """Activations of all folds. Weights that are mapped from a file are dropped from memory after each use."""
     readers = [modules[fold.readers[0]] for fold in folds]
     activations = [_Activations(reader.in_features, len(inputs)) for reader in readers]
     handles = [
         reader.register_forward_pre_hook(lambda _, args, seen=seen: seen.add(args[0]))
         for reader, seen in zip(readers, activations)
+    ]
+    handles += [
+        module.register_forward_hook(lambda module, *_: pages.release(module._parameters["weight"]))
+        for module in modules.values()
+        if isinstance(module, nn.Linear) and "weight" in module._parameters
     ]
     inner = getattr(model, "model", None)
     deltas = getattr(inner, "rope_deltas", None)  # positions of the last images, which a next text would take
@@ -147,6 +154,8 @@ def _best(
     x = torch.cat(seen.sample).float()
     weights = [modules[name].weight.detach() for name in unit.readers]
     rows = [weight[:: max(1, len(weight) // ROWS)][:ROWS].float().cpu() for weight in weights]
+    for weight in weights:
+        pages.release(weight)
     exact = [x @ weight.T for weight in rows]
     best, least = None, dict.fromkeys(unit.readers, torch.inf)
     magnitudes = _per_channel(seen.total, unit.index), _per_channel(torch.cat(rows).square().mean(0), unit.index).sqrt()

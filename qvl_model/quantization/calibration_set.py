@@ -19,6 +19,7 @@ from qvl_model.quantization.calibration_texts import QUESTIONS, TEXTS
 __all__ = ["DEFAULT", "images", "inputs_of", "put", "read", "recorded", "remember"]
 
 DEFAULT = "default"
+WINDOW = 2048  # tokens of a call with text
 _RECORD = "_qvl_calibration"  # attribute of calibrated models
 
 
@@ -66,8 +67,16 @@ def inputs_of(model: PreTrainedModel) -> Inputs:
             f'accelerate: calibration="default" needs the processor of the checkpoint, which cannot be loaded from '
             f"{model.name_or_path!r} ({problem}); give inputs"
         )
-    found = [processor(text=[text], return_tensors="pt") for text in TEXTS]
-    found += [_question(processor, [image], question) for image, question in zip(images(), QUESTIONS)]
+    text = processor(text=["\n\n".join(TEXTS)], return_tensors="pt")
+    config = model.config.get_text_config()
+    length = min(WINDOW, config.max_position_embeddings)
+    windows = [slice(begin, begin + length) for begin in range(0, text["input_ids"].shape[1], length)]
+    found = [{name: value[:, window] for name, value in text.items()} for window in windows]
+    pictures = images()
+    at_once = getattr(config, "max_num_images", len(pictures))  # a call reads all weights, so few calls
+    for begin in range(0, len(pictures), at_once):
+        some = slice(begin, begin + at_once)
+        found.append(_question(processor, pictures[some], " ".join(QUESTIONS[some])))
     return [{name: value.to(model.device) for name, value in inputs.items()} for inputs in found]
 
 
