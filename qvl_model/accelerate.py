@@ -153,7 +153,7 @@ def accelerate(
     model: Model,
     *,
     weights: str | Mapping[str, str | None] | None = None,
-    group: int = 64,
+    group: int | None = None,
     calibration: str | Mapping[str, Any] | Inputs | None = None,
     bits: float | None = None,
     mlp_rows: int | None = None,
@@ -177,7 +177,7 @@ def accelerate(
             ``save_pretrained`` writes quantised weights, ``from_pretrained`` of the drop-in classes reads them. In
             ``state_dict`` a quantised layer has ``weight_values`` and ``weight_scales`` in place of ``weight``; the
             attribute ``weight`` is dequantised when it is read, and what is written to it is quantised.
-        group: inputs that share an int4 scale: 32, 64 or 128.
+        group: inputs that share an int4 scale: 32, 64 or 128; None for 64, or 32 with calibration.
         calibration: None; or inputs of the model, a list of what its processor returns, on which input scales are
             chosen that make the quantised layers more accurate at no cost in speed; or "default", texts and images that
             come with the package. Norm weights in ``state_dict`` are then divided by the scales of their channels.
@@ -232,7 +232,9 @@ def accelerate(
     return model
 
 
-def _why_stock(model: PreTrainedModel, formats: Mapping[str, str | None], group: int, mlp_rows: int | None) -> str | None:
+def _why_stock(
+    model: PreTrainedModel, formats: Mapping[str, str | None], group: int | None, mlp_rows: int | None
+) -> str | None:
     """Why this version of transformers keeps the model stock, or None."""
     formats = {**formats_in(model), **formats}
     return why_stock(
@@ -242,7 +244,7 @@ def _why_stock(model: PreTrainedModel, formats: Mapping[str, str | None], group:
     )
 
 
-def _change(model: PreTrainedModel, formats: Mapping[str, str | None], group: int, mlp_rows: int | None) -> None:
+def _change(model: PreTrainedModel, formats: Mapping[str, str | None], group: int | None, mlp_rows: int | None) -> None:
     quantize_model(model, formats, group)
     _replace(model, mlp_rows)
 

@@ -51,7 +51,10 @@ def main(argv: list[str] | None = None) -> int:
         "not named keep their weights (default: int8)",
     )
     quantize.add_argument(
-        "--group", type=int, default=64, choices=(32, 64, 128), help="inputs that share an int4 scale (default: 64)"
+        "--group",
+        type=int,
+        choices=(32, 64, 128),
+        help="inputs that share an int4 scale (default: 64, or 32 with --calibrate)",
     )
     quantize.add_argument(
         "--calibrate",

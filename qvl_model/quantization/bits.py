@@ -28,7 +28,7 @@ def rows(model: nn.Module) -> list[Row]:
             name = name.removesuffix(".base_layer").rpartition(".")[2]
             words = f"int{quantized.bits}" + (f" in groups of {quantized.group}" if quantized.bits == 4 else "")
             layers, weights, stored = found.get((name, words), (0, 0, 0))
-            size = sum(8 * buffer.numel() * buffer.element_size() for buffer in module._buffers.values())
+            size = sum(8 * buffer.numel() * buffer.element_size() for buffer in module.buffers(recurse=False))
             elements = module.out_features * module.in_features
             found[name, words] = layers + 1, weights + elements, stored + size
     return [Row(*key, layers, weights, stored / max(1, weights)) for key, (layers, weights, stored) in found.items()]

@@ -188,6 +188,6 @@ def _error(x: Tensor, weight: Tensor, exact: Tensor, scales: Tensor | None, bits
     """Relative squared error of the outputs of the quantised rows ``weight`` on rounded activations."""
     if scales is not None:
         x, weight = x / scales, weight * scales
-    quantized = quantization.quantize(weight, bits, group)
+    quantized = quantization.quantize(weight, bits, group, zero_points=bits == 4)
     error = quantization.rounded_activations(x, quantized) @ quantization.dequantize(quantized).T - exact
     return (error.square().sum() / exact.square().sum().clamp_min(1e-30)).item()

@@ -172,30 +172,33 @@ def part_of(model: nn.Module, name: str) -> str:
 def quantize_model(
     model: PreTrainedModel,
     formats: Mapping[str, str | None],
-    group: int = 64,
+    group: int | None = None,
     inputs: "calibration.Inputs | None" = None,
     bits: float | None = None,
 ) -> None:
-    """Quantises every linear layer of the named parts, int4 in groups of ``group`` inputs, and an embedding tied to a
-    quantised head.
+    """Quantises every linear layer of the named parts, int4 in groups of ``group`` inputs (None: 64, or 32 with
+    ``inputs``), and an embedding tied to a quantised head.
 
     Only modules that the class of the model builds are quantised; adapters, also copies that train in place of a layer,
     and attached modules stay. Each dense weight is freed before the next layer, so the peak of memory is the quantised
     plus the remaining dense weights. Pages of weights that are mapped from a file are released too. With ``inputs`` of
-    the model, their channels get input scales: see ``qvl_model.quantization.scaling``. With ``bits``, some of the
-    layers that would be int4 by their part are int8, for an average of at most so many bits.
+    the model, their channels get input scales (see ``qvl_model.quantization.scaling``), and int4 has zero-points. With
+    ``bits``, some of the layers that would be int4 by their part are int8, for an average of at most so many bits.
     Raises: ValueError for other groups, patterns without a layer, bits that int4 alone exceeds, layers that are
     quantised in another format, merged adapters, weights that are not finite, and inputs without layers to calibrate;
     the model is then as it was.
     """
+    group = (64 if inputs is None else 32) if group is None else group
     if group not in quantization.GROUPS:
         raise ValueError(f"accelerate: group must be {', '.join(map(str, quantization.GROUPS))}, got {group}")
     if not formats:
         if inputs is not None:
             raise ValueError("accelerate: calibration is for quantised weights; give weights too")
         if bits is not None:
-            precision.check_budget({}, group, bits)
+            precision.check_budget({}, 0.0, bits)
         return
+    zero_points = inputs is not None
+    int4_bits = precision.int4_bits(group, zero_points)
     modules = dict(base_modules(model))
     wanted = _wanted(model, modules, formats)
     chosen = [(name, modules[name], asked) for name, asked in wanted.items() if type(modules[name]) in _LINEAR]
@@ -205,8 +208,8 @@ def quantize_model(
         if asked == "int4" and not precision.by_pattern(formats, name)
     }
     if bits is not None:
-        precision.check_budget(free, group, bits)
-    elif inputs is not None and free and precision.least_bits(group) <= precision.BUDGET:
+        precision.check_budget(free, int4_bits, bits)
+    elif inputs is not None and free and int4_bits <= precision.BUDGET:
         bits = precision.BUDGET
     for name, asked in wanted.items():
         module = modules[name]
@@ -234,11 +237,16 @@ def quantize_model(
     errors: dict[str, float] | None = None
     if inputs is not None:
         scales, errors = calibration.calibrate(model, modules, layer_formats, inputs)
-    raised = precision.mixed(free, group, bits, errors) if bits is not None else set()
+    raised = precision.mixed(free, int4_bits, bits, errors) if bits is not None else set()
     for name, module, asked in chosen:
         weights = "int8" if name in raised else asked
         weight = module.weight.detach()
-        quantised = quantization.quantize(_multiplied(weight, scales.get(name)), FORMATS[weights], group)
+        quantised = quantization.quantize(
+            _multiplied(weight, scales.get(name)),
+            FORMATS[weights],
+            group,
+            zero_points=zero_points and weights == "int4",
+        )
         PackedLinear.convert(module, quantised)
         if module is lm_head and embedding is not None:
             PackedEmbedding.convert(embedding, quantised)

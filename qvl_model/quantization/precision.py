@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-__all__ = ["BUDGET", "by_pattern", "check_bits", "check_budget", "format_of", "is_pattern", "least_bits", "mixed"]
+__all__ = ["BUDGET", "by_pattern", "check_bits", "check_budget", "format_of", "int4_bits", "is_pattern", "mixed"]
 
 BUDGET = 4.85  # average bits per weight
 INT8_BITS = 8.0
-SCALE_BITS = 16  # of a group of int4 weights
+SCALE_BITS, ZERO_BITS = 16, 4  # of a group of int4 weights
 # How much an error in a layer's outputs matters, by the last part of its name: rise of log perplexity with that kind
 # alone in int4, on a language model of 270 M parameters.
 _KINDS = {
@@ -58,32 +58,29 @@ def check_bits(bits: object) -> None:
         raise ValueError(f"accelerate: bits must be above 4 and at most 8, got {bits}")
 
 
-def least_bits(group: int) -> float:
-    """Bits per weight of int4 alone."""
-    return 4 + SCALE_BITS / group
+def int4_bits(group: int, zero_points: bool) -> float:
+    """Bits per int4 weight."""
+    return 4 + (SCALE_BITS + ZERO_BITS * zero_points) / group
 
 
-def check_budget(sizes: Mapping[str, int], group: int, bits: float) -> None:
-    """Raises: ValueError if there are no int4 layers, or if they take more than ``bits`` as they are."""
+def check_budget(sizes: Mapping[str, int], low: float, bits: float) -> None:
+    """Raises: ValueError if there are no int4 layers, or if their ``low`` bits per weight are more than ``bits``."""
     if not sizes:
         raise ValueError("accelerate: bits is the budget of int4 layers, and weights makes none; leave it out")
-    if least_bits(group) > bits:
-        raise ValueError(
-            f"accelerate: int4 in groups of {group} takes {least_bits(group):g} bits per weight, bits={bits:g} is less"
-        )
+    if low > bits:
+        raise ValueError(f"accelerate: int4 takes {low:g} bits per weight in these groups, bits={bits:g} is less")
 
 
-def mixed(sizes: Mapping[str, int], group: int, bits: float, errors: Mapping[str, float] | None) -> set[str]:
+def mixed(sizes: Mapping[str, int], low: float, bits: float, errors: Mapping[str, float] | None) -> set[str]:
     """Layers that are int8, of those that would be int4, for an average of at most ``bits`` per weight.
 
     Args:
         sizes: elements of the weight of each layer, by name, in the order of the model.
-        group: inputs per int4 scale.
+        low: bits per int4 weight.
         errors: relative squared error of the outputs of each layer in int4, from calibration; the layers with the
             largest gain per added bit are int8. None: v_proj, then the first and last layer, then down_proj from the
             ends inwards.
     """
-    low = least_bits(group)
     left, chosen = (bits - low) * sum(sizes.values()), set()
     for name in _by_error(sizes, errors) if errors is not None else _by_rule(list(sizes)):
         cost = (INT8_BITS - low) * sizes[name]

@@ -71,7 +71,7 @@ def _bits(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{own}": tensor.clone()
         for name, module in _quantised(model).items()
-        for own, tensor in module._buffers.items()
+        for own, tensor in module.named_buffers(recurse=False)
     }
 
 
