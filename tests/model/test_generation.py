@@ -169,7 +169,7 @@ def test_time_is_over(models, steps):
         assert streamer.seen == out[0].tolist()
         seen.append(streamer.seen[9:])
         assert 1 <= len(seen[-1]) <= 5 and streamer.ended - streamer.after[0] > limit  # the first is the prompt
-        assert len(seen[-1]) == 1 or streamer.after[-2] - streamer.before[1] <= limit
+        assert len(seen[-1]) < 3 or streamer.after[-3] - streamer.before[1] <= limit  # checked before or after a put
     shared = min(map(len, seen))
     assert seen[0][:shared] == seen[1][:shared]
 
