@@ -3,14 +3,17 @@ ones.
 """
 
 import ast
+import importlib
 import importlib.util
 import json
 import pkgutil
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration as Stock
 
@@ -32,6 +35,17 @@ SUBSTITUTES = {
     "save_every: 50": "save_every: 1",
     'TrainingArguments("out"': 'TrainingArguments("out", max_steps=1',
 }
+COMMAND = re.compile(r"(?:qvl [a-zA-Z]|python -m (?:bench|qvl_model)|torchrun ).*")
+# Commands that do not run here, and why.
+NOT_RUN = {
+    "qvl COMMAND --help": "COMMAND is each of them: test_options_exist asks for their help",
+    "qvl train CONFIG.yaml": "before its data; the page's example runs",
+    "torchrun --nproc_per_node 4 -m qvl_model.cli train train.yaml": "four processes: tests/training has two",
+    "python -m qvl_model.digits.train": "trains for minutes: tests/model/test_digits.py runs a step",
+    "python -m bench.docs": "writes the pages: test_tables_are_those_of_the_result_files compares them",
+}
+# The models that ship have other sizes than the published ones.
+FAILS = {"qvl verify PATH --spec qwen3-vl-2b": 1, "qvl verify PATH --spec qvl-2b": 1}
 
 
 def _text(name: str) -> str:
@@ -129,6 +143,55 @@ def test_every_variable_is_described():
     asked = r'(?:environ\.get\(|environ\[|getenv\(|VARIABLE = |ParallelCompile\()"(QVL_[A-Z_]+)"'
     read = {name for file in sources for name in re.findall(asked, file.read_text())}
     assert read == set(re.findall(r"\| `(QVL_[A-Z_]+)` \|", _text("docs/environment.md")))
+
+
+# Commands
+
+
+def _commands(name: str) -> list[str]:
+    """Commands of a page in their order, without comments; those that are only named, without arguments, left out."""
+    words = [shlex.split(line, comments=True) for line in _code(_text(name)) if COMMAND.fullmatch(line)]
+    lines = [shlex.join(each) for each in words]
+    return [line for line in lines if not re.fullmatch(r"qvl [a-z]+", line)]
+
+
+@pytest.fixture
+def verbosity():
+    """Commands silence transformers."""
+    before = transformers.utils.logging.get_verbosity()
+    yield
+    transformers.utils.logging.set_verbosity(before)
+    transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if set(_commands(name)) - NOT_RUN.keys()])
+def test_commands_run(name, tmp_path, monkeypatch, capsys, verbosity):
+    """In their order in one folder, on the digits model; a few rows and steps are enough for training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # commands set it
+    Path("qvl_model/digits").mkdir(parents=True)
+    for copy in ("photo.jpg", "qvl_model/digits/sample.png"):
+        shutil.copy(digits.SAMPLE, copy)
+    row = {"image": "photo.jpg", "question": "Read the digits from left to right.", "answer": "8 6 9"}
+    Path("FILE.jsonl").write_text(json.dumps(row) + "\n")
+    example = re.search(r"```yaml\n(# train.yaml.+?)```", _text("docs/training.md"), flags=re.DOTALL)
+    Path("train.yaml").write_text(_shortened(example[1]).replace("batch_size: 8", "batch_size: 2"))
+    if name == "docs/cli.md":  # which leaves the data to the page about training
+        export_digits(["digits", "--rows", "20"])
+    for i, line in enumerate(command for command in _commands(name) if command not in NOT_RUN):
+        model = digits.SHIPPED["qvl-tiny" if "qvl-2b" in line else "digits"]
+        words = shlex.split(line.replace("PATH", str(model)).replace("DIR", f"written-{i}"))
+        if words[0] == "qvl":
+            main, arguments = cli.main, words[1:]
+        else:  # python -m
+            main, arguments = importlib.import_module(words[2]).main, words[3:]
+        arguments += ["--rows", "20"] if main is export_digits else []
+        assert (main(arguments) or 0) == FAILS.get(line, 0), f"{line}: {capsys.readouterr()}"
+
+
+def test_commands_that_do_not_run_are_in_the_pages():
+    named = {line for name in NAMES for line in _commands(name)}
+    assert NOT_RUN.keys() <= named and FAILS.keys() <= named
 
 
 # Numbers
