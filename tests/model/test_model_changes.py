@@ -5,6 +5,7 @@ import copy
 import pytest
 import qvl_models
 import torch
+from changes import WEIGHTS, hooked, names, noise
 from models import assert_close, inputs, pair, relative, stock_model
 from torch import nn
 from transformers import DynamicCache
@@ -15,21 +16,6 @@ from qvl_model.compat import CACHE
 
 BATCH = inputs([5, (1, 4, 6), 3])
 IDS = torch.tensor([[3], [14], [15], [92], [65]])
-# One of every kind of tensor that a fused layer or a cos/sin cache reads.
-TENSORS = [
-    "model.visual.pos_embed.weight",
-    "model.visual.patch_embed.proj.weight",
-    "model.visual.blocks.1.norm1.weight",
-    "model.visual.blocks.1.attn.qkv.weight",
-    "model.visual.blocks.1.mlp.linear_fc1.bias",
-    "model.visual.merger.linear_fc2.weight",
-    "model.language_model.layers.1.input_layernorm.weight",
-    "model.language_model.layers.1.self_attn.k_proj.weight",
-    "model.language_model.layers.1.self_attn.q_norm.weight",
-    "model.language_model.layers.2.mlp.up_proj.weight",
-    "model.language_model.norm.weight",
-    "model.language_model.embed_tokens.weight",
-]
 
 
 def _run(model) -> list[torch.Tensor]:
@@ -42,86 +28,6 @@ def _run(model) -> list[torch.Tensor]:
             **BATCH, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
         return [model(**BATCH).logits, torch.cat(steps, 1), torch.stack(out.logits)]
-
-
-def _tensors(model) -> list[nn.Parameter]:
-    return [model.get_parameter(name) for name in TENSORS]
-
-
-def _noise(x: torch.Tensor, seed: int) -> torch.Tensor:
-    return 1 + 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.dtype)
-
-
-def _in_place(model):
-    with torch.no_grad():
-        for i, x in enumerate(_tensors(model)):
-            x.mul_(_noise(x, i))
-
-
-def _data(model):
-    for i, x in enumerate(_tensors(model)):
-        x.data.mul_(_noise(x, i))
-
-
-def _new_data(model):
-    for i, x in enumerate(_tensors(model)):
-        x.data = x.data * _noise(x, i)
-
-
-def _numpy(model):
-    for i, x in enumerate(_tensors(model)):
-        x.detach().numpy()[...] *= _noise(x, i).numpy()
-
-
-def _fused_step(model):
-    parameters = _tensors(model)
-    for i, x in enumerate(parameters):
-        x.grad = _noise(x, i) - 1
-    torch.optim.AdamW(parameters, lr=0.05, fused=True).step()
-    for x in parameters:
-        x.grad = None
-
-
-def _changed_state(model):
-    return {
-        name: x * _noise(x, i) if x.is_floating_point() else x for i, (name, x) in enumerate(model.state_dict().items())
-    }
-
-
-def _load(model):
-    model.load_state_dict(_changed_state(model))
-
-
-def _assign(model):
-    model.load_state_dict(_changed_state(model), assign=True)
-    model.tie_weights()
-
-
-def _ema_swap(model):
-    average = torch.optim.swa_utils.AveragedModel(model)
-    _in_place(average.module)
-    for x, y in zip(_tensors(model), _tensors(average.module), strict=True):
-        x.data, y.data = y.data, x.data
-
-
-def _new_parameters(model):
-    for i, name in enumerate(TENSORS[:-1]):  # the embedding is tied
-        module, _, leaf = name.rpartition(".")
-        x = model.get_parameter(name)
-        setattr(model.get_submodule(module), leaf, nn.Parameter(x.detach() * _noise(x, i)))
-
-
-def _new_linear(model):
-    for parent, name in (
-        (model.model.language_model.layers[1].mlp, "down_proj"),
-        (model.model.visual.blocks[0].attn, "proj"),
-    ):
-        old = getattr(parent, name)
-        new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
-        with torch.no_grad():
-            for i, x in enumerate(new.parameters()):
-                x.copy_(_noise(x, i) - 1)
-        setattr(parent, name, new)
 
 
 def _frequencies(change):
@@ -160,22 +66,6 @@ def _activation(model):
     model.model.visual.blocks[1].mlp.act_fn = nn.ReLU()
 
 
-def _hooked(*names, pre=False):
-    def changed(model):
-        for name in names:
-            module = model.get_submodule(name)
-            if pre:
-                module.register_forward_pre_hook(lambda module, args: (args[0] * 1.2, *args[1:]))
-            else:
-                module.register_forward_hook(
-                    lambda module, args, out: (
-                        tuple(o if o is None else o * 1.2 for o in out) if isinstance(out, tuple) else out * 1.2
-                    )
-                )
-
-    return changed
-
-
 LAYER, BLOCK = "model.language_model.layers.1", "model.visual.blocks.1"
 
 
@@ -185,7 +75,9 @@ def _not_parameters(keep):
     """
 
     def changed(model):
-        modules = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in TENSORS[:-1]]
+        modules = [
+            (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names(model)[:-1]
+        ]
         modules.append((model.model.language_model.layers[0].mlp.gate_proj, "bias"))
         base = [None if getattr(module, name) is None else getattr(module, name).detach() for module, name in modules]
         for seed in (0, 100):
@@ -194,7 +86,7 @@ def _not_parameters(keep):
                     x = torch.zeros(module.out_features)
                 module._parameters.pop(name, None)
                 module._buffers.pop(name, None)
-                keep(module, name, (x * _noise(x, seed + i)) if x.any() else _noise(x, seed + i) - 1)
+                keep(module, name, (x * noise(x, seed + i)) if x.any() else noise(x, seed + i) - 1)
             if seed == 0:
                 _run(model)
 
@@ -202,16 +94,7 @@ def _not_parameters(keep):
 
 
 CHANGES = {
-    "in place": _in_place,
-    "data": _data,
-    "new data": _new_data,
-    "numpy": _numpy,
-    "fused step": _fused_step,
-    "load": _load,
-    "assign": _assign,
-    "ema swap": _ema_swap,
-    "new parameters": _new_parameters,
-    "new linear": _new_linear,
+    **WEIGHTS,
     "inv_freq in place": _frequencies(lambda rotary: rotary.inv_freq.mul_(0.5)),
     "inv_freq data": _frequencies(lambda rotary: rotary.inv_freq.data.mul_(0.5)),
     "inv_freq numpy": _frequencies(lambda rotary: rotary.inv_freq.numpy().__imul__(0.5)),
@@ -223,19 +106,19 @@ CHANGES = {
     "plain tensors": _not_parameters(setattr),
     "buffers": _not_parameters(nn.Module.register_buffer),
     "plain tensors over parameters": lambda model: model.model.language_model.layers[1].mlp.up_proj.__dict__.update(
-        weight=_noise(torch.empty(100, 72), 1) / 8
+        weight=noise(torch.empty(100, 72), 1) / 8
     ),
     "eps as tensors": lambda model: _eps(model, torch.tensor(0.3)),
     "scaling as tensors": lambda model: _scaling(model, torch.tensor),
     "head_dim and scaling of the vision": _vision_heads,
-    "hook on a norm": _hooked(f"{LAYER}.post_attention_layernorm", f"{BLOCK}.norm1"),
-    "hook on a linear": _hooked(f"{LAYER}.self_attn.o_proj", f"{BLOCK}.mlp.linear_fc1"),
-    "hook before a linear": _hooked(f"{LAYER}.mlp.gate_proj", f"{BLOCK}.attn.qkv", pre=True),
-    "hook on an attention": _hooked(f"{LAYER}.self_attn", f"{BLOCK}.attn"),
-    "hook on an MLP": _hooked(f"{LAYER}.mlp", f"{BLOCK}.mlp"),
-    "hook on a layer": _hooked(LAYER, BLOCK),
-    "hook on an activation": _hooked(f"{LAYER}.mlp.act_fn", f"{BLOCK}.mlp.act_fn"),
-    "hook on a table": _hooked("model.language_model.rotary_emb", "model.visual.pos_embed"),
+    "hook on a norm": hooked(f"{LAYER}.post_attention_layernorm", f"{BLOCK}.norm1"),
+    "hook on a linear": hooked(f"{LAYER}.self_attn.o_proj", f"{BLOCK}.mlp.linear_fc1"),
+    "hook before a linear": hooked(f"{LAYER}.mlp.gate_proj", f"{BLOCK}.attn.qkv", pre=True),
+    "hook on an attention": hooked(f"{LAYER}.self_attn", f"{BLOCK}.attn"),
+    "hook on an MLP": hooked(f"{LAYER}.mlp", f"{BLOCK}.mlp"),
+    "hook on a layer": hooked(LAYER, BLOCK),
+    "hook on an activation": hooked(f"{LAYER}.mlp.act_fn", f"{BLOCK}.mlp.act_fn"),
+    "hook on a table": hooked("model.language_model.rotary_emb", "model.visual.pos_embed"),
     "eager": lambda model: model.set_attn_implementation("eager"),
     "float64": lambda model: model.double(),
     "bfloat16": lambda model: model.bfloat16(),
