@@ -2,10 +2,14 @@
 for `make test` on 2 cores.
 """
 
+import os
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+# Kernels by the static table: results then depend neither on what was measured nor on the user's cache folder.
+os.environ["QVL_TUNE"] = "0"
 
 # Seconds; together about 20 minutes, set-up included. Tests that do not fit are marked slow.
 BUDGETS = {"kernels": 420, "model and qvl": 400, "training": 50, "bench": 120}

@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    cache = Path(os.environ.get("QVL_CACHE") or Path.home() / ".cache" / "qvl") / f"audit-triton-{triton.__version__}"
+    cache = config.cache_folder() / f"audit-triton-{triton.__version__}"
     os.environ["TRITON_CACHE_DIR"] = str(cache)  # apart from the user's Triton cache
     console = Console(width=None if sys.stdout.isatty() else 160)
     result = audit(names=arguments.op, plan=plan, jobs=max(1, arguments.jobs), console=console)

@@ -125,10 +125,10 @@ class FreshOutputs:
     """
 
     def __init__(self, number: int) -> None:
-        self._random, self._placed, self._by_onednn = random.Random(number), [], False
+        self._random, self._placed, self._by_pytorch = random.Random(number), [], False
 
     def _linear(self, *arguments) -> torch.Tensor:
-        self._by_onednn = True
+        self._by_pytorch = True
         return self._before[2](*arguments)
 
     def _empty(self, *size, dtype: torch.dtype | None = None, device=None) -> torch.Tensor:
@@ -151,7 +151,7 @@ class FreshOutputs:
         torch.empty, torch.empty_like, torch.nn.functional.linear = self._before
 
     def check(self) -> None:
-        assert self._placed or self._by_onednn, (
+        assert self._placed or self._by_pytorch, (
             "nothing was allocated: the outputs are not guarded"
         )  # PyTorch allocates its own
         assert all(placed.neighbours_unchanged() for placed in self._placed), "a kernel wrote beside its output"

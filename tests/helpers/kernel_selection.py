@@ -1,4 +1,4 @@
-"""Every kernel selection of matmuls on the CPU, forced: the instruction sets that this machine has, and oneDNN.
+"""Every kernel selection on the CPU, forced: the instruction sets that this machine has, and PyTorch's kernels.
 
 fp32, bf16 and fp16 take the fma or the dot instructions of an instruction set, as
 ``qvl_kernels.cpu_info()["gemm_route"]`` says.
@@ -11,33 +11,38 @@ from unittest import mock
 import torch
 
 import qvl_kernels
-from qvl_kernels.ops.linear import onednn
+from qvl_kernels import tuning
+from qvl_kernels.ops.attention import routes as attention_routes
 from qvl_kernels.testing import instruction_set
 
 ISAS = qvl_kernels.cpu_info()["supported"]
-MATMULS = {
-    "linear",
-    "patch_embed",
-    "linear_cross_entropy",
-    "decoder_layer",
-    "vision_block",
-}  # ops that may go through oneDNN
+MATMULS = {"linear", "patch_embed", "linear_cross_entropy", "decoder_layer", "vision_block"}
+ROUTED = {*MATMULS, "quantized_linear", "attention", "cross_attention"}  # ops that may go to PyTorch's kernels
 
 
 def selections(op: str, dtype: torch.dtype, *, amx: bool = False) -> list[str]:
-    by_onednn = ["onednn", "amx"] if amx else ["onednn"]
-    return [*ISAS, *by_onednn] if op in MATMULS and dtype is torch.bfloat16 else ISAS
+    """Names for ``select``. PyTorch's attention rounds probabilities, and its linear for quantised weights does not
+    round activations: other bounds than those of our kernels.
+    """
+    if op not in MATMULS:
+        return ISAS
+    return [*ISAS, tuning.PYTORCH, *(["amx"] if amx and dtype is torch.bfloat16 else [])]
 
 
 @contextlib.contextmanager
 def select(name: str) -> Iterator[None]:
-    """Forces these kernels for matmuls inside the block. "amx": oneDNN's, emulated where there is no AMX."""
-    by_onednn = name in ("onednn", "amx")
+    """Forces these kernels inside the block: of an instruction set, or PyTorch's wherever they are offered, for short
+    attention too. "amx": as PyTorch's with AMX, emulated where there is none.
+    """
+    by_pytorch = name in (tuning.PYTORCH, "amx")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(onednn, "onednn_is_faster", lambda: by_onednn))
-        if not by_onednn:
+        route = tuning.PYTORCH if by_pytorch else tuning.QVL
+        stack.enter_context(mock.patch.object(tuning, "route", lambda kind: route))
+        if not by_pytorch:
             stack.enter_context(instruction_set(name))
-        elif name == "amx" and not torch.cpu._is_amx_tile_supported():
+        else:
+            stack.enter_context(mock.patch.object(attention_routes, "MIN_TOKENS", 1))
+        if name == "amx" and not torch.cpu._is_amx_tile_supported():
             stack.enter_context(mock.patch.object(torch.nn.functional, "linear", _overreading_linear))
         yield
 
@@ -47,7 +52,7 @@ def _overreading_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     the padded weight.
     """
     k = x.shape[-1]
-    more = -k % onednn.TILE_K if x.dtype is torch.bfloat16 else 0
+    more = -k % tuning.TILE_K if x.dtype is torch.bfloat16 else 0
     rows, zeros = x.reshape(-1, k), x.new_zeros(more)
     behind = rows.untyped_storage().nbytes() // x.element_size() - rows.storage_offset()
     memory = torch.cat((rows.as_strided((behind,), (1,)), zeros))  # nothing is read past the end of the storage

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import qvl_kernels
+from qvl_kernels import tuning
 from qvl_kernels.ops.decoder_layer.cases import CASES as DECODER
-from qvl_kernels.ops.linear import onednn
 from qvl_kernels.ops.linear.cases import CASES as LINEAR
 from qvl_kernels.ops.vision_block.cases import CASES as VISION
 
@@ -23,10 +23,10 @@ CASES = [
 
 @pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("by_onednn", [False, True], ids=["ours", "onednn"])
+@pytest.mark.parametrize("route", [tuning.QVL, tuning.PYTORCH])
 @pytest.mark.parametrize(("function", "case"), CASES)
-def test_results_do_not_depend_on_autocast(function, case, by_onednn, dtype, lower, monkeypatch):
-    monkeypatch.setattr(onednn, "onednn_is_faster", lambda: by_onednn)
+def test_results_do_not_depend_on_autocast(function, case, route, dtype, lower, monkeypatch):
+    monkeypatch.setattr(tuning, "route", lambda kind: route)
     results = []
     for enabled in (False, True):
         arguments = case.make(dtype, torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Extreme sizes, values and thread counts, on every instruction set of this machine and by oneDNN."""
+"""Extreme sizes, values and thread counts, on every instruction set of this machine and by PyTorch's linear."""
 
 import functools
 from collections.abc import Callable

@@ -77,6 +77,8 @@ CASES = [
     _case("head_dim_256", 1, 7, 40, 2, 1, 256),
     _case("varlen", 0, 0, 0, 4, 4, 20, lengths=[4, 0, 1, 67, 130]),
     _case("varlen_causal", 0, 0, 0, 4, 2, 16, lengths=[3, 200], causal=True),
+    _case("whole_tiles", 2, 33, 50, 4, 2, 64, layout="bhtd"),
+    _case("varlen_whole_tiles", 0, 0, 0, 4, 2, 32, lengths=[40, 0, 64, 3]),
     _case("bool_mask", 2, 30, 45, 4, 2, 16, mask="bool"),
     _case("additive_mask", 2, 30, 45, 4, 2, 16, mask="additive"),
     _case("left_padding", 3, 40, 40, 4, 2, 16, causal=True, padding=True),

@@ -1,22 +1,14 @@
-"""attention over the C++ kernel; backward in PyTorch operations, query block by query block."""
+"""attention on the CPU: the C++ kernel or PyTorch's; backward in PyTorch operations, query block by query block."""
 
 import torch
 
-from qvl_kernels import dispatch
-from qvl_kernels.checks import DTYPE_CODES
-from qvl_kernels.ops.attention.layout import row_strides
+from qvl_kernels.ops.attention.extension import extension_attention
+from qvl_kernels.ops.attention.pytorch import pytorch_attention
+from qvl_kernels.ops.attention.routes import use_pytorch
 
-__all__ = ["attention_backward_cpu", "attention_cpu", "mask_arguments"]
+__all__ = ["attention_backward_cpu", "attention_cpu"]
 
 BACKWARD_QUERIES = 512  # query rows whose scores the backward holds at once
-
-
-def mask_arguments(mask: torch.Tensor | None, shape: tuple[int, int, int, int]) -> tuple[int, int, list[int]]:
-    """(kind, pointer, strides with 0 where broadcast) of a mask that broadcasts to ``shape``."""
-    if mask is None:
-        return 0, 0, [0, 0, 0, 0]
-    full = mask.expand(shape)
-    return (1 if mask.dtype == torch.bool else 2), full.data_ptr(), list(full.stride())
 
 
 def attention_cpu(
@@ -33,39 +25,11 @@ def attention_cpu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if dropout_p > 0.0:
         raise RuntimeError("attention: the C++ kernel has no dropout; the reference and Triton have")
-    varlen = cu_seqlens is not None
-    batch = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    queries, heads, head_dim = q.shape[-3:]
-    keys, kv_heads = k.shape[-3], k.shape[-2]
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty((heads, queries) if varlen else (batch, heads, queries), dtype=torch.float32)
-    kind, pointer, strides = mask_arguments(mask, (batch, heads, queries, keys))
-    dispatch.extension().attention(
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        out=out.data_ptr(),
-        lse=lse.data_ptr(),
-        batch=batch,
-        queries=queries,
-        keys=keys,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        q_strides=row_strides(q),
-        k_strides=row_strides(k),
-        v_strides=row_strides(v),
-        out_strides=row_strides(out),
-        scale=scale,
-        causal=causal,
-        key_counts=0 if key_counts is None else key_counts.data_ptr(),
-        cu_seqlens=0 if cu_seqlens is None else cu_seqlens.data_ptr(),
-        mask_kind=kind,
-        mask=pointer,
-        mask_strides=strides,
-        dtype=DTYPE_CODES[q.dtype],
-    )
-    return out, lse
+    sequences = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
+    masked = key_counts is not None or mask is not None
+    if not masked and use_pytorch(q.dtype, q.shape[-3], k.shape[-3], q.shape[-1], causal, sequences):
+        return pytorch_attention(q, k, v, cu_seqlens, causal, scale)
+    return extension_attention(q, k, v, cu_seqlens, key_counts, mask, causal, scale)
 
 
 def _sequence_backward(

@@ -45,5 +45,6 @@ CASES = [
     _case("image_448", 1, 66, 196, 32, 32, 64, model=True),
     _case("lengths", 3, 10, 37, 4, 2, 16, lens=[37, 0, 5]),
     _case("lengths_and_padding", 2, 9, 140, 4, 4, 24, lens=[140, 70], padding=True),
+    _case("whole_tiles", 2, 9, 70, 4, 2, 32),
     _case("one_query", 2, 1, 50, 2, 1, 20, lens=[50, 3]),
 ]

@@ -87,5 +87,6 @@ CASES = [
     _case("panels", 1, 150, 3, 64, 4, 2, 16, 130),
     _case("bool_mask", 3, 6, 4, 64, 4, 2, 16, 96, mask="bool"),
     _case("additive_mask", 2, 5, 0, 64, 4, 2, 16, 96, mask="additive"),
+    _case("whole_tiles", 2, 20, 0, 64, 2, 1, 32, 96),
     _case("bias", 1, 3, 2, 40, 2, 1, 20, 56, bias=True),
 ]

@@ -5,15 +5,21 @@ from typing import Any
 
 import torch
 
-from qvl_kernels import checks, dispatch
+from qvl_kernels import checks, dispatch, tuning
 from qvl_kernels.gpu import device as gpu_device
 from qvl_kernels.library import has_memory, is_eligible, needs_dispatcher
 from qvl_kernels.ops.attention.api import unsupported_heads
 from qvl_kernels.ops.decoder_layer.caches import check_caches
 from qvl_kernels.ops.decoder_layer.call import OP, DecoderWeights, check_type, check_weights, run_decoder_layer
-from qvl_kernels.ops.decoder_layer.cpu import cache_handle, layer_handle, run_extension_layers, run_to_last
+from qvl_kernels.ops.decoder_layer.cpu import (
+    attends_by_pytorch,
+    cache_handle,
+    layer_handle,
+    run_extension_layers,
+    run_to_last,
+)
 from qvl_kernels.ops.decoder_layer.unfused import unfused_decoder_layer
-from qvl_kernels.ops.linear.onednn import MIN_ROWS
+from qvl_kernels.ops.linear.routes import MIN_ROWS, linear_kinds
 from qvl_kernels.ops.linear.weights import tensors_of
 
 __all__ = ["PreparedCache", "PreparedDecoderLayer", "Run"]
@@ -70,7 +76,7 @@ class PreparedDecoderLayer:
         >>> y = layer(x, cos, sin, k_cache, v_cache, past=300)
     """
 
-    ROWS = MIN_ROWS  # the fast path takes fewer tokens than this; more may go to oneDNN
+    ROWS = MIN_ROWS  # the fast path takes fewer tokens than this; more may go to PyTorch's linear
 
     def __init__(
         self, weights: DecoderWeights, *, num_heads: int, kv_heads: int, eps: float, scale: float | None
@@ -102,6 +108,8 @@ class PreparedDecoderLayer:
             is_eligible(x, device) for weight in weights if weight is not None for x in tensors_of(weight)
         )
         self._layer_handle = None
+        _, matrices, _ = weights.groups()
+        self._kinds = {few: linear_kinds(self.dtype, few, matrices) for few in (False, True)}
 
     def _shapes(self, weights: DecoderWeights) -> DecoderWeights:
         """The tensors whose shapes are checked: the weights, or placeholders of quantised ones."""
@@ -179,7 +187,11 @@ class PreparedDecoderLayer:
 
     def _one_call(self, rows: int) -> bool:
         """Whether the extension computes the layer for ``rows`` tokens in one call."""
-        return self._eligible and rows < self.ROWS
+        return self._eligible and rows < self.ROWS and not self._prefers_pytorch(rows)
+
+    def _prefers_pytorch(self, rows: int) -> bool:
+        """Whether PyTorch's linear multiplies ``rows`` tokens with any of the weights."""
+        return any(tuning.route(kind) == tuning.PYTORCH for kind in self._kinds[rows < MIN_ROWS])
 
     def _run_unfused(
         self,
@@ -307,6 +319,7 @@ def _is_eligible(
         and (mask is None or mask.dim() == 4 and _broadcasts(mask.shape, (batch, heads, time, past + time)))
         and dispatch.forced() in (None, "cpp" if on_cpu else "triton")
         and (on_cpu or gpu_device.unavailable(device) is None)
+        and not (on_cpu and attends_by_pytorch(x, head_dim, past, mask))
     ):
         return False
     sizes, rows, cached = layers[0].sizes, batch * time, (dtype, batch, kv_heads, head_dim)

@@ -16,7 +16,8 @@ __all__ = ["QuantizedDecoderLayer"]
 class QuantizedDecoderLayer(PreparedDecoderLayer):
     """``decoder_layer`` over DecoderWeights of which any matrix may be a ``quant.QuantizedWeight``. Inference only.
 
-    On the CPU it is one C++ call; on GPUs, under tracing and if gate and up differ in format it is unfused.
+    On the CPU it is one C++ call; on GPUs, under tracing, if gate and up differ in format, and where PyTorch's kernels
+    are faster it is unfused.
     Activations are rounded as ``quantized_linear`` does.
 
     Args:
@@ -37,7 +38,7 @@ class QuantizedDecoderLayer(PreparedDecoderLayer):
         return DecoderWeights._make(placeholder(OP, weight, weights.input_norm) for weight in weights)
 
     def _one_call(self, rows: int) -> bool:
-        return self._eligible and self._one_format
+        return self._eligible and self._one_format and not self._prefers_pytorch(rows)
 
     def _run_checked(
         self,

@@ -1,4 +1,4 @@
-"""The unfused decoder layer, from single ops: on GPUs, and on CPUs where oneDNN's matrix units make it faster."""
+"""The unfused decoder layer, from single ops: on GPUs, and on CPUs where PyTorch's kernels make it faster."""
 
 from collections.abc import Sequence
 

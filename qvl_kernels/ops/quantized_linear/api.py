@@ -25,9 +25,9 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
         [..., N], dtype of x. Differentiable in x and bias; the weight is a constant.
     Numerics: on the CPU x is rounded to int8 as well, in groups: 128 inputs with int8 weights, the weight's own group
         with int4 (``quant.quantize_activations``), for integer dot products; an input that is not finite makes its
-        row NaN. On GPUs up to 16 tokens (GEMV) and int4 weights take x unrounded; more tokens with int8 weights round
-        each row of x with one scale. Sums in fp32 (int32 within a group), one rounding. Gradients are
-        those of the exact x.
+        row NaN. PyTorch's linear, where it is faster, takes x unrounded. On GPUs up to 16 tokens (GEMV) and int4
+        weights take x unrounded; more tokens with int8 weights round each row of x with one scale. Sums in fp32 (int32
+        within a group), one rounding. Gradients are those of the exact x.
     Raises: TypeError or ValueError for dtype, device, shape or stride; RuntimeError if scales need a gradient or a
     forced backend cannot run here.
     Example:

@@ -1,8 +1,10 @@
-"""quantized_linear on the CPU, over the C++ kernels."""
+"""quantized_linear on the CPU: the C++ kernels, or PyTorch's linear on dequantised weights."""
 
 import torch
 
 from qvl_kernels.ops.linear.extension import extension_linear
+from qvl_kernels.ops.linear.routes import use_pytorch
+from qvl_kernels.ops.quantized_linear.routes import dequantized_linear
 from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["quantized_linear_cpu"]
@@ -15,4 +17,7 @@ def quantized_linear_cpu(
     zeros: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    return extension_linear(x, QuantizedWeight(values, scales, x.shape[-1], zeros), bias)
+    weight = QuantizedWeight(values, scales, x.shape[-1], zeros)
+    if use_pytorch(x.dtype, x.shape[:-1].numel(), weight):
+        return dequantized_linear(x, weight, bias)
+    return extension_linear(x, weight, bias)

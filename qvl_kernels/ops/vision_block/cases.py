@@ -48,4 +48,5 @@ CASES = [
     _case("one_patch", [1], 32, 2, 64),
     _case("panels", [130, 6], 64, 4, 130),
     _case("whole_tiles", [3, 40, 5], 64, 4, 96),
+    _case("wide_heads", [30, 40], 64, 2, 96),
 ]

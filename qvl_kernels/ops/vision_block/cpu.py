@@ -1,4 +1,4 @@
-"""vision_block on the CPU: one C++ call, or the unfused block where oneDNN is faster."""
+"""vision_block on the CPU: one C++ call, or the unfused block where PyTorch's kernels are faster."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,8 @@ import torch
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
 from qvl_kernels.library import is_eligible
-from qvl_kernels.ops.linear.onednn import use_onednn
+from qvl_kernels.ops.attention import routes as attention_routes
+from qvl_kernels.ops.linear import routes as linear_routes
 from qvl_kernels.ops.linear.weights import extension_weight, out_features, tensors_of
 from qvl_kernels.ops.vision_block.unfused import unfused_vision_block
 from qvl_kernels.quantization import QuantizedWeight
@@ -26,7 +27,7 @@ def vision_block_cpu(
     num_heads: int,
     eps: float,
 ) -> torch.Tensor:
-    if use_onednn(x, x.shape[0], *weights):
+    if _prefers_pytorch(x, weights, cu_seqlens, num_heads):
         return unfused_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps)
     return _extension_vision_block(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps)
 
@@ -54,8 +55,20 @@ def quantized_vision_block(
         for weight in (x, *norms, *weights, *biases, cos, sin, cu_seqlens)
         for part in tensors_of(weight)
     )
+    eligible = eligible and not _prefers_pytorch(x, weights, cu_seqlens, num_heads)
     function = _extension_vision_block if eligible else unfused_vision_block
     return function(x, norms, weights, biases, cos, sin, cu_seqlens, num_heads, eps)
+
+
+def _prefers_pytorch(
+    x: torch.Tensor, weights: Sequence[torch.Tensor | QuantizedWeight], cu_seqlens: torch.Tensor, num_heads: int
+) -> bool:
+    """Whether PyTorch's linear or attention is faster in the block."""
+    tokens, hidden = x.shape
+    attends = attention_routes.use_pytorch(
+        x.dtype, tokens, tokens, hidden // num_heads, causal=False, sequences=cu_seqlens.numel() - 1
+    )
+    return attends or linear_routes.use_pytorch(x.dtype, tokens, *weights)
 
 
 def _extension_vision_block(

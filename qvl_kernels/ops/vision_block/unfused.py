@@ -1,4 +1,4 @@
-"""The unfused vision block: on GPUs, under tracing with quantised weights, and where oneDNN is faster."""
+"""The unfused vision block: on GPUs, under tracing with quantised weights, and where PyTorch's kernels are faster."""
 
 from collections.abc import Sequence
 
