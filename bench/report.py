@@ -111,6 +111,8 @@ def print_table(result: dict, console: "Console") -> None:
             "The weights are random: speed and memory are those of the real model, its answers would be noise.",
             style="dim",
         )
+    for line in result["raw"].get("routes", ()):
+        console.print(f"kernels: {line}", style="dim", highlight=False)
     for case in result["raw"]["fallbacks"]:
         console.print(f"slow path taken: {case}", style="yellow")
     for name, reason in result["raw"].get("peers", {}).get("skipped", {}).items():

@@ -85,3 +85,9 @@ class Session:
         import qvl_kernels
 
         return qvl_kernels.fallbacks()
+
+    def routes(self) -> list[str]:
+        """Whose CPU kernel does each kind of work in the accelerated model, with both times."""
+        import qvl_model
+
+        return qvl_model.report(self.model).routes

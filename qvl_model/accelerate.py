@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 import qvl_kernels
+from qvl_kernels import config
 from qvl_model.generation import loop, step_gpu
 from qvl_model.generation.sampling import MODES
 from qvl_model.modules.chunked_mlp import check_chunk_size, set_chunk_size
@@ -34,6 +35,7 @@ from qvl_model.quantization.convert import (
 from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
 from qvl_model.replacements import MODEL_CLASSES, STOCK_CLASSES, replacement
 from qvl_model.self_check import why_stock
+from qvl_model.tuning import describe_routes, settle_routes
 
 __all__ = ["Report", "accelerate", "is_accelerated", "release", "report", "restore"]
 
@@ -86,6 +88,7 @@ class Report:
         attention: what computes it, by the implementation that the config names.
         decoding: how ``generate`` makes tokens on the model's device.
         bits: quantised layers by kind and format, with their bits per weight.
+        routes: whose CPU kernel does each kind of work, and its time against the other's.
     """
 
     accelerated: bool
@@ -94,6 +97,7 @@ class Report:
     bits: list[bits_of_layers.Row] = field(default_factory=list)
     replaced: list[tuple[str, str, str]] = field(default_factory=list)
     kept: list[tuple[str, str, str]] = field(default_factory=list)
+    routes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = ["replaced:" if self.accelerated else "not accelerated; accelerate would replace:"]
@@ -104,6 +108,8 @@ class Report:
             lines.append(f"bits per weight: {bits_of_layers.average(self.bits):.2f} on average")
             lines += [f"  {row.layers:4d} x {row.kind} {row.format}: {row.bits:.2f}" for row in self.bits]
         lines += [f"attention: {self.attention}", f"decoding: {self.decoding}"]
+        if self.routes:
+            lines += ["CPU kernels, by qvl or by PyTorch:", *(f"  {line}" for line in self.routes)]
         return "\n".join(lines)
 
 
@@ -164,7 +170,8 @@ def accelerate(
     Parameters keep their values and layout, unless ``weights`` is given: ``state_dict``, ``save_pretrained``, ``.to()``
     and PEFT work as before. ``restore`` undoes it. On Linux CPUs the weights that every token reads are moved
     to 2 MB pages, at the same addresses (``qvl_kernels.use_huge_pages``; a second or two for 2 B parameters;
-    QVL_HUGE_PAGES=0 switches it off).
+    QVL_HUGE_PAGES=0 switches it off). The first call on a machine measures for 0.3 s where PyTorch's CPU kernels are
+    faster than ours, which are then used; QVL_TUNE=0 switches that off.
 
     Args:
         model: Qwen3VLForConditionalGeneration, Qwen3VLModel or their text or vision part, or the same of QVL, in fp32,
@@ -213,6 +220,7 @@ def accelerate(
     inner = _base_model(model)
     _check(inner)
     qvl_kernels.use_huge_pages(())  # raises for a bad QVL_HUGE_PAGES before anything is changed
+    config.tuning_wanted()  # likewise
     reason = _why_stock(inner, formats, group, mlp_rows)
     if reason is not None:
         if is_quantized(inner):
@@ -229,6 +237,7 @@ def accelerate(
     if hasattr(inner, "lm_head"):
         set_skip_logits(inner, skip_logits)
     qvl_kernels.use_huge_pages(_read_by_every_token(inner))
+    settle_routes(inner)
     return model
 
 
@@ -348,6 +357,7 @@ def report(model: nn.Module) -> Report:
         attention=_attention(inner),
         decoding=_decoding(inner),
         bits=bits_of_layers.rows(inner),
+        routes=describe_routes(inner),
     )
     for name, module in inner.named_modules():
         cls = type(module)

@@ -8,6 +8,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from qvl_kernels import PreparedCache, PreparedDecoderLayer, dispatch, quantization
 from qvl_kernels.ops.decoder_layer.prepared import Run
 from qvl_kernels.ops.linear.extension import run_extension_linear
+from qvl_kernels.ops.linear.routes import use_pytorch
 from qvl_kernels.ops.linear.weights import extension_weight, out_features, tensors_of, unsupported_scales
 from qvl_kernels.ops.rms_norm.cpu import rms_norm_cpu
 from qvl_model.generation.inputs import body_why_not, cache_indices, token_embeddings
@@ -182,7 +183,9 @@ class _End:
 
     @classmethod
     def of(cls, norm: nn.Module, head: nn.Module) -> "_End | None":
-        """None if the modules are not eligible, or the extension does not take their weights."""
+        """None if the modules are not eligible, the extension does not take their weights, or PyTorch's linear is
+        faster.
+        """
         if type(norm) is not Qwen3VLTextRMSNorm or type(head) not in (Linear, PackedLinear):
             return None
         if (
@@ -199,6 +202,7 @@ class _End:
             sizes = out_features(quantized), quantized.in_features
             fits = kernels_take(norm.weight, head.bias) and unsupported_scales(quantized) is None
         fits = fits and sizes[1] == len(norm.weight) and (head.bias is None or head.bias.shape == sizes[:1])
+        fits = fits and (type(head) is PackedLinear or not use_pytorch(norm.weight.dtype, 1, head.weight))
         return cls(norm, head) if fits else None
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,0 +1,77 @@
+"""The kinds of work in a model for which ``qvl_kernels.tuning`` chooses kernels."""
+
+import math
+
+import torch
+from torch import nn
+from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
+
+from qvl_kernels import backends, tuning
+from qvl_kernels.ops.attention.routes import attention_work
+from qvl_kernels.ops.linear.routes import linear_work
+from qvl_kernels.ops.quantized_linear.routes import quantized_linear_work
+from qvl_model.quantization.modules import PackedLinear
+
+__all__ = ["describe_routes", "settle_routes"]
+
+LEAST_WEIGHT = 1 << 20  # elements: below, calls take longer than kernels, and the static table is good enough
+
+
+def settle_routes(model: nn.Module) -> None:
+    """Chooses kernels for a model on the CPU; measures those that were not measured before on this machine."""
+    if all(x.is_cpu for x in model.parameters()) and _extension_is_there():
+        tuning.settle(_works(model))
+
+
+def describe_routes(model: nn.Module) -> list[str]:
+    """A line per kind of work of a model that is on the CPU, or on the meta device."""
+    if any(x.is_cuda for x in model.parameters()) or not _extension_is_there():
+        return []
+    return tuning.describe(_works(model))
+
+
+def _extension_is_there() -> bool:
+    return bool(backends()["cpp"]["available"])
+
+
+def _works(model: nn.Module) -> list[tuning.Work]:
+    """Of each kind the largest; the linear layers of prompts last, since they get the time that others leave."""
+    attention: dict[str, tuning.Work] = {}
+    quantised: dict[str, tuple[int, tuning.Work]] = {}  # with the number of elements
+    dense: dict[torch.dtype, tuple[int, int]] = {}  # [N, K]
+    for name, module in model.named_modules():
+        parameter = next(module.parameters(), None)  # of a quantised module: of the model's dtype
+        if parameter is None:
+            continue
+        dtype = parameter.dtype
+        if (
+            isinstance(module, stock.Qwen3VLTextAttention | stock.Qwen3VLVisionAttention)
+            and module.head_dim % tuning.TILE_K == 0
+        ):
+            work = _attention_work(module, dtype)
+            attention[work.kind] = work
+        if not isinstance(module, nn.Linear) or name.endswith("lm_head"):  # the head sees few tokens
+            continue
+        n, k = module.out_features, module.in_features
+        if n * k < LEAST_WEIGHT or k % tuning.TILE_K:
+            continue
+        if isinstance(module, PackedLinear):
+            work = quantized_linear_work(dtype, n, k, module.quantized.bits, module.quantized.group)
+            if n * k > quantised.get(work.kind, (0, work))[0]:
+                quantised[work.kind] = n * k, work
+        elif n * k > math.prod(dense.get(dtype, (0, 0))):
+            dense[dtype] = n, k
+    if not dense and not quantised:
+        return []
+    return [
+        *(linear_work(dtype, n, k, few=True) for dtype, (n, k) in dense.items()),
+        *attention.values(),
+        *(work for _, work in quantised.values()),
+        *(linear_work(dtype, n, k, few=False) for dtype, (n, k) in dense.items()),
+    ]
+
+
+def _attention_work(module: nn.Module, dtype: torch.dtype) -> tuning.Work:
+    causal = isinstance(module, stock.Qwen3VLTextAttention)
+    heads = module.config.num_attention_heads if causal else module.num_heads
+    return attention_work(dtype, heads, heads // module.num_key_value_groups, module.head_dim, causal=causal)
