@@ -16,17 +16,16 @@ MANY_ROWS = 256  # tokens that stand for many
 FEW_BYTES = 64 << 20  # of weights that few tokens are measured on: more than most caches hold
 
 
-def linear_kinds(
-    dtype: torch.dtype, few: bool, weights: Sequence[torch.Tensor | QuantizedWeight | None]
-) -> frozenset[str]:
-    """The kinds of work of linear layers with ``weights`` that PyTorch's linear can do."""
+def linear_kinds(dtype: torch.dtype, few: bool, weights: Sequence[torch.Tensor | QuantizedWeight]) -> frozenset[str]:
+    """The kinds of work of linear layers with ``weights`` [N, K] that PyTorch's linear can do."""
     kinds = set()
     for weight in weights:
-        quantised = isinstance(weight, QuantizedWeight)
-        if weight is None or quantised and few:
-            continue
-        if (weight.in_features if quantised else weight.shape[1]) % tuning.TILE_K == 0:
-            kinds.add(tuning.linear_kind(dtype, few, weight.bits if quantised else None))
+        if isinstance(weight, QuantizedWeight):
+            k, bits = weight.in_features, weight.bits
+        else:
+            k, bits = weight.shape[1], None
+        if k % tuning.TILE_K == 0 and not (few and bits):
+            kinds.add(tuning.linear_kind(dtype, few, bits))
     return frozenset(kinds)
 
 
