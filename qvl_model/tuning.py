@@ -1,6 +1,6 @@
 """The kinds of work in a model for which ``qvl_kernels.tuning`` chooses kernels."""
 
-import math
+from collections import Counter
 
 import torch
 from torch import nn
@@ -35,10 +35,12 @@ def _extension_is_there() -> bool:
 
 
 def _works(model: nn.Module) -> list[tuning.Work]:
-    """Of each kind the largest; the linear layers of prompts last, since they get the time that others leave."""
+    """One of each kind, of the shape that most weights have; the linear layers of prompts last, since they get the time
+    that others leave.
+    """
     attention: dict[str, tuning.Work] = {}
-    quantised: dict[str, tuple[int, tuning.Work]] = {}  # with the number of elements
-    dense: dict[torch.dtype, tuple[int, int]] = {}  # [N, K]
+    dense: dict[torch.dtype, Counter[tuple[int, int]]] = {}  # elements by [N, K]
+    quantised: dict[tuple[torch.dtype, int], Counter[tuple[int, int, int]]] = {}  # elements by [N, K] and group
     for name, module in model.named_modules():
         parameter = next(module.parameters(), None)  # of a quantised module: of the model's dtype
         if parameter is None:
@@ -56,19 +58,19 @@ def _works(model: nn.Module) -> list[tuning.Work]:
         if n * k < LEAST_WEIGHT or k % tuning.TILE_K:
             continue
         if isinstance(module, PackedLinear):
-            work = quantized_linear_work(dtype, n, k, module.quantized.bits, module.quantized.group)
-            if n * k > quantised.get(work.kind, (0, work))[0]:
-                quantised[work.kind] = n * k, work
-        elif n * k > math.prod(dense.get(dtype, (0, 0))):
-            dense[dtype] = n, k
+            bits, group = module.quantized.bits, module.quantized.group
+            quantised.setdefault((dtype, bits), Counter())[n, k, group] += n * k
+        else:
+            dense.setdefault(dtype, Counter())[n, k] += n * k
     if not dense and not quantised:
         return []
-    return [
-        *(linear_work(dtype, n, k, few=True) for dtype, (n, k) in dense.items()),
-        *attention.values(),
-        *(work for _, work in quantised.values()),
-        *(linear_work(dtype, n, k, few=False) for dtype, (n, k) in dense.items()),
-    ]
+    shapes = {dtype: found.most_common(1)[0][0] for dtype, found in dense.items()}
+    works = [linear_work(dtype, n, k, few=True) for dtype, (n, k) in shapes.items()]
+    works += attention.values()
+    for (dtype, bits), found in quantised.items():
+        n, k, group = found.most_common(1)[0][0]
+        works.append(quantized_linear_work(dtype, n, k, bits, group))
+    return works + [linear_work(dtype, n, k, few=False) for dtype, (n, k) in shapes.items()]
 
 
 def _attention_work(module: nn.Module, dtype: torch.dtype) -> tuning.Work:
