@@ -10,9 +10,8 @@ import json
 import shutil
 from pathlib import Path
 
-from bench.checkpoint_files import IMAGE_PROCESSOR, digits_directory, write_json
+from bench.checkpoint_files import IMAGE_PROCESSOR, cache_directory, digits_directory, write_json
 from bench.families import FAMILIES, Family
-from qvl_kernels import config
 
 __all__ = ["RANDOM_KEY", "cached_checkpoint", "write_random"]
 
@@ -53,7 +52,7 @@ def cached_checkpoint(family: Family) -> Path:
     """Path of the random full-size checkpoint. The name depends on its contents."""
     tokenizer = (digits_directory() / "tokenizer.json").read_bytes()
     key = hashlib.sha256(json.dumps([family.full_config(), IMAGE_PROCESSOR, SEED]).encode() + tokenizer).hexdigest()[:8]
-    return config.cache_folder() / f"{family.name}-2b-random-{key}"
+    return cache_directory() / f"{family.name}-2b-random-{key}"
 
 
 if __name__ == "__main__":

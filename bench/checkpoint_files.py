@@ -1,9 +1,10 @@
 """Files of the benchmark's checkpoints: the published sizes and settings, and where they are kept."""
 
 import json
+import os
 from pathlib import Path
 
-__all__ = ["FULL_CONFIG", "IMAGE_PROCESSOR", "digits_directory", "special_token_ids", "write_json"]
+__all__ = ["FULL_CONFIG", "IMAGE_PROCESSOR", "cache_directory", "digits_directory", "special_token_ids", "write_json"]
 
 # The published sizes of Qwen3-VL-2B-Instruct.
 FULL_CONFIG = {
@@ -75,3 +76,8 @@ def special_token_ids() -> dict[str, int]:
 
 def write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def cache_directory() -> Path:
+    """$QVL_CACHE, or ~/.cache/qvl."""
+    return Path(os.environ.get("QVL_CACHE") or Path.home() / ".cache" / "qvl")

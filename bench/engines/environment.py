@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.checkpoint_files import cache_directory
 from bench.client import ROOT
-from qvl_kernels import config
 
 __all__ = [
     "Environment",
@@ -37,7 +37,7 @@ class EngineUnavailable(RuntimeError):
 
 
 def peers_directory() -> Path:
-    return config.cache_folder() / "peers"
+    return cache_directory() / "peers"
 
 
 @contextmanager
