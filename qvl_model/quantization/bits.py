@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from qvl_model.quantization.convert import format_name, stored_format
 from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
 
 __all__ = ["Row", "average", "rows"]
@@ -24,9 +25,8 @@ def rows(model: nn.Module) -> list[Row]:
     found: dict[tuple[str, str], tuple[int, int, int]] = {}
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear) and not isinstance(module, PackedEmbedding):
-            quantized = module.quantized
             name = name.removesuffix(".base_layer").rpartition(".")[2]
-            words = f"int{quantized.bits}" + (f" in groups of {quantized.group}" if quantized.bits == 4 else "")
+            words = format_name(*stored_format(module))
             layers, weights, stored = found.get((name, words), (0, 0, 0))
             size = sum(8 * buffer.numel() * buffer.element_size() for buffer in module.buffers(recurse=False))
             elements = module.out_features * module.in_features

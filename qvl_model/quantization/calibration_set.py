@@ -72,11 +72,11 @@ def inputs_of(model: PreTrainedModel) -> Inputs:
     length = min(WINDOW, config.max_position_embeddings)
     windows = [slice(begin, begin + length) for begin in range(0, text["input_ids"].shape[1], length)]
     found = [{name: value[:, window] for name, value in text.items()} for window in windows]
-    pictures = images()
-    at_once = getattr(config, "max_num_images", len(pictures))  # a call reads all weights, so few calls
-    for begin in range(0, len(pictures), at_once):
+    drawn = images()
+    at_once = getattr(config, "max_num_images", len(drawn))  # a call reads all weights, so few calls
+    for begin in range(0, len(drawn), at_once):
         some = slice(begin, begin + at_once)
-        found.append(_question(processor, pictures[some], " ".join(QUESTIONS[some])))
+        found.append(_question(processor, drawn[some], " ".join(QUESTIONS[some])))
     return [{name: value.to(model.device) for name, value in inputs.items()} for inputs in found]
 
 
@@ -98,8 +98,8 @@ def read(file: Path, checkpoint: Path) -> Inputs:
                 found.append(processor(text=[str(row["text"])], return_tensors="pt"))
                 continue
             paths = row["image"] if isinstance(row["image"], list) else [row["image"]]
-            pictures = [Image.open(file.parent / path).convert("RGB") for path in paths]
-            found.append(_question(processor, pictures, str(row["question"])))
+            opened = [Image.open(file.parent / path).convert("RGB") for path in paths]
+            found.append(_question(processor, opened, str(row["question"])))
         except (KeyError, TypeError, json.JSONDecodeError, OSError) as error:
             raise ValueError(
                 f"calibration: {file}, line {number} is neither text nor image and question: {error!r}"
@@ -109,12 +109,12 @@ def read(file: Path, checkpoint: Path) -> Inputs:
     return found
 
 
-def _question(processor: Any, pictures: list[Image.Image], question: str) -> Mapping[str, Tensor]:
-    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
+def _question(processor: Any, shown: list[Image.Image], question: str) -> Mapping[str, Tensor]:
+    content = [*({"type": "image"} for _ in shown), {"type": "text", "text": question}]
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    return processor(images=pictures, text=[prompt], return_tensors="pt")
+    return processor(images=shown, text=[prompt], return_tensors="pt")
 
 
 def remember(model: PreTrainedModel, name: str, inputs: Inputs) -> None:

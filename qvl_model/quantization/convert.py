@@ -23,11 +23,13 @@ __all__ = [
     "PARTS",
     "base_modules",
     "fold_again",
+    "format_name",
     "formats_in",
     "formats_of",
     "is_quantized",
     "is_quantized_checkpoint",
     "quantize_model",
+    "stored_format",
     "quantized_elements",
     "part_of",
     "section_of",
@@ -76,7 +78,7 @@ def formats_of(weights: Weights) -> dict[str, str | None]:
 def formats_in(model: nn.Module) -> dict[str, str]:
     """Format of the quantised linear layers by part of the model."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
-    return {part_of(model, name): _format_of(module)[0] for name, module in layers}
+    return {part_of(model, name): stored_format(module)[0] for name, module in layers}
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -215,12 +217,12 @@ def quantize_model(
         module = modules[name]
         if (
             isinstance(module, PackedLinear)
-            and not (bits is not None and asked == "int4" and _format_of(module)[0] == "int8")
-            and _format_of(module) != (asked, group if asked == "int4" else None)
+            and not (bits is not None and asked == "int4" and stored_format(module)[0] == "int8")
+            and stored_format(module) != (asked, group if asked == "int4" else None)
         ):
             raise ValueError(
-                f"accelerate: {name} is quantised as {_format_name(*_format_of(module))} already, which "
-                f"{_format_name(asked, group)} cannot be made of; restore the model "
+                f"accelerate: {name} is quantised as {format_name(*stored_format(module))} already, which "
+                f"{format_name(asked, group)} cannot be made of; restore the model "
                 "first, or load it again with from_pretrained"
             )
     merged = [name for name, module in _wrappers(model) if getattr(module, "merged", False)]
@@ -294,14 +296,15 @@ def _multiplied(weight: Tensor, scales: Tensor | None) -> Tensor:
     return weight if scales is None else weight.float() * scales.to(weight.device)
 
 
-def _format_of(module: PackedLinear) -> tuple[str, int | None]:
+def stored_format(module: PackedLinear) -> tuple[str, int | None]:
     """(format, group of int4 or None)"""
     quantized = module.quantized
     name = next(name for name, bits in FORMATS.items() if bits == quantized.bits)
     return name, quantized.group if name == "int4" else None
 
 
-def _format_name(name: str, group: int | None) -> str:
+def format_name(name: str, group: int | None) -> str:
+    """What ``stored_format`` found, in words."""
     return f"{name} in groups of {group}" if name == "int4" else name
 
 
