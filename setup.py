@@ -16,7 +16,7 @@ try:
 except ImportError:
     sys.exit("qvl: building needs pybind11: pip install pybind11")
 
-X86_ONLY = tuple(f"csrc/cpu/targets/{isa}.cpp" for isa in ("avx2", "avx512", "avx512_vnni", "avx512_bf16"))
+X86_ONLY = tuple(f"csrc/cpu/targets/{isa}.cpp" for isa in ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"))
 COMPILE = [
     "-O3",
     "-fopenmp",

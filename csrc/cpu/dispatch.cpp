@@ -8,7 +8,7 @@
 namespace qvl {
 
 #if defined(__x86_64__)
-extern const Target kAvx2Target, kAvx512Target, kAvx512VnniTarget, kAvx512Bf16Target;
+extern const Target kAvx2Target, kAvx512Target, kAvx512VnniTarget, kAvx512Bf16Target, kAmxTarget;
 #endif
 extern const Target kPortableTarget;
 
@@ -18,7 +18,7 @@ namespace {
 const Target* const kTargets[] = {
     &kPortableTarget,
 #if defined(__x86_64__)
-    &kAvx2Target,     &kAvx512Target, &kAvx512VnniTarget, &kAvx512Bf16Target,
+    &kAvx2Target,     &kAvx512Target, &kAvx512VnniTarget, &kAvx512Bf16Target, &kAmxTarget,
 #endif
 };
 

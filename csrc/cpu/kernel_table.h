@@ -100,6 +100,8 @@ struct GemvArgs : LinearArgs {
 
 constexpr int64_t kInt8Group = 128;  // activations per scale with int8 weights; int4 weights bring their own group
 
+constexpr int64_t kTileQuantGroup = 128;  // activations per scale in quantised GEMMs on matrix units
+
 // Inputs per scale of a quantised activation row; k_padded is a whole number of groups.
 inline int64_t activation_group(WeightFormat format, int64_t weight_group) {
   return format == WeightFormat::int8 ? kInt8Group : weight_group;
@@ -292,6 +294,9 @@ struct KernelTable {
   float (*read_bytes)(const char* data, int64_t bytes);
   int quant_per_word;  // elements of k in a word of a quantised panel
   bool has_bf16_dot;   // GemmBackend::bf16_dot is available in gemm_pack and gemm_tile
+  int64_t gemv_max_m;  // up to this many activation rows, at most kGemvMaxM, GEMV is faster than GEMM
+  // Activations per scale in the GEMM over int4 weights; 0: as many inputs as the weights have per scale.
+  int64_t int4_gemm_group;
 };
 
 // Scratch of one gemm_tile: accumulators and widened weights.

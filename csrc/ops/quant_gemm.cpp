@@ -53,7 +53,10 @@ void run_gemms(const QuantGemmArgs* gemms, int count) {
   });
 }
 
-int64_t group_of(const LinearCall& call) { return activation_group(call.weight.format, call.weight.group); }
+int64_t group_of(const LinearCall& call) {
+  if (call.weight.format == WeightFormat::int4 && kernels().int4_gemm_group) return kernels().int4_gemm_group;
+  return activation_group(call.weight.format, call.weight.group);
+}
 
 Workspace& panels_workspace() {
   thread_local Workspace workspace;
@@ -63,7 +66,7 @@ Workspace& panels_workspace() {
 }  // namespace
 
 void run_quant_linears(const LinearInput& input, const LinearCall* calls, int count) {
-  if (input.m <= kQuantGemvMaxM) return run_quant_gemvs(input, calls, count);
+  if (input.m <= kernels().gemv_max_m) return run_quant_gemvs(input, calls, count);
   for_chunks(input, [&](const LinearInput& chunk, int64_t row) {
     const Panels panels = get_panels(panels_workspace(), chunk.m, chunk.k, group_of(calls[0]));
     pack_panels(chunk, panels);

@@ -256,23 +256,28 @@ inline void gemm_epilogue_store_rows(const GemmArgs& a, int64_t p, int64_t n_beg
   }
 }
 
+// All epilogues of a tile's sums c [panels][kGemmTileN][kPanelWidth].
+template <class T>
+inline void gemm_epilogue(const GemmArgs& a, const GemmTile& tile, float* c) {
+  const int64_t rows = tile.n_end - tile.n_begin;
+  for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p, c += kGemmTileN * kPanelWidth) {
+    const int64_t width = panel_vectors(a.m, p) * Vec::kWidth;
+    gemm_epilogue_activate<T>(a, tile.n_begin, rows, width, kGemmTileN / 2, c);
+    if (a.out_panels) {
+      gemm_epilogue_store_panel<Vec>(a, p, tile.n_begin, rows, width, c);
+    } else {
+      gemm_epilogue_store_rows<T>(a, p, tile.n_begin, rows, c);
+    }
+  }
+}
+
 template <class T>
 void gemm_tile_typed(const GemmArgs& a, const GemmTile& tile, float* scratch) {
-  const int64_t rows = tile.n_end - tile.n_begin;
   float* c = scratch;
   float* widened = scratch + kGemmTilePanels * kGemmTileN * kPanelWidth;
   gemm_accumulate<T>(a, a.weight, tile, 0, c, widened);
   if (a.activation == Activation::swiglu) gemm_accumulate<T>(a, a.up, tile, kGemmTileN / 2, c, widened);
-  for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p) {
-    float* block = c + (p - tile.panel_begin) * kGemmTileN * kPanelWidth;
-    const int64_t width = panel_vectors(a.m, p) * Vec::kWidth;
-    gemm_epilogue_activate<T>(a, tile.n_begin, rows, width, kGemmTileN / 2, block);
-    if (a.out_panels) {
-      gemm_epilogue_store_panel<Vec>(a, p, tile.n_begin, rows, width, block);
-    } else {
-      gemm_epilogue_store_rows<T>(a, p, tile.n_begin, rows, block);
-    }
-  }
+  gemm_epilogue<T>(a, tile, c);
 }
 
 void gemm_tile(const GemmArgs& a, const GemmTile& tile, float* scratch) {

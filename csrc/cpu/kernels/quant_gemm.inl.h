@@ -7,8 +7,6 @@
 constexpr int64_t kQuantGemmKBlock =
     kQuantGemmKBlockBytes / int64_t(sizeof(GemmInts::Weight));  // elements of k per block
 
-inline int64_t quant_words(int64_t k) { return (k + 3) / 4 * 4 / GemmInts::kPerWord; }
-
 // One K-block of a tile's weight rows, shared by all panels of the tile.
 struct QuantBlock {
   WeightFormat format;
@@ -163,7 +161,7 @@ inline void quant_panel(int vectors, const QuantBlock& b, int64_t rows, const ui
 
 // A tile's rows of one weight times its panels, over all k.
 inline void quant_accumulate(const QuantGemmArgs& a, const Weight& weight, const GemmTile& tile, float* c,
-                             int64_t c_panel, float* scratch) {
+                             float* scratch) {
   const bool int4 = weight.format == WeightFormat::int4;
   const int64_t groups = (a.k + a.group - 1) / a.group, rows = tile.n_end - tile.n_begin;
   QuantBlock b{};
@@ -193,70 +191,21 @@ inline void quant_accumulate(const QuantGemmArgs& a, const Weight& weight, const
       const uint32_t* panel =
           static_cast<const uint32_t*>(a.panels) + p * kPanelWidth * quant_words(a.k) + quant_words(k) * width;
       const float* x_scales = a.x_scales + p * kPanelWidth * groups + k / a.group * width;
-      float* block = c + (p - tile.panel_begin) * c_panel;
+      float* block = c + (p - tile.panel_begin) * kQuantPanelSums;
       const auto multiply = int4 ? quant_panel<true> : quant_panel<false>;
       multiply(vectors, b, rows, panel, x_scales, block, k > 0, p == tile.panel_begin);
     }
   }
 }
 
-// The scale of one group of activations in each lane: see QuantizeArgs.
-struct LaneScales {
-  Vec amax = Vec::zero(), nonfinite = Vec::zero();
-  void see(Vec x) {
-    amax = Vec::max(Vec::max(x, Vec::zero() - x), amax);
-    nonfinite = Vec::fma(x, Vec::zero(), nonfinite);
-  }
-  Vec scale() const { return amax / Vec::set1(127.0f) + nonfinite; }
-  Vec inverse() const {
-    return Vec::select_lt(Vec::set1(kTinyActivation), amax, Vec::set1(127.0f) / amax, Vec::zero());
-  }
-};
-
-// Epilogue: c becomes k = [n_begin, n_begin + rows) of the next GEMM's panel p, quantised. Groups lie within one tile.
-inline void quant_epilogue_store_panel(const QuantGemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, int64_t width,
-                                       const float* c) {
-  const int64_t groups = (a.n + a.out_group - 1) / a.out_group;
-  uint32_t* out = static_cast<uint32_t*>(a.out) + p * kPanelWidth * quant_words(a.n) + quant_words(n_begin) * width;
-  float* scales = a.out_scales + p * kPanelWidth * groups + n_begin / a.out_group * width;
-  for (int64_t begin = 0; begin < rows; begin += a.out_group, scales += width) {
-    const int64_t count = min_i(a.out_group, rows - begin), words = quant_words(count);
-    for (int64_t lane = 0; lane < width; lane += Vec::kWidth) {
-      const float* column = c + begin * kPanelWidth + lane;
-      LaneScales of;
-      for (int64_t i = 0; i < count; ++i) of.see(Vec::load(column + i * kPanelWidth));
-      of.scale().store(scales + lane);
-      const Vec inverse = of.inverse();
-      for (int64_t word = 0; word < words; ++word) {
-        Vec elements[GemmInts::kPerWord];
-        for (int e = 0; e < GemmInts::kPerWord; ++e) {
-          const int64_t i = word * GemmInts::kPerWord + e;
-          elements[e] = i < count ? Vec::load(column + i * kPanelWidth) * inverse : Vec::zero();
-        }
-        GemmInts::pack(elements).store(out + word * width + lane);
-      }
-    }
-    out += words * width;
-  }
-}
-
 template <class T>
 void quant_gemm_tile_typed(const QuantGemmArgs& a, const GemmTile& tile, float* scratch) {
-  const int64_t rows = tile.n_end - tile.n_begin, c_panel = 2 * kQuantGemmTileN * kPanelWidth;
   float* c = scratch;
-  scratch += kGemmTilePanels * c_panel;
-  quant_accumulate(a, a.weight, tile, c, c_panel, scratch);
+  scratch += kGemmTilePanels * kQuantPanelSums;
+  quant_accumulate(a, a.weight, tile, c, scratch);
   if (a.activation == Activation::swiglu)
-    quant_accumulate(a, a.up, tile, c + kQuantGemmTileN * kPanelWidth, c_panel, scratch);
-  for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p, c += c_panel) {
-    const int64_t width = panel_vectors(a.m, p) * Vec::kWidth;
-    gemm_epilogue_activate<T>(a, tile.n_begin, rows, width, kQuantGemmTileN, c);
-    if (a.out_panels) {
-      quant_epilogue_store_panel(a, p, tile.n_begin, rows, width, c);
-    } else {
-      gemm_epilogue_store_rows<T>(a, p, tile.n_begin, rows, c);
-    }
-  }
+    quant_accumulate(a, a.up, tile, c + kQuantGemmTileN * kPanelWidth, scratch);
+  quant_epilogue<T>(a, tile, c);
 }
 
 void quant_gemm_tile(const QuantGemmArgs& a, const GemmTile& tile, float* scratch) {

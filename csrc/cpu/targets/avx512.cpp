@@ -68,7 +68,7 @@ struct GemmInts {
   }
 };
 
-#include "../kernels/all.inl.h"
+#include "../kernels/vector_target.inl.h"
 
 const KernelTable kTable = QVL_KERNEL_TABLE("avx512");
 

@@ -23,7 +23,7 @@ struct Vec {
 #include "int4_unpack.inl.h"
 #include "vnni_gemm_ints.inl.h"
 
-#include "../kernels/all.inl.h"
+#include "../kernels/vector_target.inl.h"
 
 const KernelTable kTable = QVL_KERNEL_TABLE("avx512_vnni");
 

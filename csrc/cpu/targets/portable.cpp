@@ -193,7 +193,7 @@ struct GemmInts {
   static GemmInts pack(const Vec* x) { return {Vec::round(x[0])}; }
 };
 
-#include "../kernels/all.inl.h"
+#include "../kernels/vector_target.inl.h"
 
 const KernelTable kTable = QVL_KERNEL_TABLE("portable");
 

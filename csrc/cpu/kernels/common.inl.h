@@ -1,11 +1,11 @@
-// Every kernel body, over the Vec of the enclosing namespace. No guards: each target includes this once.
+// The kernel bodies that targets with and without matrix units share, over the Vec of the enclosing namespace.
 #include "math.inl.h"
 #include "norm.inl.h"
 #include "gemm.inl.h"
 #include "gemv.inl.h"
 #include "quantize.inl.h"
 #include "quant_gemv.inl.h"
-#include "quant_gemm.inl.h"
+#include "quant_gemm_epilogue.inl.h"
 #include "quant_gemm_pack.inl.h"
 #include "rope.inl.h"
 #include "activation.inl.h"

@@ -1,0 +1,133 @@
+// Matrix units (AMX): what the GEMMs and attention on tiles share. A tile is 16 rows of 64 bytes. One instruction adds
+// to 16 x 16 sums the products of 16 weight rows and 16 lanes of a panel over 16 words of k: weights are the left
+// operand, in rows as they lie in memory, and a panel's words the right one. Tiles 0 to 3 hold sums, 4 and 5 weights,
+// 6 and 7 activations.
+
+constexpr int64_t kTileRows = 16, kTileRowBytes = 64, kTileBytes = kTileRows * kTileRowBytes;
+constexpr int64_t kTileWords = 16;  // of k in a step
+
+// Tiles are configured while this lives. Released ones cost no context switch, and PyTorch's kernels configure their own.
+struct TileRegion {
+  TileRegion() { Tiles::configure(); }
+  ~TileRegion() { Tiles::release(); }
+  TileRegion(const TileRegion&) = delete;
+  TileRegion& operator=(const TileRegion&) = delete;
+};
+
+// One K-block of a panel, beginning at a lane: words [steps * 16] at row_bytes. The last step may be read from `tail`, a
+// copy padded with zeros.
+struct TilePanel {
+  const char* words;
+  int64_t row_bytes, steps;
+  const char* tail;
+};
+
+// Sums of ROWS x LANES tiles += weight tiles a, the second row of them a_next bytes on, times the panel; after each dot
+// product, between() does what else there is to do.
+template <class Dot, int ROWS, int LANES, class Between>
+inline void tile_multiply(const char* a, int64_t a_next, const TilePanel& b, int64_t begin, int64_t end,
+                          const Between& between) {
+  a += begin * kTileBytes;
+  for (int64_t step = begin; step < end; ++step, a += kTileBytes) {
+    const char* words = b.tail && step == b.steps - 1 ? b.tail : b.words + step * kTileWords * b.row_bytes;
+    Tiles::load<4>(a, kTileRowBytes);
+    Tiles::load<6>(words, b.row_bytes);
+    Dot::template dot<0, 4, 6>();
+    between();
+    if constexpr (LANES == 2) {
+      Tiles::load<7>(words + kTileRowBytes, b.row_bytes);
+      Dot::template dot<1, 4, 7>();
+      between();
+    }
+    if constexpr (ROWS == 2) {
+      Tiles::load<5>(a + a_next, kTileRowBytes);
+      Dot::template dot<2, 5, 6>();
+      between();
+      if constexpr (LANES == 2) {
+        Dot::template dot<3, 5, 7>();
+        between();
+      }
+    }
+  }
+}
+
+struct DotBf16 {
+  template <int C, int A, int B>
+  static void dot() {
+    Tiles::dot_bf16<C, A, B>();
+  }
+};
+struct DotInt8 {
+  template <int C, int A, int B>
+  static void dot() {
+    Tiles::dot_int8<C, A, B>();
+  }
+};
+
+template <int ROWS, int LANES>
+inline void tile_zero_sums() {
+  Tiles::zero<0>();
+  if constexpr (LANES == 2) Tiles::zero<1>();
+  if constexpr (ROWS == 2) Tiles::zero<2>();
+  if constexpr (ROWS == 2 && LANES == 2) Tiles::zero<3>();
+}
+
+// Sums [ROWS * 16][LANES * 16] of 32 bits; stride in elements.
+template <int ROWS, int LANES>
+inline void tile_load_sums(const float* c, int64_t stride) {
+  Tiles::load<0>(c, stride * 4);
+  if constexpr (LANES == 2) Tiles::load<1>(c + 16, stride * 4);
+  if constexpr (ROWS == 2) Tiles::load<2>(c + 16 * stride, stride * 4);
+  if constexpr (ROWS == 2 && LANES == 2) Tiles::load<3>(c + 16 * stride + 16, stride * 4);
+}
+template <int ROWS, int LANES>
+inline void tile_store_sums(void* c, int64_t stride) {
+  float* out = static_cast<float*>(c);
+  Tiles::store<0>(out, stride * 4);
+  if constexpr (LANES == 2) Tiles::store<1>(out + 16, stride * 4);
+  if constexpr (ROWS == 2) Tiles::store<2>(out + 16 * stride, stride * 4);
+  if constexpr (ROWS == 2 && LANES == 2) Tiles::store<3>(out + 16 * stride + 16, stride * 4);
+}
+
+// body(row_tile, rows, lane_tile, lanes) over blocks of 2 x 2 tiles, 1 at the edges; rows and lanes as constants.
+template <class Body>
+inline void tile_blocks(int64_t row_tiles, int64_t lane_tiles, const Body& body) {
+  using One = std::integral_constant<int, 1>;
+  using Two = std::integral_constant<int, 2>;
+  for (int64_t lane = 0; lane < lane_tiles; lane += 2)
+    for (int64_t row = 0; row < row_tiles; row += 2) {
+      if (lane + 1 < lane_tiles) {
+        row + 1 < row_tiles ? body(row, Two{}, lane, Two{}) : body(row, One{}, lane, Two{});
+      } else {
+        row + 1 < row_tiles ? body(row, Two{}, lane, One{}) : body(row, One{}, lane, One{});
+      }
+    }
+}
+
+// Up to 16 weight rows of `bytes` as tiles [steps]; missing rows, and bytes of the last step, are zero. prefetch: rows
+// that follow, by their distance, or 0.
+inline void tile_pack_rows(const char* rows, int64_t row_bytes, int64_t count, int64_t bytes, char* tiles) {
+  const int64_t whole = bytes / kTileRowBytes, rest = bytes % kTileRowBytes;
+  for (int64_t r = 0; r < kTileRows; ++r) {
+    char* out = tiles + r * kTileRowBytes;
+    if (r >= count) {
+      for (int64_t step = 0; step < whole + (rest > 0); ++step, out += kTileBytes) std::memset(out, 0, kTileRowBytes);
+      continue;
+    }
+    const char* row = rows + r * row_bytes;
+    for (int64_t step = 0; step < whole; ++step, out += kTileBytes) std::memcpy(out, row + step * kTileRowBytes, kTileRowBytes);
+    if (rest) {
+      std::memset(out, 0, kTileRowBytes);
+      std::memcpy(out, row + whole * kTileRowBytes, size_t(rest));
+    }
+  }
+}
+
+// The last step of a panel, where it has fewer than 16 words: a copy [16][width] padded with zeros, or nullptr.
+inline const char* tile_tail(const uint32_t* words, int64_t count, int64_t width, uint32_t* copy) {
+  const int64_t rest = count % kTileWords;
+  if (rest == 0) return nullptr;
+  std::memcpy(copy, words + (count - rest) * width, size_t(rest * width) * 4);
+  std::memset(copy + rest * width, 0, size_t((kTileWords - rest) * width) * 4);
+  return reinterpret_cast<const char*>(copy);
+}
