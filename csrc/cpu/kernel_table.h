@@ -233,7 +233,8 @@ struct AttentionArgs {
 struct AttentionTile {
   const void *q, *k, *v;  // at the sequence's first query/key of this kv head's first query head / kv head
   // What attention_gather makes of this sequence and head, or both nullptr: the keys contiguous, and the values as bf16
-  // pairs of neighbouring keys, [keys / 2][head_dim] words.
+  // pairs of neighbouring keys, [keys / 2][head_dim] words. With matrix units the values are tiles, and both end with
+  // zeros up to a multiple of kGatherKeys.
   void* k_rows;
   float* v_pairs;
   void* out;
@@ -248,12 +249,14 @@ struct AttentionTile {
 };
 
 constexpr int64_t kAttentionKeys = 128;  // keys per block
+constexpr int64_t kGatherKeys = 32;
 
 // GEMM blocking. A tile is kGemmTileN weight rows (half of them gate, half up for SwiGLU) by up to kGemmTilePanels
 // panels. Sized so that one panel's K-block (256 KB), the tile's widened weights (384 KB) and its accumulators fit in a
 // 1 MB L2 cache with AVX-512 panels.
 constexpr int64_t kGemmTileN = 96;
 constexpr int64_t kGemmTilePanels = 8;
+constexpr int64_t kLeastTilePanels = 4;  // fewer: unpacking the weight rows takes longer than multiplying them
 constexpr int64_t kGemmKBlock = 1024;  // 32-bit words of k: floats, or bf16 pairs
 constexpr int64_t kGemmKBlockFp32 = 128;
 
@@ -288,13 +291,15 @@ struct KernelTable {
   void (*quant_gemm_tile)(const QuantGemmArgs&, const GemmTile&, float* scratch);
   void (*rope_rows)(const RopeArgs&, int64_t begin, int64_t end);
   void (*activation_rows)(const ActivationArgs&, int64_t begin, int64_t end);
-  // Writes the tile's k_rows and v_pairs of keys [begin, end), begin even. For GemmBackend::bf16_dot without a mask.
+  // Writes the tile's k_rows and v_pairs of keys [begin, end), begin a multiple of kGatherKeys. For
+  // GemmBackend::bf16_dot without a mask.
   void (*attention_gather)(const AttentionArgs&, const AttentionTile&, int64_t begin, int64_t end);
   void (*attention_tile)(const AttentionArgs&, const AttentionTile&, float* scratch);
   float (*read_bytes)(const char* data, int64_t bytes);
   int quant_per_word;  // elements of k in a word of a quantised panel
   bool has_bf16_dot;   // GemmBackend::bf16_dot is available in gemm_pack and gemm_tile
   int64_t gemv_max_m;  // up to this many activation rows, at most kGemvMaxM, GEMV is faster than GEMM
+  int64_t panel_cache_bytes;  // of panels that stay in L2 from one tile of weight rows to the next; 0: does not matter
   // Activations per scale in the GEMM over int4 weights; 0: as many inputs as the weights have per scale.
   int64_t int4_gemm_group;
 };

@@ -24,8 +24,8 @@ struct Sequence {
   int64_t first_row;  // of gathered keys
 };
 
-// Rows that the gathered keys of a sequence take: an even number, because values are gathered in pairs.
-int64_t gathered_rows(int64_t keys) { return (keys + 1) / 2 * 2; }
+// Rows that the gathered keys of a sequence take.
+int64_t gathered_rows(int64_t keys) { return (keys + kGatherKeys - 1) / kGatherKeys * kGatherKeys; }
 
 int64_t blocks_of(const AttentionArgs& a, int64_t queries) {
   const int64_t rows = a.heads / a.kv_heads * queries, width = kernels().panel_width;
@@ -154,7 +154,7 @@ void run_attention(const AttentionArgs& a) {
   if (tiles < 2 * max_threads() && !a.cu_seqlens)
     splits = std::min((2 * int64_t(max_threads()) + tiles - 1) / tiles, a.keys / kMinSplitKeys);
   if (splits <= 1) {
-    const bool apart = a.k.stride_t > a.head_dim && tiles >= kMinGatherBlocks * a.batch * a.kv_heads;
+    const bool apart = (a.k.stride_t > a.head_dim || table.panel_cache_bytes) && tiles >= kMinGatherBlocks * a.batch * a.kv_heads;
     if (backend == GemmBackend::bf16_dot && a.mask.kind == MaskKind::none && apart) {
       thread_local Workspace k_rows_ws, v_pairs_ws;
       k_rows = k_rows_ws.get<bf16>(a.kv_heads * rows * a.head_dim);
@@ -163,8 +163,9 @@ void run_attention(const AttentionArgs& a) {
       parallel_tasks(tiles, [&](int64_t tile) {
         const AttentionTile t = tile_at(tile);
         const int64_t blocks = blocks_of(a, t.queries), block = t.row_begin / table.panel_width,
-                      pairs = (t.keys + 1) / 2;
-        table.attention_gather(a, t, pairs * block / blocks * 2, std::min(pairs * (block + 1) / blocks * 2, t.keys));
+                      steps = gathered_rows(t.keys) / kGatherKeys;
+        const int64_t begin = steps * block / blocks * kGatherKeys, end = steps * (block + 1) / blocks * kGatherKeys;
+        table.attention_gather(a, t, begin, std::min(end, t.keys));
       });
     }
     return parallel_tasks(tiles, [&](int64_t tile) { table.attention_tile(a, tile_at(tile), scratch()); });

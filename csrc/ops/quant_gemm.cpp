@@ -47,7 +47,7 @@ QuantGemmArgs gemm_args(const LinearCall& call, const Panels& panels, int64_t m,
 
 void run_gemms(const QuantGemmArgs* gemms, int count) {
   const KernelTable& table = kernels();
-  parallel_gemms(gemms, count, [&](const QuantGemmArgs& args, const GemmTile& tile) {
+  parallel_gemms(gemms, count, table.panel_width * gemms[0].k, [&](const QuantGemmArgs& args, const GemmTile& tile) {
     thread_local Workspace scratch;
     table.quant_gemm_tile(args, tile, scratch.get<float>(quant_gemm_scratch_floats(table)));
   });

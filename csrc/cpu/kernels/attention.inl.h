@@ -296,9 +296,10 @@ inline void attention_block(const AttentionArgs& a, const AttentionTile& t, cons
   }
 }
 
-template <class T, bool DOT>
-inline void attention_tile_typed(const AttentionArgs& a, const AttentionTile& t, float* scratch) {
-  const AttentionScratch s = attention_scratch(scratch, a.head_dim);
+// block(key_block) for each step of the online softmax; dot: the query panel holds pairs of bf16.
+template <class T, class Block>
+inline void attention_steps(const AttentionArgs& a, const AttentionTile& t, bool dot, const AttentionScratch& s,
+                            const Block& block) {
   const int64_t rows = t.row_end - t.row_begin, width = (rows + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
   int64_t max_limit = 0, min_limit = t.keys;
   for (int64_t lane = 0; lane < width; ++lane) {
@@ -311,16 +312,22 @@ inline void attention_tile_typed(const AttentionArgs& a, const AttentionTile& t,
     s.row_sum[lane] = 0.0f;
   }
   for (int64_t i = 0; i < a.head_dim * width; i += Vec::kWidth) Vec::zero().store(s.out + i);
-  attention_pack_q<T>(a, t, DOT, width, s.q);
+  attention_pack_q<T>(a, t, dot, width, s.q);
   const int64_t key_end = min_i(t.key_end, max_limit);
   for (int64_t key = t.key_begin; key < key_end; key += kAttentionKeys) {
     KeyBlock b{key, min_i(kAttentionKeys, key_end - key), width, a.head_dim};
     b.masked = a.mask.kind != MaskKind::none, b.limited = key + b.keys > min_limit, b.first = key == t.key_begin;
     b.scale_first = b.masked || b.limited || !(a.scale > 0.0f);
     b.scale = b.scale_first ? 1.0f : a.scale;
-    attention_block<T, DOT>(a, t, b, s);
+    block(b);
   }
   attention_epilogue<T>(a, t, width, s);
+}
+
+template <class T, bool DOT>
+inline void attention_tile_typed(const AttentionArgs& a, const AttentionTile& t, float* scratch) {
+  const AttentionScratch s = attention_scratch(scratch, a.head_dim);
+  attention_steps<T>(a, t, DOT, s, [&](const KeyBlock& b) { attention_block<T, DOT>(a, t, b, s); });
 }
 
 // Gathers keys and values once per sequence and head for all its tiles. In a vision tower's qkv they lie 6 KB apart, so

@@ -22,15 +22,25 @@ struct TilePanel {
   const char* tail;
 };
 
-// Sums of ROWS x LANES tiles += weight tiles a, the second row of them a_next bytes on, times the panel; after each dot
-// product, between() does what else there is to do.
+// The left operand: up to two tiles of rows, the second `next` bytes on.
+struct TileRows {
+  const char* at;
+  int64_t row_bytes, step_bytes, next;
+};
+
+// Tiles [row tiles][steps], as tile_pack_rows leaves them.
+inline TileRows packed_tile_rows(const char* tiles, int64_t row_tile, int64_t steps) {
+  return {tiles + row_tile * steps * kTileBytes, kTileRowBytes, kTileBytes, steps * kTileBytes};
+}
+
+// Sums of ROWS x LANES tiles += rows times the panel, over steps [begin, end); after each dot product, between() does
+// what else there is to do.
 template <class Dot, int ROWS, int LANES, class Between>
-inline void tile_multiply(const char* a, int64_t a_next, const TilePanel& b, int64_t begin, int64_t end,
-                          const Between& between) {
-  a += begin * kTileBytes;
-  for (int64_t step = begin; step < end; ++step, a += kTileBytes) {
+inline void tile_multiply(const TileRows& rows, const TilePanel& b, int64_t begin, int64_t end, Between&& between) {
+  const char* a = rows.at + begin * rows.step_bytes;
+  for (int64_t step = begin; step < end; ++step, a += rows.step_bytes) {
     const char* words = b.tail && step == b.steps - 1 ? b.tail : b.words + step * kTileWords * b.row_bytes;
-    Tiles::load<4>(a, kTileRowBytes);
+    Tiles::load<4>(a, rows.row_bytes);
     Tiles::load<6>(words, b.row_bytes);
     Dot::template dot<0, 4, 6>();
     between();
@@ -40,7 +50,7 @@ inline void tile_multiply(const char* a, int64_t a_next, const TilePanel& b, int
       between();
     }
     if constexpr (ROWS == 2) {
-      Tiles::load<5>(a + a_next, kTileRowBytes);
+      Tiles::load<5>(a + rows.next, rows.row_bytes);
       Dot::template dot<2, 5, 6>();
       between();
       if constexpr (LANES == 2) {
@@ -89,13 +99,13 @@ inline void tile_store_sums(void* c, int64_t stride) {
   if constexpr (ROWS == 2 && LANES == 2) Tiles::store<3>(out + 16 * stride + 16, stride * 4);
 }
 
-// body(row_tile, rows, lane_tile, lanes) over blocks of 2 x 2 tiles, 1 at the edges; rows and lanes as constants.
+// body(row, rows, lane, lanes) over blocks of 2 x 2 tiles, 1 at the edges; the counts are constants.
 template <class Body>
 inline void tile_blocks(int64_t row_tiles, int64_t lane_tiles, const Body& body) {
   using One = std::integral_constant<int, 1>;
   using Two = std::integral_constant<int, 2>;
-  for (int64_t lane = 0; lane < lane_tiles; lane += 2)
-    for (int64_t row = 0; row < row_tiles; row += 2) {
+  for (int64_t row = 0; row < row_tiles; row += 2)
+    for (int64_t lane = 0; lane < lane_tiles; lane += 2) {
       if (lane + 1 < lane_tiles) {
         row + 1 < row_tiles ? body(row, Two{}, lane, Two{}) : body(row, One{}, lane, Two{});
       } else {
@@ -104,23 +114,19 @@ inline void tile_blocks(int64_t row_tiles, int64_t lane_tiles, const Body& body)
     }
 }
 
-// Up to 16 weight rows of `bytes` as tiles [steps]; missing rows, and bytes of the last step, are zero. prefetch: rows
-// that follow, by their distance, or 0.
+// Up to 16 weight rows of `bytes` as tiles [steps]; missing rows, and bytes of the last step, are zero. Step by step:
+// whole tiles are written at once, and the rows are read as streams side by side.
 inline void tile_pack_rows(const char* rows, int64_t row_bytes, int64_t count, int64_t bytes, char* tiles) {
   const int64_t whole = bytes / kTileRowBytes, rest = bytes % kTileRowBytes;
-  for (int64_t r = 0; r < kTileRows; ++r) {
-    char* out = tiles + r * kTileRowBytes;
-    if (r >= count) {
-      for (int64_t step = 0; step < whole + (rest > 0); ++step, out += kTileBytes) std::memset(out, 0, kTileRowBytes);
-      continue;
-    }
-    const char* row = rows + r * row_bytes;
-    for (int64_t step = 0; step < whole; ++step, out += kTileBytes) std::memcpy(out, row + step * kTileRowBytes, kTileRowBytes);
-    if (rest) {
-      std::memset(out, 0, kTileRowBytes);
-      std::memcpy(out, row + whole * kTileRowBytes, size_t(rest));
-    }
+  for (int64_t step = 0; step < whole; ++step, tiles += kTileBytes) {
+    const char* from = rows + step * kTileRowBytes;
+    for (int64_t r = 0; r < count; ++r) std::memcpy(tiles + r * kTileRowBytes, from + r * row_bytes, kTileRowBytes);
+    for (int64_t r = count; r < kTileRows; ++r) std::memset(tiles + r * kTileRowBytes, 0, kTileRowBytes);
   }
+  if (rest == 0) return;
+  std::memset(tiles, 0, kTileBytes);
+  for (int64_t r = 0; r < count; ++r)
+    std::memcpy(tiles + r * kTileRowBytes, rows + whole * kTileRowBytes + r * row_bytes, size_t(rest));
 }
 
 // The last step of a panel, where it has fewer than 16 words: a copy [16][width] padded with zeros, or nullptr.

@@ -39,13 +39,13 @@ template <int ROWS, int LANES>
 inline void tile_quant_multiply(const TileQuantBlock& b, int64_t row_tile, const TilePanel& panel,
                                 const float* x_scales, int64_t width, float* c) {
   alignas(64) int32_t sums[2][ROWS * 16 * LANES * 16];
-  const char* a = b.tiles + row_tile * b.steps * kTileBytes;
   const int64_t rows_per_dot = (ROWS * 16 + ROWS * LANES * b.group_steps - 1) / (ROWS * LANES * b.group_steps);
   TileQuantPending<ROWS, LANES> pending{};
   pending.c = c;
   for (int64_t begin = 0, group = 0; begin < b.steps; begin += b.group_steps, ++group) {
     tile_zero_sums<ROWS, LANES>();
-    tile_multiply<DotInt8, ROWS, LANES>(a, b.steps * kTileBytes, panel, begin, min_i(begin + b.group_steps, b.steps),
+    tile_multiply<DotInt8, ROWS, LANES>(packed_tile_rows(b.tiles, row_tile, b.steps), panel, begin,
+                                        min_i(begin + b.group_steps, b.steps),
                                         [&] { pending.advance(rows_per_dot); });
     pending.advance(ROWS * 16);
     tile_store_sums<ROWS, LANES>(sums[group % 2], LANES * 16);

@@ -3,3 +3,4 @@
 #include "tile.inl.h"
 #include "tile_gemm.inl.h"
 #include "tile_quant_gemm.inl.h"
+#include "tile_attention.inl.h"
