@@ -145,18 +145,20 @@ inline void attention_softmax(const KeyBlock& b, const AttentionScratch& s) {
 }
 
 // The same for bf16_dot: probabilities leave as bf16 pairs of keys; an odd last key is paired with 0.
-template <class V>
+template <bool MASKED, class V>
 inline void attention_softmax_pairs(const KeyBlock& b, const AttentionScratch& s) {
   const int64_t keys = b.keys, width = b.width;
-  const V log2_e = V::set1(1.44269504088896341f), scale = V::set1(b.scale);
+  constexpr float kLog2E = 1.44269504088896341f;
+  const V log2_e = V::set1(kLog2E), scale = V::set1(MASKED ? b.scale : b.scale * kLog2E);
   V new_max[V::kPanelVectors], base[V::kPanelVectors];
   attention_row_max(b, s, new_max, base);
   for (int64_t lane = 0; lane < width; lane += V::kWidth) {
     const int m = int(lane / V::kWidth);
-    const V minus_base = V::zero() - base[m];
-    // log2_e is multiplied last: times the lowest float, which masks are made of, it would overflow.
+    const V minus_base = MASKED ? V::zero() - base[m] : (V::zero() - base[m]) * log2_e;
+    // With a mask log2_e is multiplied last: times the lowest float, which masks are made of, it would overflow.
     const auto probability = [&](const float* at) {
-      return vec_exp2_short(V::fma(V::load(at), scale, minus_base) * log2_e);
+      const V x = V::fma(V::load(at), scale, minus_base);
+      return vec_exp2_short(MASKED ? x * log2_e : x);
     };
     const float* scores = s.scores + lane;
     float* pairs = s.pairs + lane;
@@ -174,6 +176,11 @@ inline void attention_softmax_pairs(const KeyBlock& b, const AttentionScratch& s
     }
     attention_update_state(b, lane, new_max[m], base[m], even + odd, s);
   }
+}
+
+template <class V>
+inline void attention_softmax_pairs(const KeyBlock& b, const AttentionScratch& s) {
+  b.masked ? attention_softmax_pairs<true, V>(b, s) : attention_softmax_pairs<false, V>(b, s);
 }
 
 // True for a key that is masked for all rows of the block. Its value is then zeroed, because NaN * 0 would be NaN.

@@ -18,3 +18,6 @@ static Vec load_pair_n(const bf16* a, const bf16* b, int64_t n) {
   const __m512i low = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask(n), a));
   return interleave(_mm512_inserti64x4(low, _mm256_maskz_loadu_epi16(mask(n), b), 1));
 }
+// x - floor(x), 0 for infinities; and a * 2^floor(x).
+static Vec fraction(Vec x) { return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+static Vec scale_floor_pow2(Vec a, Vec x) { return {_mm512_scalef_ps(a.v, x.v)}; }
