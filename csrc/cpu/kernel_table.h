@@ -257,7 +257,7 @@ constexpr int64_t kGatherKeys = 32;
 constexpr int64_t kGemmTileN = 96;
 constexpr int64_t kGemmTilePanels = 8;
 constexpr int64_t kLeastTilePanels = 4;  // fewer: unpacking the weight rows takes longer than multiplying them
-constexpr int64_t kGemmKBlock = 1024;  // 32-bit words of k: floats, or bf16 pairs
+constexpr int64_t kGemmKBlock = 1024;    // 32-bit words of k: floats, or bf16 pairs
 constexpr int64_t kGemmKBlockFp32 = 128;
 
 // Over quantised weights the tile is a whole number of quantisation groups, because what it computes may be quantised
@@ -298,7 +298,9 @@ struct KernelTable {
   float (*read_bytes)(const char* data, int64_t bytes);
   int quant_per_word;  // elements of k in a word of a quantised panel
   bool has_bf16_dot;   // GemmBackend::bf16_dot is available in gemm_pack and gemm_tile
-  int64_t gemv_max_m;  // up to this many activation rows, at most kGemvMaxM, GEMV is faster than GEMM
+  // Up to this many activation rows GEMV is faster than GEMM: at most kGemvMaxM; over int4 weights, at most
+  // kQuantGemvMaxM.
+  int64_t gemv_max_m, int4_gemv_max_m;
   int64_t panel_cache_bytes;  // of panels that stay in L2 from one tile of weight rows to the next; 0: does not matter
   // Activations per scale in the GEMM over int4 weights; 0: as many inputs as the weights have per scale.
   int64_t int4_gemm_group;

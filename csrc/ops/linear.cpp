@@ -99,7 +99,7 @@ void run_gemvs(const LinearInput& input, const LinearCall* calls, int count) {
 }
 
 void run_dense(const LinearInput& input, const LinearCall* calls, int count) {
-  if (input.m <= kernels().gemv_max_m) return run_gemvs(input, calls, count);
+  if (input.m <= gemv_max_m(calls[0])) return run_gemvs(input, calls, count);
   const GemmBackend backend = gemm_backend(input.dtype, input.k, 2);
   float* panels = panels_workspace().get<float>(panel_words(chunk_m(input), input.k, backend));
   for_chunks(input, [&](const LinearInput& chunk, int64_t row) {
@@ -141,8 +141,9 @@ void run_mlp(const LinearInput& input, const LinearCall& first, const LinearCall
   if (input.m == 0) return;
   const int64_t hidden = first.n, element_bytes = dtype_bytes(input.dtype);
   thread_local Workspace hidden_ws;
-  if (input.m > kernels().gemv_max_m && quantized(first) && quantized(down)) return run_quant_mlp(input, first, down);
-  if (input.m <= kernels().gemv_max_m || quantized(first) || quantized(down)) {
+  const bool by_gemv = input.m <= gemv_max_m(first) || input.m <= gemv_max_m(down);
+  if (!by_gemv && quantized(first) && quantized(down)) return run_quant_mlp(input, first, down);
+  if (by_gemv || quantized(first) || quantized(down)) {
     LinearCall up = first;
     up.out = hidden_ws.get<char>(chunk_m(input) * hidden * element_bytes);
     up.out_stride = hidden;

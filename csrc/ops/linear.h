@@ -44,6 +44,11 @@ inline void for_chunks(const LinearInput& input, const Body& body) {
 // The faster GEMM backend of this machine for the dtype. bf16_dot needs k, and where panels are chained n, to be even.
 GemmBackend gemm_backend(DType dtype, int64_t k, int64_t n);
 
+// Up to this many activation rows go through GEMV.
+inline int64_t gemv_max_m(const LinearCall& call) {
+  return call.weight.format == WeightFormat::int4 ? kernels().int4_gemv_max_m : kernels().gemv_max_m;
+}
+
 // All calls over the same input; calls of one format beside each other share a parallel region.
 void run_linears(LinearInput input, const LinearCall* calls, int count);
 

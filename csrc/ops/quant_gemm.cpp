@@ -66,7 +66,7 @@ Workspace& panels_workspace() {
 }  // namespace
 
 void run_quant_linears(const LinearInput& input, const LinearCall* calls, int count) {
-  if (input.m <= kernels().gemv_max_m) return run_quant_gemvs(input, calls, count);
+  if (input.m <= gemv_max_m(calls[0])) return run_quant_gemvs(input, calls, count);
   for_chunks(input, [&](const LinearInput& chunk, int64_t row) {
     const Panels panels = get_panels(panels_workspace(), chunk.m, chunk.k, group_of(calls[0]));
     pack_panels(chunk, panels);

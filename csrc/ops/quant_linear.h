@@ -11,7 +11,7 @@ void run_quant_gemvs(const LinearInput& input, const LinearCall* calls, int coun
 // All calls over the same input of any number of rows; one format and group, as above.
 void run_quant_linears(const LinearInput& input, const LinearCall* calls, int count);
 
-// run_mlp for more than kQuantGemvMaxM rows, both weights quantised: the hidden layer is quantised in panel layout.
+// run_mlp for more rows than GEMV takes, both weights quantised: the hidden layer is quantised in panel layout.
 void run_quant_mlp(const LinearInput& input, const LinearCall& first, const LinearCall& down);
 
 }  // namespace qvl

@@ -203,8 +203,7 @@ void quant_gemm_tile_typed(const QuantGemmArgs& a, const GemmTile& tile, float* 
   float* c = scratch;
   scratch += kGemmTilePanels * kQuantPanelSums;
   quant_accumulate(a, a.weight, tile, c, scratch);
-  if (a.activation == Activation::swiglu)
-    quant_accumulate(a, a.up, tile, c + kQuantGemmTileN * kPanelWidth, scratch);
+  if (a.activation == Activation::swiglu) quant_accumulate(a, a.up, tile, c + kQuantGemmTileN * kPanelWidth, scratch);
   quant_epilogue<T>(a, tile, c);
 }
 

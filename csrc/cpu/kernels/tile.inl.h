@@ -6,7 +6,8 @@
 constexpr int64_t kTileRows = 16, kTileRowBytes = 64, kTileBytes = kTileRows * kTileRowBytes;
 constexpr int64_t kTileWords = 16;  // of k in a step
 
-// Tiles are configured while this lives. Released ones cost no context switch, and PyTorch's kernels configure their own.
+// Tiles are configured while this lives. Released ones cost no context switch, and PyTorch's kernels configure their
+// own.
 struct TileRegion {
   TileRegion() { Tiles::configure(); }
   ~TileRegion() { Tiles::release(); }
@@ -14,8 +15,8 @@ struct TileRegion {
   TileRegion& operator=(const TileRegion&) = delete;
 };
 
-// One K-block of a panel, beginning at a lane: words [steps * 16] at row_bytes. The last step may be read from `tail`, a
-// copy padded with zeros.
+// One K-block of a panel, beginning at a lane: words [steps * 16] at row_bytes. The last step may be read from `tail`,
+// a copy padded with zeros.
 struct TilePanel {
   const char* words;
   int64_t row_bytes, steps;
@@ -32,6 +33,27 @@ struct TileRows {
 inline TileRows packed_tile_rows(const char* tiles, int64_t row_tile, int64_t steps) {
   return {tiles + row_tile * steps * kTileBytes, kTileRowBytes, kTileBytes, steps * kTileBytes};
 }
+
+// Fetches rows that come from memory into L2, ahead of the steps that read them, and at their end the beginning of the
+// rows behind them: 16 rows for every dot product of a block of ROWS x 1 tiles.
+template <int ROWS>
+class TilePrefetch {
+ public:
+  TilePrefetch(const TileRows& rows, int64_t steps) : rows_(rows), steps_(steps) {}
+  void operator()() {
+    const int64_t step = dots_ / ROWS + kAhead, tile = dots_ % ROWS;
+    const char* at = rows_.at + tile * rows_.next;
+    at += step < steps_ ? step * kTileRowBytes : ROWS * kTileRows * rows_.row_bytes + (step - steps_) * kTileRowBytes;
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kTileRows; ++r) __builtin_prefetch(at + r * rows_.row_bytes, 0, 2);
+    ++dots_;
+  }
+
+ private:
+  static constexpr int64_t kAhead = 8;  // steps
+  const TileRows& rows_;
+  int64_t steps_, dots_ = 0;
+};
 
 // Sums of ROWS x LANES tiles += rows times the panel, over steps [begin, end); after each dot product, between() does
 // what else there is to do.

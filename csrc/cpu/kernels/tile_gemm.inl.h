@@ -16,11 +16,18 @@ inline TileWeightRows tile_weight_rows(const GemmArgs& a, const GemmTile& tile, 
           rows > row ? min_i(kTileRows, rows - row) : 0};
 }
 
+// Whether tiles are loaded from weight rows as they lie: for few lanes copying them would take longer than multiplying.
+inline bool tile_rows_in_place(const GemmArgs& a, const GemmTile& tile, int64_t step_elements) {
+  return tile.panel_end - tile.panel_begin == 1 && panel_vectors(a.m, tile.panel_begin) == 1 &&
+         a.k % step_elements == 0 && (tile.n_end - tile.n_begin) % kTileRows == 0;
+}
+
 void tile_gemm_tile(const GemmArgs& a, const GemmTile& tile, float* scratch) {
   if (a.backend != GemmBackend::bf16_dot) return gemm_tile(a, tile, scratch);
   const int64_t words = a.k / 2, rows = tile.n_end - tile.n_begin;
   const int64_t row_tiles =
       (rows + kTileRows - 1) / kTileRows + (a.activation == Activation::swiglu ? kGemmTileN / 2 / kTileRows : 0);
+  const bool in_place = tile_rows_in_place(a, tile, 2 * kTileWords);
   float* c = scratch;
   char* weights = reinterpret_cast<char*>(scratch + kGemmTilePanels * kGemmTileN * kPanelWidth);
   alignas(64) uint32_t tail[kTileWords * kPanelWidth];
@@ -29,7 +36,7 @@ void tile_gemm_tile(const GemmArgs& a, const GemmTile& tile, float* scratch) {
     // With k = 0 there is one empty block, which sets c to 0.
     for (int64_t word = 0; word == 0 || word < words; word += kGemmKBlock) {
       const int64_t depth = min_i(kGemmKBlock, words - word), steps = (depth + kTileWords - 1) / kTileWords;
-      for (int64_t row = 0; row < row_tiles; ++row) {
+      for (int64_t row = 0; row < row_tiles && !in_place; ++row) {
         const TileWeightRows from = tile_weight_rows(a, tile, row * kTileRows);
         tile_pack_rows(from.at + word * 4, from.row_bytes, from.count, depth * 4, weights + row * steps * kTileBytes);
       }
@@ -48,7 +55,14 @@ void tile_gemm_tile(const GemmArgs& a, const GemmTile& tile, float* scratch) {
           }
           const TilePanel b{reinterpret_cast<const char*>(panel + lane * 16), width * 4, steps,
                             padded ? padded + lane * kTileRowBytes : nullptr};
-          tile_multiply<DotBf16, kRows, kLanes>(packed_tile_rows(weights, row, steps), b, 0, steps, [] {});
+          if (in_place) {
+            const TileWeightRows first = tile_weight_rows(a, tile, row * kTileRows);
+            const TileWeightRows second = tile_weight_rows(a, tile, (row + kRows - 1) * kTileRows);
+            const TileRows from{first.at + word * 4, first.row_bytes, kTileRowBytes, second.at - first.at};
+            tile_multiply<DotBf16, kRows, kLanes>(from, b, 0, steps, TilePrefetch<kRows>(from, steps));
+          } else {
+            tile_multiply<DotBf16, kRows, kLanes>(packed_tile_rows(weights, row, steps), b, 0, steps, [] {});
+          }
           tile_store_sums<kRows, kLanes>(sums, kPanelWidth);
         });
       }

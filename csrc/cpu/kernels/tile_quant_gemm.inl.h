@@ -1,9 +1,10 @@
-// Quantised GEMM on matrix units: int8 activations in groups of tile_quant_group times int8 weights, int4 weights unpacked to
-// int8 per task. Integer sums leave the tiles after every group; they become fp32 while the next group is multiplied.
+// Quantised GEMM on matrix units: int8 activations in groups of tile_quant_group times int8 weights, int4 weights
+// unpacked to int8 per task. Integer sums leave the tiles after every group; they become fp32 while the next group is
+// multiplied.
 
 // One K-block of weight rows as tiles, and their scales.
 struct TileQuantBlock {
-  const char* tiles;    // [row tiles][steps]
+  TileRows rows;        // of the first row tile; the next one is rows.next bytes on
   const float* scales;  // int4: [groups][kQuantGemmTileN]; nullptr for int8, whose rows are scaled at the end
   int64_t steps, group_steps;
 };
@@ -27,7 +28,8 @@ struct TileQuantPending {
       for (int l = 0; l < LANES; ++l) {
         const Vec x_scale = Vec::load(x_scales + l * 16);
         float* at = c + row * kPanelWidth + l * 16;
-        Vec::fma(Vec::load_ints(sums + (row * LANES + l) * 16), scales ? x_scale * scale : x_scale, Vec::load(at)).store(at);
+        Vec::fma(Vec::load_ints(sums + (row * LANES + l) * 16), scales ? x_scale * scale : x_scale, Vec::load(at))
+            .store(at);
       }
     }
   }
@@ -37,16 +39,20 @@ struct TileQuantPending {
 // apart.
 template <int ROWS, int LANES>
 inline void tile_quant_multiply(const TileQuantBlock& b, int64_t row_tile, const TilePanel& panel,
-                                const float* x_scales, int64_t width, float* c) {
+                                const float* x_scales, int64_t width, bool in_place, float* c) {
   alignas(64) int32_t sums[2][ROWS * 16 * LANES * 16];
   const int64_t rows_per_dot = (ROWS * 16 + ROWS * LANES * b.group_steps - 1) / (ROWS * LANES * b.group_steps);
   TileQuantPending<ROWS, LANES> pending{};
   pending.c = c;
+  TileRows rows = b.rows;
+  rows.at += row_tile * rows.next;
+  TilePrefetch<ROWS> prefetch(rows, b.steps);
   for (int64_t begin = 0, group = 0; begin < b.steps; begin += b.group_steps, ++group) {
     tile_zero_sums<ROWS, LANES>();
-    tile_multiply<DotInt8, ROWS, LANES>(packed_tile_rows(b.tiles, row_tile, b.steps), panel, begin,
-                                        min_i(begin + b.group_steps, b.steps),
-                                        [&] { pending.advance(rows_per_dot); });
+    tile_multiply<DotInt8, ROWS, LANES>(rows, panel, begin, min_i(begin + b.group_steps, b.steps), [&] {
+      if (LANES == 1 && in_place) prefetch();
+      pending.advance(rows_per_dot);
+    });
     pending.advance(ROWS * 16);
     tile_store_sums<ROWS, LANES>(sums[group % 2], LANES * 16);
     pending.sums = sums[group % 2], pending.x_scales = x_scales + group * width, pending.row = 0;
@@ -55,35 +61,70 @@ inline void tile_quant_multiply(const TileQuantBlock& b, int64_t row_tile, const
   pending.advance(ROWS * 16);
 }
 
-// An int4 row's inputs [begin, end) as int8, with one scale that is returned: scale * int8 is nearly weight scale *
-// (nibble - zero). `begin` is the first input of a group of activations; tiles: the row's 64 bytes of the first step.
-inline float tile_unpack_int4(const Weight& weight, int64_t row, int64_t begin, int64_t end, char* tiles) {
-  const uint8_t* nibbles = static_cast<const uint8_t*>(weight.w) + row * weight.stride + begin / 2;
-  const uint8_t* zeros = weight.zeros ? weight.zeros + row * weight.zero_stride : nullptr;
-  const char* scales = static_cast<const char*>(weight.scales) + row * weight.scale_stride * 2;
-  const int64_t first = begin / weight.group, count = (end - begin + weight.group - 1) / weight.group;
-  float group_scales[kTileQuantGroup / 32], largest = 0.0f;
-  int group_zeros[kTileQuantGroup / 32];
-  for (int64_t g = 0; g < count; ++g) {
-    const float scale = int4_scale(scales, weight.scale_dtype, first + g);
-    const int zero = int4_zero(zeros, first + g);
-    group_scales[g] = scale, group_zeros[g] = zero;
-    const float reach = __builtin_fabsf(scale) * float(zero > 7 ? zero : 15 - zero);
-    largest = reach > largest || reach != reach ? reach : largest;
+// How an int4 row becomes int8 with one scale per group of activations: that scale times the int8 is nearly the
+// weight's scale times (nibble - zero), where the int8 is (nibble - zero) times the factor of its weight group,
+// rounded.
+struct TileInt4Row {
+  float zeros[kQuantGemmKBlockBytes / 32], factors[kQuantGemmKBlockBytes / 32];  // of the weight's groups
+};
+
+// Of inputs [k, k + depth) of a row. scales: [groups of activations][kQuantGemmTileN].
+template <int GROUP>
+inline void tile_int4_row(const Weight& weight, int64_t row, int64_t k, int64_t depth, float* scales,
+                          TileInt4Row& out) {
+  constexpr int kTogether = kTileQuantGroup / GROUP;
+  const int64_t first = k / GROUP, count = (depth + GROUP - 1) / GROUP, groups = (count + kTogether - 1) / kTogether;
+  const char* row_scales = static_cast<const char*>(weight.scales) + (row * weight.scale_stride + first) * 2;
+  alignas(64) float most[kQuantGemmKBlockBytes / 32 + kTogether] = {}, inverse[kQuantGemmKBlockBytes / kTileQuantGroup];
+  if (weight.zeros) {
+    const uint8_t* bytes =
+        weight.zeros + row * weight.zero_stride + first / 2;  // K-blocks have an even number of groups
+    for (int64_t g = 0; g < count; ++g) out.zeros[g] = float(bytes[g / 2] >> (g % 2 * 4) & 15);
+  } else {
+    for (int64_t g = 0; g < count; ++g) out.zeros[g] = float(kInt4Zero);
   }
-  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-  for (int64_t i = begin; i < end; i += 32, nibbles += 16) {
-    const int64_t g = (i - begin) / weight.group;
-    int8_t* out = reinterpret_cast<int8_t*>(tiles + (i - begin) / kTileRowBytes * kTileBytes + (i - begin) % kTileRowBytes);
-    GemmInts::unpack_scaled(nibbles, group_zeros[g], group_scales[g] * inverse, out);
+  QVL_FOR_LANES(g, lanes, count) {
+    const Vec scale = weight.scale_dtype == DType::bf16
+                          ? load_lanes(reinterpret_cast<const bf16*>(row_scales) + g, lanes)
+                          : load_lanes(reinterpret_cast<const f16*>(row_scales) + g, lanes);
+    store_lanes(scale, out.factors + g, lanes);
+    const Vec zero = load_lanes(static_cast<const float*>(out.zeros) + g, lanes);
+    const Vec reach = scale * Vec::max(zero, Vec::set1(15.0f) - zero);
+    store_lanes(Vec::max(Vec::zero() - reach, reach), most + g, lanes);
   }
-  return largest / 127.0f;
+  for (int64_t g = 0; g < groups; ++g) {
+    float largest = most[g * kTogether];
+    for (int i = 1; i < kTogether; ++i) {
+      const float other = most[g * kTogether + i];
+      largest = other > largest || other != other ? other : largest;
+    }
+    scales[g * kQuantGemmTileN] = largest / 127.0f;
+    inverse[g] = largest > 0.0f ? 127.0f / largest : 0.0f;
+  }
+  for (int64_t g = 0; g < count; ++g) out.factors[g] *= inverse[g / kTogether];
+}
+
+// Up to 16 int4 rows, inputs [k, k + depth), as tiles of int8 [steps]; missing rows and inputs are zero.
+template <int GROUP>
+inline void tile_unpack_int4(const Weight& weight, int64_t row, int64_t count, int64_t k, int64_t depth, float* scales,
+                             char* tiles) {
+  TileInt4Row rows[kTileRows];
+  for (int64_t r = 0; r < count; ++r) tile_int4_row<GROUP>(weight, row + r, k, depth, scales + r, rows[r]);
+  const uint8_t* nibbles = static_cast<const uint8_t*>(weight.w) + row * weight.stride + k / 2;
+  for (int64_t begin = 0; begin < depth; begin += kTileRowBytes, tiles += kTileBytes) {
+    if (count < kTileRows || depth - begin < kTileRowBytes) std::memset(tiles, 0, kTileBytes);
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t i = begin; i < min_i(begin + kTileRowBytes, depth); i += 32)
+        GemmInts::unpack_scaled(nibbles + r * weight.stride + i / 2, rows[r].zeros[i / GROUP],
+                                rows[r].factors[i / GROUP],
+                                reinterpret_cast<int8_t*>(tiles) + r * kTileRowBytes + i - begin);
+  }
 }
 
 // A tile's rows of one weight times its panels, over all k.
 inline void tile_quant_accumulate(const QuantGemmArgs& a, const Weight& weight, const GemmTile& tile, float* c,
                                   float* scratch) {
-  const bool int4 = weight.format == WeightFormat::int4;
+  const bool int4 = weight.format == WeightFormat::int4, in_place = !int4 && tile_rows_in_place(a, tile, kTileRowBytes);
   const int64_t groups = (a.k + a.group - 1) / a.group, rows = tile.n_end - tile.n_begin;
   const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
   char* tiles = reinterpret_cast<char*>(scratch);
@@ -91,23 +132,22 @@ inline void tile_quant_accumulate(const QuantGemmArgs& a, const Weight& weight, 
   alignas(64) uint32_t tail[kTileWords * kPanelWidth];
   for (int64_t k = 0; k < a.k; k += kQuantGemmKBlockBytes) {
     const int64_t depth = min_i(kQuantGemmKBlockBytes, a.k - k), steps = (depth + kTileRowBytes - 1) / kTileRowBytes;
-    for (int64_t n = 0; n < rows; n += kTileRows) {
-      char* row_tiles_at = tiles + n / kTileRows * steps * kTileBytes;
+    const char* w = static_cast<const char*>(weight.w) + tile.n_begin * weight.stride + k;
+    for (int64_t n = 0; n < row_tiles * kTileRows && !in_place; n += kTileRows) {
+      char* out = tiles + n * steps * kTileRowBytes;
       const int64_t count = min_i(kTileRows, rows - n);
       if (!int4) {
-        const char* w = static_cast<const char*>(weight.w) + (tile.n_begin + n) * weight.stride + k;
-        tile_pack_rows(w, weight.stride, count, depth, row_tiles_at);
+        tile_pack_rows(w + n * weight.stride, weight.stride, count, depth, out);
         continue;
       }
-      if (count < kTileRows || depth % kTileRowBytes) std::memset(row_tiles_at, 0, size_t(steps * kTileBytes));
-      for (int64_t begin = 0; begin < depth; begin += a.group)
-        for (int64_t r = 0; r < kTileRows; ++r)
-          scales[begin / a.group * kQuantGemmTileN + n + r] =
-              r < count ? tile_unpack_int4(weight, tile.n_begin + n + r, k + begin, k + min_i(begin + a.group, depth),
-                                           row_tiles_at + begin / kTileRowBytes * kTileBytes + r * kTileRowBytes)
-                        : 0.0f;
+      const auto unpack = weight.group == 32   ? tile_unpack_int4<32>
+                          : weight.group == 64 ? tile_unpack_int4<64>
+                                               : tile_unpack_int4<128>;
+      unpack(weight, tile.n_begin + n, count, k, depth, scales + n, out);
     }
-    const TileQuantBlock block{tiles, int4 ? scales : nullptr, steps, a.group / kTileRowBytes};
+    const TileRows from = in_place ? TileRows{w, weight.stride, kTileRowBytes, kTileRows * weight.stride}
+                                   : packed_tile_rows(tiles, 0, steps);
+    const TileQuantBlock block{from, int4 ? scales : nullptr, steps, a.group / kTileRowBytes};
     for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p) {
       const int64_t width = panel_vectors(a.m, p) * Vec::kWidth, words = quant_words(depth);
       const uint32_t* panel =
@@ -119,7 +159,7 @@ inline void tile_quant_accumulate(const QuantGemmArgs& a, const Weight& weight, 
       tile_blocks(row_tiles, width / 16, [&](int64_t row, auto row_count, int64_t lane, auto lane_count) {
         const TilePanel b{reinterpret_cast<const char*>(panel + lane * 16), width * 4, steps,
                           padded ? padded + lane * kTileRowBytes : nullptr};
-        tile_quant_multiply<row_count, lane_count>(block, row, b, x_scales + lane * 16, width,
+        tile_quant_multiply<row_count, lane_count>(block, row, b, x_scales + lane * 16, width, in_place,
                                                    sums + row * 16 * kPanelWidth + lane * 16);
       });
     }
@@ -128,7 +168,7 @@ inline void tile_quant_accumulate(const QuantGemmArgs& a, const Weight& weight, 
   for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p, c += kQuantPanelSums)
     for (int64_t n = 0; n < rows; ++n) {
       const Vec scale = Vec::set1(static_cast<const float*>(weight.scales)[(tile.n_begin + n) * weight.scale_stride]);
-      for (int64_t lane = 0; lane < kPanelWidth; lane += Vec::kWidth) {
+      for (int64_t lane = 0; lane < panel_vectors(a.m, p) * Vec::kWidth; lane += Vec::kWidth) {
         float* at = c + n * kPanelWidth + lane;
         (Vec::load(at) * scale).store(at);
       }

@@ -38,9 +38,9 @@ struct GemmInts {
   void store(float* p) const { _mm512_storeu_si512(p, v); }
   static GemmInts load_values(const int8_t* p) { return {_mm512_loadu_si512(p)}; }
   // 16 bytes of nibbles, the low ones first, as 32 values round((nibble - zero) * factor).
-  static void unpack_scaled(const uint8_t* nibbles, int zero, float factor, int8_t* out) {
+  static void unpack_scaled(const uint8_t* nibbles, float zero, float factor, int8_t* out) {
     const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512 scaled = _mm512_mul_ps(_mm512_sub_ps(values, _mm512_set1_ps(float(zero))), _mm512_set1_ps(factor));
+    const __m512 scaled = _mm512_mul_ps(_mm512_sub_ps(values, _mm512_set1_ps(zero)), _mm512_set1_ps(factor));
     const __m256i table = _mm256_broadcastsi128_si256(_mm512_cvtepi32_epi8(_mm512_cvtps_epi32(scaled)));
     _mm256_storeu_si256((__m256i*)out, _mm256_shuffle_epi8(table, unpack_int4(nibbles, 0)));
   }
