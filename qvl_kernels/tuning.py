@@ -116,9 +116,10 @@ def route(kind: str) -> str:
 
 @functools.cache
 def _static_route(kind: str) -> str:
-    """PyTorch's for bf16 prefill on CPUs with matrix units (AMX), which its kernels use; else ours."""
+    """PyTorch's for bf16 prefill on CPUs with matrix units (AMX) if only its kernels can use them; else ours."""
     matrix_units = linear_kind(torch.bfloat16, few=False), *(attention_kind(torch.bfloat16, c) for c in (False, True))
-    return PYTORCH if kind in matrix_units and torch.cpu._is_amx_tile_supported() else QVL
+    by_pytorch = torch.cpu._is_amx_tile_supported() and "amx" not in dispatch.extension().supported_isas().split(", ")
+    return PYTORCH if kind in matrix_units and by_pytorch else QVL
 
 
 def settle(works: Sequence[Work]) -> None:
