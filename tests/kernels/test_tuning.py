@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qvl_kernels
-from qvl_kernels import config, tuning
+from qvl_kernels import config, dispatch, tuning
 from qvl_kernels.ops.attention.routes import attention_work
 from qvl_kernels.ops.linear.routes import linear_work
 from qvl_kernels.ops.quantized_linear.routes import quantized_linear_work
@@ -268,8 +268,10 @@ def test_writers_at_the_same_time(clock):
 # When nothing is measured
 
 
-def test_the_static_table(clock, monkeypatch):
+@pytest.mark.parametrize("isas", ["portable, avx512_bf16", "portable, avx512_bf16, amx"])
+def test_the_static_table(isas, clock, monkeypatch):
     monkeypatch.setenv("QVL_TUNE", "0")
+    monkeypatch.setattr(dispatch.extension(), "supported_isas", lambda: isas)
     tuning._static_route.cache_clear()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     try:
@@ -277,7 +279,8 @@ def test_the_static_table(clock, monkeypatch):
         kinds += [tuning.linear_kind(torch.bfloat16, few=False, bits=bits) for bits in (8, 4)]
         kinds += [tuning.attention_kind(torch.bfloat16, causal) for causal in (False, True)]
         tuning.settle([clock.work(2.0, 1.0, kind=kind) for kind in kinds])
-        assert [tuning.route(kind) for kind in kinds] == [PYTORCH, QVL, QVL, QVL, QVL, QVL, PYTORCH, PYTORCH]
+        prefill = QVL if "amx" in isas else PYTORCH
+        assert [tuning.route(kind) for kind in kinds] == [prefill, QVL, QVL, QVL, QVL, QVL, prefill, prefill]
         assert tuning.describe([clock.work(2.0, 1.0)]) == [f"{KIND}: qvl, not measured"]
     finally:
         tuning._static_route.cache_clear()

@@ -62,23 +62,24 @@ inline void tile_multiply(const TileRows& rows, const TilePanel& b, int64_t begi
   const char* a = rows.at + begin * rows.step_bytes;
   for (int64_t step = begin; step < end; ++step, a += rows.step_bytes) {
     const char* words = b.tail && step == b.steps - 1 ? b.tail : b.words + step * kTileWords * b.row_bytes;
+    // All loads come first: a neighbour on the same core makes each change from loads to products expensive.
     Tiles::load<4>(a, rows.row_bytes);
     Tiles::load<6>(words, b.row_bytes);
+    if constexpr (LANES == 2) Tiles::load<7>(words + kTileRowBytes, b.row_bytes);
+    if constexpr (ROWS == 2) Tiles::load<5>(a + rows.next, rows.row_bytes);
     Dot::template dot<0, 4, 6>();
     between();
     if constexpr (LANES == 2) {
-      Tiles::load<7>(words + kTileRowBytes, b.row_bytes);
       Dot::template dot<1, 4, 7>();
       between();
     }
     if constexpr (ROWS == 2) {
-      Tiles::load<5>(a + rows.next, rows.row_bytes);
       Dot::template dot<2, 5, 6>();
       between();
-      if constexpr (LANES == 2) {
-        Dot::template dot<3, 5, 7>();
-        between();
-      }
+    }
+    if constexpr (ROWS == 2 && LANES == 2) {
+      Dot::template dot<3, 5, 7>();
+      between();
     }
   }
 }
@@ -126,8 +127,8 @@ template <class Body>
 inline void tile_blocks(int64_t row_tiles, int64_t lane_tiles, const Body& body) {
   using One = std::integral_constant<int, 1>;
   using Two = std::integral_constant<int, 2>;
-  for (int64_t row = 0; row < row_tiles; row += 2)
-    for (int64_t lane = 0; lane < lane_tiles; lane += 2) {
+  for (int64_t lane = 0; lane < lane_tiles; lane += 2)
+    for (int64_t row = 0; row < row_tiles; row += 2) {
       if (lane + 1 < lane_tiles) {
         row + 1 < row_tiles ? body(row, Two{}, lane, Two{}) : body(row, One{}, lane, Two{});
       } else {
