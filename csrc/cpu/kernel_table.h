@@ -256,7 +256,7 @@ constexpr int64_t kGatherKeys = 32;
 // 1 MB L2 cache with AVX-512 panels.
 constexpr int64_t kGemmTileN = 96;
 constexpr int64_t kGemmTilePanels = 8;
-constexpr int64_t kLeastTilePanels = 4;  // fewer: unpacking the weight rows takes longer than multiplying them
+constexpr int64_t kLeastTilePanels = 4;  // with fewer, unpacking weight rows would take too much of the time
 constexpr int64_t kGemmKBlock = 1024;    // 32-bit words of k: floats, or bf16 pairs
 constexpr int64_t kGemmKBlockFp32 = 128;
 

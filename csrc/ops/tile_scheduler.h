@@ -33,9 +33,7 @@ struct TileOrder {
 
 inline TileOrder tile_order(int64_t m, int64_t panel_bytes) {
   const int64_t panels = panel_count(m), most = kernels().panel_cache_bytes / panel_bytes;
-  const int64_t size = most > kGemmTilePanels || kernels().panel_cache_bytes == 0 ? kGemmTilePanels
-                       : most < kLeastTilePanels                                  ? kLeastTilePanels
-                                                                                  : most;
+  const int64_t size = most < kLeastTilePanels || most > kGemmTilePanels ? kGemmTilePanels : most;
   return {panels, (panels + size - 1) / size, kernels().panel_cache_bytes > 0};
 }
 

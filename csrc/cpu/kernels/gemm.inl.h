@@ -225,7 +225,7 @@ inline void gemm_epilogue_store_panel(const GemmArgs& a, int64_t p, int64_t n_be
       out += p * kPanelWidth * (a.n / 2) + n_begin / 2 * width;
       for (int64_t n = 0; n < rows; n += 2, out += width)
         for (int64_t lane = 0; lane < width; lane += Vec::kWidth)
-          V::pack_pair(V::load(c + n * kPanelWidth + lane), V::load(c + (n + 1) * kPanelWidth + lane))
+          V::pack_pair_quick(V::load(c + n * kPanelWidth + lane), V::load(c + (n + 1) * kPanelWidth + lane))
               .store(out + lane);
       return;
     }
@@ -256,6 +256,41 @@ inline void gemm_epilogue_store_rows(const GemmArgs& a, int64_t p, int64_t n_beg
   }
 }
 
+// The same for bf16 without a residual, where the target packs pairs: rounded first, so that half as much is
+// transposed.
+template <class V>
+inline void gemm_epilogue_store_pairs(const GemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, const float* c) {
+  alignas(64) float words[V::kWidth * V::kWidth], turned[V::kWidth * V::kWidth];
+  const int64_t row0 = p * kPanelWidth, row_count = min_i(kPanelWidth, a.m - row0);
+  for (int64_t lane = 0; lane < row_count; lane += V::kWidth) {
+    const int64_t lanes_used = min_i(V::kWidth, row_count - lane);
+    for (int64_t n = 0; n < rows; n += 2 * V::kWidth) {
+      const int64_t columns = min_i(2 * V::kWidth, rows - n);
+      for (int64_t i = 0; i < columns / 2; ++i) {
+        const float* at = c + (n + 2 * i) * kPanelWidth + lane;
+        V::pack_pair_quick(V::load(at), V::load(at + kPanelWidth)).store(words + i * V::kWidth);
+      }
+      V::transpose(words, V::kWidth, turned, V::kWidth);
+      for (int64_t r = 0; r < lanes_used; ++r) {
+        bf16* out = static_cast<bf16*>(a.out) + (row0 + lane + r) * a.out_stride + n_begin + n;
+        if (columns == 2 * V::kWidth) {
+          std::memcpy(out, turned + r * V::kWidth, 2 * V::kWidth * sizeof(bf16));
+        } else {
+          std::memcpy(out, turned + r * V::kWidth, size_t(columns) * sizeof(bf16));
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+inline void gemm_epilogue_store(const GemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, const float* c) {
+  if constexpr (Vec::kHasBf16Dot && std::is_same_v<T, bf16>) {
+    if (!a.residual && rows % 2 == 0) return gemm_epilogue_store_pairs<Vec>(a, p, n_begin, rows, c);
+  }
+  gemm_epilogue_store_rows<T>(a, p, n_begin, rows, c);
+}
+
 // All epilogues of a tile's sums c [panels][kGemmTileN][kPanelWidth].
 template <class T>
 inline void gemm_epilogue(const GemmArgs& a, const GemmTile& tile, float* c) {
@@ -266,7 +301,7 @@ inline void gemm_epilogue(const GemmArgs& a, const GemmTile& tile, float* c) {
     if (a.out_panels) {
       gemm_epilogue_store_panel<Vec>(a, p, tile.n_begin, rows, width, c);
     } else {
-      gemm_epilogue_store_rows<T>(a, p, tile.n_begin, rows, c);
+      gemm_epilogue_store<T>(a, p, tile.n_begin, rows, c);
     }
   }
 }

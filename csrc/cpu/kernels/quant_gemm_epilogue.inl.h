@@ -54,7 +54,7 @@ inline void quant_epilogue(const QuantGemmArgs& a, const GemmTile& tile, float* 
     if (a.out_panels) {
       quant_epilogue_store_panel(a, p, tile.n_begin, rows, width, c);
     } else {
-      gemm_epilogue_store_rows<T>(a, p, tile.n_begin, rows, c);
+      gemm_epilogue_store<T>(a, p, tile.n_begin, rows, c);
     }
   }
 }
