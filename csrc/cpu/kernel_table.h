@@ -91,6 +91,7 @@ struct GemmArgs : LinearArgs {
 
 // Up to this many activation rows go through GEMV, one pass over the weights at memory bandwidth.
 constexpr int64_t kGemvMaxM = 16;
+constexpr int64_t kTileGemvMaxM = 4;  // with matrix units, whose GEMM takes as long for 16 rows as for one
 
 struct GemvArgs : LinearArgs {
   const float* x;    // m rows that gemv_prepare wrote
@@ -256,8 +257,8 @@ constexpr int64_t kGatherKeys = 32;
 // 1 MB L2 cache with AVX-512 panels.
 constexpr int64_t kGemmTileN = 96;
 constexpr int64_t kGemmTilePanels = 8;
-constexpr int64_t kLeastTilePanels = 4;  // with fewer, unpacking weight rows would take too much of the time
-constexpr int64_t kGemmKBlock = 1024;    // 32-bit words of k: floats, or bf16 pairs
+constexpr int64_t kTilePanels = 4;     // on matrix units, where the panels are to stay in L2 from one tile to the next
+constexpr int64_t kGemmKBlock = 1024;  // 32-bit words of k: floats, or bf16 pairs
 constexpr int64_t kGemmKBlockFp32 = 128;
 
 // Over quantised weights the tile is a whole number of quantisation groups, because what it computes may be quantised
@@ -298,12 +299,7 @@ struct KernelTable {
   float (*read_bytes)(const char* data, int64_t bytes);
   int quant_per_word;  // elements of k in a word of a quantised panel
   bool has_bf16_dot;   // GemmBackend::bf16_dot is available in gemm_pack and gemm_tile
-  // Up to this many activation rows GEMV is faster than GEMM: at most kGemvMaxM; over int4 weights, at most
-  // kQuantGemvMaxM.
-  int64_t gemv_max_m, int4_gemv_max_m;
-  int64_t panel_cache_bytes;  // of panels that stay in L2 from one tile of weight rows to the next; 0: does not matter
-  // Activations per scale in the GEMM over int4 weights; 0: as many inputs as the weights have per scale.
-  int64_t int4_gemm_group;
+  bool has_tiles;      // GemmBackend::bf16_dot and quantised weights use matrix units in GEMM and attention
 };
 
 // Scratch of one gemm_tile: accumulators and widened weights.

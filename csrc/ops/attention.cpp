@@ -154,9 +154,10 @@ void run_attention(const AttentionArgs& a) {
   if (tiles < 2 * max_threads() && !a.cu_seqlens)
     splits = std::min((2 * int64_t(max_threads()) + tiles - 1) / tiles, a.keys / kMinSplitKeys);
   if (splits <= 1) {
-    const bool apart =
-        (a.k.stride_t > a.head_dim || table.panel_cache_bytes) && tiles >= kMinGatherBlocks * a.batch * a.kv_heads;
-    if (backend == GemmBackend::bf16_dot && a.mask.kind == MaskKind::none && apart) {
+    // Matrix units read values in an order of their own.
+    const bool pays =
+        (table.has_tiles || a.k.stride_t > a.head_dim) && tiles >= kMinGatherBlocks * a.batch * a.kv_heads;
+    if (backend == GemmBackend::bf16_dot && a.mask.kind == MaskKind::none && pays) {
       thread_local Workspace k_rows_ws, v_pairs_ws;
       k_rows = k_rows_ws.get<bf16>(a.kv_heads * rows * a.head_dim);
       v_pairs = v_pairs_ws.get<float>(a.kv_heads * rows / 2 * a.head_dim);

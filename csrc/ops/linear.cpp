@@ -73,8 +73,7 @@ Workspace& panels_workspace() {
 
 void run_gemms(const GemmArgs* gemms, int count) {
   const KernelTable& table = kernels();
-  const int64_t panel_bytes = panel_words(1, gemms[0].k, gemms[0].backend) * 4;
-  parallel_gemms(gemms, count, panel_bytes, [&](const GemmArgs& args, const GemmTile& tile) {
+  parallel_gemms(gemms, count, [&](const GemmArgs& args, const GemmTile& tile) {
     table.gemm_tile(args, tile, gemm_scratch().get<float>(gemm_scratch_floats(table)));
   });
 }

@@ -44,9 +44,10 @@ inline void for_chunks(const LinearInput& input, const Body& body) {
 // The faster GEMM backend of this machine for the dtype. bf16_dot needs k, and where panels are chained n, to be even.
 GemmBackend gemm_backend(DType dtype, int64_t k, int64_t n);
 
-// Up to this many activation rows go through GEMV.
+// Up to this many activation rows go through GEMV, where it is faster than GEMM.
 inline int64_t gemv_max_m(const LinearCall& call) {
-  return call.weight.format == WeightFormat::int4 ? kernels().int4_gemv_max_m : kernels().gemv_max_m;
+  if (call.weight.format == WeightFormat::int4) return kQuantGemvMaxM;
+  return kernels().has_tiles ? kTileGemvMaxM : kGemvMaxM;
 }
 
 // All calls over the same input; calls of one format beside each other share a parallel region.

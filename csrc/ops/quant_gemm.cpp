@@ -47,14 +47,14 @@ QuantGemmArgs gemm_args(const LinearCall& call, const Panels& panels, int64_t m,
 
 void run_gemms(const QuantGemmArgs* gemms, int count) {
   const KernelTable& table = kernels();
-  parallel_gemms(gemms, count, table.panel_width * gemms[0].k, [&](const QuantGemmArgs& args, const GemmTile& tile) {
+  parallel_gemms(gemms, count, [&](const QuantGemmArgs& args, const GemmTile& tile) {
     thread_local Workspace scratch;
     table.quant_gemm_tile(args, tile, scratch.get<float>(quant_gemm_scratch_floats(table)));
   });
 }
 
 int64_t group_of(const LinearCall& call) {
-  if (call.weight.format == WeightFormat::int4 && kernels().int4_gemm_group) return kernels().int4_gemm_group;
+  if (kernels().has_tiles) return kTileQuantGroup;
   return activation_group(call.weight.format, call.weight.group);
 }
 

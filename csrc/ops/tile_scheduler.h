@@ -24,36 +24,26 @@ inline void parallel_gemvs(const LinearCall* calls, int count, int64_t weight_ro
 
 inline int64_t panel_count(int64_t m) { return (m + kernels().panel_width - 1) / kernels().panel_width; }
 
-// How tiles of the output share panels. Without matrix units the tiles of the same weight rows follow each other. With
-// them the tiles of the same panels do, as many as stay in L2: otherwise the panels' way from L3 is the limit.
-struct TileOrder {
-  int64_t panels, blocks;  // blocks of panels, of nearly the same number
-  bool by_panels;
-};
-
-inline TileOrder tile_order(int64_t m, int64_t panel_bytes) {
-  const int64_t panels = panel_count(m), most = kernels().panel_cache_bytes / panel_bytes;
-  const int64_t size = most < kLeastTilePanels || most > kGemmTilePanels ? kGemmTilePanels : most;
-  return {panels, (panels + size - 1) / size, kernels().panel_cache_bytes > 0};
-}
-
 // GEMMs over the same panels in one parallel region: body(args, tile) for every tile of every GEMM, handed out one at a
-// time. panel_bytes: of one panel over all k.
+// time. Tiles of the same weight rows follow each other, or, with matrix units, tiles of the same panels, which then
+// stay in L2: their way from L3 would be the limit.
 template <class Args, class Body>
-inline void parallel_gemms(const Args* gemms, int count, int64_t panel_bytes, const Body& body) {
-  const TileOrder order = tile_order(gemms[0].m, panel_bytes);
+inline void parallel_gemms(const Args* gemms, int count, const Body& body) {
+  const bool by_panels = kernels().has_tiles;
+  const int64_t panels = panel_count(gemms[0].m), most = by_panels ? kTilePanels : kGemmTilePanels;
+  const int64_t blocks = (panels + most - 1) / most;  // of panels, of nearly the same number
   const auto n_tiles = [](const Args& args) { return (args.n + gemm_tile_n(args) - 1) / gemm_tile_n(args); };
   int64_t all_n_tiles = 0;
   for (int i = 0; i < count; ++i) all_n_tiles += n_tiles(gemms[i]);
-  parallel_tasks(all_n_tiles * order.blocks, [&](int64_t index) {
+  parallel_tasks(all_n_tiles * blocks, [&](int64_t index) {
+    const int64_t block = by_panels ? index / all_n_tiles : index % blocks;
+    int64_t n_tile = by_panels ? index % all_n_tiles : index / blocks;
     const Args* args = gemms;
-    int64_t n_tile = order.by_panels ? index % all_n_tiles : index / order.blocks;
-    const int64_t block = order.by_panels ? index / all_n_tiles : index % order.blocks;
     for (; n_tile >= n_tiles(*args); ++args) n_tile -= n_tiles(*args);
     GemmTile tile;
     tile.n_begin = n_tile * gemm_tile_n(*args);
     tile.n_end = tile.n_begin + gemm_tile_n(*args) < args->n ? tile.n_begin + gemm_tile_n(*args) : args->n;
-    tile.panel_begin = order.panels * block / order.blocks, tile.panel_end = order.panels * (block + 1) / order.blocks;
+    tile.panel_begin = panels * block / blocks, tile.panel_end = panels * (block + 1) / blocks;
     body(*args, tile);
   });
 }

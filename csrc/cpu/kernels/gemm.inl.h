@@ -291,18 +291,15 @@ inline void gemm_epilogue_store(const GemmArgs& a, int64_t p, int64_t n_begin, i
   gemm_epilogue_store_rows<T>(a, p, n_begin, rows, c);
 }
 
-// All epilogues of a tile's sums c [panels][kGemmTileN][kPanelWidth].
+// All epilogues of one panel's sums c [rows][kPanelWidth]; up_row: see gemm_epilogue_activate.
 template <class T>
-inline void gemm_epilogue(const GemmArgs& a, const GemmTile& tile, float* c) {
-  const int64_t rows = tile.n_end - tile.n_begin;
-  for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p, c += kGemmTileN * kPanelWidth) {
-    const int64_t width = panel_vectors(a.m, p) * Vec::kWidth;
-    gemm_epilogue_activate<T>(a, tile.n_begin, rows, width, kGemmTileN / 2, c);
-    if (a.out_panels) {
-      gemm_epilogue_store_panel<Vec>(a, p, tile.n_begin, rows, width, c);
-    } else {
-      gemm_epilogue_store<T>(a, p, tile.n_begin, rows, c);
-    }
+inline void gemm_epilogue_panel(const GemmArgs& a, int64_t p, int64_t n_begin, int64_t rows, int64_t up_row, float* c) {
+  const int64_t width = panel_vectors(a.m, p) * Vec::kWidth;
+  gemm_epilogue_activate<T>(a, n_begin, rows, width, up_row, c);
+  if (a.out_panels) {
+    gemm_epilogue_store_panel<Vec>(a, p, n_begin, rows, width, c);
+  } else {
+    gemm_epilogue_store<T>(a, p, n_begin, rows, c);
   }
 }
 
@@ -312,7 +309,8 @@ void gemm_tile_typed(const GemmArgs& a, const GemmTile& tile, float* scratch) {
   float* widened = scratch + kGemmTilePanels * kGemmTileN * kPanelWidth;
   gemm_accumulate<T>(a, a.weight, tile, 0, c, widened);
   if (a.activation == Activation::swiglu) gemm_accumulate<T>(a, a.up, tile, kGemmTileN / 2, c, widened);
-  gemm_epilogue<T>(a, tile, c);
+  for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p, c += kGemmTileN * kPanelWidth)
+    gemm_epilogue_panel<T>(a, p, tile.n_begin, tile.n_end - tile.n_begin, kGemmTileN / 2, c);
 }
 
 void gemm_tile(const GemmArgs& a, const GemmTile& tile, float* scratch) {

@@ -35,24 +35,25 @@ inline TileRows packed_tile_rows(const char* tiles, int64_t row_tile, int64_t st
 }
 
 // Fetches rows that come from memory into L2, ahead of the steps that read them, and at their end the beginning of the
-// rows behind them: 16 rows for every dot product of a block of ROWS x 1 tiles.
-template <int ROWS>
+// rows behind them: 16 rows for every dot product of a block of one lane tile.
 class TilePrefetch {
  public:
-  TilePrefetch(const TileRows& rows, int64_t steps) : rows_(rows), steps_(steps) {}
+  TilePrefetch(const TileRows& rows, int64_t row_tiles, int64_t steps)
+      : rows_(rows), row_tiles_(row_tiles), steps_(steps) {}
   void operator()() {
-    const int64_t step = dots_ / ROWS + kAhead, tile = dots_ % ROWS;
-    const char* at = rows_.at + tile * rows_.next;
-    at += step < steps_ ? step * kTileRowBytes : ROWS * kTileRows * rows_.row_bytes + (step - steps_) * kTileRowBytes;
+    const int64_t step = step_ + kAhead;
+    const char* at = rows_.at + tile_ * rows_.next;
+    at += step < steps_ ? step * kTileRowBytes
+                        : row_tiles_ * kTileRows * rows_.row_bytes + (step - steps_) * kTileRowBytes;
 #pragma GCC unroll 16
     for (int64_t r = 0; r < kTileRows; ++r) __builtin_prefetch(at + r * rows_.row_bytes, 0, 2);
-    ++dots_;
+    if (++tile_ == row_tiles_) tile_ = 0, ++step_;
   }
 
  private:
   static constexpr int64_t kAhead = 8;  // steps
   const TileRows& rows_;
-  int64_t steps_, dots_ = 0;
+  int64_t row_tiles_, steps_, step_ = 0, tile_ = 0;
 };
 
 // Sums of ROWS x LANES tiles += rows times the panel, over steps [begin, end); after each dot product, between() does

@@ -46,7 +46,7 @@ inline void tile_quant_multiply(const TileQuantBlock& b, int64_t row_tile, const
   pending.c = c;
   TileRows rows = b.rows;
   rows.at += row_tile * rows.next;
-  TilePrefetch<ROWS> prefetch(rows, b.steps);
+  TilePrefetch prefetch(rows, ROWS, b.steps);
   for (int64_t begin = 0, group = 0; begin < b.steps; begin += b.group_steps, ++group) {
     tile_zero_sums<ROWS, LANES>();
     tile_multiply<DotInt8, ROWS, LANES>(rows, panel, begin, min_i(begin + b.group_steps, b.steps), [&] {
