@@ -275,6 +275,9 @@ struct GemmTile {
   int64_t n_begin, n_end, panel_begin, panel_end;
 };
 
+// What multiplies and adds: FMA on vectors, dot products of bf16 pairs and of bytes, and matrix units.
+enum class ComputeUnit : int { fma = 0, bf16_dot = 1, int8_dot = 2, bf16_tiles = 3, int8_tiles = 4 };
+
 struct KernelTable {
   const char* name;
   int vector_width;  // fp32 lanes
@@ -304,6 +307,7 @@ struct KernelTable {
   int64_t panel_cache_bytes;  // of panels that stay in L2 from one tile of weight rows to the next; 0: does not matter
   // Activations per scale in the GEMM over int4 weights; 0: as many inputs as the weights have per scale.
   int64_t int4_gemm_group;
+  double (*run_unit)(ComputeUnit unit, int64_t steps);  // a loop on registers; returns the operations done, or 0
 };
 
 // Scratch of one gemm_tile: accumulators and widened weights.

@@ -14,34 +14,35 @@ inline bool avx512_supported() {
 #endif
 
 // The table entry list is the same for every target; only the bodies behind the names differ.
-#define QVL_TABLE_OF(target_name, gemm, quant_gemm, gather, attention, gemv_most, cache_bytes, int4_group) \
-  {target_name,                                                                                            \
-   Vec::kWidth,                                                                                            \
-   Vec::kWidth * Vec::kPanelVectors,                                                                       \
-   norm_rows,                                                                                              \
-   gemm_pack,                                                                                              \
-   gemm,                                                                                                   \
-   gemv_prepare,                                                                                           \
-   gemv_rows,                                                                                              \
-   quantize_rows,                                                                                          \
-   quant_gemv_prepare,                                                                                     \
-   quant_gemv_rows,                                                                                        \
-   quant_gemm_pack,                                                                                        \
-   quant_gemm,                                                                                             \
-   rope_rows,                                                                                              \
-   activation_rows,                                                                                        \
-   gather,                                                                                                 \
-   attention,                                                                                              \
-   read_bytes,                                                                                             \
-   GemmInts::kPerWord,                                                                                     \
-   Vec::kHasBf16Dot,                                                                                       \
-   gemv_most,                                                                                              \
-   kQuantGemvMaxM,                                                                                         \
-   cache_bytes,                                                                                            \
-   int4_group}
+#define QVL_TABLE_OF(target_name, gemm, quant_gemm, gather, attention, gemv_most, cache_bytes, int4_group, run_unit) \
+  {target_name,                                                                                                      \
+   Vec::kWidth,                                                                                                      \
+   Vec::kWidth * Vec::kPanelVectors,                                                                                 \
+   norm_rows,                                                                                                        \
+   gemm_pack,                                                                                                        \
+   gemm,                                                                                                             \
+   gemv_prepare,                                                                                                     \
+   gemv_rows,                                                                                                        \
+   quantize_rows,                                                                                                    \
+   quant_gemv_prepare,                                                                                               \
+   quant_gemv_rows,                                                                                                  \
+   quant_gemm_pack,                                                                                                  \
+   quant_gemm,                                                                                                       \
+   rope_rows,                                                                                                        \
+   activation_rows,                                                                                                  \
+   gather,                                                                                                           \
+   attention,                                                                                                        \
+   read_bytes,                                                                                                       \
+   GemmInts::kPerWord,                                                                                               \
+   Vec::kHasBf16Dot,                                                                                                 \
+   gemv_most,                                                                                                        \
+   kQuantGemvMaxM,                                                                                                   \
+   cache_bytes,                                                                                                      \
+   int4_group,                                                                                                       \
+   run_unit}
 #define QVL_KERNEL_TABLE(target_name) \
-  QVL_TABLE_OF(target_name, gemm_tile, quant_gemm_tile, attention_gather, attention_tile, kGemvMaxM, 0, 0)
+  QVL_TABLE_OF(target_name, gemm_tile, quant_gemm_tile, attention_gather, attention_tile, kGemvMaxM, 0, 0, run_unit)
 // Of a target with matrix units, whose GEMM multiplies 16 rows in the time of one.
 #define QVL_TILE_KERNEL_TABLE(target_name)                                                                       \
   QVL_TABLE_OF(target_name, tile_gemm_tile, tile_quant_gemm_tile, tile_attention_gather, tile_attention_tile, 4, \
-               5 << 18, kTileQuantGroup)
+               5 << 18, kTileQuantGroup, tile_run_unit)
