@@ -45,7 +45,8 @@ inline double bf16_dot_unit(int64_t steps) {
   return 0;
 }
 
-// Targets whose words of the quantised GEMM hold one element multiply bytes as floats.
+// Operands come from L1, which keeps up. Targets whose words of the quantised GEMM hold one element multiply bytes as
+// floats.
 template <class Ints>
 inline double int8_dot_unit(int64_t steps) {
   if constexpr (GemmInts::kPerWord > 1) {
