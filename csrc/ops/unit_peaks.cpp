@@ -15,7 +15,8 @@ std::map<std::string, double> unit_peaks(int repeats) {
                                                             {"int8_dot", ComputeUnit::int8_dot},
                                                             {"bf16_tiles", ComputeUnit::bf16_tiles},
                                                             {"int8_tiles", ComputeUnit::int8_tiles}};
-  constexpr int64_t kSteps = 1 << 18;  // milliseconds: far longer than starting the threads
+  constexpr int64_t kSteps =
+      1 << 17;  // far longer than starting the threads, and shorter than a turn of another program
   const KernelTable& table = kernels();
   const int64_t threads = max_threads();
   std::map<std::string, double> peaks;
