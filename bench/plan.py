@@ -27,7 +27,7 @@ MATCHING = {
     "int4": "int4",
 }  # formats of other engines, and ours of the same size
 PROBE_BYTES = 1 << 30  # far larger than any cache
-PEAK_REPEATS = 40  # of loops of up to milliseconds
+PEAK_REPEATS = 100  # of loops of a millisecond or less
 
 
 @dataclass(frozen=True)

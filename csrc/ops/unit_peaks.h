@@ -5,8 +5,8 @@
 
 namespace qvl {
 
-// Highest GFLOP/s (GOP/s of integers) of all threads together over `repeats` loops on registers, by the name of the
-// unit. Units that the instruction set in use lacks are absent.
+// GFLOP/s (GOP/s of integers) by the name of the unit: all threads run `repeats` loops on registers at once, and the
+// fastest loop of each thread counts. Units that the instruction set in use lacks are absent.
 std::map<std::string, double> unit_peaks(int repeats);
 
 }  // namespace qvl
