@@ -73,11 +73,11 @@ def _speed_cells(metric: dict) -> dict[str, str]:
 
 
 def _result(target: Target, metric: dict) -> str:
-    """The verdict, with the figures that explain it where the roofline leaves no room for the target."""
+    """The verdict; where the roofline leaves no room for the target, with the ratio at the roofline and its share."""
     found = verdict(target, metric["value"], metric.get("limit"))
     if found != "at the limit":
         return found
-    return f"{found}: {metric['limit']:.2f}× possible, {100 * metric['share']:.0f} % of the roofline"
+    return f"{found} ({metric['limit']:.2f}×, {100 * metric['share']:.0f} %)"
 
 
 def rows(result: dict) -> Iterator[tuple[str, ...]]:

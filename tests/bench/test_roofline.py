@@ -213,7 +213,7 @@ def test_a_target_beyond_the_roofline_is_at_the_limit_with_both_figures():
     raw = _raw(ours=0.8)
     raw["work"]["vision"][0]["linear"] = 64e9
     row = _rows(raw)["vision encode, one image"]
-    assert row["result"] == "at the limit: 1.56× possible, 80 % of the roofline"
+    assert row["result"] == "at the limit (1.56×, 80 %)"
     raw["peaks"]["bf16_tiles"].append(120.0)
     assert _rows(raw)["vision encode, one image"]["result"] == "miss"
 
