@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bench import greedy
 from bench.checkpoint_files import FULL_CONFIG, IMAGE_PROCESSOR, special_token_ids, write_json
+from bench.roofline import Work, product
 from bench.targets import NOTES, PEER_NOTES, PEER_TARGETS, QUANTIZED_TARGETS, QVL_NOTES, QVL_TARGETS, TARGETS, Target
 
 __all__ = ["FAMILIES", "Family", "family_of"]
@@ -16,6 +17,41 @@ __all__ = ["FAMILIES", "Family", "family_of"]
 def _bytes(*modules: nn.Module) -> int:
     """Bytes of parameters and of the buffers that hold quantised weights."""
     return sum(x.numel() * x.element_size() for module in modules for x in (*module.parameters(), *module.buffers()))
+
+
+def _vision_layers(layers: int, width: int, mlp: int, patches: int, images: int) -> Work:
+    """Patches of an image attend to all of that image."""
+    return product(patches, layers * 2 * width * (2 * width + mlp)) + Work(
+        attention=layers * 4 * width * patches**2 / images
+    )
+
+
+def _decoder(config: Any, tokens: int, predicted: int, pairs: float, keys: float) -> Work:
+    """Decoder layers over ``tokens`` and the head over ``predicted`` of them; ``pairs`` of a query and a key that it
+    sees, and ``keys`` in the KV cache.
+    """
+    layers, hidden, dim = config.num_hidden_layers, config.hidden_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    return (
+        product(tokens, layers * hidden * (2 * dim * (heads + kv_heads) + 3 * config.intermediate_size))
+        + product(predicted, config.vocab_size * hidden)
+        + Work(attention=layers * 4 * heads * dim * pairs, cache=layers * 2 * kv_heads * dim * keys)
+    )
+
+
+def _visual_keys(config: Any) -> int:
+    """Elements of a visual token's keys in one layer of cross-attention."""
+    return config.num_key_value_heads * (config.language_projection_dim // config.num_attention_heads)
+
+
+def _fusion(config: Any, tokens: int, visual: int) -> Work:
+    """Cross-attention of ``tokens`` to visual tokens whose keys and values are in the cache; none without any."""
+    if not visual:
+        return Work()
+    layers, width = len(config.cross_attention_layers), config.language_projection_dim
+    return product(tokens, layers * 2 * config.hidden_size * width) + Work(
+        attention=layers * 4 * width * tokens * visual, cache=layers * 2 * _visual_keys(config) * visual
+    )
 
 
 class Family(Protocol):
@@ -53,6 +89,15 @@ class Family(Protocol):
     def bytes_per_token(self, model: nn.Module, prompt: dict[str, Tensor]) -> int:
         """Bytes that one decode step reads: weights of decoder and head, once, and the prompt's KV cache."""
 
+    def vision_work(self, config: Any, patches: int, images: int) -> Work:
+        """What ``encode`` takes for images of the same size with so many patches together."""
+
+    def prompt_work(self, config: Any, tokens: int, visual: int) -> Work:
+        """What a prompt of one row takes in the decoder, and the head at its end. ``visual``: its visual tokens."""
+
+    def step_work(self, config: Any, rows: int, keys: float, visual: int) -> Work:
+        """What a decode step of ``rows`` takes that reads so many keys of the KV cache in all."""
+
     def shallow(self, config: Any, layers: int) -> None:
         """Cuts a config down to so many layers of text and of vision."""
 
@@ -89,6 +134,24 @@ class Qwen3VL(Family):
         text, config = model.model.language_model, model.config.text_config
         cache = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * prompt["input_ids"].shape[1]
         return _bytes(text.layers, text.norm, model.lm_head) + 2 * cache * model.dtype.itemsize
+
+    def vision_work(self, config: Any, patches: int, images: int) -> Work:
+        vision = config.vision_config
+        width, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
+        return (
+            product(patches, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width)
+            + _vision_layers(vision.depth, width, vision.intermediate_size, patches, images)
+            + product(
+                patches / vision.spatial_merge_size**2,
+                (1 + len(vision.deepstack_visual_indexes)) * merged * (merged + vision.out_hidden_size),
+            )
+        )
+
+    def prompt_work(self, config: Any, tokens: int, visual: int) -> Work:
+        return _decoder(config.text_config, tokens, 1, tokens * (tokens + 1) / 2, tokens)
+
+    def step_work(self, config: Any, rows: int, keys: float, visual: int) -> Work:
+        return _decoder(config.text_config, rows, rows, keys, keys)
 
     def shallow(self, config: Any, layers: int) -> None:
         text, vision = config.text_config, config.vision_config
@@ -151,6 +214,31 @@ class QVL(Family):
             - _bytes(*once)
             + 2 * config.num_key_value_heads * keys * model.dtype.itemsize
         )
+
+    def vision_work(self, config: Any, patches: int, images: int) -> Work:
+        width, out, mlp = config.vision_hidden_size, config.vision_projection_dim, config.vision_intermediate_size
+        work = product(patches, config.vision_num_channels * config.vision_patch_size**2 * width)
+        work += _vision_layers(config.vision_num_hidden_layers, width, mlp, patches, images)
+        if config.connector_type == "mlp":
+            return work + product(patches, mlp * (width + out))
+        layers, queries = config.connector_num_layers, images * config.num_query_tokens
+        return (
+            work
+            + product(queries, layers * 2 * out * (out + mlp))
+            + product(patches, layers * 2 * width * out)
+            + Work(attention=layers * 4 * out * config.num_query_tokens * patches)
+        )
+
+    def prompt_work(self, config: Any, tokens: int, visual: int) -> Work:
+        keys = len(config.cross_attention_layers) * 2 * config.vision_projection_dim * _visual_keys(config)
+        return (
+            _decoder(config, tokens, 1, tokens * (tokens + 1) / 2, tokens)
+            + _fusion(config, tokens, visual)
+            + (product(visual, keys) if visual else Work())
+        )
+
+    def step_work(self, config: Any, rows: int, keys: float, visual: int) -> Work:
+        return _decoder(config, rows, rows, keys, keys) + _fusion(config, rows, visual)
 
     def shallow(self, config: Any, layers: int) -> None:
         config.num_hidden_layers = min(layers, config.num_hidden_layers)

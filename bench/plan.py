@@ -27,6 +27,7 @@ MATCHING = {
     "int4": "int4",
 }  # formats of other engines, and ours of the same size
 PROBE_BYTES = 1 << 30  # far larger than any cache
+PEAK_REPEATS = 100  # of loops of a millisecond or less
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,17 @@ def _rounds(
     options: Options,
     step: Callable[[str], None],
     label: str,
+    probe: Worker,
     read_bandwidth: Callable[[], float] | None = None,
 ) -> dict:
     """Times of the single-image row and of text prefill: {"vision": {"stock": [...], "ours": [...]}, ...}. "bandwidth":
     mean GB/s read right before and right after each variant's decode: memory bandwidth of a shared machine changes
-    within minutes.
+    within minutes. "peaks": GFLOP/s of each unit, as ``probe`` reaches them at the beginning of each round.
     """
     times: dict = {}
     for index in range(options.rounds):
         step(f"{label}: round {index + 1} of {options.rounds}")
+        _append(times, "peaks", probe.ask("unit_peaks", repeats=PEAK_REPEATS))
         _append(times, "vision", _ask_interleaved(workers, index, "vision"))
         answers, bandwidth = {}, {}
         before = read_bandwidth() if read_bandwidth else None
@@ -138,8 +141,9 @@ def _main_phase(options: Options, probe: Worker, folder: Path, step: Callable[[s
         raw["sizes"], raw["batch"] = loaded["stock"], options.batch
         step("warming up")
         _ask_interleaved(workers, 0, "warm_up")
-        raw["times"] = _rounds(workers, options, step, "bf16", read_bandwidth)
-        raw["bandwidth"] = raw["times"].pop("bandwidth")
+        raw["times"] = _rounds(workers, options, step, "bf16", probe, read_bandwidth)
+        raw["bandwidth"], raw["peaks"] = raw["times"].pop("bandwidth"), raw["times"].pop("peaks")
+        raw["work"] = workers["stock"].ask("work", tokens=options.tokens)
         raw["peak_rss"] = _ask_interleaved(workers, 0, "peak_rss")
         for variant, worker in workers.items():
             worker.ask("logits", file=str(folder / f"{variant}.npy"))
@@ -153,7 +157,7 @@ def _main_phase(options: Options, probe: Worker, folder: Path, step: Callable[[s
             _append(raw["times"], "ttft_long", {variant: answer["first"] for variant, answer in answers.items()})
         raw["peak_rss_long"] = _ask_interleaved(workers, 0, "peak_rss")
         raw["fallbacks"] = workers["ours"].ask("fallbacks")
-        raw["routes"] = workers["ours"].ask("routes")
+        raw["routes"] = {variant: workers[variant].ask("routes") for variant in options.variants[1:]}
     return raw
 
 
@@ -182,7 +186,8 @@ def _other_dtypes(
                 step(f"loading stock {dtype} {label}")
                 _load(stock, options, "stock", dtype)
                 stock.ask("warm_up")
-                times[dtype] = _rounds({"stock": stock, "ours": ours}, options, step, f"stock {dtype} {label}")
+                workers = {"stock": stock, "ours": ours}
+                times[dtype] = _rounds(workers, options, step, f"stock {dtype} {label}", ours)
     return times
 
 

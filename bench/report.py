@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.families import FAMILIES, Family
-from bench.targets import QUANTIZED, Target, verdict
+from bench.targets import QUANTIZED, Target, not_slower, verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
     "accuracy_passed",
+    "columns",
     "family_of_result",
     "machine_line",
     "markdown_table",
@@ -26,7 +27,8 @@ __all__ = [
     "save",
 ]
 
-HEADER = ("", "stock", "accelerated", "ratio", "range", "target", "")
+_FIRST, _LAST = ("", "stock", "accelerated", "ratio", "range"), ("target", "result")
+_COLOURS = {"pass": "#3a7d44", "miss": "#c98b2b", "at the limit": "#2f6690"}  # of the chart, by verdict
 
 
 def family_of_result(result: dict) -> Family:
@@ -46,9 +48,43 @@ def _asked(result: dict, target: Target) -> bool:
     return not target.needs or bool(result["options"].get(target.needs))
 
 
+def _speed_columns(result: dict) -> list[str]:
+    """Columns of speed rows between range and target; older results have none."""
+    metrics = result["metrics"].values()
+    named = {"roofline": "roofline", "share": "of it", "kernels": "not slower"}
+    if not result["options"].get(QUANTIZED):
+        del named["kernels"]
+    return [name for key, name in named.items() if any(key in metric for metric in metrics)]
+
+
+def columns(result: dict) -> tuple[str, ...]:
+    """The columns of ``rows``."""
+    return (*_FIRST, *_speed_columns(result), *_LAST)
+
+
+def _speed_cells(metric: dict) -> dict[str, str]:
+    cells = {}
+    if "roofline" in metric:
+        cells = {"roofline": metric["roofline"], "of it": f"{100 * metric['share']:.0f} %"}
+    if "kernels" in metric:
+        kernels = " (PyTorch's kernels)" if metric["kernels"] == "pytorch" else ""
+        cells["not slower"] = f"{'pass' if not_slower(metric) else 'miss'}{kernels}"
+    return cells
+
+
+def _result(target: Target, metric: dict) -> str:
+    """The verdict; where the roofline leaves no room for the target, with the ratio at the roofline and its share."""
+    found = verdict(target, metric["value"], metric.get("limit"))
+    if found != "at the limit":
+        return found
+    return f"{found} ({metric['limit']:.2f}×, {100 * metric['share']:.0f} %)"
+
+
 def rows(result: dict) -> Iterator[tuple[str, ...]]:
-    """One row per measured metric: what, stock, accelerated, ratio, its range, target, verdict."""
-    family = family_of_result(result)
+    """One row per measured metric: what, stock, accelerated, ratio, its range, then for speed the roofline, the share
+    of it that is reached and whether it is as fast as stock at least, then target and verdict.
+    """
+    family, names = family_of_result(result), _speed_columns(result)
     for target in family.targets + family.notes:
         metric = result["metrics"].get(target.key)
         if metric is None or not _asked(result, target):
@@ -57,21 +93,23 @@ def rows(result: dict) -> Iterator[tuple[str, ...]]:
             metric[end] if target.unit != "%" or metric[end] is None else 100 * metric[end] for end in ("low", "high")
         )
         spread = f"{low:.2f} to {high:.2f}" if low is not None else ""
+        cells = _speed_cells(metric)
         yield (
             target.label,
             metric["stock"],
             metric["ours"],
             _number(target, metric["value"]),
             spread,
+            *(cells.get(name, "") for name in names),
             target.text,
-            verdict(target, metric["value"]),
+            _result(target, metric),
         )
 
 
 def accuracy_rows(result: dict) -> list[tuple[str, ...]]:
     """Rows of the accuracy suite, in the columns of ``rows``."""
-    accuracy = result.get("accuracy")
-    return [tuple(row) for row in accuracy["rows"]] if accuracy else []
+    accuracy, empty = result.get("accuracy"), ("",) * len(_speed_columns(result))
+    return [(*row[: len(_FIRST)], *empty, *row[len(_FIRST) :]) for row in accuracy["rows"]] if accuracy else []
 
 
 def accuracy_passed(result: dict) -> bool:
@@ -87,11 +125,13 @@ def machine_line(result: dict) -> str:
         f"{name} {version}" for name, version in machine["versions"].items() if name in ("torch", "transformers")
     )
     bandwidth = result["metrics"]["decode_share"]["bandwidth_gb_s"]
+    units = ", ".join(f"{unit} {max(values):.0f}" for unit, values in result["raw"].get("peaks", {}).items())
+    peaks = f"peaks in GFLOP/s: {units}; " if units else ""
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {sizes['threads']} threads, {' '.join(machine['cpu_flags'])}; "
         f"kernels for "
-        f"{result['cpu_info']['isa']}; read bandwidth {bandwidth:.1f} GB/s; {versions}; image of {sizes['patches']} "
-        f"patches = "
+        f"{result['cpu_info']['isa']}; read bandwidth {bandwidth:.1f} GB/s; {peaks}{versions}; "
+        f"image of {sizes['patches']} patches = "
         f"{sizes['visual_tokens']} tokens + {sizes['text_tokens']} text tokens; {result['model']['description']}"
     )
 
@@ -100,7 +140,7 @@ def print_table(result: dict, console: "Console") -> None:
     """The table with targets and verdicts, then the machine and notes."""
     from rich.table import Table
 
-    table = Table(*HEADER, title=family_of_result(result).title)
+    table = Table(*columns(result), title=family_of_result(result).title)
     colours = {"pass": "[green]pass[/]", "miss": "[yellow]miss[/]"}
     for row in [*rows(result), *accuracy_rows(result)]:
         table.add_row(*row[:-1], colours.get(row[-1], row[-1]))
@@ -111,7 +151,7 @@ def print_table(result: dict, console: "Console") -> None:
             "The weights are random: speed and memory are those of the real model, its answers would be noise.",
             style="dim",
         )
-    for line in result["raw"].get("routes", ()):
+    for line in _routes(result):
         console.print(f"kernels: {line}", style="dim", highlight=False)
     for case in result["raw"]["fallbacks"]:
         console.print(f"slow path taken: {case}", style="yellow")
@@ -125,6 +165,14 @@ def print_table(result: dict, console: "Console") -> None:
         ]
         if unmeasured:
             console.print(f"Not measured without --{option}: {'; '.join(unmeasured)}.", style="dim")
+
+
+def _routes(result: dict) -> list[str]:
+    """A line per kind of work: whose kernels, and both times; older results have those of one variant only."""
+    routes = result["raw"].get("routes", [])
+    return (
+        list(dict.fromkeys(line for lines in routes.values() for line in lines)) if isinstance(routes, dict) else routes
+    )
 
 
 def save(result: dict, folder: Path, name: str) -> tuple[Path, Path]:
@@ -158,8 +206,8 @@ def _chart(result: dict, file: Path) -> None:
         for place, target in enumerate(reversed(targets)):
             metric = result["metrics"][target.key]
             bound = target.at_least if target.at_least is not None else target.at_most
-            good = verdict(target, metric["value"]) == "pass"
-            axis.barh(place, metric["value"], color="#3a7d44" if good else "#c98b2b", height=0.6)
+            colour = _COLOURS[verdict(target, metric["value"], metric.get("limit"))]
+            axis.barh(place, metric["value"], color=colour, height=0.6)
             axis.plot([bound, bound], [place - 0.4, place + 0.4], color="black", linewidth=2)
             axis.annotate(
                 _number(target, metric["value"]),
@@ -181,7 +229,7 @@ def _chart(result: dict, file: Path) -> None:
 
 def markdown_table(result: dict) -> str:
     """The same rows as Markdown, with how they were measured."""
-    header = ("", "stock", "accelerated", "ratio", "range", "target", "result")
+    header = columns(result)
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(row) + " |" for row in [*rows(result), *accuracy_rows(result)]]
     command = "make bench-all" if result["options"]["all"] else "make bench"

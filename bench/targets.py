@@ -12,10 +12,12 @@ __all__ = [
     "QVL_TARGETS",
     "TARGETS",
     "Target",
+    "not_slower",
     "verdict",
 ]
 
 QUANTIZED = "packed"  # the option for quantised weights: its name on the command line and in result files
+LEAST_RATIO = 0.97  # of every speed row of such a run
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,10 @@ QVL_NOTES = [
 ]
 
 
-def verdict(target: Target, value: float | None) -> str:
+def verdict(target: Target, value: float | None, limit: float | None = None) -> str:
     """ "pass", "miss", "" without a bound, or "–" when the metric was not measured.
+
+    ``limit``: the value at the roofline. A bound beyond it is "at the limit" instead of a miss.
 
     Example:
         >>> verdict(Target("decode", "decode", at_least=1.6), 1.7)
@@ -151,7 +155,14 @@ def verdict(target: Target, value: float | None) -> str:
     if value is None:
         return "–"
     if target.at_least is not None:
-        return "pass" if value >= target.at_least else "miss"
+        if value >= target.at_least:
+            return "pass"
+        return "miss" if limit is None or limit >= target.at_least else "at the limit"
     if target.at_most is not None:
         return "pass" if value <= target.at_most else "miss"
     return ""
+
+
+def not_slower(metric: dict) -> bool:
+    """Whether a row is as fast as stock, or faster: its median is, but for noise, and its range reaches 1."""
+    return metric["value"] >= LEAST_RATIO and metric["high"] >= 1.0

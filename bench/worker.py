@@ -28,6 +28,11 @@ class Handlers(Session):
 
         return extension().read_bandwidth(bytes, repeats)
 
+    def unit_peaks(self, repeats: int) -> dict[str, float]:
+        from qvl_kernels.dispatch import extension
+
+        return extension().unit_peaks(repeats)
+
     def errors(self, path: str, layers: int, image_size: int, text_tokens: int) -> dict:
         from bench import fp64_reference
 

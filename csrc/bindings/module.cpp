@@ -3,6 +3,7 @@
 #include "../ops/bandwidth.h"
 #include "../ops/huge_pages.h"
 #include "../ops/linear.h"
+#include "../ops/unit_peaks.h"
 #include "../threads.h"
 #include "common.h"
 
@@ -19,6 +20,8 @@ PYBIND11_MODULE(_C, m) {
       "How GEMMs of this dtype multiply: widening FMA or the bf16 pair dot product");
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "repeats"_a, py::call_guard<py::gil_scoped_release>(),
         "Measured read bandwidth in GB/s");
+  m.def("unit_peaks", &unit_peaks, "repeats"_a, py::call_guard<py::gil_scoped_release>(),
+        "Measured GFLOP/s (GOP/s of integers) of each unit of the processor, by name");
   m.def("use_huge_pages", &use_huge_pages, "address"_a, "bytes"_a, "mapped"_a, "writable"_a,
         py::call_guard<py::gil_scoped_release>(),
         "Moves memory to huge pages under its addresses; bytes that lie on them now");

@@ -276,6 +276,9 @@ struct GemmTile {
   int64_t n_begin, n_end, panel_begin, panel_end;
 };
 
+// What multiplies and adds: FMA on vectors, dot products of bf16 pairs and of bytes, and matrix units.
+enum class ComputeUnit : int { fma = 0, bf16_dot = 1, int8_dot = 2, bf16_tiles = 3, int8_tiles = 4 };
+
 struct KernelTable {
   const char* name;
   int vector_width;  // fp32 lanes
@@ -300,6 +303,7 @@ struct KernelTable {
   int quant_per_word;  // elements of k in a word of a quantised panel
   bool has_bf16_dot;   // GemmBackend::bf16_dot is available in gemm_pack and gemm_tile
   bool has_tiles;      // GemmBackend::bf16_dot and quantised weights use matrix units in GEMM and attention
+  double (*run_unit)(ComputeUnit unit, int64_t steps);  // a loop on registers; returns the operations done, or 0
 };
 
 // Scratch of one gemm_tile: accumulators and widened weights.

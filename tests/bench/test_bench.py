@@ -140,6 +140,11 @@ def test_end_to_end_on_a_tiny_model(checkpoint, tmp_path, capsys):
     assert result["sizes"]["visual_tokens"] * (4 if family.name == "qwen3-vl" else 1) == result["sizes"]["patches"]
     assert result["metrics"]["greedy_fp32"]["value"] == 1.0
     assert not result["raw"]["fallbacks"]
+    assert all(len(values) == 2 and min(values) > 0 for values in result["raw"]["peaks"].values())
+    for row in ("decode", "vision", "ttft", "ttft_long", "prefill"):  # far below the roofline: the model is tiny
+        metric = result["metrics"][row]
+        assert 0 < metric["share"] < 1 < metric["limit"] and metric["floors"].keys() == {"ours", "stock"}
+    assert "of it" in printed and "not slower" not in printed
 
     assert report.markdown_table(result).count("\n| ") >= len(expected)
 
@@ -172,6 +177,11 @@ def test_quantised_weights_are_further_variants_of_a_run(tmp_path):
     assert values["layer_cosine_int8"] > 0.9999 and values["layer_cosine_int4"] > 0.9999
     assert values["error_bf16_full"] < values["error_bf16_full_int8"] < values["error_bf16_full_int4"] < 100
     assert result["raw"]["times"]["decode"].keys() == set(options.variants)
+    for row in ("decode", "vision", "ttft", "prefill", "batch"):
+        for suffix, variant in (("", "ours"), ("_int8", "int8"), ("_int4", "int4")):
+            metric = result["metrics"][row + suffix]
+            assert metric["kernels"] in ("qvl", "pytorch") and metric["floors"][variant] > 0
+    assert "not slower" in report.columns({"options": vars(options), **result})
 
 
 class _Engine:

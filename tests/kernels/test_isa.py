@@ -34,6 +34,11 @@ def test_quantised_products(isa):
     _run_tests(isa, "tests/kernels/test_quant_gemm.py", "tests/kernels/test_quantized_linear.py")
 
 
+@pytest.mark.parametrize("isa", FORCED)
+def test_peaks_of_units(isa):
+    _run_tests(isa, "tests/kernels/test_unit_peaks.py")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", FORCED)
 def test_model_sizes(isa):

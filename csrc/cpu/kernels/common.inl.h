@@ -12,3 +12,4 @@
 #include "attention_decode.inl.h"
 #include "attention.inl.h"
 #include "bandwidth.inl.h"
+#include "units.inl.h"

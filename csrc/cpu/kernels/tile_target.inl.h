@@ -4,3 +4,4 @@
 #include "tile_gemm.inl.h"
 #include "tile_quant_gemm.inl.h"
 #include "tile_attention.inl.h"
+#include "tile_units.inl.h"
