@@ -32,11 +32,12 @@ struct TileOrder {
 };
 
 inline TileOrder tile_order(int64_t m, int64_t panel_bytes) {
-  const int64_t panels = panel_count(m), most = kernels().panel_cache_bytes / panel_bytes;
-  const int64_t size = most > kGemmTilePanels || kernels().panel_cache_bytes == 0 ? kGemmTilePanels
-                       : most < kLeastTilePanels                                  ? kLeastTilePanels
-                                                                                  : most;
-  return {panels, (panels + size - 1) / size, kernels().panel_cache_bytes > 0};
+  const int64_t panels = panel_count(m), cache_bytes = kernels().panel_cache_bytes;
+  const bool all_fit = cache_bytes == 0 || kGemmTilePanels * panel_bytes <= cache_bytes;  // also panels with k = 0
+  const int64_t size = all_fit                                        ? kGemmTilePanels
+                       : kLeastTilePanels * panel_bytes > cache_bytes ? kLeastTilePanels
+                                                                      : cache_bytes / panel_bytes;
+  return {panels, (panels + size - 1) / size, cache_bytes > 0};
 }
 
 // GEMMs over the same panels in one parallel region: body(args, tile) for every tile of every GEMM, handed out one at a
