@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bounds import norm_error
-from kernel_selection import ROUTED, select
+from kernel_selection import OVERREADING, ROUTED, select
 from op_cases import OPS, double, generator, outputs, reference
 
 import qvl_kernels
@@ -101,7 +101,7 @@ def test_quantised_weights_are_dequantised_in_blocks(bits, monkeypatch):
     assert relative_error(out, golden) <= norm_error(torch.float32, 64)
 
 
-@pytest.mark.parametrize("name", [tuning.PYTORCH, "amx"])
+@pytest.mark.parametrize("name", [tuning.PYTORCH, OVERREADING])
 @DTYPES
 def test_what_lies_between_rows_is_not_read(dtype, name):
     """Memory around the tensors and between their rows is NaN, and so is one row."""
