@@ -170,8 +170,8 @@ void test_rope(DType dtype) {
   check("qk_norm_rope k", dtype, k_out, reference(k, k_weight, kv_heads));
 }
 
-void test_attention(DType dtype) {
-  const int64_t heads = 6, kv_heads = 3, size = 24;
+void test_attention(DType dtype, int64_t size) {
+  const int64_t heads = 6, kv_heads = 3;
   for (const auto& [queries, keys] : {std::pair<int64_t, int64_t>{1, 300}, {9, 9}, {20, 150}}) {
     Buffer q = Buffer::random(dtype, queries * heads * size), k = Buffer::random(dtype, keys * kv_heads * size);
     Buffer v = Buffer::random(dtype, keys * kv_heads * size), out(dtype, q.size());
@@ -213,7 +213,7 @@ int main() {
     test_linear(dtype);
     test_activation(dtype);
     test_rope(dtype);
-    test_attention(dtype);
+    for (const int64_t size : {24, 64}) test_attention(dtype, size);  // the second fits matrix units
   }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;
