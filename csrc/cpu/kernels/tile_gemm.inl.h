@@ -27,7 +27,9 @@ void tile_gemm_tile(const GemmArgs& a, const GemmTile& tile, float* scratch) {
   const int64_t words = a.k / 2, rows = tile.n_end - tile.n_begin;
   const int64_t row_tiles =
       (rows + kTileRows - 1) / kTileRows + (a.activation == Activation::swiglu ? kGemmTileN / 2 / kTileRows : 0);
-  const bool in_place = tile_rows_in_place(a, tile, 2 * kTileWords);
+  // The tiles between the last rows of the gate and the first of the up projection have no weights.
+  const bool gap = a.activation == Activation::swiglu && rows < kGemmTileN / 2;
+  const bool in_place = !gap && tile_rows_in_place(a, tile, 2 * kTileWords);
   float* c = scratch;
   char* weights = reinterpret_cast<char*>(scratch + kGemmTilePanels * kGemmTileN * kPanelWidth);
   alignas(64) uint32_t tail[kTileWords * kPanelWidth];
