@@ -36,5 +36,5 @@ def requantized(weight: quantization.QuantizedWeight) -> torch.Tensor:
     together = TILE_GROUP // weight.group
     reach = torch.nn.functional.pad(reach, (0, 0, 0, -reach.shape[1] % together)).unflatten(1, (-1, together))
     largest = reach.amax(2).repeat_interleave(together, 1)[:, : scales.shape[1]]
-    values = torch.round(levels * (scales * (127.0 / largest)))
+    values = torch.round(levels * (scales * (largest.new_tensor(127.0) / largest)))  # ties are rounded as in the kernel
     return (values.double() * (largest / 127.0).double()).flatten(1)[:, : weight.in_features]
