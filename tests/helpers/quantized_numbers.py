@@ -6,7 +6,7 @@ from kernel_selection import TILE_ISAS
 import qvl_kernels
 from qvl_kernels import quantization
 
-__all__ = ["as_multiplied", "requantized"]
+__all__ = ["as_multiplied", "requantized", "rounded_again"]
 
 GEMV_ROWS, TILE_GROUP = 16, 128  # kQuantGemvMaxM and kTileQuantGroup in csrc/cpu/kernel_table.h
 
@@ -23,6 +23,13 @@ def as_multiplied(
     values, scales = quantization.quantize_activations(x, TILE_GROUP)
     x64 = values.double().unflatten(-1, (-1, TILE_GROUP)) * scales.double()[..., None]
     return x64.flatten(-2)[..., : x.shape[-1]], requantized(weight)
+
+
+def rounded_again(arguments: dict) -> float:
+    """Relative error that ``requantized`` and wider groups of activations add in a call of quantized_linear; else 0."""
+    x, weight = arguments.get("x"), arguments.get("weight")
+    tiles = qvl_kernels.cpu_info()["isa"] in TILE_ISAS and isinstance(weight, quantization.QuantizedWeight)
+    return 0.012 if tiles and weight.bits == 4 and x.numel() // x.shape[-1] > GEMV_ROWS else 0.0
 
 
 def requantized(weight: quantization.QuantizedWeight) -> torch.Tensor:
