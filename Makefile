@@ -99,6 +99,9 @@ sanitize: setup
 
 setup: $(VENV)/.built
 
+# With the targets that are only for tests.
+$(VENV)/.built $(VENV)/.installed: export QVL_TEST_TARGETS := 1
+
 $(VENV)/.built: $(VENV)/.installed $(CSRC)
 	$(VENV)/bin/python setup.py -q build_ext --inplace
 	@touch $@

@@ -1,8 +1,8 @@
 """Every environment variable that qvl_kernels reads, in one place.
 
 QVL_BACKEND       forces a backend ("reference", "cpp", "triton"); the same as ``use_backend`` around the whole program.
-QVL_CPU_ISA       forces a CPU instruction set ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"); read by the
-                  C++ extension.
+QVL_CPU_ISA       forces a CPU instruction set ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"); read
+                  by the C++ extension.
 QVL_CACHE         the folder of what is kept between processes; ~/.cache/qvl.
 QVL_HUGE_PAGES    0: weights stay on the checkpoint's pages, which processes share; 1 or unset: they move to 2 MB pages.
 QVL_TUNE          0: kernels are chosen by a static table; 1 or unset: by measuring, once per machine (see tuning.py).

@@ -9,15 +9,17 @@ python="$work/environment/bin/python"
 "$python" -m pip install -q "torch==${TORCH:?version of PyTorch}"
 # A copy, as of a fresh checkout: pip would find objects that were built here.
 git -C "$checkout" ls-files -z --cached --others --exclude-standard | (cd "$checkout" && tar --null -T - -cf -) | (mkdir "$work/source" && tar -xf - -C "$work/source")
-"$python" -m pip install -q "$work/source"
+env -u QVL_TEST_TARGETS "$python" -m pip install -q "$work/source"
 cp "$checkout/qvl_model/digits/sample.png" "$work"
 cd "$work"
 "$python" -m pip check
 "$python" - <<'PROGRAM'
 import torch, transformers
+import qvl_kernels
 import qvl_model
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+assert "amx_emulated" not in qvl_kernels.cpu_info()["supported"], "the wheel holds a target that is only for tests"
 print("torch", torch.__version__, "transformers", transformers.__version__)
 text = dict(vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
             rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4], "mrope_interleaved": True})

@@ -8,7 +8,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 CXX=${CXX:-g++}
 folder=$PWD/build/sanitize
 rm -f "$folder"/report.*
-QVL_SANITIZE=1 "$PYTHON" setup.py -q build --build-base "$folder" --build-temp "$folder/temp" --build-lib "$folder/lib"
+QVL_SANITIZE=1 QVL_TEST_TARGETS=1 "$PYTHON" setup.py -q build --build-base "$folder" --build-temp "$folder/temp" --build-lib "$folder/lib"
 
 # Reports go to files, but UBSan's sometimes only to the standard streams, so pytest must not capture those. Python never frees all
 # memory, so leak detection is off.

@@ -12,7 +12,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ CPU kernels of qvl_kernels";
   m.def("max_threads", &max_threads, "Threads that the next call from this thread will use");
   m.def("isa", [] { return std::string(kernels().name); }, "Instruction set in use");
-  m.def("supported_isas", &supported_isas, "Instruction sets that this machine can run, lowest first");
+  m.def("supported_isas", &supported_isas,
+        "Instruction sets that this machine can run: those for tests, then lowest first");
   m.def("use_isa", &use_isa, "isa"_a, "Changes the instruction set; no kernel may be running");
   m.def(
       "gemm_route",

@@ -8,17 +8,23 @@
 namespace qvl {
 
 #if defined(__x86_64__)
-extern const Target kAvx2Target, kAvx512Target, kAvx512VnniTarget, kAvx512Bf16Target, kAmxTarget;
+extern const Target kAvx2Target, kAvx512Target, kAvx512VnniTarget, kAvx512Bf16Target;
 #endif
-extern const Target kPortableTarget;
+extern const Target kPortableTarget, kAmxTarget, kAmxEmulatedTarget;
 
 namespace {
 
-// Lowest first.
+// Those for tests, then lowest first. setup.py defines QVL_TEST_TARGETS and QVL_HAS_AMX.
 const Target* const kTargets[] = {
+#if defined(QVL_TEST_TARGETS)
+    &kAmxEmulatedTarget,
+#endif
     &kPortableTarget,
 #if defined(__x86_64__)
-    &kAvx2Target,     &kAvx512Target, &kAvx512VnniTarget, &kAvx512Bf16Target, &kAmxTarget,
+    &kAvx2Target,        &kAvx512Target, &kAvx512VnniTarget, &kAvx512Bf16Target,
+#endif
+#if defined(QVL_HAS_AMX)
+    &kAmxTarget,
 #endif
 };
 
@@ -38,7 +44,7 @@ const KernelTable& choose() {
   if (forced && *forced) return table_of(forced, "QVL_CPU_ISA=" + std::string(forced));
   const Target* best = &kPortableTarget;
   for (const Target* target : kTargets)
-    if (target->supported()) best = target;
+    if (!target->for_tests && target->supported()) best = target;
   return *best->table;
 }
 

@@ -6,7 +6,7 @@
 
 namespace qvl {
 
-// Names of the targets that this machine supports, lowest first, comma separated.
+// Names of the targets that this machine supports, comma separated: those for tests, then lowest first.
 std::string supported_isas();
 
 // Calls from now on run on the named target: for tests, which go through all of them. No kernel may be running.

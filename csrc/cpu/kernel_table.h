@@ -333,6 +333,7 @@ struct Target {
   const char* name;
   bool (*supported)();  // cpuid and operating-system state; baseline code
   const KernelTable* table;
+  bool for_tests = false;  // used only where it is asked for by name
 };
 
 // The chosen target's table: the best supported one, or the one that QVL_CPU_ISA or use_isa names.

@@ -42,9 +42,10 @@ double time_gemm_backend(GemmBackend backend) {
 }
 
 // The bf16 dot instruction is twice as fast as FMA on Zen 5 and half as fast on some Intel processors: it is measured,
-// once per process.
+// once per process. Matrix units are always faster, and always taken where they are emulated.
 bool bf16_dot_is_faster() {
   if (!kernels().has_bf16_dot) return false;
+  if (kernels().has_tiles) return true;  // matrix units
   static const bool faster = time_gemm_backend(GemmBackend::bf16_dot) < time_gemm_backend(GemmBackend::fma);
   return faster;
 }

@@ -94,9 +94,8 @@ void test_norms(DType dtype) {
 double gelu(double x) { return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))); }
 double silu(double x) { return x / (1 + std::exp(-x)); }
 
-void test_linear(DType dtype) {
-  const int64_t n = 99, k = 130;
-  for (const int64_t m : {1, 3, 5, 70}) {
+void test_linear(DType dtype, int64_t n, int64_t k) {
+  for (const int64_t m : {1, 3, 5, 10, 70}) {
     for (const Activation activation : {Activation::none, Activation::gelu_tanh, Activation::swiglu}) {
       Buffer x = Buffer::random(dtype, m * k), w = Buffer::random(dtype, n * k, 0.2),
              up = Buffer::random(dtype, n * k, 0.2);
@@ -170,8 +169,8 @@ void test_rope(DType dtype) {
   check("qk_norm_rope k", dtype, k_out, reference(k, k_weight, kv_heads));
 }
 
-void test_attention(DType dtype) {
-  const int64_t heads = 6, kv_heads = 3, size = 24;
+void test_attention(DType dtype, int64_t size) {
+  const int64_t heads = 6, kv_heads = 3;
   for (const auto& [queries, keys] : {std::pair<int64_t, int64_t>{1, 300}, {9, 9}, {20, 150}}) {
     Buffer q = Buffer::random(dtype, queries * heads * size), k = Buffer::random(dtype, keys * kv_heads * size);
     Buffer v = Buffer::random(dtype, keys * kv_heads * size), out(dtype, q.size());
@@ -210,10 +209,11 @@ int main() {
   std::printf("instruction set: %s of %s\n", kernels().name, supported_isas().c_str());
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     test_norms(dtype);
-    test_linear(dtype);
+    test_linear(dtype, 99, 130);
+    test_linear(dtype, 80, 64);  // whole tiles, of which SwiGLU leaves some out
     test_activation(dtype);
     test_rope(dtype);
-    test_attention(dtype);
+    for (const int64_t size : {24, 64}) test_attention(dtype, size);  // the second fits matrix units
   }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0;

@@ -16,25 +16,27 @@ from qvl_kernels.ops.attention import routes as attention_routes
 from qvl_kernels.testing import instruction_set
 
 ISAS = qvl_kernels.cpu_info()["supported"]
+TILE_ISAS = ("amx", "amx_emulated")  # those with matrix units
+OVERREADING = "pytorch_overreading"
 MATMULS = {"linear", "patch_embed", "linear_cross_entropy", "decoder_layer", "vision_block"}
 ROUTED = {*MATMULS, "quantized_linear", "attention", "cross_attention"}  # ops that may go to PyTorch's kernels
 
 
-def selections(op: str, dtype: torch.dtype, *, amx: bool = False) -> list[str]:
+def selections(op: str, dtype: torch.dtype, *, overreading: bool = False) -> list[str]:
     """Names for ``select``. PyTorch's attention rounds probabilities, and its linear for quantised weights does not
     round activations: other bounds than those of our kernels.
     """
     if op not in MATMULS:
         return ISAS
-    return [*ISAS, tuning.PYTORCH, *(["amx"] if amx and dtype is torch.bfloat16 else [])]
+    return [*ISAS, tuning.PYTORCH, *([OVERREADING] if overreading and dtype is torch.bfloat16 else [])]
 
 
 @contextlib.contextmanager
 def select(name: str) -> Iterator[None]:
     """Forces these kernels inside the block: of an instruction set, or PyTorch's wherever they are offered, for short
-    attention too. "amx": as PyTorch's with AMX, emulated where there is none.
+    attention too. OVERREADING: PyTorch's with AMX, which read past the end of rows, emulated where there is none.
     """
-    by_pytorch = name in (tuning.PYTORCH, "amx")
+    by_pytorch = name in (tuning.PYTORCH, OVERREADING)
     with contextlib.ExitStack() as stack:
         route = tuning.PYTORCH if by_pytorch else tuning.QVL
         stack.enter_context(mock.patch.object(tuning, "route", lambda kind: route))
@@ -42,7 +44,7 @@ def select(name: str) -> Iterator[None]:
             stack.enter_context(instruction_set(name))
         else:
             stack.enter_context(mock.patch.object(attention_routes, "MIN_TOKENS", 1))
-        if name == "amx" and not torch.cpu._is_amx_tile_supported():
+        if name == OVERREADING and not torch.cpu._is_amx_tile_supported():
             stack.enter_context(mock.patch.object(torch.nn.functional, "linear", _overreading_linear))
         yield
 

@@ -172,7 +172,9 @@ def test_a_trace_does_not_decide_for_later(monkeypatch):
 
 def test_cpu_info():
     info = qvl_kernels.cpu_info()
-    assert info["isa"] in info["supported"] and info["supported"][0] == "portable"
+    assert "portable" in info["supported"]
+    if not os.environ.get("QVL_CPU_ISA"):
+        assert info["isa"] == info["supported"][-1] != "amx_emulated"  # the best one, and none that is for tests only
     assert set(info["gemm_route"]) == {"fp32", "bf16", "fp16"} and set(info["gemm_route"].values()) <= {"fma", "dot"}
     assert info["threads"] == torch.get_num_threads()
 

@@ -16,7 +16,9 @@ from bounds import SINGLE
 from fuzzing import Layouts, Trial
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_selection import TILE_ISAS
 from op_cases import OPS, map_tensors, reference
+from quantized_numbers import as_multiplied
 
 import qvl_kernels
 from qvl_kernels.ops.decode_attention.reference import dequantize_cache
@@ -143,8 +145,10 @@ def linear(case: dict, inputs: Inputs) -> Trial:
     bias = inputs.place(n) if case["bias"] else None
     if case["quantised"]:
         weight = inputs.laid.all(_quantised(inputs.matrix(n, k), case["quantised"]))
-        y, slack = bounds.matmul(rounded_activations(x, weight), dequantize(weight), bias, inputs.dtype)
-        return Trial(lambda: qvl_kernels.quantized_linear(x, weight, bias), (y,), (slack,))
+        vectors, tiles = (
+            bounds.matmul(*as_multiplied(x, weight, isa), bias, inputs.dtype) for isa in ("portable", TILE_ISAS[0])
+        )
+        return Trial(lambda: qvl_kernels.quantized_linear(x, weight, bias), vectors[:1], vectors[1:], on_tiles=tiles)
     y, slack = bounds.matmul(x, weight, bias, inputs.dtype)
     return Trial(lambda: qvl_kernels.linear(x, weight, bias), (y,), (slack,))
 

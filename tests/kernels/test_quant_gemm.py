@@ -3,6 +3,7 @@
 import pytest
 import torch
 from bounds import norm_error
+from quantized_numbers import as_multiplied
 from weight_formats import FORMATS
 
 import qvl_kernels
@@ -24,7 +25,8 @@ def _generator() -> torch.Generator:
 
 
 def _golden(x: torch.Tensor, weight: quantization.QuantizedWeight) -> torch.Tensor:
-    return quantization.rounded_activations(x, weight).double() @ quantization.dequantize(weight).double().T
+    x, dense = as_multiplied(x, weight)
+    return x @ dense.T
 
 
 def _weight(

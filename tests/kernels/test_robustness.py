@@ -8,6 +8,7 @@ import torch
 from bounds import norm_error
 from kernel_selection import ISAS, select, selections
 from op_cases import OPS, double, outputs, reference
+from quantized_numbers import as_multiplied
 
 import qvl_kernels
 from qvl_kernels import quantization
@@ -24,20 +25,17 @@ def _generator() -> torch.Generator:
 
 def _matmuls(
     x: torch.Tensor, weight: torch.Tensor | quantization.QuantizedWeight, bias: torch.Tensor
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """x weight^T + bias by each instruction set's kernels, and in fp64."""
-    if isinstance(weight, torch.Tensor):
-        function, exact = qvl_kernels.linear, x.double() @ weight.double().T
-    else:
-        function, exact = (
-            qvl_kernels.quantized_linear,
-            quantization.rounded_activations(x, weight).double() @ quantization.dequantize(weight).double().T,
-        )
-    outs = {}
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """x weight^T + bias by each instruction set's kernels, and of the numbers that they multiply in fp64."""
+    dense = isinstance(weight, torch.Tensor)
+    function = qvl_kernels.linear if dense else qvl_kernels.quantized_linear
+    pairs = {}
     for isa in ISAS:
         with instruction_set(isa):
-            outs[isa] = function(x, weight, bias)
-    return outs, exact + bias.double()
+            out = function(x, weight, bias)
+        x64, weight64 = (x.double(), weight.double()) if dense else as_multiplied(x, weight, isa)
+        pairs[isa] = out, x64 @ weight64.T + bias.double()
+    return pairs
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -51,8 +49,8 @@ def test_products_of_any_size(form):
             for m in (0, 1, 2, 16, 17, 67):
                 x = random_tensor((m, k), torch.float32, generator)
                 for dtype in DTYPES:
-                    outs, exact = _matmuls(x.to(dtype), quantised or weight.to(dtype), bias.to(dtype))
-                    for isa, out in outs.items():
+                    pairs = _matmuls(x.to(dtype), quantised or weight.to(dtype), bias.to(dtype))
+                    for isa, (out, exact) in pairs.items():
                         assert out.shape == (m, n) and relative_error(out, exact) <= norm_error(dtype, k), (
                             isa,
                             m,
@@ -70,8 +68,7 @@ def test_weights_with_a_zero_row_an_outlier_and_denormals(rows, dtype):
     denormal = torch.finfo(dtype).tiny / 4
     weight[0], weight[2] = 0.0, denormal
     weight[1, 7] = 1e4 if dtype == torch.float16 else 1e30
-    outs, exact = _matmuls(x, weight, torch.zeros(41, dtype=dtype))
-    for isa, out in outs.items():
+    for isa, (out, exact) in _matmuls(x, weight, torch.zeros(41, dtype=dtype)).items():
         assert not out[:, 0].any(), isa
         for column in (1, *range(3, 41)):
             assert relative_error(out[:, column], exact[:, column]) <= norm_error(dtype, k), (isa, column)
@@ -117,7 +114,7 @@ def test_not_finite_activations_propagate_as_in_the_reference(op, name, dtype, b
         spoiled = arguments[name] = arguments[name].clone()
         spoiled[tuple(size // 2 for size in spoiled.shape)] = bad
         exact = reference(function, double(arguments))
-        for kernels in selections(op, dtype, amx=True):
+        for kernels in selections(op, dtype, overreading=True):
             with torch.no_grad(), qvl_kernels.use_backend("cpp"), select(kernels):
                 outs = outputs(function(**arguments))
             for out, golden in zip(outs, exact):

@@ -78,7 +78,8 @@ void tile_gemm_tile(const GemmArgs& a, const GemmTile& tile, float* scratch) {
   const TileRegion region;
   constexpr int64_t kPairSums = 2 * kTileRows * kPanelWidth;  // of one panel
   const int64_t words = a.k / 2, pair_rows = tile_pair_rows(a), panels = tile.panel_end - tile.panel_begin;
-  const bool in_place = tile_rows_in_place(a, tile, 2 * kTileWords);
+  const bool same_rows = a.activation != Activation::swiglu || a.up.stride == a.weight.stride;
+  const bool in_place = same_rows && tile_rows_in_place(a, tile, 2 * kTileWords);
   char* tiles = reinterpret_cast<char*>(scratch + kGemmTilePanels * kGemmTileN * kPanelWidth);
   // With k = 0 there is one empty block, which sets the sums to 0.
   for (int64_t word = 0; word == 0 || word < words; word += kGemmKBlock) {
