@@ -2,7 +2,8 @@
 // multiplication and an addition as two, or 0 where the target has no such unit.
 
 // As if the value had changed: what is computed from it is computed again. No instruction.
-#if defined(__x86_64__)
+#if defined(QVL_RENEW)
+#elif defined(__x86_64__)
 #define QVL_RENEW(value) asm volatile("" : "+v"(value))
 #elif defined(__aarch64__)
 #define QVL_RENEW(value) asm volatile("" : "+w"(value))

@@ -45,6 +45,7 @@ struct Vec {
     return load_pair_n(halves[0], halves[1], kWidth);
   }
   static Vec pack_pair_flush(Vec low, Vec high) { return pack_pair(low, high); }
+  static Vec pack_pair_quick(Vec low, Vec high) { return pack_pair(low, high); }
   // Two rows of bf16 as pairs: lane i is (a[i], b[i]).
   static Vec load_pair_n(const bf16* a, const bf16* b, int64_t n) {
     return from_lanes([&](int i) { return i < n ? bits_to_float(uint32_t(b[i].bits) << 16 | a[i].bits) : 0.0f; });
@@ -171,6 +172,7 @@ struct Tiles {
   }
 };
 
+#define QVL_RENEW(value) asm volatile("" : "+m"(value))  // no register holds a vector
 #include "../kernels/tile_target.inl.h"
 
 const KernelTable kTable = QVL_TILE_KERNEL_TABLE("amx_emulated");
