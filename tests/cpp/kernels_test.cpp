@@ -18,7 +18,8 @@ namespace {
 // Elements of one dtype, read and written as doubles.
 class Buffer {
  public:
-  Buffer(DType dtype, int64_t count) : dtype_(dtype), count_(count), words_(size_t(count) + 1, 0x7fc07fc0u) {}  // NaN
+  Buffer(DType dtype, int64_t count)
+      : dtype_(dtype), count_(count), words_(size_t(count * dtype_bytes(dtype) + 3) / 4, 0x7fc07fc0u) {}  // NaN
 
   static Buffer random(DType dtype, int64_t count, double scale = 1.0) {
     Buffer buffer(dtype, count);

@@ -1,4 +1,4 @@
-"""Every kernel selection on the CPU, forced: the instruction sets that this machine has, and PyTorch's kernels.
+"""Every kernel selection on the CPU, forced: the instruction sets of this machine, the emulated one, PyTorch's kernels.
 
 fp32, bf16 and fp16 take the fma or the dot instructions of an instruction set, as
 ``qvl_kernels.cpu_info()["gemm_route"]`` says.
