@@ -8,7 +8,7 @@ import math
 import torch
 
 SINGLE = torch.finfo(torch.float32).eps
-EXP2_SHORT = 9e-5  # relative error of vec_exp2_short in csrc/cpu/kernels/math.inl.h
+EXP2_SHORT = 3e-6  # relative error of vec_exp2_short in csrc/cpu/kernels/math.inl.h
 
 
 def norm_error(dtype: torch.dtype, terms: int, *, exponent: float = 0.0, roundings: int = 2) -> float:
