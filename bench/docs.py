@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 CHART = RESULTS / "overview.png"
 # The result files that the pages show.
-CPU, OLDER_CPU, QVL, GPU = "zen5", "zen4", "zen5-qvl", "nvidia-h100-80gb-hbm3"
+CPU, AMX_CPU, OLDER_CPU, QVL, GPU = "zen5", "xeon-amx", "zen4", "zen5-qvl", "nvidia-h100-80gb-hbm3"
 ONE_LOOP = "one-loop"  # bench/compare.py against the commit before the one loop of generate
 
 
@@ -60,15 +60,18 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def front(folder: Path) -> str:
-    """The table of README.md: decode, first token and memory, each with its ratio to stock, and one caveat a row."""
-    result, gpu, cases = _load(folder, CPU), _load(folder, GPU), _gpu_cases(folder)
+    """The table of README.md: decode, first token and memory, each with its ratio to stock, and one caveat a row; of
+    the CPU a column for each type of machine.
+    """
+    result, amx, gpu, cases = _load(folder, CPU), _load(folder, AMX_CPU), _load(folder, GPU), _gpu_cases(folder)
     metrics, precisions = result["metrics"], result["accuracy"]["precisions"]
 
-    def cell(key: str) -> str:
-        return f"{metrics[key]['ours']}, {metrics[key]['value']:.2f}×"
+    def cell(key: str, of: dict = result) -> str:
+        return f"{of['metrics'][key]['ours']}, {of['metrics'][key]['value']:.2f}×"
 
     def cpu(suffix: str) -> tuple[str, ...]:
-        return tuple(cell(f"{key}{suffix}") for key in ("decode", "ttft", "peak_rss"))
+        decode, first = f"decode{suffix}", f"ttft{suffix}"
+        return cell(decode), cell(first), cell(decode, amx), cell(first, amx), cell(f"peak_rss{suffix}")
 
     def error(suffix: str) -> str:
         return f"{metrics[f'error_bf16_full{suffix}']['value']:.1f}× stock's error"
@@ -101,20 +104,37 @@ def front(folder: Path) -> str:
             "CPU, bf16, held to AVX2",
             cell("avx2_decode_bf16"),
             cell("avx2_ttft_bf16"),
-            "not measured",
+            *("", "", "not measured"),
             f"stock's bf16 is slow there; against its fp32 {metrics['avx2_ttft_fp32']['value']:.2f}× (first token)",
         ),
-        ("H100, bf16", decode, first, peak("accelerated"), "the first token is slower than stock's: bound by the host"),
-        ("H100, int8", "not measured", "not measured", peak("int8"), "the one run ended before speed was measured"),
+        (
+            "H100, bf16",
+            decode,
+            first,
+            "",
+            "",
+            peak("accelerated"),
+            "the first token is slower than stock's: bound by the host",
+        ),
+        (
+            "H100, int8",
+            "not measured",
+            "not measured",
+            "",
+            "",
+            peak("int8"),
+            "the one run ended before speed was measured",
+        ),
     ]
     machine, sizes = result["machine"], result["sizes"]
     notes = (
         f"Ratios are to stock transformers: speed (more is better), memory (less is better). CPU: {machine['cores']} "
-        f"cores of an {machine['cpu']} (Zen 5), {result['date']}; GPU: {gpu['gpu']['name']}, {gpu['date']}. Random "
+        f"cores of an {machine['cpu']} (Zen 5), {result['date']}; with AMX: {amx['machine']['cores']} cores of an "
+        f"Intel Xeon that others were using too, {amx['date']}; GPU: {gpu['gpu']['name']}, {gpu['date']}. Random "
         f"weights in the published sizes, one image of {result['options']['image_size']} × "
         f"{result['options']['image_size']} pixels and {sizes['text_tokens']} tokens of text, one row."
     )
-    header = ("", "decode", "first token", "peak memory", "caveat")
+    header = ("", "decode", "first token", "decode, CPU with AMX", "first token, CPU with AMX", "peak memory", "caveat")
     return "\n".join([_table(header, rows), "", notes])
 
 
@@ -234,6 +254,7 @@ def checkouts(folder: Path) -> str:
 SECTIONS: dict[tuple[str, str], Callable[[Path], str]] = {
     ("README.md", "front"): front,
     ("docs/benchmarks.md", "cpu"): _cpu_table(CPU),
+    ("docs/benchmarks.md", "amx cpu"): _cpu_table(AMX_CPU),
     ("docs/benchmarks.md", "older cpu"): _cpu_table(OLDER_CPU),
     ("docs/benchmarks.md", "qvl"): _cpu_table(QVL),
     ("docs/benchmarks.md", "one loop"): checkouts,

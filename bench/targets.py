@@ -86,7 +86,7 @@ QUANTIZED_TARGETS = [
     Target(
         "layer_cosine_int4",
         "int4 layers, least cosine with the same rounded numbers",
-        at_least=0.9999,
+        at_least=0.999,  # on matrix units prompts multiply int4 that is rounded again, to int8
         unit="cosine",
         needs=QUANTIZED,
     ),

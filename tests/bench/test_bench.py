@@ -174,7 +174,7 @@ def test_quantised_weights_are_further_variants_of_a_run(tmp_path):
     assert size["stock"] == size["ours"] and size["int8"] < 0.6 * size["ours"] and size["int4"] < 0.7 * size["int8"]
     values = {key: metric["value"] for key, metric in result["metrics"].items()}
     assert {"decode_int8", "ttft_int4", "peak_rss_int4", "decode_share_int8", "batch", "batch_int4"} <= values.keys()
-    assert values["layer_cosine_int8"] > 0.9999 and values["layer_cosine_int4"] > 0.9999
+    assert values["layer_cosine_int8"] > 0.9999 and values["layer_cosine_int4"] > 0.999
     assert values["error_bf16_full"] < values["error_bf16_full_int8"] < values["error_bf16_full_int4"] < 100
     assert result["raw"]["times"]["decode"].keys() == set(options.variants)
     for row in ("decode", "vision", "ttft", "prefill", "batch"):
