@@ -10,6 +10,7 @@ import models
 import pytest
 import qvl_models
 import torch
+from kernel_selection import TILE_ISAS
 from models import assert_close, inputs, pair, relative
 from torch import nn
 
@@ -29,6 +30,11 @@ def _cosine(out, expected):
     return torch.nn.functional.cosine_similarity(out.double().flatten(), expected.double().flatten(), dim=0).item()
 
 
+def _least_cosine(weights):
+    """Matrix units round int4 again and activations in wider groups: tests/helpers/quantized_numbers.py has how."""
+    return 0.999 if "int4" in str(weights) and qvl_kernels.cpu_info()["isa"] in TILE_ISAS else 0.9999
+
+
 @pytest.mark.parametrize("weights", FORMATS, ids=str)
 def test_computes_with_rounded_weights_and_activations(weights):
     stock, fast = pair()
@@ -37,7 +43,7 @@ def test_computes_with_rounded_weights_and_activations(weights):
     with torch.no_grad():
         for batch in (inputs(*FEW), inputs(*MANY)):
             out, expected = fast(**batch).logits, exact(**batch).logits
-            assert _cosine(out, expected) > 0.9999
+            assert _cosine(out, expected) > _least_cosine(weights)
             assert relative(expected, stock(**batch).logits) > 3 * relative(out, expected)
     generated = [model.generate(**inputs(*FEW), max_new_tokens=6, do_sample=False) for model in (fast, exact)]
     assert torch.equal(*generated)
