@@ -83,7 +83,8 @@ def _sizes(family: str) -> dict:
     return config
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# A run of the other family takes as long, over the same code.
+@pytest.fixture(scope="module", params=["qwen3-vl", pytest.param("qvl", marks=pytest.mark.slow)])
 def checkpoint(request, tmp_path_factory):
     """A tiny random checkpoint."""
     return write_random(tmp_path_factory.mktemp("bench") / "tiny", FAMILIES[request.param], _sizes(request.param))
