@@ -68,7 +68,14 @@ def kept_file() -> Path:
 
 @pytest.mark.parametrize(("qvl", "pytorch", "route"), [(1.05, 1.0, PYTORCH), (1.0499, 1.0, QVL), (1.0, 9.0, QVL)])
 def test_pytorch_must_be_five_percent_faster(qvl, pytorch, route):
-    assert Times(qvl, pytorch).route == route
+    assert Times(qvl, pytorch).route(tuning.attention_kind(torch.bfloat16, causal=False)) == route
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_pytorch_must_make_up_for_fused_layers(bits):
+    many = tuning.linear_kind(torch.bfloat16, few=False, bits=bits)
+    assert [Times(qvl, 1.0).route(many) for qvl in (1.49, 1.5)] == [QVL, PYTORCH]
+    assert Times(1.05, 1.0).route(tuning.linear_kind(torch.bfloat16, few=True, bits=bits)) == PYTORCH
 
 
 @pytest.mark.parametrize(("qvl", "pytorch", "route"), [(3.0, 2.0, PYTORCH), (2.0, 3.0, QVL)])
