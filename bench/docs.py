@@ -88,6 +88,7 @@ def front(folder: Path) -> str:
         f"{1000 / generated['decode']['ours']['median']:.0f} tok/s, {speed(cases, 'generate', 'decode', 'stock'):.2f}×",
         f"{generated['first']['ours']['median']:.1f} ms, {speed(cases, 'generate', 'first', 'stock'):.2f}×",
     )
+    no_amx, slow_first = ("", ""), "the first token is slower than stock's: bound by the host"
     rows = [
         ("CPU, bf16", *cpu(""), "prompts are near the processor's bf16 ceiling"),
         (
@@ -104,27 +105,12 @@ def front(folder: Path) -> str:
             "CPU, bf16, held to AVX2",
             cell("avx2_decode_bf16"),
             cell("avx2_ttft_bf16"),
-            *("", "", "not measured"),
+            *no_amx,
+            "not measured",
             f"stock's bf16 is slow there; against its fp32 {metrics['avx2_ttft_fp32']['value']:.2f}× (first token)",
         ),
-        (
-            "H100, bf16",
-            decode,
-            first,
-            "",
-            "",
-            peak("accelerated"),
-            "the first token is slower than stock's: bound by the host",
-        ),
-        (
-            "H100, int8",
-            "not measured",
-            "not measured",
-            "",
-            "",
-            peak("int8"),
-            "the one run ended before speed was measured",
-        ),
+        ("H100, bf16", decode, first, *no_amx, peak("accelerated"), slow_first),
+        ("H100, int8", *2 * ("not measured",), *no_amx, peak("int8"), "the one run ended before speed was measured"),
     ]
     machine, sizes = result["machine"], result["sizes"]
     notes = (
