@@ -45,7 +45,7 @@ double time_gemm_backend(GemmBackend backend) {
 // once per process. Matrix units are always faster, and always taken where they are emulated.
 bool bf16_dot_is_faster() {
   if (!kernels().has_bf16_dot) return false;
-  if (kernels().has_tiles) return true;  // matrix units
+  if (kernels().has_tiles) return true;
   static const bool faster = time_gemm_backend(GemmBackend::bf16_dot) < time_gemm_backend(GemmBackend::fma);
   return faster;
 }

@@ -1,4 +1,4 @@
-// Quantised GEMM on matrix units: int8 activations in groups of tile_quant_group times int8 weights, int4 weights
+// Quantised GEMM on matrix units: int8 activations in groups of kTileQuantGroup times int8 weights, or int4 weights
 // unpacked to int8 per task. Integer sums leave the tiles after every group; they become fp32 while the next group is
 // multiplied.
 
