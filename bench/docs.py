@@ -10,6 +10,7 @@ from pathlib import Path
 from bench import report, timing
 from bench.gpu import report as gpu_report
 from bench.gpu.targets import speed
+from qvl_model.quantization.precision import BUDGET
 
 __all__ = ["CHART", "SECTIONS", "chart_numbers", "draw_chart", "markers", "replace_section", "section", "write"]
 
@@ -83,6 +84,8 @@ def front(folder: Path) -> str:
         ratio = cases[f"memory {name}"]["peak"] / cases["memory stock"]["peak"]
         return f"{cases[f'memory {name}']['peak'] / 1e9:.2f} GB, {ratio:.2f}×"
 
+    read = result["raw"]["bytes_per_token"]
+    bits = 16 * read["int4"] / read["ours"]
     generated = cases["generate"]
     decode, first = (
         f"{1000 / generated['decode']['ours']['median']:.0f} tok/s, {speed(cases, 'generate', 'decode', 'stock'):.2f}×",
@@ -99,7 +102,8 @@ def front(folder: Path) -> str:
         (
             "CPU, int4",
             *cpu("_int4"),
-            f"{error('_int4')} on random weights; digits model {exact('int4')} exact",
+            f"{bits:.1f} bits a weight (the default is {BUDGET}); {error('_int4')} on random weights; digits model "
+            f"{exact('int4')} exact",
         ),
         (
             "CPU, bf16, held to AVX2",

@@ -3,13 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from qvl_model.quantization.precision import BUDGET
+
 __all__ = ["Machine", "Work", "floor", "product"]
 
 # The units that can multiply a format: weights of fewer bits may be widened.
 _UNITS = {"fp32": ("fma",), "bf16": ("fma", "bf16_dot", "bf16_tiles")}
 _UNITS["int8"] = _UNITS["int4"] = (*_UNITS["bf16"], "int8_dot", "int8_tiles")
-# Of a weight; int4 with its scale of 16 bits per group of 64.
-_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.0, "int4": 4.25}
+# Of a weight; int4 with its scales and zero-points, and with the layers that are int8 beside it.
+_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.0, "int4": BUDGET}
 
 
 @dataclass(frozen=True)

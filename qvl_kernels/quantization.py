@@ -165,12 +165,14 @@ def _quantize_int4(wide: torch.Tensor, group: int, scale_dtype: torch.dtype) -> 
 def _quantize_int4_range(
     wide: torch.Tensor, group: int, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """With zero-points: the range from the smallest to the largest weight, and 0, in 15 steps."""
+    """With zero-points: the range from the smallest to the largest weight, and 0, in 15 steps. Steps are rounded down,
+    so that all 16 values are in use: quantising the result once more gives the same.
+    """
     wide, low, high = _in_groups(wide, group)
     low, high = low.clamp_max(0), high.clamp_min(0)
-    scales = _stored_scales(high / 15.0 - low / 15.0, scale_dtype)
-    zeros = torch.round(-low / scales.float()).clamp_(0, 15)
-    values = (torch.round(wide / scales.float()[..., None]) + zeros[..., None]).clamp_(0, 15).to(torch.uint8)
+    scales = _stored_scales(high / 15.0 - low / 15.0, scale_dtype, down=True)
+    zeros = torch.floor(-low / scales.float() + 0.5).clamp_(0, 15)
+    values = torch.round(wide / scales.float()[..., None] + zeros[..., None]).clamp_(0, 15).to(torch.uint8)
     return _packed_values(values), scales, _packed_zeros(zeros.to(torch.uint8))
 
 
@@ -225,9 +227,15 @@ def _nonzero_scales(scales: torch.Tensor) -> torch.Tensor:
     return torch.where(scales.abs() < torch.finfo(torch.float32).tiny, torch.ones_like(scales), scales)
 
 
-def _stored_scales(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Nonzero scales in ``dtype``; those below fp16's range become 1 as well."""
-    stored = _nonzero_scales(scales).to(dtype)
+def _stored_scales(scales: torch.Tensor, dtype: torch.dtype, down: bool = False) -> torch.Tensor:
+    """Nonzero scales in ``dtype``, rounded to the nearest, or positive ones ``down``, but for a rounding error of fp32;
+    those below fp16's range become 1 as well.
+    """
+    scales = _nonzero_scales(scales)
+    stored = scales.to(dtype)
+    if down:
+        above = (stored.float() > scales * (1 + 1e-6)) & (stored >= torch.finfo(dtype).tiny) & stored.isfinite()
+        stored = (stored.view(torch.int16) - above.to(torch.int16)).view(dtype)
     if not bool(torch.isfinite(stored).all()):
         raise ValueError(f"quantize: the weight's scales are beyond {dtype}; take torch.bfloat16")
     return torch.where(stored == 0, torch.ones_like(stored), stored)

@@ -184,14 +184,14 @@ def accelerate(
             ``save_pretrained`` writes quantised weights, ``from_pretrained`` of the drop-in classes reads them. In
             ``state_dict`` a quantised layer has ``weight_values`` and ``weight_scales`` in place of ``weight``; the
             attribute ``weight`` is dequantised when it is read, and what is written to it is quantised.
-        group: inputs that share an int4 scale: 32, 64 or 128; None for 64, or 32 with calibration.
+        group: inputs that share an int4 scale: 32, 64 or 128; None for 32.
         calibration: None; or inputs of the model, a list of what its processor returns, on which input scales are
             chosen that make the quantised layers more accurate at no cost in speed; or "default", texts and images that
             come with the package. Norm weights in ``state_dict`` are then divided by the scales of their channels.
             Adapters fit as before: a layer that gets one has its own weights back, and divides its input itself.
-        bits: None; or the average bits per weight, at most 8, that the layers which a part of ``weights`` makes int4
-            may take: the most sensitive of them are int8, by their errors in calibration or else by a fixed rule.
-            Layers that a pattern names keep its format. With calibration it is 4.85 unless given.
+        bits: the average bits per weight, at most 8, that the layers which a part of ``weights`` makes int4 may take;
+            None for 4.85. The most sensitive of them are int8, by their errors in calibration or else by a fixed rule.
+            Layers that a pattern names keep its format: {"*": "int4"} is int4 everywhere.
         mlp_rows: None, or the chunk size of MLPs in tokens, to save memory: the intermediate activation, several times
             as wide as the input, exists for one chunk only, and in training the backward recomputes it.
         skip_logits: whether a training step computes its logits only if they are read, which saves the largest tensors

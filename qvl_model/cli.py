@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         "--group",
         type=int,
         choices=(32, 64, 128),
-        help="inputs that share an int4 scale (default: 64, or 32 with --calibrate)",
+        help="inputs that share an int4 scale (default: 32)",
     )
     quantize.add_argument(
         "--calibrate",
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     quantize.add_argument(
         "--bits",
         type=float,
-        help="average bits per weight of parts in int4: the most sensitive layers are int8 (with --calibrate: 4.85)",
+        help="average bits per weight of parts in int4: the most sensitive layers are int8 (default: 4.85)",
     )
     quantize.add_argument("--out", required=True, metavar="DIR", help="directory to write; it must not exist yet")
     quantize.set_defaults(run=_quantize)

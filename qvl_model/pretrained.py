@@ -51,7 +51,7 @@ def quantize(
         source: directory of a Qwen3-VL or QVL checkpoint in fp32, bf16 or fp16.
         out: directory that does not exist yet, or is empty.
         formats: by part, as ``qvl_model.quantization.convert.formats_of`` gives them.
-        group: inputs per int4 scale; None for 64, or 32 with calibration.
+        group: inputs per int4 scale; None for 32.
         calibration: None, "default", or a JSONL file as ``calibration_set.read`` takes it.
         bits: as ``accelerate`` takes it.
     Raises: ValueError for weights that are missing, hold NaN or Inf, or cannot be quantised, a source that is

@@ -41,6 +41,7 @@ __all__ = [
 PARTS = ("text", "vision", "lm_head")
 _LINEAR = (nn.Linear, linear.Linear, lm_head.Linear)  # subclasses of others may compute something else
 _INNER = ("original_module", "base_layer")  # attributes of PEFT's wrappers and layers for the wrapped module
+DEFAULT_GROUP = 32  # inputs per scale and zero-point of int4
 METHOD = "qvl"  # the quant_method in configs of quantised checkpoints
 Weights = str | Mapping[str, str | None] | None
 
@@ -178,19 +179,19 @@ def quantize_model(
     inputs: "calibration.Inputs | None" = None,
     bits: float | None = None,
 ) -> None:
-    """Quantises every linear layer of the named parts, int4 in groups of ``group`` inputs (None: 64, or 32 with
-    ``inputs``), and an embedding tied to a quantised head.
+    """Quantises every linear layer of the named parts, int4 with zero-points in groups of ``group`` inputs (None: 32),
+    and an embedding tied to a quantised head.
 
     Only modules that the class of the model builds are quantised; adapters, also copies that train in place of a layer,
     and attached modules stay. Each dense weight is freed before the next layer, so the peak of memory is the quantised
     plus the remaining dense weights. Pages of weights that are mapped from a file are released too. With ``inputs`` of
-    the model, their channels get input scales (see ``qvl_model.quantization.scaling``), and int4 has zero-points. With
-    ``bits``, some of the layers that would be int4 by their part are int8, for an average of at most so many bits.
+    the model, their channels get input scales (see ``qvl_model.quantization.scaling``). Some layers that would be int4
+    by their part are int8, for an average of at most ``bits`` (None: ``precision.BUDGET``).
     Raises: ValueError for other groups, patterns without a layer, bits that int4 alone exceeds, layers that are
     quantised in another format, merged adapters, weights that are not finite, and inputs without layers to calibrate;
     the model is then as it was.
     """
-    group = (64 if inputs is None else 32) if group is None else group
+    any_group, group = group is None, DEFAULT_GROUP if group is None else group
     if group not in quantization.GROUPS:
         raise ValueError(f"accelerate: group must be {', '.join(map(str, quantization.GROUPS))}, got {group}")
     if not formats:
@@ -199,8 +200,7 @@ def quantize_model(
         if bits is not None:
             precision.check_budget({}, 0.0, bits)
         return
-    zero_points = inputs is not None
-    int4_bits = precision.int4_bits(group, zero_points)
+    int4_bits = precision.int4_bits(group, zero_points=True)
     modules = dict(base_modules(model))
     wanted = _wanted(model, modules, formats)
     chosen = [(name, modules[name], asked) for name, asked in wanted.items() if type(modules[name]) in _LINEAR]
@@ -211,20 +211,8 @@ def quantize_model(
     }
     if bits is not None:
         precision.check_budget(free, int4_bits, bits)
-    elif inputs is not None and free and int4_bits <= precision.BUDGET:
-        bits = precision.BUDGET
-    for name, asked in wanted.items():
-        module = modules[name]
-        if (
-            isinstance(module, PackedLinear)
-            and not (bits is not None and asked == "int4" and stored_format(module)[0] == "int8")
-            and stored_format(module) != (asked, group if asked == "int4" else None)
-        ):
-            raise ValueError(
-                f"accelerate: {name} is quantised as {format_name(*stored_format(module))} already, which "
-                f"{format_name(asked, group)} cannot be made of; restore the model "
-                "first, or load it again with from_pretrained"
-            )
+    _check_stored(modules, wanted, None if any_group else group, mixed=bits is not None)
+    bits = precision.BUDGET if bits is None else bits
     merged = [name for name, module in _wrappers(model) if getattr(module, "merged", False)]
     if chosen and merged:
         raise ValueError(
@@ -239,7 +227,7 @@ def quantize_model(
     errors: dict[str, float] | None = None
     if inputs is not None:
         scales, errors = calibration.calibrate(model, modules, layer_formats, inputs)
-    raised = precision.mixed(free, int4_bits, bits, errors) if bits is not None else set()
+    raised = precision.mixed(free, int4_bits, bits, errors)
     for name, module, asked in chosen:
         weights = "int8" if name in raised else asked
         weight = module.weight.detach()
@@ -247,7 +235,7 @@ def quantize_model(
             _multiplied(weight, scales.get(name)),
             FORMATS[weights],
             group,
-            zero_points=zero_points and weights == "int4",
+            zero_points=weights == "int4",
         )
         PackedLinear.convert(module, quantised)
         if module is lm_head and embedding is not None:
@@ -265,6 +253,23 @@ def fold_again(model: nn.Module) -> None:
     for record in scaling.records_of(model):
         if record.can_fold(wrapped):
             record.fold()
+
+
+def _check_stored(modules: Mapping[str, nn.Module], wanted: Mapping[str, str], group: int | None, mixed: bool) -> None:
+    """Raises: ValueError unless layers that are quantised already are in the format that is asked for, int4 in groups
+    of ``group`` (None: any). Where int8 and int4 are ``mixed``, or both are there, int8 does for int4.
+    """
+    stored = {name: stored_format(modules[name]) for name in wanted if isinstance(modules[name], PackedLinear)}
+    mixed = mixed or any(found == "int4" for found, _ in stored.values())
+    for name, (found, of) in stored.items():
+        asked = wanted[name]
+        same = found == asked and (asked == "int8" or group in (None, of))
+        if not same and not (asked == "int4" and found == "int8" and mixed):
+            raise ValueError(
+                f"accelerate: {name} is quantised as {format_name(found, of)} already, which "
+                f"{format_name(asked, group or DEFAULT_GROUP)} cannot be made of; restore the model first, or load it "
+                f"again with from_pretrained"
+            )
 
 
 def _wanted(

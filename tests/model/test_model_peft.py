@@ -234,7 +234,7 @@ def test_merging_and_unmerging(method, weights):
             elif method != "tied":  # where two are merged into one weight, one after the other
                 modules = dict(expected.named_modules())
                 for name, module in _quantised(tuned).items():
-                    again = quantize(modules[name].weight.data, module.quantized.bits)
+                    again = quantize(modules[name].weight.data, **module.quantized.options)
                     assert relative(module.dequantize(), dequantize(again)) < 1e-6, name
             if weights is not None:
                 assert not _same(_bits(tuned), bits) and relative(tuned(**batch).logits, expected(**batch).logits) < 0.2
@@ -264,7 +264,7 @@ def test_merging_for_good(tmp_path, weights):
             assert (
                 relative(
                     module.dequantize(),
-                    dequantize(quantize(expected.get_submodule(name).weight.data, module.quantized.bits)),
+                    dequantize(quantize(expected.get_submodule(name).weight.data, **module.quantized.options)),
                 )
                 < 1e-6
             )

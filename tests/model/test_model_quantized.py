@@ -171,8 +171,8 @@ def _assert_quantised(quantised: nn.Module, stock: nn.Module) -> None:
         for own, expected in module.named_parameters(recurse=False):
             ours = quantised.get_submodule(name)
             if own == "weight" and isinstance(ours, PackedLinear | PackedEmbedding):
-                bits = ours.quantized.bits
-                assert relative(ours.dequantize(), dequantize(quantize(expected.detach(), bits))) < 1e-6, name
+                again = quantize(expected.detach(), **ours.quantized.options)
+                assert relative(ours.dequantize(), dequantize(again)) < 1e-6, name
             else:
                 assert torch.equal(getattr(ours, own), expected), (name, own)
 
@@ -494,6 +494,8 @@ def test_packing_again_in_the_same_format_or_what_is_left_is_fine():
     assert model.model.language_model.layers[0].mlp.up_proj.weight_values is up
     assert isinstance(model.model.visual.blocks[0].attn.qkv, PackedLinear)
     qvl_model.accelerate(model)
+    assert model.model.language_model.layers[0].mlp.up_proj.weight_values is up
+    qvl_model.accelerate(model, weights="int4")  # groups that are not named may be any
     assert model.model.language_model.layers[0].mlp.up_proj.weight_values is up
 
 

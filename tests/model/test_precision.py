@@ -26,7 +26,7 @@ def _stored(model):
 
 def test_patterns_come_before_parts_and_the_last_one_first():
     weights = {"text": "int4", "*.down_proj": "int8", "*.layers.0.*": None, "lm_head": "int8"}
-    model = qvl_model.accelerate(models.stock_model("small"), weights=weights)
+    model = qvl_model.accelerate(models.stock_model("small"), weights=weights, bits=4.625)
     found = _formats(model)
     assert not any(".layers.0." in name or "visual" in name for name in found) and found.pop("lm_head") == "int8"
     assert {name: value for name, value in found.items() if value == "int8"}.keys() == {
@@ -39,8 +39,14 @@ def test_patterns_come_before_parts_and_the_last_one_first():
     assert _formats(model) == {"lm_head": "int8", **found}
 
 
-def test_without_a_budget_int4_is_int4():
-    assert set(_formats(qvl_model.accelerate(models.stock_model("small"), weights="int4")).values()) == {"int4"}
+def test_int4_is_a_mix_unless_a_pattern_names_it():
+    model = qvl_model.accelerate(models.stock_model("small"), weights="int4")
+    found = _formats(model)
+    sizes = {name: m.in_features * m.out_features for name, m in model.named_modules() if name in found}
+    raised = sum(sizes[name] for name in found if found[name] == "int8")
+    assert 0 < raised <= sum(sizes.values()) * (4.85 - 4.625) / (8 - 4.625)
+    assert all(value == "int8" for name, value in found.items() if name.endswith(".v_proj"))
+    assert set(_formats(qvl_model.accelerate(models.stock_model("small"), weights={"*": "int4"})).values()) == {"int4"}
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
@@ -52,14 +58,14 @@ def test_a_budget_is_used_and_kept(budget, calibrated):
     found = _formats(model)
     sizes = {name: m.in_features * m.out_features for name, m in model.named_modules() if name in found}
     raised = sum(sizes[name] for name in found if found[name] == "int8")
-    low = 4.3125 if calibrated else 4.25  # calibrated int4 has zero-points
+    low = 4.3125
     average = low + (8 - low) * raised / sum(sizes.values())
     assert average <= budget
     if budget == 4.32:
         assert raised <= 0.05 * sum(sizes.values())
     elif budget < 8:
         assert raised and (not calibrated or average > budget - 0.5)
-    qvl_model.accelerate(model, weights="int4", bits=budget)  # once more changes nothing
+    qvl_model.accelerate(model, weights="int4", group=64, bits=budget)  # once more changes nothing
     assert _formats(model) == found
 
 
@@ -90,10 +96,12 @@ def test_errors_decide_per_added_bit():
 
 
 def test_report_lists_bits_by_kind_and_their_average():
-    model = qvl_model.accelerate(models.stock_model("small"), weights={"text": "int4", "*.v_proj": "int8"})
+    model = qvl_model.accelerate(
+        models.stock_model("small"), weights={"text": "int4", "*.v_proj": "int8"}, group=64, bits=4.32
+    )
     table = {(row.kind, row.format): row for row in qvl_model.report(model).bits}
     assert table["v_proj", "int8"].layers == 3 and table["q_proj", "int4 in groups of 64"].layers == 3
-    assert table["q_proj", "int4 in groups of 64"].bits == pytest.approx(4.25)
+    assert table["q_proj", "int4 in groups of 64"].bits == pytest.approx(4 + (16 + 8) / 64)
     assert bits.average(list(table.values())) == pytest.approx(_stored(model))
     assert f"bits per weight: {_stored(model):.2f} on average" in str(qvl_model.report(model))
     assert not qvl_model.report(models.stock_model("small")).bits

@@ -75,14 +75,14 @@ def test_computes_the_same(tmp_path, family):
 
 
 def test_what_is_written(tmp_path):
-    _quantised({"text": "int4", "vision": "int8", "lm_head": "int8"}, group=32).save_pretrained(tmp_path / "packed")
+    _quantised({"text": "int4", "vision": "int8", "lm_head": "int8"}, bits=4.625).save_pretrained(tmp_path / "packed")
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3VLForConditionalGeneration"] and config["dtype"] == "float32"
     section = config["quantization_config"]
     assert len(section.pop("id")) == 16
     assert section == {
         "quant_method": "qvl",
-        "version": 1,
+        "version": 2,
         "weights": {"text": "int4", "vision": "int8", "lm_head": "int8"},
         "group": 32,
     }
@@ -101,7 +101,7 @@ def test_what_is_written(tmp_path):
 
 
 def _with_zero_points(model, **options):
-    """Every int4 layer of the model rounded again, in the formats of version 2."""
+    """Every int4 layer of the model rounded again, with these options."""
     for module in model.modules():
         if isinstance(module, PackedLinear) and module.quantized.bits == 4:
             module._take(quantization.quantize(module.dequantize(), 4, **options), module.weight)
@@ -116,14 +116,15 @@ def _with_zero_points(model, **options):
         {"group": 32, "zero_points": True},
         {"group": 128, "zero_points": True, "scale_dtype": torch.float16},
         {"group": 64, "scale_dtype": torch.float16},
+        {"group": 64},
     ],
-    ids=["zeros", "zeros-fp16", "fp16"],
+    ids=["zeros", "zeros-fp16", "fp16", "symmetric"],
 )
 def test_version_2_is_written_where_version_1_does_not_do(tmp_path, options):
     model = _with_zero_points(_quantised({"text": "int4", "vision": "int8"}), **options)
     model.save_pretrained(tmp_path / "packed")
     section = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
-    assert section["version"] == 2 and section["group"] == options["group"]
+    assert section["version"] == (1 if options == {"group": 64} else 2) and section["group"] == options["group"]
     again = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "packed")
     state, expected = again.state_dict(), model.state_dict()
     assert state.keys() == expected.keys()
@@ -134,7 +135,7 @@ def test_version_2_is_written_where_version_1_does_not_do(tmp_path, options):
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model(**batch).logits)
     assert torch.equal(*(one.generate(**batch, max_new_tokens=4, do_sample=False) for one in (model, again)))
-    _quantised({"text": "int4", "vision": "int8"}).save_pretrained(tmp_path / "packed")  # over the other one
+    _quantised("int8").save_pretrained(tmp_path / "packed")  # over the other one
     assert json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["version"] == 1
 
 
