@@ -19,6 +19,7 @@ RESULTS = ROOT / "bench" / "results"
 CHART = RESULTS / "overview.png"
 # The result files that the pages show.
 CPU, AMX_CPU, OLDER_CPU, QVL, GPU = "zen5", "xeon-amx", "zen4", "zen5-qvl", "nvidia-h100-80gb-hbm3"
+OUTLIERS = "outliers"  # bench/outliers.py
 ONE_LOOP = "one-loop"  # bench/compare.py against the commit before the one loop of generate
 
 
@@ -170,6 +171,16 @@ def draw_chart(file: Path, folder: Path = RESULTS) -> None:
     pyplot.close(figure)
 
 
+def outliers(folder: Path) -> str:
+    """Trained models with outlier channels, quantised with and without calibration."""
+    result = _load(folder, OUTLIERS)
+    rows = [
+        (f"{name}, {weights}, {label}", f"{kl:.1e} ± {error:.0e}", f"{exact:.2%}", f"{dense:.2%}")
+        for name, weights, label, kl, error, exact, dense in result["rows"]
+    ]
+    return _table((f"{result['questions']} questions", "KL from dense", "exact", "dense exact"), rows)
+
+
 def accuracy(folder: Path) -> str:
     """Errors of both families by weight format, then the answers of the trained models."""
     errors, answers = [], []
@@ -250,6 +261,7 @@ SECTIONS: dict[tuple[str, str], Callable[[Path], str]] = {
     ("docs/benchmarks.md", "one loop"): checkouts,
     ("docs/benchmarks.md", "gpu"): gpu_report.markdown_section,
     ("docs/accuracy.md", "accuracy"): accuracy,
+    ("docs/accuracy.md", "outliers"): outliers,
     ("docs/training.md", "keys"): training_keys,
 }
 

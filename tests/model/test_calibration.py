@@ -4,7 +4,6 @@ import copy
 import pickle
 
 import models
-import outliers
 import pytest
 import qvl_models
 import torch
@@ -12,6 +11,7 @@ from models import relative
 from transformers import Qwen3VLForConditionalGeneration
 
 import qvl_model
+from bench import outliers
 from qvl_model.quantization import calibration_set, scaling
 from qvl_model.quantization.modules import PackedLinear
 
