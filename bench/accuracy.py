@@ -65,7 +65,7 @@ class Item:
 
 def load_questions(file: Path) -> list[Item]:
     """Items of a JSONL file. Raises ValueError with the line number for a line that is not a question."""
-    from PIL import Image
+    from qvl_model.images import load_image
 
     items = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
@@ -74,9 +74,9 @@ def load_questions(file: Path) -> list[Item]:
         try:
             row = json.loads(line)
             paths = row["image"] if isinstance(row["image"], list) else [row["image"]]
-            images = [Image.open(file.parent / path).convert("RGB") for path in paths]
+            images = [load_image(path, file.parent) for path in paths]
             items.append(Item(images, str(row["question"]), str(row["answer"])))
-        except (KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f'{file}, line {number}: {error!r}; expected {{"image", "question", "answer"}}') from error
     if not items:
         raise ValueError(f"{file} holds no questions")

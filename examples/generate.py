@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from PIL import Image
 
 from qvl_model import Qwen3VLForConditionalGeneration, digits
+from qvl_model.images import load_image
 from qvl_model.processing import load_processor
 
 
@@ -28,7 +28,7 @@ def main(
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    inputs = processor(images=[Image.open(image).convert("RGB")], text=[prompt], return_tensors="pt")
+    inputs = processor(images=[load_image(image)], text=[prompt], return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=64)[:, inputs["input_ids"].shape[1] :]
     answer = processor.batch_decode(tokens, skip_special_tokens=True)[0]
     print(answer)

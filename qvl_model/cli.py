@@ -121,16 +121,12 @@ def _config(checkpoint: Path) -> "PreTrainedConfig":
 
 
 def _images(files: list[str]) -> list:
-    from PIL import Image, UnidentifiedImageError
+    from qvl_model.images import load_image
 
-    images = []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                images.append(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise CommandError(f"cannot read image {file}: {one_line(error)}") from error
-    return images
+    try:
+        return [load_image(file) for file in files]
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def _reading_errors() -> tuple[type[Exception], ...]:

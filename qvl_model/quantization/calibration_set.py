@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qvl_model.images import load_image
 from qvl_model.processing import load_processor
 from qvl_model.quantization.calibration import Inputs
 from qvl_model.quantization.calibration_texts import QUESTIONS, TEXTS
@@ -98,9 +99,9 @@ def read(file: Path, checkpoint: Path) -> Inputs:
                 found.append(processor(text=[str(row["text"])], return_tensors="pt"))
                 continue
             paths = row["image"] if isinstance(row["image"], list) else [row["image"]]
-            opened = [Image.open(file.parent / path).convert("RGB") for path in paths]
+            opened = [load_image(path, file.parent) for path in paths]
             found.append(_question(processor, opened, str(row["question"])))
-        except (KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"calibration: {file}, line {number} is neither text nor image and question: {error!r}"
             ) from error

@@ -11,12 +11,13 @@ Three forms are read, each with one image, several or none:
 question. An image is a path, the bytes of a file, or an image of the datasets library.
 """
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from qvl_model import images
 
 __all__ = ["BadRow", "Conversation", "load_image", "parse"]
 
@@ -161,22 +162,11 @@ def load_image(source: object, folder: Path, *, decode: bool = True) -> Image.Im
     """
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
-    if isinstance(source, Image.Image):
-        return source.convert("RGB") if decode else source
-    if not isinstance(source, (str, bytes)):
+    if not isinstance(source, (str, bytes, Image.Image)):
         raise BadRow(f"has an image that is a {type(source).__name__}, not a path")
-    if isinstance(source, bytes):
-        name = "from bytes"
-        file: io.BytesIO | Path = io.BytesIO(source)
-    else:
-        name = source
-        file = path = folder / source.removeprefix("file://")
-        if not path.is_file():
-            raise BadRow(f"image {name} does not exist")
+    if isinstance(source, str):
+        source = source.removeprefix("file://")
     try:
-        with Image.open(file) as image:
-            if decode:
-                return image.convert("RGB")
-            return Image.new("1", image.size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadRow(f"image {name} cannot be read: {' '.join(str(error).split())}") from error
+        return images.load_image(source, folder, decode=decode)
+    except ValueError as error:
+        raise BadRow(str(error)) from error

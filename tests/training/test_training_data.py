@@ -152,7 +152,7 @@ BAD = {
     "missing image": ({**GOOD, "image": "none.png"}, "image none.png does not exist"),
     "no image": ({**GOOD, "image": "text.png"}, "image text.png cannot be read"),
     "cut image": ({**GOOD, "image": "cut.png"}, "image cut.png cannot be read"),
-    "thin image": ({**GOOD, "image": "thin.png"}, "8000 x 8 pixels is refused"),
+    "thin image": ({**GOOD, "image": "thin.png"}, "thin.png is 8000 x 8: one side is more than 200 times the other"),
     "image of another type": ({**GOOD, "image": [3]}, "an image that is a int"),
     "too few images": ({**GOOD, "question": "<image><image>?"}, "has 1 images, and a place for another"),
     "too many images": (
