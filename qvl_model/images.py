@@ -37,6 +37,7 @@ def load_image(
     """
     if isinstance(source, Image.Image):
         return _upright(source, "from memory", decode)
+    file: io.BytesIO | Path
     if isinstance(source, bytes):
         name, file = "from bytes", io.BytesIO(source)
     else:

@@ -14,7 +14,7 @@ from qvl_model.accelerate import accelerate
 from qvl_model.checkpoint_files import load_config
 from qvl_model.modules.generation import Qwen3VLForConditionalGeneration
 from qvl_model.quantization import calibration_set
-from qvl_model.quantization.checkpoint import fill, read, save
+from qvl_model.quantization.checkpoint import copy_files, fill, published, read, save
 from qvl_model.quantization.convert import is_quantized_checkpoint, section_of
 from qvl_model.qvl import QVLForConditionalGeneration
 
@@ -44,18 +44,20 @@ def quantize(
     group: int | None = None,
     calibration: str | None = None,
     bits: float | None = None,
+    replace: bool = False,
 ) -> None:
     """Quantises a checkpoint directory into another one, layer by layer; the whole source is never in memory.
 
     Args:
         source: directory of a Qwen3-VL or QVL checkpoint in fp32, bf16 or fp16.
-        out: directory that does not exist yet, or is empty.
+        out: directory that does not exist yet, or is empty, unless ``replace``.
         formats: by part, as ``qvl_model.quantization.convert.formats_of`` gives them.
         group: inputs per int4 scale; None for 32.
         calibration: None, "default", or a JSONL file as ``calibration_set.read`` takes it.
         bits: as ``accelerate`` takes it.
-    Raises: ValueError for weights that are missing, hold NaN or Inf, or cannot be quantised, a source that is
-        quantised already, and an ``out`` in use.
+        replace: whether files that are in ``out`` are replaced.
+    Raises: ValueError for weights that are missing, hold NaN or Inf, or cannot be quantised, tensors that config.json
+        has no place for, a source that is quantised already, and an ``out`` in use.
     Example:
         >>> quantize("qwen3-vl-2b", "qwen3-vl-2b-int8", formats_of("int8"))
     """
@@ -64,8 +66,20 @@ def quantize(
         raise ValueError(f"{source} is quantised already; quantise the checkpoint that it was made from")
     if not formats:
         raise ValueError("quantize: no part is to be quantised")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not replace):
         raise ValueError(f"{out} exists; give a directory that does not")
+    with published(out) as folder:
+        save(_quantized(source, formats, group, calibration, bits), folder)
+        copy_files(source, folder)
+
+
+def _quantized(
+    source: Path,
+    formats: dict[str, str | None],
+    group: int | None,
+    calibration: str | None,
+    bits: float | None,
+) -> PreTrainedModel:
     model_class = _class_of(load_config(source))
     # Loaded as stock: accelerating first would move dense weights to huge pages, which quantising cannot free.
     model, info = super(model_class, model_class).from_pretrained(
@@ -75,6 +89,11 @@ def quantize(
         raise ValueError(
             f"{source} lacks {len(info['missing_keys'])} of the model's weights, such as {min(info['missing_keys'])}"
         )
+    if info["unexpected_keys"]:
+        raise ValueError(
+            f"{source} has {len(info['unexpected_keys'])} tensors that its config.json has no place for, such as "
+            f"{min(info['unexpected_keys'])}; they would be lost"
+        )
     inputs = calibration_set.DEFAULT if calibration == calibration_set.DEFAULT else None
     if calibration is not None and inputs is None:
         inputs = calibration_set.read(Path(calibration), source)
@@ -82,7 +101,7 @@ def quantize(
         model, weights=formats, group=group, calibration=inputs, bits=bits
     )  # this checks the weights that it quantises
     capacity.check_finite(model, source)
-    save(model, out, files_of=source)
+    return model
 
 
 def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:

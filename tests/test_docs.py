@@ -5,6 +5,7 @@ ones.
 import ast
 import importlib
 import importlib.util
+import io
 import json
 import pkgutil
 import re
@@ -178,6 +179,9 @@ def test_commands_run(name, tmp_path, monkeypatch, capsys, verbosity):
     for rows in ("FILE.jsonl", "inputs.jsonl"):
         Path(rows).write_text(json.dumps(row) + "\n")
     Path("FILE").write_text(_text("LICENSE")[:1500])
+    Path("photos").mkdir()
+    shutil.copy(digits.SAMPLE, "photos")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Read the digits.\n"))  # of a chat
     example = re.search(r"```yaml\n(# train.yaml.+?)```", _text("docs/training.md"), flags=re.DOTALL)
     Path("train.yaml").write_text(_shortened(example[1]).replace("batch_size: 8", "batch_size: 2"))
     if name == "docs/cli.md":  # which leaves the data to the page about training

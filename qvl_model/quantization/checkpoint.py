@@ -12,11 +12,11 @@ The metadata of the tensors holds the same version and id. Other loaders report 
 """
 
 import copy
+import fcntl
 import json
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +42,7 @@ from qvl_model.quantization.convert import (
 from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
 from qvl_model.quantization.weight import DequantizedWeight
 
-__all__ = ["QuantizedSaving", "fill", "read", "save"]
+__all__ = ["QuantizedSaving", "copy_files", "fill", "published", "read", "save"]
 
 VERSIONS, FILE = (1, 2), "packed.safetensors"
 _ABOUT_LAYOUT = (
@@ -107,24 +107,13 @@ class QuantizedSaving:
                 f"{', '.join(refused)}"
             )
         if is_main_process:
-            save(self, save_directory, state_dict=state_dict)
+            with published(Path(save_directory)) as folder:
+                save(self, folder, state_dict=state_dict)
 
 
-def save(
-    model: PreTrainedModel,
-    directory: str | os.PathLike,
-    *,
-    state_dict: Mapping[str, Tensor] | None = None,
-    files_of: Path | None = None,
-) -> None:
-    """Writes a quantised model; a directory that did not exist appears complete or not at all.
+def save(model: PreTrainedModel, folder: Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Writes a quantised model into a folder; ``state_dict``: its tensors, if not ``model.state_dict()``.
 
-    In one that did, files are replaced one by one, config.json last. If that is interrupted, the old config does not
-    match the new tensors, and ``load`` refuses them.
-
-    Args:
-        state_dict: its tensors, if not ``model.state_dict()``.
-        files_of: a checkpoint whose tokenizer and processor files are copied too.
     Raises: ValueError for a model without quantised layers, and for tensors that are not in a model of this class.
     """
     state_dict = model.state_dict() if state_dict is None else state_dict
@@ -136,17 +125,14 @@ def save(
     config = copy.deepcopy(model.config)
     config.dtype, config.architectures = str(model.dtype).removeprefix("torch."), [type(model).__name__]
     config.quantization_config = section
-    with _published(Path(directory)) as temporary:
-        save_file(
-            tensors,
-            temporary / FILE,
-            {"format": "pt", "qvl": str(section["version"]), "id": section["id"], "shared": json.dumps(shared)},
-        )
-        config.save_pretrained(temporary)
-        if model.can_generate():
-            model.generation_config.save_pretrained(temporary)
-        if files_of is not None:
-            _copy_files(files_of, temporary)
+    save_file(
+        tensors,
+        folder / FILE,
+        {"format": "pt", "qvl": str(section["version"]), "id": section["id"], "shared": json.dumps(shared)},
+    )
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def _check_names(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
@@ -200,7 +186,8 @@ def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     return tensors, shared
 
 
-def _copy_files(source: Path, target: Path) -> None:
+def copy_files(source: Path, target: Path) -> None:
+    """Copies what a checkpoint has beside its weights: tokenizer, processor, chat template, licence."""
     for pattern in _COPIED:
         for path in source.glob(pattern):
             if path.is_dir():
@@ -210,18 +197,26 @@ def _copy_files(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _published(directory: Path) -> Iterator[Path]:
-    """A temporary directory whose files appear in ``directory`` when the block ends, and vanish if it fails."""
+def published(directory: Path) -> Iterator[Path]:
+    """A temporary directory whose files appear in ``directory`` when the block ends, and vanish if it fails.
+
+    A directory that did not exist appears complete or not at all. In one that did, files are replaced one by one,
+    config.json last; if that is interrupted, the old config does not match the new tensors, and ``read`` refuses them.
+    Raises: ValueError if ``directory`` is a file, or if another process is writing there.
+    """
     directory = directory.absolute()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; give a directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
+    temporary = directory.parent / f".{directory.name}.tmp"
+    handle = _claimed(temporary, directory)
     try:
+        for path in temporary.iterdir():  # of a process that was killed
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield temporary
         for path in temporary.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())  # some writers give access to the owner only
             _to_disk(path)
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp gives access to the owner only
         if directory.exists() and any(directory.iterdir()):
             for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
                 if path.is_dir():
@@ -232,6 +227,27 @@ def _published(directory: Path) -> Iterator[Path]:
         _to_disk(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(handle)
+
+
+def _claimed(temporary: Path, directory: Path) -> int:
+    """A handle of the temporary directory, locked as long as it is open; it is the only one.
+
+    Raises: ValueError if another process has it.
+    """
+    while True:
+        temporary.mkdir(exist_ok=True)
+        handle = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(temporary)):
+                return handle
+        except FileNotFoundError:  # the other one has just ended
+            pass
+        except BlockingIOError as error:
+            os.close(handle)
+            raise ValueError(f"another process is writing to {directory}; give another directory") from error
+        os.close(handle)
 
 
 def _to_disk(path: Path) -> None:

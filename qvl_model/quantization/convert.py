@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from qvl_kernels import quantization
@@ -228,7 +229,7 @@ def quantize_model(
     if inputs is not None:
         scales, errors = calibration.calibrate(model, modules, layer_formats, inputs)
     raised = precision.mixed(free, int4_bits, bits, errors)
-    for name, module, asked in chosen:
+    for name, module, asked in tqdm(chosen, desc="quantising", unit="layer", disable=None):
         weights = "int8" if name in raised else asked
         weight = module.weight.detach()
         quantised = quantization.quantize(

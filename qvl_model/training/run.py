@@ -15,8 +15,8 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText, PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
-import qvl_model
 from qvl_model import capacity
+from qvl_model.accelerate import accelerate
 from qvl_model.checkpoint_files import load_config, one_line
 from qvl_model.compat import CHECKPOINTING
 from qvl_model.training.checkpoints import RunRecord, last_complete, locked
@@ -107,7 +107,7 @@ def load_model(config: TrainConfig) -> tuple[PreTrainedModel, capacity.CapacityS
             capacity.check_finite(model, path)
         model.train()
         if config.model.accelerate:
-            model = qvl_model.accelerate(model)
+            model = accelerate(model)
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:

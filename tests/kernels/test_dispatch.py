@@ -210,7 +210,7 @@ def installed_and_checkout(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("-c", "import qvl_kernels"), ("-c", "import qvl_model"), ("-m", "qvl_model.cli", "--help")],
+    [("-c", "import qvl_kernels"), ("-c", "import qvl_model"), ("-m", "qvl_model.cli", "--debug", "inspect", "x")],
     ids=" ".join,
 )
 def test_a_checkout_that_hides_an_installed_package_says_so(arguments, installed_and_checkout):

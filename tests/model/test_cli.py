@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from qvl_model import cli, digits
+from qvl_model.cli import generate, models
 from qvl_model.digits import scenes
 
 
@@ -48,7 +49,7 @@ def test_the_sample_image_is_of_held_out_digits():
 
 def test_images_add_up_over_repeated_options(monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "_images", lambda files: seen.extend(files) or cli._checkpoint("/no/such/dir"))
+    monkeypatch.setattr(generate, "images_of", lambda files: seen.extend(files) or models.checkpoint_of("/no/such/dir"))
     assert cli.main(["generate", "--image", "a", "b", "--image", "c", "--prompt", "x"]) == 2
     assert seen == ["a", "b", "c"]
 
@@ -57,7 +58,7 @@ def test_random_weights_are_announced(tmp_path, capsys):
     for file in digits.CHECKPOINT.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, cli.RANDOM_KEY: True}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, models.RANDOM_KEY: True}))
     assert (
         cli.main(
             [
