@@ -12,6 +12,7 @@ from qvl_model.cli.errors import CommandError
 
 __all__ = ["main"]
 
+DEBUG = "show where an error comes from"
 COMMANDS = (generate, chat, batch, quantize, inspect, verify, train, doctor)
 
 
@@ -35,10 +36,11 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qvl", description="Qwen3-VL, accelerated.")
     parser.add_argument("--version", action=_Version)
+    parser.add_argument("--debug", action="store_true", help=DEBUG)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     for module in COMMANDS:
         added = module.add(commands)
-        added.add_argument("--debug", action="store_true", help="show where an error comes from")
+        added.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=DEBUG)
         added.set_defaults(run=module.run)
     return parser
 
