@@ -22,6 +22,7 @@ import bench.__main__ as bench_command
 import qvl_model
 from bench import docs
 from qvl_model import cli, digits
+from qvl_model.digits import scenes
 from qvl_model.digits.export import main as export_digits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +43,7 @@ NOT_RUN = {
     "qvl COMMAND --help": "COMMAND is each of them: test_options_exist asks for their help",
     "qvl quantize --calibrate '[FILE.jsonl]'": "a form of the command, in the changelog",
     "python -m bench.compare OTHER": "needs a second checkout: tests/bench/test_compare.py makes one",
+    "qvl serve --model PATH --weights int8": "runs until it is stopped: tests/model/test_serve.py",
     "qvl train CONFIG.yaml": "before its data; the page's example runs",
     "torchrun --nproc_per_node 4 -m qvl_model.cli train train.yaml": "four processes: tests/training has two",
     "python -m qvl_model.digits.train": "trains for minutes: tests/model/test_digits.py runs a step",
@@ -284,8 +286,33 @@ def test_example_finetune(tmp_path):
     assert len(losses) == 2 and (tmp_path / "model.safetensors").is_file()
 
 
+def test_example_quantize_and_serve():
+    assert _example("quantize_and_serve").main(question="Read the digits from left to right.") == "8 6 9"
+
+
+def test_example_captions(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        shutil.copy(digits.SAMPLE, tmp_path / name)
+    assert _example("captions").main(str(tmp_path), batch=2) == dict.fromkeys(("a.png", "b.png", "c.png"), "8 6 9")
+
+
+def test_example_embeddings(tmp_path):
+    question = scenes.held_out_questions(2)[1]
+    question.image.save(tmp_path / "other.png")
+    found = _example("embeddings").main("digits", *map(str, (digits.SAMPLE, digits.SAMPLE, tmp_path / "other.png")))
+    products = found @ found.T
+    assert products[0, 1] > 0.9999 > products[0, 2] > -1 and products.diagonal().allclose(products.new_ones(3))
+
+
+def test_example_kernels_in_llama():
+    assert _example("kernels_in_llama").main() < 1e-4
+
+
 def test_every_example_is_tested():
-    assert {file.stem for file in (ROOT / "examples").glob("*.py")} == {"generate", "int8", "finetune"}
+    named = {name.removeprefix("test_example_") for name in globals() if name.startswith("test_example_")}
+    files = list((ROOT / "examples").glob("*.py"))
+    assert {file.stem for file in files} == named
+    assert all(len(file.read_text().splitlines()) <= 60 for file in files)
 
 
 # Messages

@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from qvl_model.cli.models import Loaded
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
+    from transformers import BatchFeature
 
 __all__ = ["Answer", "Conversation", "add_sampling", "answer", "end_of", "finish_reason", "inputs_of", "sampling_of"]
 
@@ -102,7 +103,7 @@ def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"max_new_tokens": arguments.max_new_tokens, **chosen}
 
 
-def inputs_of(loaded: Loaded, conversations: list[Conversation]) -> dict[str, "Tensor"]:
+def inputs_of(loaded: Loaded, conversations: list[Conversation]) -> "BatchFeature":
     """Inputs of the model, one row per conversation, padded on the left.
 
     Raises: CommandError for a chat template that cannot be used, and for texts and images that the processor refuses.
@@ -149,7 +150,7 @@ def _streamer(tokenizer: Any, show: Callable[[str], None]) -> Any:
 
 
 def answer(
-    loaded: Loaded, inputs: dict[str, "Tensor"], options: dict[str, Any], show: Callable[[str], None], **more: Any
+    loaded: Loaded, inputs: "Mapping[str, Tensor]", options: dict[str, Any], show: Callable[[str], None], **more: Any
 ) -> tuple[Answer, "Tensor"]:
     """The answer to one row of inputs, and the ids of the prompt and of it. ``show`` gets the text as it comes;
     ``more`` are arguments of ``generate``, such as a KV cache.

@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qvl_model.cli import answers, models
@@ -72,7 +73,7 @@ class Chat:
         self.conversation.reply(found.text)
         return found
 
-    def _generate(self, inputs: dict[str, "Tensor"]) -> tuple[answers.Answer, "Tensor"]:
+    def _generate(self, inputs: "Mapping[str, Tensor]") -> tuple[answers.Answer, "Tensor"]:
         from transformers import DynamicCache
 
         from qvl_model.compat import CACHE
@@ -83,7 +84,7 @@ class Chat:
             if surplus:
                 self._cache.crop(-surplus)
             # The images are in the cache; their positions stay with the model.
-            given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+            given: Mapping[str, Tensor] = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         else:
             self._cache, given = DynamicCache(config=self.loaded.model.config), inputs
         stop = _Interrupted()
