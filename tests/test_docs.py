@@ -325,6 +325,7 @@ INTERNAL = {
     f"dtype code must be 0 (fp32), 1 (bf16) or 2 (fp16), got {GAP}",
     f"format must be 0 (dense), 1 (int8) or 2 (int4), got {GAP}",
     "weight must be int8 or int4",
+    f"module {GAP} has no attribute {GAP}",
     "decoder_layers: every layer needs an output and a cache",
 }
 

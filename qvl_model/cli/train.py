@@ -20,7 +20,7 @@ def add(commands: "argparse._SubParsersAction") -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.keys:
-        from qvl_model.training.config import describe_keys
+        from qvl_model.training import describe_keys
 
         print(describe_keys())
         return 0
@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         from qvl_model import training
+        from qvl_model.training import run as _  # noqa: F401
     except ImportError as error:  # packages that the Trainer needs
         raise CommandError(f"training needs more packages: pip install 'qvl[train]' ({one_line(error)})") from error
     try:
@@ -40,6 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     except (training.ConfigError, training.DataError) as error:
         raise CommandError(str(error)) from error
+    except training.Diverged as error:
+        print(f"qvl: {error}", file=sys.stderr)
+        return 1
+    except training.Stopped as error:
+        print(f"qvl: {error}", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("\nqvl: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -14,13 +14,18 @@ trainer = training.Trainer(
 trainer.train()
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from qvl_model.training.checkpoints import last_complete, read_log
 from qvl_model.training.config import ConfigError, TrainConfig, describe_keys
 from qvl_model.training.data import DataError, DatasetRows, JsonlRows, Rows, Skipped, open_rows
 from qvl_model.training.encode import Collator, Encoder, pad
 from qvl_model.training.rows import BadRow, Conversation, load_image, parse
-from qvl_model.training.run import TrainResult, build_arguments, load_model, train
-from qvl_model.training.trainer import CapacityCallback, LogCallback, Trainer, decayed
+
+if TYPE_CHECKING:
+    from qvl_model.training.run import Stopped, TrainResult, build_arguments, load_model, train
+    from qvl_model.training.trainer import CapacityCallback, Diverged, LogCallback, Trainer, decayed
 
 __all__ = [
     "BadRow",
@@ -30,11 +35,13 @@ __all__ = [
     "Conversation",
     "DataError",
     "DatasetRows",
+    "Diverged",
     "Encoder",
     "JsonlRows",
     "LogCallback",
     "Rows",
     "Skipped",
+    "Stopped",
     "TrainConfig",
     "TrainResult",
     "Trainer",
@@ -50,3 +57,15 @@ __all__ = [
     "read_log",
     "train",
 ]
+
+# What needs the packages of qvl[train] is imported when it is asked for.
+_LATER = {
+    **dict.fromkeys(("Stopped", "TrainResult", "build_arguments", "load_model", "train"), "run"),
+    **dict.fromkeys(("CapacityCallback", "Diverged", "LogCallback", "Trainer", "decayed"), "trainer"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -10,10 +11,19 @@ from typing import Any
 
 from qvl_model.training.config import ConfigError
 
-__all__ = ["RunRecord", "last_complete", "locked", "read_log", "truncate_log"]
+__all__ = [
+    "RunRecord",
+    "finished_steps",
+    "last_complete",
+    "locked",
+    "read_log",
+    "truncate_log",
+    "write_finished",
+]
 
 RECORD = "run.json"
 LOG = "log.jsonl"
+FINISHED = "finished.json"
 STATE = "trainer_state.json"  # the file that the Trainer writes last
 _FREE = ("workers",)  # keys of "run" that may change between the runs
 
@@ -58,13 +68,14 @@ def locked(directory: Path) -> Iterator[None]:
 class RunRecord:
     """The settings that the loss curve depends on, in run.json; a run is resumed with equal ones only."""
 
-    def __init__(self, config: dict, fingerprints: Mapping[str, str | None], ranks: int) -> None:
+    def __init__(self, config: dict, fingerprints: Mapping[str, str | None], ranks: int, checkpoint: Path) -> None:
         run = {key: value for key, value in config["run"].items() if key not in _FREE}
         data = {
             key: value for key, value in config["data"].items() if key not in ("train", "validation", "images")
         }  # files may move
+        self._path = config["model"]["path"]
         self.values = {
-            "model": config["model"],
+            "model": {**config["model"], "path": _identity(checkpoint)},
             "data": data,
             "optimizer": config["optimizer"],
             "run": run,
@@ -85,12 +96,37 @@ class RunRecord:
                 f"{directory} has checkpoints and no readable {RECORD}; give another output.directory"
             ) from error
         now = json.loads(json.dumps(self.values))
+        if before.get("model", {}).get("path") == self._path:  # as older versions wrote it
+            before["model"]["path"] = now["model"]["path"]
         changed = [f"{key} ({was!r} then, {new!r} now)" for key, was, new in _differences(before, now)]
         if changed:
             raise ConfigError(
                 f"{directory} has checkpoints of another run: {'; '.join(changed)}. Change these back to resume it, "
                 f"or give another output.directory"
             )
+
+
+def _identity(checkpoint: Path) -> str:
+    """What a checkpoint is, wherever it lies: its architecture, and names, shapes and size of its tensors."""
+    digest = hashlib.sha256((checkpoint / "config.json").read_bytes())
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with open(file, "rb") as stream:
+            digest.update(stream.read(int.from_bytes(stream.read(8), "little")))
+        digest.update(str(file.stat().st_size).encode())
+    return digest.hexdigest()[:16]
+
+
+def finished_steps(directory: Path) -> int | None:
+    """Steps of a run that has written its final model; None for others."""
+    try:
+        return int(json.loads((directory / FINISHED).read_text())["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_finished(directory: Path, steps: int) -> None:
+    """Notes that the run has written its final model."""
+    (directory / FINISHED).write_text(json.dumps({"steps": steps}) + "\n")
 
 
 def _differences(before: dict, now: dict, group: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -19,13 +19,13 @@ from qvl_model import capacity
 from qvl_model.accelerate import accelerate
 from qvl_model.checkpoint_files import load_config, one_line
 from qvl_model.compat import CHECKPOINTING
-from qvl_model.training.checkpoints import RunRecord, last_complete, locked
+from qvl_model.training.checkpoints import RunRecord, finished_steps, last_complete, locked, write_finished
 from qvl_model.training.config import ConfigError, TrainConfig
 from qvl_model.training.data import Rows, open_rows
 from qvl_model.training.encode import Collator, Encoder
-from qvl_model.training.trainer import CapacityCallback, LogCallback, Trainer
+from qvl_model.training.trainer import CapacityCallback, CheckpointOnSignal, LogCallback, Trainer
 
-__all__ = ["TrainResult", "build_arguments", "load_model", "train"]
+__all__ = ["Stopped", "TrainResult", "build_arguments", "load_model", "train"]
 
 FINAL = "final"
 # Files of a processor, copied unchanged beside the trained weights.
@@ -43,6 +43,10 @@ PROCESSOR_FILES = (
     "video_preprocessor_config.json",
     "vocab.json",
 )
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; its checkpoint is written."""
 
 
 @dataclass
@@ -136,6 +140,18 @@ def _set_dropout(settings: Any, config: TrainConfig) -> None:
             setattr(part, name, value)
 
 
+def _device_and_precision(config: TrainConfig) -> tuple[bool, str]:
+    """(whether it trains on GPUs, precision). Raises: ConfigError for what is not available here."""
+    run = config.run
+    cuda = torch.cuda.is_available() and run.device != "cpu"
+    if run.device == "cuda" and not cuda:
+        raise ConfigError("run.device is cuda, and PyTorch finds no GPU; use auto or cpu")
+    precision = ("fp16" if cuda else "bf16") if run.precision == "auto" else run.precision
+    if precision == "fp16" and not cuda:
+        raise ConfigError("run.precision fp16 needs a GPU; on a CPU use bf16 (or auto, which chooses)")
+    return cuda, precision
+
+
 def build_arguments(
     config: TrainConfig, model: PreTrainedModel, *, images_in_every_row: bool = True
 ) -> TrainingArguments:
@@ -146,12 +162,7 @@ def build_arguments(
     Raises: ConfigError for a precision, device or sharding that is not available here.
     """
     run, optimizer, output = config.run, config.optimizer, config.output
-    cuda = torch.cuda.is_available() and run.device != "cpu"
-    if run.device == "cuda" and not cuda:
-        raise ConfigError("run.device is cuda, and PyTorch finds no GPU; use auto or cpu")
-    precision = ("fp16" if cuda else "bf16") if run.precision == "auto" else run.precision
-    if precision == "fp16" and not cuda:
-        raise ConfigError("run.precision fp16 needs a GPU; on a CPU use bf16 (or auto, which chooses)")
+    cuda, precision = _device_and_precision(config)
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     options: dict[str, Any] = {CHECKPOINTING: run.gradient_checkpointing}
     if run.gradient_checkpointing:
@@ -211,16 +222,17 @@ def build_arguments(
     )
 
 
-def _rows(key: str, config: TrainConfig, encoder: Encoder, main: bool) -> Rows:
-    """The rows of data.train or data.validation; the main rank reports skipped rows."""
+def _rows(key: str, config: TrainConfig, encoder: Encoder) -> Rows:
+    """The rows of data.train or data.validation."""
     source = open_rows(getattr(config.data, key), images=config.data.images, split=config.data.split)
-    rows = Rows(source, encoder, columns=config.data.columns, decode=config.data.decode)
-    if main:
-        print(rows.skipped, file=sys.stderr)
-        if rows.skipped.rows:
-            report = Path(config.output.directory) / f"skipped-{key}.txt"
-            report.write_text("".join(f"line {line}: {reason}\n" for line, reason in rows.skipped.rows))
-    return rows
+    return Rows(source, encoder, columns=config.data.columns, decode=config.data.decode)
+
+
+def _report(rows: Rows, file: Path) -> None:
+    """Says which rows are skipped, and why."""
+    print(rows.skipped, file=sys.stderr)
+    if rows.skipped.rows:
+        file.write_text("".join(f"line {line}: {reason}\n" for line, reason in rows.skipped.rows))
 
 
 def _tensorboard(config: TrainConfig, main: bool, step: int) -> list:
@@ -252,45 +264,61 @@ def train(config: TrainConfig) -> TrainResult:
     Under torchrun every rank calls this. Bad rows are reported on stderr and in ``skipped-*.txt``, losses in
     ``log.jsonl``.
 
+    A run that is finished stays as it is. SIGTERM writes a checkpoint first.
+
     Returns: where the trained model is, and what was skipped.
     Raises: ConfigError and DataError (both ValueError) before the first step, for configurations and data that
-        cannot be trained; capacity.CapacityError if the model loses capacity during training.
+        cannot be trained, most of them before the output directory is made; capacity.CapacityError if the model loses
+        capacity during training; Diverged if the loss is no longer finite; Stopped after SIGTERM; OSError for a full
+        disk. Each of these leaves the last checkpoint as it was, and the same call goes on from it.
     Example:
         >>> result = train(TrainConfig.from_yaml("train.yaml"))
         >>> model = Qwen3VLForConditionalGeneration.from_pretrained(result.directory)
     """
-    main, directory = int(os.environ.get("RANK", 0)) == 0, Path(config.output.directory)
-    path = _checkpoint_of(config)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output.directory: {directory} cannot be made: {error}") from error
-    with locked(directory) if main else contextlib.nullcontext():
-        return _train(config, path, directory, main)
-
-
-def _train(config: TrainConfig, path: Path, directory: Path, main: bool) -> TrainResult:
     from qvl_model.processing import load_processor
 
+    main, directory = int(os.environ.get("RANK", 0)) == 0, Path(config.output.directory)
+    path = _checkpoint_of(config)
+    _device_and_precision(config)
     try:
         processor = load_processor(path)
         settings = load_config(path)
         encoder = Encoder(processor, config.data.max_length, getattr(settings, "max_num_images", None))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: config or processor of {path} cannot be loaded: {one_line(error)}") from error
-    rows = _rows("train", config, encoder, main)
-    validation = _rows("validation", config, encoder, main) if config.data.validation is not None else None
-    mixed = 0 < len(rows.without_images) < len(rows)
+    rows = {
+        key: _rows(key, config, encoder) for key in ("train", "validation") if getattr(config.data, key) is not None
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output.directory: {directory} cannot be made: {error}") from error
+    with locked(directory) if main else contextlib.nullcontext():
+        if main:
+            for key, found in rows.items():
+                _report(found, directory / f"skipped-{key}.txt")
+        return _train(config, path, directory, main, processor, rows)
 
+
+def _train(
+    config: TrainConfig, path: Path, directory: Path, main: bool, processor: Any, found: dict[str, Rows]
+) -> TrainResult:
+    rows, validation = found["train"], found.get("validation")
+    mixed = 0 < len(rows.without_images) < len(rows)
     checkpoint, incomplete = last_complete(directory)
     fingerprints = {
         "train": rows.source.fingerprint,
         "validation": validation.source.fingerprint if validation else None,
     }
-    record = RunRecord(config.to_dict(), fingerprints, int(os.environ.get("WORLD_SIZE", 1)))
+    record = RunRecord(config.to_dict(), fingerprints, int(os.environ.get("WORLD_SIZE", 1)), path)
     if checkpoint is not None:
         record.check(directory)
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+    done = finished_steps(directory)
+    if done is not None and (checkpoint is None or step >= done) and (directory / FINAL / "config.json").is_file():
+        if main:
+            print(f"{directory} is finished; nothing is changed", file=sys.stderr)
+        return TrainResult(directory / FINAL, done, done, len(rows.skipped.rows))
     if main:
         for broken in incomplete:
             print(f"{broken} was not written to its end, it is left out", file=sys.stderr)
@@ -315,12 +343,18 @@ def _train(config: TrainConfig, path: Path, directory: Path, main: bool) -> Trai
         record.write(directory)
     trainer.add_callback(_ProcessorCallback(path))
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        with CheckpointOnSignal() as stop:
+            trainer.add_callback(stop)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     except UnpicklingError as error:  # the Trainer loads tensors and numbers only
         raise ConfigError(
             f"{checkpoint} holds files that are damaged, or more than data; delete it to go on from the one before"
         ) from error
+    if stop.asked:
+        raise Stopped(f"stopped after step {trainer.state.global_step}; the same command goes on from there")
     _save_final(trainer, path, directory / FINAL, dtype)
+    if main:
+        write_finished(directory, trainer.state.global_step)
     return TrainResult(directory / FINAL, trainer.state.global_step, step, len(rows.skipped.rows))
 
 

@@ -87,6 +87,7 @@ def _fp16(monkeypatch, scaler: Scaler) -> None:
             assert self.accelerator.mixed_precision == "fp16"
             self.accelerator.scaler, self.accelerator.native_amp = scaler, True  # as accelerate sets them on a GPU
 
+    monkeypatch.setattr(training_run, "_device_and_precision", lambda config: (True, "fp16"))
     monkeypatch.setattr(training_run, "build_arguments", arguments)
     monkeypatch.setattr(training_run, "Trainer", Scaling)
 
