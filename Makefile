@@ -36,10 +36,10 @@ bench-kernels: setup
 	$(VENV)/bin/python -m bench.kernels $(ARGS)
 
 # On a machine with a GPU as it is: nothing is installed, and nothing is fetched; the extension is built where it is missing.
+bench-gpu: BEGAN := $(shell date +%s)
 bench-gpu:
 	@if $(PYTHON) -c 'import sys, torch, triton, transformers; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
-	then $(PYTHON) -c 'from qvl_kernels import dispatch; dispatch.extension()' 2>/dev/null || QVL_BUILD_JOBS=$$(nproc) $(PYTHON) setup.py -q build_ext --inplace; \
-	$(PYTHON) -m bench.gpu $(ARGS); else $(MAKE) setup && $(VENV)/bin/python -m bench.gpu $(ARGS); fi
+	then QVL_BENCH_START=$(BEGAN) $(PYTHON) -m bench.gpu $(ARGS); else $(MAKE) setup && $(VENV)/bin/python -m bench.gpu $(ARGS); fi
 
 audit: setup
 	$(VENV)/bin/python -m bench.compile_check $(ARGS)

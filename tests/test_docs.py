@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration as Stock
 
 import bench.__main__ as bench_command
+import bench.gpu.__main__ as bench_gpu_command
 import qvl_model
 from bench import docs
 from qvl_model import cli, digits
@@ -97,8 +98,10 @@ def test_options_exist(name, capsys):
         if command := re.match(r"qvl ([a-z]+)", line):
             used = set(re.findall(r"(?<=\s)--[a-z][a-z-]*", line))
             assert used <= _options(cli.main, [command[1]], capsys), f"{name}: {line}"
-        if arguments := re.search(r'make bench\b.*ARGS="([^"]*)"', line):
-            assert set(arguments[1].split()) <= _options(bench_command.main, [], capsys), f"{name}: {line}"
+        if found := re.search(r'make (bench-gpu|bench)\b.*ARGS="([^"]*)"', line):
+            main = {"bench": bench_command.main, "bench-gpu": bench_gpu_command.main}[found[1]]
+            used = {word for word in found[2].split() if word.startswith("-")}
+            assert used <= _options(main, [], capsys), f"{name}: {line}"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -95,6 +95,12 @@ def problems(result: dict) -> list[str]:
     lines = [f"{name}: {case['error']}" for name, case in result["cases"].items() if "error" in case]
     for name, value in _measured(result).items():
         lines += [f"{name}: without {baseline} ({why})" for baseline, why in value.get("unavailable", {}).items()]
+    for name, case in result["cases"].items():
+        if "value" in case and case.get("commit", result["commit"]) != result["commit"]:
+            lines.append(f"{name}: measured at commit {case['commit']}")
+    tests = result["cases"].get("GPU tests", {}).get("value", {})
+    if isinstance(tests.get("failures"), dict):
+        lines += [f"{test}: failed" for test in tests["failures"]]
     return lines
 
 

@@ -7,14 +7,15 @@ from collections.abc import Callable
 
 import torch
 
-from bench.timing import summary
+from bench.timing import median, summary
 
 __all__ = ["compare", "peak_bytes", "synchronize", "wall_seconds"]
 
-# Larger than any L2 cache: inputs come from memory, as in a model. The flush is long enough (0.3 ms on an H100) for the
-# host to launch all that is timed next, so device time is measured.
+# Larger than any L2 cache: inputs come from memory, as in a model.
 FLUSH_BYTES = 1 << 30
 FLUSH_BYTES_CPU = 1 << 20
+MARGIN = 2.0  # of a sleep over the launch that it covers
+MOST_HERTZ = 2.2e9  # of the clock that sleeps are counted in: no GPU's is faster
 
 
 def synchronize(device: torch.device) -> None:
@@ -35,35 +36,59 @@ def compare(
     functions: dict[str, Callable[[], object]], device: torch.device, *, seconds: float = 0.4, most: int = 50
 ) -> dict[str, dict]:
     """Milliseconds of each function: medians and ranges of interleaved rounds, each call after a flush of the L2 cache.
+    "host_us" is the median time in microseconds that the host needed to launch it.
 
+    On a GPU the device sleeps before each call for longer than the host needs to launch it, so device time is measured.
     ``seconds`` bounds the time of all rounds together, ``most`` their number; five are always done.
     """
     for function in functions.values():
         for _ in range(2):
             function()
     once = sum(wall_seconds(function, device) for function in functions.values())
+    cycles = {name: _sleep_cycles(function, device) for name, function in functions.items()}
     rounds = min(most, max(5, int(seconds / max(once, 1e-6))))
     flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else FLUSH_BYTES_CPU, dtype=torch.uint8, device=device)
-    names, times = list(functions), {name: [] for name in functions}
+    names, times, host = list(functions), {name: [] for name in functions}, {name: [] for name in functions}
     for index in range(rounds):
         order = names[index % len(names) :] + names[: index % len(names)]
         for name in order:
             flush.zero_()
-            times[name].append(_once(functions[name], device))
+            if cycles[name]:
+                torch.cuda._sleep(cycles[name])
+            reading, launched = _once(functions[name], device)
+            times[name].append(reading)
+            host[name].append(launched)
     synchronize(device)
-    return {name: summary([reading() for reading in readings]) for name, readings in times.items()}
+    return {
+        name: {**summary([reading() for reading in readings]), "host_us": round(1e6 * median(host[name]), 1)}
+        for name, readings in times.items()
+    }
 
 
-def _once(function: Callable[[], object], device: torch.device) -> Callable[[], float]:
-    """Runs it and returns how to read its milliseconds once the device has finished."""
+def _sleep_cycles(function: Callable[[], object], device: torch.device) -> int:
+    """Clock cycles of the device that outlast the launch of a call."""
     if device.type != "cuda":
-        elapsed = 1e3 * wall_seconds(function, device)
-        return lambda: elapsed
+        return 0
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    launched = time.perf_counter() - start
+    synchronize(device)
+    return int(MARGIN * launched * MOST_HERTZ)
+
+
+def _once(function: Callable[[], object], device: torch.device) -> tuple[Callable[[], float], float]:
+    """Runs it; how to read its milliseconds once the device has finished, and the seconds that the host needed."""
+    if device.type != "cuda":
+        elapsed = wall_seconds(function, device)
+        return lambda: 1e3 * elapsed, elapsed
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
+    begun = time.perf_counter()
     function()
+    launched = time.perf_counter() - begun
     end.record()
-    return lambda: start.elapsed_time(end)
+    return lambda: start.elapsed_time(end), launched
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:

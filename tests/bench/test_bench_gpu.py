@@ -13,6 +13,7 @@ import torch
 from bench.gpu import __main__ as command
 from bench.gpu import kernels as gpu_kernels
 from bench.gpu import models as gpu_models
+from bench.gpu import plan, results, suite
 from bench.gpu import report as gpu_report
 from bench.gpu.targets import BANDWIDTH_KERNELS, TARGETS, bandwidth_share, speed
 from bench.gpu.timing import compare, peak_bytes
@@ -157,8 +158,8 @@ def test_without_a_gpu_cases_are_built(capsys, monkeypatch):
         and "no GPU: 3 of 3 cases built" in out
     )
     broken = [
-        command.Entry("broken", 1.0, lambda: {}, lambda: 1 // 0),
-        command.Entry("elsewhere", 1.0, lambda: {}, lambda: 1 // 0, "no_such_module"),
+        plan.Entry("broken", 1.0, lambda: {}, lambda: 1 // 0),
+        plan.Entry("elsewhere", 1.0, lambda: {}, lambda: 1 // 0, "no_such_module"),
     ]
     monkeypatch.setattr(command, "ENTRIES", broken)
     assert command.main([]) == 1
@@ -168,74 +169,226 @@ def test_without_a_gpu_cases_are_built(capsys, monkeypatch):
         and "no GPU: 0 of 1 cases built" in out
         and "elsewhere: left out, no_such_module is not installed" in out
     )
+    with pytest.raises(SystemExit):  # names are exact
+        command.main(["--case", "brok"])
+    assert "no case is called 'brok'" in capsys.readouterr().err
 
 
-def test_a_run_writes_after_every_case_and_survives_bad_ones(tmp_path, monkeypatch, capsys):
+def test_the_order_begins_with_what_was_never_measured():
+    names = [entry.name for entry in plan.ENTRIES]
+    assert names[0] == "copy" and names[-1] == "GPU tests" and len(set(names)) == len(names)
+    order = ["copy", "attention 16k", "linear_cross_entropy", "cross_attention", "generate", "memory stock"]
+    order += ["train stock", "decode 32", "decode int8", "swiglu", "GPU tests"]
+    assert [name for name in names if name in order] == order
+
+
+TIMES = {
+    "forward": {"ours": _times(1.0), "eager": _times(3.0)},
+    "bytes": 2e9,
+    "flops": 0.0,
+    "errors": {"ours": 0.001, "eager": 0.001},
+}
+
+
+def _passing(**outcomes):
+    found = {"a": "passed", **outcomes}
+    return suite.merged(None, {"outcomes": found, "failures": {}, "tests": len(found), "crashed": []})
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A GPU that is not there: run(entries, *arguments) -> (status, rows of its result file)."""
+
+    def run(entries, *arguments):
+        monkeypatch.setattr(command, "ENTRIES", entries)
+        status = command.main(["--output", str(tmp_path), *arguments])
+        return status, json.loads((tmp_path / "test-gpu-80gb.json").read_text())["cases"]
+
+    monkeypatch.setattr(command, "probe", lambda: {**_result()["gpu"], "driver": "580.1"})
+    monkeypatch.setattr(command, "_build_extension", lambda: {"built": False})
+    return run
+
+
+def test_a_run_writes_after_every_case_and_survives_bad_ones(tmp_path, machine, capsys):
     def last():
         """Reads the file that the earlier cases wrote."""
         return {"seen": sorted(json.loads((tmp_path / "test-gpu-80gb.json").read_text())["cases"])}
 
-    times = {
-        "forward": {"ours": _times(1.0), "eager": _times(3.0)},
-        "bytes": 2e9,
-        "flops": 0.0,
-        "errors": {"ours": 0.001, "eager": 0.001},
-    }
     entries = [
-        command.Entry("copy", 20.0, lambda: {"gb_s": 2500.0, "milliseconds": _times(1.0)}, dict),
-        command.Entry("swiglu", 20.0, lambda: times, dict, compile=lambda: (tmp_path / "compiled").touch()),
-        command.Entry("elsewhere", 20.0, dict, dict, "no_such_module"),
-        command.Entry("hangs", 0.5, lambda: time.sleep(60), dict),
-        command.Entry("fails", 20.0, lambda: 1 // 0, dict),
-        command.Entry(
-            "GPU tests",
-            20.0,
-            lambda: {"passed": 5, "failed": 1, "skipped": 0, "failures": [], "crashed": []},
-            dict,
-            early=True,
-        ),
-        command.Entry("last", 20.0, last, dict),
+        plan.Entry("copy", 20.0, lambda: {"gb_s": 2500.0, "milliseconds": _times(1.0)}, dict),
+        plan.Entry("swiglu", 20.0, lambda: TIMES, dict, compile=lambda: (tmp_path / "compiled").touch()),
+        plan.Entry("elsewhere", 20.0, dict, dict, "no_such_module"),
+        plan.Entry("hangs", 0.5, lambda: time.sleep(60), dict),
+        plan.Entry("fails", 20.0, lambda: 1 // 0, dict),
+        plan.Entry("last", 20.0, last, dict),
+        plan.Entry("GPU tests", 20.0, lambda: {**_passing(), "failed": 1}, dict),
     ]
-    monkeypatch.setattr(command, "ENTRIES", entries)
-    monkeypatch.setattr(command, "probe", lambda: _result()["gpu"])
-    assert command.main(["--output", str(tmp_path)]) == 1  # a GPU test failed
-    cases = json.loads((tmp_path / "test-gpu-80gb.json").read_text())["cases"]
-    assert cases["last"]["value"]["seen"] == sorted(entry.name for entry in entries[:-1])
+    status, cases = machine(entries)
+    assert status == 1  # a GPU test failed
+    assert cases["last"]["value"]["seen"] == sorted(entry.name for entry in entries[:-2])
     assert "longer than" in cases["hangs"]["error"] and "not installed" in cases["elsewhere"]["error"]
-    assert next(iter(cases)) == "GPU tests" and (tmp_path / "compiled").exists()
+    assert list(cases)[-1] == "GPU tests" and (tmp_path / "compiled").exists()
     assert (tmp_path / "test-gpu-80gb.png").stat().st_size > 1000
     out = capsys.readouterr().out
     assert (
-        "5 passed, 1 failed" in out
+        "1 passed, 1 failed" in out
         and "80 % of copy" in out
         and "eager 3.00×" in out
         and "fails: ZeroDivisionError" in out
     )
-    assert command.main(["--output", str(tmp_path), "--minutes", "0"]) == 0
-    cases = json.loads((tmp_path / "test-gpu-80gb.json").read_text())["cases"]
-    assert all("left out" in case["error"] for case in cases.values())
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert {line["case"] for line in lines} == set(cases) and all("key" in line for line in lines)
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_runs_are_merged(tmp_path, machine, monkeypatch, capsys):
+    """What was measured is not measured again; what the time did not allow comes in the next run."""
+    ran = tmp_path / "ran"
+    entries = [
+        plan.Entry(name, 20.0, lambda name=name: (ran.write_text(f"{ran.read_text()}{name} "), TIMES)[1], dict)
+        for name in ("layer_norm", "swiglu", "rms_norm")
+    ]
+    ran.write_text("")
+    _, cases = machine(entries, "--minutes", "0")
+    assert all("the time was up" in case["error"] for case in cases.values()) and ran.read_text() == ""
+    assert machine(entries, "--case", "swiglu")[0] == 0 and ran.read_text() == "swiglu "
+    _, cases = machine(entries)
+    assert ran.read_text() == "swiglu layer_norm rms_norm " and all("value" in case for case in cases.values())
+    assert all(0 <= case["seconds"] < 20 for case in cases.values())
+    capsys.readouterr()
+    machine(entries)
+    assert (
+        ran.read_text() == "swiglu layer_norm rms_norm "
+        and "3 of 3 cases are measured already" in capsys.readouterr().out
+    )
+    monkeypatch.setattr(results, "source_hash", lambda: "another")
+    machine(entries, "--minutes", "0")  # no value is lost to "the time was up"
+    status, cases = machine(entries, "--case", "layer_norm")
+    assert ran.read_text() == "swiglu layer_norm rms_norm layer_norm " and "value" in cases["swiglu"]
+    assert cases["layer_norm"]["key"]["source"] == "another" != cases["swiglu"]["key"]["source"]
+    machine(entries, "--fresh", "--case", "swiglu")
+    assert ran.read_text() == "swiglu layer_norm rms_norm layer_norm swiglu "
+    assert list(json.loads((tmp_path / "test-gpu-80gb.json").read_text())["cases"]) == ["swiglu"]
+
+
+def test_an_error_does_not_take_the_place_of_a_value(tmp_path, machine, monkeypatch):
+    assert "value" in machine([plan.Entry("layer_norm", 20.0, lambda: TIMES, dict)])[1]["layer_norm"]
+    monkeypatch.setattr(results, "source_hash", lambda: "another")
+    _, cases = machine([plan.Entry("layer_norm", 20.0, lambda: 1 // 0, dict)])
+    assert cases["layer_norm"]["value"] == TIMES and cases["layer_norm"]["key"]["source"] != "another"
+
+
+def test_rows_of_an_older_commit_are_named():
+    result = _result(copy={"gb_s": 2.0, "milliseconds": _times(1.0)})
+    assert not gpu_report.problems(result)
+    result["cases"]["copy"]["commit"] = "older"
+    assert gpu_report.problems(result) == ["copy: measured at commit older"]
+
+
+def test_the_plan(machine, capsys):
+    entries = [
+        plan.Entry("layer_norm", 20.0, lambda: TIMES, dict),
+        plan.Entry("swiglu", 30.0, lambda: TIMES, dict),
+        plan.Entry("elsewhere", 20.0, dict, dict, "no_such_module"),
+        plan.Entry("rms_norm", 40.0, lambda: TIMES, dict),
+    ]
+    machine(entries, "--case", "layer_norm")
+    capsys.readouterr()
+    machine(entries, "--dry-run", "--minutes", "0.4")
+    assert capsys.readouterr().out.splitlines() == [
+        "layer_norm: measured",
+        "swiglu: command 1, at most 30 s",
+        "elsewhere: left out, no_such_module is not installed",
+        "rms_norm: command 2, at most 40 s",
+        "2 of 4 cases to measure, in about 2 commands of 0.4 minutes",
+    ]
+
+
+def test_time_counts_from_the_start_of_make(monkeypatch):
+    monkeypatch.setenv(command.START, str(time.time() - 100))
+    assert command._start() == pytest.approx(time.monotonic() - 100, abs=2)
+    for odd in ("", "x", str(time.time() - 1e6), str(time.time() + 500)):
+        monkeypatch.setenv(command.START, odd)
+        assert command._start() == pytest.approx(time.monotonic(), abs=2)
+
+
+def test_the_source_hash_follows_what_rows_depend_on(tmp_path):
+    for name in ("qvl_kernels/a.py", "qvl_model/cli/b.py", "bench/gpu/c.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    before = results.source_hash(tmp_path)
+    (tmp_path / "qvl_model/cli/b.py").write_text("2")
+    assert results.source_hash(tmp_path) == before
+    (tmp_path / "qvl_kernels/a.py").write_text("2")
+    assert results.source_hash(tmp_path) != before
+
+
+def test_where_ours_fails_the_others_stay(monkeypatch):
+    import qvl_kernels
+
+    def broken(**_):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(qvl_kernels, "patch_embed", broken)
+    value = gpu_kernels.run(gpu_kernels._patch_embed(4, 32), CPU, seconds=1e-9)
+    assert value["unavailable"] == {"ours": "RuntimeError: no kernel"} and "conv3d" in value["forward"]
+    assert not any(item.value({"patch_embed": value}) for item in TARGETS)
+    assert gpu_report.problems(_result(patch_embed=value)) == ["patch embed: without ours (RuntimeError: no kernel)"]
+
+
+TESTS = (
+    "import pytest\n\n@pytest.mark.parametrize('i', range(7))\ndef test_i(i):\n    assert i != 3\n\n"
+    "def test_skipped():\n    pytest.skip('so')\n"
+)
 
 
 def test_gpu_tests_are_run_in_parts(tmp_path):
-    (tmp_path / "test_some.py").write_text(
-        "import pytest\n\n@pytest.mark.parametrize('i', range(7))\ndef test_i(i):\n    assert i != 3\n\n"
-        "def test_skipped():\n    pytest.skip('so')\n"
-    )
-    value = command.run_tests(".", root=tmp_path, jobs=2)
-    assert (value["passed"], value["failed"], value["skipped"], value["crashed"]) == (6, 1, 1, [])
-    assert value["not_run"] == 0 and len(value["failures"]) == 1 and "test_i[3]" in value["failures"][0]
+    (tmp_path / "test_some.py").write_text(TESTS)
+    whole = suite.merged(None, suite.run(".", root=tmp_path, jobs=2))
+    assert [whole[key] for key in ("passed", "failed", "skipped", "not_run", "crashed")] == [6, 1, 1, 0, []]
+    bad = "test_some.py::test_i[3]"
+    assert [*whole["failures"]] == [bad] and "assert 3 != 3" in whole["failures"][bad]
+    first = suite.merged(None, suite.run(".", root=tmp_path, jobs=1, part=(1, 2)))
+    assert first["not_run"] == 4 and len(first["outcomes"]) == 4
+    both = suite.merged(first, suite.run(".", root=tmp_path, jobs=1, part=(2, 2)))
+    assert both["outcomes"] == whole["outcomes"] and both["not_run"] == 0
+    (tmp_path / "test_some.py").write_text(TESTS.replace("i != 3", "i != 9"))
+    passed = [test for test, outcome in both["outcomes"].items() if outcome != "failed"]
+    again = suite.run(".", root=tmp_path, jobs=1, done=passed)
+    assert [*again["outcomes"]] == [bad]
+    assert suite.merged(both, again)["failures"] == {} and suite.merged(both, again)["passed"] == 7
     with pytest.raises(RuntimeError, match="no tests"):
-        command.run_tests("nothing", root=tmp_path)
+        suite.run("nothing", root=tmp_path)
 
 
 def test_gpu_tests_stop_in_time(tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import time\n\ndef test_quick():\n    pass\n\ndef test_slow():\n    time.sleep(60)\n"
     )
-    value = command.run_tests(".", root=tmp_path, jobs=1, seconds=6.0)
-    assert (
-        (value["failed"], value["crashed"]) == (0, []) and value["passed"] + value["not_run"] == 2 and value["not_run"]
-    )
+    value = suite.merged(None, suite.run(".", root=tmp_path, jobs=1, seconds=6.0))
+    assert (value["failed"], value["crashed"]) == (0, []) and value["passed"] + value["not_run"] == 2
+    assert value["not_run"]
+
+
+def test_tests_that_passed_are_not_run_again(tmp_path, machine, monkeypatch):
+    """Each part adds its outcomes to the row."""
+    asked = tmp_path / "asked"
+
+    def run(*, part, done, seconds):
+        asked.write_text(f"{asked.read_text()}{part} {done}\n")
+        outcomes = {"b": "passed"} if done else {"a": "passed"}
+        return {"outcomes": outcomes, "failures": {}, "tests": 2, "crashed": []}
+
+    asked.write_text("")
+    monkeypatch.setattr(suite, "run", run)
+    entries = [plan.Entry("GPU tests", 20.0, run, dict)]
+    for options in (["--tests", "1/2"], ["--tests", "2/2"], []):
+        status, cases = machine(entries, *options)
+    assert status == 0 and cases["GPU tests"]["value"]["passed"] == 2 and cases["GPU tests"]["value"]["not_run"] == 0
+    assert asked.read_text() == "(1, 2) []\n(2, 2) ['a']\n"
+    for odd in ("0/2", "3/2", "x", "1/"):
+        with pytest.raises(SystemExit):
+            machine(entries, "--tests", odd)
 
 
 def test_targets_follow_from_what_was_measured():
