@@ -14,7 +14,9 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-__all__ = ["load_config", "load_tokenizer", "one_line"]
+from qvl_model.config_check import check_config, check_parts
+
+__all__ = ["load_config", "load_tokenizer", "one_line", "read_mapping"]
 
 MODEL_TYPES = ("qwen3_vl", "qvl")
 _ANY = (
@@ -36,7 +38,7 @@ def load_config(path: str | os.PathLike) -> PreTrainedConfig:
         'qwen3_vl'
     """
     file = Path(path) / "config.json"
-    values = _mapping(file)
+    values = read_mapping(file)
     model_type = values.get("model_type")
     if model_type not in MODEL_TYPES:
         needs = (
@@ -47,8 +49,10 @@ def load_config(path: str | os.PathLike) -> PreTrainedConfig:
         )
         raise ValueError(f"{path} is a {model_type} model; qvl runs {' and '.join(MODEL_TYPES)}.{needs}")
     try:
+        check_parts(values)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except _ANY as error:
+        check_config(config)
+    except (*_ANY, ValueError, OverflowError) as error:
         raise ValueError(f"{file} does not fit a {model_type} model: {one_line(error)}") from error
     attention = config._attn_implementation
     if attention is not None and "/" in attention:
@@ -67,7 +71,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     have to run.
     """
     for file in (Path(path) / "tokenizer_config.json", Path(path) / "config.json"):
-        name = _mapping(file).get("tokenizer_class") if file.is_file() else None
+        name = read_mapping(file).get("tokenizer_class") if file.is_file() else None
         if isinstance(name, str):
             _check_tokenizer_class(file, name)
     try:
@@ -94,7 +98,8 @@ def _check_tokenizer_class(file: Path, name: str) -> None:
             raise ValueError(f"{file} names the tokenizer_class {name}, which is no tokenizer that can be loaded here")
 
 
-def _mapping(file: Path) -> dict:
+def read_mapping(file: Path) -> dict:
+    """A JSON file that holds a mapping. Raises: OSError for no file, ValueError for another one."""
     try:
         values = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:

@@ -100,7 +100,7 @@ def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
         import torch
 
         torch.manual_seed(arguments.seed)
-    return {"max_new_tokens": arguments.max_new_tokens, **chosen}
+    return {"max_new_tokens": arguments.max_new_tokens, "num_beams": 1, **chosen}
 
 
 def inputs_of(loaded: Loaded, conversations: list[Conversation]) -> "BatchFeature":
@@ -125,8 +125,8 @@ def inputs_of(loaded: Loaded, conversations: list[Conversation]) -> "BatchFeatur
     padding = {"padding": True, "padding_side": "left"} if len(conversations) > 1 else {}
     try:
         return processor(images=images or None, text=prompts, return_tensors="pt", **padding)
-    except (ValueError, TypeError) as error:
-        raise CommandError(one_line(error)) from error
+    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+        raise CommandError(f"the processor of {loaded.path} refuses the input: {one_line(error)}") from error
 
 
 def _streamer(tokenizer: Any, show: Callable[[str], None]) -> Any:

@@ -1,7 +1,11 @@
 """Models as commands name them: a directory, one that ships, or one of the Hugging Face hub; and loading them."""
 
 import argparse
+import contextlib
 import re
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +19,7 @@ __all__ = ["Loaded", "add_model", "checkpoint_of", "config_of", "load", "quiet",
 RANDOM_KEY = "qvl_random_weights"  # set in the config of checkpoints that were never trained
 HELP = "checkpoint directory, a name on the Hugging Face hub, or a model that ships: digits, qvl-tiny"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+TEMPLATE_SECONDS = 5.0  # to render one question
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # of a repository on the hub
 
 
@@ -132,6 +137,50 @@ def _check_files(checkpoint: Path) -> None:
             raise CommandError(f"{file} is a download that has not ended; finish it, or remove the file")
 
 
+def _check_template(checkpoint: Path, processor: Any) -> None:
+    """Raises: CommandError for a chat template that cannot render a question, takes for ever, or multiplies texts,
+    which fills the memory in one step.
+    """
+    from jinja2 import Environment, TemplateError, nodes
+
+    from qvl_model.checkpoint_files import one_line
+
+    reason = f"the chat template of {checkpoint} cannot be used: "
+    try:
+        templates = processor.chat_template
+        for text in templates.values() if isinstance(templates, dict) else [templates]:
+            text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)  # a tag of transformers' own
+            parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+            if next(parsed.find_all((nodes.Mul, nodes.Pow)), None) is not None:
+                raise CommandError(f"{reason}it multiplies, which may fill the memory")
+        with time_limit(TEMPLATE_SECONDS):
+            content = [{"type": "image"}, {"type": "text", "text": "x"}]
+            processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise CommandError(f"{reason}{one_line(error)}") from error
+    except TimeoutError as error:
+        raise CommandError(f"{reason}it takes more than {TEMPLATE_SECONDS:g} s") from error
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises: TimeoutError in the block after so many seconds; in the main thread only, where signals arrive."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def load(name: str | None, *, weights: str | None = None, stock: bool = False, threads: int | None = None) -> Loaded:
     """The model and processor that a command named, accelerated unless ``stock``.
 
@@ -140,7 +189,8 @@ def load(name: str | None, *, weights: str | None = None, stock: bool = False, t
     import torch
 
     from qvl_model import api, capacity
-    from qvl_model.checkpoint_files import one_line
+    from qvl_model.checkpoint_files import one_line, read_mapping
+    from qvl_model.config_check import check_generation
     from qvl_model.processing import load_processor
     from qvl_model.quantization.convert import is_quantized_checkpoint
 
@@ -158,6 +208,8 @@ def load(name: str | None, *, weights: str | None = None, stock: bool = False, t
             f"leave {option} out"
         )
     try:
+        if (file := checkpoint / "generation_config.json").exists():
+            read_mapping(file)  # transformers would take its defaults in the place of a broken one
         processor = load_processor(checkpoint)
     except reading_errors() as error:
         raise CommandError(f"{checkpoint} cannot be loaded: {one_line(error)}") from error
@@ -173,13 +225,18 @@ def load(name: str | None, *, weights: str | None = None, stock: bool = False, t
                 f"{checkpoint} {problem} {len(keys)} of the model's weights, such as {first}; save it again"
             )
     try:
+        check_generation(model.generation_config, config.get_text_config().vocab_size)
+    except ValueError as error:
+        raise CommandError(f"{checkpoint}/generation_config.json: {error}") from error
+    try:
         capacity.check_finite(model, checkpoint)
         if not stock:
             model = api.accelerate(model, weights=weights)
     except (ValueError, TypeError) as error:
         raise CommandError(one_line(error)) from error
-    if processor.chat_template is None:
+    if not processor.chat_template:
         raise CommandError(
             f"{checkpoint} has no chat template; put its chat_template.jinja or chat_template.json there"
         )
+    _check_template(checkpoint, processor)
     return Loaded(checkpoint, model.eval(), processor, bool(getattr(config, RANDOM_KEY, False)))

@@ -255,6 +255,7 @@ def _request(asked: schema.ChatRequest, conversation: Conversation, answer: _Ans
     elif asked.temperature is not None or asked.top_p is not None or asked.seed is not None:
         chosen = {"temperature": asked.temperature, "top_p": asked.top_p}
         options = {"do_sample": True, **{key: value for key, value in chosen.items() if value is not None}}
+    options["num_beams"] = 1  # of which a stream can be made
     return engine.Request(
         conversation, options, min(wanted, limits.max_tokens), answer.deliver, seed=asked.seed, stop=asked.stops
     )
