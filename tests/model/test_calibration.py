@@ -179,9 +179,7 @@ def test_a_saved_model_is_the_same_and_says_what_it_was_calibrated_with(tmp_path
     model = calibrated("small", "int4", injected("small"))
     model = qvl_model.accelerate(model)
     directory = tmp_path / "saved"
-    from qvl_model.quantization.checkpoint import save
-
-    save(model, directory)
+    model.save_pretrained(directory)
     section = json.loads((directory / "config.json").read_text())["quantization_config"]
     assert section["calibration"]["set"] == "own" and len(section["calibration"]["sha256"]) == 64
     loaded = qvl_model.Qwen3VLForConditionalGeneration.from_pretrained(directory)

@@ -152,7 +152,8 @@ def test_checkpoints(name, tmp_path, capsys):
 
 def _process(*arguments, **options):
     command = [sys.executable, "-m", "qvl_model.cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # where this process ignores it
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard, **options)
 
 
 def test_closed_pipes():

@@ -32,7 +32,11 @@ static Vec load(const f16* p) {
 // First n lanes from memory (nothing beyond is touched), zero in the rest.
 template <class T>
 static Vec load_n(const T* p, int64_t n) {
-  return from_lanes([&](int i) { return i < n ? to_float(p[i]) : 0.0f; });
+  return from_lanes([&](int i) {
+    T element{};  // pairs of bf16 that move as floats lie at any two bytes
+    if (i < n) std::memcpy(&element, p + i, sizeof(T));
+    return to_float(element);
+  });
 }
 void store(float* p) const { std::memcpy(p, &v, sizeof(v)); }
 template <class T>
