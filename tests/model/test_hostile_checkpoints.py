@@ -266,6 +266,7 @@ def test_a_pickle_among_the_checkpoints_of_a_run_is_refused(tmp_path, marker, ca
     (tmp_path / "out" / "run.json").write_text(
         (tmp_path / "out" / "run.json").read_text().replace('"steps": 2', '"steps": 3')
     )
+    (tmp_path / "out" / "finished.json").unlink()  # as if it had been killed before its end
     settings["run"]["steps"] = 3
     (tmp_path / "train.yaml").write_text(json.dumps(settings))
     last = tmp_path / "out" / "checkpoint-2"
