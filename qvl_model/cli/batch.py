@@ -90,7 +90,6 @@ def run(arguments: argparse.Namespace) -> None:
     if not rows:
         print(f"{out}: all {len(done)} rows are answered already", file=sys.stderr)
         return
-    models.checkpoint_of(arguments.model)
     loaded = models.load(arguments.model, weights=arguments.weights, threads=arguments.threads)
     with _appended(out) as stream:
         answered = _answer(loaded, rows, arguments.batch, options, stream, skipped)

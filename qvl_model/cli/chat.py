@@ -137,7 +137,6 @@ class _Interrupted:
 def run(arguments: argparse.Namespace) -> None:
     options = answers.sampling_of(arguments)
     images = images_of(arguments.image)
-    models.checkpoint_of(arguments.model)
     loaded = models.load(arguments.model, weights=arguments.weights, threads=arguments.threads)
     _edit_lines()
     chat = Chat(loaded, options, arguments.system)

@@ -42,7 +42,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise CommandError("--stock runs the weights as they are stored; leave --weights out")
     options = answers.sampling_of(arguments)
     prompt = _prompt(arguments)
-    models.checkpoint_of(arguments.model)  # mistakes in names are told before PyTorch is imported
     images = images_of(arguments.image)
     loaded = models.load(arguments.model, weights=arguments.weights, stock=arguments.stock, threads=arguments.threads)
     inputs = answers.inputs_of(loaded, [answers.Conversation.of(prompt, images, arguments.system)])

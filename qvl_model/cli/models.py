@@ -32,16 +32,15 @@ class Loaded(NamedTuple):
     random: bool  # its weights were never trained
 
 
-def add_model(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which model answers, and how it runs."""
     parser.add_argument("--model", help=f"{HELP} (default: digits)")
-    if weights:
-        parser.add_argument(
-            "--weights",
-            choices=("int8", "int4"),
-            help="quantise the weights in memory; qvl quantize does it once and for all (default: as stored)",
-        )
-        parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each core)")
+    parser.add_argument(
+        "--weights",
+        choices=("int8", "int4"),
+        help="quantise the weights in memory; qvl quantize does it once and for all (default: as stored)",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each core)")
 
 
 def quiet() -> None:
@@ -186,6 +185,7 @@ def load(name: str | None, *, weights: str | None = None, stock: bool = False, t
 
     Raises: CommandError, also if a weight is missing or not finite.
     """
+    checkpoint = checkpoint_of(name)  # mistakes in names are told before PyTorch is imported
     import torch
 
     from qvl_model import api, capacity
@@ -198,7 +198,6 @@ def load(name: str | None, *, weights: str | None = None, stock: bool = False, t
         if threads < 1:
             raise CommandError(f"--threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
-    checkpoint = checkpoint_of(name)
     config = config_of(checkpoint)
     quiet()
     if is_quantized_checkpoint(checkpoint) and (stock or weights):

@@ -45,7 +45,6 @@ def run(arguments: argparse.Namespace) -> None:
     for option in ("rows", "queue", "max_tokens", "max_body", "max_pixels", "timeout"):
         if not getattr(arguments, option) > 0:
             raise CommandError(f"--{option.replace('_', '-')} must be above 0, got {getattr(arguments, option)}")
-    models.checkpoint_of(arguments.model)
     try:
         import uvicorn
 
