@@ -58,11 +58,6 @@ def check_config(config: PreTrainedConfig) -> None:
     kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
     if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
         raise ValueError(f"rope_parameters has the rope_type {kind!r}, which transformers does not know")
-    vocabulary = text.vocab_size
-    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
-        value = getattr(config, name, None)
-        if value is not None and not 0 <= value < vocabulary:
-            raise ValueError(f"{name} is {value}, outside the vocabulary of {vocabulary} tokens")
 
 
 def _parts(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:

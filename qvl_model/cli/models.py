@@ -212,6 +212,12 @@ def load(name: str | None, *, weights: str | None = None, stock: bool = False, t
         processor = load_processor(checkpoint)
     except reading_errors() as error:
         raise CommandError(f"{checkpoint} cannot be loaded: {one_line(error)}") from error
+    for kind in ("image", "video"):
+        theirs, ours = (getattr(of, f"{kind}_token_id", None) for of in (processor, config))
+        if theirs is not None and theirs != ours:
+            raise CommandError(
+                f"{checkpoint}/config.json: {kind}_token_id is {ours}, and its tokenizer writes {kind}s as {theirs}"
+            )
     model, info = read_weights(checkpoint)
     # transformers fills such weights with random numbers; the answer would be noise.
     for problem, keys in (
