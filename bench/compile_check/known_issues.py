@@ -62,7 +62,8 @@ _SPILLS_WITH_3_6 = [
     ("gemv_dot_kernel", "sm_80", "bf16", "8 bytes"),
     ("gemv_dot_kernel", "sm_80", "fp32", "240 bytes: int4 weights with fp32 activations"),
     ("gemv_fma_kernel", "sm_100", "bf16", "32 bytes"),
-    ("gemv_int4_kernel", "sm_100", "bf16", "24 bytes"),
+    ("gemv_int4_kernel", "sm_90", "bf16", "24 bytes: gate and up with zero-points"),
+    ("gemv_int4_kernel", "sm_90", "fp16", "24 bytes: gate and up with zero-points"),
 ]
 KNOWN_ISSUES = [
     KnownIssue(kernel, arch, dtype, "spill", f"tuned for Triton 3.9; with 3.6 {much}", triton="3.6")
