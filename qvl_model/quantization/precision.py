@@ -1,6 +1,6 @@
 """Which format each layer gets: by part or name pattern, and int8 for the most sensitive layers within a budget."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 __all__ = ["BUDGET", "by_pattern", "check_bits", "check_budget", "format_of", "int4_bits", "is_pattern", "mixed"]
@@ -78,25 +78,36 @@ def mixed(sizes: Mapping[str, int], low: float, bits: float, errors: Mapping[str
         sizes: elements of the weight of each layer, by name, in the order of the model.
         low: bits per int4 weight.
         errors: relative squared error of the outputs of each layer in int4, from calibration; the layers with the
-            largest gain per added bit are int8. None: v_proj, then the first and last layer, then down_proj from the
-            ends inwards.
+            largest gain per added bit are int8, gate and up together. None: v_proj, then the first and last
+            layer, then down_proj from the ends inwards.
     """
     left, chosen = (bits - low) * sum(sizes.values()), set()
-    for name in _by_error(sizes, errors) if errors is not None else _by_rule(list(sizes)):
-        cost = (INT8_BITS - low) * sizes[name]
+    units = _units(sizes)
+    for unit in _by_error(units, sizes, errors) if errors is not None else _by_rule(list(units)):
+        cost = (INT8_BITS - low) * sum(sizes[name] for name in units[unit])
         if cost <= left:
-            chosen.add(name)
+            chosen.update(units[unit])
             left -= cost
     return chosen
 
 
-def _by_error(sizes: Mapping[str, int], errors: Mapping[str, float]) -> list[str]:
+def _units(names: Iterable[str]) -> dict[str, list[str]]:
+    """The layers that get one format together, by the name of one: gate and up, which one kernel reads."""
+    units: dict[str, list[str]] = {}
+    for name in names:
+        before, gate, _ = name.partition("gate_proj")
+        units.setdefault(f"{before}up_proj" if gate else name, []).append(name)
+    return units
+
+
+def _by_error(units: Mapping[str, list[str]], sizes: Mapping[str, int], errors: Mapping[str, float]) -> list[str]:
     gains = {
-        name: _KINDS.get(name.rpartition(".")[2], 1.0) * errors[name] / max(1, size)
-        for name, size in sizes.items()
-        if name in errors
+        unit: sum(_KINDS.get(name.rpartition(".")[2], 1.0) * errors[name] for name in names)
+        / max(1, sum(sizes[name] for name in names))
+        for unit, names in units.items()
+        if all(name in errors for name in names)
     }
-    return sorted(gains, key=lambda name: -gains[name])
+    return sorted(gains, key=lambda unit: -gains[unit])
 
 
 def _by_rule(names: list[str]) -> list[str]:

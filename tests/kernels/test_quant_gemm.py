@@ -216,3 +216,35 @@ def test_vision_block_is_its_fake_quantised_composition(bits, options):
     )
     expected = middle + product(gelu, 3)
     assert torch.cosine_similarity((out - x).double().flatten(), (expected - wide).flatten(), dim=0) > 0.99999
+
+
+def test_layers_beside_one_that_mixes_gate_and_up_stay_one_call(monkeypatch):
+    from qvl_kernels.ops.decoder_layer import prepared
+
+    generator, dtype, time = _generator(), torch.float32, 5
+    stored = _decoder(dtype, generator)
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    uniform = stored._replace(**{name: _quantised(getattr(stored, name), "int4") for name in names})
+    mixed = uniform._replace(gate=_quantised(stored.gate, "int8"))
+    layers = [
+        QuantizedDecoderLayer(weights, num_heads=4, kv_heads=2, eps=1e-6, scale=32**-0.5)
+        for weights in (uniform, uniform, mixed, uniform, uniform, uniform)
+    ]
+    x, angles = random_tensor((1, time, 160), dtype, generator), torch.randn(1, time, 32, generator=generator)
+    cos, sin = angles.cos(), angles.sin()
+
+    def caches():
+        return [prepared.PreparedCache(*torch.zeros(2, 1, 2, time, 32, dtype=dtype)) for _ in layers]
+
+    counts, run = [], prepared.run_extension_layers
+    with torch.inference_mode():
+        expected = x
+        for layer, cache in zip(layers, caches()):
+            expected = layer(expected, cos, sin, cache.k_cache, cache.v_cache, past=0)
+        monkeypatch.setattr(
+            prepared, "run_extension_layers", lambda handles, *rest: counts.append(len(handles)) or run(handles, *rest)
+        )
+        outs = prepared.PreparedDecoderLayer.run(layers, x, cos, sin, caches(), past=0)
+        last = prepared.Run(layers, caches())(x, cos, sin, past=0, mask=None)
+    assert counts == [2, 3, 2, 3] and len(outs) == 6
+    assert torch.equal(outs[-1], expected) and torch.equal(last, expected)

@@ -126,3 +126,12 @@ def test_what_cannot_be(options, error, message):
     with pytest.raises(error, match=message):
         qvl_model.accelerate(model, **options)
     assert types == [type(module) for module in model.modules()]
+
+
+def test_gate_and_up_have_one_format():
+    sizes = {f"{i}.{kind}_proj": 10 for i in range(3) for kind in ("gate", "up", "down")}
+    errors = {name: 0.1 for name in sizes} | {"0.up_proj": 0.5, "1.gate_proj": 0.9, "1.up_proj": 0.0}
+    for weights in range(0, 91, 5):
+        chosen = precision.mixed(sizes, 4.25, 4.25 + 3.75 * weights / 90 + 1e-9, errors)
+        assert all((f"{i}.gate_proj" in chosen) == (f"{i}.up_proj" in chosen) for i in range(3))
+    assert precision.mixed(sizes, 4.25, 4.25 + 3.75 * 20 / 90 + 1e-9, errors) == {"1.gate_proj", "1.up_proj"}

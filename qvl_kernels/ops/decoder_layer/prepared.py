@@ -1,5 +1,6 @@
 """Layer and KV-cache handles, checked once: in decode, checks and dispatch cost as much as small layers."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -166,6 +167,12 @@ class PreparedDecoderLayer:
                     f"{len(caches)} caches"
                 )
             outs = []
+            parts = [] if eligible else _alike(layers, caches, x)
+            if len(parts) > 1:  # one layer that is not eligible does not keep the others from one call
+                for part, part_caches in parts:
+                    outs += PreparedDecoderLayer.run(part, x, cos, sin, part_caches, past=past, mask=mask)
+                    x = outs[-1]
+                return outs
             for layer, cache in zip(layers, caches):
                 x = (layer._run_unfused if eligible else layer._run_checked)(
                     x, cos, sin, cache.k_cache, cache.v_cache, past, mask
@@ -259,6 +266,17 @@ class Run:
             self._handles = [layer._handle() for layer in layers], [cache.extension for cache in caches]
         handles, cache_handles = self._handles
         return run_to_last(handles, x, cos, sin, cache_handles, past, mask, layers[0].num_heads)
+
+
+def _alike(
+    layers: list[PreparedDecoderLayer], caches: list[PreparedCache], x: torch.Tensor
+) -> list[tuple[list[PreparedDecoderLayer], list[PreparedCache]]]:
+    """(layers, caches) of consecutive layers that the extension all computes in one call, or that it does not."""
+    if type(x) is not torch.Tensor or not x.is_cpu or x.dim() != 3 or needs_dispatcher() or torch.jit.is_tracing():
+        return []
+    rows = x.shape[0] * x.shape[1]
+    groups = [list(group) for _, group in itertools.groupby(zip(layers, caches), lambda pair: pair[0]._one_call(rows))]
+    return [([layer for layer, _ in group], [cache for _, cache in group]) for group in groups]
 
 
 def _storage(x: torch.Tensor) -> int:
