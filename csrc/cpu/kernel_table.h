@@ -257,7 +257,7 @@ constexpr int64_t kGatherKeys = 32;
 // 1 MB L2 cache with AVX-512 panels.
 constexpr int64_t kGemmTileN = 96;
 constexpr int64_t kGemmTilePanels = 8;
-constexpr int64_t kTilePanels = 4;     // on matrix units, where the panels are to stay in L2 from one tile to the next
+constexpr int64_t kTilePanels = 6;     // on matrix units, where the panels are to stay in L2 from one tile to the next
 constexpr int64_t kGemmKBlock = 1024;  // 32-bit words of k: floats, or bf16 pairs
 constexpr int64_t kGemmKBlockFp32 = 128;
 
@@ -271,9 +271,9 @@ inline int64_t gemm_tile_n(const GemmArgs& args) {
 }
 inline int64_t gemm_tile_n(const QuantGemmArgs&) { return kQuantGemmTileN; }
 
-// Coordinates of one tile of a GEMM's output: weight rows by panels.
+// Coordinates of one tile of a GEMM's output: weight rows by panels. Its thread goes on with rows [n_end, next_end).
 struct GemmTile {
-  int64_t n_begin, n_end, panel_begin, panel_end;
+  int64_t n_begin, n_end, next_end, panel_begin, panel_end;
 };
 
 // What multiplies and adds: FMA on vectors, dot products of bf16 pairs and of bytes, and matrix units.

@@ -24,8 +24,14 @@ inline void parallel_gemvs(const LinearCall* calls, int count, int64_t weight_ro
 
 inline int64_t panel_count(int64_t m) { return (m + kernels().panel_width - 1) / kernels().panel_width; }
 
-// GEMMs over the same panels in one parallel region: body(args, tile) for every tile of every GEMM, handed out one at a
-// time. Tiles of the same weight rows follow each other, or, with matrix units, tiles of the same panels, which then
+// Tiles that a thread takes at once: with matrix units it fetches the weights of the next one while it multiplies.
+inline int64_t tiles_at_once(int64_t tiles) {
+  const int64_t most = kernels().has_tiles ? 4 : 1, share = tiles / (8 * max_threads());
+  return share < 1 ? 1 : share < most ? share : most;
+}
+
+// GEMMs over the same panels in one parallel region: body(args, tile) for every tile of every GEMM, handed out a few at
+// a time. Tiles of the same weight rows follow each other, or, with matrix units, tiles of the same panels, which then
 // stay in L2: their way from L3 would be the limit.
 template <class Args, class Body>
 inline void parallel_gemms(const Args* gemms, int count, const Body& body) {
@@ -35,16 +41,22 @@ inline void parallel_gemms(const Args* gemms, int count, const Body& body) {
   const auto n_tiles = [](const Args& args) { return (args.n + gemm_tile_n(args) - 1) / gemm_tile_n(args); };
   int64_t all_n_tiles = 0;
   for (int i = 0; i < count; ++i) all_n_tiles += n_tiles(gemms[i]);
-  parallel_tasks(all_n_tiles * blocks, [&](int64_t index) {
-    const int64_t block = by_panels ? index / all_n_tiles : index % blocks;
-    int64_t n_tile = by_panels ? index % all_n_tiles : index / blocks;
-    const Args* args = gemms;
-    for (; n_tile >= n_tiles(*args); ++args) n_tile -= n_tiles(*args);
-    GemmTile tile;
-    tile.n_begin = n_tile * gemm_tile_n(*args);
-    tile.n_end = tile.n_begin + gemm_tile_n(*args) < args->n ? tile.n_begin + gemm_tile_n(*args) : args->n;
-    tile.panel_begin = panels * block / blocks, tile.panel_end = panels * (block + 1) / blocks;
-    body(*args, tile);
+  const int64_t tiles = all_n_tiles * blocks, run = tiles_at_once(tiles);
+  parallel_tasks((tiles + run - 1) / run, [&](int64_t task) {
+    const int64_t end = (task + 1) * run < tiles ? (task + 1) * run : tiles;
+    for (int64_t index = task * run; index < end; ++index) {
+      const int64_t block = by_panels ? index / all_n_tiles : index % blocks;
+      int64_t n_tile = by_panels ? index % all_n_tiles : index / blocks;
+      const Args* args = gemms;
+      for (; n_tile >= n_tiles(*args); ++args) n_tile -= n_tiles(*args);
+      const auto up_to_n = [&](int64_t n) { return n < args->n ? n : args->n; };
+      GemmTile tile;
+      tile.n_begin = n_tile * gemm_tile_n(*args);
+      tile.n_end = up_to_n(tile.n_begin + gemm_tile_n(*args));
+      tile.next_end = index + 1 < end ? up_to_n(tile.n_end + gemm_tile_n(*args)) : tile.n_end;
+      tile.panel_begin = panels * block / blocks, tile.panel_end = panels * (block + 1) / blocks;
+      body(*args, tile);
+    }
   });
 }
 

@@ -161,3 +161,44 @@ inline const char* tile_tail(const uint32_t* words, int64_t count, int64_t width
   std::memset(copy + rest * width, 0, size_t((kTileWords - rest) * width) * 4);
   return reinterpret_cast<const char*>(copy);
 }
+
+// Two row tiles of weights: 32 rows, or for SwiGLU of a dense GEMM 16 of the gate and the 16 of the up projection.
+struct TileWeightPair {
+  const char* rows[2];
+  int64_t row_bytes[2], count[2];
+  int64_t tiles() const { return count[1] > 0 ? 2 : 1; }
+};
+
+// Lane tiles of all panels of a tile of the output.
+inline int64_t tile_lanes(int64_t m, const GemmTile& tile) {
+  int64_t lanes = 0;
+  for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p) lanes += panel_vectors(m, p);
+  return lanes;
+}
+
+// Fetches the K-block of a pair that is multiplied next into L2, a few lines for every dot product of this one.
+class TilePairPrefetch {
+ public:
+  // `lane_tiles`: of all panels, by which the pair at hand is multiplied.
+  TilePairPrefetch(const TileWeightPair& pair, int64_t offset, int64_t bytes, int64_t lane_tiles)
+      : pair_(pair),
+        offset_(offset),
+        bytes_(bytes),
+        lines_((kTileRows + lane_tiles - 1) / lane_tiles),
+        tile_(pair.count[0] > 0 && bytes > 0 ? 0 : 2) {}
+  void operator()() {
+    for (int64_t line = 0; line < lines_ && tile_ < 2; ++line) {
+      __builtin_prefetch(pair_.rows[tile_] + row_ * pair_.row_bytes[tile_] + offset_ + at_, 0, 2);
+      if ((at_ += 64) < bytes_) continue;
+      at_ = 0;
+      if (++row_ < pair_.count[tile_]) continue;
+      row_ = 0, ++tile_;
+      if (tile_ == 1 && pair_.count[1] == 0) tile_ = 2;
+    }
+  }
+
+ private:
+  TileWeightPair pair_;
+  int64_t offset_, bytes_, lines_, at_ = 0, row_ = 0;
+  int tile_;
+};

@@ -1,13 +1,6 @@
 // Dense GEMM of bf16 on matrix units: panels and epilogues of gemm.inl.h. Two row tiles of weights at a time are copied
 // into whole tiles, multiplied by all panels of the output's tile, and finished, while the next two are fetched.
 
-// Two row tiles of weights: 32 rows, or for SwiGLU 16 of the gate and the 16 of the up projection.
-struct TileWeightPair {
-  const char* rows[2];
-  int64_t row_bytes[2], count[2];
-  int64_t tiles() const { return count[1] > 0 ? 2 : 1; }
-};
-
 inline int64_t tile_pair_rows(const GemmArgs& a) {
   return a.activation == Activation::swiglu ? kTileRows : 2 * kTileRows;
 }
@@ -30,27 +23,6 @@ inline bool tile_rows_in_place(const GemmArgs& a, const GemmTile& tile, int64_t 
   return tile.panel_end - tile.panel_begin == 1 && panel_vectors(a.m, tile.panel_begin) == 1 &&
          a.k % step_elements == 0 && (tile.n_end - tile.n_begin) % kTileRows == 0;
 }
-
-// Fetches the K-block of a pair that is multiplied next into L2, a line for every dot product.
-class TilePairPrefetch {
- public:
-  TilePairPrefetch(const TileWeightPair& pair, int64_t offset, int64_t bytes)
-      : pair_(pair), offset_(offset), bytes_(bytes), tile_(pair.count[0] > 0 ? 0 : 2) {}
-  void operator()() {
-    if (tile_ == 2) return;
-    __builtin_prefetch(pair_.rows[tile_] + row_ * pair_.row_bytes[tile_] + offset_ + at_, 0, 2);
-    if ((at_ += 64) < bytes_) return;
-    at_ = 0;
-    if (++row_ < pair_.count[tile_]) return;
-    row_ = 0, ++tile_;
-    if (tile_ == 1 && pair_.count[1] == 0) tile_ = 2;
-  }
-
- private:
-  TileWeightPair pair_;
-  int64_t offset_, bytes_, at_ = 0, row_ = 0;
-  int tile_;
-};
 
 // c [rows][kPanelWidth] (+)= one K-block of a pair of row tiles times all lanes of a panel.
 template <class Between>
@@ -80,6 +52,7 @@ void tile_gemm_tile(const GemmArgs& a, const GemmTile& tile, float* scratch) {
   const int64_t words = a.k / 2, pair_rows = tile_pair_rows(a), panels = tile.panel_end - tile.panel_begin;
   const bool same_rows = a.activation != Activation::swiglu || a.up.stride == a.weight.stride;
   const bool in_place = same_rows && tile_rows_in_place(a, tile, 2 * kTileWords);
+  const int64_t lane_tiles = tile_lanes(a.m, tile);
   char* tiles = reinterpret_cast<char*>(scratch + kGemmTilePanels * kGemmTileN * kPanelWidth);
   // With k = 0 there is one empty block, which sets the sums to 0.
   for (int64_t word = 0; word == 0 || word < words; word += kGemmKBlock) {
@@ -95,7 +68,12 @@ void tile_gemm_tile(const GemmArgs& a, const GemmTile& tile, float* scratch) {
           tile_pack_rows(pair.rows[i] + word * 4, pair.row_bytes[i], pair.count[i], depth * 4,
                          tiles + i * steps * kTileBytes);
       }
-      TilePairPrefetch prefetch(tile_weight_pair(a, n + pair_rows, tile.n_end), word * 4, depth * 4);
+      // Next are the tile's other rows, then the first ones of its next K-block or of the thread's next tile.
+      const bool last_rows = n + pair_rows >= tile.n_end, last_words = word + kGemmKBlock >= words;
+      const int64_t next_n = last_rows && !last_words ? tile.n_begin : n + pair_rows;
+      const int64_t next_word = !last_rows ? word : last_words ? 0 : word + kGemmKBlock;
+      TilePairPrefetch prefetch(tile_weight_pair(a, next_n, last_rows && last_words ? tile.next_end : tile.n_end),
+                                next_word * 4, min_i(kGemmKBlock, words - next_word) * 4, lane_tiles);
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t width = panel_vectors(a.m, tile.panel_begin + p) * Vec::kWidth;
         const uint32_t* panel =
@@ -107,7 +85,7 @@ void tile_gemm_tile(const GemmArgs& a, const GemmTile& tile, float* scratch) {
         } else {
           tile_gemm_panel(rows, pair.tiles(), panel, width, depth, word > 0, c, prefetch);
         }
-        if (word + kGemmKBlock >= words)
+        if (last_words)
           gemm_epilogue_panel<bf16>(a, tile.panel_begin + p, n, min_i(pair_rows, tile.n_end - n), kTileRows, c);
       }
     }

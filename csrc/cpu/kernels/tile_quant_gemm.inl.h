@@ -2,9 +2,9 @@
 // unpacked to int8 per task. Integer sums leave the tiles after every group; they become fp32 while the next group is
 // multiplied.
 
-// One K-block of weight rows as tiles, and their scales.
+// One K-block of a pair of row tiles, and their scales.
 struct TileQuantBlock {
-  TileRows rows;        // of the first row tile; the next one is rows.next bytes on
+  TileRows rows;        // of the first row tile; the other one is rows.next bytes on
   const float* scales;  // int4: [groups][kQuantGemmTileN]; nullptr for int8, whose rows are scaled at the end
   int64_t steps, group_steps;
 };
@@ -37,20 +37,19 @@ struct TileQuantPending {
 
 // c [ROWS * 16][LANES * 16] += the block's rows times the panel. x_scales: of the first group and lane, groups `width`
 // apart.
-template <int ROWS, int LANES>
+template <int ROWS, int LANES, class Between>
 inline void tile_quant_multiply(const TileQuantBlock& b, int64_t row_tile, const TilePanel& panel,
-                                const float* x_scales, int64_t width, bool in_place, float* c) {
+                                const float* x_scales, int64_t width, float* c, Between&& between) {
   alignas(64) int32_t sums[2][ROWS * 16 * LANES * 16];
   const int64_t rows_per_dot = (ROWS * 16 + ROWS * LANES * b.group_steps - 1) / (ROWS * LANES * b.group_steps);
   TileQuantPending<ROWS, LANES> pending{};
   pending.c = c;
   TileRows rows = b.rows;
   rows.at += row_tile * rows.next;
-  TilePrefetch prefetch(rows, ROWS, b.steps);
   for (int64_t begin = 0, group = 0; begin < b.steps; begin += b.group_steps, ++group) {
     tile_zero_sums<ROWS, LANES>();
     tile_multiply<DotInt8, ROWS, LANES>(rows, panel, begin, min_i(begin + b.group_steps, b.steps), [&] {
-      if (LANES == 1 && in_place) prefetch();
+      between();
       pending.advance(rows_per_dot);
     });
     pending.advance(ROWS * 16);
@@ -121,47 +120,84 @@ inline void tile_unpack_int4(const Weight& weight, int64_t row, int64_t count, i
   }
 }
 
-// A tile's rows of one weight times its panels, over all k.
-inline void tile_quant_accumulate(const QuantGemmArgs& a, const Weight& weight, const GemmTile& tile, float* c,
-                                  float* scratch) {
+// Rows [n, n_end) of a quantised weight as a pair: at most 32.
+inline TileWeightPair tile_quant_pair(const Weight& weight, int64_t n, int64_t n_end) {
+  TileWeightPair pair;
+  for (int i = 0; i < 2; ++i) {
+    const int64_t row = n + i * kTileRows;
+    pair.rows[i] = static_cast<const char*>(weight.w) + row * weight.stride, pair.row_bytes[i] = weight.stride;
+    pair.count[i] = n_end > row ? min_i(kTileRows, n_end - row) : 0;
+  }
+  return pair;
+}
+
+// Inputs [k, k + depth) of a pair as tiles; scales of int4: [groups][kQuantGemmTileN].
+inline void tile_quant_pack(const Weight& weight, const TileWeightPair& pair, int64_t n, int64_t k, int64_t depth,
+                            float* scales, char* tiles) {
+  const int64_t steps = (depth + kTileRowBytes - 1) / kTileRowBytes;
+  for (int64_t i = 0; i < pair.tiles(); ++i, tiles += steps * kTileBytes) {
+    if (weight.format == WeightFormat::int8) {
+      tile_pack_rows(pair.rows[i] + k, weight.stride, pair.count[i], depth, tiles);
+      continue;
+    }
+    const auto unpack = weight.group == 32   ? tile_unpack_int4<32>
+                        : weight.group == 64 ? tile_unpack_int4<64>
+                                             : tile_unpack_int4<128>;
+    unpack(weight, n + i * kTileRows, pair.count[i], k, depth, scales + i * kTileRows, tiles);
+  }
+}
+
+// A tile's rows of one weight times its panels, over all k. `then`: the rows that are multiplied after these.
+inline void tile_quant_accumulate(const QuantGemmArgs& a, const Weight& weight, const GemmTile& tile,
+                                  const TileWeightPair& then, float* c, float* scratch) {
+  constexpr int64_t kPairRows = 2 * kTileRows;
   const bool int4 = weight.format == WeightFormat::int4, in_place = !int4 && tile_rows_in_place(a, tile, kTileRowBytes);
   const int64_t groups = (a.k + a.group - 1) / a.group, rows = tile.n_end - tile.n_begin;
-  const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t lane_tiles = tile_lanes(a.m, tile);
+  const int64_t per_byte = int4 ? 2 : 1;  // inputs
   char* tiles = reinterpret_cast<char*>(scratch);
-  float* scales = scratch + kQuantGemmTileN * kQuantGemmKBlockBytes / 4;
+  float* scales = scratch + kPairRows * kQuantGemmKBlockBytes / 4;
   alignas(64) uint32_t tail[kTileWords * kPanelWidth];
   for (int64_t k = 0; k < a.k; k += kQuantGemmKBlockBytes) {
     const int64_t depth = min_i(kQuantGemmKBlockBytes, a.k - k), steps = (depth + kTileRowBytes - 1) / kTileRowBytes;
-    const char* w = static_cast<const char*>(weight.w) + tile.n_begin * weight.stride + k;
-    for (int64_t n = 0; n < row_tiles * kTileRows && !in_place; n += kTileRows) {
-      char* out = tiles + n * steps * kTileRowBytes;
-      const int64_t count = min_i(kTileRows, rows - n);
-      if (!int4) {
-        tile_pack_rows(w + n * weight.stride, weight.stride, count, depth, out);
-        continue;
+    for (int64_t n = tile.n_begin; n < tile.n_end; n += kPairRows) {
+      const TileWeightPair pair = tile_quant_pair(weight, n, tile.n_end);
+      TileRows from = packed_tile_rows(tiles, 0, steps);
+      if (in_place) {
+        from = {pair.rows[0] + k, weight.stride, kTileRowBytes, kTileRows * weight.stride};
+      } else {
+        tile_quant_pack(weight, pair, n, k, depth, scales, tiles);
       }
-      const auto unpack = weight.group == 32   ? tile_unpack_int4<32>
-                          : weight.group == 64 ? tile_unpack_int4<64>
-                                               : tile_unpack_int4<128>;
-      unpack(weight, tile.n_begin + n, count, k, depth, scales + n, out);
-    }
-    const TileRows from = in_place ? TileRows{w, weight.stride, kTileRowBytes, kTileRows * weight.stride}
-                                   : packed_tile_rows(tiles, 0, steps);
-    const TileQuantBlock block{from, int4 ? scales : nullptr, steps, a.group / kTileRowBytes};
-    for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p) {
-      const int64_t width = panel_vectors(a.m, p) * Vec::kWidth, words = quant_words(depth);
-      const uint32_t* panel =
-          static_cast<const uint32_t*>(a.panels) + p * kPanelWidth * quant_words(a.k) + quant_words(k) * width;
-      const float* x_scales = a.x_scales + p * kPanelWidth * groups + k / a.group * width;
-      float* sums = c + (p - tile.panel_begin) * kQuantPanelSums;
-      if (k == 0) std::memset(sums, 0, size_t(row_tiles * kTileRows * kPanelWidth) * 4);
-      const char* padded = tile_tail(panel, words, width, tail);
-      tile_blocks(row_tiles, width / 16, [&](int64_t row, auto row_count, int64_t lane, auto lane_count) {
-        const TilePanel b{reinterpret_cast<const char*>(panel + lane * 16), width * 4, steps,
-                          padded ? padded + lane * kTileRowBytes : nullptr};
-        tile_quant_multiply<row_count, lane_count>(block, row, b, x_scales + lane * 16, width, in_place,
-                                                   sums + row * 16 * kPanelWidth + lane * 16);
-      });
+      const TileQuantBlock block{from, int4 ? scales : nullptr, steps, a.group / kTileRowBytes};
+      // Next are the tile's other rows, then the first ones of its next K-block.
+      const bool last_rows = n + kPairRows >= tile.n_end, last_k = k + kQuantGemmKBlockBytes >= a.k;
+      const int64_t next_k = !last_rows ? k : last_k ? 0 : k + kQuantGemmKBlockBytes;
+      TilePairPrefetch prefetch(
+          last_rows && last_k ? then : tile_quant_pair(weight, last_rows ? tile.n_begin : n + kPairRows, tile.n_end),
+          next_k / per_byte, min_i(kQuantGemmKBlockBytes, a.k - next_k) / per_byte, lane_tiles);
+      for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p) {
+        const int64_t width = panel_vectors(a.m, p) * Vec::kWidth, words = quant_words(depth);
+        const uint32_t* panel =
+            static_cast<const uint32_t*>(a.panels) + p * kPanelWidth * quant_words(a.k) + quant_words(k) * width;
+        const float* x_scales = a.x_scales + p * kPanelWidth * groups + k / a.group * width;
+        float* sums = c + (p - tile.panel_begin) * kQuantPanelSums + (n - tile.n_begin) * kPanelWidth;
+        if (k == 0) std::memset(sums, 0, size_t(pair.tiles() * kTileRows * kPanelWidth) * 4);
+        const char* padded = tile_tail(panel, words, width, tail);
+        tile_blocks(pair.tiles(), width / 16, [&](int64_t row, auto row_count, int64_t lane, auto lane_count) {
+          const TilePanel b{reinterpret_cast<const char*>(panel + lane * 16), width * 4, steps,
+                            padded ? padded + lane * kTileRowBytes : nullptr};
+          const auto multiply = [&](auto& between) {
+            tile_quant_multiply<row_count, lane_count>(block, row, b, x_scales + lane * 16, width,
+                                                       sums + row * 16 * kPanelWidth + lane * 16, between);
+          };
+          if (in_place) {
+            TilePrefetch in_rows(from, row_count, steps);
+            multiply(in_rows);
+          } else {
+            multiply(prefetch);
+          }
+        });
+      }
     }
   }
   if (int4) return;
@@ -180,9 +216,13 @@ void tile_quant_gemm_tile(const QuantGemmArgs& a, const GemmTile& tile, float* s
   scratch += kGemmTilePanels * kQuantPanelSums;
   {
     const TileRegion region;
-    tile_quant_accumulate(a, a.weight, tile, c, scratch);
-    if (a.activation == Activation::swiglu)
-      tile_quant_accumulate(a, a.up, tile, c + kQuantGemmTileN * kPanelWidth, scratch);
+    const TileWeightPair next = tile_quant_pair(a.weight, tile.n_end, tile.next_end);
+    if (a.activation == Activation::swiglu) {
+      tile_quant_accumulate(a, a.weight, tile, tile_quant_pair(a.up, tile.n_begin, tile.n_end), c, scratch);
+      tile_quant_accumulate(a, a.up, tile, next, c + kQuantGemmTileN * kPanelWidth, scratch);
+    } else {
+      tile_quant_accumulate(a, a.weight, tile, next, c, scratch);
+    }
   }
   for_dtype(a.dtype, [&](auto element) { quant_epilogue<decltype(element)>(a, tile, c); });
 }
