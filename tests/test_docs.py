@@ -289,6 +289,12 @@ def test_example_finetune(tmp_path):
     assert len(losses) == 2 and (tmp_path / "model.safetensors").is_file()
 
 
+def test_example_lora(tmp_path):
+    losses, model = _example("lora").main(str(tmp_path), "3")
+    assert len(losses) == 3 and (tmp_path / "adapter_model.safetensors").is_file()
+    assert min(float(x.abs().sum()) for name, x in model.named_parameters() if "lora_B" in name) > 0
+
+
 def test_example_quantize_and_serve():
     assert _example("quantize_and_serve").main(question="Read the digits from left to right.") == "8 6 9"
 
