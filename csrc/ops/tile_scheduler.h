@@ -37,10 +37,11 @@ template <class Args, class Body>
 inline void parallel_gemms(const Args* gemms, int count, const Body& body) {
   const bool by_panels = kernels().has_tiles;
   const int64_t panels = panel_count(gemms[0].m), most = by_panels ? kTilePanels : kGemmTilePanels;
-  const int64_t blocks = (panels + most - 1) / most;  // of panels, of nearly the same number
+  int64_t blocks = (panels + most - 1) / most;  // of panels, of nearly the same number
   const auto n_tiles = [](const Args& args) { return (args.n + gemm_tile_n(args) - 1) / gemm_tile_n(args); };
   int64_t all_n_tiles = 0;
   for (int i = 0; i < count; ++i) all_n_tiles += n_tiles(gemms[i]);
+  while (by_panels && blocks < panels && all_n_tiles * blocks < 2 * max_threads()) ++blocks;
   const int64_t tiles = all_n_tiles * blocks, run = tiles_at_once(tiles);
   parallel_tasks((tiles + run - 1) / run, [&](int64_t task) {
     const int64_t end = (task + 1) * run < tiles ? (task + 1) * run : tiles;

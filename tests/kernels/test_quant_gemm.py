@@ -85,6 +85,25 @@ def test_rows_do_not_depend_on_how_many_there_are(bits):
     assert torch.equal(out[2040:2080], qvl_kernels.quantized_linear(x[2040:2080], weight))
 
 
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_rows_do_not_depend_on_how_many_threads_there_are(bits):
+    """With many threads, blocks of activations are smaller."""
+    generator, before = _generator(), torch.get_num_threads()
+    x = random_tensor((262, 160), torch.bfloat16, generator)
+    dense = random_tensor((300, 160), torch.bfloat16, generator)
+    outs = []
+    try:
+        for threads in (1, 2, 32):
+            torch.set_num_threads(threads)
+            if bits is None:
+                outs.append(qvl_kernels.linear(x, dense))
+            else:
+                outs.append(qvl_kernels.quantized_linear(x, quantization.quantize(dense, bits, 32)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
 def _decoder(dtype: torch.dtype, generator: torch.Generator) -> DecoderWeights:
     hidden, heads, kv_heads, head_dim, mlp = 160, 4, 2, 32, 300
     shapes = {
