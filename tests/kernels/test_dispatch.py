@@ -210,8 +210,12 @@ def installed_and_checkout(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("-c", "import qvl_kernels"), ("-c", "import qvl_model"), ("-m", "qvl_model.cli", "--debug", "inspect", "x")],
-    ids=" ".join,
+    [
+        ("-c", "import qvl_kernels"),
+        ("-c", "import qvl_model"),
+        ("-m", "qvl_model.cli", "--debug", "inspect", str(ROOT / "qvl_model/digits/checkpoint")),
+    ],
+    ids=["qvl_kernels", "qvl_model", "inspect"],
 )
 def test_a_checkout_that_hides_an_installed_package_says_so(arguments, installed_and_checkout):
     """The installed extension is not loaded: even at the same version its sources may differ."""
