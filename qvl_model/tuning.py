@@ -40,7 +40,8 @@ def _works(model: nn.Module) -> list[tuning.Work]:
     """
     attention: dict[str, tuning.Work] = {}
     dense: dict[torch.dtype, Counter[tuple[int, int]]] = {}  # elements by [N, K]
-    quantised: dict[tuple[torch.dtype, int], Counter[tuple[int, int, int]]] = {}  # elements by [N, K] and group
+    # elements by [N, K], group and whether there are zero-points
+    quantised: dict[tuple[torch.dtype, int], Counter[tuple[int, int, int, bool]]] = {}
     for name, module in model.named_modules():
         parameter = next(module.parameters(), None)  # of a quantised module: of the model's dtype
         if parameter is None:
@@ -58,8 +59,9 @@ def _works(model: nn.Module) -> list[tuning.Work]:
         if n * k < LEAST_WEIGHT or k % tuning.TILE_K:
             continue
         if isinstance(module, PackedLinear):
-            bits, group = module.quantized.bits, module.quantized.group
-            quantised.setdefault((dtype, bits), Counter())[n, k, group] += n * k
+            weight = module.quantized
+            format = n, k, weight.group, weight.zeros is not None
+            quantised.setdefault((dtype, weight.bits), Counter())[format] += n * k
         else:
             dense.setdefault(dtype, Counter())[n, k] += n * k
     if not dense and not quantised:
@@ -68,8 +70,8 @@ def _works(model: nn.Module) -> list[tuning.Work]:
     works = [linear_work(dtype, n, k, few=True) for dtype, (n, k) in shapes.items()]
     works += attention.values()
     for (dtype, bits), found in quantised.items():
-        n, k, group = found.most_common(1)[0][0]
-        works.append(quantized_linear_work(dtype, n, k, bits, group))
+        n, k, group, zero_points = found.most_common(1)[0][0]
+        works.append(quantized_linear_work(dtype, n, k, bits, group, zero_points))
     return works + [linear_work(dtype, n, k, few=False) for dtype, (n, k) in shapes.items()]
 
 

@@ -44,7 +44,7 @@ TAKEN = {
     "linear": {"rows_5", "whole_tiles"},
     "linear_cross_entropy": {"whole_tiles"},
     "patch_embed": {"whole_tiles", "no_bias"},
-    "quantized_linear": {"int4_whole_tiles", "int8_whole_tiles"},
+    "quantized_linear": {"int4_whole_tiles", "int4_zeros_whole_tiles", "int8_whole_tiles"},
     "vision_block": {"one_patch", "panels", "whole_tiles", "wide_heads"},
 }
 
@@ -93,9 +93,9 @@ def test_few_tokens_of_quantised_weights_stay_here(bits, calls):
         assert bool(calls) == (rows >= MIN_ROWS)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_weights_are_dequantised_in_blocks(bits, monkeypatch):
-    weight, x, bias = quantization.quantize(torch.randn(75, 64), bits), torch.randn(2, 20, 64), torch.randn(75)
+@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4}, {"bits": 4, "group": 32, "zero_points": True}], ids=str)
+def test_quantised_weights_are_dequantised_in_blocks(options, monkeypatch):
+    weight, x, bias = quantization.quantize(torch.randn(75, 64), **options), torch.randn(2, 20, 64), torch.randn(75)
     monkeypatch.setattr(quantized_routes, "BLOCK_ROWS", 32)
     with select(tuning.PYTORCH):
         out = qvl_kernels.quantized_linear(x, weight, bias)

@@ -326,7 +326,7 @@ def test_nothing_else_changes(clock, monkeypatch):
     monkeypatch.undo()
     works = [
         *(linear_work(dtype, 96, 64, few=few) for dtype in (torch.float32, torch.bfloat16) for few in (False, True)),
-        *(quantized_linear_work(torch.bfloat16, 96, 128, bits, 64) for bits in (8, 4)),
+        *(quantized_linear_work(torch.bfloat16, 96, 128, bits, 64, zero_points=bits == 4) for bits in (8, 4)),
         *(attention_work(torch.float16, 2, 1, 32, causal=causal) for causal in (False, True)),
     ]
     torch.manual_seed(1)
@@ -346,11 +346,12 @@ def test_nothing_else_changes(clock, monkeypatch):
     [
         linear_work(torch.bfloat16, 96, 64, few=False),
         linear_work(torch.bfloat16, 96, 64, few=True),
-        quantized_linear_work(torch.bfloat16, 96, 128, 8, 128),
-        quantized_linear_work(torch.bfloat16, 96, 128, 4, 64),
+        quantized_linear_work(torch.bfloat16, 96, 128, 8, 128, zero_points=False),
+        quantized_linear_work(torch.bfloat16, 96, 128, 4, 64, zero_points=False),
+        quantized_linear_work(torch.bfloat16, 95, 128, 4, 32, zero_points=True),
         attention_work(torch.bfloat16, 4, 2, 32, causal=True),
     ],
-    ids=lambda work: work.kind,
+    ids=lambda work: work.name,
 )
 def test_both_sides_of_real_work_run(work):
     for size in (1, work.size):

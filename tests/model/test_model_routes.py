@@ -69,7 +69,8 @@ def test_each_kind_of_work_is_measured_once(measured):
     qvl_model.accelerate(_stock())
     assert not measured
     qvl_model.accelerate(_stock(), weights={"text": "int4", "vision": "int8"})
-    assert {work.kind for work in measured} == {INT8, INT4}
+    names = {work.kind: work.name for work in measured}
+    assert names.keys() == {INT8, INT4} and names[INT4].endswith("groups of 32 with zero-points)")
 
 
 def test_inspect_shows_what_was_measured(measured, capsys):

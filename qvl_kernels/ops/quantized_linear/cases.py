@@ -70,6 +70,7 @@ CASES = [
     _case("int4_zeros_strided_decode", 4, 1, 19, 300, group=128, strided=True, zero_points=True),
     _case("int8_whole_tiles", 8, 35, 43, 96, bias=True),
     _case("int4_whole_tiles", 4, 35, 43, 192, bias=True),
+    _case("int4_zeros_whole_tiles", 4, 35, 43, 192, group=32, bias=True, zero_points=True),
     _case("int8_no_rows", 8, 0, 8, 16),
     _case("int4_no_rows", 4, 0, 8, 64),
 ]

@@ -1,5 +1,6 @@
 """Kernel selection of quantised linear layers on the CPU: the extension, or PyTorch's linear on dequantised weights."""
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -21,14 +22,14 @@ def dequantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Ten
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
     for begin in range(0, outputs, BLOCK_ROWS):
         rows = slice(begin, begin + BLOCK_ROWS)
-        dense = dequantize(QuantizedWeight(weight.values[rows], weight.scales[rows], weight.in_features), x.dtype)
+        dense = dequantize(weight.apply(operator.itemgetter(rows)), x.dtype)
         y[..., rows] = pytorch_linear(x, dense, None if bias is None else bias[rows])
     return y
 
 
-def quantized_linear_work(dtype: torch.dtype, n: int, k: int, bits: int, group: int) -> tuning.Work:
+def quantized_linear_work(dtype: torch.dtype, n: int, k: int, bits: int, group: int, zero_points: bool) -> tuning.Work:
     """A quantised linear layer [n, k] over many tokens, for ``tuning.settle``."""
-    groups = "" if bits == 8 else f", groups of {group}"
+    groups = "" if bits == 8 else f", groups of {group}{' with zero-points' if zero_points else ''}"
     shape = f"{MANY_ROWS} x {k} to {n}{groups}"
 
     def calls(n: int) -> dict[str, Callable[[], object]]:
@@ -40,7 +41,8 @@ def quantized_linear_work(dtype: torch.dtype, n: int, k: int, bits: int, group: 
         else:
             values = torch.full((n, padded // 2), 0x99, dtype=torch.uint8)
             scales = torch.full((n, padded // group), 0.01, dtype=torch.bfloat16)
-        weight = QuantizedWeight(values, scales, k)
+        zeros = torch.full((n, -(-padded // group // 2)), 0x88, dtype=torch.uint8) if zero_points else None
+        weight = QuantizedWeight(values, scales, k, zeros)
         return {
             tuning.QVL: lambda: extension_linear(x, weight, None),
             tuning.PYTORCH: lambda: dequantized_linear(x, weight, None),
