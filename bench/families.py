@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bench import greedy
 from bench.checkpoint_files import FULL_CONFIG, IMAGE_PROCESSOR, special_token_ids, write_json
-from bench.roofline import Work, product
+from bench.roofline import Work, matmul
 from bench.targets import NOTES, PEER_NOTES, PEER_TARGETS, QUANTIZED_TARGETS, QVL_NOTES, QVL_TARGETS, TARGETS, Target
 
 __all__ = ["FAMILIES", "Family", "family_of"]
@@ -21,7 +21,7 @@ def _bytes(*modules: nn.Module) -> int:
 
 def _vision_layers(layers: int, width: int, mlp: int, patches: int, images: int) -> Work:
     """Patches of an image attend to all of that image."""
-    return product(patches, layers * 2 * width * (2 * width + mlp)) + Work(
+    return matmul(patches, layers * 2 * width * (2 * width + mlp)) + Work(
         attention=layers * 4 * width * patches**2 / images
     )
 
@@ -33,8 +33,8 @@ def _decoder(config: Any, tokens: int, predicted: int, pairs: float, keys: float
     layers, hidden, dim = config.num_hidden_layers, config.hidden_size, config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     return (
-        product(tokens, layers * hidden * (2 * dim * (heads + kv_heads) + 3 * config.intermediate_size))
-        + product(predicted, config.vocab_size * hidden)
+        matmul(tokens, layers * hidden * (2 * dim * (heads + kv_heads) + 3 * config.intermediate_size))
+        + matmul(predicted, config.vocab_size * hidden)
         + Work(attention=layers * 4 * heads * dim * pairs, cache=layers * 2 * kv_heads * dim * keys)
     )
 
@@ -49,7 +49,7 @@ def _fusion(config: Any, tokens: int, visual: int) -> Work:
     if not visual:
         return Work()
     layers, width = len(config.cross_attention_layers), config.language_projection_dim
-    return product(tokens, layers * 2 * config.hidden_size * width) + Work(
+    return matmul(tokens, layers * 2 * config.hidden_size * width) + Work(
         attention=layers * 4 * width * tokens * visual, cache=layers * 2 * _visual_keys(config) * visual
     )
 
@@ -139,9 +139,9 @@ class Qwen3VL(Family):
         vision = config.vision_config
         width, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
         return (
-            product(patches, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width)
+            matmul(patches, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width)
             + _vision_layers(vision.depth, width, vision.intermediate_size, patches, images)
-            + product(
+            + matmul(
                 patches / vision.spatial_merge_size**2,
                 (1 + len(vision.deepstack_visual_indexes)) * merged * (merged + vision.out_hidden_size),
             )
@@ -217,15 +217,15 @@ class QVL(Family):
 
     def vision_work(self, config: Any, patches: int, images: int) -> Work:
         width, out, mlp = config.vision_hidden_size, config.vision_projection_dim, config.vision_intermediate_size
-        work = product(patches, config.vision_num_channels * config.vision_patch_size**2 * width)
+        work = matmul(patches, config.vision_num_channels * config.vision_patch_size**2 * width)
         work += _vision_layers(config.vision_num_hidden_layers, width, mlp, patches, images)
         if config.connector_type == "mlp":
-            return work + product(patches, mlp * (width + out))
+            return work + matmul(patches, mlp * (width + out))
         layers, queries = config.connector_num_layers, images * config.num_query_tokens
         return (
             work
-            + product(queries, layers * 2 * out * (out + mlp))
-            + product(patches, layers * 2 * width * out)
+            + matmul(queries, layers * 2 * out * (out + mlp))
+            + matmul(patches, layers * 2 * width * out)
             + Work(attention=layers * 4 * out * config.num_query_tokens * patches)
         )
 
@@ -234,7 +234,7 @@ class QVL(Family):
         return (
             _decoder(config, tokens, 1, tokens * (tokens + 1) / 2, tokens)
             + _fusion(config, tokens, visual)
-            + (product(visual, keys) if visual else Work())
+            + (matmul(visual, keys) if visual else Work())
         )
 
     def step_work(self, config: Any, rows: int, keys: float, visual: int) -> Work:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from bench.roofline import Machine, Work, floor
+from bench.roofline import Machine, Work, least_seconds
 from bench.timing import median, paired_ratio
 
 __all__ = ["from_raw"]
@@ -64,8 +64,8 @@ def _floors(raw: dict, row: str, variant: str, stock: str | None = "bf16", peaks
         return None
     machine = Machine.of(peaks or raw["peaks"], raw["bandwidth"])
     passes = [Work(**work) for work in raw["work"][row]]
-    floors = {variant: floor(passes, machine, _WEIGHTS.get(variant, variant))}
-    return floors | ({"stock": floor(passes, machine, stock, stock)} if stock in ("bf16", "fp32") else {})
+    floors = {variant: least_seconds(passes, machine, _WEIGHTS.get(variant, variant))}
+    return floors | ({"stock": least_seconds(passes, machine, stock, stock)} if stock in ("bf16", "fp32") else {})
 
 
 def _is_pytorchs(routes: list[str], row: str, variant: str) -> bool:

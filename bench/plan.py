@@ -157,7 +157,7 @@ def _main_phase(options: Options, probe: Worker, folder: Path, step: Callable[[s
             _append(raw["times"], "ttft_long", {variant: answer["first"] for variant, answer in answers.items()})
         raw["peak_rss_long"] = _ask_interleaved(workers, 0, "peak_rss")
         raw["fallbacks"] = workers["ours"].ask("fallbacks")
-        raw["routes"] = {variant: workers[variant].ask("routes") for variant in options.variants[1:]}
+        raw["routes"] = {variant: workers[variant].ask("kernels") for variant in options.variants[1:]}
     return raw
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from qvl_model.quantization.precision import BUDGET
 
-__all__ = ["Machine", "Work", "floor", "product"]
+__all__ = ["Machine", "Work", "least_seconds", "matmul"]
 
 # The units that can multiply a format: weights of fewer bits may be widened.
 _UNITS = {"fp32": ("fma",), "bf16": ("fma", "bf16_dot", "bf16_tiles")}
@@ -34,7 +34,7 @@ class Work:
         return Work(**{key: mine[key] + theirs[key] for key in mine})
 
 
-def product(rows: float, elements: float) -> Work:
+def matmul(rows: float, elements: float) -> Work:
     """``rows`` through weights of so many elements."""
     return Work(linear=2 * rows * elements, weights=elements)
 
@@ -56,7 +56,7 @@ class Machine:
         return max(self.peaks[unit] for unit in _UNITS[format] if unit in self.peaks)
 
 
-def floor(passes: Sequence[Work], machine: Machine, weights: str, dtype: str = "bf16") -> float:
+def least_seconds(passes: Sequence[Work], machine: Machine, weights: str, dtype: str = "bf16") -> float:
     """Least seconds of passes one after the other: each takes the longer of its operations at the peak and its bytes at
     the read bandwidth.
 

@@ -109,8 +109,8 @@ class Session:
 
         return qvl_kernels.fallbacks()
 
-    def routes(self) -> list[str]:
+    def kernels(self) -> list[str]:
         """Whose CPU kernel does each kind of work in the accelerated model, with both times."""
         import qvl_model
 
-        return qvl_model.report(self.model).routes
+        return qvl_model.report(self.model).kernels

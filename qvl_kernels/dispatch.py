@@ -170,6 +170,6 @@ def cpu_info() -> dict:
     return {
         "isa": c.isa(),
         "supported": c.supported_isas().split(", "),
-        "gemm_route": {name: c.gemm_route(code) for name, code in (("fp32", 0), ("bf16", 1), ("fp16", 2))},
+        "gemm_backend": {name: c.gemm_backend(code) for name, code in (("fp32", 0), ("bf16", 1), ("fp16", 2))},
         "threads": c.max_threads(),
     }

@@ -12,7 +12,7 @@ from qvl_kernels import dispatch
 __all__ = [
     "Case",
     "GuardedEmpty",
-    "assert_close_to_truth",
+    "assert_close_to_fp64",
     "instruction_set",
     "poisoned_empty",
     "random_tensor",
@@ -67,7 +67,7 @@ def relative_error(out: torch.Tensor, golden: torch.Tensor) -> float:
     return (out - golden).norm().item() / (norm if norm > 0 else 1.0)
 
 
-def assert_close_to_truth(
+def assert_close_to_fp64(
     out: torch.Tensor, baseline: torch.Tensor, golden: torch.Tensor, *, factor: float = 2.0, floor: float | None = None
 ) -> None:
     """``out`` must be at most ``factor`` times as far from the fp64 reference ``golden`` as PyTorch in the working

@@ -1,7 +1,7 @@
 """Kernel selection on the CPU, ours or PyTorch's, by kind of work: measured once per machine, and kept.
 
 A kind names work that either side can do: "linear bf16, many tokens". ``settle`` measures both on slices of a model's
-shapes and keeps the times in the cache folder; ``route`` is asked at every call. Until a kind is measured, or if
+shapes and keeps the times in the cache folder; ``chosen`` is asked at every call. Until a kind is measured, or if
 QVL_TUNE=0, a static table answers. An answer stays until the process ends.
 """
 
@@ -37,7 +37,7 @@ __all__ = [
     "describe",
     "linear_kind",
     "measure",
-    "route",
+    "chosen",
     "settle",
 ]
 
@@ -73,7 +73,7 @@ class Times(NamedTuple):
     qvl: float
     pytorch: float
 
-    def route(self, kind: str) -> str:
+    def chosen(self, kind: str) -> str:
         fused = kind.startswith("linear") and kind.endswith("many tokens")
         return PYTORCH if self.qvl >= (FUSED_MARGIN if fused else MARGIN) * self.pytorch else QVL
 
@@ -81,7 +81,7 @@ class Times(NamedTuple):
 class Work(NamedTuple):
     """Work of one kind, of the shape that a model has.
 
-    ``calls(size)`` returns what runs a slice of it, by route: {QVL: ..., PYTORCH: ...}; ``size`` is all of it.
+    ``calls(size)`` returns what runs a slice of it, by backend: {QVL: ..., PYTORCH: ...}; ``size`` is all of it.
     """
 
     kind: str
@@ -111,14 +111,14 @@ def attention_kind(dtype: torch.dtype, causal: bool) -> str:
     return f"{'causal ' if causal else ''}attention {_DTYPES.get(dtype, dtype)}, many tokens"
 
 
-def route(kind: str) -> str:
+def chosen(kind: str) -> str:
     """QVL or PYTORCH: whose kernels do work of this kind in this process."""
     times = _answers.get(kind)
-    return _static_route(kind) if times is None else times.route(kind)
+    return _static_choice(kind) if times is None else times.chosen(kind)
 
 
 @functools.cache
-def _static_route(kind: str) -> str:
+def _static_choice(kind: str) -> str:
     """PyTorch's for bf16 prefill on CPUs with matrix units (AMX) if only its kernels can use them; else ours."""
     matrix_units = linear_kind(torch.bfloat16, few=False), *(attention_kind(torch.bfloat16, c) for c in (False, True))
     by_pytorch = torch.cpu._is_amx_tile_supported() and "amx" not in dispatch.extension().supported_isas().split(", ")
@@ -165,10 +165,10 @@ def describe(works: Sequence[Work]) -> list[str]:
 
 def _line(kind: str, times: Times | None) -> str:
     if times is None:
-        return f"{kind}: {_static_route(kind)}, not measured"
-    route = times.route(kind)
-    chosen, other = times if route == QVL else reversed(times)
-    return f"{kind}: {route}, {chosen:.3g} ms against {other:.3g} ms"
+        return f"{kind}: {_static_choice(kind)}, not measured"
+    backend = times.chosen(kind)
+    chosen, other = times if backend == QVL else reversed(times)
+    return f"{kind}: {backend}, {chosen:.3g} ms against {other:.3g} ms"
 
 
 def _is_watched() -> bool:

@@ -12,13 +12,13 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 import qvl_kernels
 from qvl_kernels import config
 from qvl_model.generation import loop, step_gpu
-from qvl_model.generation.sampling import MODES
+from qvl_model.generation.sampling_gpu import MODES
 from qvl_model.modules.chunked_mlp import check_chunk_size, set_chunk_size
 from qvl_model.modules.decoder_layer import forget_fused_layer
 from qvl_model.modules.fast_path import FAST_DTYPES, FLASH
 from qvl_model.modules.lm_head import set_skip_logits
 from qvl_model.modules.text import Qwen3VLTextAttention, Qwen3VLTextMLP
-from qvl_model.modules.vision import Qwen3VLVisionAttention, Qwen3VLVisionMLP, give_memory_back
+from qvl_model.modules.vision import Qwen3VLVisionAttention, Qwen3VLVisionMLP, return_freed_memory
 from qvl_model.modules.vision_tables import provide_tables
 from qvl_model.quantization import bits as bits_of_layers
 from qvl_model.quantization import calibration_set, precision
@@ -35,7 +35,7 @@ from qvl_model.quantization.convert import (
 from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
 from qvl_model.replacements import MODEL_CLASSES, STOCK_CLASSES, replacement
 from qvl_model.self_check import why_stock
-from qvl_model.tuning import describe_routes, settle_routes
+from qvl_model.tuning import describe_kernels, settle_kernels
 
 __all__ = ["Report", "accelerate", "is_accelerated", "release", "report", "restore"]
 
@@ -88,7 +88,7 @@ class Report:
         attention: what computes it, by the implementation that the config names.
         decoding: how ``generate`` makes tokens on the model's device.
         bits: quantised layers by kind and format, with their bits per weight.
-        routes: whose CPU kernel does each kind of work, and its time against the other's.
+        kernels: whose CPU kernel does each kind of work, and its time against the other's.
     """
 
     accelerated: bool
@@ -97,7 +97,7 @@ class Report:
     bits: list[bits_of_layers.Row] = field(default_factory=list)
     replaced: list[tuple[str, str, str]] = field(default_factory=list)
     kept: list[tuple[str, str, str]] = field(default_factory=list)
-    routes: list[str] = field(default_factory=list)
+    kernels: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = ["replaced:" if self.accelerated else "not accelerated; accelerate would replace:"]
@@ -108,8 +108,8 @@ class Report:
             lines.append(f"bits per weight: {bits_of_layers.average(self.bits):.2f} on average")
             lines += [f"  {row.layers:4d} x {row.kind} {row.format}: {row.bits:.2f}" for row in self.bits]
         lines += [f"attention: {self.attention}", f"decoding: {self.decoding}"]
-        if self.routes:
-            lines += ["CPU kernels, by qvl or by PyTorch:", *(f"  {line}" for line in self.routes)]
+        if self.kernels:
+            lines += ["CPU kernels, by qvl or by PyTorch:", *(f"  {line}" for line in self.kernels)]
         return "\n".join(lines)
 
 
@@ -237,7 +237,7 @@ def accelerate(
     if hasattr(inner, "lm_head"):
         set_skip_logits(inner, skip_logits)
     qvl_kernels.use_huge_pages(_read_by_every_token(inner))
-    settle_routes(inner)
+    settle_kernels(inner)
     return model
 
 
@@ -272,8 +272,8 @@ def _replace_modules(model: nn.Module) -> None:
             module.__class__ = ours
         if isinstance(module, Qwen3VLVisionModel) and provide_tables not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(provide_tables, with_kwargs=True)
-            module.register_forward_pre_hook(give_memory_back)
-            module.register_forward_hook(give_memory_back)
+            module.register_forward_pre_hook(return_freed_memory)
+            module.register_forward_hook(return_freed_memory)
 
 
 def _forget_fused_layers(model: nn.Module) -> None:
@@ -311,7 +311,7 @@ def restore(model: Model) -> Model:
         if theirs is not None:
             module.__class__ = theirs
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for handle in [handle for handle, hook in hooks.items() if hook in (provide_tables, give_memory_back)]:
+            for handle in [handle for handle, hook in hooks.items() if hook in (provide_tables, return_freed_memory)]:
                 del hooks[handle]
                 module._forward_pre_hooks_with_kwargs.pop(handle, None)
     return model
@@ -357,7 +357,7 @@ def report(model: nn.Module) -> Report:
         attention=_attention(inner),
         decoding=_decoding(inner),
         bits=bits_of_layers.rows(inner),
-        routes=describe_routes(inner),
+        kernels=describe_kernels(inner),
     )
     for name, module in inner.named_modules():
         cls = type(module)

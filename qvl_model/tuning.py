@@ -7,23 +7,23 @@ from torch import nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 from qvl_kernels import backends, tuning
-from qvl_kernels.ops.attention.routes import attention_work
-from qvl_kernels.ops.linear.routes import linear_work
-from qvl_kernels.ops.quantized_linear.routes import quantized_linear_work
+from qvl_kernels.ops.attention.selection import attention_work
+from qvl_kernels.ops.linear.selection import linear_work
+from qvl_kernels.ops.quantized_linear.selection import quantized_linear_work
 from qvl_model.quantization.modules import PackedLinear
 
-__all__ = ["describe_routes", "settle_routes"]
+__all__ = ["describe_kernels", "settle_kernels"]
 
 LEAST_WEIGHT = 1 << 20  # elements: below, calls take longer than kernels, and the static table is good enough
 
 
-def settle_routes(model: nn.Module) -> None:
+def settle_kernels(model: nn.Module) -> None:
     """Chooses kernels for a model on the CPU; measures those that were not measured before on this machine."""
     if all(x.is_cpu for x in model.parameters()) and _extension_is_there():
         tuning.settle(_works(model))
 
 
-def describe_routes(model: nn.Module) -> list[str]:
+def describe_kernels(model: nn.Module) -> list[str]:
     """A line per kind of work of a model that is on the CPU, or on the meta device."""
     if any(x.is_cuda for x in model.parameters()) or not _extension_is_there():
         return []

@@ -43,7 +43,7 @@ from qvl_kernels import config
 from qvl_kernels.gpu.device import ARCHITECTURES
 from qvl_kernels.testing import Case
 
-__all__ = ["Audit", "audit", "main"]
+__all__ = ["CompileCheck", "compile_check", "main"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 # bf16 is what models run in; the others differ in tile sizes and instructions, so one architecture shows them.
@@ -63,12 +63,12 @@ class _Kernel:
 
 
 @dataclass
-class Audit:
+class CompileCheck:
     """Result of the compile check; ``rows`` is what audit.json holds, ``failures`` what makes it fail."""
 
     rows: list[dict] = field(default_factory=list)
     work: list[dict] = field(default_factory=list)
-    waived: list[str] = field(default_factory=list)
+    known_issues: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
 
@@ -99,7 +99,7 @@ def _work(op: str, case: Case, backward: list[Call], training: list[Call]) -> li
 class _Collector:
     """Gathers specialisations over ops, cases, dtypes and architectures, each once."""
 
-    def __init__(self, result: Audit) -> None:
+    def __init__(self, result: CompileCheck) -> None:
         self.result = result
         self.found: dict[str, _Kernel] = {}
         self.reached: set[tuple[str, str]] = set()  # (architecture, kernel)
@@ -142,7 +142,7 @@ def _name(specialisation: Specialisation) -> str:
     return f"{specialisation.kernel.__module__}:{specialisation.kernel.__name__}"
 
 
-def _collect(result: Audit, names: list[str] | None, plan: list[tuple[str, str]]) -> list[_Kernel]:
+def _collect(result: CompileCheck, names: list[str] | None, plan: list[tuple[str, str]]) -> list[_Kernel]:
     collector, known = _Collector(result), kernels(qvl_kernels, qvl_model)
     cases = [
         (name, source, case)
@@ -190,42 +190,46 @@ def _row(kernel: _Kernel, found: dict) -> dict:
     }
 
 
-def _judge(result: Audit, row: dict, known_issues: list[KnownIssue], used: set[KnownIssue]) -> None:
+def _judge(result: CompileCheck, row: dict, known_issues: list[KnownIssue], used: set[KnownIssue]) -> None:
     """Adds a row with its violations, known issues included."""
     wrong = [("compile", row["error"])] if "error" in row else violations(row["arch"], row)
     row["violations"] = []
     for kind, sentence in wrong:
         text = f"{row['kernel']}, {row['arch']}, {row['dtype']} ({row['cases'][0]}): {sentence}"
         issue = next(
-            (w for w in known_issues if w.covers(row["kernel"], row["arch"], row["dtype"], kind, triton.__version__)),
+            (
+                issue
+                for issue in known_issues
+                if issue.covers(row["kernel"], row["arch"], row["dtype"], kind, triton.__version__)
+            ),
             None,
         )
-        row["violations"].append({"kind": kind, "text": sentence, "waiver": issue.reason if issue else None})
+        row["violations"].append({"kind": kind, "text": sentence, "known_issue": issue.reason if issue else None})
         if issue is None:
             result.failures.append(text)
         else:
             used.add(issue)
-            result.waived.append(f"{text}: {issue.reason}")
+            result.known_issues.append(f"{text}: {issue.reason}")
     result.rows.append(row)
 
 
-def audit(
+def compile_check(
     *,
     names: list[str] | None = None,
     plan: list[tuple[str, str]] = PLAN,
     known_issues: list[KnownIssue] = KNOWN_ISSUES,
     jobs: int = 2,
     console: Console | None = None,
-) -> Audit:
+) -> CompileCheck:
     """Compiles and judges the kernels of ops ``names`` (default all) for ``plan``, pairs of architecture and dtype.
 
     Example:
-        >>> audit(names=["swiglu"], plan=[("sm_90", "bf16")]).failures
+        >>> compile_check(names=["swiglu"], plan=[("sm_90", "bf16")]).failures
         []
     """
     if config.interpreted():
-        raise RuntimeError("audit: TRITON_INTERPRET=1 is set, so there is nothing to compile; unset it")
-    result = Audit()
+        raise RuntimeError("compile check: TRITON_INTERPRET=1 is set, so there is nothing to compile; unset it")
+    result = CompileCheck()
     console = console or Console(quiet=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Refreshed by hand: processes are forked meanwhile, and forking beside a refreshing thread is not safe.
@@ -246,9 +250,9 @@ def audit(
     result.rows.sort(key=lambda row: (row["kernel"], row["dtype"], row["arch"], row["cases"]))
     if names is None and {arch for arch, _ in plan} == set(ARCHITECTURES):
         result.failures += [
-            f"unused waiver: {w.kernel}, {w.arch}, {w.dtype}, {w.kind} ({w.reason})"
-            for w in known_issues
-            if w not in used and triton.__version__.startswith(w.triton)
+            f"unused known issue: {issue.kernel}, {issue.arch}, {issue.dtype}, {issue.kind} ({issue.reason})"
+            for issue in known_issues
+            if issue not in used and triton.__version__.startswith(issue.triton)
         ]
     return result
 
@@ -294,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     cache = config.cache_folder() / f"audit-triton-{triton.__version__}"
     os.environ["TRITON_CACHE_DIR"] = str(cache)  # apart from the user's Triton cache
     console = Console(width=None if sys.stdout.isatty() else 160)
-    result = audit(names=arguments.op, plan=plan, jobs=max(1, arguments.jobs), console=console)
+    result = compile_check(names=arguments.op, plan=plan, jobs=max(1, arguments.jobs), console=console)
     report.print_tables(result, console)
     partial = arguments.op or arguments.arch or arguments.dtype
     if not partial and not arguments.no_write:

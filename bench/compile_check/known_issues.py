@@ -59,11 +59,11 @@ _SPILLS_WITH_3_6 = [
     ("_attention_backward_keys_kernel", "sm_100", "bf16", "40 to 80 bytes"),
     ("_attention_backward_keys_kernel", "gfx942", "bf16", "9 to 26 registers"),
     ("_rms_norm_backward_kernel", "sm_100", "bf16", "8 bytes"),
-    ("gemv_dot_kernel", "sm_80", "bf16", "8 bytes"),
-    ("gemv_dot_kernel", "sm_80", "fp32", "240 bytes: int4 weights with fp32 activations"),
-    ("gemv_fma_kernel", "sm_100", "bf16", "32 bytes"),
-    ("gemv_int4_kernel", "sm_90", "bf16", "24 bytes: gate and up with zero-points"),
-    ("gemv_int4_kernel", "sm_90", "fp16", "24 bytes: gate and up with zero-points"),
+    ("_gemv_dot_kernel", "sm_80", "bf16", "8 bytes"),
+    ("_gemv_dot_kernel", "sm_80", "fp32", "240 bytes: int4 weights with fp32 activations"),
+    ("_gemv_fma_kernel", "sm_100", "bf16", "32 bytes"),
+    ("_gemv_int4_kernel", "sm_90", "bf16", "24 bytes: gate and up with zero-points"),
+    ("_gemv_int4_kernel", "sm_90", "fp16", "24 bytes: gate and up with zero-points"),
 ]
 KNOWN_ISSUES = [
     KnownIssue(kernel, arch, dtype, "spill", f"tuned for Triton 3.9; with 3.6 {much}", triton="3.6")

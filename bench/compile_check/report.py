@@ -23,7 +23,7 @@ SUMMARY_HEADER = (
     "fewest resident warps",
     "matrix instructions",
     "violations",
-    "waived",
+    "known issues",
 )
 
 
@@ -34,7 +34,7 @@ def data(result: Any, versions: dict[str, str]) -> dict:
         "rows": result.rows,
         "work": result.work,
         "failures": result.failures,
-        "waived": result.waived,
+        "known_issues": result.known_issues,
     }
 
 
@@ -56,7 +56,7 @@ def _cell(row: dict) -> str:
     if "error" in row:
         return "**does not compile**"
     parts = [f"{row['registers']} r", f"{row['shared'] / 1024:.3g} KB", f"{row['resident_warps']} w", _matrix(row)]
-    wrong = [f"**{v['text']}{' (waived)' if v['waiver'] else ''}**" for v in row["violations"]]
+    wrong = [f"**{v['text']}{' (known issue)' if v['known_issue'] else ''}**" for v in row["violations"]]
     return ", ".join(part for part in [*parts, *wrong] if part)
 
 
@@ -78,8 +78,8 @@ def summary(rows: list[dict]) -> Iterator[tuple[str, ...]]:
             f"{shared / 1024:.3g} of {SHARED_MEMORY[arch] >> 10} KB",
             f"{min((row['resident_warps'] for row in good), default=0)} of {LIMITS[arch].warps}",
             ", ".join(families),
-            str(sum(v["waiver"] is None for v in wrong)),
-            str(sum(v["waiver"] is not None for v in wrong)),
+            str(sum(v["known_issue"] is None for v in wrong)),
+            str(sum(v["known_issue"] is not None for v in wrong)),
         )
 
 
@@ -110,7 +110,7 @@ def print_tables(result: Any, console: "Console") -> None:
                     f"{min(r['resident_warps'] for r in mine)}w "
                     f"{' '.join(sorted({name for r in mine for name in r['matrix_in_loops']}))}"
                 )
-                failed = any(v["waiver"] is None for row in mine for v in row["violations"])
+                failed = any(v["known_issue"] is None for row in mine for v in row["violations"])
                 cells.append(f"[red]{text}[/]" if failed else text)
         table.add_row(escape(kernel), dtype, *cells)
     console.print(table)
@@ -118,8 +118,8 @@ def print_tables(result: Any, console: "Console") -> None:
     for line in summary(result.rows):
         totals.add_row(*line)
     console.print(totals)
-    for text in result.waived:
-        console.print(f"waived: {escape(text)}", style="yellow", highlight=False)
+    for text in result.known_issues:
+        console.print(f"known issue: {escape(text)}", style="yellow", highlight=False)
     for text in result.failures:
         console.print(f"violation: {escape(text)}", style="red", highlight=False)
     if not result.failures:
@@ -141,7 +141,7 @@ def summary_markdown(data: dict) -> str:
     kernels = len({row["kernel"] for row in rows})
     line = (
         f"{kernels} kernels, {len(rows)} compilations with Triton {data['versions']['triton']}, "
-        f"{len(data['failures'])} violations, {len(data['waived'])} waived."
+        f"{len(data['failures'])} violations, {len(data['known_issues'])} known issues."
     )
     return "\n".join([line, "", *_table(SUMMARY_HEADER, summary(rows))]).rstrip()
 
@@ -149,7 +149,7 @@ def summary_markdown(data: dict) -> str:
 def markdown(data: dict) -> str:
     """The whole of audit.md."""
     lines = [
-        "# Audit of the Triton kernels",
+        "# Compile check of the Triton kernels",
         "",
         "Written by `python -m bench.compile_check`; do not edit.",
         "",
@@ -158,8 +158,8 @@ def markdown(data: dict) -> str:
     ]
     if data["failures"]:
         lines += ["## Violations", "", *(f"- {text}" for text in data["failures"]), ""]
-    if data["waived"]:
-        lines += ["## Waived", "", *(f"- {text}" for text in data["waived"]), ""]
+    if data["known_issues"]:
+        lines += ["## Known issues", "", *(f"- {text}" for text in data["known_issues"]), ""]
     lines += [
         "## Work and rooflines",
         "",

@@ -16,7 +16,7 @@ PYBIND11_MODULE(_C, m) {
         "Instruction sets that this machine can run: those for tests, then lowest first");
   m.def("use_isa", &use_isa, "isa"_a, "Changes the instruction set; no kernel may be running");
   m.def(
-      "gemm_route",
+      "gemm_backend",
       [](int dtype) { return gemm_backend(to_dtype(dtype), 2, 2) == GemmBackend::bf16_dot ? "dot" : "fma"; }, "dtype"_a,
       "How GEMMs of this dtype multiply: widening FMA or the bf16 pair dot product");
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "repeats"_a, py::call_guard<py::gil_scoped_release>(),

@@ -4,7 +4,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-__all__ = ["DEFAULT", "DEFAULT_FROM", "SUPPORTED", "decoding", "override", "variants"]
+__all__ = ["DEFAULT", "DEFAULT_FROM", "SUPPORTED", "decoding", "override", "used"]
 
 # kernel -> features -> architectures on which the compile check passes with them (Triton 3.9 and 3.6 fail to specialise
 # the warps of attention). "decoding" stands for the kernels of a decode step.
@@ -41,7 +41,7 @@ def decoding() -> Iterator[None]:
 
     Example:
         >>> with features.decoding():
-        ...     features.variants("decoding", "sm_90")
+        ...     features.used("decoding", "sm_90")
         {'PDL': True}
     """
     before = getattr(_thread, "decoding", False)
@@ -58,12 +58,12 @@ def override(kernel: str, *names: str) -> Iterator[None]:
 
     Example:
         >>> with features.override("attention", "DESCRIPTORS"):
-        ...     features.variants("attention", "sm_90")
+        ...     features.used("attention", "sm_90")
         {'DESCRIPTORS': True}
     """
     unknown = set(names) - set(SUPPORTED[kernel])
     if unknown:
-        raise ValueError(f"{kernel} has no variants {sorted(unknown)}; choose from {sorted(SUPPORTED[kernel])}")
+        raise ValueError(f"{kernel} has no features {sorted(unknown)}; choose from {sorted(SUPPORTED[kernel])}")
     previous = _tried.get(kernel)
     _tried[kernel] = names
     try:
@@ -74,7 +74,7 @@ def override(kernel: str, *names: str) -> Iterator[None]:
             _tried[kernel] = previous
 
 
-def variants(kernel: str, arch: str, rows: int | None = None) -> dict[str, bool]:
+def used(kernel: str, arch: str, rows: int | None = None) -> dict[str, bool]:
     """Constexpr arguments: the features that ``kernel`` uses for ``rows`` tokens (None: many)."""
     on = _tried.get(kernel)
     if on is None:

@@ -10,7 +10,7 @@ import weakref
 
 import torch
 
-__all__ = ["empty", "release", "trim"]
+__all__ = ["empty", "release", "return_freed_memory"]
 
 _HUGE_PAGE = 1 << 21
 _SMALL, _SHARED, _ALIGNED = (
@@ -90,12 +90,12 @@ def release(tensor: torch.Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_PAGEOUT)
 
 
-def trim() -> None:
+def return_freed_memory() -> None:
     """Returns freed memory to the system (malloc_trim of glibc): the C library may otherwise keep a tenth of what was
     allocated.
 
     Example:
-        >>> trim()
+        >>> return_freed_memory()
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

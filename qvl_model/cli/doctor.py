@@ -64,7 +64,7 @@ def _facts(wrong: list[str]) -> Iterator[tuple[str, str]]:
     if qvl_kernels.backends()["cpp"]["available"]:
         info = qvl_kernels.cpu_info()
         yield "instruction set", f"{info['isa']} (supported: {', '.join(info['supported'])})"
-        yield "matmuls of prompts", ", ".join(f"{dtype}: {route}" for dtype, route in info["gemm_route"].items())
+        yield "matmuls of prompts", ", ".join(f"{dtype}: {backend}" for dtype, backend in info["gemm_backend"].items())
     else:
         wrong.append(f"the C++ extension does not work: {qvl_kernels.backends()['cpp']['reason']}")
     if torch.cuda.is_available():

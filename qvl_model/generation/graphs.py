@@ -53,7 +53,7 @@ class Device:
     def set_generator_state(self, state: Tensor) -> None:
         torch.set_rng_state(state)
 
-    def give_memory_back(self) -> None:
+    def return_freed_memory(self) -> None:
         """Returns the freed memory that PyTorch caches to the device."""
 
 
@@ -111,7 +111,7 @@ class Cuda(Device):
     def set_generator_state(self, state: Tensor) -> None:
         cuda.set_rng_state(state, self.device)
 
-    def give_memory_back(self) -> None:
+    def return_freed_memory(self) -> None:
         with self.active():
             cuda.empty_cache()
 

@@ -19,10 +19,10 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 from qvl_model.compat import CACHE
 from qvl_model.generation import step_cpu, step_gpu
-from qvl_model.generation.choosing import Chooser
 from qvl_model.generation.inputs import cache_indices
 from qvl_model.generation.kv_cache import updates_as_stock
-from qvl_model.generation.sampling import Sampler
+from qvl_model.generation.sampling import Chooser
+from qvl_model.generation.sampling_gpu import Sampler
 from qvl_model.generation.step_cpu import CpuStep
 from qvl_model.generation.step_gpu import GpuStep, StepFailed
 from qvl_model.modules import lm_head

@@ -8,7 +8,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from qvl_kernels import PreparedCache, PreparedDecoderLayer, dispatch, quantization
 from qvl_kernels.ops.decoder_layer.prepared import Run
 from qvl_kernels.ops.linear.extension import run_extension_linear
-from qvl_kernels.ops.linear.routes import use_pytorch
+from qvl_kernels.ops.linear.selection import use_pytorch
 from qvl_kernels.ops.linear.weights import extension_weight, out_features, tensors_of, unsupported_scales
 from qvl_kernels.ops.rms_norm.cpu import rms_norm_cpu
 from qvl_model.generation.inputs import body_why_not, cache_indices, token_embeddings

@@ -17,12 +17,12 @@ from qvl_kernels.gpu import device as gpu_device
 from qvl_kernels.gpu import features
 from qvl_kernels.ops.decoder_layer.decode_step import decode_step
 from qvl_kernels.ops.decoder_layer.growing_caches import GrowingCaches
-from qvl_model.generation import graphs, images, sampling
-from qvl_model.generation.choosing import Chooser
+from qvl_model.generation import graphs, images, sampling_gpu
 from qvl_model.generation.images import Images
 from qvl_model.generation.inputs import body_why_not, cache_indices, token_inputs
 from qvl_model.generation.kv_cache import forget
-from qvl_model.generation.sampling import Sampler
+from qvl_model.generation.sampling import Chooser
+from qvl_model.generation.sampling_gpu import Sampler
 from qvl_model.modules import lm_head as head
 from qvl_model.modules import text
 from qvl_model.modules.decoder_layer import fused_layer_of
@@ -237,7 +237,7 @@ def _attempt(pool: _Pool, device: graphs.Device, function: Callable) -> tuple[An
                 raise
         # Outside of the handler, so that the traceback no longer keeps buffers alive.
         freed = pool.free_idle()
-        device.give_memory_back()
+        device.return_freed_memory()
         if not freed:
             return None, reason
 
@@ -419,7 +419,7 @@ class GpuStep:
         Args:
             chooser: has chosen a token.
         """
-        if sampling.why_not(chooser) is not None or chooser.sequences.device != self._logits.device:
+        if sampling_gpu.why_not(chooser) is not None or chooser.sequences.device != self._logits.device:
             return None
         key, reason = Sampler.key(chooser), None
         with self._device.active():

@@ -281,7 +281,8 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         if fused_layer is None:
             return None
         if x.is_cpu and x.shape[0] * x.shape[1] >= _LARGE:
-            pages.trim()  # milliseconds, against tenths of a second for the layer; else freed memory and cache add up
+            # Takes milliseconds, the layer tenths of a second; else freed memory and the KV cache add up.
+            pages.return_freed_memory()
         return run_fused([self], [fused_layer], x, cos_sin, mask, positions, cache)
 
     def is_deterministic(self) -> bool:

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 import qvl_kernels
-from qvl_kernels.ops.gemv.tiles import few_rows
+from qvl_kernels.ops.gemv.tiles import is_small_m
 from qvl_model.modules.fast_path import autocast_dtype, is_number, kernels_take
 
 __all__ = ["LayerNorm", "Linear"]
@@ -13,7 +13,7 @@ class Linear(nn.Linear):
     """``nn.Linear`` through ``qvl_kernels.linear``: the dense weight is used as it is in memory."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_cuda and not few_rows(
+        if input.is_cuda and not is_small_m(
             input
         ):  # PyTorch's GEMM is the kernel here; our checks would cost the host time 196 times in a training step
             return super().forward(input)

@@ -27,7 +27,7 @@ __all__ = [
     "Qwen3VLVisionBlock",
     "Qwen3VLVisionMLP",
     "Qwen3VLVisionPatchEmbed",
-    "give_memory_back",
+    "return_freed_memory",
     "is_gelu_tanh",
 ]
 
@@ -35,14 +35,14 @@ _GELU_TANH = "gelu_pytorch_tanh"
 _LARGE = 4096  # patches: an image of 1,024 x 1,024 pixels
 
 
-def give_memory_back(visual: nn.Module, args: tuple, output: Any = None) -> None:
+def return_freed_memory(visual: nn.Module, args: tuple, output: Any = None) -> None:
     """A hook before and after the tower that returns freed memory to the system (malloc_trim) if images are large, so
     that it does not add up with the tower's temporaries, nor those with the KV cache. The C library keeps freed tensors
     below 32 MB, which add up to some hundred MB. The call takes milliseconds, and the tower seconds.
     """
     pixels = args[0] if args else None
     if isinstance(pixels, Tensor) and pixels.is_cpu and pixels.shape[0] >= _LARGE and not torch.compiler.is_compiling():
-        pages.trim()
+        pages.return_freed_memory()
 
 
 class Qwen3VLVisionPatchEmbed(stock.Qwen3VLVisionPatchEmbed):

@@ -244,7 +244,7 @@ def quantize_model(
             embedding.weight = module.weight
         pages.release(weight)
         del weight
-        pages.trim()
+        pages.return_freed_memory()
     scaling.put(modules, scales)
 
 

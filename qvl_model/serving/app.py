@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from qvl_model.cli.answers import Conversation
 from qvl_model.serving import engine, schema
-from qvl_model.serving.pictures import image_of
+from qvl_model.serving.images import image_of
 
 __all__ = ["Limits", "build_app"]
 

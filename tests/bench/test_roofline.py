@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from bench import metrics, report
 from bench.__main__ import RESULTS
 from bench.families import FAMILIES
-from bench.roofline import Machine, Work, floor
+from bench.roofline import Machine, Work, least_seconds
 from bench.targets import Target, not_slower, verdict
 
 # A decoder layer: q and o 64 elements each, k and v 32 each, three matrices of 128 in the MLP: 576. The head: 80.
@@ -123,7 +123,7 @@ def test_bytes_of_a_step_are_those_of_the_modules(name, visual, keys):
     work = family.step_work(family.config(**family.full_config()), 1, keys, visual)
     slow = Machine({"fma": 1e9}, 1.0)  # 1 GB/s, and operations for nothing
     for variant, weights in (("ours", "bf16"), ("int8", "int8")):
-        counted = 1e9 * floor([work], slow, weights)
+        counted = 1e9 * least_seconds([work], slow, weights)
         assert counted == pytest.approx(result["raw"]["bytes_per_token"][variant], rel=0.01)
 
 
@@ -132,12 +132,12 @@ def test_floor_is_the_longer_of_operations_and_bytes_of_each_pass():
         {"fma": [50.0, 100.0], "bf16_tiles": [400.0], "int8_tiles": [800.0]}, {"a": [9.0], "b": [10.0]}
     )
     compute, memory = Work(linear=8e9, attention=4e9, weights=1e6), Work(linear=1e6, weights=1e9, cache=5e8)
-    assert floor([compute], machine, "bf16") == pytest.approx(12 / 400)
-    assert floor([compute], machine, "int4") == pytest.approx(8 / 800 + 4 / 400)
-    assert floor([compute], machine, "fp32", "fp32") == pytest.approx(12 / 100)
-    assert floor([memory], machine, "bf16") == pytest.approx(3 / 10)
-    assert floor([memory], machine, "int8") == pytest.approx((1 + 1) / 10)
-    assert floor([compute, memory], machine, "bf16") == pytest.approx(12 / 400 + 3 / 10)
+    assert least_seconds([compute], machine, "bf16") == pytest.approx(12 / 400)
+    assert least_seconds([compute], machine, "int4") == pytest.approx(8 / 800 + 4 / 400)
+    assert least_seconds([compute], machine, "fp32", "fp32") == pytest.approx(12 / 100)
+    assert least_seconds([memory], machine, "bf16") == pytest.approx(3 / 10)
+    assert least_seconds([memory], machine, "int8") == pytest.approx((1 + 1) / 10)
+    assert least_seconds([compute, memory], machine, "bf16") == pytest.approx(12 / 400 + 3 / 10)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from qvl_kernels import config
 from qvl_kernels.gpu.device import SHARED_MEMORY, SM_COUNT
 from qvl_kernels.ops.attention import tiles
 from qvl_kernels.ops.attention.op import attention_backward_op, attention_op
-from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, random_tensor, relative_error, surrounded
+from qvl_kernels.testing import GuardedEmpty, assert_close_to_fp64, random_tensor, relative_error, surrounded
 
 NAN, INF = float("nan"), float("inf")
 
@@ -87,7 +87,7 @@ def _check(arguments: dict, device, monkeypatch, *, function=None) -> None:
         for a, b, c in zip(out, baseline, exact, strict=True):
             assert torch.equal(a.cpu() == -INF, c == -INF)
             finite = c > -INF
-            assert_close_to_truth(a.cpu()[finite], b[finite], c[finite], factor=factor)
+            assert_close_to_fp64(a.cpu()[finite], b[finite], c[finite], factor=factor)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -338,7 +338,7 @@ def test_dropout_is_replayed_by_the_backward(causal, dtype, device):
             [x.to(device) for x in arguments.values()],
         )
     for a, b, c in zip(ours, plain, golden, strict=True):
-        assert_close_to_truth(a, b, c, factor=3.0)
+        assert_close_to_fp64(a, b, c, factor=3.0)
 
 
 def test_dropout_of_varlen_sequences(device):

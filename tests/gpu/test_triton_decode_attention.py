@@ -9,7 +9,7 @@ import qvl_kernels
 from qvl_kernels.gpu.device import SM_COUNT
 from qvl_kernels.ops.decode_attention import tiles
 from qvl_kernels.ops.decode_attention.op import decode_attention_op
-from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, random_tensor, surrounded
+from qvl_kernels.testing import GuardedEmpty, assert_close_to_fp64, random_tensor, surrounded
 
 
 def _rand(*shape: int, dtype=torch.float16, seed: int = 0) -> torch.Tensor:
@@ -46,7 +46,7 @@ def _check(arguments: dict, lengths: torch.Tensor, device, monkeypatch, **change
     )
     monkeypatch.undo()
     guard.check()
-    assert_close_to_truth(out.cpu(), baseline, golden)
+    assert_close_to_fp64(out.cpu(), baseline, golden)
 
 
 def _force_splits(monkeypatch, splits: int) -> None:
@@ -54,7 +54,7 @@ def _force_splits(monkeypatch, splits: int) -> None:
     monkeypatch.setattr(
         tiles,
         "decode_attention",
-        lambda *args: {**plain(*args), "SPLITS": splits, "BLOCK_N": 16, "JOIN_STEP": min(2, splits)},
+        lambda *args: {**plain(*args), "SPLITS": splits, "BLOCK_N": 16, "COMBINE_STEP": min(2, splits)},
     )
 
 

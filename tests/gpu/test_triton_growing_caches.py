@@ -27,7 +27,7 @@ def _few_splits(monkeypatch):
     """Fixes small blocks for every capacity: the interpreter is slow, and another order of sums changes the bits."""
     plain = tiles.decode_attention
     monkeypatch.setattr(
-        tiles, "decode_attention", lambda *args: {**plain(*args), "SPLITS": 4, "BLOCK_N": 32, "JOIN_STEP": 2}
+        tiles, "decode_attention", lambda *args: {**plain(*args), "SPLITS": 4, "BLOCK_N": 32, "COMBINE_STEP": 2}
     )
 
 

@@ -8,7 +8,7 @@ from op_cases import INFERENCE_ONLY, OPS, differentiable, double, generator, gra
 
 import qvl_kernels
 from qvl_kernels import config, library
-from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, surrounded
+from qvl_kernels.testing import GuardedEmpty, assert_close_to_fp64, surrounded
 
 SAME_KERNELS = {"cross_attention": "attention", "patch_embed": "linear"}  # public functions that call another one's op
 SLOW = {"one_query", "split_keys"}  # slow in the interpreter, as the model's shapes are
@@ -53,10 +53,10 @@ def test_forward(op, case, dtype, device, monkeypatch):
     guard.check()
     assert len(out) == len(golden)
     for ours, plain, exact in zip(out, baseline, golden):
-        assert_close_to_truth(ours, plain, exact)
+        assert_close_to_fp64(ours, plain, exact)
     if op == "decoder_layer":
         for name in ("k_cache", "v_cache"):
-            assert_close_to_truth(ours_arguments[name], baseline_arguments[name], golden_arguments[name])
+            assert_close_to_fp64(ours_arguments[name], baseline_arguments[name], golden_arguments[name])
 
 
 @pytest.mark.parametrize(("op", "case"), [p for p in ALL if p.values[0] not in INFERENCE_ONLY])
@@ -87,4 +87,4 @@ def test_gradients(op, case, dtype, device, monkeypatch):
         max(2 * torch.finfo(dtype).eps, 64 * torch.finfo(torch.float32).eps) if case.name == "large_scores" else None
     )
     for gradient, plain, exact in zip(ours, baseline, golden):
-        assert_close_to_truth(gradient, plain, exact, factor=3.0, floor=floor)
+        assert_close_to_fp64(gradient, plain, exact, factor=3.0, floor=floor)

@@ -9,7 +9,7 @@ from weight_formats import FORMATS
 import qvl_kernels
 from qvl_kernels.ops.quantized_linear import tiles, triton_int8
 from qvl_kernels.quantization import dequantize, quantize
-from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, random_tensor, relative_error, surrounded
+from qvl_kernels.testing import GuardedEmpty, assert_close_to_fp64, random_tensor, relative_error, surrounded
 
 
 def _rand(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
@@ -59,10 +59,10 @@ def test_int8_products_are_exact_but_for_the_rounding_of_rows(m, n, k, dtype, de
 
 @pytest.mark.parametrize(("bits", "group", "options"), FORMATS)
 def test_widened_weight(bits, group, options, dtype, device, monkeypatch):
-    monkeypatch.setattr(tiles, "quantized_linear_route", lambda *_: "dequantize")
+    monkeypatch.setattr(tiles, "quantized_linear_kernel", lambda *_: "dequantize")
     x, weight = _rand(20, 300, dtype=dtype), quantize(_rand(9, 300, seed=1), bits, group, **options)
     out = _run(x, weight, device, monkeypatch)
-    assert_close_to_truth(out, x @ dequantize(weight, dtype).t(), x.double() @ dequantize(weight, torch.float64).t())
+    assert_close_to_fp64(out, x @ dequantize(weight, dtype).t(), x.double() @ dequantize(weight, torch.float64).t())
 
 
 @pytest.mark.parametrize("bits", [8, 4])

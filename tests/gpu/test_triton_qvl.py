@@ -65,7 +65,7 @@ def test_generate(device, monkeypatch):
     """Whole decode steps; one serves all images."""
     plain_tiles = tiles.decode_attention
     monkeypatch.setattr(
-        tiles, "decode_attention", lambda *args: {**plain_tiles(*args), "SPLITS": 2, "JOIN_STEP": 2}
+        tiles, "decode_attention", lambda *args: {**plain_tiles(*args), "SPLITS": 2, "COMBINE_STEP": 2}
     )  # the interpreter is slow
     plain = plain_model("attention", **SMALL).to(device)
     model, known = qvl_model.accelerate(copy.deepcopy(plain)), dispatch.fallbacks()

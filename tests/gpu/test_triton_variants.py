@@ -16,7 +16,7 @@ from qvl_kernels.ops.decode_attention import triton_decode
 from qvl_kernels.ops.gemv import cases
 from qvl_kernels.ops.quantized_linear import triton_int8
 from qvl_kernels.quantization import quantize
-from qvl_kernels.testing import GuardedEmpty, assert_close_to_truth, random_tensor, surrounded
+from qvl_kernels.testing import GuardedEmpty, assert_close_to_fp64, random_tensor, surrounded
 
 NAN = float("nan")
 
@@ -87,7 +87,7 @@ def check_attention(device, launches_of, monkeypatch):
             patch.setattr(torch, "empty", guard)
             out = qvl_kernels.attention(**moved)
         guard.check()
-        assert_close_to_truth(out.cpu(), plain, golden, factor=2.0)
+        assert_close_to_fp64(out.cpu(), plain, golden, factor=2.0)
         return launches
 
     return check
@@ -225,11 +225,11 @@ def test_table():
             on = features.DEFAULT.get((kernel, arch), ())
             assert all(arch in offered[name] for name in on)
             with features.decoding():
-                assert features.variants(kernel, arch) == {name: name in on for name in offered}
-            assert not any(features.variants("decoding", arch).values())
+                assert features.used(kernel, arch) == {name: name in on for name in offered}
+            assert not any(features.used("decoding", arch).values())
     assert (
-        features.variants("attention", "sm_90", 2048)["DESCRIPTORS"]
-        and not features.variants("attention", "sm_90", 2047)["DESCRIPTORS"]
+        features.used("attention", "sm_90", 2048)["DESCRIPTORS"]
+        and not features.used("attention", "sm_90", 2047)["DESCRIPTORS"]
     )
-    with pytest.raises(ValueError, match="has no variants"), features.override("attention", "PERSISTENT"):
+    with pytest.raises(ValueError, match="has no features"), features.override("attention", "PERSISTENT"):
         pass

@@ -1,7 +1,7 @@
 """Every kernel selection on the CPU, forced: the instruction sets of this machine, the emulated one, PyTorch's kernels.
 
 fp32, bf16 and fp16 take the fma or the dot instructions of an instruction set, as
-``qvl_kernels.cpu_info()["gemm_route"]`` says.
+``qvl_kernels.cpu_info()["gemm_backend"]`` says.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import torch
 
 import qvl_kernels
 from qvl_kernels import tuning
-from qvl_kernels.ops.attention import routes as attention_routes
+from qvl_kernels.ops.attention import selection as attention_selection
 from qvl_kernels.testing import instruction_set
 
 ISAS = qvl_kernels.cpu_info()["supported"]
@@ -38,12 +38,12 @@ def select(name: str) -> Iterator[None]:
     """
     by_pytorch = name in (tuning.PYTORCH, OVERREADING)
     with contextlib.ExitStack() as stack:
-        route = tuning.PYTORCH if by_pytorch else tuning.QVL
-        stack.enter_context(mock.patch.object(tuning, "route", lambda kind: route))
+        backend = tuning.PYTORCH if by_pytorch else tuning.QVL
+        stack.enter_context(mock.patch.object(tuning, "chosen", lambda kind: backend))
         if not by_pytorch:
             stack.enter_context(instruction_set(name))
         else:
-            stack.enter_context(mock.patch.object(attention_routes, "MIN_TOKENS", 1))
+            stack.enter_context(mock.patch.object(attention_selection, "MIN_TOKENS", 1))
         if name == OVERREADING and not torch.cpu._is_amx_tile_supported():
             stack.enter_context(mock.patch.object(torch.nn.functional, "linear", _overreading_linear))
         yield

@@ -37,7 +37,7 @@ ATTENTIONS = "tests/qvl/test_qvl_attentions.py"
 GENERATE = "tests/qvl/test_qvl_generate.py"
 PRECISION = "tests/training/test_training_precision.py"
 LOOP, CHOOSING, STEP_CPU, STEP_GPU, IMAGES = (
-    f"qvl_model/generation/{name}.py" for name in ("loop", "choosing", "step_cpu", "step_gpu", "images")
+    f"qvl_model/generation/{name}.py" for name in ("loop", "sampling", "step_cpu", "step_gpu", "images")
 )
 ON_CPU, ON_GPU, IMAGES_ON_GPU = (
     "tests/model/test_generation.py",

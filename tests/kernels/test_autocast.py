@@ -23,10 +23,10 @@ CASES = [
 
 @pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("route", [tuning.QVL, tuning.PYTORCH])
+@pytest.mark.parametrize("backend", [tuning.QVL, tuning.PYTORCH])
 @pytest.mark.parametrize(("function", "case"), CASES)
-def test_results_do_not_depend_on_autocast(function, case, route, dtype, lower, monkeypatch):
-    monkeypatch.setattr(tuning, "route", lambda kind: route)
+def test_results_do_not_depend_on_autocast(function, case, backend, dtype, lower, monkeypatch):
+    monkeypatch.setattr(tuning, "chosen", lambda kind: backend)
     results = []
     for enabled in (False, True):
         arguments = case.make(dtype, torch.Generator().manual_seed(0))

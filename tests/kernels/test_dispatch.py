@@ -175,7 +175,10 @@ def test_cpu_info():
     assert "portable" in info["supported"]
     if not os.environ.get("QVL_CPU_ISA"):
         assert info["isa"] == info["supported"][-1] != "amx_emulated"  # the best one, and none that is for tests only
-    assert set(info["gemm_route"]) == {"fp32", "bf16", "fp16"} and set(info["gemm_route"].values()) <= {"fma", "dot"}
+    assert set(info["gemm_backend"]) == {"fp32", "bf16", "fp16"} and set(info["gemm_backend"].values()) <= {
+        "fma",
+        "dot",
+    }
     assert info["threads"] == torch.get_num_threads()
 
 

@@ -7,7 +7,7 @@ from op_cases import INFERENCE_ONLY, OPS, differentiable, double, generator, gra
 from quantized_numbers import rounded_again
 
 import qvl_kernels
-from qvl_kernels.testing import assert_close_to_truth, poisoned_empty
+from qvl_kernels.testing import assert_close_to_fp64, poisoned_empty
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = [pytest.param(op, case, id=f"{op}-{case.name}") for op, (_, cases) in OPS.items() for case in cases]
@@ -45,10 +45,10 @@ def _check_forward(op, case, dtype, monkeypatch):
     # Layers round more often than once.
     floor = norm_error(dtype, _longest_sum(arguments), roundings=4) + rounded_again(arguments)
     for ours, plain, exact in zip(out, baseline, golden):
-        assert_close_to_truth(ours, plain, exact, floor=floor)
+        assert_close_to_fp64(ours, plain, exact, floor=floor)
     if op == "decoder_layer":  # the written KV cache, with everything around it unchanged
         for name in ("k_cache", "v_cache"):
-            assert_close_to_truth(arguments[name], baseline_arguments[name], golden_arguments[name], floor=floor)
+            assert_close_to_fp64(arguments[name], baseline_arguments[name], golden_arguments[name], floor=floor)
 
 
 def _longest_sum(arguments: dict) -> int:
@@ -76,7 +76,7 @@ def test_gradients(op, case, dtype):
         dtype, _longest_sum(arguments), roundings=6
     )  # probabilities and their gradients are rounded, too
     for gradient, plain, exact in zip(ours, baseline, golden):
-        assert_close_to_truth(gradient, plain, exact, factor=3.0, floor=floor)
+        assert_close_to_fp64(gradient, plain, exact, factor=3.0, floor=floor)
 
 
 @pytest.mark.parametrize(("op", "case"), [p for p in SMALL if p.values[1].name != "empty"])

@@ -10,9 +10,9 @@ import torch
 
 import qvl_kernels
 from qvl_kernels import config, dispatch, tuning
-from qvl_kernels.ops.attention.routes import attention_work
-from qvl_kernels.ops.linear.routes import linear_work
-from qvl_kernels.ops.quantized_linear.routes import quantized_linear_work
+from qvl_kernels.ops.attention.selection import attention_work
+from qvl_kernels.ops.linear.selection import linear_work
+from qvl_kernels.ops.quantized_linear.selection import quantized_linear_work
 from qvl_kernels.tuning import PYTORCH, QVL, Times, Work
 
 KIND = tuning.linear_kind(torch.float32, few=False)
@@ -66,25 +66,25 @@ def kept_file() -> Path:
 # What is measured
 
 
-@pytest.mark.parametrize(("qvl", "pytorch", "route"), [(1.05, 1.0, PYTORCH), (1.0499, 1.0, QVL), (1.0, 9.0, QVL)])
-def test_pytorch_must_be_five_percent_faster(qvl, pytorch, route):
-    assert Times(qvl, pytorch).route(tuning.attention_kind(torch.bfloat16, causal=False)) == route
+@pytest.mark.parametrize(("qvl", "pytorch", "backend"), [(1.05, 1.0, PYTORCH), (1.0499, 1.0, QVL), (1.0, 9.0, QVL)])
+def test_pytorch_must_be_five_percent_faster(qvl, pytorch, backend):
+    assert Times(qvl, pytorch).chosen(tuning.attention_kind(torch.bfloat16, causal=False)) == backend
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_pytorch_must_make_up_for_fused_layers(bits):
     many = tuning.linear_kind(torch.bfloat16, few=False, bits=bits)
-    assert [Times(qvl, 1.0).route(many) for qvl in (1.49, 1.5)] == [QVL, PYTORCH]
-    assert Times(1.05, 1.0).route(tuning.linear_kind(torch.bfloat16, few=True, bits=bits)) == PYTORCH
+    assert [Times(qvl, 1.0).chosen(many) for qvl in (1.49, 1.5)] == [QVL, PYTORCH]
+    assert Times(1.05, 1.0).chosen(tuning.linear_kind(torch.bfloat16, few=True, bits=bits)) == PYTORCH
 
 
-@pytest.mark.parametrize(("qvl", "pytorch", "route"), [(3.0, 2.0, PYTORCH), (2.0, 3.0, QVL)])
-def test_the_faster_one_is_chosen(clock, qvl, pytorch, route):
-    assert tuning.route(KIND) == QVL
+@pytest.mark.parametrize(("qvl", "pytorch", "backend"), [(3.0, 2.0, PYTORCH), (2.0, 3.0, QVL)])
+def test_the_faster_one_is_chosen(clock, qvl, pytorch, backend):
+    assert tuning.chosen(KIND) == QVL
     work = clock.work(qvl, pytorch)
     tuning.settle([work])
-    assert tuning.route(KIND) == route
-    assert tuning.describe([work]) == [f"{KIND}: {route}, 2 ms against 3 ms"]
+    assert tuning.chosen(KIND) == backend
+    assert tuning.describe([work]) == [f"{KIND}: {backend}, 2 ms against 3 ms"]
 
 
 def test_the_fastest_of_interleaved_runs_counts(clock):
@@ -119,7 +119,7 @@ def test_time_is_limited(clock, milliseconds, count):
     start = clock.now
     tuning.settle(works)
     assert clock.now - start <= tuning.SECONDS + milliseconds / 1000
-    answered = [work for work in works if tuning.route(work.kind) == PYTORCH]
+    answered = [work for work in works if tuning.chosen(work.kind) == PYTORCH]
     assert len(answered) == (count if milliseconds <= 1.0 else 0 if milliseconds >= 100.0 else len(answered))
 
 
@@ -128,18 +128,18 @@ def test_disturbed_runs_do_not_count(clock, monkeypatch):
     numbers = iter(range(1000))
     monkeypatch.setattr(tuning, "_preemptions", lambda: next(numbers))
     tuning.settle([clock.work(2.0, 1.0)])
-    assert tuning.route(KIND) == QVL and not (config.cache_folder() / "tuning").exists()
+    assert tuning.chosen(KIND) == QVL and not (config.cache_folder() / "tuning").exists()
 
 
 def test_what_was_not_measured_is_measured_by_the_next_process(clock, monkeypatch):
     slow, fast = clock.work(20.0, 10.0, kind="slow"), clock.work(0.2, 0.1, kind="fast")
     tuning.settle([slow, fast])
-    assert (tuning.route("slow"), tuning.route("fast")) == (PYTORCH, PYTORCH)
+    assert (tuning.chosen("slow"), tuning.chosen("fast")) == (PYTORCH, PYTORCH)
     tuning.settle([clock.work(100.0, 50.0, kind="slower")])
-    assert tuning.route("slower") == QVL
+    assert tuning.chosen("slower") == QVL
     new_process(monkeypatch)
     tuning.settle([clock.work(1.0, 0.5, kind="slower"), fast, slow])
-    assert tuning.route("slower") == PYTORCH
+    assert tuning.chosen("slower") == PYTORCH
 
 
 # What is kept
@@ -152,7 +152,7 @@ def test_the_answer_is_kept_for_later_processes(clock, monkeypatch):
     work = clock.work(1.0, 2.0)
     assert tuning.describe([work]) == [f"{KIND}: pytorch, 1 ms against 2 ms"]
     tuning.settle([work])
-    assert tuning.route(KIND) == PYTORCH and not clock.calls
+    assert tuning.chosen(KIND) == PYTORCH and not clock.calls
     assert [file.suffix for file in kept_file().parent.iterdir()] == [".json"]
 
 
@@ -160,17 +160,17 @@ def test_an_answer_stays_within_a_process(clock):
     tuning.settle([clock.work(2.0, 1.0)])
     kept_file().unlink()
     tuning.settle([clock.work(1.0, 2.0)])
-    assert tuning.route(KIND) == PYTORCH
+    assert tuning.chosen(KIND) == PYTORCH
 
 
 def test_other_shapes_are_measured_apart(clock, monkeypatch):
     tuning.settle([clock.work(2.0, 1.0)])
     new_process(monkeypatch)
     tuning.settle([clock.work(1.0, 2.0)._replace(shape="4 x 5 to 6")])
-    assert tuning.route(KIND) == QVL
+    assert tuning.chosen(KIND) == QVL
     new_process(monkeypatch)
     tuning.settle([clock.work(1.0, 2.0)])
-    assert tuning.route(KIND) == PYTORCH
+    assert tuning.chosen(KIND) == PYTORCH
 
 
 CHANGES = [
@@ -196,7 +196,7 @@ def test_another_machine_is_measured_again(clock, monkeypatch, change):
     new_process(monkeypatch)
     change(monkeypatch.setattr)
     tuning.settle([clock.work(1.0, 2.0)])
-    assert tuning.route(KIND) == QVL
+    assert tuning.chosen(KIND) == QVL
     assert len(list((config.cache_folder() / "tuning").iterdir())) == 2
 
 
@@ -228,7 +228,7 @@ def test_a_damaged_file_is_ignored_and_replaced(clock, monkeypatch, content):
     kept_file().write_bytes(content)
     new_process(monkeypatch)
     tuning.settle([clock.work(1.0, 2.0)])
-    assert tuning.route(KIND) == QVL
+    assert tuning.chosen(KIND) == QVL
     assert json.loads(kept_file().read_text())["machine"] == good["machine"]
 
 
@@ -237,7 +237,7 @@ def test_a_cache_folder_that_cannot_be_written_is_ignored(clock, monkeypatch, tm
     blocked.write_text("")
     monkeypatch.setenv("QVL_CACHE", str(blocked))
     tuning.settle([clock.work(2.0, 1.0)])
-    assert tuning.route(KIND) == PYTORCH
+    assert tuning.chosen(KIND) == PYTORCH
 
     def refuse(*args):
         raise OSError("disk full")
@@ -246,7 +246,7 @@ def test_a_cache_folder_that_cannot_be_written_is_ignored(clock, monkeypatch, tm
     monkeypatch.setenv("QVL_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning.os, "replace", refuse)
     tuning.settle([clock.work(2.0, 1.0)])
-    assert tuning.route(KIND) == PYTORCH and not list((tmp_path / "tuning").iterdir())
+    assert tuning.chosen(KIND) == PYTORCH and not list((tmp_path / "tuning").iterdir())
 
     def homeless():
         raise RuntimeError("no home folder")
@@ -255,7 +255,7 @@ def test_a_cache_folder_that_cannot_be_written_is_ignored(clock, monkeypatch, tm
     monkeypatch.delenv("QVL_CACHE")
     monkeypatch.setattr(Path, "home", homeless)
     tuning.settle([clock.work(2.0, 1.0)])
-    assert tuning.route(KIND) == PYTORCH
+    assert tuning.chosen(KIND) == PYTORCH
 
 
 def _write_often(number: int) -> None:
@@ -279,7 +279,7 @@ def test_writers_at_the_same_time(clock):
 def test_the_static_table(isas, clock, monkeypatch):
     monkeypatch.setenv("QVL_TUNE", "0")
     monkeypatch.setattr(dispatch.extension(), "supported_isas", lambda: isas)
-    tuning._static_route.cache_clear()
+    tuning._static_choice.cache_clear()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     try:
         kinds = [tuning.linear_kind(dtype, few) for dtype in (torch.bfloat16, torch.float16) for few in (False, True)]
@@ -287,10 +287,10 @@ def test_the_static_table(isas, clock, monkeypatch):
         kinds += [tuning.attention_kind(torch.bfloat16, causal) for causal in (False, True)]
         tuning.settle([clock.work(2.0, 1.0, kind=kind) for kind in kinds])
         prefill = QVL if "amx" in isas else PYTORCH
-        assert [tuning.route(kind) for kind in kinds] == [prefill, QVL, QVL, QVL, QVL, QVL, prefill, prefill]
+        assert [tuning.chosen(kind) for kind in kinds] == [prefill, QVL, QVL, QVL, QVL, QVL, prefill, prefill]
         assert tuning.describe([clock.work(2.0, 1.0)]) == [f"{KIND}: qvl, not measured"]
     finally:
-        tuning._static_route.cache_clear()
+        tuning._static_choice.cache_clear()
     assert not clock.calls and not list(config.cache_folder().iterdir())
 
 
@@ -318,7 +318,7 @@ def test_nothing_is_measured_where_calls_are_watched(clock, monkeypatch):
     torch.jit.trace(lambda x: (tuning.settle([work]), x + 1)[1], torch.zeros(2), check_trace=False)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     tuning.settle([work])
-    assert not clock.calls and tuning.route(KIND) == QVL
+    assert not clock.calls and tuning.chosen(KIND) == QVL
 
 
 def test_nothing_else_changes(clock, monkeypatch):

@@ -38,7 +38,7 @@ def test_no_product_is_faster_than_its_unit(weights, monkeypatch):
     """Of our kernels: PyTorch's use units that a forced instruction set lacks. In turns, since other programs slow
     either down: the highest peak, and the median product.
     """
-    monkeypatch.setattr(tuning, "route", lambda kind: tuning.QVL)
+    monkeypatch.setattr(tuning, "chosen", lambda kind: tuning.QVL)
     rows, n, k = 256, 1024, 2048
     dtype = torch.float32 if weights == "fp32" else torch.bfloat16
     x, weight = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)

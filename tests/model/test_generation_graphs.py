@@ -72,7 +72,7 @@ def test_draws_after_the_end_are_taken_back(models, cuda, seed):
 
 
 def test_long_outputs_are_put_together(models, cuda, monkeypatch):
-    monkeypatch.setattr("qvl_model.generation.sampling.CHUNK", 7)
+    monkeypatch.setattr("qvl_model.generation.sampling_gpu.CHUNK", 7)
     for options in (dict(max_new_tokens=23), dict(max_new_tokens=22), dict(max_new_tokens=23, **ENDS)):
         stock, ours = (_generate(model, inputs([4]), do_sample=True, **options) for model in models)
         assert torch.equal(stock, ours)

@@ -17,9 +17,9 @@ from transformers.generation import (
 )
 from transformers.generation import logits_process as stock
 
-from qvl_model.generation import graphs, sampling, step_gpu
-from qvl_model.generation.choosing import Chooser
-from qvl_model.generation.sampling import Sampler
+from qvl_model.generation import graphs, sampling_gpu, step_gpu
+from qvl_model.generation.sampling import Chooser
+from qvl_model.generation.sampling_gpu import Sampler
 
 VOCABULARY, BATCH, PROMPT = 300, 3, 5
 
@@ -166,7 +166,9 @@ def test_a_gpu_divides_by_multiplying(value):
     chooser = _chooser([stock.TemperatureLogitsWarper(value), stock.RepetitionPenaltyLogitsProcessor(value)])
     sampler = _sampler(chooser)
     sampler.inverse = True
-    temperature, penalty = (sampling._FORMS[type(processor)](processor, sampler) for processor in chooser.processors)
+    temperature, penalty = (
+        sampling_gpu._FORMS[type(processor)](processor, sampler) for processor in chooser.processors
+    )
     reciprocal = torch.tensor(1.0) / torch.tensor(value)
     for form, processor in zip((temperature, penalty), chooser.processors):
         form.load(processor, chooser.sequences)
@@ -243,10 +245,10 @@ REASONS = {
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_what_no_graph_chooses(reason):
-    assert sampling.why_not(_chooser()) is None and reason in sampling.why_not(_chooser(**REASONS[reason]))
+    assert sampling_gpu.why_not(_chooser()) is None and reason in sampling_gpu.why_not(_chooser(**REASONS[reason]))
     without = _chooser()
     del without.criteria[0]
-    assert "no maximum length" in sampling.why_not(without)
+    assert "no maximum length" in sampling_gpu.why_not(without)
 
 
 def test_few_samplers_are_kept(monkeypatch):
@@ -275,6 +277,6 @@ def test_few_samplers_are_kept(monkeypatch):
 def test_another_default_device():
     mask = torch.zeros(9, dtype=torch.bool)
     with torch.device("meta"):
-        assert sampling._factor(0.7, inverse=True) == (torch.ones((), device="cpu") / 0.7).item()
-        sampling._mark(mask, [torch.tensor([2, 5, 9], device="cpu")])
+        assert sampling_gpu._factor(0.7, inverse=True) == (torch.ones((), device="cpu") / 0.7).item()
+        sampling_gpu._mark(mask, [torch.tensor([2, 5, 9], device="cpu")])
     assert mask.nonzero()[:, 0].tolist() == [2, 5]

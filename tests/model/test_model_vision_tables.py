@@ -73,16 +73,16 @@ def test_hooks_come_once_travel_and_go():
     for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert list(copied.model.visual._forward_pre_hooks.values()) == [
             vision_tables.provide_tables,
-            vision.give_memory_back,
+            vision.return_freed_memory,
         ]
-        assert list(copied.model.visual._forward_hooks.values()) == [vision.give_memory_back]
+        assert list(copied.model.visual._forward_hooks.values()) == [vision.return_freed_memory]
         visual = qvl_model.restore(copied).model.visual
         assert not visual._forward_pre_hooks and not visual._forward_pre_hooks_with_kwargs and not visual._forward_hooks
 
 
 def test_memory_goes_back_after_large_images_only(monkeypatch):
     visual, trimmed = models.pair()[1].model.visual, []
-    monkeypatch.setattr(vision.pages, "trim", lambda: trimmed.append(1))
+    monkeypatch.setattr(vision.pages, "return_freed_memory", lambda: trimmed.append(1))
     with torch.no_grad():
         for size, expected in (((1, 62, 66), 0), ((1, 64, 64), 2)):
             visual(_pixels([size]), grid_thw=torch.tensor([size]))

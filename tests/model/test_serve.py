@@ -24,7 +24,7 @@ from PIL import Image
 from qvl_model import digits
 from qvl_model.cli import answers, models
 from qvl_model.digits import scenes
-from qvl_model.serving import Engine, Limits, build_app, pictures
+from qvl_model.serving import Engine, Limits, build_app, images
 
 QUESTION = "Read the digits from left to right."
 
@@ -340,7 +340,7 @@ def test_addresses_that_are_not_public_are_never_fetched(host):
     listener = socket.create_server(("127.0.0.1", 0))
     listener.settimeout(0.2)
     with pytest.raises(ValueError, match="is not public"):
-        pictures.image_of(
+        images.image_of(
             f"http://{host}:{listener.getsockname()[1]}/a.png", max_pixels=10**6, max_bytes=10**6, fetch=True
         )
     with pytest.raises(TimeoutError):
@@ -364,15 +364,15 @@ def test_a_public_address_is_fetched(monkeypatch):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(pictures, "_public_address", lambda host, port: "127.0.0.1")
-    base = f"http://pictures.example:{server.server_port}"
+    monkeypatch.setattr(images, "_public_address", lambda host, port: "127.0.0.1")
+    base = f"http://images.example:{server.server_port}"
     options = {"max_pixels": 10**6, "max_bytes": 10**6, "fetch": True}
-    assert pictures.image_of(f"{base}/a.png?b=c", **options).size == Image.open(digits.SAMPLE).size
-    assert asked == [("/a.png?b=c", f"pictures.example:{server.server_port}")]
+    assert images.image_of(f"{base}/a.png?b=c", **options).size == Image.open(digits.SAMPLE).size
+    assert asked == [("/a.png?b=c", f"images.example:{server.server_port}")]
     with pytest.raises(ValueError, match="status 302"):
-        pictures.image_of(f"{base}/away", **options)
+        images.image_of(f"{base}/away", **options)
     with pytest.raises(ValueError, match="more than 100 bytes"):
-        pictures.image_of(f"{base}/a.png", **{**options, "max_bytes": 100})
+        images.image_of(f"{base}/a.png", **{**options, "max_bytes": 100})
     server.shutdown()
 
 

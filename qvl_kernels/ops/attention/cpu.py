@@ -4,7 +4,7 @@ import torch
 
 from qvl_kernels.ops.attention.extension import extension_attention
 from qvl_kernels.ops.attention.pytorch import pytorch_attention
-from qvl_kernels.ops.attention.routes import use_pytorch
+from qvl_kernels.ops.attention.selection import use_pytorch
 
 __all__ = ["attention_backward_cpu", "attention_cpu"]
 

@@ -187,7 +187,7 @@ def launch_attention(
     tile = tiles.attention(layout.queries, layout.head_dim, q.element_size(), arch, dropout_p > 0.0)
     descriptors = None
     if (
-        features.variants("attention", arch, layout.batch * layout.queries)["DESCRIPTORS"] and dropout_p == 0.0
+        features.used("attention", arch, layout.batch * layout.queries)["DESCRIPTORS"] and dropout_p == 0.0
     ):  # on sm_100 registers spill with descriptors and dropout together
         block = [1, tile["BLOCK_N"], 1, tile["BLOCK_D"]]
         descriptors = make_descriptors(*((x[None] if layout.varlen else x, block) for x in (k, v)))

@@ -34,7 +34,7 @@ def decode_attention(
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
         "SPLITS": splits,
-        "JOIN_STEP": min(splits, max(1, joined // block_d)),
+        "COMBINE_STEP": min(splits, max(1, joined // block_d)),
         "num_warps": 4,
         "num_stages": stages,
     }

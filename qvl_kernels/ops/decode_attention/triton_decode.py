@@ -28,9 +28,9 @@ def _split_size(length, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _length_of(lengths_ptr, stride_length, batch, S):
+def _length_of(cache_seqlens_ptr, stride_length, batch, S):
     """The sequence's length, clamped to the cache's capacity: no value on the device leads outside it."""
-    return tl.minimum(tl.maximum(tl.load(lengths_ptr + batch * stride_length), 0), S).to(tl.int32)
+    return tl.minimum(tl.maximum(tl.load(cache_seqlens_ptr + batch * stride_length), 0), S).to(tl.int32)
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _decode_attention_kernel(
     k_scale_view,
     v_scale_view,
     mask_view,
-    lengths_ptr,
+    cache_seqlens_ptr,
     table_ptr,
     out_ptr,
     partial_ptr,
@@ -79,7 +79,7 @@ def _decode_attention_kernel(
         v_view = HeadsView(v_ptr, k_view.stride_b, k_view.stride_t, k_view.stride_h)
         mask_ptr, mask_stride_b = visible_of_table(table_ptr)
         mask_view = MaskView(mask_ptr, mask_stride_b, mask_view.stride_h, mask_view.stride_t, mask_view.stride_s)
-    length = _length_of(lengths_ptr, stride_length, batch, S)
+    length = _length_of(cache_seqlens_ptr, stride_length, batch, S)
     size = _split_size(length, SPLITS, BLOCK_N)
     begin = split * size
     if SPLITS > 1:
@@ -157,10 +157,10 @@ def _decode_attention_kernel(
 
 
 @triton.jit
-def _decode_attention_join_kernel(
+def _decode_attention_combine_kernel(
     partial_ptr,
     lse_ptr,
-    lengths_ptr,
+    cache_seqlens_ptr,
     table_ptr,
     out_ptr,
     rows_per_batch,
@@ -179,7 +179,7 @@ def _decode_attention_join_kernel(
     row = tl.program_id(0).to(tl.int64)
     if HAS_TABLE:
         S = tl.load(table_ptr + 2)
-    length = _length_of(lengths_ptr, stride_length, row // rows_per_batch, S)
+    length = _length_of(cache_seqlens_ptr, stride_length, row // rows_per_batch, S)
     used = tl.cdiv(length, _split_size(length, SPLITS, BLOCK_N))
     splits = tl.arange(0, SPLITS)
     lse = tl.load(lse_ptr + row * SPLITS + splits, mask=splits < used, other=float("-inf"))
@@ -218,7 +218,7 @@ def launch_decode_attention(
     tile = tiles.decode_attention(
         batch * kv_heads, group * queries, head_dim, q.element_size(), planned, arch, k_scale is not None
     )
-    join_step, flags = tile.pop("JOIN_STEP"), features.variants("decoding", arch)
+    join_step, flags = tile.pop("COMBINE_STEP"), features.used("decoding", arch)
     splits, row_blocks = tile["SPLITS"], cdiv(group * queries, tile["BLOCK_M"])
     partial = lse = out
     if splits > 1:
@@ -244,7 +244,7 @@ def launch_decode_attention(
         k_scale_view=k_scales,
         v_scale_view=v_scales,
         mask_view=MaskView(full, *mask_strides),
-        lengths_ptr=lengths,
+        cache_seqlens_ptr=lengths,
         table_ptr=entry,
         out_ptr=out,
         partial_ptr=partial,
@@ -265,11 +265,11 @@ def launch_decode_attention(
     )
     if splits > 1:
         launch(
-            _decode_attention_join_kernel,
+            _decode_attention_combine_kernel,
             (batch * queries * heads,),
             partial_ptr=partial,
             lse_ptr=lse,
-            lengths_ptr=lengths,
+            cache_seqlens_ptr=lengths,
             table_ptr=entry,
             out_ptr=out,
             rows_per_batch=queries * heads,

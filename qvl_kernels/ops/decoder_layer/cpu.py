@@ -7,10 +7,10 @@ import torch
 
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
-from qvl_kernels.ops.attention import routes as attention_routes
+from qvl_kernels.ops.attention import selection as attention_selection
 from qvl_kernels.ops.attention.extension import mask_arguments
 from qvl_kernels.ops.decoder_layer.unfused import unfused_decoder_layer
-from qvl_kernels.ops.linear import routes as linear_routes
+from qvl_kernels.ops.linear import selection as linear_selection
 from qvl_kernels.ops.linear.weights import extension_weight, out_features
 from qvl_kernels.quantization import QuantizedWeight
 
@@ -132,7 +132,7 @@ def _run(
 def attends_by_pytorch(x: torch.Tensor, head_dim: int, past: int, mask: torch.Tensor | None) -> bool:
     """Whether PyTorch's attention is faster for the tokens x [B, T, C]."""
     time = x.shape[1]
-    return mask is None and attention_routes.use_pytorch(x.dtype, time, past + time, head_dim, causal=True)
+    return mask is None and attention_selection.use_pytorch(x.dtype, time, past + time, head_dim, causal=True)
 
 
 def decoder_layer_cpu(
@@ -150,7 +150,7 @@ def decoder_layer_cpu(
     eps: float,
     scale: float,
 ) -> torch.Tensor:
-    if linear_routes.use_pytorch(x.dtype, x.shape[0] * x.shape[1], *weights) or attends_by_pytorch(
+    if linear_selection.use_pytorch(x.dtype, x.shape[0] * x.shape[1], *weights) or attends_by_pytorch(
         x, k_cache.shape[3], past, mask
     ):
         return unfused_decoder_layer(

@@ -5,7 +5,7 @@ import torch
 from qvl_kernels import dispatch
 from qvl_kernels.library import call
 from qvl_kernels.ops.gemv import gemv_op, gemv_swiglu_op, quantized_gemv_op, quantized_gemv_swiglu_op
-from qvl_kernels.ops.gemv.tiles import few_rows
+from qvl_kernels.ops.gemv.tiles import is_small_m
 from qvl_kernels.ops.linear.op import linear_op
 from qvl_kernels.ops.linear.pytorch import pytorch_linear
 from qvl_kernels.ops.quantized_linear.op import quantized_linear_op
@@ -47,7 +47,7 @@ def linear_residual(residual: torch.Tensor, x: torch.Tensor, weight: Weight, bia
 
 def _uses_gemv(x: torch.Tensor) -> bool:
     on_gpu = x.is_cuda or dispatch.forced() == "triton"  # forced: Triton's interpreter runs on CPU tensors
-    return on_gpu and few_rows(x)
+    return on_gpu and is_small_m(x)
 
 
 def _gemv(

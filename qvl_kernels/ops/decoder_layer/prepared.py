@@ -20,7 +20,7 @@ from qvl_kernels.ops.decoder_layer.cpu import (
     run_to_last,
 )
 from qvl_kernels.ops.decoder_layer.unfused import unfused_decoder_layer
-from qvl_kernels.ops.linear.routes import MIN_ROWS, linear_kinds
+from qvl_kernels.ops.linear.selection import MIN_ROWS, linear_kinds
 from qvl_kernels.ops.linear.weights import tensors_of
 
 __all__ = ["PreparedCache", "PreparedDecoderLayer", "Run"]
@@ -198,7 +198,7 @@ class PreparedDecoderLayer:
 
     def _prefers_pytorch(self, rows: int) -> bool:
         """Whether PyTorch's linear multiplies ``rows`` tokens with any of the weights."""
-        return any(tuning.route(kind) == tuning.PYTORCH for kind in self._kinds[rows < MIN_ROWS])
+        return any(tuning.chosen(kind) == tuning.PYTORCH for kind in self._kinds[rows < MIN_ROWS])
 
     def _run_unfused(
         self,

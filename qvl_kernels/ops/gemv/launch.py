@@ -10,9 +10,9 @@ from qvl_kernels.gpu.launch import launch
 from qvl_kernels.gpu.tiles import cdiv, elementwise, next_power_of_2
 from qvl_kernels.gpu.views import RowsView, as_rows, rows_view
 from qvl_kernels.ops.gemv import tiles
-from qvl_kernels.ops.gemv.triton_dot import gemv_dot_kernel, normalise_rows_kernel
-from qvl_kernels.ops.gemv.triton_fma import gemv_fma_kernel
-from qvl_kernels.ops.gemv.triton_int4 import gemv_int4_kernel
+from qvl_kernels.ops.gemv.triton_dot import _gemv_dot_kernel, _normalise_rows_kernel
+from qvl_kernels.ops.gemv.triton_fma import _gemv_fma_kernel
+from qvl_kernels.ops.gemv.triton_int4 import _gemv_int4_kernel
 
 __all__ = ["launch_gemv", "launch_gemv_swiglu", "launch_quantized_gemv", "launch_quantized_gemv_swiglu"]
 
@@ -97,20 +97,20 @@ def _gemv(
         words = _words(rows, norm_weight, values, up_values)
     if tile is None or (bits == 4 and words is None):
         tile = {**tiles.gemv_dot(x.element_size(), bits, group, up is not None, arch), "BITS": bits}
-        kernel, programs = gemv_dot_kernel, (cdiv(n, tile["BLOCK_N"]), cdiv(m, 16))
+        kernel, programs = _gemv_dot_kernel, (cdiv(n, tile["BLOCK_N"]), cdiv(m, 16))
         if norm_weight is not None and x.dtype == torch.float16:
             # The kernel multiplies x * norm_weight before it divides by the root mean square: fp16 may overflow.
             rows, norm_weight = _normalised(rows, norm_weight, eps), None
     else:
         tile["COUNT"], tile["ROW_COUNT"] = (next_power_of_2(size * tile["ROWS"]) for size in (tile["BLOCK_N"], 1))
-        kernel, programs = gemv_fma_kernel, (cdiv(n, tile["BLOCK_N"]), cdiv(m, tile["ROWS"]))
+        kernel, programs = _gemv_fma_kernel, (cdiv(n, tile["BLOCK_N"]), cdiv(m, tile["ROWS"]))
         if bits == 4:
             rows, norm_weight, values, up_values = words
             k, columns = rows.shape[1], values.shape[1]
-            kernel, tile["GROUP_BLOCKS"] = gemv_int4_kernel, group // 32
+            kernel, tile["GROUP_BLOCKS"] = _gemv_int4_kernel, group // 32
         else:
             tile["VECTOR"], tile["BITS"] = 16 // values.element_size(), bits
-    if kernel is not gemv_fma_kernel:
+    if kernel is not _gemv_fma_kernel:
         tile["HAS_ZEROS"] = zeros is not None
         for name, tensor in (("zero_rows", zeros), ("up_zero_rows", up_zeros)):
             tile[name] = rows_view(y_rows if tensor is None else tensor)
@@ -134,7 +134,7 @@ def _gemv(
         W_COLUMNS=columns,
         eps=eps,
         HAS_NORM=norm_weight is not None,
-        **features.variants("decoding", arch),
+        **features.used("decoding", arch),
         **flags,
         **tile,
     )
@@ -158,14 +158,14 @@ def _divisible(x: torch.Tensor, by: int) -> bool:
 def _normalised(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     y = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     launch(
-        normalise_rows_kernel,
+        _normalise_rows_kernel,
         (rows.shape[0],),
         x_rows=rows_view(rows),
         weight_ptr=weight,
         y_rows=rows_view(y),
         K=rows.shape[1],
         eps=eps,
-        **features.variants("decoding", architecture(rows.device)),
+        **features.used("decoding", architecture(rows.device)),
         **elementwise(rows.shape[1]),
     )
     return y

@@ -4,12 +4,12 @@ import torch
 
 from qvl_kernels.gpu.device import SHARED_MEMORY
 
-__all__ = ["GEMV_ROWS", "few_rows", "gemv_dot", "gemv_fma"]
+__all__ = ["GEMV_ROWS", "is_small_m", "gemv_dot", "gemv_fma"]
 
 GEMV_ROWS = 16  # up to 16 tokens a linear layer is bound by memory bandwidth; one tensor-core tile has 16 rows
 
 
-def few_rows(x: torch.Tensor) -> bool:
+def is_small_m(x: torch.Tensor) -> bool:
     """Whether x [..., K] has so few tokens that a linear layer on a GPU is a GEMV, bound by memory bandwidth."""
     return x.numel() <= GEMV_ROWS * x.shape[-1]
 

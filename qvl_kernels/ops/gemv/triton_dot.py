@@ -9,7 +9,7 @@ import triton.language as tl
 
 from qvl_kernels.gpu.device_functions import griddepcontrol_wait
 
-__all__ = ["gemv_dot_kernel", "normalise_rows_kernel"]
+__all__ = ["_gemv_dot_kernel", "_normalise_rows_kernel"]
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _batched_dot(x, x_high, w, zero, BITS: tl.constexpr):
 
 
 @triton.jit
-def gemv_dot_kernel(
+def _gemv_dot_kernel(
     x_rows,
     w_rows,
     scale_rows,
@@ -62,7 +62,7 @@ def gemv_dot_kernel(
     HAS_RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y = norm(x) w^T + bias + residual, or silu(norm(x) w^T) * (norm(x) up^T), as gemv_fma_kernel.
+    """y = norm(x) w^T + bias + residual, or silu(norm(x) w^T) * (norm(x) up^T), as _gemv_fma_kernel.
 
     Each step takes PARTS * BLOCK columns of w. int4: BLOCK columns are one group, whose scale multiplies its product;
     its zero-point is 8 without HAS_ZEROS.
@@ -145,7 +145,7 @@ def gemv_dot_kernel(
 
 
 @triton.jit
-def normalise_rows_kernel(x_rows, weight_ptr, y_rows, K, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _normalise_rows_kernel(x_rows, weight_ptr, y_rows, K, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """y = x / sqrt(mean(x^2) + eps) * weight, one program per row."""
     griddepcontrol_wait(PDL)
     row = tl.program_id(0).to(tl.int64)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from qvl_kernels.gpu.device_functions import griddepcontrol_wait
 
-__all__ = ["finish_rows", "gemv_fma_kernel"]
+__all__ = ["finish_rows", "_gemv_fma_kernel"]
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def _weights(w_rows, up_rows, first, k, N, K, BLOCK_N: tl.constexpr, WEIGHT_ROWS
 
 
 @triton.jit
-def gemv_fma_kernel(
+def _gemv_fma_kernel(
     x_rows,
     w_rows,
     scale_rows,

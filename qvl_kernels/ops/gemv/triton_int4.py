@@ -11,7 +11,7 @@ import triton.language as tl
 from qvl_kernels.gpu.device_functions import griddepcontrol_wait
 from qvl_kernels.ops.gemv.triton_fma import finish_rows
 
-__all__ = ["gemv_int4_kernel"]
+__all__ = ["_gemv_int4_kernel"]
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def _number(word, INDEX: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def gemv_int4_kernel(
+def _gemv_int4_kernel(
     x_rows,
     w_rows,
     scale_rows,

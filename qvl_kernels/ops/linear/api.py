@@ -4,7 +4,7 @@ import torch
 
 from qvl_kernels import checks, dispatch
 from qvl_kernels.library import call
-from qvl_kernels.ops.gemv.tiles import few_rows
+from qvl_kernels.ops.gemv.tiles import is_small_m
 from qvl_kernels.ops.linear.op import linear_op
 from qvl_kernels.ops.linear.reference import linear_reference
 
@@ -39,6 +39,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     checks.check_same("linear", x=x, weight=weight, bias=bias)
     checks.check_last_contiguous("linear", x=x, weight=weight, bias=bias)
     backend = dispatch.choose("linear", x.device, checks.unsupported_dtype(x))
-    if backend == "reference" or backend == "triton" and not few_rows(x):  # large M: PyTorch's GEMM and its backward
+    if backend == "reference" or backend == "triton" and not is_small_m(x):  # large M: PyTorch's GEMM and its backward
         return linear_reference(x, weight, bias)
     return call(linear_op, x, weight, bias)

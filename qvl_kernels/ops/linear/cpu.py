@@ -4,7 +4,7 @@ import torch
 
 from qvl_kernels.ops.linear.extension import extension_linear
 from qvl_kernels.ops.linear.pytorch import pytorch_linear
-from qvl_kernels.ops.linear.routes import use_pytorch
+from qvl_kernels.ops.linear.selection import use_pytorch
 
 __all__ = ["linear_cpu"]
 

@@ -3,8 +3,8 @@
 import torch
 
 from qvl_kernels.ops.linear.extension import extension_linear
-from qvl_kernels.ops.linear.routes import use_pytorch
-from qvl_kernels.ops.quantized_linear.routes import dequantized_linear
+from qvl_kernels.ops.linear.selection import use_pytorch
+from qvl_kernels.ops.quantized_linear.selection import dequantized_linear
 from qvl_kernels.quantization import QuantizedWeight
 
 __all__ = ["quantized_linear_cpu"]

@@ -4,10 +4,10 @@ from qvl_kernels.gpu.device import SHARED_MEMORY, SM_COUNT
 from qvl_kernels.gpu.tiles import next_power_of_2
 from qvl_kernels.ops.gemv.tiles import GEMV_ROWS
 
-__all__ = ["int8_matmul", "quantize_rows", "quantized_linear_route"]
+__all__ = ["int8_matmul", "quantize_rows", "quantized_linear_kernel"]
 
 
-def quantized_linear_route(rows: int, bits: int) -> str:
+def quantized_linear_kernel(rows: int, bits: int) -> str:
     """The kernel for ``rows`` tokens: "gemv", "int8" or "dequantize" (once to x's dtype, then PyTorch's GEMM).
 
     Measured on an H100 with 17 to 4,096 tokens: int8 tensor cores are fastest for int8. There are no int4 ones; a GEMM

@@ -121,7 +121,7 @@ def launch_int8_matmul(
     x, x_scales = launch_quantize_rows(rows)
     (m, k), n = rows.shape, values.shape[0]
     arch = architecture(rows.device)
-    tile, flags = quantized_linear_tiles.int8_matmul(m, n, arch), features.variants("int8_matmul", arch)
+    tile, flags = quantized_linear_tiles.int8_matmul(m, n, arch), features.used("int8_matmul", arch)
     descriptors = None
     if flags["DESCRIPTORS"]:
         descriptors = make_descriptors(

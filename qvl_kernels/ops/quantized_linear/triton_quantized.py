@@ -20,10 +20,10 @@ def launch_quantized_linear(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     rows = as_rows(x)
-    route = tiles.quantized_linear_route(rows.shape[0], 8 if values.dtype == torch.int8 else 4)
-    if route == "gemv":
+    kernel = tiles.quantized_linear_kernel(rows.shape[0], 8 if values.dtype == torch.int8 else 4)
+    if kernel == "gemv":
         return launch_quantized_gemv(x, values, scales, zeros, bias, None, 0.0, None)
-    if route == "dequantize":
+    if kernel == "dequantize":
         return pytorch_linear(x, launch_dequantize(values, scales, zeros, x.shape[-1], x.dtype), bias)
     y = torch.empty((*x.shape[:-1], values.shape[0]), dtype=x.dtype, device=x.device)
     launch_int8_matmul(rows, values, scales, bias, as_rows(y))

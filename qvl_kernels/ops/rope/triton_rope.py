@@ -91,7 +91,7 @@ def _rope_kernel(
     k_weight_ptr,
     cos,
     sin,
-    lengths_ptr,
+    cache_seqlens_ptr,
     q_out_ptr,
     k_out,
     v_out,
@@ -150,7 +150,7 @@ def _rope_kernel(
         first = (block - q_blocks) * ROWS
         position = past + t
         if HAS_LENGTHS:
-            position += tl.load(lengths_ptr + batch * stride_length).to(tl.int64)
+            position += tl.load(cache_seqlens_ptr + batch * stride_length).to(tl.int64)
         count = tl.where((position >= 0) & (position < S), HKV, 0)
         _rotate_heads(
             k.ptr + batch * k.stride_b + t * k.stride_t,
@@ -356,7 +356,7 @@ def _forward(
         k_weight_ptr=k_weight,
         cos=cos_sin_view(cos),
         sin=cos_sin_view(sin),
-        lengths_ptr=q if lengths is None else lengths,
+        cache_seqlens_ptr=q if lengths is None else lengths,
         q_out_ptr=q_out,
         k_out=heads_view(k_out.transpose(1, 2)),
         v_out=heads_view(v_out.transpose(1, 2)),
@@ -374,7 +374,7 @@ def _forward(
         HAS_V=v is not None,
         HAS_LENGTHS=lengths is not None,
         HAS_TABLE=table is not None,
-        **features.variants("decoding", architecture(q.device)),
+        **features.used("decoding", architecture(q.device)),
         **tile,
     )
     return q_out

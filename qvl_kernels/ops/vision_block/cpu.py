@@ -7,8 +7,8 @@ import torch
 from qvl_kernels import dispatch
 from qvl_kernels.checks import DTYPE_CODES
 from qvl_kernels.library import is_eligible
-from qvl_kernels.ops.attention import routes as attention_routes
-from qvl_kernels.ops.linear import routes as linear_routes
+from qvl_kernels.ops.attention import selection as attention_selection
+from qvl_kernels.ops.linear import selection as linear_selection
 from qvl_kernels.ops.linear.weights import extension_weight, out_features, tensors_of
 from qvl_kernels.ops.vision_block.unfused import unfused_vision_block
 from qvl_kernels.quantization import QuantizedWeight
@@ -65,10 +65,10 @@ def _prefers_pytorch(
 ) -> bool:
     """Whether PyTorch's linear or attention is faster in the block."""
     tokens, hidden = x.shape
-    attends = attention_routes.use_pytorch(
+    attends = attention_selection.use_pytorch(
         x.dtype, tokens, tokens, hidden // num_heads, causal=False, sequences=cu_seqlens.numel() - 1
     )
-    return attends or linear_routes.use_pytorch(x.dtype, tokens, *weights)
+    return attends or linear_selection.use_pytorch(x.dtype, tokens, *weights)
 
 
 def _extension_vision_block(

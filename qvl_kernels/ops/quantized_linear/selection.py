@@ -8,7 +8,7 @@ import torch
 from qvl_kernels import tuning
 from qvl_kernels.ops.linear.extension import extension_linear
 from qvl_kernels.ops.linear.pytorch import pytorch_linear
-from qvl_kernels.ops.linear.routes import MANY_ROWS
+from qvl_kernels.ops.linear.selection import LARGE_M
 from qvl_kernels.quantization import QuantizedWeight, dequantize
 
 __all__ = ["dequantized_linear", "quantized_linear_work"]
@@ -30,11 +30,11 @@ def dequantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Ten
 def quantized_linear_work(dtype: torch.dtype, n: int, k: int, bits: int, group: int, zero_points: bool) -> tuning.Work:
     """A quantised linear layer [n, k] over many tokens, for ``tuning.settle``."""
     groups = "" if bits == 8 else f", groups of {group}{' with zero-points' if zero_points else ''}"
-    shape = f"{MANY_ROWS} x {k} to {n}{groups}"
+    shape = f"{LARGE_M} x {k} to {n}{groups}"
 
     def calls(n: int) -> dict[str, Callable[[], object]]:
         padded = -(-k // group) * group
-        x = torch.full((MANY_ROWS, k), 0.01, dtype=dtype)
+        x = torch.full((LARGE_M, k), 0.01, dtype=dtype)
         if bits == 8:
             values = torch.full((n, k), 1, dtype=torch.int8)
             scales = torch.full((n, 1), 0.01, dtype=torch.float32)

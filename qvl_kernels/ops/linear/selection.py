@@ -12,7 +12,7 @@ from qvl_kernels.quantization import QuantizedWeight
 __all__ = ["MIN_ROWS", "linear_kinds", "linear_work", "use_pytorch"]
 
 MIN_ROWS = 16  # fewer tokens are bound by memory bandwidth
-MANY_ROWS = 256  # tokens that stand for many
+LARGE_M = 256  # tokens that stand for many
 FEW_BYTES = 64 << 20  # of weights that few tokens are measured on: more than most caches hold
 
 
@@ -31,7 +31,7 @@ def linear_kinds(dtype: torch.dtype, few: bool, weights: Sequence[torch.Tensor |
 
 def use_pytorch(dtype: torch.dtype, rows: int, *weights: torch.Tensor | QuantizedWeight) -> bool:
     """Whether PyTorch's linear multiplies ``rows`` tokens of ``dtype`` with a weight [N, K], or with any of several."""
-    return any(tuning.route(kind) == tuning.PYTORCH for kind in linear_kinds(dtype, rows < MIN_ROWS, weights))
+    return any(tuning.chosen(kind) == tuning.PYTORCH for kind in linear_kinds(dtype, rows < MIN_ROWS, weights))
 
 
 def linear_work(dtype: torch.dtype, n: int, k: int, *, few: bool) -> tuning.Work:
@@ -39,11 +39,11 @@ def linear_work(dtype: torch.dtype, n: int, k: int, *, few: bool) -> tuning.Work
     kind = tuning.linear_kind(dtype, few)
     if few:
         return tuning.Work(kind, f"1 and 8 x {k} to {n}", n, lambda size: _few_calls(dtype, size, k))
-    return tuning.Work(kind, f"{MANY_ROWS} x {k} to {n}", n, lambda size: _many_calls(dtype, size, k))
+    return tuning.Work(kind, f"{LARGE_M} x {k} to {n}", n, lambda size: _many_calls(dtype, size, k))
 
 
 def _many_calls(dtype: torch.dtype, n: int, k: int) -> dict[str, Callable[[], object]]:
-    x, weight = (torch.full((rows, k), 0.01, dtype=dtype) for rows in (MANY_ROWS, n))
+    x, weight = (torch.full((rows, k), 0.01, dtype=dtype) for rows in (LARGE_M, n))
     return {
         tuning.QVL: lambda: extension_linear(x, weight, None),
         tuning.PYTORCH: lambda: pytorch_linear(x, weight, None),

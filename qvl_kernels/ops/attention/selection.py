@@ -26,7 +26,7 @@ def use_pytorch(dtype: torch.dtype, queries: int, keys: int, head_dim: int, caus
         and (queries == keys or not causal)
         and head_dim % tuning.TILE_K == 0
     )
-    return offered and tuning.route(tuning.attention_kind(dtype, causal)) == tuning.PYTORCH
+    return offered and tuning.chosen(tuning.attention_kind(dtype, causal)) == tuning.PYTORCH
 
 
 def attention_work(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, *, causal: bool) -> tuning.Work:

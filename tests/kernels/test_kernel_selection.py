@@ -10,10 +10,10 @@ from quantized_numbers import rounded_again
 import qvl_kernels
 from qvl_kernels import quantization, tuning
 from qvl_kernels.ops.attention import pytorch as attention_pytorch
-from qvl_kernels.ops.attention import routes as attention_routes
-from qvl_kernels.ops.linear.routes import MIN_ROWS
-from qvl_kernels.ops.quantized_linear import routes as quantized_routes
-from qvl_kernels.testing import assert_close_to_truth, relative_error, surrounded
+from qvl_kernels.ops.attention import selection as attention_selection
+from qvl_kernels.ops.linear.selection import MIN_ROWS
+from qvl_kernels.ops.quantized_linear import selection as quantized_linear_selection
+from qvl_kernels.testing import assert_close_to_fp64, relative_error, surrounded
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 CASES = [
@@ -55,7 +55,7 @@ ATTENDING = {"attention", "cross_attention", "decoder_layer", "vision_block"}
 @DTYPES
 @pytest.mark.parametrize("name", [tuning.QVL, tuning.PYTORCH])
 @pytest.mark.parametrize(("op", "case"), CASES)
-def test_each_route(op, case, name, dtype, calls):
+def test_each_backend(op, case, name, dtype, calls):
     function, plain_arguments = OPS[op][0], case.make(dtype, generator())
     golden, plain = reference(function, double(plain_arguments)), reference(function, plain_arguments)
     calls.clear()
@@ -68,12 +68,12 @@ def test_each_route(op, case, name, dtype, calls):
         assert ("_attend" in calls) == (op in ATTENDING and (op, case.name) != ("vision_block", "whole_tiles"))
     for ours, baseline, exact in zip(out, plain, golden):
         floor = norm_error(dtype, 1, roundings=4) + (0.0 if "linear" in calls else rounded_again(arguments))
-        assert_close_to_truth(ours, baseline, exact, floor=floor)
+        assert_close_to_fp64(ours, baseline, exact, floor=floor)
 
 
-def test_linear_goes_to_the_route_of_its_kind_in_whole_tiles(calls, monkeypatch):
+def test_linear_goes_to_the_kernel_chosen_for_its_kind_in_whole_tiles(calls, monkeypatch):
     asked = []
-    monkeypatch.setattr(tuning, "route", lambda kind: (asked.append(kind), tuning.PYTORCH)[1])
+    monkeypatch.setattr(tuning, "chosen", lambda kind: (asked.append(kind), tuning.PYTORCH)[1])
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
         for rows, tokens in ((1, "few"), (MIN_ROWS - 1, "few"), (MIN_ROWS, "many")):
             for k in (31, 32, 33, 48, 64):
@@ -96,7 +96,7 @@ def test_few_tokens_of_quantised_weights_stay_here(bits, calls):
 @pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4}, {"bits": 4, "group": 32, "zero_points": True}], ids=str)
 def test_quantised_weights_are_dequantised_in_blocks(options, monkeypatch):
     weight, x, bias = quantization.quantize(torch.randn(75, 64), **options), torch.randn(2, 20, 64), torch.randn(75)
-    monkeypatch.setattr(quantized_routes, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(quantized_linear_selection, "BLOCK_ROWS", 32)
     with select(tuning.PYTORCH):
         out = qvl_kernels.quantized_linear(x, weight, bias)
     golden = x.double() @ quantization.dequantize(weight).double().T + bias.double()
@@ -165,8 +165,8 @@ def test_masked_attention_stays_here(options, calls):
 
 
 def test_short_sequences_stay_here(calls, monkeypatch):
-    monkeypatch.setattr(tuning, "route", lambda kind: tuning.PYTORCH)
-    n = attention_routes.MIN_TOKENS
+    monkeypatch.setattr(tuning, "chosen", lambda kind: tuning.PYTORCH)
+    n = attention_selection.MIN_TOKENS
     for lengths, taken in (([n - 1], False), ([n], True), ([n, n], True), ([n, n - 2], False)):
         q = torch.randn(sum(lengths), 1, 32)
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()

@@ -148,7 +148,7 @@ def test_keys_behind_an_address_are_loaded_16_bytes_at_once(arch, stage, wide):
 
 
 def test_variants_count_only_where_they_are_on():
-    result = command.audit(names=["attention+DESCRIPTORS"], plan=[("sm_80", "bf16")])
+    result = command.compile_check(names=["attention+DESCRIPTORS"], plan=[("sm_80", "bf16")])
     assert result.rows == result.failures == result.work == []
 
 
@@ -279,8 +279,8 @@ def test_recording_sees_launchers_and_formulas():
     assert {"qvl_kernels.ops.swiglu.triton_swiglu:_swiglu_kernel"} < kernels(qvl_kernels)
 
 
-def test_audit_of_an_op_waivers_and_files(tmp_path, monkeypatch):
-    result = command.audit(names=["swiglu"], plan=[("sm_90", "bf16"), ("gfx942", "bf16")], jobs=2)
+def test_check_of_an_op_known_issues_and_files(tmp_path, monkeypatch):
+    result = command.compile_check(names=["swiglu"], plan=[("sm_90", "bf16"), ("gfx942", "bf16")], jobs=2)
     assert result.failures == []
     assert {(row["kernel"], row["arch"]) for row in result.rows} >= {
         (kernel, arch) for kernel in ("_swiglu_kernel", "_swiglu_backward_kernel") for arch in ("sm_90", "gfx942")
@@ -293,14 +293,14 @@ def test_audit_of_an_op_waivers_and_files(tmp_path, monkeypatch):
     assert "### `_swiglu_kernel`" in text and "| swiglu prefill forward | bf16 |" in text and "0 violations" in text
 
 
-def test_violations_fail_unless_waived(monkeypatch, capsys):
+def test_violations_fail_unless_known(monkeypatch, capsys):
     monkeypatch.setattr(command, "violations", lambda arch, found: [("spill", "8 bytes of stack")])
     plan = [("sm_90", "bf16")]
-    failed = command.audit(names=["swiglu"], plan=plan)
-    assert failed.failures and "8 bytes of stack" in failed.failures[0] and failed.waived == []
+    failed = command.compile_check(names=["swiglu"], plan=plan)
+    assert failed.failures and "8 bytes of stack" in failed.failures[0] and failed.known_issues == []
     issue = KnownIssue("_swiglu*kernel", "sm_90", "bf16", "spill", "made up for this test")
-    waived = command.audit(names=["swiglu"], plan=plan, known_issues=[issue])
-    assert waived.failures == [] and "made up for this test" in waived.waived[0]
+    known_issues = command.compile_check(names=["swiglu"], plan=plan, known_issues=[issue])
+    assert known_issues.failures == [] and "made up for this test" in known_issues.known_issues[0]
     for name, value in (
         ("kernel", "_other_kernel"),
         ("arch", "sm_80"),
@@ -308,30 +308,32 @@ def test_violations_fail_unless_waived(monkeypatch, capsys):
         ("kind", "matrix"),
         ("triton", "2."),
     ):
-        assert command.audit(
+        assert command.compile_check(
             names=["swiglu"], plan=plan, known_issues=[dataclasses.replace(issue, **{name: value})]
         ).failures
     monkeypatch.setattr(command, "violations", lambda arch, found: [("shared", "too much")])
-    assert command.audit(names=["swiglu"], plan=plan, known_issues=[dataclasses.replace(issue, kind="shared")]).failures
+    assert command.compile_check(
+        names=["swiglu"], plan=plan, known_issues=[dataclasses.replace(issue, kind="shared")]
+    ).failures
     assert command.main(["--op", "swiglu", "--arch", "sm_90", "--dtype", "bf16"]) == 1
     assert "violation:" in capsys.readouterr().out
 
 
-def test_unused_waivers_and_unreached_kernels_fail_a_whole_audit(monkeypatch):
+def test_unused_known_issues_and_unreached_kernels_fail_a_whole_check(monkeypatch):
     """All ops, none of whose kernels is compiled here."""
     monkeypatch.setattr(command, "compile_all", lambda items, **_: ())
     monkeypatch.setattr(command, "kernels", lambda *_: {"somewhere:_lonely_kernel"})
     monkeypatch.setattr(command, "sources", lambda: {"swiglu": sources()["swiglu"]})
     plan = [(arch, "bf16") for arch in ARCHITECTURES]
-    result = command.audit(
+    result = command.compile_check(
         plan=plan, known_issues=[KnownIssue("_swiglu_kernel", "sm_80", "bf16", "spill", "once upon a time")]
     )
     assert len(result.failures) == 2
     assert "_lonely_kernel: no case of any op launches it" in result.failures[0]
-    assert "unused waiver: _swiglu_kernel" in result.failures[1] and "once upon a time" in result.failures[1]
+    assert "unused known issue: _swiglu_kernel" in result.failures[1] and "once upon a time" in result.failures[1]
 
 
-def test_waivers_are_explained():
+def test_known_issues_are_explained():
     assert all(issue.reason and issue.kind in ACCEPTABLE for issue in KNOWN_ISSUES)
     assert len(set(KNOWN_ISSUES)) == len(KNOWN_ISSUES)
 
@@ -393,5 +395,5 @@ def test_compilation_in_process_equals_the_forked_one():
 
 def test_shipped_kernels_briefly():
     """Two ops on two architectures; `make audit` checks all."""
-    result = command.audit(names=["swiglu", "rms_norm"], plan=[("sm_90", "bf16"), ("gfx942", "bf16")], jobs=2)
+    result = command.compile_check(names=["swiglu", "rms_norm"], plan=[("sm_90", "bf16"), ("gfx942", "bf16")], jobs=2)
     assert result.rows and result.failures == []

@@ -8,7 +8,7 @@ from transformers import Qwen3VLForConditionalGeneration as Stock
 import qvl_model
 from qvl_kernels import tuning
 from qvl_kernels.ops.attention import pytorch as attention_pytorch
-from qvl_kernels.ops.attention import routes as attention_routes
+from qvl_kernels.ops.attention import selection as attention_selection
 from qvl_kernels.testing import relative_error
 from qvl_model import cli, digits
 from qvl_model import tuning as model_tuning
@@ -51,7 +51,7 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "_answers", {})
     monkeypatch.setattr(tuning, "measure", measure)
     monkeypatch.setattr(model_tuning, "LEAST_WEIGHT", 1)
-    monkeypatch.setattr(attention_routes, "MIN_TOKENS", 1)
+    monkeypatch.setattr(attention_selection, "MIN_TOKENS", 1)
     return works
 
 
@@ -61,7 +61,7 @@ def test_each_kind_of_work_is_measured_once(measured):
     assert list(names) == [FEW, FULL, CAUSAL, MANY] or list(names) == [FEW, CAUSAL, FULL, MANY]
     assert names[MANY] == f"{MANY} (256 x 192 to 512)"
     assert names[CAUSAL] == f"{CAUSAL} (400 tokens, 6 and 3 heads of 32)"
-    assert sorted(qvl_model.report(model).routes) == sorted(
+    assert sorted(qvl_model.report(model).kernels) == sorted(
         f"{kind}: pytorch, 2 ms against 4 ms" for kind in (FEW, FULL, CAUSAL, MANY)
     )
     assert f"  {MANY}: pytorch, 2 ms against 4 ms\n" in f"{qvl_model.report(model)}\n"
@@ -84,7 +84,7 @@ def test_inspect_shows_what_was_measured(measured, capsys):
 
 def test_small_models_are_not_measured(measured, monkeypatch):
     monkeypatch.setattr(model_tuning, "LEAST_WEIGHT", 1 << 20)
-    assert qvl_model.report(qvl_model.accelerate(_stock())).routes == []
+    assert qvl_model.report(qvl_model.accelerate(_stock())).kernels == []
     assert not measured
 
 
@@ -107,8 +107,8 @@ def test_the_model_by_pytorch_kernels(measured, monkeypatch, weights):
 
     watch(torch.nn.functional, "linear")
     watch(attention_pytorch, "_attend")
-    for route in (tuning.QVL, tuning.PYTORCH):
-        if route == tuning.QVL:
+    for backend in (tuning.QVL, tuning.PYTORCH):
+        if backend == tuning.QVL:
             monkeypatch.setenv("QVL_TUNE", "0")
         else:
             monkeypatch.setenv("QVL_TUNE", "1")
@@ -116,8 +116,8 @@ def test_the_model_by_pytorch_kernels(measured, monkeypatch, weights):
         seen.clear()
         with torch.no_grad():
             logits = model(**inputs).logits
-        assert seen == ({"linear", "_attend"} if route == tuning.PYTORCH else set())
-        results[route] = logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        assert seen == ({"linear", "_attend"} if backend == tuning.PYTORCH else set())
+        results[backend] = logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
     ours, theirs = results.values()
     assert relative_error(ours[0], theirs[0]) < {None: 2e-2, "int8": 8e-2, "int4": 0.12}[weights]
     assert torch.equal(ours[1], theirs[1])
