@@ -371,8 +371,9 @@ def _raised() -> dict[str, str]:
         for node in ast.walk(tree):
             call = node.exc if isinstance(node, ast.Raise) else node
             warns = isinstance(call, ast.Call) and WARNS.fullmatch(ast.unparse(call.func))
+            refused = isinstance(call, ast.Call) and ast.unparse(call.func) == "_Refused"  # (status, message, ...)
             if isinstance(call, ast.Call) and call.args and (isinstance(node, ast.Raise) or warns):
-                found[_message(call.args[0], constants)] = file.name
+                found[_message(call.args[1 if refused else 0], constants)] = file.name
     for file in ROOT.glob("csrc/**/*.*"):
         for thrown in re.findall(r"throw [\w:]+\((.*?)\);", file.read_text(), flags=re.DOTALL):
             found[_thrown(thrown)] = file.name

@@ -44,7 +44,7 @@ int64_t list_sequences(const AttentionArgs& a, std::vector<Sequence>& sequences)
       s.queries = s.keys = a.cu_seqlens[b + 1] - a.cu_seqlens[b];
       if (s.query_begin < 0 || s.queries < 0 || s.query_begin + s.queries > a.queries)
         throw std::invalid_argument("attention: cu_seqlens must rise from 0 to " + std::to_string(a.queries) +
-                                    " (the packed length)");
+                                    " (the total length)");
     } else {
       s.query_begin = s.key_begin = 0;
       s.queries = a.queries;

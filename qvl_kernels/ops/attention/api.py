@@ -58,7 +58,7 @@ def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, total: int, device: torc
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in zip(bounds[:-1], bounds[1:])):
         raise ValueError(
-            f"{op}: cu_seqlens must rise from 0 to {total} (the joined length), got {bounds[:4]}...{bounds[-1]}"
+            f"{op}: cu_seqlens must rise from 0 to {total} (the total length), got {bounds[:4]}...{bounds[-1]}"
         )
 
 
