@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from qvl_model import cli, digits
-from qvl_model.cli import answers, batch, chat, models
+from qvl_model.cli import answers, batch_rows, chat, models
 from qvl_model.digits import scenes
 
 QUESTION = "Read the digits from left to right."
@@ -275,13 +275,12 @@ def test_help_is_fast():
 
 def test_rows_that_fail_together_are_answered_alone(folder):
     """One row that the processor refuses does not take those beside it along."""
-    skipped = []
     rows = [
-        batch.Row(0, "row 0", QUESTION, ["0.png"], folder),
-        batch.Row(1, "row 1", "what is <|image_pad|>", [], folder),
-        batch.Row(2, "row 2", QUESTION, ["1.png"], folder),
+        batch_rows.Row(0, "row 0", QUESTION, ["0.png"], folder),
+        batch_rows.Row(1, "row 1", "what is <|image_pad|>", [], folder),
+        batch_rows.Row(2, "row 2", QUESTION, ["1.png"], folder),
     ]
     loaded = models.load("digits")
-    found = batch._answers(loaded, rows, {"max_new_tokens": 8}, lambda place, reason: skipped.append(place))
-    assert [row["id"] for row in found] == [0, 2] and skipped == ["row 1"]
+    found = batch_rows.answers_to(loaded, rows, {"max_new_tokens": 8})
+    assert [row["id"] for row in found.rows] == [0, 2] and [place for place, _ in found.bad] == ["row 1"]
     assert torch.is_grad_enabled()
