@@ -295,6 +295,18 @@ def test_example_lora(tmp_path):
     assert min(float(x.abs().sum()) for name, x in model.named_parameters() if "lora_B" in name) > 0
 
 
+def test_example_sft_trl(tmp_path):
+    pytest.importorskip("trl")
+    losses = _example("sft_trl").main(str(tmp_path), "2")
+    assert len(losses) == 2 and min(losses) > 0 and (tmp_path / "model.safetensors").is_file()
+
+
+def test_example_grpo_trl(tmp_path):
+    pytest.importorskip("trl")
+    rewards = _example("grpo_trl").main(str(tmp_path), "2")
+    assert len(rewards) == 2 and max(rewards) > 0 and (tmp_path / "model.safetensors").is_file()
+
+
 def test_example_quantize_and_serve():
     assert _example("quantize_and_serve").main(question="Read the digits from left to right.") == "8 6 9"
 
