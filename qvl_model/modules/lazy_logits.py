@@ -26,6 +26,11 @@ _GONE = (
     "states or weights were changed. Read them before, or keep them by model(..., skip_logits=False) or "
     "accelerate(model, skip_logits=False)"
 )
+_CHANGED = (
+    "hidden states, labels or the weight of the head were changed between the loss and its backward, which computes the "
+    "logits again. Change them after it, or keep the logits by model(..., skip_logits=False) or accelerate(model, "
+    "skip_logits=False)"
+)
 _CHUNK_BYTES = {"cpu": 1 << 22}  # of a fingerprint: fits a CPU cache
 _CHUNK_BYTES_GPU = 1 << 28  # few launches
 
@@ -58,9 +63,14 @@ class _Watched:
 
     def __init__(self, *tensors: Tensor) -> None:
         self.tensors = tensors
+        self.versions = [x._version for x in tensors]
         self.states, self.fingerprints = [_state(x) for x in tensors], [_fingerprint(x) for x in tensors]
 
     def unchanged(self) -> bool:
+        return [x._version for x in self.tensors] == self.versions and self.same_values()
+
+    def same_values(self) -> bool:
+        """Whatever the version counters say: sharding libraries write the same values again."""
         return [_state(x) for x in self.tensors] == self.states and all(
             torch.equal(now, before)
             for x, print_ in zip(self.tensors, self.fingerprints)
@@ -68,16 +78,20 @@ class _Watched:
         )
 
 
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
 def _state(x: Tensor) -> tuple:
     """Includes the size of the storage, since sharding libraries free it in place."""
-    return x._version, x.device, x.dtype, x.shape, x.stride(), x.untyped_storage().nbytes()
+    return x.device, x.dtype, x.shape, x.stride(), x.untyped_storage().nbytes()
 
 
 def _fingerprint(x: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of the bits of x [..., C], as integers, over rows and over columns. The sums are exact (modulo 2^64), so any
     change of one element shows, and so does a permutation. 54 ms for a head of 622 MB on two cores of an EPYC, against
-    seconds for a training step. Taken in the forward, and again when logits or a loss are computed, which waits for
-    the GPU.
+    seconds for a training step. Taken in the forward, and again when logits, a loss or its gradients are computed,
+    which waits for the GPU.
     """
     x = x.detach()
     sizes = [n * x.element_size() for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1])] + [x.data_ptr()]
@@ -395,6 +409,7 @@ class _SkippedLoss:
         self.hidden, self.weight = source.hidden.reshape(-1, source.hidden.shape[-1]).detach(), source.weight.detach()
         self.needs_grad, self.watched = source.needs_grad, source.watched
         self.labels, self.ignore_index, self.reduction, self.value = labels, ignore_index, reduction, None
+        self.labels_version = _version(labels)
 
     def compute(self) -> Tensor:
         with torch.autocast(self.hidden.device.type, enabled=False):
@@ -413,7 +428,12 @@ class _SkippedLoss:
         return self.value.detach()
 
     def gradients(self, factor: Tensor, shape: torch.Size, keep: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of hidden [*shape] and weight; None where not needed."""
+        """Gradients of hidden [*shape] and weight; None where not needed.
+
+        Raises: RuntimeError if what they are computed from has changed since the loss.
+        """
+        if _version(self.labels) != self.labels_version or not self.watched.same_values():
+            raise RuntimeError(_CHANGED)
         wanted = [x for x in (self.hidden, self.weight) if x.requires_grad]
         found = iter(torch.autograd.grad(self.value, wanted, factor, retain_graph=keep))
         dhidden, dweight = (next(found) if x.requires_grad else None for x in (self.hidden, self.weight))

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import weakref
 
 import models
@@ -129,6 +130,39 @@ def test_reading_too_late_raises(pair, change):
                 use(out.logits)
             assert len(str(error.value)) < 320
         assert out.logits.shape == (*LABELS.shape, models.VOCABULARY) and out.logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("change", [f for f in CHANGES if f not in (_backward, _freed)], ids=lambda f: f.__name__)
+def test_a_change_between_loss_and_backward(pair, change):
+    """The gradients are stock's, or there is an error: the one of autograd's version counter, as in stock, or ours."""
+    found = []
+    for model in map(copy.deepcopy, pair):
+        out = model(**BATCH, labels=LABELS, output_hidden_states=True)
+        change(model, out)
+        model.zero_grad()
+        try:
+            out.loss.backward()
+            found.append([p.grad for p in model.parameters()])
+        except RuntimeError as error:
+            found.append(str(error))
+    stock, fast = found
+    if isinstance(fast, str):
+        assert "inplace operation" in fast or re.search(WAYS_OUT, fast) and len(fast) < 320, fast
+        assert change is not _next_forward
+    else:
+        assert not isinstance(stock, str)
+        for ours, theirs in zip(fast, stock, strict=True):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or relative(ours, theirs) < 1e-4
+
+
+def test_labels_changed_between_loss_and_backward(pair):
+    for model in map(copy.deepcopy, pair):
+        shifted = LABELS.roll(-1, 1)
+        out = model(**BATCH, labels=LABELS, shift_labels=shifted)
+        shifted[0, 1] = 3
+        with pytest.raises(RuntimeError, match=f"inplace operation|{WAYS_OUT}"):
+            out.loss.backward()
 
 
 @pytest.mark.parametrize("read", READS)
