@@ -7,8 +7,10 @@ Besides, the tokenizer's config may name any class of transformers to load the d
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -16,9 +18,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from qvl_model.config_check import check_config, check_parts
 
-__all__ = ["load_config", "load_tokenizer", "one_line", "read_mapping"]
+__all__ = ["check_attention", "load_config", "load_tokenizer", "one_line", "read_mapping"]
 
 MODEL_TYPES = ("qwen3_vl", "qvl")
+_ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+_OF_THE_HUB = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 _ANY = (
     AttributeError,
     IndexError,
@@ -48,20 +52,46 @@ def load_config(path: str | os.PathLike) -> PreTrainedConfig:
             else ""
         )
         raise ValueError(f"{path} is a {model_type} model; qvl runs {' and '.join(MODEL_TYPES)}.{needs}")
+    _check_attention(file, values)
     try:
         check_parts(values)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         check_config(config)
     except (*_ANY, ValueError, OverflowError) as error:
         raise ValueError(f"{file} does not fit a {model_type} model: {one_line(error)}") from error
-    attention = config._attn_implementation
-    if attention is not None and "/" in attention:
-        raise ValueError(
-            f"{file} asks for attention code from elsewhere ({attention}), and qvl runs no code that a checkpoint "
-            f"names; "
-            "take attn_implementation out of it"
-        )
     return config
+
+
+def check_attention(path: str | os.PathLike, **options: Any) -> None:
+    """Refuses a checkpoint whose config.json names attention code of the Hugging Face hub, which transformers would
+    fetch and run.
+
+    Args:
+        path, options: as ``from_pretrained`` takes them.
+    Raises: ValueError.
+    """
+    if isinstance(options.get("attn_implementation"), str) or options.get("config") is not None:
+        return  # the caller's own choice
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(path, **{k: v for k, v in options.items() if k in _OF_THE_HUB})
+    except OSError:
+        return  # there is no config.json
+    _check_attention(Path(path) / "config.json", values)
+
+
+def _check_attention(file: Path, values: Mapping) -> None:
+    for key, value in values.items():
+        if key in _ATTENTION:
+            for name in value.values() if isinstance(value, dict) else [value]:
+                if name is not None and not isinstance(name, str):
+                    raise ValueError(f"{file}: {key} must be a text, got {name!r}")
+                if name is not None and "/" in name:
+                    raise ValueError(
+                        f"{file} asks for attention code from elsewhere ({name}), and qvl runs no code that a "
+                        "checkpoint names; take attn_implementation out of it"
+                    )
+        elif isinstance(value, dict):
+            _check_attention(file, value)
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:

@@ -1,10 +1,11 @@
 """``qvl batch --ray``: the same on a cluster, by Ray Data. Each worker is an actor that holds the accelerated model."""
 
 import argparse
+import json
 import logging
 import os
-import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from qvl_model.cli import models
@@ -29,8 +30,8 @@ class _Worker:
             torch.manual_seed(seed)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        rows: list[Row] = pickle.loads(item["batch"])
-        return {"answered": pickle.dumps(answers_to(self._loaded, rows, self._options))}
+        rows = [Row(**{**row, "folder": Path(row["folder"])}) for row in json.loads(item["batch"])]
+        return {"answered": json.dumps(answers_to(self._loaded, rows, self._options))}
 
 
 def answered_by_workers(batches: list[list[Row]], arguments: argparse.Namespace, options: dict) -> Iterator[Answered]:
@@ -58,10 +59,10 @@ def answered_by_workers(batches: list[list[Row]], arguments: argparse.Namespace,
             )
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        for batch in batches:
-            for row in batch:
-                row.folder = row.folder.absolute()
-        items = [{"batch": pickle.dumps(batch)} for batch in batches]
+        items = [
+            {"batch": json.dumps([{**vars(row), "folder": str(row.folder.absolute())} for row in batch])}
+            for batch in batches
+        ]
         found = ray.data.from_items(items, override_num_blocks=min(len(items), BLOCKS)).map(
             cast(Any, _Worker),  # a class: each actor makes one
             fn_constructor_args=(arguments.model, arguments.weights, threads, arguments.seed, options),
@@ -69,7 +70,7 @@ def answered_by_workers(batches: list[list[Row]], arguments: argparse.Namespace,
             num_cpus=threads,
         )
         for item in found.iter_rows():
-            yield pickle.loads(item["answered"])
+            yield Answered(*json.loads(item["answered"]))
     except ray.exceptions.RayError as error:
         raise CommandError(f"a worker failed: {str(error).strip().splitlines()[-1]}") from error
     finally:

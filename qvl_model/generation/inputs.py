@@ -12,14 +12,15 @@ __all__ = ["body_why_not", "cache_indices", "token_embeddings", "token_inputs"]
 
 def body_why_not(body: nn.Module) -> str | None:
     """Why the layers of a language model are not eligible for fused calls as they are now, or None."""
-    if not kernels_take(body.norm.weight):
+    norm = getattr(body.norm, "weight", None)
+    if norm is None or not kernels_take(norm):
         return "weights or autocast are not what the kernels take"
     weight = (
         body.embed_tokens._parameters.get("weight")
         if type(body.embed_tokens) in (nn.Embedding, PackedEmbedding)
         else None
     )
-    if weight is None or weight.dtype is not body.norm.weight.dtype:
+    if weight is None or weight.dtype is not norm.dtype:
         return "the embedding is not eligible for the fast path"
     if not masks_as_stock(body.config):
         return "another function makes attention masks"

@@ -126,7 +126,7 @@ def model_why_not(model: nn.Module) -> str | None:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return model.model.language_model.norm.weight.device
+    return next(model.model.language_model.parameters()).device
 
 
 def _on_gpu(model: nn.Module) -> bool:

@@ -81,7 +81,7 @@ DEPENDS_ON: dict[str, Callable[[nn.Module], object]] = {
         getattr(model.model.language_model.config, name, None) for name in ("rope_theta", "head_dim", "image_token_id")
     ],
     "dropout": lambda model: _attributes(model, "training", "attention_dropout"),
-    "autocast": lambda model: autocast_dtype(model.model.language_model.norm.weight.device),
+    "autocast": lambda model: autocast_dtype(next(model.model.language_model.parameters()).device),
     "backend": lambda model: dispatch.forced(),
     "precision of matmuls": lambda model: (
         torch.backends.cuda.matmul.fp32_precision,

@@ -388,11 +388,13 @@ def _mask_is_equivalent(
             and (mask is None or mask.dim() == 2 and mask.shape[1] == keys)
         )
     if mask is None:
-        # sdpa sees all that the cache returns, and its causal mask is aligned at the first key; flex_attention is not
-        # causal by itself.
-        first = slots.past == 0 and implementation != "flex_attention"
+        # sdpa sees all that the cache returns, and its causal mask is aligned at the first key; the others are not
+        # causal by themselves.
+        first = slots.past == 0 and implementation == "sdpa"
         return (queries == 1 or first) and (queries > 1 or slots.visible_capacity == keys)
-    return mask.dim() == 4 and mask.shape[3] >= keys
+    if implementation == "eager" and mask.dtype is torch.bool:
+        return False  # added to the scores as 0 and 1
+    return mask.dim() == 4 and mask.shape[3] == slots.visible_capacity
 
 
 def _causal_mask(mask: Tensor, queries: int) -> Tensor:

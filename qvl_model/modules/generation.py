@@ -11,6 +11,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
 from qvl_model import loader
+from qvl_model.checkpoint_files import check_attention
 from qvl_model.generation import loop, step_gpu
 from qvl_model.modules.lm_head import causal_loss
 from qvl_model.quantization.checkpoint import QuantizedSaving
@@ -54,6 +55,7 @@ class Qwen3VLForConditionalGeneration(GeneratesByStep, QuantizedSaving, stock.Qw
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Self:
+        check_attention(pretrained_model_name_or_path, **kwargs)
         quantised = loader.load_quantized(pretrained_model_name_or_path, cls, **kwargs)
         if quantised is not None:
             return quantised

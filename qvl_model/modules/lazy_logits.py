@@ -27,8 +27,8 @@ _GONE = (
     "accelerate(model, skip_logits=False)"
 )
 _CHANGED = (
-    "hidden states, labels or the weight of the head were changed between the loss and its backward, which computes the "
-    "logits again. Change them after it, or keep the logits by model(..., skip_logits=False) or accelerate(model, "
+    "hidden states, labels or the weight of the head were changed between the loss and its backward, which computes "
+    "the logits again. Change them after it, or keep the logits by model(..., skip_logits=False) or accelerate(model, "
     "skip_logits=False)"
 )
 _CHUNK_BYTES = {"cpu": 1 << 22}  # of a fingerprint: fits a CPU cache

@@ -146,8 +146,6 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
             or hidden_states.numel() == 0
             or not hidden_states.is_contiguous()
             or splits(mlp, hidden_states)
-            or not is_number(self.norm1.eps, self.norm2.eps)
-            or self.norm1.eps != self.norm2.eps
             or attention.scaling != (hidden_states.shape[-1] // attention.num_heads) ** -0.5
         ):
             return None
@@ -162,6 +160,8 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
             )
             if not is_eligible(module, kind):
                 return None
+        if not is_number(self.norm1.eps, self.norm2.eps) or self.norm1.eps != self.norm2.eps:
+            return None
         weights = qvl_kernels.VisionWeights(
             *(
                 tensor

@@ -13,6 +13,7 @@ from transformers.generation import GenerationMixin
 from transformers.utils import can_return_tuple
 
 from qvl_model import loader
+from qvl_model.checkpoint_files import check_attention
 from qvl_model.compat import CACHE, CACHE_NAMES, CacheOutput, takes_cache
 from qvl_model.qvl.base import QVLPreTrainedModel
 from qvl_model.qvl.cache import holds_images
@@ -233,6 +234,7 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Self:
         """As every model's; from a directory of quantised weights it returns an accelerated model."""
+        check_attention(pretrained_model_name_or_path, **kwargs)
         quantised = loader.load_quantized(pretrained_model_name_or_path, cls, **kwargs)
         if quantised is not None:
             return quantised

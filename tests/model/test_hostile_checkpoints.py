@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import pickle
+import re
 import shutil
 import socket
 import subprocess
@@ -143,10 +144,28 @@ def _attention_from_a_server(checkpoint):
     _edit(checkpoint / "config.json", attn_implementation="evil/attention")
 
 
+def _attention_of_a_part(checkpoint):
+    _edit(checkpoint / "config.json", attn_implementation={"vision_config": "evil/attention"})
+
+
+def _attention_inside_a_part(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    _edit(
+        checkpoint / "config.json", vision_config={**config["vision_config"], "_attn_implementation": "evil/attention"}
+    )
+
+
+def _attention_of_another_type(checkpoint):
+    _edit(checkpoint / "config.json", attn_implementation=3)
+
+
 REFUSED = {
     "another model": (_another_model, "is a evil model; qvl runs qwen3_vl and qvl. Its own Python code (auto_map)"),
     "another model on a server": (_another_model_on_a_server, "qvl runs no code from checkpoints"),
     "attention": (_attention_from_a_server, "attention code from elsewhere (evil/attention)"),
+    "attention of a part": (_attention_of_a_part, "attention code from elsewhere (evil/attention)"),
+    "attention inside a part": (_attention_inside_a_part, "attention code from elsewhere (evil/attention)"),
+    "attention of another type": (_attention_of_another_type, "attn_implementation must be a text, got 3"),
     "pickled weights": (
         _pickled_weights,
         "its weights are pickled with more than tensors, and qvl runs no code from checkpoints",
@@ -202,6 +221,20 @@ def test_commands_refuse_code(kind, checkpoint, marker, tmp_path, capsys):
         assert not marker.exists(), f"{name} ran code of the checkpoint"
         assert "qvl: " in error and message in error, f"{name}: {error}"
         assert "huggingface.co" not in error and "hf.co" not in error and "Traceback" not in error, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in REFUSED if kind.startswith("attention")])
+@pytest.mark.parametrize("path", [digits.CHECKPOINT, digits.checkpoint("qvl-tiny")], ids=lambda path: path.name)
+def test_from_pretrained_refuses_attention_code(kind, path, tmp_path):
+    damage, message = REFUSED[kind]
+    shutil.copytree(path, tmp_path / "checkpoint")
+    if "inside" in kind and "vision_config" not in (tmp_path / "checkpoint" / "config.json").read_text():
+        return
+    damage(tmp_path / "checkpoint")
+    model_class = pretrained._class_of(pretrained.load_config(path))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model_class.from_pretrained(tmp_path / "checkpoint")
+    assert model_class.from_pretrained(tmp_path / "checkpoint", attn_implementation="eager") is not None
 
 
 def test_code_beside_a_known_model_is_left_alone(checkpoint, marker, tmp_path, capsys):

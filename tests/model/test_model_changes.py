@@ -93,6 +93,15 @@ def _not_parameters(keep):
     return changed
 
 
+class _Halved(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+def _other_norms(model):
+    model.model.language_model.norm, model.model.visual.blocks[0].norm1 = nn.Identity(), _Halved()
+
+
 CHANGES = {
     **WEIGHTS,
     "inv_freq in place": _frequencies(lambda rotary: rotary.inv_freq.mul_(0.5)),
@@ -119,6 +128,7 @@ CHANGES = {
     "hook on a layer": hooked(LAYER, BLOCK),
     "hook on an activation": hooked(f"{LAYER}.mlp.act_fn", f"{BLOCK}.mlp.act_fn"),
     "hook on a table": hooked("model.language_model.rotary_emb", "model.visual.pos_embed"),
+    "norms without eps or weight": _other_norms,
     "eager": lambda model: model.set_attn_implementation("eager"),
     "float64": lambda model: model.double(),
     "bfloat16": lambda model: model.bfloat16(),
