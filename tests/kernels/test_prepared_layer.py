@@ -8,11 +8,13 @@ from torch import nn
 
 import qvl_kernels
 from qvl_kernels.ops.decoder_layer.cases import CASES
+from qvl_kernels.quantization import QuantizedWeight, quantize
 
 
 def _prepared(arguments: dict) -> qvl_kernels.PreparedDecoderLayer:
     head_dim = arguments["k_cache"].shape[3]
-    return qvl_kernels.PreparedDecoderLayer(
+    quantised = any(isinstance(weight, QuantizedWeight) for weight in arguments["weights"])
+    return (qvl_kernels.QuantizedDecoderLayer if quantised else qvl_kernels.PreparedDecoderLayer)(
         arguments["weights"],
         num_heads=arguments["num_heads"],
         kv_heads=arguments["k_cache"].shape[1],
@@ -67,6 +69,41 @@ def test_refuses_what_decoder_layer_refuses():
             _call(layer, arguments | {"cos": arguments["cos"].half()})
         with pytest.raises(ValueError, match="contiguous"):
             _call(layer, arguments | {"x": arguments["x"].transpose(0, 1).expand(3, -1, -1).transpose(0, 1)[:, ::2]})
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("called", [False, True], ids=["before a call", "after a call"])
+@pytest.mark.parametrize("change", ["replaced", "shrunk", "freed"])
+@pytest.mark.parametrize("what", ["weight", "cache"])
+def test_memory_that_moved_is_refused(what, change, called, quantised):
+    """Handles hold addresses."""
+    arguments = next(case for case in CASES if case.name == "whole_tiles").make(torch.float32, torch.Generator())
+    if quantised:
+        matrices = {name: quantize(getattr(arguments["weights"], name), 8) for name in ("gate", "up", "down")}
+        arguments["weights"] = arguments["weights"]._replace(**matrices)
+    layer = _prepared(arguments)
+    cache = qvl_kernels.PreparedCache(arguments["k_cache"], arguments["v_cache"])
+    inputs = {name: arguments[name][:, :1].clone() for name in ("x", "cos", "sin")}
+
+    def run():
+        with torch.no_grad():
+            return qvl_kernels.PreparedDecoderLayer.run([layer], **inputs, caches=[cache], past=3)[0]
+
+    if called:
+        assert run().isfinite().all()
+    x = cache.v_cache if what == "cache" else layer.weights.o
+    if change == "freed":
+        x.untyped_storage().resize_(0)
+    else:
+        x.data = x.clone() if change == "replaced" else x.new_ones(1)
+    with pytest.raises((RuntimeError, ValueError), match="resized or moved|must be|must have|freed"):
+        run()
+
+
+def test_capacity_cannot_be_set():
+    cache = qvl_kernels.PreparedCache(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))
+    with pytest.raises(AttributeError):
+        cache.capacity = 10**6
 
 
 def test_weights_that_do_not_fit_are_refused():

@@ -29,7 +29,7 @@ __all__ = ["PreparedCache", "PreparedDecoderLayer", "Run"]
 class PreparedCache:
     """KV-cache handle of a layer, for many calls of ``PreparedDecoderLayer.run``.
 
-    They must not be resized or moved, or come to need gradients, while this object is used; it keeps them alive.
+    They must not come to need gradients while this object is used; it keeps them alive.
 
     Args:
         k_cache, v_cache: [B, Hkv, S_cap, D], as for ``decoder_layer``.
@@ -42,11 +42,11 @@ class PreparedCache:
         >>> cache = qvl_kernels.PreparedCache(torch.zeros(1, 8, 512, 128), torch.zeros(1, 8, 512, 128))
     """
 
-    __slots__ = ("capacity", "eligible", "extension", "k_cache", "sizes", "storages", "v_cache")
+    __slots__ = ("_capacity", "_memory", "eligible", "extension", "k_cache", "sizes", "storages", "v_cache")
 
     def __init__(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         check_caches("PreparedCache", k_cache, v_cache)
-        batch, kv_heads, self.capacity, head_dim = k_cache.shape
+        batch, kv_heads, self._capacity, head_dim = k_cache.shape
         self.k_cache, self.v_cache, self.sizes = k_cache, v_cache, (k_cache.dtype, batch, kv_heads, head_dim)
         self.extension: Any = None
         self.storages: frozenset[int] = frozenset()
@@ -57,6 +57,19 @@ class PreparedCache:
             self.storages = frozenset(_storage(x) for x in (k_cache, v_cache))
             if k_cache.is_cpu:
                 self.extension = cache_handle(k_cache, v_cache)
+        self._memory = _memory_of((k_cache, v_cache)) if self.eligible else []
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    def handle(self) -> Any:
+        """``extension``. Raises: RuntimeError if the caches were resized or moved since this object was made."""
+        if _memory_of((self.k_cache, self.v_cache)) != self._memory:
+            raise RuntimeError(
+                f"{OP}: the KV cache was resized or moved since its PreparedCache was made; make another"
+            )
+        return self.extension
 
     def __reduce__(self) -> tuple:
         return PreparedCache, (self.k_cache, self.v_cache)
@@ -65,8 +78,7 @@ class PreparedCache:
 class PreparedDecoderLayer:
     """Layer handle: ``decoder_layer`` for many calls on the same weights, with less time per call.
 
-    Calls that are not eligible for the fast path go through ``decoder_layer``. The weights must not be resized
-    or freed while this object is used; it keeps them alive.
+    Calls that are not eligible for the fast path go through ``decoder_layer``. The object keeps the weights alive.
 
     Args:
         weights: as for ``decoder_layer``.
@@ -105,12 +117,14 @@ class PreparedDecoderLayer:
             head_dim,
         )  # layers with equal sizes can run on the same inputs
         device = weights.input_norm.device.type
-        self._eligible = all(
-            is_eligible(x, device) for weight in weights if weight is not None for x in tensors_of(weight)
-        )
+        self._eligible = all(is_eligible(x, device) for x in self._tensors())
         self._layer_handle = None
+        self._memory = _memory_of(self._tensors()) if self._eligible else []
         _, matrices, _ = weights.groups()
         self._kinds = {few: linear_kinds(self.dtype, few, matrices) for few in (False, True)}
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [x for weight in self.weights if weight is not None for x in tensors_of(weight)]
 
     def _shapes(self, weights: DecoderWeights) -> DecoderWeights:
         """The tensors whose shapes are checked: the weights, or placeholders of quantised ones."""
@@ -150,7 +164,8 @@ class PreparedDecoderLayer:
                 layer.
         Returns:
             The output of every layer, each [B, T, C].
-        Raises: as ``decoder_layer``.
+        Raises: as ``decoder_layer``; RuntimeError if weights or caches were resized or moved since their handles were
+            made.
         Example:
             >>> caches = [PreparedCache(k1, v1), PreparedCache(k2, v2)]
             >>> *_, y = PreparedDecoderLayer.run([first, second], x, cos, sin, caches, past=300)
@@ -179,13 +194,18 @@ class PreparedDecoderLayer:
                 )
                 outs.append(x)
             return outs
-        cache_handles = [cache.extension for cache in caches]
+        cache_handles = [cache.handle() for cache in caches]
         return run_extension_layers(
             [layer._handle() for layer in layers], x, cos, sin, cache_handles, past, mask, layers[0].num_heads
         )
 
     def _handle(self) -> Any:
-        """The C++ handle of the layer, created at first use."""
+        """The C++ handle of the layer, created at first use.
+
+        Raises: RuntimeError if a weight was resized or moved since this object was made.
+        """
+        if _memory_of(self._tensors()) != self._memory:
+            raise RuntimeError(f"{OP}: a weight was resized or moved since the layer was prepared; prepare it again")
         if self._layer_handle is None:
             self._layer_handle = layer_handle(
                 *self.weights.groups(), self.num_heads, self.kv_heads, self.head_dim, self.eps, self.scale
@@ -263,7 +283,7 @@ class Run:
         if self._handles is None:
             if not x.is_cpu or not _is_eligible(layers, x, cos, sin, caches, past, mask):
                 return PreparedDecoderLayer.run(layers, x, cos, sin, caches, past=past, mask=mask)[-1]
-            self._handles = [layer._handle() for layer in layers], [cache.extension for cache in caches]
+            self._handles = [layer._handle() for layer in layers], [cache.handle() for cache in caches]
         handles, cache_handles = self._handles
         return run_to_last(handles, x, cos, sin, cache_handles, past, mask, layers[0].num_heads)
 
@@ -277,6 +297,10 @@ def _alike(
     rows = x.shape[0] * x.shape[1]
     groups = [list(group) for _, group in itertools.groupby(zip(layers, caches), lambda pair: pair[0]._one_call(rows))]
     return [([layer for layer, _ in group], [cache for _, cache in group]) for group in groups]
+
+
+def _memory_of(tensors: Sequence[torch.Tensor]) -> list[tuple]:
+    return [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors]
 
 
 def _storage(x: torch.Tensor) -> int:
