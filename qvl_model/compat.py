@@ -16,7 +16,16 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 from transformers.utils import ModelOutput
 from transformers.utils.deprecation import deprecate_kwarg
 
-__all__ = ["CACHE", "CACHE_NAMES", "CHECKPOINTING", "TESTED_TRANSFORMERS", "CacheOutput", "takes_cache", "update_cache"]
+__all__ = [
+    "CACHE",
+    "CACHE_NAMES",
+    "CHECKPOINTING",
+    "TESTED_TRANSFORMERS",
+    "CacheOutput",
+    "drops_cache",
+    "takes_cache",
+    "update_cache",
+]
 
 TESTED_TRANSFORMERS = ("5.17.0", "5.23.0", "5.24.0")  # what the tests run on; for others see self_check.py
 
@@ -50,6 +59,13 @@ def takes_cache(forward: Callable) -> Callable:
         parameters=[p.replace(name=CACHE) if p.name == "cache" else p for p in signature.parameters.values()]
     )
     return renamed
+
+
+def drops_cache(layer: Any) -> bool:
+    """Whether stock's call of a decoder layer ignores the KV cache: while activations are recomputed in training, up to
+    5.23 without gradients, too.
+    """
+    return CACHE != "cache" and layer.training and layer.gradient_checkpointing
 
 
 def update_cache(cache: Cache, k: Tensor, v: Tensor, layer_idx: int, kwargs: dict) -> tuple[Tensor, Tensor]:

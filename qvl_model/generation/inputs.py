@@ -24,8 +24,10 @@ def body_why_not(body: nn.Module) -> str | None:
         return "the embedding is not eligible for the fast path"
     if not masks_as_stock(body.config):
         return "another function makes attention masks"
+    if len(body.layers) == 0:
+        return "there are no decoder layers"
     for index, layer in enumerate(body.layers):
-        if plain_fused_layer(layer, body.norm.weight.dtype) is None:
+        if plain_fused_layer(layer, norm.dtype) is None:
             return f"decoder layer {index} is not eligible for the fast path"
     if len(set(cache_indices(body))) < len(body.layers):
         return "decoder layers share a place in the cache"

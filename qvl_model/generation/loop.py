@@ -16,6 +16,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
+from transformers.utils import output_capturing
 
 from qvl_model.compat import CACHE
 from qvl_model.generation import step_cpu, step_gpu
@@ -26,12 +27,33 @@ from qvl_model.generation.sampling_gpu import Sampler
 from qvl_model.generation.step_cpu import CpuStep
 from qvl_model.generation.step_gpu import GpuStep, StepFailed
 from qvl_model.modules import lm_head
-from qvl_model.modules.fast_path import is_eligible, no_global_hooks, runs_library_code
+from qvl_model.modules.fast_path import is_eligible, no_global_hooks, runs_library_code, stock_is_patched
 from qvl_model.qvl import modeling as qvl
 from qvl_model.qvl.cache import VisualLayer
 
 __all__ = ["model_why_not", "sample", "why_not"]
 
+# Methods of the model that transformers' own loop calls for every token, and ours does not.
+_OF_THE_LOOP = (
+    "prepare_inputs_for_generation",
+    "_update_model_kwargs_for_generation",
+    "_prefill",
+    "_has_unfinished_sequences",
+    "_optimize_model_for_decode",
+)
+# Packages whose objects, held by a streamer, processor or criterion, run no code of the user's.
+_PASSIVE = (
+    "_queue",
+    "_thread",
+    "asyncio",
+    "builtins",
+    "collections",
+    "numpy",
+    "queue",
+    "threading",
+    "tokenizers",
+    "torch",
+)
 # Arguments of the model that matter for the prefill only, or that decode steps honour.
 _ARGUMENTS = {
     CACHE,
@@ -115,8 +137,15 @@ def model_why_not(model: nn.Module) -> str | None:
             module, "forward", "__call__"
         ):
             return f"{type(module).__name__} has hooks or another forward"
-    if not runs_library_code(model, "prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill"):
+    if not runs_library_code(model, *_OF_THE_LOOP):
         return "another function prepares the inputs of a token"
+    if not runs_library_code(model.model, "get_input_embeddings"):
+        return "another function finds the embedding"
+    if stock_is_patched():
+        return "a function or class of transformers' Qwen3-VL was replaced"
+    body = model.model.language_model
+    if any(_has_users_hook(module) for module in (*body.modules(), model.lm_head) if module is not body):
+        return "hooks, which may change the model while a token is computed"
     if not no_global_hooks() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "global hooks, or the call is traced"
     if _on_gpu(model):
@@ -153,7 +182,7 @@ def sample(
     del outputs  # the logits of a long prompt are large
     cache = kwargs[CACHE]
     if not ended:
-        foreign = _foreign(model, streamer, *processors, *criteria)
+        foreign = _foreign(streamer, *processors, *criteria)
         users = getattr(cache, "_is_user_defined", False)
         if foreign and users:  # the user may read the cache between two tokens
             step = StockStep(model, chooser, kwargs)
@@ -163,7 +192,7 @@ def sample(
         foreign = foreign and not isinstance(step, StockStep)
         choice, begun, prompt = chooser, step.length, chooser.sequences.shape[1]
         try:
-            if isinstance(step, GpuStep):
+            if isinstance(step, GpuStep) and not foreign:  # the user may change processors and criteria meanwhile
                 choice = step.sampler(chooser) or chooser
             while not ended:
                 logits = _next_logits(model, cache, step, choice, foreign)
@@ -206,29 +235,30 @@ def _warn(error: StepFailed) -> None:
     warnings.warn(f"qvl_model: decoding goes on without CUDA graphs: {error}", RuntimeWarning, stacklevel=4)
 
 
-def _foreign(model: nn.Module, *parts: object) -> bool:
-    """Whether code of the user runs between two tokens: a streamer, processor, criterion or hook. It may change the
-    model.
-    """
-    body = model.model.language_model
-    modules = [
-        module
-        for module in (body.embed_tokens, body.rotary_emb, body.norm, model.lm_head)
-        if isinstance(module, nn.Module)
-    ]
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules) or any(
-        part is not None and _is_foreign(part) for part in parts
+def _foreign(*parts: object) -> bool:
+    """Whether code of the user runs between two tokens: a streamer, processor or criterion. It may change the model."""
+    return any(part is not None and _is_foreign(part) for part in parts)
+
+
+def _has_users_hook(module: nn.Module) -> bool:
+    """Whether there are hooks but those of transformers that record outputs."""
+    return bool(module._forward_pre_hooks) or any(
+        getattr(hook, "__module__", None) != output_capturing.__name__ for hook in module._forward_hooks.values()
     )
 
 
 def _is_foreign(part: object) -> bool:
-    """Whether an object is of the user's own class, or of transformers' with a function of the user's set on it or on
-    what it calls (a streamer's tokenizer).
+    """Whether an object is of the user's own class, or of transformers' that holds a function or an object of the
+    user's (a streamer's tokenizer or queue).
     """
     theirs = type(part).__module__.startswith(("transformers.", "qvl_model."))
     if not theirs or type(part) is PrefixConstrainedLogitsProcessor:
         return True
-    return any(callable(value) and _is_foreign(value) for value in getattr(part, "__dict__", {}).values())
+    return any(
+        _is_foreign(value)
+        for value in getattr(part, "__dict__", {}).values()
+        if callable(value) or type(value).__module__.partition(".")[0] not in _PASSIVE
+    )
 
 
 def _begin(

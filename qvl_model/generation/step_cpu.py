@@ -112,7 +112,7 @@ class CpuStep:
         """Reserves write slots for the next tokens; False if the cache has none."""
         self.end(self.length)
         self._slots = []
-        like = torch.empty(self._positions.shape[-2], 1, 0, dtype=self._calls[0].dtype)
+        like = torch.empty(self._positions.shape[-2], 1, 0, dtype=self._calls[0].dtype, device=self._positions.device)
         reserved = [
             reserve_slots(self._cache, index, like, call.kv_heads, call.head_dim)
             for index, call in zip(self._cache_indices, self._calls)

@@ -87,6 +87,7 @@ DEPENDS_ON: dict[str, Callable[[nn.Module], object]] = {
         torch.backends.cuda.matmul.fp32_precision,
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        torch.backends.cuda.matmul.allow_fp16_accumulation,
     ),
 }
 
@@ -111,7 +112,7 @@ def why_not(model: nn.Module) -> str | None:
     if not isinstance(model, (stock.Qwen3VLForConditionalGeneration, QVLForConditionalGeneration)):
         return f"{type(model).__name__} has no captured steps"
     body, lm_head = model.model.language_model, model.lm_head
-    device = body.norm.weight.device
+    device = next(body.parameters()).device
     reason = why_no_graphs(device)
     if reason is not None:
         return reason
@@ -122,7 +123,9 @@ def why_not(model: nn.Module) -> str | None:
         if body.dropout.training and body.dropout.p > 0.0:
             return "dropout is on"
     else:
-        parts, kind = (body.embed_tokens, body.rotary_emb), body.rotary_emb.rope_type
+        parts, kind = (body.embed_tokens, body.rotary_emb), getattr(body.rotary_emb, "rope_type", None)
+        if kind is None:
+            return "the rotary embedding is not eligible for the fast path"
         if "dynamic" in kind or kind == "longrope":
             return f"rotary frequencies of {kind} change with the length"
     if any(not is_eligible(module, type(module)) for module in (*parts, body.norm, lm_head)) or any(
@@ -135,7 +138,10 @@ def why_not(model: nn.Module) -> str | None:
         return "the head is not eligible for the fast path"
     if lm_head._parameters["weight"].dtype is not body.norm.weight.dtype:
         return "the head has another dtype"
-    return body_why_not(body) or images.why_not(body)
+    reason = body_why_not(body) or images.why_not(body)
+    if reason is None and len({fused_layer_of(layer).handle.kv_heads for layer in body.layers}) > 1:
+        return "decoder layers differ in their key/value heads"
+    return reason
 
 
 def why_failed(model: nn.Module, batch: int, length: int) -> str | None:

@@ -12,7 +12,7 @@ import qvl_kernels
 from qvl_kernels.memory import pages
 from qvl_kernels.ops.decoder_layer.prepared import Run
 from qvl_kernels.quantization import QuantizedWeight
-from qvl_model.compat import CACHE, takes_cache
+from qvl_model.compat import CACHE, drops_cache, takes_cache
 from qvl_model.generation.kv_cache import WriteSlots, reserve_slots
 from qvl_model.modules.chunked_mlp import splits
 from qvl_model.modules.fast_path import (
@@ -299,6 +299,7 @@ def plain_fused_layer(layer: nn.Module, dtype: torch.dtype) -> FusedLayer | None
         layer._forward_pre_hooks
         or not only_capture_hooks(layer, "hidden_states")
         or not runs_library_code(layer, "forward", "__call__")
+        or drops_cache(layer)
     ):
         return None
     return _fused_layer_for(layer, dtype)

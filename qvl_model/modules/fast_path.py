@@ -31,6 +31,7 @@ __all__ = [
     "no_global_hooks",
     "only_capture_hooks",
     "runs_library_code",
+    "stock_is_patched",
 ]
 
 FLASH = ("flash_attention_2", "flash_attention_3")  # implementations of attention with one meaning
@@ -61,6 +62,38 @@ def masks_as_stock(config: PretrainedConfig) -> bool:
     return function is None or function.__module__.startswith("transformers.")
 
 
+_CLASSES = [
+    getattr(stock, f"Qwen3VL{name}")
+    for name in (
+        "TextAttention",
+        "TextDecoderLayer",
+        "TextMLP",
+        "TextModel",
+        "TextRMSNorm",
+        "VisionAttention",
+        "VisionBlock",
+        "VisionMLP",
+        "VisionPatchEmbed",
+    )
+]
+_FUNCTIONS = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision", "create_causal_mask", "rotate_half")
+_REPLACEABLE = [(stock, name) for name in _FUNCTIONS] + [(kind, "forward") for kind in _CLASSES]
+
+
+def _own(function: Callable) -> Callable | None:
+    return function if function.__module__.startswith("transformers.") else None  # replaced before this import
+
+
+_STOCK = [_own(getattr(owner, name)) for owner, name in _REPLACEABLE]
+
+
+def stock_is_patched() -> bool:
+    """Whether someone replaced a function of transformers' Qwen3-VL module, or the forward of a class in it, for all
+    models: the kernels compute what the originals compute.
+    """
+    return [getattr(owner, name) for owner, name in _REPLACEABLE] != _STOCK
+
+
 def is_number(*values: object) -> bool:
     """Whether all settings are Python numbers; stock code takes tensors too, the kernels do not."""
     return all(type(value) is float or type(value) is int for value in values)
@@ -85,12 +118,13 @@ def is_eligible(module: nn.Module, kind: type, own_hook: type | None = None) -> 
 
 def runs_library_code(module: nn.Module, *names: str) -> bool:
     """Whether the methods of these names are those of a library's class, neither replaced on the instance nor
-    overridden in a user's subclass.
+    overridden in a user's subclass. Some versions lack some of them.
     """
     return all(
         name not in module.__dict__
         and getattr(type(module), name).__module__.partition(".")[0] in ("torch", "transformers", "qvl_model")
         for name in names
+        if hasattr(type(module), name)
     )
 
 
@@ -143,7 +177,7 @@ def kernels_take(*tensors: torch.Tensor | None, cast: bool = True) -> bool:
         cast: whether autocast would cast this op's inputs; if it is on, they must have its dtype already.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling and ops_are_seen():
+    if not compiling and (ops_are_seen() or stock_is_patched()):
         return False
     if compiling or not torch._C._len_torch_function_stack():
         return _are_eligible(tensors, cast, compiling)

@@ -20,6 +20,7 @@ from qvl_model.modules.fast_path import (
     is_number,
     kernels_take,
     no_global_hooks,
+    stock_is_patched,
 )
 
 __all__ = [
@@ -66,7 +67,7 @@ class Qwen3VLTextMLP(stock.Qwen3VLTextMLP):
         return chunked(self, self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if not (is_eligible(self.act_fn, SILU) and no_global_hooks()):
+        if not (is_eligible(self.act_fn, SILU) and no_global_hooks()) or stock_is_patched():
             return stock.Qwen3VLTextMLP.forward(self, x)
         gate, up = self.gate_proj(x), self.up_proj(x)
         if kernels_take(gate, up, cast=False):
@@ -97,6 +98,7 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
             or not is_number(self.scaling, self.q_norm.variance_epsilon)
             or self.q_norm.variance_epsilon != self.k_norm.variance_epsilon
             or not no_global_hooks()
+            or stock_is_patched()
             or not cos_sin_fit(position_embeddings, hidden_states)
             or lower is not None
             and position_embeddings[0].dtype not in (lower, torch.float32)

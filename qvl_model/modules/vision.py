@@ -18,6 +18,7 @@ from qvl_model.modules.fast_path import (
     kernels_take,
     no_global_hooks,
     only_capture_hooks,
+    stock_is_patched,
 )
 from qvl_model.modules.linear import LayerNorm, Linear
 from qvl_model.quantization.modules import PackedLinear
@@ -64,6 +65,8 @@ class Qwen3VLVisionMLP(stock.Qwen3VLVisionMLP):
         return chunked(self, self._forward, hidden_state)
 
     def _forward(self, hidden_state: Tensor) -> Tensor:
+        if stock_is_patched():
+            return stock.Qwen3VLVisionMLP.forward(self, hidden_state)
         hidden_state = self.linear_fc1(hidden_state)
         if is_gelu_tanh(self.act_fn) and no_global_hooks() and kernels_take(hidden_state, cast=False):
             return self.linear_fc2(qvl_kernels.gelu_tanh(hidden_state))

@@ -106,7 +106,7 @@ def test_another_stream_waits_for_the_last_one(models, cuda):
     cuda.calls.clear()
     out = _generate(ours, inputs([5]), streamer=_Streamer(lambda: cuda.streams.append(third)), **GREEDY)
     assert torch.equal(out, expected)
-    assert cuda.replayed() == ["replay on 1, caller"] * 2 + ["replay on 1, third"] * 8
+    assert cuda.replayed() == ["replay on 1, caller"] + ["replay on 1, third"] * 4  # tokens are chosen without a graph
     assert [call for call in cuda.calls if "waits" in call] == ["caller waits for other", "third waits for caller"]
 
 
