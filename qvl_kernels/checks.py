@@ -58,6 +58,8 @@ def check_kind(op: str, name: str, x: Any) -> None:
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
     if x.layout is not torch.strided:
         raise ValueError(f"{op}: {name} must be a dense tensor, got layout {x.layout}; call {name}.to_dense() first")
+    if x.is_nested:
+        raise ValueError(f"{op}: {name} must be a dense tensor, got a nested one; pad it first")
     if torch.compiler.is_compiling():
         return
     if x._is_zerotensor():

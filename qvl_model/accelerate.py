@@ -33,6 +33,7 @@ from qvl_model.quantization.convert import (
     quantize_model,
 )
 from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
+from qvl_model.qvl.modeling import QVLForConditionalGeneration
 from qvl_model.replacements import MODEL_CLASSES, STOCK_CLASSES, replacement
 from qvl_model.self_check import why_stock
 from qvl_model.tuning import describe_kernels, settle_kernels
@@ -392,12 +393,11 @@ def _decoding(model: nn.Module) -> str:
     reason = loop.model_why_not(model)
     if reason is not None:
         return f"transformers' own loop over fused layers ({reason})"
+    per_layer = isinstance(model, QVLForConditionalGeneration)
+    others = "one fused call per layer and token" if per_layer else "all layers of a token in one call"
     if step_gpu.why_not(model) is None:
-        return (
-            f"whole steps as CUDA graphs, and the choice of tokens for {MODES}; one fused call per layer and "
-            f"token for other loops"
-        )
-    return "all layers of a token in one call for greedy and sampling; one fused call per layer and token for all else"
+        return f"whole steps as CUDA graphs, and the choice of tokens for {MODES}; other loops: {others}"
+    return f"all layers of a token in one call for greedy and sampling; other loops: {others}"
 
 
 def _kept_reason(module: nn.Module) -> str:

@@ -154,6 +154,10 @@ class QVLConfig(PreTrainedConfig):
                 nearest = self._nearest(key)
                 hint = f"did you mean {nearest}?" if nearest else f"known are {', '.join(self._own_keys())}"
                 raise ValueError(f"QVLConfig: unknown key {key}; {hint}")
+        for alias, name in self.attribute_map.items():
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if alias in kwargs and value not in (default, kwargs[alias]):
+                raise ValueError(f"QVLConfig: {alias} and {name} are one setting, got {kwargs[alias]} and {value}")
         super().__post_init__(**kwargs)
         self.check()
 
@@ -168,6 +172,10 @@ class QVLConfig(PreTrainedConfig):
         known = {key: value for key, value in config_dict.items() if key not in extra}
         config, unused = super().from_dict(known, return_unused_kwargs=True, **kwargs)
         for key, value in extra.items():
+            if key == "head_dim" and value == config.head_dim:
+                continue
+            if key in ("head_dim", "text_config", "vision_config"):
+                raise ValueError(f"QVLConfig: {key} is no setting of QVL, got {value!r:.80}; take it out")
             logger.warning_once(f"QVLConfig: {key} is none of its keys, and changes nothing")
             setattr(config, key, value)
         return (config, unused) if return_unused else config
@@ -214,8 +222,12 @@ class QVLConfig(PreTrainedConfig):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"QVLConfig: {name} must be in [0, 1), got {getattr(self, name)}")
         for name in ("initializer_range", "layer_norm_eps", "rope_theta", "vision_rope_theta"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"QVLConfig: {name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) <= 1e30:
+                raise ValueError(f"QVLConfig: {name} must be positive and at most 1e30, got {getattr(self, name)}")
+        if not abs(self.cross_attention_gate_init) <= 1e30:
+            raise ValueError(
+                f"QVLConfig: cross_attention_gate_init must be a finite number, got {self.cross_attention_gate_init}"
+            )
         if self.type_vocab_size < 2:
             raise ValueError(
                 f"QVLConfig: type_vocab_size must be at least 2 (text and image positions), got {self.type_vocab_size}"

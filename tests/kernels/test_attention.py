@@ -387,3 +387,18 @@ def test_bad_lengths(lengths):
     if isinstance(lengths, torch.Tensor) and lengths.max() > 5:
         with pytest.raises(ValueError, match="kv_lens"):
             qvl_kernels.cross_attention(Q, KV, KV, kv_lens=lengths)
+
+
+@pytest.mark.parametrize("which", ["k_cache", "v_cache"])
+def test_int8_caches_whose_rows_overlap(which):
+    generator = torch.Generator().manual_seed(0)
+    caches = {
+        name: torch.randint(-100, 100, (2, 2, 5, 8), generator=generator).to(torch.int8)
+        for name in ("k_cache", "v_cache")
+    }
+    caches[which] = caches[which].as_strided((2, 2, 5, 8), (1, 1, 1, 1))
+    scales = {name: torch.rand(2, 2, 5, generator=generator) * 0.02 + 0.001 for name in ("k_scale", "v_scale")}
+    q = torch.randn(2, 3, 4, 8, generator=generator)
+    out = qvl_kernels.decode_attention(q, *caches.values(), lengths=5, **scales)
+    dense = qvl_kernels.decode_attention(q, *(x.contiguous() for x in caches.values()), lengths=5, **scales)
+    assert torch.equal(out, dense)

@@ -550,3 +550,15 @@ def test_good_calls_are_one_graph(op, dynamic):
     with torch.no_grad():
         for out, expected in zip(_results(compiled, make(n)), _results(call, make(n)), strict=True):
             torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors_are_refused(layout):
+    nested = torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)], layout=layout)
+    for call in (
+        lambda: qvl_kernels.rms_norm(nested, torch.ones(8)),
+        lambda: qvl_kernels.linear(nested, torch.ones(4, 8)),
+        lambda: qvl_kernels.swiglu(nested, nested),
+    ):
+        with pytest.raises(ValueError, match="must be a dense tensor"):
+            call()

@@ -209,6 +209,9 @@ def test_yaml_refusals(tmp_path, text, message):
         (dict(attention_probs_dropout_prob=-0.1), r"attention_probs_dropout_prob must be in"),
         (dict(layer_norm_eps=0.0), "layer_norm_eps must be positive"),
         (dict(rope_theta=float("nan")), "rope_theta must be positive"),
+        (dict(rope_theta=10**400), "rope_theta must be positive and at most 1e30"),
+        (dict(cross_attention_gate_init=float("nan")), "cross_attention_gate_init must be a finite number"),
+        (dict(rms_norm_eps=0.5, layer_norm_eps=0.1), "rms_norm_eps and layer_norm_eps are one setting"),
         (dict(type_vocab_size=1), "type_vocab_size must be at least 2"),
         (dict(num_hidden_layers=0), "num_hidden_layers must be at least 1"),
         (dict(image_token_id=384), "image_token_id 384 is not in the vocabulary of 384"),
@@ -287,6 +290,15 @@ def test_unknown_keys_are_refused(key, nearest, tmp_path):
         tiny().save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=f"unknown key {key}; {hint}"):
             QVLConfig.from_pretrained(tmp_path, **{key: 3})
+
+
+@pytest.mark.parametrize("key", ["head_dim", "text_config", "vision_config"])
+def test_settings_of_other_models_are_refused(key, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: {"hidden_size": 3}}))
+    with pytest.raises(ValueError, match=f"{key} is no setting of QVL"):
+        QVLConfig.from_pretrained(tmp_path)
 
 
 def test_what_config_files_hold_loads(tmp_path, caplog):

@@ -10,7 +10,8 @@ __all__ = ["decode_attention_reference", "dequantize_cache"]
 def dequantize_cache(cache: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """cache * scale: int8 [B, Hkv, S, D] times [B, Hkv, S]."""
     wide = torch.promote_types(scale.dtype, torch.float32)
-    return (cache.to(wide) * scale[..., None].to(wide)).to(dtype)
+    cache = cache.to(wide, memory_format=torch.contiguous_format)  # its rows may overlap
+    return (cache * scale[..., None].to(wide)).to(dtype)
 
 
 def decode_attention_reference(
