@@ -53,9 +53,10 @@ lint: $(VENV)/.dependencies
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests/cpp -name '*.cpp' -o -name '*.h')
 	$(VENV)/bin/mypy
 
+# Two processes, a file of tests to one of them: most tests are bound by Python.
 test: lint setup
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m "not slow" tests/gpu
-	$(VENV)/bin/python -m pytest -m "not slow" --durations=15 $(ARGS)
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" tests/gpu
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=15 $(ARGS)
 
 test-all: lint setup
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/gpu

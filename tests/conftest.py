@@ -10,6 +10,8 @@ import pytest
 
 # Kernels by the static table: results then depend neither on what was measured nor on the user's cache folder.
 os.environ["QVL_TUNE"] = "0"
+# Threads that wait leave the cores to the other process (see Makefile). PyTorch reads it when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Seconds; together about 20 minutes, set-up included. Tests that do not fit are marked slow.
 BUDGETS = {"kernels": 420, "model and qvl": 400, "training": 50, "bench": 120}
