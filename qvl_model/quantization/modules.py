@@ -160,6 +160,9 @@ class PackedLinear(_Quantised, nn.Linear):
         >>> y = layer(torch.randn(3, 64))
     """
 
+    def __init__(self, *_: object, **__: object) -> None:
+        raise TypeError("PackedLinear has no weights of its own to begin with; make it with PackedLinear.from_linear")
+
     @property
     def _inputs(self) -> int:
         return self.in_features

@@ -19,6 +19,7 @@ from qvl_model import capacity
 from qvl_model.accelerate import accelerate
 from qvl_model.checkpoint_files import load_config, one_line
 from qvl_model.compat import CHECKPOINTING
+from qvl_model.quantization.convert import is_quantized_checkpoint
 from qvl_model.training.checkpoints import RunRecord, finished_steps, last_complete, locked, write_finished
 from qvl_model.training.config import ConfigError, TrainConfig
 from qvl_model.training.data import Rows, open_rows
@@ -83,6 +84,11 @@ def load_model(config: TrainConfig) -> tuple[PreTrainedModel, capacity.CapacityS
     path = _checkpoint_of(config)
     try:
         settings = load_config(path)
+        if is_quantized_checkpoint(path):
+            raise ConfigError(
+                f"model.path: {path} holds quantised weights, which are not trained; train the checkpoint that it was "
+                "made from, or an adapter over it with PEFT"
+            )
         dtype = (
             settings.dtype if isinstance(settings.dtype, torch.dtype) else torch.float32
         )  # loading in fp32 changes it

@@ -523,3 +523,8 @@ def test_a_quantised_weight_cannot_be_parametrized(taker):
         ):
             TAKERS[taker](model.model.language_model.layers[0].mlp.up_proj)
         assert torch.equal(model(**batch).logits, before)
+
+
+def test_layers_are_made_from_linear_layers():
+    with pytest.raises(TypeError, match="make it with PackedLinear.from_linear"):
+        PackedLinear(64, 10)

@@ -17,7 +17,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 import qvl_model
 from qvl_model import pretrained, self_check
 from qvl_model.compat import TESTED_TRANSFORMERS
-from qvl_model.modules import text
+from qvl_model.modules import fast_path, text
 from qvl_model.quantization.modules import PackedLinear
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +80,7 @@ MODEL = models.stock_model("small")
 def test_other_results_keep_the_model_stock(untested, monkeypatch):
     """Simulates a version whose norms store eps elsewhere, which our subclass does not know."""
     monkeypatch.setattr(stock.Qwen3VLTextRMSNorm, "forward", lambda self, x: x * 1.01 * self.weight)
+    monkeypatch.setattr(fast_path, "stock_is_patched", lambda: False)  # it is this version's own
     model = models.stock_model("small")
     before = {name: type(module) for name, module in model.named_modules()}
     with pytest.warns(UserWarning, match=r"5\.99\.0.*logits of a prompt differ") as caught:

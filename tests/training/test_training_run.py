@@ -22,7 +22,8 @@ from transformers import (
 )
 
 import qvl_model
-from qvl_model import capacity, cli, training
+from qvl_model import capacity, cli, pretrained, training
+from qvl_model.quantization.convert import formats_of
 from qvl_model.training import TrainConfig, checkpoints
 
 
@@ -422,6 +423,10 @@ def test_unusable_checkpoints(shared, tmp_path):
         _train(shared, tmp_path / "file")
     with pytest.raises(training.ConfigError, match="cannot be trained"):
         _train(shared, tmp_path / "out", model={"random_weights": False})
+    quantised = tmp_path / "quantised"
+    pretrained.quantize(shared / "plain" / "final", quantised, formats_of("int8"))
+    with pytest.raises(training.ConfigError, match="holds quantised weights, which are not trained"):
+        _train(shared, tmp_path / "out", model={"path": str(quantised)})
     broken = tiny_checkpoint(tmp_path / "broken")
     shutil.copy(shared / "plain" / "final" / "model.safetensors", broken)
     config = json.loads((broken / "config.json").read_text())
