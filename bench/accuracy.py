@@ -218,7 +218,7 @@ def _rows(name: str, m: dict, precision: Precision) -> list[list[str]]:
             "",
         ],
         [
-            f"answers agree, {name}",
+            f"answer agreement with stock, {name}",
             "",
             "",
             f"{m['agreement']:.2%}",

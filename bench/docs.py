@@ -219,7 +219,8 @@ def accuracy(folder: Path) -> str:
             _table(("relative L2 error of the logits", "stock", "accelerated", "ratio"), errors),
             "",
             _table(
-                ("model and weights", "stock exact", "accelerated exact", "answers agree", "perplexity ratio"), answers
+                ("model and weights", "stock exact", "accelerated exact", "answer agreement", "perplexity ratio"),
+                answers,
             ),
         ]
     )

@@ -154,7 +154,7 @@ TARGETS = [
     ),
     GpuTarget(Target("error", "error against fp32, over PyTorch's own, the worst", at_most=2.0), _error_ratio),
     GpuTarget(
-        Target("decode_share", "graph of a decoding step, batch 1, share of copy bandwidth", at_least=0.8, unit="%"),
+        Target("decode_share", "decode CUDA graph, batch 1, MBU of the copy bandwidth", at_least=0.8, unit="%"),
         _decode_share,
         stretch=True,
     ),

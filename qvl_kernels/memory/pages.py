@@ -13,11 +13,9 @@ import torch
 __all__ = ["empty", "release", "return_freed_memory"]
 
 _HUGE_PAGE = 1 << 21
-_SMALL, _SHARED, _ALIGNED = (
-    1 << 16,
-    8 * _HUGE_PAGE,
-    64,
-)  # bytes: of tensors left to the allocator, of memory that several share, between these
+_SMALL = 1 << 16  # bytes: smaller tensors come from PyTorch's allocator
+_SHARED = 8 * _HUGE_PAGE  # bytes of a block that several tensors share
+_ALIGNED = 64  # each of them begins at a multiple of so many bytes
 _MADV_PAGEOUT = 21
 
 

@@ -203,7 +203,11 @@ def test_a_model_changed_between_tokens(models, steps):
 
 def test_report_says_which_modes_are_captured(models, monkeypatch):
     text = qvl_model.report(models[1]).decoding
-    assert text.startswith("whole steps as CUDA graphs") and "greedy and sampling" in text and "for other loops" in text
+    assert (
+        text.startswith("whole steps as CUDA graphs")
+        and "greedy and sampling" in text
+        and "other loops: all layers of a token" in text
+    )
     assert "CUDA graphs" not in qvl_model.report(models[1].model).decoding
     monkeypatch.undo()
     assert "CUDA graphs" not in qvl_model.report(models[1]).decoding

@@ -10,8 +10,8 @@ from qvl_kernels.ops.attention.pytorch import pytorch_attention
 
 __all__ = ["attention_work", "use_pytorch"]
 
-MIN_TOKENS = 256  # of a sequence: fewer take a small share of a layer's time
-TOKENS = 400  # that stand for many; not whole tiles, as most prompts and images
+MIN_TOKENS = 256  # of a sequence; attention of fewer takes a small part of a layer's time
+TOKENS = 400  # measured for all longer sequences; no whole number of tiles, as with most prompts and images
 
 
 def use_pytorch(dtype: torch.dtype, queries: int, keys: int, head_dim: int, causal: bool, sequences: int = 1) -> bool:

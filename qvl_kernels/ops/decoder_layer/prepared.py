@@ -63,7 +63,7 @@ class PreparedCache:
     def capacity(self) -> int:
         return self._capacity
 
-    def handle(self) -> Any:
+    def _handle(self) -> Any:
         """``extension``. Raises: RuntimeError if the caches were resized or moved since this object was made."""
         if _memory_of((self.k_cache, self.v_cache)) != self._memory:
             raise RuntimeError(
@@ -194,7 +194,7 @@ class PreparedDecoderLayer:
                 )
                 outs.append(x)
             return outs
-        cache_handles = [cache.handle() for cache in caches]
+        cache_handles = [cache._handle() for cache in caches]
         return run_extension_layers(
             [layer._handle() for layer in layers], x, cos, sin, cache_handles, past, mask, layers[0].num_heads
         )
@@ -283,7 +283,7 @@ class Run:
         if self._handles is None:
             if not x.is_cpu or not _is_eligible(layers, x, cos, sin, caches, past, mask):
                 return PreparedDecoderLayer.run(layers, x, cos, sin, caches, past=past, mask=mask)[-1]
-            self._handles = [layer._handle() for layer in layers], [cache.handle() for cache in caches]
+            self._handles = [layer._handle() for layer in layers], [cache._handle() for cache in caches]
         handles, cache_handles = self._handles
         return run_to_last(handles, x, cos, sin, cache_handles, past, mask, layers[0].num_heads)
 

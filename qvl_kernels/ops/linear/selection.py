@@ -12,7 +12,7 @@ from qvl_kernels.quantization import QuantizedWeight
 __all__ = ["MIN_ROWS", "linear_kinds", "linear_work", "use_pytorch"]
 
 MIN_ROWS = 16  # fewer tokens are bound by memory bandwidth
-LARGE_M = 256  # tokens that stand for many
+LARGE_M = 256  # tokens measured for all prefills
 FEW_BYTES = 64 << 20  # of weights that few tokens are measured on: more than most caches hold
 
 
