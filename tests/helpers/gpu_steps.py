@@ -91,8 +91,8 @@ class FakeGraph:
 class Recorded(graphs.Cuda):
     """A ``Cuda`` over the fake: the captured function runs at each replay."""
 
-    def __init__(self, cuda: FakeCuda) -> None:
-        super().__init__(INDEX)
+    def __init__(self, cuda: FakeCuda, device: torch.device = INDEX) -> None:
+        super().__init__(device)
         self.cuda = cuda
 
     def captured(self, function, pool=None):

@@ -547,18 +547,19 @@ def _set_implementation(model, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["eager", "flash_attention_2", "flash_attention_3", pytest.param("flex_attention", marks=pytest.mark.slow)]
 )
-def test_implementations_of_attention(tokens, name, rows):
+def test_implementations_of_attention(steps, tokens, name, rows):
     """As stock with sdpa; stock itself cannot run flash attention here."""
     stock, ours = pair("odd")
     options = GREEDY | dict(return_dict_in_generate=True, output_logits=True)
     expected = _generate(stock, inputs(*ROWS[rows]), **options)
     _set_implementation(ours, name)
     got = _generate(ours, inputs(*ROWS[rows]), **options)
-    assert torch.equal(got.sequences, expected.sequences) and tokens
+    assert torch.equal(got.sequences, expected.sequences) and steps
     assert_close(torch.stack(got.logits), torch.stack(expected.logits))
     report = qvl_model.report(ours)
     assert f"text, {name}: " in report.attention and ("for prompts" in report.attention) == (name == "flex_attention")
-    assert report.decoding.startswith("all layers of a token in one call")
+    way = "all layers of a token in one call" if steps is tokens else "whole steps as CUDA graphs"
+    assert report.decoding.startswith(way)
 
 
 def test_several_texts_in_one_row_are_flash_attentions_own():

@@ -331,13 +331,14 @@ def _begun(model, length=5, release=False):
     ), copy.deepcopy(cache)
 
 
+@pytest.mark.parametrize("forget", [step_gpu.release, qvl_model.accelerate, qvl_model.restore])
 @pytest.mark.parametrize("release", [True, False])
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("no memory"), graphs.CaptureFailed("no graph"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")],
 )
 @torch.no_grad()
-def test_a_failure_is_remembered_for_its_size(models, monkeypatch, error, release):
+def test_a_failure_is_remembered_for_its_size(models, monkeypatch, error, release, forget):
     ours = models[1]
     arguments, before = _begun(ours, release=release)
     with monkeypatch.context() as patched:
@@ -347,8 +348,9 @@ def test_a_failure_is_remembered_for_its_size(models, monkeypatch, error, releas
     _same_cache(arguments["cache"], before, strides=not release)
     assert str(error) in step_gpu.why_failed(ours, 1, 5) and str(error) in step_gpu.why_failed(ours, 2, 9)
     assert step_gpu.why_failed(ours, 1, 4) is None and step_gpu.why_not(ours) is None
-    step_gpu.release(ours)
+    forget(ours)
     assert step_gpu.why_failed(ours, 1, 5) is None
+    qvl_model.accelerate(ours)
     GpuStep.begin(**arguments).end(5)
 
 

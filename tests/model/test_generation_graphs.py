@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from gpu_steps import offer, record
+from gpu_steps import Recorded, offer, record
 from models import inputs, pair
 from torch import nn
 from transformers.generation.streamers import BaseStreamer
@@ -140,6 +140,22 @@ def test_a_choice_that_cannot_be_captured_is_made_by_the_processors(models, cuda
         out = _generate(ours, inputs([5]), **SAMPLING)
     assert torch.equal(out, _generate(stock, inputs([5]), **SAMPLING))
     assert step_gpu.why_failed(ours, 1, 5) is None
+
+
+def test_models_on_two_gpus(models, cuda, monkeypatch):
+    """Each has a capture stream, and its step runs on its device."""
+    stock, first = models
+    second = copy.deepcopy(first)
+    expected = _generate(stock, inputs([5]), **GREEDY)
+    devices = {index: Recorded(cuda, torch.device("cuda", index)) for index in (1, 2)}
+    for index, model in ((1, first), (2, second), (1, first), (2, second)):
+        monkeypatch.setattr(graphs, "of", lambda _, index=index: devices[index])
+        cuda.calls.clear()
+        assert torch.equal(_generate(model, inputs([5]), **GREEDY), expected)
+        assert cuda.replayed() == [f"replay on {index}, caller"] * 10 and cuda.devices == [0]
+        captures = [call for call in cuda.calls if call.startswith("capture on")]
+        assert all(call.startswith(f"capture on {index}, capture stream {index}, ") for call in captures)
+    assert not captures and cuda.made == 2
 
 
 def test_a_device_has_one_object():
