@@ -103,7 +103,7 @@ def front(folder: Path) -> str:
         (
             "CPU, int4",
             *cpu("_int4"),
-            f"{bits:.1f} bits a weight (the default is {BUDGET}); {error('_int4')} on random weights; digits model "
+            f"without AMX {bits:.1f} bits a weight (the default, with AMX, is {BUDGET}); {error('_int4')} on random weights; digits model "
             f"{exact('int4')} exact",
         ),
         (
@@ -121,7 +121,7 @@ def front(folder: Path) -> str:
     notes = (
         f"Ratios are to stock transformers: speed (more is better), memory (less is better). CPU: {machine['cores']} "
         f"cores of an {machine['cpu']} (Zen 5), {result['date']}; with AMX: {amx['machine']['cores']} cores of an "
-        f"Intel Xeon that others were using too, {amx['date']}; GPU: {gpu['gpu']['name']}, {gpu['date']}. Random "
+        f"Intel Xeon (a shared machine), {amx['date']}; GPU: {gpu['gpu']['name']}, {gpu['date']}. Random "
         f"weights in the published sizes, one image of {result['options']['image_size']} × "
         f"{result['options']['image_size']} pixels and {sizes['text_tokens']} tokens of text, one row."
     )

@@ -62,6 +62,7 @@ _SPILLS_WITH_3_6 = [
     ("_gemv_dot_kernel", "sm_80", "bf16", "8 bytes"),
     ("_gemv_dot_kernel", "sm_80", "fp32", "240 bytes: int4 weights with fp32 activations"),
     ("_gemv_fma_kernel", "sm_100", "bf16", "32 bytes"),
+    ("_gemv_int4_kernel", "sm_100", "bf16", "24 bytes"),
     ("_gemv_int4_kernel", "sm_90", "bf16", "24 bytes: gate and up with zero-points"),
     ("_gemv_int4_kernel", "sm_90", "fp16", "24 bytes: gate and up with zero-points"),
 ]
