@@ -103,7 +103,8 @@ def front(folder: Path) -> str:
         (
             "CPU, int4",
             *cpu("_int4"),
-            f"without AMX {bits:.1f} bits a weight (the default, with AMX, is {BUDGET}); {error('_int4')} on random weights; digits model "
+            f"without AMX {bits:.1f} bits a weight (the default, with AMX, is {BUDGET}); "
+            f"{error('_int4')} on random weights; digits model "
             f"{exact('int4')} exact",
         ),
         (
