@@ -104,8 +104,7 @@ def front(folder: Path) -> str:
             "CPU, int4",
             *cpu("_int4"),
             f"without AMX {bits:.1f} bits a weight (the default, with AMX, is {BUDGET}); "
-            f"{error('_int4')} on random weights; digits model "
-            f"{exact('int4')} exact",
+            f"{error('_int4')} on random weights; digits model {exact('int4')} exact",
         ),
         (
             "CPU, bf16, held to AVX2",

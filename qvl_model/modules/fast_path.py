@@ -38,17 +38,16 @@ FLASH = ("flash_attention_2", "flash_attention_3")  # implementations of attenti
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _own(function: Callable) -> Callable | None:
+    """A function of transformers', or None for one that was replaced before this module was imported."""
+    return function if function.__module__.startswith("transformers.") else None
+
+
 def _attention_function(implementation: str) -> Callable:
     return stock.ALL_ATTENTION_FUNCTIONS.get(implementation, stock.eager_attention_forward)
 
 
-_ATTENTION_FUNCTIONS = {
-    name: function
-    if function.__module__.startswith("transformers.")
-    else None  # registered before this module was imported
-    for name in ("eager", "sdpa", "flex_attention", *FLASH)
-    for function in [_attention_function(name)]
-}
+_ATTENTION_FUNCTIONS = {name: _own(_attention_function(name)) for name in ("eager", "sdpa", "flex_attention", *FLASH)}
 
 
 def attends_as_stock(implementation: str) -> bool:
@@ -78,10 +77,6 @@ _CLASSES = [
 ]
 _FUNCTIONS = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision", "create_causal_mask", "rotate_half")
 _REPLACEABLE = [(stock, name) for name in _FUNCTIONS] + [(kind, "forward") for kind in _CLASSES]
-
-
-def _own(function: Callable) -> Callable | None:
-    return function if function.__module__.startswith("transformers.") else None  # replaced before this import
 
 
 _STOCK = [_own(getattr(owner, name)) for owner, name in _REPLACEABLE]
