@@ -257,14 +257,15 @@ constexpr int64_t kGatherKeys = 32;
 // 1 MB L2 cache with AVX-512 panels.
 constexpr int64_t kGemmTileN = 96;
 constexpr int64_t kGemmTilePanels = 8;
-constexpr int64_t kTilePanels = 6;     // on matrix units, where the panels are to stay in L2 from one tile to the next
 constexpr int64_t kGemmKBlock = 1024;  // 32-bit words of k: floats, or bf16 pairs
 constexpr int64_t kGemmKBlockFp32 = 128;
+constexpr int64_t kTileKBlock = 256;  // words, on matrix units: 32 rows of it (32 KB) stay in L1, 8 panels in L2
 
 // Over quantised weights the tile is a whole number of quantisation groups, because what it computes may be quantised
 // in groups for the next GEMM. SwiGLU takes that many rows of both weights.
 constexpr int64_t kQuantGemmTileN = 128;
 constexpr int64_t kQuantGemmKBlockBytes = 2048;  // of an unpacked weight row
+constexpr int64_t kTileQuantKBlockBytes = 1024;  // on matrix units: as kTileKBlock
 
 inline int64_t gemm_tile_n(const GemmArgs& args) {
   return args.activation == Activation::swiglu ? kGemmTileN / 2 : kGemmTileN;

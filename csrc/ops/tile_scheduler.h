@@ -36,8 +36,8 @@ inline int64_t tiles_at_once(int64_t tiles) {
 template <class Args, class Body>
 inline void parallel_gemms(const Args* gemms, int count, const Body& body) {
   const bool by_panels = kernels().has_tiles;
-  const int64_t panels = panel_count(gemms[0].m), most = by_panels ? kTilePanels : kGemmTilePanels;
-  int64_t blocks = (panels + most - 1) / most;  // of panels, of nearly the same number
+  const int64_t panels = panel_count(gemms[0].m);
+  int64_t blocks = (panels + kGemmTilePanels - 1) / kGemmTilePanels;  // of panels, of nearly the same number
   const auto n_tiles = [](const Args& args) { return (args.n + gemm_tile_n(args) - 1) / gemm_tile_n(args); };
   int64_t all_n_tiles = 0;
   for (int i = 0; i < count; ++i) all_n_tiles += n_tiles(gemms[i]);

@@ -56,17 +56,27 @@ class TilePrefetch {
   int64_t row_tiles_, steps_, step_ = 0, tile_ = 0;
 };
 
+// Words [16][16] of a panel. STREAMED: they pass L1 by, where the rows are to stay.
+template <int TILE, bool STREAMED>
+inline void tile_load_words(const char* words, int64_t row_bytes) {
+  if constexpr (STREAMED) {
+    Tiles::load_streamed<TILE>(words, row_bytes);
+  } else {
+    Tiles::load<TILE>(words, row_bytes);
+  }
+}
+
 // Sums of ROWS x LANES tiles += rows times the panel, over steps [begin, end); after each dot product, between() does
 // what else there is to do.
-template <class Dot, int ROWS, int LANES, class Between>
+template <class Dot, int ROWS, int LANES, bool STREAMED, class Between>
 inline void tile_multiply(const TileRows& rows, const TilePanel& b, int64_t begin, int64_t end, Between&& between) {
   const char* a = rows.at + begin * rows.step_bytes;
   for (int64_t step = begin; step < end; ++step, a += rows.step_bytes) {
     const char* words = b.tail && step == b.steps - 1 ? b.tail : b.words + step * kTileWords * b.row_bytes;
     // All loads come first: a neighbour on the same core makes each change from loads to products expensive.
     Tiles::load<4>(a, rows.row_bytes);
-    Tiles::load<6>(words, b.row_bytes);
-    if constexpr (LANES == 2) Tiles::load<7>(words + kTileRowBytes, b.row_bytes);
+    tile_load_words<6, STREAMED>(words, b.row_bytes);
+    if constexpr (LANES == 2) tile_load_words<7, STREAMED>(words + kTileRowBytes, b.row_bytes);
     if constexpr (ROWS == 2) Tiles::load<5>(a + rows.next, rows.row_bytes);
     Dot::template dot<0, 4, 6>();
     between();

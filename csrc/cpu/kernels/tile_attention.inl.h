@@ -52,8 +52,8 @@ inline void tile_attention_scores(const AttentionArgs& a, const AttentionTile& t
       constexpr int kRows = row_count, kLanes = lane_count;
       tile_zero_sums<kRows, kLanes>();
       const TilePanel panel{reinterpret_cast<const char*>(s.q + lane * 16), b.width * 4, steps, nullptr};
-      tile_multiply<DotBf16, kRows, kLanes>({rows + row * kTileRows * bytes, bytes, kTileRowBytes, kTileRows * bytes},
-                                            panel, 0, steps, [] {});
+      tile_multiply<DotBf16, kRows, kLanes, false>(
+          {rows + row * kTileRows * bytes, bytes, kTileRowBytes, kTileRows * bytes}, panel, 0, steps, [] {});
       tile_store_sums<kRows, kLanes>(scores + row * kTileRows * b.width + lane * 16, b.width);
     });
   };
@@ -97,7 +97,7 @@ inline void tile_attention_block(const AttentionArgs& a, const AttentionTile& t,
     const TilePanel panel{reinterpret_cast<const char*>(s.pairs + lane * 16), b.width * 4, steps, nullptr};
     const TileRows rows{reinterpret_cast<const char*>(values) + row * kTileBytes, kTileRowBytes, d_tiles * kTileBytes,
                         kTileBytes};
-    tile_multiply<DotBf16, kRows, kLanes>(rows, panel, 0, steps, [] {});
+    tile_multiply<DotBf16, kRows, kLanes, false>(rows, panel, 0, steps, [] {});
     tile_store_sums<kRows, kLanes>(out, b.width);
   });
 }

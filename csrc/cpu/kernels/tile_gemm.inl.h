@@ -40,7 +40,7 @@ inline void tile_gemm_panel(const TileRows& rows, int64_t row_tiles, const uint3
     }
     const TilePanel b{reinterpret_cast<const char*>(panel + lane * 16), width * 4, steps,
                       padded ? padded + lane * kTileRowBytes : nullptr};
-    tile_multiply<DotBf16, kRows, kLanes>(rows, b, 0, steps, between);
+    tile_multiply<DotBf16, kRows, kLanes, true>(rows, b, 0, steps, between);
     tile_store_sums<kRows, kLanes>(c + lane * 16, kPanelWidth);
   });
 }
@@ -54,9 +54,10 @@ void tile_gemm_tile(const GemmArgs& a, const GemmTile& tile, float* scratch) {
   const bool in_place = same_rows && tile_rows_in_place(a, tile, 2 * kTileWords);
   const int64_t lane_tiles = tile_lanes(a.m, tile);
   char* tiles = reinterpret_cast<char*>(scratch + kGemmTilePanels * kGemmTileN * kPanelWidth);
+  const int64_t block = in_place ? kGemmKBlock : kTileKBlock;
   // With k = 0 there is one empty block, which sets the sums to 0.
-  for (int64_t word = 0; word == 0 || word < words; word += kGemmKBlock) {
-    const int64_t depth = min_i(kGemmKBlock, words - word), steps = (depth + kTileWords - 1) / kTileWords;
+  for (int64_t word = 0; word == 0 || word < words; word += block) {
+    const int64_t depth = min_i(block, words - word), steps = (depth + kTileWords - 1) / kTileWords;
     float* pair_sums = scratch;  // [pairs][panels]
     for (int64_t n = tile.n_begin; n < tile.n_end; n += pair_rows, pair_sums += panels * kPairSums) {
       const TileWeightPair pair = tile_weight_pair(a, n, tile.n_end);
@@ -69,11 +70,11 @@ void tile_gemm_tile(const GemmArgs& a, const GemmTile& tile, float* scratch) {
                          tiles + i * steps * kTileBytes);
       }
       // Next are the tile's other rows, then the first ones of its next K-block or of the thread's next tile.
-      const bool last_rows = n + pair_rows >= tile.n_end, last_words = word + kGemmKBlock >= words;
+      const bool last_rows = n + pair_rows >= tile.n_end, last_words = word + block >= words;
       const int64_t next_n = last_rows && !last_words ? tile.n_begin : n + pair_rows;
-      const int64_t next_word = !last_rows ? word : last_words ? 0 : word + kGemmKBlock;
+      const int64_t next_word = !last_rows ? word : last_words ? 0 : word + block;
       TilePairPrefetch prefetch(tile_weight_pair(a, next_n, last_rows && last_words ? tile.next_end : tile.n_end),
-                                next_word * 4, min_i(kGemmKBlock, words - next_word) * 4, lane_tiles);
+                                next_word * 4, min_i(block, words - next_word) * 4, lane_tiles);
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t width = panel_vectors(a.m, tile.panel_begin + p) * Vec::kWidth;
         const uint32_t* panel =

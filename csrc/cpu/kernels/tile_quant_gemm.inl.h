@@ -21,15 +21,16 @@ struct TileQuantPending {
   // Adds `count` more rows.
   void advance(int64_t count) {
     const int64_t end = min_i(row + count, ROWS * 16);
+    if (row == end) return;
+    Vec x_scale[LANES];
+#pragma GCC unroll 2
+    for (int l = 0; l < LANES; ++l) x_scale[l] = Vec::load(x_scales + l * 16);
     for (; row < end; ++row) {
-      Vec scale;
-      if (scales) scale = Vec::set1(scales[row]);
 #pragma GCC unroll 2
       for (int l = 0; l < LANES; ++l) {
-        const Vec x_scale = Vec::load(x_scales + l * 16);
+        const Vec scale = scales ? x_scale[l] * Vec::set1(scales[row]) : x_scale[l];
         float* at = c + row * kPanelWidth + l * 16;
-        Vec::fma(Vec::load_ints(sums + (row * LANES + l) * 16), scales ? x_scale * scale : x_scale, Vec::load(at))
-            .store(at);
+        Vec::fma(Vec::load_ints(sums + (row * LANES + l) * 16), scale, Vec::load(at)).store(at);
       }
     }
   }
@@ -48,7 +49,7 @@ inline void tile_quant_multiply(const TileQuantBlock& b, int64_t row_tile, const
   rows.at += row_tile * rows.next;
   for (int64_t begin = 0, group = 0; begin < b.steps; begin += b.group_steps, ++group) {
     tile_zero_sums<ROWS, LANES>();
-    tile_multiply<DotInt8, ROWS, LANES>(rows, panel, begin, min_i(begin + b.group_steps, b.steps), [&] {
+    tile_multiply<DotInt8, ROWS, LANES, true>(rows, panel, begin, min_i(begin + b.group_steps, b.steps), [&] {
       between();
       pending.advance(rows_per_dot);
     });
@@ -158,8 +159,9 @@ inline void tile_quant_accumulate(const QuantGemmArgs& a, const Weight& weight, 
   char* tiles = reinterpret_cast<char*>(scratch);
   float* scales = scratch + kPairRows * kQuantGemmKBlockBytes / 4;
   alignas(64) uint32_t tail[kTileWords * kPanelWidth];
-  for (int64_t k = 0; k < a.k; k += kQuantGemmKBlockBytes) {
-    const int64_t depth = min_i(kQuantGemmKBlockBytes, a.k - k), steps = (depth + kTileRowBytes - 1) / kTileRowBytes;
+  const int64_t block_bytes = in_place ? kQuantGemmKBlockBytes : kTileQuantKBlockBytes;
+  for (int64_t k = 0; k < a.k; k += block_bytes) {
+    const int64_t depth = min_i(block_bytes, a.k - k), steps = (depth + kTileRowBytes - 1) / kTileRowBytes;
     for (int64_t n = tile.n_begin; n < tile.n_end; n += kPairRows) {
       const TileWeightPair pair = tile_quant_pair(weight, n, tile.n_end);
       TileRows from = packed_tile_rows(tiles, 0, steps);
@@ -170,11 +172,11 @@ inline void tile_quant_accumulate(const QuantGemmArgs& a, const Weight& weight, 
       }
       const TileQuantBlock block{from, int4 ? scales : nullptr, steps, a.group / kTileRowBytes};
       // Next are the tile's other rows, then the first ones of its next K-block.
-      const bool last_rows = n + kPairRows >= tile.n_end, last_k = k + kQuantGemmKBlockBytes >= a.k;
-      const int64_t next_k = !last_rows ? k : last_k ? 0 : k + kQuantGemmKBlockBytes;
+      const bool last_rows = n + kPairRows >= tile.n_end, last_k = k + block_bytes >= a.k;
+      const int64_t next_k = !last_rows ? k : last_k ? 0 : k + block_bytes;
       TilePairPrefetch prefetch(
           last_rows && last_k ? then : tile_quant_pair(weight, last_rows ? tile.n_begin : n + kPairRows, tile.n_end),
-          next_k / per_byte, min_i(kQuantGemmKBlockBytes, a.k - next_k) / per_byte, lane_tiles);
+          next_k / per_byte, min_i(block_bytes, a.k - next_k) / per_byte, lane_tiles);
       for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p) {
         const int64_t width = panel_vectors(a.m, p) * Vec::kWidth, words = quant_words(depth);
         const uint32_t* panel =

@@ -73,6 +73,11 @@ struct Tiles {
   static void load(const void* rows, int64_t row_bytes) {
     asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(TILE), "r"(rows), "r"(row_bytes) : "memory");
   }
+  // Of rows that are read once before others take their place: they pass L1 by.
+  template <int TILE>
+  static void load_streamed(const void* rows, int64_t row_bytes) {
+    asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" ::"i"(TILE), "r"(rows), "r"(row_bytes) : "memory");
+  }
   template <int TILE>
   static void store(void* rows, int64_t row_bytes) {
     asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(TILE), "r"(rows), "r"(row_bytes) : "memory");

@@ -121,6 +121,10 @@ struct Tiles {
     for (int r = 0; r < 16; ++r) std::memcpy(tile<TILE>()[r], static_cast<const char*>(rows) + r * row_bytes, 64);
   }
   template <int TILE>
+  static void load_streamed(const void* rows, int64_t row_bytes) {
+    load<TILE>(rows, row_bytes);
+  }
+  template <int TILE>
   static void store(void* rows, int64_t row_bytes) {
     for (int r = 0; r < 16; ++r) std::memcpy(static_cast<char*>(rows) + r * row_bytes, tile<TILE>()[r], 64);
   }
