@@ -204,7 +204,8 @@ void quant_gemm_tile_typed(const QuantGemmArgs& a, const GemmTile& tile, float* 
   scratch += kGemmTilePanels * kQuantPanelSums;
   quant_accumulate(a, a.weight, tile, c, scratch);
   if (a.activation == Activation::swiglu) quant_accumulate(a, a.up, tile, c + kQuantGemmTileN * kPanelWidth, scratch);
-  quant_epilogue<T>(a, tile, c);
+  for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p, c += kQuantPanelSums)
+    quant_epilogue_panel<T>(a, tile, p, c);
 }
 
 void quant_gemm_tile(const QuantGemmArgs& a, const GemmTile& tile, float* scratch) {

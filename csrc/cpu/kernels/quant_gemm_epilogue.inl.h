@@ -44,17 +44,14 @@ inline void quant_epilogue_store_panel(const QuantGemmArgs& a, int64_t p, int64_
   }
 }
 
-// All epilogues of a tile's sums c [panels][2][kQuantGemmTileN][kPanelWidth]; the second half is the up projection's.
+// All epilogues of one panel's sums c [2][kQuantGemmTileN][kPanelWidth]; the second half is the up projection's.
 template <class T>
-inline void quant_epilogue(const QuantGemmArgs& a, const GemmTile& tile, float* c) {
-  const int64_t rows = tile.n_end - tile.n_begin;
-  for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p, c += kQuantPanelSums) {
-    const int64_t width = panel_vectors(a.m, p) * Vec::kWidth;
-    gemm_epilogue_activate<T>(a, tile.n_begin, rows, width, kQuantGemmTileN, c);
-    if (a.out_panels) {
-      quant_epilogue_store_panel(a, p, tile.n_begin, rows, width, c);
-    } else {
-      gemm_epilogue_store<T>(a, p, tile.n_begin, rows, c);
-    }
+inline void quant_epilogue_panel(const QuantGemmArgs& a, const GemmTile& tile, int64_t p, float* c) {
+  const int64_t rows = tile.n_end - tile.n_begin, width = panel_vectors(a.m, p) * Vec::kWidth;
+  gemm_epilogue_activate<T>(a, tile.n_begin, rows, width, kQuantGemmTileN, c);
+  if (a.out_panels) {
+    quant_epilogue_store_panel(a, p, tile.n_begin, rows, width, c);
+  } else {
+    gemm_epilogue_store<T>(a, p, tile.n_begin, rows, c);
   }
 }

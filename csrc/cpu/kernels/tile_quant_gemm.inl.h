@@ -16,6 +16,7 @@ struct TileQuantPending {
   const float* x_scales;
   const float* scales;
   float* c;
+  bool first;  // nothing lies in c yet
   int64_t row = ROWS * 16;
 
   // Adds `count` more rows.
@@ -30,17 +31,18 @@ struct TileQuantPending {
       for (int l = 0; l < LANES; ++l) {
         const Vec scale = scales ? x_scale[l] * Vec::set1(scales[row]) : x_scale[l];
         float* at = c + row * kPanelWidth + l * 16;
-        Vec::fma(Vec::load_ints(sums + (row * LANES + l) * 16), scale, Vec::load(at)).store(at);
+        const Vec before = first ? Vec::zero() : Vec::load(at);
+        Vec::fma(Vec::load_ints(sums + (row * LANES + l) * 16), scale, before).store(at);
       }
     }
   }
 };
 
-// c [ROWS * 16][LANES * 16] += the block's rows times the panel. x_scales: of the first group and lane, groups `width`
-// apart.
+// c [ROWS * 16][LANES * 16] (+)= the block's rows times the panel. x_scales: of the first group and lane, groups
+// `width` apart.
 template <int ROWS, int LANES, class Between>
 inline void tile_quant_multiply(const TileQuantBlock& b, int64_t row_tile, const TilePanel& panel,
-                                const float* x_scales, int64_t width, float* c, Between&& between) {
+                                const float* x_scales, int64_t width, bool accumulate, float* c, Between&& between) {
   alignas(64) int32_t sums[2][ROWS * 16 * LANES * 16];
   const int64_t rows_per_dot = (ROWS * 16 + ROWS * LANES * b.group_steps - 1) / (ROWS * LANES * b.group_steps);
   TileQuantPending<ROWS, LANES> pending{};
@@ -56,6 +58,7 @@ inline void tile_quant_multiply(const TileQuantBlock& b, int64_t row_tile, const
     pending.advance(ROWS * 16);
     tile_store_sums<ROWS, LANES>(sums[group % 2], LANES * 16);
     pending.sums = sums[group % 2], pending.x_scales = x_scales + group * width, pending.row = 0;
+    pending.first = group == 0 && !accumulate;
     if (b.scales) pending.scales = b.scales + group * kQuantGemmTileN + row_tile * 16;
   }
   pending.advance(ROWS * 16);
@@ -153,7 +156,7 @@ inline void tile_quant_accumulate(const QuantGemmArgs& a, const Weight& weight, 
                                   const TileWeightPair& then, float* c, float* scratch) {
   constexpr int64_t kPairRows = 2 * kTileRows;
   const bool int4 = weight.format == WeightFormat::int4, in_place = !int4 && tile_rows_in_place(a, tile, kTileRowBytes);
-  const int64_t groups = (a.k + a.group - 1) / a.group, rows = tile.n_end - tile.n_begin;
+  const int64_t groups = (a.k + a.group - 1) / a.group;
   const int64_t lane_tiles = tile_lanes(a.m, tile);
   const int64_t per_byte = int4 ? 2 : 1;  // inputs
   char* tiles = reinterpret_cast<char*>(scratch);
@@ -183,13 +186,12 @@ inline void tile_quant_accumulate(const QuantGemmArgs& a, const Weight& weight, 
             static_cast<const uint32_t*>(a.panels) + p * kPanelWidth * quant_words(a.k) + quant_words(k) * width;
         const float* x_scales = a.x_scales + p * kPanelWidth * groups + k / a.group * width;
         float* sums = c + (p - tile.panel_begin) * kQuantPanelSums + (n - tile.n_begin) * kPanelWidth;
-        if (k == 0) std::memset(sums, 0, size_t(pair.tiles() * kTileRows * kPanelWidth) * 4);
         const char* padded = tile_tail(panel, words, width, tail);
         tile_blocks(pair.tiles(), width / 16, [&](int64_t row, auto row_count, int64_t lane, auto lane_count) {
           const TilePanel b{reinterpret_cast<const char*>(panel + lane * 16), width * 4, steps,
                             padded ? padded + lane * kTileRowBytes : nullptr};
           const auto multiply = [&](auto& between) {
-            tile_quant_multiply<row_count, lane_count>(block, row, b, x_scales + lane * 16, width,
+            tile_quant_multiply<row_count, lane_count>(block, row, b, x_scales + lane * 16, width, k > 0,
                                                        sums + row * 16 * kPanelWidth + lane * 16, between);
           };
           if (in_place) {
@@ -202,29 +204,44 @@ inline void tile_quant_accumulate(const QuantGemmArgs& a, const Weight& weight, 
       }
     }
   }
-  if (int4) return;
-  for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p, c += kQuantPanelSums)
-    for (int64_t n = 0; n < rows; ++n) {
-      const Vec scale = Vec::set1(static_cast<const float*>(weight.scales)[(tile.n_begin + n) * weight.scale_stride]);
-      for (int64_t lane = 0; lane < panel_vectors(a.m, p) * Vec::kWidth; lane += Vec::kWidth) {
-        float* at = c + n * kPanelWidth + lane;
-        (Vec::load(at) * scale).store(at);
-      }
+}
+
+// Sums [rows][kPanelWidth] of one panel times the scales of their int8 rows, from n on.
+inline void tile_quant_scale_rows(const Weight& weight, int64_t n, int64_t rows, int64_t width, float* c) {
+  const float* scales = static_cast<const float*>(weight.scales) + n * weight.scale_stride;
+  for (int64_t row = 0; row < rows; ++row, scales += weight.scale_stride) {
+    const Vec scale = Vec::set1(*scales);
+    for (int64_t lane = 0; lane < width; lane += Vec::kWidth) {
+      float* at = c + row * kPanelWidth + lane;
+      (Vec::load(at) * scale).store(at);
     }
+  }
 }
 
 void tile_quant_gemm_tile(const QuantGemmArgs& a, const GemmTile& tile, float* scratch) {
   float* c = scratch;
   scratch += kGemmTilePanels * kQuantPanelSums;
+  const bool swiglu = a.activation == Activation::swiglu;
   {
     const TileRegion region;
     const TileWeightPair next = tile_quant_pair(a.weight, tile.n_end, tile.next_end);
-    if (a.activation == Activation::swiglu) {
+    if (swiglu) {
       tile_quant_accumulate(a, a.weight, tile, tile_quant_pair(a.up, tile.n_begin, tile.n_end), c, scratch);
       tile_quant_accumulate(a, a.up, tile, next, c + kQuantGemmTileN * kPanelWidth, scratch);
     } else {
       tile_quant_accumulate(a, a.weight, tile, next, c, scratch);
     }
   }
-  for_dtype(a.dtype, [&](auto element) { quant_epilogue<decltype(element)>(a, tile, c); });
+  const auto scale_rows = [&](const Weight& weight, int64_t p, float* sums) {
+    if (weight.format != WeightFormat::int8) return;
+    const int64_t width = panel_vectors(a.m, p) * Vec::kWidth;
+    tile_quant_scale_rows(weight, tile.n_begin, tile.n_end - tile.n_begin, width, sums);
+  };
+  for_dtype(a.dtype, [&](auto element) {
+    for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p, c += kQuantPanelSums) {
+      scale_rows(a.weight, p, c);
+      if (swiglu) scale_rows(a.up, p, c + kQuantGemmTileN * kPanelWidth);
+      quant_epilogue_panel<decltype(element)>(a, tile, p, c);
+    }
+  });
 }
