@@ -2,6 +2,7 @@
 
 import difflib
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -65,10 +66,15 @@ def check_text(
     """Checks the arguments of QVLModel.forward that belong to embeddings [B, T, C].
 
     Values of the mask are read where that needs no wait for a GPU: on the CPU, and elsewhere at the prefill only.
-    Raises: ValueError for shapes that do not fit, and a mask with other values than 0 and 1.
+    Raises: TypeError for lists and arrays; ValueError for shapes that do not fit, and a mask with other values than 0
+    and 1.
     """
     batch, queries = embeddings.shape[:2]
-    for name, tensor in (("position_ids", position_ids), ("token_type_ids", token_types)):
+    by_tokens = (("position_ids", position_ids), ("token_type_ids", token_types))
+    for name, value in (("attention_mask", attention_mask), *by_tokens):
+        if isinstance(value, (list, tuple, np.ndarray)):
+            raise TypeError(f"QVL: {name} must be a torch.Tensor, got {type(value).__name__}")
+    for name, tensor in by_tokens:
         if tensor is not None and tuple(tensor.shape) not in ((batch, queries), (1, queries)):
             raise ValueError(f"QVL: {name} must be [{batch}, {queries}], as the text, got {list(tensor.shape)}")
     past = _past(cache)

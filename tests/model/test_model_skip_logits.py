@@ -3,8 +3,12 @@
 import copy
 import gc
 import io
+import os
 import pickle
 import re
+import subprocess
+import sys
+import textwrap
 import weakref
 
 import models
@@ -332,3 +336,38 @@ def test_qvl(connector):
     with pytest.raises(RuntimeError, match="skip_logits"):
         late.logits.sum()
     assert type(qvl_model.accelerate(fast, skip_logits=False)(**batch).logits) is torch.Tensor
+
+
+PEAK = """
+    import re, sys
+    from pathlib import Path
+    import torch, transformers, models, qvl_model
+
+    def resident(field):
+        return int(re.search(rf"{field}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+    config = models.config("small")
+    config.text_config.vocab_size = 40_000
+    options = {"default": {}, "skipped": {"skip_logits": True}, "kept": {"skip_logits": False}}[sys.argv[1]]
+    model = qvl_model.accelerate(transformers.Qwen3VLForConditionalGeneration(config).train())
+    batch = torch.randint(0, 100, (2, 512))
+    for _ in range(2):  # in the second step all code is loaded, and the gradients exist
+        base = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        model(input_ids=batch, labels=batch, **options).loss.backward()
+    print(resident("VmHWM") - base)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_logits_that_nobody_reads_take_no_memory():
+    """40,000 logits of 1,024 tokens in fp32 are 164 MB, and as much for their gradient."""
+
+    def peak(logits):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", textwrap.dedent(PEAK), logits]
+        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    default, skipped, kept = map(peak, ("default", "skipped", "kept"))
+    slack = 4 << 10  # KiB
+    assert default <= 1.02 * skipped + slack and kept > default + 150_000

@@ -260,6 +260,14 @@ PIXELS = {
 }
 
 
+@pytest.mark.parametrize("name", ["attention_mask", "position_ids", "token_type_ids"])
+def test_lists_for_tensors_are_refused(model, name):
+    ids = _ids(model)
+    for value in (ids.tolist(), ids.numpy()):
+        with pytest.raises(TypeError, match=f"QVL: {name} must be a torch.Tensor, got {type(value).__name__}"):
+            model(input_ids=ids, **{name: value})
+
+
 @pytest.mark.parametrize("kind", PIXELS)
 def test_wrong_pixels_are_refused(model, kind):
     arguments, error, message = PIXELS[kind]
