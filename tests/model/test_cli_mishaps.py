@@ -142,18 +142,35 @@ CASES = {
 }
 
 
+def _broken(name, directory):
+    """The command line that uses the checkpoint of a case."""
+    checkpoint = shutil.copytree(digits.CHECKPOINT, directory / "checkpoint")
+    CASES[name][0](checkpoint)
+    arguments = ["--image", str(digits.SAMPLE), "--prompt", "x", "--max-new-tokens", "2"]
+    return ["generate", "--model", str(checkpoint), *arguments]
+
+
+def _check_error(name, status, error):
+    assert status == 2 and error.startswith("qvl: ") and error.count("\n") == 1 and len(error) < 1200, error
+    assert re.search(CASES[name][1], error), error
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_checkpoints(name, tmp_path, capsys):
-    change, message = CASES[name]
-    checkpoint = shutil.copytree(digits.CHECKPOINT, tmp_path / "checkpoint")
-    change(checkpoint)
     start = time.monotonic()
-    arguments = ["--image", str(digits.SAMPLE), "--prompt", "x", "--max-new-tokens", "2"]
-    assert cli.main(["generate", "--model", str(checkpoint), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("qvl: ") and error.count("\n") == 1 and len(error) < 1200, error
-    assert re.search(message, error), error
+    status = cli.main(_broken(name, tmp_path))
+    _check_error(name, status, capsys.readouterr().err)
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_checkpoints_in_a_process(name, tmp_path):
+    """What libraries print when they are loaded, and a process that ends, count too."""
+    process = _process(*_broken(name, tmp_path))
+    out, error = process.communicate(timeout=120)
+    _check_error(name, process.returncode, error)
+    assert out == ""
 
 
 def _process(*arguments, **options):
