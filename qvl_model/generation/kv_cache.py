@@ -14,13 +14,14 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from qvl_kernels import PreparedCache
 from qvl_kernels.memory import pages
+from qvl_model.modules.fast_path import own
 
 __all__ = ["WriteSlots", "forget", "updates_as_stock", "reserve_slots"]
 
 _ROOM = 64  # tokens of room to grow at least; a thirty-second of the length when that is more
 
 
-_UPDATES = {kind: kind.update for kind in (Cache, DynamicLayer, StaticLayer)}
+_UPDATES = {kind: own(kind.update) for kind in (Cache, DynamicLayer, StaticLayer)}
 
 
 def updates_as_stock(kept: Cache | DynamicLayer | StaticLayer, kind: type) -> bool:

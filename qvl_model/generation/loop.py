@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
@@ -27,7 +27,7 @@ from qvl_model.generation.sampling_gpu import Sampler
 from qvl_model.generation.step_cpu import CpuStep
 from qvl_model.generation.step_gpu import GpuStep, StepFailed
 from qvl_model.modules import lm_head
-from qvl_model.modules.fast_path import is_eligible, no_global_hooks, runs_library_code, stock_is_patched
+from qvl_model.modules.fast_path import is_eligible, no_global_hooks, own, runs_library_code, stock_is_patched
 from qvl_model.qvl import modeling as qvl
 from qvl_model.qvl.cache import VisualLayer
 
@@ -41,6 +41,9 @@ _OF_THE_LOOP = (
     "_has_unfinished_sequences",
     "_optimize_model_for_decode",
 )
+_SAMPLE = own(GenerationMixin._sample)
+# Methods of streamers, processors and criteria that are called for every token.
+_OF_A_TOKEN = ("__call__", "put", "end", "on_finalized_text")
 # Packages whose objects, held by a streamer, processor or criterion, run no code of the user's.
 _PASSIVE = (
     "_queue",
@@ -96,20 +99,9 @@ def why_not(model: nn.Module, input_ids: Tensor, config: GenerationConfig, optio
     if other:
         return f"the argument {other[0]}"
     cache, mask = options.get(CACHE), options.get("attention_mask")
-    kinds = _CACHE_LAYERS.get(type(cache))
-    if (
-        not options.get("use_cache")
-        or kinds is None
-        or getattr(cache, "offloading", False)
-        or any(type(x) not in kinds for x in cache.layers)
-    ):
-        return (
-            f"the cache is a {type(cache).__name__} that is offloaded, or has other layers"
-            if kinds
-            else f"the cache is a {type(cache).__name__}"
-        )
-    if not _cache_updates_as_stock(cache):
-        return "the cache or a layer of it has another update"
+    reason = _cache_why_not(cache) if options.get("use_cache") else "there is no cache"
+    if reason is not None:
+        return reason
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         return "the attention mask is not [B, L]"
     if model._valid_auto_compile_criteria(options, config):
@@ -122,10 +114,18 @@ def why_not(model: nn.Module, input_ids: Tensor, config: GenerationConfig, optio
     return None
 
 
-def _cache_updates_as_stock(cache: Cache) -> bool:
-    return updates_as_stock(cache, Cache) and all(
+def _cache_why_not(cache: Cache | None) -> str | None:
+    """Why decode steps cannot continue from this cache, as it is now, or None."""
+    kinds = _CACHE_LAYERS.get(type(cache))
+    if kinds is None:
+        return f"the cache is a {type(cache).__name__}"
+    if getattr(cache, "offloading", False) or any(type(layer) not in kinds for layer in cache.layers):
+        return f"the cache is a {type(cache).__name__} that is offloaded, or has other layers"
+    if not updates_as_stock(cache, Cache) or not all(
         type(layer) is VisualLayer or updates_as_stock(layer, type(layer)) for layer in cache.layers
-    )
+    ):
+        return "the cache or a layer of it has another update"
+    return None
 
 
 def model_why_not(model: nn.Module) -> str | None:
@@ -139,6 +139,8 @@ def model_why_not(model: nn.Module) -> str | None:
             return f"{type(module).__name__} has hooks or another forward"
     if not runs_library_code(model, *_OF_THE_LOOP):
         return "another function prepares the inputs of a token"
+    if _SAMPLE is None or not (GenerationMixin._sample is stock.Qwen3VLForConditionalGeneration._sample is _SAMPLE):
+        return "another function chooses tokens"
     if not runs_library_code(model.model, "get_input_embeddings"):
         return "another function finds the embedding"
     if stock_is_patched():
@@ -222,7 +224,7 @@ def _next_logits(
     """Logits of the tokens chosen last, or None where stock code must continue: model or cache have changed between two
     tokens, or memory is short.
     """
-    if foreign and not (step.check() and model_why_not(model) is None and _cache_updates_as_stock(cache)):
+    if foreign and not (step.check() and model_why_not(model) is None and _cache_why_not(cache) is None):
         return None
     try:
         return step.run(choice.tokens)
@@ -247,17 +249,19 @@ def _has_users_hook(module: nn.Module) -> bool:
     )
 
 
-def _is_foreign(part: object) -> bool:
-    """Whether an object is of the user's own class, or of transformers' that holds a function or an object of the
-    user's (a streamer's tokenizer or queue).
+def _is_foreign(part: object, seen: tuple[object, ...] = ()) -> bool:
+    """Whether an object is of the user's own class, or of transformers' with a method that was replaced, or that holds
+    a function or an object of the user's (a streamer's tokenizer or queue).
     """
     theirs = type(part).__module__.startswith(("transformers.", "qvl_model."))
-    if not theirs or type(part) is PrefixConstrainedLogitsProcessor:
+    if not theirs or type(part) is PrefixConstrainedLogitsProcessor or not runs_library_code(part, *_OF_A_TOKEN):
         return True
+    seen = (*seen, part)
     return any(
-        _is_foreign(value)
+        _is_foreign(value, seen)
         for value in getattr(part, "__dict__", {}).values()
-        if callable(value) or type(value).__module__.partition(".")[0] not in _PASSIVE
+        if (callable(value) or type(value).__module__.partition(".")[0] not in _PASSIVE)
+        and not any(value is other for other in seen)
     )
 
 
@@ -268,8 +272,11 @@ def _begin(
 
     Args:
         release: see ``GpuStep``.
-        foreign: see ``CpuStep``.
+        foreign: see ``CpuStep``. Such code has run for the first token.
     """
+    # Layers of the cache may be new since the call was judged.
+    if _cache_why_not(kwargs[CACHE]) is not None or foreign and model_why_not(model) is not None:
+        return StockStep(model, chooser, kwargs)
     inputs = model.prepare_inputs_for_generation(chooser.sequences, next_sequence_length=1, **kwargs)
     positions, mask, cache = inputs.get("position_ids"), kwargs.get("attention_mask"), kwargs[CACHE]
     past = int(cache.get_seq_length())
@@ -282,6 +289,7 @@ def _begin(
     expected = (*((3,) if qwen else ()), chooser.sequences.shape[0], 1)
     if (
         positions is None
+        or positions.is_floating_point()
         or tuple(positions.shape) != expected
         or mask is not None
         and tuple(mask.shape) != (expected[-2], past + 1)

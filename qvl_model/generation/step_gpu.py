@@ -69,6 +69,7 @@ DEPENDS_ON: dict[str, Callable[[nn.Module], object]] = {
     "shapes": lambda model: [(x.shape, x.stride()) for x in _tensors(model)],
     "dtypes": lambda model: [x.dtype for x in _tensors(model)],
     "devices": lambda model: [x.device for x in _tensors(model)],
+    "norm of embeddings": lambda model: _attributes(model, "max_norm", "norm_type"),
     "epsilons": lambda model: _attributes(model, "variance_epsilon"),
     "rotary positions": lambda model: _attributes(model, "attention_scaling", "mrope_section", "rope_type"),
     "attention": lambda model: _attributes(
@@ -222,8 +223,11 @@ def _rows(batch: int) -> int:
 
 
 def _reason(error: BaseException) -> str | None:
-    """The message of an error that is due to memory or capture, or None for all others, which the caller raises."""
-    if isinstance(error, (torch.OutOfMemoryError, graphs.CaptureFailed)):
+    """The message of an error that is due to memory, capture or the compilation of a kernel, or None for all others,
+    which the caller raises.
+    """
+    of_triton = type(error).__module__.partition(".")[0] == "triton"
+    if of_triton or isinstance(error, (torch.OutOfMemoryError, graphs.CaptureFailed)):
         return str(error)
     message = str(error)
     short = "out of memory" in message or "ALLOC_FAILED" in message or "can't allocate memory" in message
@@ -231,13 +235,13 @@ def _reason(error: BaseException) -> str | None:
 
 
 def _attempt(pool: _Pool, device: graphs.Device, function: Callable) -> tuple[Any, str | None]:
-    """(what ``function`` returns, None), or (None, reason) if memory is short even without idle steps, or the capture
-    fails.
+    """(what ``function`` returns, None), or (None, reason) if memory is short even without idle steps, or a kernel or
+    the capture fails.
     """
     while True:
         try:
             return function(), None
-        except RuntimeError as error:
+        except Exception as error:
             reason = _reason(error)
             if reason is None:
                 raise

@@ -24,12 +24,14 @@ __all__ = [
     "attends_as_stock",
     "autocast_dtype",
     "dropout_fits",
-    "is_number",
     "is_eligible",
+    "is_library_code",
+    "is_number",
     "kernels_take",
     "masks_as_stock",
     "no_global_hooks",
     "only_capture_hooks",
+    "own",
     "runs_library_code",
     "stock_is_patched",
 ]
@@ -38,16 +40,32 @@ FLASH = ("flash_attention_2", "flash_attention_3")  # implementations of attenti
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _own(function: Callable) -> Callable | None:
-    """A function of transformers', or None for one that was replaced before this module was imported."""
-    return function if function.__module__.startswith("transformers.") else None
+# Packages whose code is what fused layers and decode steps compute, or only wraps it.
+_LIBRARIES = ("contextlib", "functools", "qvl_model", "torch", "transformers")
+
+
+def is_library_code(function: Callable) -> bool:
+    """Whether a function, and all that it wraps, were defined in a library. ``functools.wraps`` copies ``__module__``,
+    so the module that a function runs in is asked.
+    """
+    while function is not None:
+        module = getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", None)
+        if (module or "").partition(".")[0] not in _LIBRARIES:
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def own(function: Callable) -> Callable | None:
+    """A library's function, or None for one that was replaced before the import of the module that asks."""
+    return function if is_library_code(function) else None
 
 
 def _attention_function(implementation: str) -> Callable:
     return stock.ALL_ATTENTION_FUNCTIONS.get(implementation, stock.eager_attention_forward)
 
 
-_ATTENTION_FUNCTIONS = {name: _own(_attention_function(name)) for name in ("eager", "sdpa", "flex_attention", *FLASH)}
+_ATTENTION_FUNCTIONS = {name: own(_attention_function(name)) for name in ("eager", "sdpa", "flex_attention", *FLASH)}
 
 
 def attends_as_stock(implementation: str) -> bool:
@@ -58,7 +76,7 @@ def attends_as_stock(implementation: str) -> bool:
 def masks_as_stock(config: PretrainedConfig) -> bool:
     """Whether transformers' own function makes the attention masks of a model with this config."""
     function = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
-    return function is None or function.__module__.startswith("transformers.")
+    return function is None or is_library_code(function)
 
 
 _CLASSES = [
@@ -69,22 +87,31 @@ _CLASSES = [
         "TextMLP",
         "TextModel",
         "TextRMSNorm",
+        "TextRotaryEmbedding",
         "VisionAttention",
         "VisionBlock",
         "VisionMLP",
         "VisionPatchEmbed",
     )
 ]
+_CLASSES += [
+    nn.Conv3d,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.Linear,
+    type(stock.ACT2FN["silu"]),
+    type(stock.ACT2FN["gelu_pytorch_tanh"]),
+]
 _FUNCTIONS = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision", "create_causal_mask", "rotate_half")
 _REPLACEABLE = [(stock, name) for name in _FUNCTIONS] + [(kind, "forward") for kind in _CLASSES]
 
 
-_STOCK = [_own(getattr(owner, name)) for owner, name in _REPLACEABLE]
+_STOCK = [own(getattr(owner, name)) for owner, name in _REPLACEABLE]
 
 
 def stock_is_patched() -> bool:
-    """Whether someone replaced a function of transformers' Qwen3-VL module, or the forward of a class in it, for all
-    models: the kernels compute what the originals compute.
+    """Whether someone replaced a function of transformers' Qwen3-VL module, or the forward of a class in it or of one
+    that it uses, for all models: the kernels compute what the originals compute.
     """
     return [getattr(owner, name) for owner, name in _REPLACEABLE] != _STOCK
 
@@ -111,16 +138,17 @@ def is_eligible(module: nn.Module, kind: type, own_hook: type | None = None) -> 
     )
 
 
-def runs_library_code(module: nn.Module, *names: str) -> bool:
-    """Whether the methods of these names are those of a library's class, neither replaced on the instance nor
-    overridden in a user's subclass. Some versions lack some of them.
+def runs_library_code(module: object, *names: str) -> bool:
+    """Whether the methods of these names are those of a library's class, neither replaced on the instance or the class
+    nor overridden in a user's subclass. Some versions lack some of them.
     """
-    return all(
-        name not in module.__dict__
-        and getattr(type(module), name).__module__.partition(".")[0] in ("torch", "transformers", "qvl_model")
-        for name in names
-        if hasattr(type(module), name)
-    )
+    methods = (vars(base)[name] for name in names for base in _first_with(type(module), name))
+    return not any(name in getattr(module, "__dict__", {}) for name in names) and all(map(is_library_code, methods))
+
+
+def _first_with(kind: type, name: str) -> list[type]:
+    """The class that a method comes from, or none; ``getattr`` would find methods of classes' own class."""
+    return [base for base in kind.__mro__ if name in vars(base)][:1]
 
 
 def no_global_hooks() -> bool:

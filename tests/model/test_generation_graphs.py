@@ -219,6 +219,7 @@ CHANGES = {  # what changes each entry
     "shapes": _strided,
     "dtypes": lambda model, patch: patch.setattr(_norm(model).weight, "data", _norm(model).weight.data.half()),
     "devices": lambda model, patch: patch.setattr(_norm(model), "weight", nn.Parameter(_norm(model).weight.to("meta"))),
+    "norm of embeddings": _set(lambda model: model.get_input_embeddings(), "max_norm", lambda value: 0.5),
     "epsilons": _set(_norm, "variance_epsilon", lambda value: 2 * value),
     "rotary positions": _set(_rotary, "attention_scaling", lambda value: value + 0.5),
     "attention": _set(_attention, "scaling", lambda value: 2 * value),
