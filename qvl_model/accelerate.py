@@ -181,7 +181,8 @@ def accelerate(
             the head; {"text": "int4", "vision": "int8", "lm_head": None} chooses by part, and patterns of layer names,
             such as {"text": "int4", "*.down_proj": "int8"}, come before parts, the last one first. Quantised weights
             are constants: adapters on top of them train, they themselves do not, and an adapter is merged by quantising
-            the sum. Adapters, and modules that you attached to the model, belong to no part and stay as they are.
+            the sum. Adapters, and modules that you attached to the model, belong to no part and stay as they are; a
+            pattern that matches nothing else, such as {"*value_head": "int8"}, means attached linear layers.
             ``save_pretrained`` writes quantised weights, ``from_pretrained`` of the drop-in classes reads them. In
             ``state_dict`` a quantised layer has ``weight_values`` and ``weight_scales`` in place of ``weight``; the
             attribute ``weight`` is dequantised when it is read, and what is written to it is quantised.

@@ -15,6 +15,7 @@ from typing import Any
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from qvl_model.config_check import check_config, check_parts
 
@@ -23,6 +24,7 @@ __all__ = ["check_attention", "load_config", "load_tokenizer", "one_line", "read
 MODEL_TYPES = ("qwen3_vl", "qvl")
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _OF_THE_HUB = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+_OF_THE_BASE = ("cache_dir", "local_files_only", "token")
 _ANY = (
     AttributeError,
     IndexError,
@@ -64,7 +66,7 @@ def load_config(path: str | os.PathLike) -> PreTrainedConfig:
 
 def check_attention(path: str | os.PathLike, **options: Any) -> None:
     """Refuses a checkpoint whose config.json names attention code of the Hugging Face hub, which transformers would
-    fetch and run.
+    fetch and run, or whose adapter is for such a checkpoint.
 
     Args:
         path, options: as ``from_pretrained`` takes them.
@@ -75,8 +77,21 @@ def check_attention(path: str | os.PathLike, **options: Any) -> None:
     try:
         values, _ = PreTrainedConfig.get_config_dict(path, **{k: v for k, v in options.items() if k in _OF_THE_HUB})
     except OSError:
-        return  # there is no config.json
+        values = {}  # there is no config.json
     _check_attention(Path(path) / "config.json", values)
+    base = _base_of_adapter(path, options)
+    if base is not None and base != str(path):
+        check_attention(base, **{name: value for name, value in options.items() if name in _OF_THE_BASE})
+
+
+def _base_of_adapter(path: str | os.PathLike, options: Mapping) -> str | None:
+    """The checkpoint that transformers loads below the adapter at ``path``, or None if there is no adapter."""
+    try:
+        file = find_adapter_config_file(str(path), **{k: v for k, v in options.items() if k in _OF_THE_HUB})
+        base = None if file is None else read_mapping(Path(file)).get("base_model_name_or_path")
+    except (OSError, ValueError):
+        return None
+    return base if isinstance(base, str) else None
 
 
 def _check_attention(file: Path, values: Mapping) -> None:

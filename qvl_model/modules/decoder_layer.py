@@ -275,7 +275,7 @@ class Qwen3VLTextDecoderLayer(stock.Qwen3VLTextDecoderLayer):
         cos_sin, mask, positions, cache = position_embeddings, attention_mask, position_ids, kwargs.pop(CACHE)
         if not call_is_eligible(x, cos_sin, mask, kwargs):
             return None
-        if torch.is_grad_enabled() and _any_requires_grad(x, self):
+        if torch.is_grad_enabled() and _any_requires_grad((x, *cos_sin, mask), self):
             return None
         fused_layer = _fused_layer_for(self, x.dtype)
         if fused_layer is None:
@@ -368,8 +368,10 @@ def call_is_eligible(x: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | N
     )
 
 
-def _any_requires_grad(x: Tensor, layer: nn.Module) -> bool:
-    return x.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
+def _any_requires_grad(inputs: tuple[Tensor | None, ...], layer: nn.Module) -> bool:
+    return any(x is not None and x.requires_grad for x in inputs) or any(
+        parameter.requires_grad for parameter in layer.parameters()
+    )
 
 
 def _mask_is_equivalent(

@@ -5,6 +5,7 @@ time.
 import functools
 import warnings
 from collections.abc import Callable
+from types import BuiltinFunctionType
 
 import torch
 from torch import nn
@@ -49,6 +50,8 @@ def is_library_code(function: Callable) -> bool:
     so the module that a function runs in is asked.
     """
     while function is not None:
+        if isinstance(function, BuiltinFunctionType):
+            return True
         module = getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", None)
         if (module or "").partition(".")[0] not in _LIBRARIES:
             return False
@@ -102,16 +105,20 @@ _CLASSES += [
     type(stock.ACT2FN["silu"]),
     type(stock.ACT2FN["gelu_pytorch_tanh"]),
 ]
-_FUNCTIONS = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision", "create_causal_mask", "rotate_half")
-_REPLACEABLE = [(stock, name) for name in _FUNCTIONS] + [(kind, "forward") for kind in _CLASSES]
-
-
+_FUNCTIONS = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision", "create_causal_mask", "repeat_kv", "rotate_half")
+_OF_PYTORCH = ("embedding", "gelu", "layer_norm", "linear", "scaled_dot_product_attention", "silu", "softmax")
+_REPLACEABLE = [
+    *((stock, name) for name in _FUNCTIONS),
+    *((nn.functional, name) for name in _OF_PYTORCH),
+    *((kind, "forward") for kind in _CLASSES),
+    (nn.Module, "__call__"),
+]
 _STOCK = [own(getattr(owner, name)) for owner, name in _REPLACEABLE]
 
 
 def stock_is_patched() -> bool:
-    """Whether someone replaced a function of transformers' Qwen3-VL module, or the forward of a class in it or of one
-    that it uses, for all models: the kernels compute what the originals compute.
+    """Whether someone replaced a function of transformers' Qwen3-VL module or of PyTorch, or the forward of a class
+    that the model has, for all models: the kernels compute what the originals compute.
     """
     return [getattr(owner, name) for owner, name in _REPLACEABLE] != _STOCK
 
@@ -124,11 +131,14 @@ def is_number(*values: object) -> bool:
 def is_eligible(module: nn.Module, kind: type, own_hook: type | None = None) -> bool:
     """Whether the module is fast-path eligible: its class is exactly ``kind`` (an adapter wraps or replaces it), its
     only hooks are pre-hooks of our class ``own_hook``, and no forward, weight or bias was replaced on the instance.
+    Backward hooks count too: they may change gradients.
     """
     own = module.__dict__
     return (
         type(module) is kind
         and not module._forward_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
         and (
             not module._forward_pre_hooks or all(type(hook) is own_hook for hook in module._forward_pre_hooks.values())
         )
@@ -152,7 +162,12 @@ def _first_with(kind: type, name: str) -> list[type]:
 
 
 def no_global_hooks() -> bool:
-    return not nn_module._global_forward_hooks and not nn_module._global_forward_pre_hooks
+    return not (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
 
 
 def only_capture_hooks(module: nn.Module, recorded: str) -> bool:

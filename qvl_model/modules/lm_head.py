@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.loss import loss_utils
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from qvl_model.modules import linear
-from qvl_model.modules.fast_path import kernels_take
+from qvl_model.modules.fast_path import kernels_take, own
 from qvl_model.modules.lazy_logits import LazyLogits, lazy_logits, lazy_loss
 
 __all__ = ["Forwards", "Linear", "causal_loss", "set_skip_logits"]
@@ -84,6 +85,11 @@ def _have_fingerprints(*tensors: Tensor) -> bool:
     return not capturing and not any(x.is_inference() for x in tensors)
 
 
+# What ``linear_cross_entropy`` computes instead, if nobody has replaced it.
+_OF_THE_LOSS = ((loss_utils, "fixed_cross_entropy"), (nn.functional, "cross_entropy"))
+_STOCK_LOSS = [own(getattr(owner, name)) for owner, name in _OF_THE_LOSS]
+
+
 def causal_loss(
     logits: Tensor,
     labels: Tensor,
@@ -96,7 +102,8 @@ def causal_loss(
     """``ForCausalLMLoss`` of transformers. For lazy logits it runs ``linear_cross_entropy``, which computes the loss
     without storing logits.
     """
-    if not isinstance(logits, LazyLogits) or logits.computed or logits.shape[-1] != vocab_size:
+    theirs = not isinstance(logits, LazyLogits) or logits.computed or logits.shape[-1] != vocab_size
+    if theirs or [getattr(owner, name) for owner, name in _OF_THE_LOSS] != _STOCK_LOSS:
         return ForCausalLMLoss(
             logits,
             labels,

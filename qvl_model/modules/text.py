@@ -112,7 +112,8 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
         q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
         if lower is not None and q.dtype != cos.dtype:  # projections came out in a lower dtype than cos, sin and norms
             q, k = q.to(cos.dtype), k.to(cos.dtype)
-        if kernels_take(q, k, cos, sin, q_weight, k_weight, cast=False):
+        learns_angles = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+        if not learns_angles and kernels_take(q, k, cos, sin, q_weight, k_weight, cast=False):
             q, k = qvl_kernels.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=self.q_norm.variance_epsilon)
         else:
             q, k = stock.apply_rotary_pos_emb(self.q_norm(q), self.k_norm(k), cos, sin, unsqueeze_dim=2)

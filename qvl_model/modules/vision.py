@@ -89,7 +89,14 @@ class Qwen3VLVisionAttention(stock.Qwen3VLVisionAttention):
         **kwargs: Any,
     ) -> Tensor:
         dropout = self.attention_dropout if self.training else 0.0
-        if not _attention_is_eligible(self) or dropout > 0.0 or not kernels_take(hidden_states, cast=False):
+        if (
+            not _attention_is_eligible(self)
+            or dropout > 0.0
+            or not kernels_take(hidden_states, cast=False)
+            or position_embeddings is None
+            or torch.is_grad_enabled()
+            and any(x.requires_grad for x in position_embeddings)  # the kernel gives them no gradient
+        ):
             return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
         tokens = hidden_states.shape[0]
         q, k, v = self.qkv(hidden_states).view(tokens, 3, self.num_heads, -1).unbind(1)
@@ -178,7 +185,7 @@ class Qwen3VLVisionBlock(stock.Qwen3VLVisionBlock):
         dense = [weight for weight in weights if not isinstance(weight, QuantizedWeight)]
         if any(weight is None for weight in dense) or not kernels_take(hidden_states, *dense):
             return None
-        if torch.is_grad_enabled() and (hidden_states.requires_grad or any(weight.requires_grad for weight in dense)):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (hidden_states, *position_embeddings, *dense)):
             return None
         return weights
 

@@ -184,10 +184,11 @@ def quantize_model(
     and an embedding tied to a quantised head.
 
     Only modules that the class of the model builds are quantised; adapters, also copies that train in place of a layer,
-    and attached modules stay. Each dense weight is freed before the next layer, so the peak of memory is the quantised
-    plus the remaining dense weights. Pages of weights that are mapped from a file are released too. With ``inputs`` of
-    the model, their channels get input scales (see ``qvl_model.quantization.scaling``). Some layers that would be int4
-    by their part are int8, for an average of at most ``bits`` (None: ``precision.BUDGET``).
+    stay, and so do attached linear layers, unless a pattern matches them and nothing else. Each dense weight is freed
+    before the next layer, so the peak of memory is the quantised plus the remaining dense weights. Pages of weights
+    that are mapped from a file are released too. With ``inputs`` of the model, their channels get input scales (see
+    ``qvl_model.quantization.scaling``). Some layers that would be int4 by their part are int8, for an average of at
+    most ``bits`` (None: ``precision.BUDGET``).
     Raises: ValueError for other groups, patterns without a layer, bits that int4 alone exceeds, layers that are
     quantised in another format, merged adapters, weights that are not finite, and inputs without layers to calibrate;
     the model is then as it was.
@@ -203,6 +204,8 @@ def quantize_model(
         return
     int4_bits = precision.int4_bits(group, zero_points=True)
     modules = dict(base_modules(model))
+    heads = _named_heads(model, modules, formats)
+    modules.update(heads)
     wanted = _wanted(model, modules, formats)
     chosen = [(name, modules[name], asked) for name, asked in wanted.items() if type(modules[name]) in _LINEAR]
     free = {
@@ -223,7 +226,7 @@ def quantize_model(
     for name, module, _ in chosen:
         _check_finite(name, module.weight)
     lm_head, embedding = modules.get("lm_head"), _tied_embedding(modules)
-    layer_formats = {name: (FORMATS[weights], group) for name, _, weights in chosen}
+    layer_formats = {name: (FORMATS[weights], group) for name, _, weights in chosen if name not in heads}
     scales: dict[str, Tensor] = {}
     errors: dict[str, float] | None = None
     if inputs is not None:
@@ -290,6 +293,25 @@ def _wanted(
             raise ValueError(f"accelerate: weights names {pattern!r}, which matches no linear layer of the model")
     wanted = {name: precision.format_of(formats, part_of(model, name), name) for name in linear}
     return {name: asked for name, asked in wanted.items() if asked is not None}
+
+
+def _named_heads(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], formats: Mapping[str, str | None]
+) -> dict[str, nn.Module]:
+    """Linear layers that a user attached, for patterns that match no layer of the model's class; no adapters."""
+    patterns = [
+        pattern
+        for pattern in filter(precision.is_pattern, formats)
+        if not any(fnmatchcase(name, pattern) for name in modules)
+    ]
+    adapters = tuple(f"{name}." for name, _ in _wrappers(model))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in _LINEAR
+        and not name.startswith(adapters)
+        and any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
 
 
 def _wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -43,7 +43,7 @@ class QVLVisionPositions(nn.Module):
         return self._between(self._between(table.float(), height, 0), width, 1).to(table.dtype)
 
     def _between(self, table: Tensor, count: int, dim: int) -> Tensor:
-        position = torch.linspace(0, self.side - 1, count, device=table.device)
+        position = torch.linspace(0, self.side - 1, count, dtype=table.dtype, device=table.device)
         low = position.long()
         high = (low + 1).clamp(max=self.side - 1)
         weight = (position - low).to(table.dtype).view([-1 if i == dim else 1 for i in range(3)])

@@ -235,6 +235,15 @@ def test_from_pretrained_refuses_attention_code(kind, path, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
         model_class.from_pretrained(tmp_path / "checkpoint")
     assert model_class.from_pretrained(tmp_path / "checkpoint", attn_implementation="eager") is not None
+    adapter = {
+        "base_model_name_or_path": str(tmp_path / "checkpoint"),
+        "peft_type": "LORA",
+        "target_modules": ["q_proj"],
+    }
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model_class.from_pretrained(tmp_path / "adapter")
 
 
 def test_code_beside_a_known_model_is_left_alone(checkpoint, marker, tmp_path, capsys):

@@ -216,6 +216,24 @@ def test_modules_of_the_user_stay():
     assert isinstance(layer.mlp.down_proj, PackedLinear) and isinstance(model.lm_head, PackedLinear)
 
 
+@pytest.mark.parametrize("pattern", ["*value_head", "model.language_model.prob[e]"])
+def test_modules_of_the_user_that_are_named(pattern):
+    """A pattern that matches nothing else means them."""
+    model = models.stock_model("small")
+    model.value_head, model.model.language_model.probe = nn.Linear(64, 5), nn.Linear(64, 64)
+    heads = {"value_head": model.value_head, "probe": model.model.language_model.probe}
+    named = next(name for name in heads if name[:4] in pattern)
+    x = torch.randn(7, 64)
+    expected = {name: module(x) for name, module in heads.items()}
+    qvl_model.accelerate(model, weights={pattern: "int8"})
+    for name, module in heads.items():
+        assert isinstance(module, PackedLinear) == (name == named)
+        assert models.relative(module(x), expected[name]) < (2e-2 if name == named else 1e-6)
+    assert not isinstance(model.lm_head, PackedLinear)
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        qvl_model.accelerate(models.stock_model("small"), weights={pattern: "int8"})
+
+
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("method", MERGED)
 def test_merging_and_unmerging(method, weights):
