@@ -21,7 +21,7 @@ from transformers import Qwen3VLForConditionalGeneration as Stock
 import bench.__main__ as bench_command
 import bench.gpu.__main__ as bench_gpu_command
 import qvl_model
-from bench import docs
+from bench import docs, outliers
 from qvl_model import cli, digits
 from qvl_model.digits import scenes
 from qvl_model.digits.export import main as export_digits
@@ -220,6 +220,11 @@ def test_the_chart_is_that_of_the_result_files(tmp_path):
     assert json.loads(Image.open(docs.CHART).info["Description"]) == docs.chart_numbers()
     docs.draw_chart(tmp_path / "again.png")
     assert json.loads(Image.open(tmp_path / "again.png").info["Description"]) == docs.chart_numbers()
+
+
+def test_the_outliers_are_those_of_the_benchmark():
+    factors = " or ".join(f"{factor:.0f}" for factor in outliers.FACTORS)
+    assert f"channels become {factors} times as large" in _text("docs/accuracy.md")
 
 
 def test_generated_parts_are_replaced():
