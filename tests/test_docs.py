@@ -148,8 +148,8 @@ def test_every_variable_is_described():
         for pattern in ("qvl_*/**/*.py", "bench/**/*.py", "csrc/**/*.cpp", "setup.py")
         for file in ROOT.glob(pattern)
     ]
-    asked = r'(?:environ\.get\(|environ\[|getenv\(|VARIABLE = |ParallelCompile\()"(QVL_[A-Z_]+)"'
-    read = {name for file in sources for name in re.findall(asked, file.read_text())}
+    asked = r'(?:environ\.get\(|environ\[|getenv\(|^[A-Z_]+ = |ParallelCompile\()"(QVL_[A-Z_]+)"'
+    read = {name for file in sources for name in re.findall(asked, file.read_text(), flags=re.MULTILINE)}
     assert read == set(re.findall(r"\| `(QVL_[A-Z_]+)` \|", _text("docs/environment.md")))
 
 
