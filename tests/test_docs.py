@@ -345,7 +345,9 @@ def test_every_example_is_tested():
 
 GAP = "…"  # stands for the values of a message
 NOT_FOR_USERS = ("testing.py",)
-WARNS = re.compile(r"(warnings\.warn|logger\.warning(_once)?)")
+# Calls that show a message: warnings, what a capacity check finds, what qvl doctor finds.
+SHOWS = re.compile(r"warnings\.warn|logger\.warning(_once)?|report\.add|wrong\.append")
+SECOND = {"_Refused", "report.add"}  # whose second argument is the message
 # Thrown where Python passes codes of its own; nobody who calls a public function sees them.
 INTERNAL = {
     f"dtype code must be 0 (fp32), 1 (bf16) or 2 (fp16), got {GAP}",
@@ -376,7 +378,7 @@ def _message(node: ast.expr | None, constants: dict[str, str]) -> str:
 
 
 def _raised() -> dict[str, str]:
-    """Messages of raise, warnings and the logger, and of the extension -> the file."""
+    """Messages of raise, of the calls that show one, and of the extension -> the file."""
     found = {}
     for file in [*ROOT.glob("qvl_model/**/*.py"), *ROOT.glob("qvl_kernels/**/*.py")]:
         tree = ast.parse(file.read_text())
@@ -387,10 +389,13 @@ def _raised() -> dict[str, str]:
         }
         for node in ast.walk(tree):
             call = node.exc if isinstance(node, ast.Raise) else node
-            warns = isinstance(call, ast.Call) and WARNS.fullmatch(ast.unparse(call.func))
-            refused = isinstance(call, ast.Call) and ast.unparse(call.func) == "_Refused"  # (status, message, ...)
-            if isinstance(call, ast.Call) and call.args and (isinstance(node, ast.Raise) or warns):
-                found[_message(call.args[1 if refused else 0], constants)] = file.name
+            if not isinstance(call, ast.Call) or not call.args:
+                continue
+            name = ast.unparse(call.func)
+            if isinstance(node, ast.Raise) or SHOWS.fullmatch(name):
+                text = call.args[name in SECOND]
+                for each in (text.body, text.orelse) if isinstance(text, ast.IfExp) else (text,):
+                    found[_message(each, constants)] = file.name
     for file in ROOT.glob("csrc/**/*.*"):
         for thrown in re.findall(r"throw [\w:]+\((.*?)\);", file.read_text(), flags=re.DOTALL):
             found[_thrown(thrown)] = file.name
@@ -406,7 +411,16 @@ def _thrown(code: str) -> str:
 def test_messages_are_found():
     assert _thrown('"a " + std::to_string(b) +\n "c "\n "d"') == f"a {GAP}c d"
     found = _raised()
-    for file in ("configuration.py", "inputs.py", "attention.cpp", "linear.cpp", "common.h", "dispatch.cpp"):
+    for file in (
+        "configuration.py",
+        "inputs.py",
+        "structure.py",
+        "doctor.py",
+        "attention.cpp",
+        "linear.cpp",
+        "common.h",
+        "dispatch.cpp",
+    ):
         assert file in found.values(), file
     assert found.keys() >= INTERNAL
 
