@@ -3,11 +3,14 @@
 # make lint      ruff (lint and format), clang-format and mypy; make test does it first
 # make setup     only the environment (.venv) and the C++ extension; the two above do it themselves
 # make test-all  every test, also on older supported transformers and, under emulation, on aarch64; and make mutate
+# make test-between / test-oldest  what differs between versions of transformers, on 5.23 and on the oldest supported one
+# make test-install  qvl built and installed as users do, into an empty environment
 # make test-torch TORCH=2.14.1  the tests on another PyTorch
 # make test-python  the extension built and imported on every supported Python that is installed (PYTHONS="python3.12 ...")
 # make mutate    faults put into a copy of the tree, each of which some test must see
 # make sanitize  the kernel tests over an extension built with AddressSanitizer and UBSan
 # make audit     every Triton kernel compiled for every GPU architecture and read back; needs no GPU
+# make audit-oldest  the same on the oldest supported Triton, without writing the result file
 # make bench-gpu GPU tests and benchmarks (a plain PyTorch image is enough); without a GPU it builds every case
 # make peers     OpenVINO, llama.cpp and ik_llama.cpp, each in an environment of its own under the cache, for the benchmark to compare with
 # make bench-kernels / make bench-all / make aarch64 / make clean

@@ -2,7 +2,7 @@
 
 Each checkout runs in a process of its own, with the default random checkpoint of 2.13 B parameters. Cases: tokens per
 second of ``generate``, and of a loop of one's own that calls the model token by token; tokens per second of a prompt.
-The pairs go to --output as JSON; docs/benchmarks.md shows bench/results/one-loop.json.
+The pairs go to --output as JSON; docs/performance-notes.md shows bench/results/one-loop.json.
 """
 
 import argparse

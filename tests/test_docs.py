@@ -21,7 +21,7 @@ from transformers import Qwen3VLForConditionalGeneration as Stock
 import bench.__main__ as bench_command
 import bench.gpu.__main__ as bench_gpu_command
 import qvl_model
-from bench import docs
+from bench import docs, outliers
 from qvl_model import cli, digits
 from qvl_model.digits import scenes
 from qvl_model.digits.export import main as export_digits
@@ -148,8 +148,8 @@ def test_every_variable_is_described():
         for pattern in ("qvl_*/**/*.py", "bench/**/*.py", "csrc/**/*.cpp", "setup.py")
         for file in ROOT.glob(pattern)
     ]
-    asked = r'(?:environ\.get\(|environ\[|getenv\(|VARIABLE = |ParallelCompile\()"(QVL_[A-Z_]+)"'
-    read = {name for file in sources for name in re.findall(asked, file.read_text())}
+    asked = r'(?:environ\.get\(|environ\[|getenv\(|^[A-Z_]+ = |ParallelCompile\()"(QVL_[A-Z_]+)"'
+    read = {name for file in sources for name in re.findall(asked, file.read_text(), flags=re.MULTILINE)}
     assert read == set(re.findall(r"\| `(QVL_[A-Z_]+)` \|", _text("docs/environment.md")))
 
 
@@ -220,6 +220,11 @@ def test_the_chart_is_that_of_the_result_files(tmp_path):
     assert json.loads(Image.open(docs.CHART).info["Description"]) == docs.chart_numbers()
     docs.draw_chart(tmp_path / "again.png")
     assert json.loads(Image.open(tmp_path / "again.png").info["Description"]) == docs.chart_numbers()
+
+
+def test_the_outliers_are_those_of_the_benchmark():
+    factors = " or ".join(f"{factor:.0f}" for factor in outliers.FACTORS)
+    assert f"channels become {factors} times as large" in _text("docs/accuracy.md")
 
 
 def test_generated_parts_are_replaced():
@@ -340,7 +345,9 @@ def test_every_example_is_tested():
 
 GAP = "…"  # stands for the values of a message
 NOT_FOR_USERS = ("testing.py",)
-WARNS = re.compile(r"(warnings\.warn|logger\.warning(_once)?)")
+# Calls that show a message: warnings, what a capacity check finds, what qvl doctor finds.
+SHOWS = re.compile(r"warnings\.warn|logger\.warning(_once)?|report\.add|wrong\.append")
+SECOND = {"_Refused", "report.add"}  # whose second argument is the message
 # Thrown where Python passes codes of its own; nobody who calls a public function sees them.
 INTERNAL = {
     f"dtype code must be 0 (fp32), 1 (bf16) or 2 (fp16), got {GAP}",
@@ -371,7 +378,7 @@ def _message(node: ast.expr | None, constants: dict[str, str]) -> str:
 
 
 def _raised() -> dict[str, str]:
-    """Messages of raise, warnings and the logger, and of the extension -> the file."""
+    """Messages of raise, of the calls that show one, and of the extension -> the file."""
     found = {}
     for file in [*ROOT.glob("qvl_model/**/*.py"), *ROOT.glob("qvl_kernels/**/*.py")]:
         tree = ast.parse(file.read_text())
@@ -382,10 +389,13 @@ def _raised() -> dict[str, str]:
         }
         for node in ast.walk(tree):
             call = node.exc if isinstance(node, ast.Raise) else node
-            warns = isinstance(call, ast.Call) and WARNS.fullmatch(ast.unparse(call.func))
-            refused = isinstance(call, ast.Call) and ast.unparse(call.func) == "_Refused"  # (status, message, ...)
-            if isinstance(call, ast.Call) and call.args and (isinstance(node, ast.Raise) or warns):
-                found[_message(call.args[1 if refused else 0], constants)] = file.name
+            if not isinstance(call, ast.Call) or not call.args:
+                continue
+            name = ast.unparse(call.func)
+            if isinstance(node, ast.Raise) or SHOWS.fullmatch(name):
+                text = call.args[name in SECOND]
+                for each in (text.body, text.orelse) if isinstance(text, ast.IfExp) else (text,):
+                    found[_message(each, constants)] = file.name
     for file in ROOT.glob("csrc/**/*.*"):
         for thrown in re.findall(r"throw [\w:]+\((.*?)\);", file.read_text(), flags=re.DOTALL):
             found[_thrown(thrown)] = file.name
@@ -401,7 +411,16 @@ def _thrown(code: str) -> str:
 def test_messages_are_found():
     assert _thrown('"a " + std::to_string(b) +\n "c "\n "d"') == f"a {GAP}c d"
     found = _raised()
-    for file in ("configuration.py", "inputs.py", "attention.cpp", "linear.cpp", "common.h", "dispatch.cpp"):
+    for file in (
+        "configuration.py",
+        "inputs.py",
+        "structure.py",
+        "doctor.py",
+        "attention.cpp",
+        "linear.cpp",
+        "common.h",
+        "dispatch.cpp",
+    ):
         assert file in found.values(), file
     assert found.keys() >= INTERNAL
 

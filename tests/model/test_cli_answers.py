@@ -204,10 +204,19 @@ def test_bad_rows_are_told_and_skipped(folder, tmp_path, capsys):
     err = capsys.readouterr().err
     assert [row["id"] for row in sorted(_rows(out), key=lambda row: str(row["id"]))] == [14, "a"]
     for number, reason in (
-        (2, "no JSON"), (3, "is a list"), (4, 'has no "prompt"'), (5, "a path or a list"), (6, "has the id 'a'"),
-        (7, "a text or a number"), (8, "File name too long"), (9, "lone surrogate"), (10, "longer than 1 MB"),
-        (11, "no JSON"), (12, "is an address"), (13, "image_pad"),
-    ):  # fmt: skip
+        (2, "no JSON"),
+        (3, "is a list"),
+        (4, 'has no "prompt"'),
+        (5, "a path or a list"),
+        (6, "has the id 'a'"),
+        (7, "a text or a number"),
+        (8, "File name too long"),
+        (9, "lone surrogate"),
+        (10, "longer than 1 MB"),
+        (11, "no JSON"),
+        (12, "is an address"),
+        (13, "image_pad"),
+    ):
         assert any(f"line {number} is skipped" in line and reason in line for line in err.splitlines()), number
     assert "2 rows answered, 12 skipped" in err and max(map(len, err.splitlines())) < 700
 
