@@ -73,7 +73,7 @@ mutate: setup
 	$(VENV)/bin/python tests/helpers/mutate.py $(ARGS)
 
 # The extension in the source tree serves all environments: it is built against Python only.
-VERSION_TESTS := tests/model/test_model_*.py tests/model/test_generation*.py tests/model/test_capacity.py tests/model/test_quantized_checkpoint.py \
+VERSION_TESTS := tests/model/test_model_*.py tests/model/test_generation*.py tests/model/test_capacity*.py tests/model/test_quantized_checkpoint.py \
   tests/qvl tests/training
 
 test-oldest: setup $(OLDEST)/.installed

@@ -32,28 +32,30 @@ def _speed(
     show: Callable[[float], str],
     variant: str = "ours",
     baseline: str = "stock",
-    floors: dict[str, float] | None = None,
+    roofline_seconds: dict[str, float] | None = None,
 ) -> dict:
-    """A ratio of times. With ``floors``, the seconds at the roofline of ``variant`` and possibly of ``baseline``: the
-    shares of it that are reached, and "limit", the ratio that it allows.
+    """A ratio of times. With ``roofline_seconds``, those of ``variant`` and possibly of ``baseline``: the shares of the
+    roofline that are reached, and "limit", the ratio that it allows.
     """
     ratio = paired_ratio(times[baseline], times[variant])
     medians = {who: median(times[who]) for who in (baseline, variant)}
     more = {}
-    if floors:
+    if roofline_seconds:
         more = {
-            "roofline": show(floors[variant]),
-            "share": floors[variant] / medians[variant],
-            "limit": medians[baseline] / floors[variant],
-            "floors": floors,
-            "baseline_share": floors[baseline] / medians[baseline] if baseline in floors else None,
+            "roofline": show(roofline_seconds[variant]),
+            "share": roofline_seconds[variant] / medians[variant],
+            "limit": medians[baseline] / roofline_seconds[variant],
+            "floors": roofline_seconds,
+            "baseline_share": roofline_seconds[baseline] / medians[baseline] if baseline in roofline_seconds else None,
         }
     return _metric(
         ratio["median"], show(medians[baseline]), show(medians[variant]), ratio["low"], ratio["high"], **more
     )
 
 
-def _floors(raw: dict, row: str, variant: str, stock: str | None = "bf16", peaks: dict | None = None) -> dict | None:
+def _roofline_seconds(
+    raw: dict, row: str, variant: str, stock: str | None = "bf16", peaks: dict | None = None
+) -> dict | None:
     """Seconds of a row at the roofline, by variant; None for results that did not measure it.
 
     Args:
@@ -64,11 +66,11 @@ def _floors(raw: dict, row: str, variant: str, stock: str | None = "bf16", peaks
         return None
     machine = Machine.of(peaks or raw["peaks"], raw["bandwidth"])
     passes = [Work(**work) for work in raw["work"][row]]
-    floors = {variant: least_seconds(passes, machine, _WEIGHTS.get(variant, variant))}
-    return floors | ({"stock": least_seconds(passes, machine, stock, stock)} if stock in ("bf16", "fp32") else {})
+    seconds = {variant: least_seconds(passes, machine, _WEIGHTS.get(variant, variant))}
+    return seconds | ({"stock": least_seconds(passes, machine, stock, stock)} if stock in ("bf16", "fp32") else {})
 
 
-def _is_pytorchs(routes: list[str], row: str, variant: str) -> bool:
+def _is_pytorchs(kernels: list[str], row: str, variant: str) -> bool:
     """Whether all kinds of work of a row that can go to PyTorch's kernels do. Few tokens over quantised weights
     cannot.
     """
@@ -76,7 +78,7 @@ def _is_pytorchs(routes: list[str], row: str, variant: str) -> bool:
         return False
     found = [
         rest.startswith("pytorch")
-        for kind, _, rest in (line.partition(": ") for line in routes)
+        for kind, _, rest in (line.partition(": ") for line in kernels)
         if any(kind.startswith(begin) and kind.endswith(end) for begin, end in _KINDS[row])
     ]
     return bool(found) and all(found)
@@ -102,7 +104,9 @@ def _best_dtype(raw: dict, operation: str) -> dict:
     """Against whichever dtype is fastest for stock, bf16 included."""
     candidates = {"bf16": raw["times"], **raw["other_dtypes"]}
     dtype = min(candidates, key=lambda name: median(candidates[name][operation]["stock"]))
-    best = _speed(candidates[dtype][operation], _seconds, floors=_floors(raw, operation, "ours", dtype))
+    best = _speed(
+        candidates[dtype][operation], _seconds, roofline_seconds=_roofline_seconds(raw, operation, "ours", dtype)
+    )
     return {**best, "stock": f"{best['stock']} ({dtype})", "dtype": dtype}
 
 
@@ -127,12 +131,12 @@ def _decode_share(raw: dict, variant: str) -> dict:
 def _main_phase(raw: dict, sizes: dict, variant: str) -> dict[str, dict]:
     """One variant against stock."""
     times = raw["times"]
-    routes = raw.get("routes")
+    kernels = raw.get("routes")
 
     def speed(row: str, show: Callable[[float], str]) -> dict:
-        metric = _speed(times[row], show, variant, floors=_floors(raw, row, variant))
-        if isinstance(routes, dict):
-            metric["kernels"] = "pytorch" if _is_pytorchs(routes[variant], row, variant) else "qvl"
+        metric = _speed(times[row], show, variant, roofline_seconds=_roofline_seconds(raw, row, variant))
+        if isinstance(kernels, dict):
+            metric["kernels"] = "pytorch" if _is_pytorchs(kernels[variant], row, variant) else "qvl"
         return metric
 
     result = {
@@ -168,15 +172,17 @@ def _other_engines(raw: dict, sizes: dict) -> dict[str, dict]:
         for operation, values in measured.items():
             for variant in values.keys() - {"peer"}:
                 result[f"{operation}_{variant}_{name.replace(' ', '_')}"] = _speed(
-                    values, shows[operation], variant, "peer", _floors(raw, operation, variant, None)
+                    values, shows[operation], variant, "peer", _roofline_seconds(raw, operation, variant, None)
                 )
         engine = name.split()[0]
         fastest = best.get(engine)
         if fastest is None or median(measured["prefill"]["peer"]) < median(times[fastest]["prefill"]["peer"]):
             best[engine] = name
     for engine, name in best.items():
-        floors = _floors(raw, "prefill", "int8", None)
-        result[f"prefill_int8_{engine}_best"] = _speed(times[name]["prefill"], shows["prefill"], "int8", "peer", floors)
+        roofline_seconds = _roofline_seconds(raw, "prefill", "int8", None)
+        result[f"prefill_int8_{engine}_best"] = _speed(
+            times[name]["prefill"], shows["prefill"], "int8", "peer", roofline_seconds
+        )
     return result
 
 
@@ -207,7 +213,7 @@ def from_raw(raw: dict, sizes: dict) -> dict[str, dict]:
                 f"avx2_{operation}_{dtype}": _speed(
                     limited[operation],
                     _rate if operation == "decode" else _seconds,
-                    floors=_floors(raw, operation, "ours", dtype, limited.get("peaks")),
+                    roofline_seconds=_roofline_seconds(raw, operation, "ours", dtype, limited.get("peaks")),
                 )
                 for operation in ("vision", "ttft", "decode")
             }

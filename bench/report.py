@@ -151,7 +151,7 @@ def print_table(result: dict, console: "Console") -> None:
             "The weights are random: speed and memory are those of the real model, its answers would be noise.",
             style="dim",
         )
-    for line in _routes(result):
+    for line in _kernels(result):
         console.print(f"kernels: {line}", style="dim", highlight=False)
     for case in result["raw"]["fallbacks"]:
         console.print(f"slow path taken: {case}", style="yellow")
@@ -167,11 +167,13 @@ def print_table(result: dict, console: "Console") -> None:
             console.print(f"Not measured without --{option}: {'; '.join(unmeasured)}.", style="dim")
 
 
-def _routes(result: dict) -> list[str]:
+def _kernels(result: dict) -> list[str]:
     """A line per kind of work: whose kernels, and both times; older results have those of one variant only."""
-    routes = result["raw"].get("routes", [])
+    kernels = result["raw"].get("routes", [])
     return (
-        list(dict.fromkeys(line for lines in routes.values() for line in lines)) if isinstance(routes, dict) else routes
+        list(dict.fromkeys(line for lines in kernels.values() for line in lines))
+        if isinstance(kernels, dict)
+        else kernels
     )
 
 

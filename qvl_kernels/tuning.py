@@ -137,7 +137,7 @@ def settle(works: Sequence[Work]) -> None:
     Example:
         >>> tuning.settle([linear_work(torch.bfloat16, 6144, 2048, few=False)])
     """
-    if not config.tuning_wanted() or dispatch.forced() is not None or _is_watched():
+    if not config.tuning_wanted() or dispatch.forced() is not None or _is_traced():
         return
     with _lock:
         open_works = [work for work in works if work.kind not in _answers]
@@ -171,7 +171,7 @@ def _line(kind: str, times: Times | None) -> str:
     return f"{kind}: {backend}, {chosen:.3g} ms against {other:.3g} ms"
 
 
-def _is_watched() -> bool:
+def _is_traced() -> bool:
     return bool(torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or ops_are_seen())
 
 

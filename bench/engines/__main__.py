@@ -18,7 +18,9 @@ __all__ = ["main"]
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.engines", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", help="those peers whose names begin so, as in 'llama.cpp' or 'openvino int8' (default: all)"
+        "names",
+        nargs="*",
+        help="names of engines, or how they begin, as in 'llama.cpp' or 'openvino int8' (default: all)",
     )
     parser.add_argument(
         "--model", type=Path, help="a Qwen3-VL checkpoint; default: the 2B architecture with random weights, cached"
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     engines = [engine for engine in engines_of(checkpoint) if engine.name.startswith(tuple(arguments.names) or "")]
     if not engines:
         sys.exit(
-            f"bench.engines: no peer is called {' or '.join(arguments.names)}; there are "
+            f"bench.engines: no engine is called {' or '.join(arguments.names)}; there are "
             f"{', '.join(engine.name for engine in engines_of(checkpoint))}"
         )
     ready, skipped = prepared(engines, lambda text: print(text, flush=True))
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, reason in skipped.items():
         print(f"{name}: skipped, {reason}", flush=True)
     if arguments.attempt:
-        with tempfile.TemporaryDirectory(prefix="qvl-peers-") as folder:
+        with tempfile.TemporaryDirectory(prefix="qvl-engines-") as folder:
             prompts = Path(folder) / "prompts.safetensors"
             _save_prompts(checkpoint, prompts)
             for engine in ready:

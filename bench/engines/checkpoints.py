@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from bench.checkpoint_files import write_json
-from bench.engines.environment import peers_directory
+from bench.engines.environment import engines_directory
 
 __all__ = ["models_directory", "old_config", "old_style", "rope_parameters"]
 
@@ -14,7 +14,7 @@ def models_directory(checkpoint: Path) -> Path:
     """Folder of the other engines' forms of a checkpoint. The name depends on its config and the sizes of its files."""
     sizes = [(file.name, file.stat().st_size) for file in sorted(checkpoint.glob("*.safetensors"))]
     key = hashlib.sha256((checkpoint / "config.json").read_bytes() + json.dumps(sizes).encode()).hexdigest()[:8]
-    return peers_directory() / "models" / f"{checkpoint.name}-{key}"
+    return engines_directory() / "models" / f"{checkpoint.name}-{key}"
 
 
 def rope_parameters(text: dict) -> dict:

@@ -20,10 +20,10 @@ __all__ = [
     "Environment",
     "EngineUnavailable",
     "Show",
+    "engines_directory",
     "finished",
     "is_complete",
     "mark_complete",
-    "peers_directory",
     "run_step",
     "tried_once",
 ]
@@ -36,7 +36,7 @@ class EngineUnavailable(RuntimeError):
     """An engine cannot be measured on this machine. The message is the reason, in one line."""
 
 
-def peers_directory() -> Path:
+def engines_directory() -> Path:
     return cache_directory() / "peers"
 
 

@@ -14,10 +14,10 @@ from bench.engines.environment import (
     EngineUnavailable,
     Environment,
     Show,
+    engines_directory,
     finished,
     is_complete,
     mark_complete,
-    peers_directory,
     run_step,
     tried_once,
 )
@@ -60,7 +60,7 @@ class Toolchain:
 
     @property
     def folder(self) -> Path:
-        return peers_directory() / self.name
+        return engines_directory() / self.name
 
     @property
     def environment(self) -> Environment:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from bench.client import Worker, WorkerError
 from bench.engines.checkpoints import models_directory, old_style
-from bench.engines.environment import EngineUnavailable, Environment, Show, finished, peers_directory
+from bench.engines.environment import EngineUnavailable, Environment, Show, engines_directory, finished
 
 __all__ = ["OpenVINOEngine", "environment"]
 
@@ -19,7 +19,7 @@ def environment() -> Environment:
     # import of transformers' processors.
     steps = (("install", "torch==2.13.0"), ("install", "torch==2.13.0", *PACKAGES), ("uninstall", "-y", "torchvision"))
     return Environment(
-        peers_directory() / "openvino" / "env", steps, "from optimum.intel import OVModelForVisualCausalLM"
+        engines_directory() / "openvino" / "env", steps, "from optimum.intel import OVModelForVisualCausalLM"
     )
 
 

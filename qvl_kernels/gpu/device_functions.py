@@ -1,9 +1,11 @@
-"""Triton device functions that more than one op needs."""
+"""Triton device functions, and a constant, that more than one op needs."""
 
 import triton
 import triton.language as tl
 
-__all__ = ["caches_of_table", "griddepcontrol_wait", "tile_pointers", "visible_of_table"]
+__all__ = ["LOG2E", "caches_of_table", "griddepcontrol_wait", "tile_pointers", "visible_of_table"]
+
+LOG2E = tl.constexpr(1.4426950408889634)  # softmax to base 2
 
 
 @triton.jit

@@ -8,7 +8,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["CosSinView", "HeadsView", "MaskView", "RowsView", "as_rows", "cos_sin_view", "heads_view", "rows_view"]
+__all__ = [
+    "CosSinView",
+    "HeadsView",
+    "MaskView",
+    "RowsView",
+    "as_rows",
+    "cos_sin_view",
+    "heads_view",
+    "mask_kind_and_view",
+    "rows_view",
+]
 
 
 class RowsView(NamedTuple):
@@ -63,6 +73,19 @@ def rows_view(x: torch.Tensor) -> RowsView:
 def heads_view(x: torch.Tensor) -> HeadsView:
     """``x`` [B, T, H, D], or varlen [N, H, D], which has no batch."""
     return HeadsView(x, *(x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])))
+
+
+def mask_kind_and_view(
+    mask: torch.Tensor | None, shape: tuple[int, int, int, int], unread: torch.Tensor
+) -> tuple[int, MaskView]:
+    """(kind, view) of a mask that broadcasts to ``shape`` [B, H, T, S]. Kinds, MASK of the kernels: 0 none, 1 bool,
+    2 additive. The view of no mask is of ``unread``, since a kernel takes some tensor.
+    """
+    if mask is None:
+        return 0, MaskView(unread, 0, 0, 0, 0)
+    kind = 1 if mask.dtype == torch.bool else 2
+    full = (mask.view(torch.uint8) if kind == 1 else mask).expand(shape)
+    return kind, MaskView(full, *full.stride())
 
 
 def cos_sin_view(x: torch.Tensor) -> CosSinView:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 from transformers import GenerationConfig
@@ -19,7 +19,17 @@ from qvl_model.quantization.checkpoint import QuantizedSaving
 __all__ = ["GeneratesByStep", "Qwen3VLForConditionalGeneration"]
 
 
-class GeneratesByStep:
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.generation import GenerationMixin
+
+    class _Model(PreTrainedModel, GenerationMixin): ...
+
+else:
+    _Model = object  # GeneratesByStep comes before the class of a model, which has these methods
+
+
+class GeneratesByStep(_Model):
     """For models that generate: runs decode steps of ``generation.loop`` where they compute what the model's modules
     compute.
     """
@@ -29,7 +39,7 @@ class GeneratesByStep:
             step_gpu.release(self)
         return super().train(mode)
 
-    def _sample(
+    def _sample(  # type: ignore[override]  # generate passes the other arguments by name
         self,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
@@ -41,10 +51,14 @@ class GeneratesByStep:
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
         if loop.why_not(self, input_ids, generation_config, options) is None:
             return loop.sample(self, *arguments, **options)
-        return super()._sample(*arguments, **options)
+        # transformers types ``self`` and ``input_ids`` for its own type checker: models and tensors do not fit.
+        return super()._sample(*arguments, **options)  # type: ignore[misc, arg-type]
 
 
-class Qwen3VLForConditionalGeneration(GeneratesByStep, QuantizedSaving, stock.Qwen3VLForConditionalGeneration):
+# QuantizedSaving.save_pretrained takes by name what stock's takes by position too.
+class Qwen3VLForConditionalGeneration(  # type: ignore[misc]
+    GeneratesByStep, QuantizedSaving, stock.Qwen3VLForConditionalGeneration
+):
     """The stock class whose ``from_pretrained`` returns an accelerated model, also for quantised checkpoints.
     Saved configs name the stock class.
 
@@ -54,7 +68,9 @@ class Qwen3VLForConditionalGeneration(GeneratesByStep, QuantizedSaving, stock.Qw
     """
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Self:
+    def from_pretrained(  # type: ignore[override]  # stock's also takes None for the path, with a state_dict
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> Self:
         check_attention(pretrained_model_name_or_path, **kwargs)
         quantised = loader.load_quantized(pretrained_model_name_or_path, cls, **kwargs)
         if quantised is not None:
@@ -67,12 +83,13 @@ class Qwen3VLForConditionalGeneration(GeneratesByStep, QuantizedSaving, stock.Qw
     @property
     def loss_function(self) -> Callable:
         """The stock loss, or instead of the causal loss ours, which is equal to it and takes lazy logits too."""
-        function = stock.Qwen3VLForConditionalGeneration.loss_function.fget(self)
+        # mypy takes a property with a setter, read from its class, for a function.
+        function = stock.Qwen3VLForConditionalGeneration.loss_function.fget(self)  # type: ignore[attr-defined]
         return causal_loss if function is ForCausalLMLoss else function
 
     @loss_function.setter
     def loss_function(self, value: Callable) -> None:
-        stock.Qwen3VLForConditionalGeneration.loss_function.fset(self, value)
+        stock.Qwen3VLForConditionalGeneration.loss_function.fset(self, value)  # type: ignore[attr-defined]
 
 
 def __getattr__(name: str) -> Any:  # transformers looks functions up in the module of a class

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,30 @@ __all__ = ["FORMATS", "PackedEmbedding", "PackedLinear"]
 
 FORMATS = {"int8": 8, "int4": 4}  # name -> bits
 
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object  # subclasses of _Quantised bring nn.Linear or nn.Embedding
 
-class _Quantised:
+
+class _Quantised(_Module):
     """Base of quantised modules: buffers ``weight_values``, ``weight_scales`` and, with zero-points, ``weight_zeros``
     (see ``qvl_kernels.quantization``) in place of ``weight``.
 
     The parameter ``weight`` is empty, [N, 0], and in no state_dict. It follows the model's dtype and device. PEFT finds
     the number of rows in its shape, and tied modules by its identity.
     """
+
+    weight_values: Tensor
+    weight_scales: Tensor
+    weight_zeros: Tensor | None
+    was_trained: bool
+    _kept: Kept
+
+    @property
+    def _inputs(self) -> int:
+        """The second size of the weight, of the subclass."""
+        raise NotImplementedError
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -34,7 +50,8 @@ class _Quantised:
     @property
     def weight(self) -> DequantizedWeight:
         """The weight [N, K] in the model's dtype: dequantised where it is read, quantised again where it is written."""
-        return nn.Parameter(DequantizedWeight(self), requires_grad=False)
+        # nn.Parameter returns a tensor of the class that it is given, which a type checker cannot know.
+        return nn.Parameter(DequantizedWeight(self), requires_grad=False)  # type: ignore[return-value]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Setting ``weight`` to a parameter turns the module back into a dense one; setting it to the weight of another
@@ -43,7 +60,7 @@ class _Quantised:
         if name != "weight":
             super().__setattr__(name, value)
         elif isinstance(value, DequantizedWeight):
-            self._share(value.module)
+            self._share(cast(_Quantised, value.module))
         elif isinstance(value, nn.Parameter):
             self.make_dense(value)
         else:
@@ -107,11 +124,10 @@ class _Quantised:
                 stored.copy_(tensor)
         else:
             self.weight_values, self.weight_scales, self.weight_zeros = new.values, new.scales, new.zeros
-            self._parameters["weight"] = nn.Parameter(
-                self._parameters["weight"].new_empty(len(new.values), 0), requires_grad=False
-            )
+            empty = self._parameters["weight"].new_empty(len(new.values), 0)  # type: ignore[union-attr]  # is never None
+            self._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
 
-    def _share(self, other: nn.Module) -> None:
+    def _share(self, other: "_Quantised") -> None:
         """Ties this module to ``other``."""
         self.weight_values, self.weight_scales = other.weight_values, other.weight_scales
         self.weight_zeros, self._kept = other.weight_zeros, other._kept
@@ -120,16 +136,18 @@ class _Quantised:
     def make_dense(self, weight: nn.Parameter) -> None:
         """Turns the module itself back into a dense one with ``weight``; hooks, names and references to it stay."""
         del self.weight_values, self.weight_scales, self.weight_zeros, self._kept, self.was_trained
-        self.__class__ = nn.Linear if isinstance(self, nn.Linear) else nn.Embedding
-        self.weight = weight
+        module: nn.Module = self
+        module.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
+        module.weight = weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves with ``.to(device)``; scales keep their dtype under ``.to(dtype)``, as integer values do."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in before.items():
-            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -152,7 +170,7 @@ class _Quantised:
         self.was_trained = weight.requires_grad
 
 
-class PackedLinear(_Quantised, nn.Linear):
+class PackedLinear(_Quantised, nn.Linear):  # type: ignore[misc]  # weight is a property in place of a parameter
     """``nn.Linear`` with an int8 or int4 weight; the bias stays a parameter.
 
     Example:
@@ -210,7 +228,7 @@ class PackedLinear(_Quantised, nn.Linear):
         """Turns ``linear`` itself into a quantised layer; hooks, names and references to it stay."""
         weight = linear.weight
         linear.__class__ = PackedLinear
-        linear._take(quantized, weight)
+        cast(PackedLinear, linear)._take(quantized, weight)
 
     def forward(self, input: Tensor) -> Tensor:
         lower = autocast_dtype(input.device)
@@ -227,7 +245,7 @@ class PackedLinear(_Quantised, nn.Linear):
         return f"{super().extra_repr()}, int{quantized.bits}{groups}{zeros}"
 
 
-class PackedEmbedding(_Quantised, nn.Embedding):
+class PackedEmbedding(_Quantised, nn.Embedding):  # type: ignore[misc]  # likewise
     """An embedding tied to a quantised head: rows are looked up in the head's quantised weight."""
 
     @property
@@ -239,8 +257,9 @@ class PackedEmbedding(_Quantised, nn.Embedding):
         """Turns ``embedding`` itself into a quantised one that returns rows in the dtype of its weight."""
         weight = embedding.weight
         embedding.__class__ = PackedEmbedding
-        embedding._take(quantized, weight)
+        cast(PackedEmbedding, embedding)._take(quantized, weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = embedding_rows(self.quantized, input.reshape(-1), self._parameters["weight"].dtype)
+        dtype = self._parameters["weight"].dtype  # type: ignore[union-attr]  # is never None
+        rows = embedding_rows(self.quantized, input.reshape(-1), dtype)
         return rows.view(*input.shape, self.embedding_dim)

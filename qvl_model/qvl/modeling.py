@@ -87,7 +87,7 @@ class QVLModel(QVLPreTrainedModel):
         return self.language_model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.embed_tokens = value
+        self.language_model.embed_tokens = value  # type: ignore[assignment]  # any module that maps ids to embeddings
 
     def get_image_features(self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None) -> Visual | None:
         """The visual tokens of each sample; None if no pixel belongs to an image.
@@ -232,7 +232,9 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Self:
+    def from_pretrained(  # type: ignore[override]  # stock's also takes None for the path, with a state_dict
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> Self:
         """As every model's; from a directory of quantised weights it returns an accelerated model."""
         check_attention(pretrained_model_name_or_path, **kwargs)
         quantised = loader.load_quantized(pretrained_model_name_or_path, cls, **kwargs)
@@ -334,9 +336,17 @@ class QVLForConditionalGeneration(QVLPreTrainedModel, GenerationMixin):
         return inputs
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor | None, dict]:
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """Images are not repeated for beams: the model reads each once and repeats keys and values."""
-        images = {name: kwargs.pop(name) for name in ("pixel_values", "pixel_attention_mask") if name in kwargs}
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        names = ("pixel_values", "pixel_attention_mask")
+        images: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
+        # transformers types ``self`` for its own type checker: its models do not fit.
+        input_ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size, is_encoder_decoder, input_ids, **kwargs
+        )
         return input_ids, {**kwargs, **images}

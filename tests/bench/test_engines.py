@@ -312,7 +312,7 @@ def test_peers_that_cannot_be_prepared_are_skipped_with_their_reason(checkpoint,
     assert main(["--model", str(checkpoint)]) == 1
     printed = capsys.readouterr().out.splitlines()
     assert printed == [f"{engine.name}: skipped, no network" for engine in engines_of(checkpoint)] and len(printed) == 8
-    with pytest.raises(SystemExit, match="no peer is called vllm; there are llama.cpp bf16"):
+    with pytest.raises(SystemExit, match="no engine is called vllm; there are llama.cpp bf16"):
         main(["--model", str(checkpoint), "vllm"])
 
 

@@ -128,3 +128,8 @@ def begun(monkeypatch) -> list[step_gpu.GpuStep]:
     steps, begin = [], step_gpu.GpuStep._begin
     monkeypatch.setattr(step_gpu.GpuStep, "_begin", lambda step, *args: steps.append(step) or begin(step, *args))
     return steps
+
+
+def idle(model) -> list[step_gpu.GpuStep]:
+    """The steps that are kept for the next calls."""
+    return step_gpu._pools[model]._idle

@@ -59,16 +59,16 @@ inline void tile_attention_scores(const AttentionArgs& a, const AttentionTile& t
   };
   multiply(k, row_bytes, whole, s.scores);
   if (whole == tiles) return;
-  const int64_t packed_bytes = a.head_dim * int64_t(sizeof(bf16));
+  const int64_t contiguous_row_bytes = a.head_dim * int64_t(sizeof(bf16));
   for (int64_t i = 0; i < kTileRows; ++i) {
     const int64_t key = whole * kTileRows + i;
     if (b.key + key < t.keys) {
-      std::memcpy(spare + i * packed_bytes, k + key * row_bytes, size_t(packed_bytes));
+      std::memcpy(spare + i * contiguous_row_bytes, k + key * row_bytes, size_t(contiguous_row_bytes));
     } else {
-      std::memset(spare + i * packed_bytes, 0, size_t(packed_bytes));
+      std::memset(spare + i * contiguous_row_bytes, 0, size_t(contiguous_row_bytes));
     }
   }
-  multiply(spare, packed_bytes, 1, s.scores + whole * kTileRows * b.width);
+  multiply(spare, contiguous_row_bytes, 1, s.scores + whole * kTileRows * b.width);
 }
 
 inline void tile_attention_block(const AttentionArgs& a, const AttentionTile& t, const KeyBlock& b,

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import torch
 
+from qvl_kernels.gpu.device_functions import LOG2E
 from qvl_kernels.gpu.tiles import cdiv
-from qvl_kernels.gpu.views import MaskView
-from qvl_kernels.ops.attention.triton_device_functions import LOG2E
+from qvl_kernels.gpu.views import mask_kind_and_view
 
 __all__ = ["LENGTHS", "Layout", "Mode"]
 
@@ -47,13 +47,7 @@ class Layout:
         self.queries, self.heads, self.head_dim = q.shape[-3:]
         self.keys, self.kv_heads = k.shape[-3], k.shape[-2]
         self.sequences = cu_seqlens.numel() - 1 if self.varlen else 0
-        kind, full, mask_strides = 0, q, (0, 0, 0, 0)
-        if mask is not None:
-            kind = 1 if mask.dtype == torch.bool else 2
-            full = (mask.view(torch.uint8) if kind == 1 else mask).expand(
-                self.batch, self.heads, self.queries, self.keys
-            )
-            mask_strides = full.stride()
+        kind, masks = mask_kind_and_view(mask, (self.batch, self.heads, self.queries, self.keys), q)
         self.mode = Mode(
             GROUP=self.heads // self.kv_heads,
             HEAD_DIM=self.head_dim,
@@ -65,7 +59,7 @@ class Layout:
             DROPOUT=dropout_p > 0.0,
         )
         self.arguments = {
-            "mask_view": MaskView(full, *mask_strides),
+            "mask_view": masks,
             "cu_seqlens_ptr": q if cu_seqlens is None else cu_seqlens.to(q.device, non_blocking=True),
             "key_counts_ptr": q if key_counts is None else key_counts,
             "seed_ptr": q if seed is None else seed,

@@ -6,12 +6,12 @@ import triton.language as tl
 
 from qvl_kernels.gpu import features
 from qvl_kernels.gpu.device import architecture
+from qvl_kernels.gpu.device_functions import LOG2E
 from qvl_kernels.gpu.launch import launch, make_descriptors
 from qvl_kernels.gpu.views import heads_view
 from qvl_kernels.ops.attention import tiles
 from qvl_kernels.ops.attention.triton_arguments import LENGTHS, Layout
 from qvl_kernels.ops.attention.triton_device_functions import (
-    LOG2E,
     Dropout,
     block_coordinates,
     dropout_keep_mask,

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from qvl_kernels.gpu.device_functions import LOG2E
 from qvl_kernels.gpu.views import HeadsView, MaskView
 
 __all__ = [
-    "LOG2E",
     "Block",
     "Dropout",
     "block_coordinates",
@@ -23,7 +23,6 @@ __all__ = [
     "zero_masked_keys",
 ]
 
-LOG2E = tl.constexpr(1.4426950408889634)  # softmax to base 2
 SEARCH = tl.constexpr(1024)  # sequences whose cu_seqlens a program reads at once
 
 

@@ -10,15 +10,13 @@ import triton.language as tl
 
 from qvl_kernels.gpu import features
 from qvl_kernels.gpu.device import architecture
-from qvl_kernels.gpu.device_functions import caches_of_table, griddepcontrol_wait, visible_of_table
+from qvl_kernels.gpu.device_functions import LOG2E, caches_of_table, griddepcontrol_wait, visible_of_table
 from qvl_kernels.gpu.launch import launch
 from qvl_kernels.gpu.tiles import cdiv
-from qvl_kernels.gpu.views import HeadsView, MaskView, heads_view
+from qvl_kernels.gpu.views import HeadsView, MaskView, heads_view, mask_kind_and_view
 from qvl_kernels.ops.decode_attention import tiles
 
 __all__ = ["launch_decode_attention"]
-
-LOG2E = tl.constexpr(1.4426950408889634)  # softmax to base 2
 
 
 @triton.jit
@@ -224,14 +222,12 @@ def launch_decode_attention(
     if splits > 1:
         partial = torch.empty((batch, queries, heads, splits, head_dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((batch, queries, heads, splits), dtype=torch.float32, device=q.device)
-    kind, full, mask_strides, entry = 0, q, (0, 0, 0, 0), q
     if table is not None:  # a captured graph must not hold the caches' present addresses and capacity
-        kind, mask_strides, entry = 1, (0, 0, 0, 1), table
+        kind, masks, entry = 1, MaskView(q, 0, 0, 0, 1), table
         k_cache, v_cache, capacity = q, q, 0
-    elif mask is not None:
-        kind = 1 if mask.dtype == torch.bool else 2
-        full = (mask.view(torch.uint8) if kind == 1 else mask).expand(batch, heads, queries, capacity)
-        mask_strides = full.stride()
+    else:
+        kind, masks = mask_kind_and_view(mask, (batch, heads, queries, capacity), q)
+        entry = q
     k_scales = v_scales = HeadsView(q, 0, 0, 0)
     if k_scale is not None:
         k_scales, v_scales = (HeadsView(x, x.stride(0), x.stride(2), x.stride(1)) for x in (k_scale, v_scale))
@@ -243,7 +239,7 @@ def launch_decode_attention(
         v_view=heads_view(v_cache.transpose(1, 2)),
         k_scale_view=k_scales,
         v_scale_view=v_scales,
-        mask_view=MaskView(full, *mask_strides),
+        mask_view=masks,
         cache_seqlens_ptr=lengths,
         table_ptr=entry,
         out_ptr=out,
