@@ -18,6 +18,7 @@ import qvl_model
 from qvl_model.compat import CACHE
 from qvl_model.generation import graphs, kv_cache, step_gpu
 from qvl_model.generation.step_gpu import GpuStep, StepFailed
+from qvl_model.modules import fast_path
 
 
 @pytest.fixture
@@ -270,7 +271,8 @@ def test_what_could_not_begin_keeps_no_memory(models, steps, monkeypatch):
         alive.append(len(_alive(held)))
         return call(model, *args, **kwargs)
 
-    looked.__module__ = "transformers"  # a user's method is called by stock code
+    # A user's method would be called by stock code.
+    monkeypatch.setattr(fast_path, "_LIBRARIES", (*fast_path._LIBRARIES, __name__))
     monkeypatch.setattr(type(models[1].model), "__call__", looked)
     _refused(monkeypatch)
     with pytest.warns(RuntimeWarning, match="without CUDA graphs"):
