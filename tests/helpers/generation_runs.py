@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from models import assert_close
+from models import assert_close, inputs
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -36,6 +36,20 @@ def same_runs(models, batch, **options):
         assert_close(got.values, expected.values)
     assert int(ours[CACHE].get_seq_length()) == int(stock[CACHE].get_seq_length())
     return outs
+
+
+def logits_of(model, batch=None, **options):
+    """Logits of all new tokens, greedy unless options say otherwise."""
+    scored = {"return_dict_in_generate": True, "output_logits": True}
+    return torch.stack(generate(model, batch or inputs([9]), **{**GREEDY, **scored, **options}).logits)
+
+
+def same_logits(models, *arguments, **options):
+    """Asserts that the logits of stock and ours agree; returns stock's."""
+    expected, found = (logits_of(model, *arguments, **copy.deepcopy(options)) for model in models)
+    assert found.shape == expected.shape
+    assert_close(found, expected)
+    return expected
 
 
 def same_cache(ours, stock, strides: bool = True) -> None:

@@ -1,11 +1,11 @@
 """What users change on the model, or while ``generate`` runs, counts as in stock, by the CPU's and the GPU's step."""
 
 import contextlib
-import copy
 
 import pytest
 import qvl_models
 import torch
+from generation_runs import logits_of, same_logits
 from gpu_steps import offer
 from models import assert_close, inputs, pair
 from torch import nn
@@ -18,26 +18,11 @@ from qvl_kernels.ops.decoder_layer import prepared
 from qvl_model.compat import CACHE, CHECKPOINTING
 from qvl_model.generation import step_cpu
 
-GREEDY = {"do_sample": False, "max_new_tokens": 12}
-SCORED = {"return_dict_in_generate": True, "output_logits": True}
-
 
 @pytest.fixture(params=["CPU step", "GPU step"])
 def step(request, monkeypatch):
     if request.param == "GPU step":
         offer(monkeypatch)
-
-
-def _logits(model, batch=None, **options):
-    torch.manual_seed(3)
-    out = model.generate(**(batch or inputs([9])), **{**GREEDY, **SCORED, **options})
-    return torch.stack(out.logits)
-
-
-def _assert_same(models, *arguments, **options):
-    expected, found = (_logits(model, *arguments, **copy.deepcopy(options)) for model in models)
-    assert found.shape == expected.shape
-    assert_close(found, expected)
 
 
 class _Streamer(BaseStreamer):
@@ -147,16 +132,16 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_of_the_model_counts(name, step):
     models = pair("odd")
-    before = _logits(models[1])
+    before = logits_of(models[1])
     for model in models:
         if not hasattr(model, "_optimize_model_for_decode") and name == "a function around the loop":
             return  # not in this version
         CHANGES[name](model)
     if name == "a function that ends the loop":
-        assert len(_logits(models[0])) == len(_logits(models[1])) < 12
+        assert len(logits_of(models[0])) == len(logits_of(models[1])) < 12
         return
-    _assert_same(models)
-    after = _logits(models[0])
+    same_logits(models)
+    after = logits_of(models[0])
     assert after.shape != before.shape or not torch.allclose(after, before, atol=1e-3)
     assert qvl_model.report(models[1]).decoding
 
@@ -175,7 +160,7 @@ def test_patches_of_transformers_count(name, step, monkeypatch):
     """Also those that come after ``accelerate``; and their end."""
     models = pair("odd")
     batch = inputs([3, (1, 4, 6), 4])
-    before = _logits(models[0], batch)
+    before = logits_of(models[0], batch)
     with monkeypatch.context() as patch:
         if name in PATCHES:
             patch.setattr(stock_module, name, PATCHES[name](getattr(stock_module, name)))
@@ -189,9 +174,9 @@ def test_patches_of_transformers_count(name, step, monkeypatch):
             patch.setattr(kind, "forward", halved)
             for model in models:
                 assert "replaced" in qvl_model.report(model).decoding or model is models[0]
-        _assert_same(models, batch)
-        assert name == "create_causal_mask" or not torch.allclose(_logits(models[0], batch), before, atol=1e-3)
-    _assert_same(models, batch)
+        same_logits(models, batch)
+        assert name == "create_causal_mask" or not torch.allclose(logits_of(models[0], batch), before, atol=1e-3)
+    same_logits(models, batch)
 
 
 class _Tokenizer:
@@ -215,7 +200,7 @@ def test_a_tokenizer_of_a_streamer_changes_the_model(step, capsys):
                 layer = model.model.language_model.layers[1]
                 layer.register_forward_hook(lambda module, args, out: 1.7 * out)
 
-        outs.append(_logits(model, streamer=TextStreamer(_Tokenizer(hook))))
+        outs.append(logits_of(model, streamer=TextStreamer(_Tokenizer(hook))))
     assert_close(outs[1], outs[0])
 
 
@@ -232,7 +217,7 @@ def test_a_hook_changes_the_model_while_a_token_is_computed(where, step):
                     layer.mlp.register_forward_hook(lambda module, args, out: 1.7 * out)
 
         getattr(body, where).register_forward_hook(hook)
-        outs.append(_logits(model))
+        outs.append(logits_of(model))
     assert_close(outs[1], outs[0])
 
 
@@ -253,7 +238,7 @@ def test_a_hook_of_qvl_changes_the_model_while_a_token_is_computed(where, step):
                     layer.mlp.register_forward_hook(lambda module, args, out: 1.7 * out)
 
         module.register_forward_hook(hook)
-        outs.append(_logits(model, qvl_models.inputs(7), max_new_tokens=9))
+        outs.append(logits_of(model, qvl_models.inputs(7), max_new_tokens=9))
     assert_close(outs[1], outs[0])
 
 
@@ -263,7 +248,7 @@ def test_recomputing_activations_in_training(step):
     for model in pair("odd"):
         getattr(model, f"{CHECKPOINTING}_enable")()
         model.train()
-        outs.append(_logits(model))
+        outs.append(logits_of(model))
         cache = DynamicCache()
         with torch.no_grad():
             steps = [model(input_ids=ids[None, None], **{CACHE: cache}).logits for ids in inputs([9])["input_ids"][0]]
@@ -282,5 +267,5 @@ def test_calls_of_the_extension_for_a_token(weights, monkeypatch):
     run, logits = prepared.run_to_last, step_cpu._End.logits
     monkeypatch.setattr(prepared, "run_to_last", lambda *args: layers.append(len(args[0])) or run(*args))
     monkeypatch.setattr(step_cpu._End, "logits", lambda *args: ends.append(1) or logits(*args))
-    _logits(model)
+    logits_of(model)
     assert layers == [len(model.model.language_model.layers)] * 12 and len(ends) == 11

@@ -2,13 +2,13 @@
 counts as in stock, by the CPU's and the GPU's step.
 """
 
-import copy
 import functools
 import subprocess
 import sys
 
 import pytest
 import torch
+from generation_runs import GREEDY, logits_of, same_logits
 from gpu_steps import offer
 from models import assert_close, inputs, pair
 from torch import nn
@@ -23,25 +23,11 @@ from triton.runtime.errors import OutOfResources
 from qvl_model.compat import CACHE
 from qvl_model.generation import loop, step_gpu
 
-GREEDY = {"do_sample": False, "max_new_tokens": 8}
-SCORED = {"return_dict_in_generate": True, "output_logits": True}
-
 
 @pytest.fixture(params=["CPU step", "GPU step"])
 def step(request, monkeypatch):
     if request.param == "GPU step":
         offer(monkeypatch)
-
-
-def _logits(model, batch=None, **options):
-    return torch.stack(model.generate(**(batch or inputs([9])), **{**GREEDY, **SCORED, **options}).logits)
-
-
-def _assert_same(models, *arguments, **options):
-    expected, found = (_logits(model, *arguments, **copy.deepcopy(options)) for model in models)
-    assert found.shape == expected.shape
-    assert_close(found, expected)
-    return expected
 
 
 def _halved(own):
@@ -111,11 +97,11 @@ PATCHES = {  # owner, name, what makes the replacement
 def test_wrapped_patches_count(name, step, monkeypatch):
     """``functools.wraps`` makes a user's function look like the one that it replaces."""
     models, batch = pair("odd"), inputs([9], [4])
-    before = _assert_same(models, batch)
+    before = same_logits(models, batch)
     owner, attribute, replacement = PATCHES[name]
     own = getattr(owner, attribute)
     monkeypatch.setattr(owner, attribute, functools.wraps(own)(replacement(own)))
-    assert not torch.allclose(_assert_same(models, batch), before, atol=1e-3)
+    assert not torch.allclose(same_logits(models, batch), before, atol=1e-3)
 
 
 def test_a_wrapped_mask_function_counts(step, monkeypatch):
@@ -128,7 +114,7 @@ def test_a_wrapped_mask_function_counts(step, monkeypatch):
         return mask & (torch.arange(mask.shape[-1]) != 2)
 
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", masked)
-    _assert_same(models)
+    same_logits(models)
 
 
 BEFORE_THE_IMPORT = """
@@ -200,7 +186,7 @@ def test_a_change_at_the_first_token(name, role, step):
         body = model.model.language_model
         part = _AtTheFirstToken(lambda body=body: CHANGES[name](body.layers[1], body))
         part.count = int(role == "logits_processor")  # streamers are shown the prompt first
-        outs.append(_logits(model, **{role: part if role == "streamer" else [part]}))
+        outs.append(logits_of(model, **{role: part if role == "streamer" else [part]}))
         assert part.count > 1
     assert_close(outs[1], outs[0])
 
@@ -222,7 +208,7 @@ def test_patched_processors_and_criteria(step, monkeypatch):
 
 def test_positions_between_integers(step):
     positions = (torch.arange(9).float() / 2).expand(3, 2, -1) + 5.3
-    _assert_same(pair("odd"), inputs([9], [4]), position_ids=positions)
+    same_logits(pair("odd"), inputs([9], [4]), position_ids=positions)
 
 
 class _HalfKeys(DynamicLayer):
@@ -236,14 +222,14 @@ def test_layers_that_a_cache_makes(step):
     for model in pair("odd"):
         cache = DynamicCache()
         cache.layer_class_to_replicate = _HalfKeys
-        outs.append(_logits(model, **{CACHE: cache}))
+        outs.append(logits_of(model, **{CACHE: cache}))
     assert_close(outs[1], outs[0])
 
 
 def test_a_streamer_that_holds_itself(step):
     part = _AtTheFirstToken(lambda: None)
     part.owner = part
-    _assert_same(pair("small"), streamer=part)
+    same_logits(pair("small"), streamer=part)
     penalty = RepetitionPenaltyLogitsProcessor(1.5)
     penalty.owner = penalty
     assert not loop._is_foreign(penalty)
