@@ -26,6 +26,7 @@ __all__ = [
     "QuantizedWeight",
     "check_weight",
     "dequantize",
+    "from_integers",
     "quantize",
     "quantize_activations",
     "rounded_activations",
@@ -143,6 +144,40 @@ def quantize(
         else:
             values[piece], scales[piece], zeros[piece] = _quantize_int4_range(wide, group, scale_dtype)
     return QuantizedWeight(values, scales, size, zeros)
+
+
+def from_integers(values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None) -> QuantizedWeight:
+    """The int4 weight ``scales * (values - zeros)`` of these integers.
+
+    Args:
+        values: uint8 [N, K], 0 to 15, K a whole number of groups of 32, 64 or 128 inputs.
+        scales: bf16 or fp16 [N, groups].
+        zeros: uint8 [N, groups], 0 to 15; None for 8 everywhere.
+    Raises: TypeError for other dtypes; ValueError for other shapes or integers.
+    Example:
+        >>> weight = from_integers(torch.randint(16, (10, 64), dtype=torch.uint8), torch.rand(10, 2).half())
+    """
+    checks.check_dtype("from_integers", "values", values, torch.uint8)
+    checks.check_dtype("from_integers", "scales", scales, *SCALE_DTYPES)
+    if values.dim() != 2 or scales.dim() != 2 or values.shape[0] != scales.shape[0]:
+        raise ValueError(
+            f"from_integers: values must be [N, K] and scales [N, groups], got {tuple(values.shape)} and "
+            f"{tuple(scales.shape)}"
+        )
+    rows, groups = scales.shape
+    if not any(groups * group == values.shape[1] for group in GROUPS):
+        raise ValueError(
+            f"from_integers: {values.shape[1]} inputs are no {groups} groups of {', '.join(map(str, GROUPS))}"
+        )
+    if zeros is not None:
+        checks.check_dtype("from_integers", "zeros", zeros, torch.uint8)
+        checks.check_shape("from_integers", "zeros", zeros, (rows, groups))
+    for name, integers in (("values", values), ("zeros", zeros)):
+        if integers is not None and integers.numel() and int(integers.max()) > 15:
+            raise ValueError(f"from_integers: {name} must be 0 to 15, got {int(integers.max())}")
+    nibbles = values.contiguous().view(rows, groups, -1)
+    packed = None if zeros is None else _packed_zeros(zeros.contiguous())
+    return QuantizedWeight(_packed_values(nibbles), scales, values.shape[1], packed)
 
 
 def _quantize_int8(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -70,8 +70,10 @@ def check_attention(path: str | os.PathLike, **options: Any) -> None:
 
     Args:
         path, options: as ``from_pretrained`` takes them.
-    Raises: ValueError.
+    Raises: ValueError, also for GGUF files.
     """
+    if options.get("gguf_file") is not None or str(path).endswith(".gguf"):
+        raise ValueError(f"{path}: qvl does not load GGUF files; give the safetensors that they were made from")
     if isinstance(options.get("attn_implementation"), str) or options.get("config") is not None:
         return  # the caller's own choice
     try:

@@ -13,12 +13,12 @@ from qvl_model import capacity, loader
 from qvl_model.accelerate import accelerate
 from qvl_model.checkpoint_files import load_config
 from qvl_model.modules.generation import Qwen3VLForConditionalGeneration
-from qvl_model.quantization import calibration_set
+from qvl_model.quantization import calibration_set, external
 from qvl_model.quantization.checkpoint import copy_files, fill, published, read, save
-from qvl_model.quantization.convert import is_quantized_checkpoint, section_of
+from qvl_model.quantization.convert import METHOD, is_quantized_checkpoint, section_of
 from qvl_model.qvl import QVLForConditionalGeneration
 
-__all__ = ["load", "quantize"]
+__all__ = ["load", "one_device", "quantize"]
 
 # Arguments of from_pretrained about finding files. They are ignored, since the files are local.
 _ABOUT_DOWNLOADS = {
@@ -62,7 +62,7 @@ def quantize(
         >>> quantize("qwen3-vl-2b", "qwen3-vl-2b-int8", formats_of("int8"))
     """
     source, out = Path(source), Path(out)
-    if is_quantized_checkpoint(source):
+    if is_quantized_checkpoint(source) and not _is_fp8(source):
         raise ValueError(f"{source} is quantised already; quantise the checkpoint that it was made from")
     if not formats:
         raise ValueError("quantize: no part is to be quantised")
@@ -80,8 +80,25 @@ def _quantized(
     calibration: str | None,
     bits: float | None,
 ) -> PreTrainedModel:
+    # Not accelerated yet, which would move dense weights to huge pages that quantising cannot free.
+    model = _built(source, load_config(source)) if _is_fp8(source) else _dense(source)
+    inputs = calibration_set.DEFAULT if calibration == calibration_set.DEFAULT else None
+    if calibration is not None and inputs is None:
+        inputs = calibration_set.read(Path(calibration), source)
+    model = accelerate(
+        model, weights=formats, group=group, calibration=inputs, bits=bits
+    )  # this checks the weights that it quantises
+    capacity.check_finite(model, source)
+    return model
+
+
+def _is_fp8(path: Path) -> bool:
+    return (section_of(path) or {}).get("quant_method") == "fp8"
+
+
+def _dense(source: Path) -> PreTrainedModel:
+    """The model of a dense checkpoint, which must have all weights of its class, and no others."""
     model_class = _class_of(load_config(source))
-    # Loaded as stock: accelerating first would move dense weights to huge pages, which quantising cannot free.
     model, info = super(model_class, model_class).from_pretrained(
         source, dtype="auto", output_loading_info=True, trust_remote_code=False, local_files_only=True
     )
@@ -94,13 +111,6 @@ def _quantized(
             f"{source} has {len(info['unexpected_keys'])} tensors that its config.json has no place for, such as "
             f"{min(info['unexpected_keys'])}; they would be lost"
         )
-    inputs = calibration_set.DEFAULT if calibration == calibration_set.DEFAULT else None
-    if calibration is not None and inputs is None:
-        inputs = calibration_set.read(Path(calibration), source)
-    model = accelerate(
-        model, weights=formats, group=group, calibration=inputs, bits=bits
-    )  # this checks the weights that it quantises
-    capacity.check_finite(model, source)
     return model
 
 
@@ -120,18 +130,22 @@ def load(
     attn_implementation: str | None = None,
     output_loading_info: bool = False,
     config: PreTrainedConfig | None = None,
+    weights: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
     """The accelerated model of a quantised checkpoint, its tensors mapped from the file.
 
     Args:
+        path: directory that qvl wrote, or one of a format in ``qvl_model.quantization.external``.
         model_class: Qwen3VLForConditionalGeneration or QVLForConditionalGeneration; None takes the one that config.json
             names.
         dtype: of tensors that are not quantised; None or "auto" for the one it was saved in.
         device_map: one device for all of it; None leaves it mapped, on the CPU.
         attn_implementation, output_loading_info, config: as from_pretrained takes them.
-    Raises: ValueError for files that are damaged, incomplete, of another version, or do not belong together; TypeError
-        for arguments that it does not know.
+        weights: of an fp8 checkpoint: None makes its weights dense, "int8" or "int4" quantises them one by one.
+    Raises: ValueError for files that are damaged, incomplete, of another version, or do not belong together, for
+        settings of another tool that qvl does not run, and for ``weights`` of other checkpoints; TypeError for
+        arguments that it does not know.
     Example:
         >>> model = load("qwen3-vl-2b-int8")
     """
@@ -144,11 +158,33 @@ def load(
             f"{', '.join(unknown)}"
         )
     config = load_config(path) if config is None else copy.deepcopy(config)
+    model = _built(path, config, model_class, dtype, attn_implementation, weights)
+    model = accelerate(model)
+    if device_map is not None:
+        model = model.to(one_device(device_map))
+    nothing = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    return (model, nothing) if output_loading_info else model
+
+
+def _built(
+    path: Path,
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel] | None = None,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    weights: str | None = None,
+) -> PreTrainedModel:
+    """The model of a quantised checkpoint as ``load`` returns it, before it is accelerated."""
     vars(config).pop("quantization_config", None)  # it describes the files, which are read here
-    section = section_of(path)
-    tensors, shared = read(path, section)
+    section = section_of(path) or {}
+    if weights is not None and not _is_fp8(path):
+        raise ValueError(f"from_pretrained: {path} is quantised already; weights={weights!r} is for fp8 checkpoints")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     dtype = config.dtype if dtype in (None, "auto") else dtype
+    if section.get("quant_method") == METHOD:
+        tensors, shared = read(path, section)
+    else:
+        tensors, shared = external.read(path, section, weights=weights, dtype=dtype, tied=config.tie_word_embeddings)
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"):
         model = (model_class or _class_of(config))._from_config(config, dtype=dtype, **chosen)
@@ -156,11 +192,7 @@ def load(
     calibration_set.put(model, section.get("calibration"))
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    model = accelerate(model.eval())
-    if device_map is not None:
-        model = model.to(_one_device(device_map))
-    nothing = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
-    return (model, nothing) if output_loading_info else model
+    return model.eval()
 
 
 def _load_quantized(
@@ -170,7 +202,8 @@ def _load_quantized(
     return load(path, model_class, **kwargs) if is_quantized_checkpoint(path) else None
 
 
-def _one_device(device_map: Any) -> torch.device:
+def one_device(device_map: Any) -> torch.device:
+    """The device of a ``device_map`` that puts a whole model on one. Raises: ValueError for any other."""
     if isinstance(device_map, Mapping) and set(device_map) == {""}:
         device_map = device_map[""]
     if isinstance(device_map, Mapping) or device_map in ("balanced", "balanced_low_0", "sequential"):

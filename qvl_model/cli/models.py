@@ -58,6 +58,8 @@ def checkpoint_of(name: str | None) -> Path:
     """
     from qvl_model import digits
 
+    if name is not None and name.endswith(".gguf"):
+        raise CommandError(f"{name} is a GGUF file; qvl loads the checkpoint in safetensors that it was made from")
     checkpoint = digits.checkpoint(name)
     if not checkpoint.exists() and name is not None and HUB_NAME.fullmatch(name):
         checkpoint = _from_hub(name)
@@ -98,8 +100,10 @@ def config_of(checkpoint: Path) -> "PreTrainedConfig":
         raise CommandError(one_line(error)) from error
 
 
-def read_weights(checkpoint: Path) -> Any:
-    """(model, loading info with missing, mismatched and unexpected keys) of a checkpoint directory."""
+def read_weights(checkpoint: Path, weights: str | None = None) -> Any:
+    """(model, loading info with missing, mismatched and unexpected keys) of a checkpoint directory; ``weights``: format
+    of weights that are fp8 in the file.
+    """
     from transformers import AutoModelForImageTextToText
 
     from qvl_model import pretrained
@@ -109,7 +113,7 @@ def read_weights(checkpoint: Path) -> Any:
     _check_files(checkpoint)
     try:
         if is_quantized_checkpoint(checkpoint):
-            return pretrained.load(checkpoint, output_loading_info=True)
+            return pretrained.load(checkpoint, output_loading_info=True, weights=weights)
         return AutoModelForImageTextToText.from_pretrained(
             checkpoint,
             dtype="auto",
@@ -192,7 +196,7 @@ def load(name: str | None, *, weights: str | None = None, stock: bool = False, t
     from qvl_model.checkpoint_files import one_line, read_mapping
     from qvl_model.config_check import check_generation
     from qvl_model.processing import load_processor
-    from qvl_model.quantization.convert import is_quantized_checkpoint
+    from qvl_model.quantization.convert import is_quantized_checkpoint, section_of
 
     if threads is not None:
         if threads < 1:
@@ -200,7 +204,8 @@ def load(name: str | None, *, weights: str | None = None, stock: bool = False, t
         torch.set_num_threads(threads)
     config = config_of(checkpoint)
     quiet()
-    if is_quantized_checkpoint(checkpoint) and (stock or weights):
+    fp8 = (section_of(checkpoint) or {}).get("quant_method") == "fp8"
+    if is_quantized_checkpoint(checkpoint) and (stock or weights and not fp8):
         option = "--stock" if stock else "--weights"
         raise CommandError(
             f"{checkpoint} holds quantised weights, which stock transformers cannot run and qvl runs as they are; "
@@ -218,7 +223,7 @@ def load(name: str | None, *, weights: str | None = None, stock: bool = False, t
             raise CommandError(
                 f"{checkpoint}/config.json: {kind}_token_id is {ours}, and its tokenizer writes {kind}s as {theirs}"
             )
-    model, info = read_weights(checkpoint)
+    model, info = read_weights(checkpoint, weights if fp8 else None)
     # transformers fills such weights with random numbers; the answer would be noise.
     for problem, keys in (
         ("lacks", info["missing_keys"]),
@@ -236,7 +241,7 @@ def load(name: str | None, *, weights: str | None = None, stock: bool = False, t
     try:
         capacity.check_finite(model, checkpoint)
         if not stock:
-            model = api.accelerate(model, weights=weights)
+            model = api.accelerate(model, weights=None if fp8 else weights)
     except (ValueError, TypeError) as error:
         raise CommandError(one_line(error)) from error
     if not processor.chat_template:

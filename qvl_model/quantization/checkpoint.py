@@ -265,7 +265,10 @@ def _umask() -> int:
 
 
 def read(path: Path, section: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, mapped; other names -> the name of their tensor) of a directory whose config has ``section``."""
+    """(tensors, mapped; other names -> the name of their tensor) of a directory whose config has ``section``.
+
+    Raises: ValueError for files that are damaged, missing, of another version, or do not belong together.
+    """
     file = path / FILE
     version = section.get("version")
     if version not in VERSIONS:
@@ -288,11 +291,11 @@ def read(path: Path, section: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{file} is damaged ({error}); quantise it again") from error
 
 
-def fill(
-    model: PreTrainedModel, tensors: dict[str, Tensor], shared: dict[str, str], dtype: torch.dtype, path: Path
-) -> None:
-    """Puts tensors into a model on the meta device; layers become quantised where their tensors are."""
-    tensors |= {name: tensors[first] for name, first in shared.items() if first in tensors}
+def convert_layers(model: PreTrainedModel, tensors: dict[str, Tensor], path: Path) -> None:
+    """Makes the linear layers and embeddings of a model quantised whose quantised weights are in ``tensors``.
+
+    Raises: ValueError for tensors that do not fit the model.
+    """
     modules = dict(model.named_modules())
     for name in [name.removesuffix(".weight_values") for name in tensors if name.endswith(".weight_values")]:
         module, scales = modules.get(name), tensors.get(f"{name}.weight_scales")
@@ -318,9 +321,10 @@ def fill(
             except ValueError as error:
                 raise ValueError(f"{path} does not fit its config.json: {name}.{error}; quantise it again") from error
     scaling.attach(modules)
-    for embedding, head in tied_pairs(model):
-        embedding.weight = head.weight
-    wanted = model.state_dict()
+
+
+def check_names(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises: ValueError unless the tensors have the names and shapes of ``wanted``, the ``state_dict`` of a model."""
     for what, names in (
         ("lacks", wanted.keys() - tensors.keys()),
         ("has, without a place for it in the model,", tensors.keys() - wanted.keys()),
@@ -331,6 +335,18 @@ def fill(
     ):
         if names:
             raise ValueError(f"{path} {what} {len(names)} tensors, such as {min(names)}; quantise it again")
+
+
+def fill(
+    model: PreTrainedModel, tensors: dict[str, Tensor], shared: dict[str, str], dtype: torch.dtype, path: Path
+) -> None:
+    """Puts tensors into a model on the meta device; layers become quantised where their tensors are."""
+    tensors |= {name: tensors[first] for name, first in shared.items() if first in tensors}
+    convert_layers(model, tensors, path)
+    for embedding, head in tied_pairs(model):
+        embedding.weight = head.weight
+    wanted = model.state_dict()
+    check_names(wanted, tensors, path)
     placed = {}
     for name in wanted:
         owner, _, own = name.rpartition(".")

@@ -16,7 +16,7 @@ from qvl_kernels import quantization
 from qvl_kernels.memory import pages
 from qvl_model.capacity.weights import is_finite
 from qvl_model.modules import linear, lm_head
-from qvl_model.quantization import calibration, precision, scaling
+from qvl_model.quantization import calibration, external, precision, scaling
 from qvl_model.quantization.modules import FORMATS, PackedEmbedding, PackedLinear
 
 __all__ = [
@@ -156,13 +156,14 @@ def section_of(path: str | os.PathLike | None) -> dict | None:
 
 
 def is_quantized_checkpoint(path: str | os.PathLike | None) -> bool:
-    """Whether ``path`` is a directory with weights quantised by qvl, in any version of the format.
+    """Whether ``path`` is a directory with weights quantised by qvl, in any version of the format, or by a tool whose
+    format qvl reads (see ``external``).
 
     Example:
         >>> is_quantized_checkpoint("qwen3-vl-2b-int8")
         True
     """
-    return (section_of(path) or {}).get("quant_method") == METHOD
+    return (section_of(path) or {}).get("quant_method") in (METHOD, *external.METHODS)
 
 
 def part_of(model: nn.Module, name: str) -> str:
