@@ -15,6 +15,7 @@ def _is_command() -> bool:
 
 if not _is_command():
     from qvl_model.api import (
+        QuantizationConfig,
         QVLConfig,
         QVLForConditionalGeneration,
         QVLModel,
@@ -23,6 +24,7 @@ if not _is_command():
         __version__,  # noqa: F401
         accelerate,
         is_accelerated,
+        register,
         release,
         report,
         restore,
@@ -32,10 +34,12 @@ __all__ = [
     "QVLConfig",
     "QVLForConditionalGeneration",
     "QVLModel",
+    "QuantizationConfig",
     "Qwen3VLForConditionalGeneration",
     "Report",
     "accelerate",
     "is_accelerated",
+    "register",
     "release",
     "report",
     "restore",

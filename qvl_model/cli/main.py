@@ -7,13 +7,13 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from qvl_model.cli import batch, chat, doctor, generate, inspect, quantize, serve, train, verify
+from qvl_model.cli import batch, chat, doctor, generate, inspect, program, quantize, serve, train, verify
 from qvl_model.cli.errors import CommandError
 
 __all__ = ["main"]
 
 DEBUG = "show where an error comes from"
-COMMANDS = (generate, chat, batch, serve, quantize, inspect, verify, train, doctor)
+COMMANDS = (generate, chat, batch, serve, quantize, inspect, verify, train, program, doctor)
 
 
 def main(argv: list[str] | None = None) -> int:
