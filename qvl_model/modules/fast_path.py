@@ -29,6 +29,7 @@ __all__ = [
     "is_library_code",
     "is_number",
     "kernels_take",
+    "mask_fits",
     "masks_as_stock",
     "no_global_hooks",
     "only_capture_hooks",
@@ -192,6 +193,20 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def dropout_fits(p: float, x: torch.Tensor) -> bool:
     """Whether the attention kernel has dropout: on GPUs. On the CPU PyTorch's own is faster than the reference."""
     return p == 0.0 or x.is_cuda or dispatch.forced() == "triton"
+
+
+def mask_fits(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether the attention kernel takes a mask: bool, or additive of q's dtype, of exactly these queries and keys.
+    q, k: [B, H, T, D].
+    """
+    return mask is None or (
+        mask.dtype in (torch.bool, q.dtype)
+        and mask.dim() == 4
+        and mask.shape[0] in (1, q.shape[0])
+        and mask.shape[1] in (1, q.shape[1])
+        and mask.shape[2] in (1, q.shape[2])
+        and mask.shape[3] == k.shape[2]
+    )
 
 
 def _gpu_takes(device: torch.device) -> bool:

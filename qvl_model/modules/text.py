@@ -19,6 +19,7 @@ from qvl_model.modules.fast_path import (
     is_eligible,
     is_number,
     kernels_take,
+    mask_fits,
     no_global_hooks,
     stock_is_patched,
 )
@@ -124,7 +125,7 @@ class Qwen3VLTextAttention(stock.Qwen3VLTextAttention):
             q, k, v = q.to(lower), k.to(lower), v.to(lower)
         queries, keys = q.shape[2], k.shape[2]
         # Without a mask, sdpa aligns its causal mask at the first key, and ours at the last. T == S gives the same.
-        fits = q.shape[1] == k.shape[1] * self.num_key_value_groups and _mask_fits(attention_mask, q, k)
+        fits = q.shape[1] == k.shape[1] * self.num_key_value_groups and mask_fits(attention_mask, q, k)
         if fits and kernels_take(q, k, v) and (attention_mask is not None or queries in (1, keys)):
             out = qvl_kernels.attention(
                 q.transpose(1, 2),
@@ -146,18 +147,6 @@ def cos_sin_fit(cos_sin: tuple[Tensor, Tensor], x: Tensor) -> bool:
     """Whether cos and sin are for exactly the positions of x [B, T, C]; stock code broadcasts other shapes."""
     shape = cos_sin[0].shape
     return len(shape) == 3 and shape[1] == x.shape[1] and shape[0] in (1, x.shape[0])
-
-
-def _mask_fits(mask: Tensor | None, q: Tensor, k: Tensor) -> bool:
-    """A bool mask, or an additive one of q's dtype, of exactly these queries and keys. q, k: [B, H, T, D]."""
-    return mask is None or (
-        mask.dtype in (torch.bool, q.dtype)
-        and mask.dim() == 4
-        and mask.shape[0] in (1, q.shape[0])
-        and mask.shape[1] in (1, q.shape[1])
-        and mask.shape[2] in (1, q.shape[2])
-        and mask.shape[3] == k.shape[2]
-    )
 
 
 def __getattr__(name: str) -> Any:  # transformers looks functions up in the module of a class
