@@ -1,6 +1,7 @@
 """The specification of a model: the modules and parameters that its config describes, built on the meta device."""
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,18 +23,30 @@ _FREE_SIZES = ("padding_idx", "max_seq_len_cached", "original_max_seq_len")
 _FACTORS = ("scaling", "attention_scaling", "eps", "variance_epsilon")
 
 
-def qwen3_vl_2b() -> Qwen3VLConfig:
-    """The published sizes of Qwen3-VL-2B-Instruct: 2,127,532,032 parameters."""
+# The published sizes of Qwen3-VL's dense models; heads have 128 channels, the vocabulary 151,936 tokens.
+_SMALL_VISION = dict(depth=24, hidden_size=1024, intermediate_size=4096, deepstack_visual_indexes=[5, 11, 17])
+_LARGE_VISION = dict(depth=27, hidden_size=1152, intermediate_size=4304, deepstack_visual_indexes=[8, 16, 24])
+_QWEN3_VL: dict[str, dict[str, Any]] = {
+    "2b": dict(hidden=2048, mlp=6144, layers=28, heads=16, tied=True, vision=_SMALL_VISION),
+    "4b": dict(hidden=2560, mlp=9728, layers=36, heads=32, tied=True, vision=_SMALL_VISION),
+    "8b": dict(hidden=4096, mlp=12288, layers=36, heads=32, tied=False, vision=_LARGE_VISION),
+    "32b": dict(hidden=5120, mlp=25600, layers=64, heads=64, tied=False, vision=_LARGE_VISION),
+}
+
+
+def qwen3_vl(size: str = "2b") -> Qwen3VLConfig:
+    """The published sizes of Qwen3-VL-2B-Instruct (2,127,532,032 parameters), "4b", "8b" or "32b"."""
+    sizes = _QWEN3_VL[size]
     return Qwen3VLConfig(
         text_config=dict(
-            hidden_size=2048,
-            intermediate_size=6144,
-            num_hidden_layers=28,
-            num_attention_heads=16,
+            hidden_size=sizes["hidden"],
+            intermediate_size=sizes["mlp"],
+            num_hidden_layers=sizes["layers"],
+            num_attention_heads=sizes["heads"],
             num_key_value_heads=8,
             head_dim=128,
             vocab_size=151936,
-            tie_word_embeddings=True,
+            tie_word_embeddings=sizes["tied"],
             rope_parameters={
                 "rope_type": "default",
                 "rope_theta": 5e6,
@@ -42,23 +55,20 @@ def qwen3_vl_2b() -> Qwen3VLConfig:
             },
         ),
         vision_config=dict(
-            depth=24,
-            hidden_size=1024,
             num_heads=16,
-            intermediate_size=4096,
             patch_size=16,
             temporal_patch_size=2,
             spatial_merge_size=2,
-            out_hidden_size=2048,
-            deepstack_visual_indexes=[5, 11, 17],
+            out_hidden_size=sizes["hidden"],
             num_position_embeddings=2304,
+            **sizes["vision"],
         ),
-        tie_word_embeddings=True,
+        tie_word_embeddings=sizes["tied"],
     )
 
 
 SPECS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "qwen3-vl-2b": qwen3_vl_2b,
+    **{f"qwen3-vl-{size}": functools.partial(qwen3_vl, size) for size in _QWEN3_VL},
     "qvl-2b": lambda: QVLConfig.from_preset("qvl-2b"),
 }
 

@@ -16,8 +16,8 @@ def add(commands: "argparse._SubParsersAction") -> argparse.ArgumentParser:
     parser.add_argument(
         "--spec",
         metavar="SPEC",
-        help="what it must be: a name (qwen3-vl-2b, qvl-2b), or another model, of which config.json is read "
-        "(default: its own)",
+        help="what it must be: a name (qwen3-vl-2b, -4b, -8b, -32b, qvl-2b), or another model, of which config.json "
+        "is read (default: its own)",
     )
     return parser
 
