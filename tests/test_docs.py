@@ -45,6 +45,8 @@ NOT_RUN = {
     "qvl quantize --calibrate '[FILE.jsonl]'": "a form of the command, in the changelog",
     "python -m bench.compare OTHER": "needs a second checkout: tests/bench/test_compare.py makes one",
     "qvl serve --model PATH --weights int8": "runs until it is stopped: tests/model/test_serve.py",
+    "qvl run script.py ARGUMENTS": "changes transformers for the whole process: tests/model/test_auto.py",
+    "qvl run lm_eval --model hf-multimodal --model_args pretrained=DIR --tasks TASK": "needs lm_eval and a task's data",
     "qvl train CONFIG.yaml": "before its data; the page's example runs",
     "torchrun --nproc_per_node 4 -m qvl_model.cli train train.yaml": "four processes: tests/training has two",
     "python -m qvl_model.digits.train": "trains for minutes: tests/model/test_digits.py runs a step",
@@ -251,8 +253,21 @@ def _shortened(text: str) -> str:
     return text
 
 
+@pytest.fixture
+def auto_classes(monkeypatch):
+    """Takes back what ``qvl_model.register`` does."""
+    for auto_class in (transformers.AutoModelForImageTextToText, transformers.AutoModelForMultimodalLM):
+        mapping = auto_class._model_mapping
+        monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
+    processor = transformers.models.qwen3_vl.processing_qwen3_vl.Qwen3VLProcessor
+    inherited = vars(processor).get("from_pretrained")
+    yield
+    if inherited is None and "from_pretrained" in vars(processor):
+        del processor.from_pretrained
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if _python_blocks(name)])
-def test_python_runs(name, tmp_path, monkeypatch):
+def test_python_runs(name, tmp_path, monkeypatch, auto_classes):
     """Blocks of a page share their names. They begin with a stock model and its path, and the digits model stands for
     every model that is fetched.
     """
