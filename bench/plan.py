@@ -1,7 +1,8 @@
 """The order of measurements: which workers run when, and which requests are interleaved."""
 
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ MATCHING = {
 }  # formats of other engines, and ours of the same size
 PROBE_BYTES = 1 << 30  # far larger than any cache
 PEAK_REPEATS = 100  # of loops of a millisecond or less
+ROW_SECONDS = 300  # after which a row gets no further round: on some processors stock takes minutes for one
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,15 @@ def _ask_interleaved(workers: Workers, index: int, operation: str, **arguments: 
     return {variant: workers[variant].ask(operation, **arguments) for variant in _interleaved(workers, index)}
 
 
+def _rounds_in_time(count: int) -> Iterator[int]:
+    """The indices of ``count`` rounds, or of fewer, at least 1, once they have taken ``ROW_SECONDS``."""
+    begin = time.monotonic()
+    for index in range(count):
+        if index and time.monotonic() - begin > ROW_SECONDS:
+            return
+        yield index
+
+
 def _append(times: dict, name: str, answers: dict) -> None:
     for variant, value in answers.items():
         times.setdefault(name, {}).setdefault(variant, []).append(value)
@@ -94,7 +105,7 @@ def _rounds(
     within minutes. "peaks": GFLOP/s of each unit, as ``probe`` reaches them at the beginning of each round.
     """
     times: dict = {}
-    for index in range(options.rounds):
+    for index in _rounds_in_time(options.rounds):
         step(f"{label}: round {index + 1} of {options.rounds}")
         _append(times, "peaks", probe.ask("unit_peaks", repeats=PEAK_REPEATS))
         _append(times, "vision", _ask_interleaved(workers, index, "vision"))
@@ -147,11 +158,11 @@ def _main_phase(options: Options, probe: Worker, folder: Path, step: Callable[[s
         raw["peak_rss"] = _ask_interleaved(workers, 0, "peak_rss")
         for variant, worker in workers.items():
             worker.ask("logits", file=str(folder / f"{variant}.npy"))
-        for index in range(options.rounds if options.packed else 0):
+        for index in _rounds_in_time(options.rounds if options.packed else 0):
             step(f"batch of {options.batch}: round {index + 1} of {options.rounds}")
             answers = _ask_interleaved(workers, index, "generate", prompt="batch", tokens=options.tokens)
             _append(raw["times"], "batch", {variant: answer["per_token"] for variant, answer in answers.items()})
-        for index in range(options.long_pairs):
+        for index in _rounds_in_time(options.long_pairs):
             step(f"two large images: pair {index + 1} of {options.long_pairs}")
             answers = _ask_interleaved(workers, index, "generate", prompt="long", tokens=1)
             _append(raw["times"], "ttft_long", {variant: answer["first"] for variant, answer in answers.items()})

@@ -57,6 +57,13 @@ def test_keep_double_leaves_out_casts_to_float32():
     assert x.float().dtype == torch.float32
 
 
+def test_rounds_end_when_their_time_is_up(monkeypatch):
+    assert list(plan._rounds_in_time(3)) == [0, 1, 2] and not list(plan._rounds_in_time(0))
+    clock = iter([0.0, 10.0, plan.ROW_SECONDS + 1.0])
+    monkeypatch.setattr(plan.time, "monotonic", lambda: next(clock))
+    assert list(plan._rounds_in_time(5)) == [0, 1]
+
+
 def test_worker_reports_errors_and_survives_them():
     with Worker("probe") as worker:
         with pytest.raises(WorkerError, match="FileNotFoundError|OSError|not"):
