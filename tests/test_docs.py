@@ -44,6 +44,7 @@ NOT_RUN = {
     "qvl COMMAND --help": "COMMAND is each of them: test_options_exist asks for their help",
     "qvl quantize --calibrate '[FILE.jsonl]'": "a form of the command, in the changelog",
     "python -m bench.compare OTHER": "needs a second checkout: tests/bench/test_compare.py makes one",
+    "python -m bench.serving": "loads 2 B parameters: tests/bench/test_serving_bench.py takes the digits model",
     "qvl serve --model PATH --weights int8": "runs until it is stopped: tests/model/test_serve.py",
     "qvl run script.py ARGUMENTS": "changes transformers for the whole process: tests/model/test_auto.py",
     "qvl run lm_eval --model hf-multimodal --model_args pretrained=DIR --tasks TASK": "needs lm_eval and a task's data",
