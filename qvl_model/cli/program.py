@@ -5,6 +5,7 @@ import runpy
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 
 from qvl_model.cli.errors import CommandError
 
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _installed(name: str) -> object:
+def _installed(name: str) -> Callable:
     """The function of an installed command. Raises: CommandError if there is none."""
     from importlib.metadata import entry_points
 
