@@ -25,6 +25,7 @@ __all__ = [
     "check_scale",
     "check_shape",
     "check_tensor",
+    "or_filled",
     "unsupported_dtype",
 ]
 
@@ -179,6 +180,16 @@ def check_last_contiguous(op: str, **tensors: torch.Tensor | None) -> None:
                 f"{op}: the last dimension of {name} must be contiguous, got strides {tuple(x.stride())} for shape "
                 f"{tuple(x.shape)}; call {name}.contiguous() first"
             )
+
+
+def or_filled(op: str, x: Any, vector: torch.Tensor | None, value: float) -> torch.Tensor:
+    """``vector``, or in the place of None a vector [C] of ``value`` for x [..., C]."""
+    if vector is not None:
+        return vector
+    check_tensor(op, "x", x)
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x must have at least 1 dimension, got a scalar")
+    return x.new_full((x.shape[-1],), value)
 
 
 def unsupported_dtype(x: torch.Tensor) -> str | None:

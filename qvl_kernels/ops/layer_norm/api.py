@@ -27,13 +27,15 @@ def _check(
     return checks.check_eps(op, eps)
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, *, eps: float = 1e-6
+) -> torch.Tensor:
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias        [Ba et al. 2016, arXiv:1607.06450;
     torch.nn.LayerNorm]
 
     Args:
         x: [..., C] fp32, bf16 or fp16; last dimension contiguous, other strides free.
-        weight, bias: [C], same dtype as x.
+        weight, bias: [C], same dtype as x; None for ones and zeros.
         eps: added to the variance.
     Returns:
         [..., C], dtype of x; computed in fp32, rounded once.
@@ -42,6 +44,8 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps
     Example:
         >>> y = qvl_kernels.layer_norm(torch.randn(2, 64), torch.ones(64), torch.zeros(64))
     """
+    weight = checks.or_filled("layer_norm", x, weight, 1.0)
+    bias = checks.or_filled("layer_norm", x, bias, 0.0)
     eps = _check("layer_norm", x, None, weight, bias, eps)
     if dispatch.choose("layer_norm", x.device, checks.unsupported_dtype(x)) == "reference":
         return layer_norm_reference(x, weight, bias, eps)

@@ -23,22 +23,31 @@ def _check(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torc
     return checks.check_eps(op, eps)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
-    """y = x / sqrt(mean(x^2, -1) + eps) * weight        [Zhang & Sennrich 2019, arXiv:1910.07467; Qwen3VLTextRMSNorm]
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float = 1e-6, offset: float = 0.0
+) -> torch.Tensor:
+    """y = x / sqrt(mean(x^2, -1) + eps) * (weight + offset)        [Zhang & Sennrich 2019, arXiv:1910.07467;
+    Qwen3VLTextRMSNorm, with an offset of 1 Gemma3RMSNorm]
 
     Args:
         x: [..., C] fp32, bf16 or fp16; last dimension contiguous, other strides free.
-        weight: [C], same dtype as x.
+        weight: [C], same dtype as x; None for ones.
         eps: added to the mean square (units of x squared).
+        offset: added to the weight, in fp32.
     Returns:
         [..., C], dtype of x.
-    Numerics: sums in fp32; rounded to x.dtype before the weight multiply, as transformers does.
+    Numerics: sums in fp32; rounded to x.dtype before the weight multiply, as transformers does. With an offset all of
+        it is in fp32, over a copy of x, and rounded once, as transformers' Gemma does.
     Raises: TypeError or ValueError for dtype, device, shape or stride; RuntimeError if a forced backend cannot run
     here.
     Example:
         >>> y = qvl_kernels.rms_norm(torch.randn(2, 5, 64), torch.ones(64))
     """
+    weight = checks.or_filled("rms_norm", x, weight, 1.0)
+    offset = checks.check_number("rms_norm", "offset", offset, -checks.LARGEST, checks.LARGEST)
     eps = _check("rms_norm", x, None, weight, eps)
+    if offset != 0.0:
+        return rms_norm(x.float(), weight.float() + offset, eps=eps).to(x.dtype)
     if dispatch.choose("rms_norm", x.device, checks.unsupported_dtype(x)) == "reference":
         return rms_norm_reference(x, weight, eps)
     return call(rms_norm_op, x, weight, eps)
