@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,11 +45,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def quiet() -> None:
-    """Keeps transformers from printing progress and advice."""
+    """Keeps transformers from printing advice, and the progress of loading unless a terminal shows it."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
 
 
 def checkpoint_of(name: str | None) -> Path:
