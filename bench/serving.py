@@ -26,12 +26,12 @@ def _seconds(loaded: Any, count: int, rows: int, tokens: int) -> tuple[float, fl
 
     engine = Engine(loaded, max_waiting=count, max_rows=rows)
     ended: list[float] = []
+    wrong: list[End] = []
     done = threading.Semaphore(0)
 
-    def deliver(piece: str | End) -> None:
+    def deliver(piece: str | End) -> None:  # in the engine's thread
         if isinstance(piece, End):
-            if piece.reason not in ("length", "stop"):
-                raise RuntimeError(f"bench.serving: a request ended as {piece.reason}: {piece.message}")
+            wrong.extend([piece] if piece.reason not in ("length", "stop") else [])
             ended.append(time.perf_counter())
             done.release()
 
@@ -45,6 +45,8 @@ def _seconds(loaded: Any, count: int, rows: int, tokens: int) -> tuple[float, fl
     for _ in requests:
         done.acquire()
     engine.close()
+    if wrong:
+        raise RuntimeError(f"bench.serving: a request ended as {wrong[0].reason}: {wrong[0].message}")
     return max(ended) - start, sum(ended) / count - start
 
 

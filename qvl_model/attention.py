@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import qvl_kernels
-from qvl_model.modules.fast_path import dropout_fits, kernels_take, mask_fits
+from qvl_model.modules.fast_path import dropout_fits, is_number, kernels_take, mask_fits
 
 __all__ = ["NAME", "attention_forward"]
 
@@ -47,6 +47,10 @@ def attention_forward(
         not isinstance(causal, bool)  # traced with free shapes
         or kwargs.get("position_bias") is not None
         or key.shape != value.shape
+        or query.shape[0] != key.shape[0]
+        or causal
+        and keys < queries  # sdpa aligns its causal mask at the first key
+        or not (scaling is None or is_number(scaling))
         or not dropout_fits(dropout, query)
         or not mask_fits(attention_mask, query, key)
         or not kernels_take(query, key, value)
@@ -69,5 +73,13 @@ def attention_forward(
     return out, None
 
 
+def attention_mask(*args: Any, config: PreTrainedConfig | None = None, **kwargs: Any) -> Tensor | None:
+    """The masks of "sdpa". Raises: ValueError for models that do not support it, whose own code would misread them."""
+    kind = None if config is None else MODEL_MAPPING.get(type(config), None)
+    if isinstance(kind, type) and not getattr(kind, "_supports_sdpa", False):
+        raise ValueError(f"attn_implementation='qvl' is for models that support 'sdpa', which {kind.__name__} does not")
+    return sdpa_mask(*args, config=config, **kwargs)
+
+
 AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, attention_mask)

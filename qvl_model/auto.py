@@ -25,11 +25,11 @@ from transformers.utils import is_torchvision_available
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qvl_model.accelerate import accelerate
-from qvl_model.checkpoint_files import check_attention
+from qvl_model.checkpoint_files import check_attention_names
 from qvl_model.modules.generation import Qwen3VLForConditionalGeneration
 from qvl_model.pretrained import one_device
 from qvl_model.processing import load_processor
-from qvl_model.quantization import calibration_set, checkpoint, convert
+from qvl_model.quantization import calibration_set, checkpoint, convert, precision
 from qvl_model.quantization.modules import PackedEmbedding, PackedLinear
 
 __all__ = ["QuantizationConfig", "register"]
@@ -54,13 +54,21 @@ class QuantizationConfig(QuantizationConfigMixin):
         self.quant_method = convert.METHOD
         self.weights, self.group, self.calibration, self.bits = weights, group, calibration, bits
         convert.formats_of(weights)
+        precision.check_bits(bits)
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The ``quantization_config`` of a directory of quantised weights, as ``checkpoint`` writes it."""
-        config = cls.__new__(cls)
-        vars(config).update(config_dict)
+        """A dictionary of the arguments, or the ``quantization_config`` of a directory, as ``checkpoint`` writes it."""
+        settings = {name: value for name, value in config_dict.items() if name != "quant_method"}
+        if "version" in settings:
+            config = cls()
+            vars(config).update(settings)
+        else:
+            config = cls(**settings)
         return (config, kwargs) if return_unused_kwargs else config
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(weights={self.weights!r}, group={self.group}, bits={self.bits})"
 
 
 @register_quantizer(convert.METHOD)
@@ -68,25 +76,34 @@ class _Quantizer(HfQuantizer):
     """What transformers calls while it loads a model with a ``QuantizationConfig``."""
 
     def update_device_map(self, device_map: Any) -> dict[str, torch.device] | None:
-        return None if device_map is None else {"": one_device(device_map)}
+        self._device = None if device_map is None else one_device(device_map)
+        return None if self._device is None else {"": self._device}
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Called before files are looked for: without qvl, transformers finds none and says so."""
         if self.pre_quantized:
+            check_attention_names(config)
             config.transformers_weights = checkpoint.FILE
         return config
 
     update_tp_plan = update_attn_implementation  # is called in its place up to transformers 5.22
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Turns layers whose weights are quantised in the file into quantised ones."""
+        self._dtype = dtype or model.dtype
         if not self.pre_quantized:
             return
-        assert checkpoint_files is not None
+        if checkpoint_files is None:
+            raise ValueError(
+                "from_pretrained: weights quantised by qvl are read from a directory, not from a state_dict"
+            )
         path = Path(checkpoint_files[0]).parent
-        check_attention(path)
         with torch.device("cpu"):
             tensors, shared = checkpoint.read(path, vars(self.quantization_config))
             tensors, self._shared = _of_the_model(model, tensors, shared)
@@ -116,6 +133,8 @@ class _Quantizer(HfQuantizer):
         for name, first in self._shared.items():
             if name.endswith(".weight_values"):
                 _tie(*(model.get_submodule(one.removesuffix(".weight_values")) for one in (name, first)))
+        for parameter in model.parameters():  # those of quantised layers are empty, and in no file
+            parameter.data = parameter.data.to(self._device, self._dtype)
         calibration_set.put(model, vars(config).get("calibration"))
         return accelerate(model)
 

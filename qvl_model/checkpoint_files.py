@@ -19,10 +19,14 @@ from transformers.utils import find_adapter_config_file
 
 from qvl_model.config_check import check_config, check_parts
 
-__all__ = ["check_attention", "load_config", "load_tokenizer", "one_line", "read_mapping"]
+__all__ = ["check_attention", "check_attention_names", "load_config", "load_tokenizer", "one_line", "read_mapping"]
 
 MODEL_TYPES = ("qwen3_vl", "qvl")
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+_ELSEWHERE = (
+    " asks for attention code from elsewhere ({name}), and qvl runs no code that a checkpoint names; take "
+    "attn_implementation out of it"
+)
 _OF_THE_HUB = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 _OF_THE_BASE = ("cache_dir", "local_files_only", "token")
 _ANY = (
@@ -86,6 +90,14 @@ def check_attention(path: str | os.PathLike, **options: Any) -> None:
         check_attention(base, **{name: value for name, value in options.items() if name in _OF_THE_BASE})
 
 
+def check_attention_names(config: PreTrainedConfig) -> None:
+    """The same of a config that was read, once the caller's choice is in it. Raises: ValueError."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        name = getattr(part, "_attn_implementation", None)
+        if isinstance(name, str) and "/" in name:
+            raise ValueError(f"{config.name_or_path}/config.json{_ELSEWHERE.format(name=name)}")
+
+
 def _base_of_adapter(path: str | os.PathLike, options: Mapping) -> str | None:
     """The checkpoint that transformers loads below the adapter at ``path``, or None if there is no adapter."""
     try:
@@ -103,10 +115,7 @@ def _check_attention(file: Path, values: Mapping) -> None:
                 if name is not None and not isinstance(name, str):
                     raise ValueError(f"{file}: {key} must be a text, got {name!r}")
                 if name is not None and "/" in name:
-                    raise ValueError(
-                        f"{file} asks for attention code from elsewhere ({name}), and qvl runs no code that a "
-                        "checkpoint names; take attn_implementation out of it"
-                    )
+                    raise ValueError(f"{file}{_ELSEWHERE.format(name=name)}")
         elif isinstance(value, dict):
             _check_attention(file, value)
 

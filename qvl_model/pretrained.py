@@ -14,19 +14,23 @@ from qvl_model.accelerate import accelerate
 from qvl_model.checkpoint_files import load_config
 from qvl_model.modules.generation import Qwen3VLForConditionalGeneration
 from qvl_model.quantization import calibration_set, external
-from qvl_model.quantization.checkpoint import copy_files, fill, published, read, save
-from qvl_model.quantization.convert import METHOD, is_quantized_checkpoint, section_of
+from qvl_model.quantization.checkpoint import AGAIN, copy_files, fill, published, read, save
+from qvl_model.quantization.convert import METHOD, is_quantized_checkpoint, method_of, section_of
 from qvl_model.qvl import QVLForConditionalGeneration
 
 __all__ = ["load", "one_device", "quantize"]
 
-# Arguments of from_pretrained about finding files. They are ignored, since the files are local.
-_ABOUT_DOWNLOADS = {
+# Arguments of from_pretrained about finding files, which are local here, and about loading with less memory.
+_IGNORED = {
+    "_fast_init",
     "adapter_kwargs",
     "cache_dir",
     "code_revision",
     "force_download",
     "local_files_only",
+    "low_cpu_mem_usage",
+    "offload_folder",
+    "offload_state_dict",
     "proxies",
     "revision",
     "subfolder",
@@ -62,7 +66,7 @@ def quantize(
         >>> quantize("qwen3-vl-2b", "qwen3-vl-2b-int8", formats_of("int8"))
     """
     source, out = Path(source), Path(out)
-    if is_quantized_checkpoint(source) and not _is_fp8(source):
+    if is_quantized_checkpoint(source) and method_of(source) != "fp8":
         raise ValueError(f"{source} is quantised already; quantise the checkpoint that it was made from")
     if not formats:
         raise ValueError("quantize: no part is to be quantised")
@@ -81,7 +85,7 @@ def _quantized(
     bits: float | None,
 ) -> PreTrainedModel:
     # Not accelerated yet, which would move dense weights to huge pages that quantising cannot free.
-    model = _built(source, load_config(source)) if _is_fp8(source) else _dense(source)
+    model = _built(source, load_config(source)) if method_of(source) == "fp8" else _dense(source)
     inputs = calibration_set.DEFAULT if calibration == calibration_set.DEFAULT else None
     if calibration is not None and inputs is None:
         inputs = calibration_set.read(Path(calibration), source)
@@ -90,10 +94,6 @@ def _quantized(
     )  # this checks the weights that it quantises
     capacity.check_finite(model, source)
     return model
-
-
-def _is_fp8(path: Path) -> bool:
-    return (section_of(path) or {}).get("quant_method") == "fp8"
 
 
 def _dense(source: Path) -> PreTrainedModel:
@@ -142,7 +142,8 @@ def load(
         dtype: of tensors that are not quantised; None or "auto" for the one it was saved in.
         device_map: one device for all of it; None leaves it mapped, on the CPU.
         attn_implementation, output_loading_info, config: as from_pretrained takes them.
-        weights: of an fp8 checkpoint: None makes its weights dense, "int8" or "int4" quantises them one by one.
+        weights: of an fp8 checkpoint: None makes its weights dense; "int8" quantises them one by one, and then the rest
+            of the model as ``accelerate`` does.
     Raises: ValueError for files that are damaged, incomplete, of another version, or do not belong together, for
         settings of another tool that qvl does not run, and for ``weights`` of other checkpoints; TypeError for
         arguments that it does not know.
@@ -151,7 +152,9 @@ def load(
     """
     path = Path(path)
     dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
-    unknown = sorted(set(kwargs) - _ABOUT_DOWNLOADS)
+    if _method(kwargs.get("quantization_config")) == method_of(path):
+        del kwargs["quantization_config"]  # that of config.json, handed on
+    unknown = sorted({name for name, value in kwargs.items() if value is not None} - _IGNORED)
     if unknown:
         raise TypeError(
             f"from_pretrained: a quantised checkpoint takes dtype, device_map and attn_implementation, not "
@@ -159,11 +162,16 @@ def load(
         )
     config = load_config(path) if config is None else copy.deepcopy(config)
     model = _built(path, config, model_class, dtype, attn_implementation, weights)
-    model = accelerate(model)
+    model = accelerate(model, weights=weights)
     if device_map is not None:
         model = model.to(one_device(device_map))
     nothing = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model, nothing) if output_loading_info else model
+
+
+def _method(quantization_config: Any) -> str | None:
+    settings = quantization_config if isinstance(quantization_config, Mapping) else vars(quantization_config or object)
+    return settings.get("quant_method")
 
 
 def _built(
@@ -176,19 +184,22 @@ def _built(
 ) -> PreTrainedModel:
     """The model of a quantised checkpoint as ``load`` returns it, before it is accelerated."""
     vars(config).pop("quantization_config", None)  # it describes the files, which are read here
-    section = section_of(path) or {}
-    if weights is not None and not _is_fp8(path):
+    section, advice = section_of(path) or {}, external.ADVICE
+    if weights is not None and method_of(path) != "fp8":
         raise ValueError(f"from_pretrained: {path} is quantised already; weights={weights!r} is for fp8 checkpoints")
+    if weights not in (None, "int8"):
+        raise ValueError(f'from_pretrained: weights of an fp8 checkpoint may be None or "int8", got {weights!r}')
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    dtype = config.dtype if dtype in (None, "auto") else dtype
-    if section.get("quant_method") == METHOD:
-        tensors, shared = read(path, section)
+    dtype = config.dtype or config.get_text_config().dtype if dtype in (None, "auto") else dtype
+    if method_of(path) == METHOD:
+        (tensors, shared), advice = read(path, section), AGAIN
     else:
         tensors, shared = external.read(path, section, weights=weights, dtype=dtype, tied=config.tie_word_embeddings)
+    dtype = dtype or next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"):
         model = (model_class or _class_of(config))._from_config(config, dtype=dtype, **chosen)
-    fill(model, tensors, shared, dtype, path)
+    fill(model, tensors, shared, dtype, path, advice)
     calibration_set.put(model, section.get("calibration"))
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)

@@ -20,11 +20,11 @@ def run(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForImageTextToText
 
     from qvl_model import api
-    from qvl_model.quantization.convert import METHOD, is_quantized_checkpoint, section_of
+    from qvl_model.quantization.convert import METHOD, is_quantized_checkpoint, method_of
 
     models.quiet()
     if is_quantized_checkpoint(checkpoint):
-        method = (section_of(checkpoint) or {})["quant_method"]
+        method = method_of(checkpoint)
         if method != METHOD:
             becomes = "dense weights (with --weights int8: int8)" if method == "fp8" else "int4, exactly"
             print(f"weights quantised by another tool ({method}); loaded as {becomes}")

@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if arguments.debug:
         return arguments.run(arguments) or 0
+    if arguments.run is program.run:  # whose warnings are for whoever runs it
+        return _guarded(lambda: arguments.run(arguments))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries, about what users of a command cannot change
         warnings.filterwarnings("default", module=r"qvl_")

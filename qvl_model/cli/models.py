@@ -198,7 +198,7 @@ def load(name: str | None, *, weights: str | None = None, stock: bool = False, t
     from qvl_model.checkpoint_files import one_line, read_mapping
     from qvl_model.config_check import check_generation
     from qvl_model.processing import load_processor
-    from qvl_model.quantization.convert import is_quantized_checkpoint, section_of
+    from qvl_model.quantization.convert import is_quantized_checkpoint, method_of
 
     if threads is not None:
         if threads < 1:
@@ -206,7 +206,7 @@ def load(name: str | None, *, weights: str | None = None, stock: bool = False, t
         torch.set_num_threads(threads)
     config = config_of(checkpoint)
     quiet()
-    fp8 = (section_of(checkpoint) or {}).get("quant_method") == "fp8"
+    fp8 = method_of(checkpoint) == "fp8"
     if is_quantized_checkpoint(checkpoint) and (stock or weights and not fp8):
         option = "--stock" if stock else "--weights"
         raise CommandError(
@@ -225,7 +225,7 @@ def load(name: str | None, *, weights: str | None = None, stock: bool = False, t
             raise CommandError(
                 f"{checkpoint}/config.json: {kind}_token_id is {ours}, and its tokenizer writes {kind}s as {theirs}"
             )
-    model, info = read_weights(checkpoint, weights if fp8 else None)
+    model, info = read_weights(checkpoint, weights if fp8 and weights == "int8" else None)
     # transformers fills such weights with random numbers; the answer would be noise.
     for problem, keys in (
         ("lacks", info["missing_keys"]),
@@ -243,7 +243,7 @@ def load(name: str | None, *, weights: str | None = None, stock: bool = False, t
     try:
         capacity.check_finite(model, checkpoint)
         if not stock:
-            model = api.accelerate(model, weights=None if fp8 else weights)
+            model = api.accelerate(model, weights=weights)
     except (ValueError, TypeError) as error:
         raise CommandError(one_line(error)) from error
     if not processor.chat_template:

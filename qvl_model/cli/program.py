@@ -1,10 +1,11 @@
 """``qvl run``: another program of Python, in which transformers' Auto classes load Qwen3-VL accelerated."""
 
 import argparse
+import importlib.util
+import os
 import runpy
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 
 from qvl_model.cli.errors import CommandError
@@ -13,11 +14,11 @@ __all__ = ["add", "run"]
 
 EXAMPLES = """examples:
   qvl run lm_eval --model hf-multimodal --model_args pretrained=DIR --tasks mmmu_val
-  qvl run trl sft --model_name_or_path DIR --dataset_name NAME
   qvl run script.py ARGUMENTS
   qvl run -m package.module ARGUMENTS
 
-It calls qvl_model.register() first. Processes that the program starts itself are as they were.
+It calls qvl_model.register() first. Processes that the program starts itself, and classes of transformers that it names
+instead of an Auto class, are as they were.
 """
 
 
@@ -36,27 +37,41 @@ def add(commands: "argparse._SubParsersAction") -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     program = arguments.program
-    script = arguments.module or program.endswith(".py")
-    entry = None if script else _installed(program)
+    entry = None
+    if arguments.module:
+        sys.path.insert(0, os.getcwd())
+        if not _is_module(program):
+            raise CommandError(f"there is no module {program} to run")
+    elif program.endswith(".py"):
+        sys.path.insert(0, os.path.dirname(os.path.abspath(program)))
+        if not os.path.isfile(program):
+            raise CommandError(f"there is no file {program} to run")
+    else:
+        entry = _installed(program)
     import qvl_model
     from qvl_model import api
 
     vars(qvl_model).update({name: getattr(api, name) for name in api.__all__})  # which a command leaves out
     api.register()
     sys.argv = [program, *arguments.arguments]
-    with warnings.catch_warnings():
-        warnings.resetwarnings()
-        try:
-            if arguments.module:
-                runpy.run_module(program, run_name="__main__", alter_sys=True)
-            elif entry is None:
-                runpy.run_path(program, run_name="__main__")
-            else:
-                sys.exit(entry())
-        except Exception:
-            traceback.print_exc()  # the program's own
-            return 1
+    try:
+        if arguments.module:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        elif entry is None:
+            runpy.run_path(program, run_name="__main__")
+        else:
+            sys.exit(entry())
+    except Exception:
+        traceback.print_exc()  # the program's own
+        return 1
     return 0
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
 
 
 def _installed(name: str) -> Callable:

@@ -45,6 +45,7 @@ from qvl_model.quantization.weight import DequantizedWeight
 __all__ = ["QuantizedSaving", "copy_files", "fill", "published", "read", "save"]
 
 VERSIONS, FILE = (1, 2), "packed.safetensors"
+AGAIN = "quantise it again"
 _ABOUT_LAYOUT = (
     "max_shard_size",
     "save_original_format",
@@ -291,10 +292,10 @@ def read(path: Path, section: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{file} is damaged ({error}); quantise it again") from error
 
 
-def convert_layers(model: PreTrainedModel, tensors: dict[str, Tensor], path: Path) -> None:
+def convert_layers(model: PreTrainedModel, tensors: dict[str, Tensor], path: Path, advice: str = AGAIN) -> None:
     """Makes the linear layers and embeddings of a model quantised whose quantised weights are in ``tensors``.
 
-    Raises: ValueError for tensors that do not fit the model.
+    Raises: ValueError for tensors that do not fit the model; it ends with ``advice``.
     """
     modules = dict(model.named_modules())
     for name in [name.removesuffix(".weight_values") for name in tensors if name.endswith(".weight_values")]:
@@ -303,7 +304,7 @@ def convert_layers(model: PreTrainedModel, tensors: dict[str, Tensor], path: Pat
         if scales is None or not isinstance(module, nn.Linear | nn.Embedding):
             raise ValueError(
                 f"{path}: {name} is quantised, and "
-                f"{'its scales are missing' if scales is None else 'config.json has no such layer'}"
+                f"{'its scales are missing' if scales is None else 'config.json has no such layer'}; {advice}"
             )
         quantized = quantization.QuantizedWeight(
             tensors[f"{name}.weight_values"], scales, module.weight.shape[1], tensors.get(f"{name}.weight_zeros")
@@ -312,18 +313,18 @@ def convert_layers(model: PreTrainedModel, tensors: dict[str, Tensor], path: Pat
             quantization.check_weight(name, quantized, torch.device("cpu"))
             checks.check_shape(name, "weight", quantized.values, (module.weight.shape[0], quantized.values.shape[1]))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not fit its config.json: {error}; quantise it again") from error
+            raise ValueError(f"{path} does not fit its config.json: {error}; {advice}") from error
         kind.convert(module, quantized)
         if isinstance(module, nn.Linear):
             found = {own: tensors[f"{name}.{own}"] for own in scaling.BUFFERS if f"{name}.{own}" in tensors}
             try:
                 scaling.load(module, found)
             except ValueError as error:
-                raise ValueError(f"{path} does not fit its config.json: {name}.{error}; quantise it again") from error
+                raise ValueError(f"{path} does not fit its config.json: {name}.{error}; {advice}") from error
     scaling.attach(modules)
 
 
-def check_names(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
+def check_names(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, advice: str = AGAIN) -> None:
     """Raises: ValueError unless the tensors have the names and shapes of ``wanted``, the ``state_dict`` of a model."""
     for what, names in (
         ("lacks", wanted.keys() - tensors.keys()),
@@ -334,19 +335,27 @@ def check_names(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pat
         ),
     ):
         if names:
-            raise ValueError(f"{path} {what} {len(names)} tensors, such as {min(names)}; quantise it again")
+            raise ValueError(f"{path} {what} {len(names)} tensors, such as {min(names)}; {advice}")
 
 
 def fill(
-    model: PreTrainedModel, tensors: dict[str, Tensor], shared: dict[str, str], dtype: torch.dtype, path: Path
+    model: PreTrainedModel,
+    tensors: dict[str, Tensor],
+    shared: dict[str, str],
+    dtype: torch.dtype,
+    path: Path,
+    advice: str = AGAIN,
 ) -> None:
-    """Puts tensors into a model on the meta device; layers become quantised where their tensors are."""
+    """Puts tensors into a model on the meta device; layers become quantised where their tensors are.
+
+    Raises: ValueError, which ends with ``advice``, for tensors that do not fit the model.
+    """
     tensors |= {name: tensors[first] for name, first in shared.items() if first in tensors}
-    convert_layers(model, tensors, path)
+    convert_layers(model, tensors, path, advice)
     for embedding, head in tied_pairs(model):
         embedding.weight = head.weight
     wanted = model.state_dict()
-    check_names(wanted, tensors, path)
+    check_names(wanted, tensors, path, advice)
     placed = {}
     for name in wanted:
         owner, _, own = name.rpartition(".")

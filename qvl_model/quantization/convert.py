@@ -29,6 +29,7 @@ __all__ = [
     "formats_of",
     "is_quantized",
     "is_quantized_checkpoint",
+    "method_of",
     "quantize_model",
     "stored_format",
     "quantized_elements",
@@ -155,6 +156,11 @@ def section_of(path: str | os.PathLike | None) -> dict | None:
     return section if isinstance(section, dict) else None
 
 
+def method_of(path: str | os.PathLike | None) -> str | None:
+    """The ``quant_method`` in the config.json of a directory: "qvl", one of ``external.METHODS``, another, or None."""
+    return (section_of(path) or {}).get("quant_method")
+
+
 def is_quantized_checkpoint(path: str | os.PathLike | None) -> bool:
     """Whether ``path`` is a directory with weights quantised by qvl, in any version of the format, or by a tool whose
     format qvl reads (see ``external``).
@@ -163,7 +169,7 @@ def is_quantized_checkpoint(path: str | os.PathLike | None) -> bool:
         >>> is_quantized_checkpoint("qwen3-vl-2b-int8")
         True
     """
-    return (section_of(path) or {}).get("quant_method") in (METHOD, *external.METHODS)
+    return method_of(path) in (METHOD, *external.METHODS)
 
 
 def part_of(model: nn.Module, name: str) -> str:

@@ -13,7 +13,6 @@ those of AWQ are in the order 0, 2, 4, 6, 1, 3, 5, 7. GPTQ stores zero-points le
 "gptq_v2"; compressed-tensors stores signed values plus 8.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,10 +24,13 @@ from torch import Tensor
 
 from qvl_kernels import quantization
 from qvl_kernels.quantization import QuantizedWeight
+from qvl_model.checkpoint_files import read_mapping
 from qvl_model.modules.fast_path import FAST_DTYPES
 from qvl_model.quantization.modules import FORMATS
 
-__all__ = ["METHODS", "read", "why_not"]
+__all__ = ["ADVICE", "METHODS", "read"]
+
+ADVICE = "get another copy of it, or the dense checkpoint that it was made from"
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the value in each place of an int32
 Get = Callable[[str], Tensor | None]  # a tensor of a layer by the end of its name
@@ -43,28 +45,20 @@ class _Method(NamedTuple):
     weight: Callable[[Get, Mapping], Any]  # a QuantizedWeight, or the dense weight in fp32
 
 
-def why_not(section: Mapping) -> str | None:
-    """Why weights with this ``quantization_config`` cannot be loaded, or None."""
-    method = METHODS.get(str(section.get("quant_method")))
-    if method is None:
-        return f"{section.get('quant_method')} is none of {', '.join(METHODS)}"
-    return method.why_not(section)
-
-
 def read(
-    path: Path, section: Mapping, *, weights: str | None, dtype: torch.dtype, tied: bool
+    path: Path, section: Mapping, *, weights: str | None, dtype: torch.dtype | None, tied: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of a checkpoint under the names that qvl's layers give them, and the other names of shared ones, as
     ``checkpoint.read`` returns them. Dense tensors are mapped from their files.
 
     Args:
-        weights: format of the layers that are fp8 in the file: "int8", "int4" or None, dense. They are converted one by
-            one.
-        dtype: of those that become dense.
+        weights: format of the layers that are fp8 in the file: "int8", or None, dense. They are converted one by one.
+        dtype: of those that become dense; None for that of the first dense tensor.
         tied: whether the head shares the embedding's weight.
     Raises: ValueError for settings, tensors or files that cannot be loaded.
     """
-    method, reason = METHODS[section["quant_method"]], why_not(section)
+    method = METHODS[section["quant_method"]]
+    reason = method.why_not(section)
     if reason is not None:
         raise ValueError(f"{path} cannot be loaded: {reason}")
     tensors: dict[str, Tensor] = {}
@@ -79,30 +73,38 @@ def read(
                     raise ValueError(
                         f"{path}: {name} is {tensors[name].dtype}, which no tensor that belongs to it explains"
                     )
+        dtype = dtype or next((tensor.dtype for tensor in tensors.values()), torch.float32)
         for layer in sorted(layers):
             try:
                 weight = method.weight(_getter(stored, layer), section)
+                if isinstance(weight, Tensor) and weights is not None:
+                    weight = quantization.quantize(weight, FORMATS[weights])
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{path}: {layer} does not fit its quantization_config: {error}") from error
-            if isinstance(weight, Tensor) and weights is not None:
-                weight = quantization.quantize(weight, FORMATS[weights], 32, zero_points=weights == "int4")
             if isinstance(weight, QuantizedWeight):
                 for end, tensor in zip(("values", "scales", "zeros"), weight.tensors):
                     tensors[f"{layer}.weight_{end}"] = tensor
             else:
                 tensors[f"{layer}.weight"] = weight.to(dtype)
-    embedding = "model.language_model.embed_tokens.weight"
-    shared = {"lm_head.weight": embedding} if tied and "lm_head.weight" not in tensors else {}
-    return tensors, shared
+    head, embedding = "lm_head.weight", "model.language_model.embed_tokens.weight"
+    if tied and (head not in tensors or embedding in tensors and torch.equal(tensors[head], tensors[embedding])):
+        tensors.pop(head, None)
+        return tensors, {head: embedding}
+    return tensors, {}
 
 
 @contextmanager
 def _stored(path: Path) -> Iterator[dict[str, Callable[[], Tensor]]]:
     """Functions that load the tensors of all weight files of a directory, by name."""
     index = path / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        mapping = read_mapping(index).get("weight_map")
+        if not isinstance(mapping, dict):
+            raise ValueError(f"{index} has no weight_map; {ADVICE}")
+        names = {str(name) for name in mapping.values()}
+    files = [path / name for name in sorted(names)]
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else None
-        files = [path / "model.safetensors"] if names is None else [path / name for name in names]
         with ExitStack() as open_files:
             found: dict[str, Callable[[], Tensor]] = {}
             for file in files:
@@ -132,6 +134,8 @@ def _needed(get: Get, end: str) -> Tensor:
 
 def _unpacked(words: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
     """Values in [0, 15] as uint8 [..., 8 * words] of int32 [..., words]."""
+    if words.dtype != torch.int32:
+        raise ValueError(f"its values must be packed in int32, got {words.dtype}")
     shifts = torch.tensor([4 * order.index(place) for place in range(8)], dtype=torch.int32)
     return (words[..., None] >> shifts & 15).to(torch.uint8).flatten(-2)
 
@@ -153,18 +157,30 @@ def _awq(get: Get, section: Mapping) -> QuantizedWeight:
 
 def _gptq(get: Get, section: Mapping) -> QuantizedWeight:
     values = _unpacked(_needed(get, "qweight").T)
-    zeros = _unpacked(_needed(get, "qzeros")).T + (section.get("checkpoint_format", "gptq") != "gptq_v2")
+    zeros = _unpacked(_needed(get, "qzeros")).T + (section.get("checkpoint_format") != "gptq_v2")
     if bool((zeros > 15).any()):
         raise ValueError("it has the zero-point 16, which int4 cannot hold")
-    return _int4(values, _needed(get, "scales").T, zeros, get("g_idx"))
+    groups = get("g_idx")
+    if section.get("desc_act") and groups is None:
+        raise ValueError("its g_idx is missing")
+    return _int4(values, _needed(get, "scales").T, zeros, groups)
 
 
 def _compressed_tensors(get: Get, section: Mapping) -> QuantizedWeight:
     values, scales, zeros = _unpacked(_needed(get, "weight_packed")), _needed(get, "weight_scale"), None
     rows, size = (int(number) for number in _needed(get, "weight_shape"))
+    if values.shape != (rows, -(-size // 8) * 8):
+        raise ValueError(f"its weight_packed does not hold {rows} x {size} values")
     stored = get("weight_zero_point")
-    if stored is not None:
-        zeros = _unpacked(stored.T).T[:rows]
+    if stored is not None and stored.dtype == torch.int8:  # as older versions store them
+        zeros = (stored + 8).to(torch.uint8)
+    elif stored is not None:
+        zeros = _unpacked(stored.T).T
+        if zeros.shape[0] != -(-rows // 8) * 8:
+            raise ValueError(f"its weight_zero_point does not hold {rows} rows")
+        zeros = zeros[:rows]
+    elif not all(group["weights"].get("symmetric", True) for group in section["config_groups"].values()):
+        raise ValueError("its weight_zero_point is missing")
     return _int4(values[:, :size], scales, zeros, get("weight_g_idx"))
 
 
@@ -172,6 +188,8 @@ def _fp8(get: Get, section: Mapping) -> Tensor:
     weight, scales = _needed(get, "weight"), _needed(get, "weight_scale_inv")
     if weight.dtype != torch.float8_e4m3fn or weight.dim() != 2:
         raise ValueError(f"its weight must be float8_e4m3fn [N, K], got {weight.dtype} {list(weight.shape)}")
+    if scales.dtype not in (*FAST_DTYPES, torch.float8_e8m0fnu):
+        raise ValueError(f"its weight_scale_inv must be fp32, bf16, fp16 or float8_e8m0fnu, got {scales.dtype}")
     rows, columns = section.get("weight_block_size") or (128, 128)
     blocks = [-(-weight.shape[0] // rows), -(-weight.shape[1] // columns)]
     if list(scales.shape) != blocks:
@@ -203,17 +221,28 @@ def _awq_reason(section: Mapping) -> str | None:
 
 
 def _gptq_reason(section: Mapping) -> str | None:
+    layout = section.get("checkpoint_format") or "gptq"
+    if layout not in ("gptq", "gptq_v2"):
+        return f"its layout is GPTQ's {layout}; qvl loads gptq and gptq_v2"
     return _group_reason(section.get("bits"), section.get("group_size"))
 
 
 def _compressed_tensors_reason(section: Mapping) -> str | None:
     if section.get("format") != "pack-quantized":
         return f"its format is {section.get('format')}; of compressed-tensors qvl loads pack-quantized"
-    for name, group in (section.get("config_groups") or {}).items():
-        weights = group.get("weights") or {}
+    for name in ("transform_config", "kv_cache_scheme"):
+        if section.get(name):
+            return f"it has a {name}, which qvl does not run"
+    groups = section.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        return "it has no config_groups"
+    for name, group in groups.items():
+        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+            return f"{name} says nothing about weights"
+        weights = group["weights"]
         if weights.get("type") != "int":
             return f"{name} has weights of type {weights.get('type')}; qvl loads int"
-        if group.get("input_activations"):
+        if group.get("input_activations") or group.get("output_activations"):
             return f"{name} quantises activations too; qvl loads quantised weights"
         reason = _group_reason(weights.get("num_bits"), weights.get("group_size"))
         if reason is not None:

@@ -128,8 +128,29 @@ def test_what_it_does_not_compute_is_an_error(argument):
 def test_softcapped_models_are_refused():
     config = AutoConfig.for_model("gemma2", **SIZES, head_dim=16, attn_logit_softcapping=30.0)
     ours = AutoModelForCausalLM.from_config(config, attn_implementation="qvl")
-    with pytest.raises(ValueError, match="softcap"):
+    with pytest.raises(ValueError, match="models that support 'sdpa', which Gemma2Model does not"):
         ours(**_inputs())
+
+
+@pytest.mark.parametrize(
+    ("case", "shapes", "scaling"),
+    [("more queries than keys", (9, 7), None), ("a scale in a tensor", (7, 7), torch.tensor(0.3))],
+)
+def test_calls_that_only_sdpa_computes(case, shapes, scaling, calls):
+    q, kv = torch.randn(2, 4, shapes[0], 16), torch.randn(2, 4, shapes[1], 16)
+    options = {"scaling": None if scaling is None else float(scaling)}
+    ours, _ = attention.attention_forward(torch.nn.Module(), q, kv, kv, None, scaling=options["scaling"])
+    theirs, _ = sdpa_attention_forward(torch.nn.Module(), q, kv, kv, None, **options)
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm() and (not calls or case != "more queries than keys")
+
+
+@pytest.mark.parametrize("name", ["bloom", "xglm"])
+def test_models_without_sdpa_are_refused(name):
+    config = AutoConfig.for_model(name, hidden_size=32, n_layer=1, num_layers=1, n_head=2, vocab_size=99, d_model=32,
+                                  ffn_dim=32, attention_heads=2)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="qvl")
+    with pytest.raises(ValueError, match="models that support 'sdpa'"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
 
 
 def test_an_unmasked_encoder(calls):

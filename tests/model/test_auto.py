@@ -121,12 +121,37 @@ def test_another_shape_than_config_says_is_refused(saved):
         AutoModelForImageTextToText.from_pretrained(path)
 
 
+def test_nothing_is_left_on_another_device_or_in_another_dtype(saved):
+    path, _ = saved("int8")
+    for auto_class in (AutoModel, AutoModelForImageTextToText):
+        model = auto_class.from_pretrained(path, dtype=torch.bfloat16)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert {buffer.dtype for name, buffer in model.named_buffers() if "inv_freq" in name} == {torch.float32}
+    model = AutoModelForImageTextToText.from_pretrained(path, low_cpu_mem_usage=True, device_map="auto")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def test_attention_code_of_the_hub_is_refused_before_it_is_fetched(saved):
+    path, _ = saved("int8")
+    config = json.loads((path / "config.json").read_text())
+    config["attn_implementation"] = "some-org/kernel"
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="asks for attention code from elsewhere"):
+        AutoModelForImageTextToText.from_pretrained(path)
+    assert qvl_model.is_accelerated(AutoModelForImageTextToText.from_pretrained(path, attn_implementation="sdpa"))
+
+
 def test_quantising_while_loading(tmp_path):
     stock_model("small").save_pretrained(tmp_path)
     config = qvl_model.QuantizationConfig({"text": "int4", "vision": "int8"}, bits=5)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=config)
     _same(loaded, qvl_model.accelerate(stock_model("small"), weights={"text": "int4", "vision": "int8"}, bits=5))
     assert any(isinstance(module, PackedLinear | PackedEmbedding) for module in loaded.modules())
+    settings = {"quant_method": "qvl", "weights": {"text": "int4", "vision": "int8"}, "bits": 5}
+    _same(AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=settings), loaded)
+    assert repr(config) == "QuantizationConfig(weights={'text': 'int4', 'vision': 'int8'}, group=None, bits=5)"
+    with pytest.raises(ValueError, match="bits"):
+        qvl_model.QuantizationConfig("int4", bits=1)
     with pytest.raises(ValueError, match="int3"):
         qvl_model.QuantizationConfig("int3")
 
@@ -168,8 +193,9 @@ def test_register_makes_auto_classes_and_pipelines_accelerated(tmp_path):
     assert done.returncode == 0 and done.stdout.split() == ["done", "Qwen3VLProcessor"], done.stderr[-3000:]
 
 
-def test_without_qvl_there_is_one_clear_error(saved):
-    path, _ = saved("int8")
+def test_without_qvl_there_is_one_clear_error(tmp_path):
+    path = tmp_path / "int8"
+    qvl_model.accelerate(stock_model("small"), weights="int8").save_pretrained(path)
     code = f"from transformers import AutoModelForImageTextToText as A\nA.from_pretrained({str(path)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode and "no file named model.safetensors" in done.stderr
@@ -186,16 +212,17 @@ if len(sys.argv) > 2:
 """
 
 
-@pytest.mark.parametrize("command", [["script.py"], ["-m", "script"]], ids=str)
-def test_qvl_run(saved, tmp_path, command):
-    path, _ = saved("int8")
-    (tmp_path / "script.py").write_text(PROGRAM)
+@pytest.mark.parametrize(("command", "more"), [(["script.py"], []), (["-m", "script"], ["--flag"])], ids=str)
+def test_qvl_run(tmp_path, command, more):
+    path = tmp_path / "int8"
+    qvl_model.accelerate(stock_model("small"), weights="int8").save_pretrained(path)
+    (tmp_path / "script.py").write_text("import sibling\n" + PROGRAM)
+    (tmp_path / "sibling.py").write_text("")
     qvl = [sys.executable, "-m", "qvl_model.cli", "run", *command, str(path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    for more in ([], ["--flag"]):
-        done = subprocess.run([*qvl, *more], capture_output=True, text=True, cwd=tmp_path, env=environment)
-        assert "__main__ True" in done.stdout and str(path) in done.stdout, done.stderr
-        assert done.returncode == bool(more) and ("the program's own error" in done.stderr) == bool(more)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if "helpers" not in path)}
+    done = subprocess.run([*qvl, *more], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert "__main__ True" in done.stdout and str(path) in done.stdout, done.stderr
+    assert done.returncode == bool(more) and ("the program's own error" in done.stderr) == bool(more)
 
 
 def test_qvl_run_takes_installed_commands(capsys):
@@ -203,6 +230,9 @@ def test_qvl_run_takes_installed_commands(capsys):
 
     assert cli.main(["run", "no-such-program"]) == 2
     assert "no-such-program is no command of a package" in capsys.readouterr().err
+    for missing in (["missing.py"], ["-m", "missing.module"]):
+        assert cli.main(["run", *missing]) == 2
+        assert "there is no" in capsys.readouterr().err
     qvl = [sys.executable, "-m", "qvl_model.cli", "run", "transformers", "version"]
     done = subprocess.run(qvl, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr

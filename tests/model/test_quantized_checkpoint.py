@@ -181,7 +181,9 @@ def test_arguments_of_from_pretrained(tmp_path):
         and model.get_input_embeddings()(torch.tensor([3])).dtype == torch.bfloat16
     )
     with pytest.raises(TypeError, match="not max_memory, quantization_config"):
-        load(tmp_path, quantization_config=None, max_memory={})
+        load(tmp_path, quantization_config={}, max_memory={})
+    load(tmp_path, quantization_config=None, max_memory=None)
+    load(tmp_path, quantization_config=convert.section_of(tmp_path))
     with pytest.raises(ValueError, match="one device"):
         load(tmp_path, device_map={"model": "cpu", "lm_head": "meta"})
 
