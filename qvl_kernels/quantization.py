@@ -26,7 +26,6 @@ __all__ = [
     "QuantizedWeight",
     "check_weight",
     "dequantize",
-    "from_integers",
     "quantize",
     "quantize_activations",
     "rounded_activations",

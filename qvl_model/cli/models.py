@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import re
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,12 +44,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def quiet() -> None:
-    """Keeps transformers from printing advice, and the progress of loading unless a terminal shows it."""
+    """Keeps transformers from printing progress and advice."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def checkpoint_of(name: str | None) -> Path:

@@ -223,7 +223,7 @@ CALLS: dict[str, tuple[Callable, Callable[[SimpleNamespace], dict]]] = {
             "eps": 1e-6,
         },
     ),
-    "rms_norm": (Q.rms_norm, lambda n: {"x": rand(n.N, n.C), "weight": rand(n.C), "eps": 1e-6}),
+    "rms_norm": (Q.rms_norm, lambda n: {"x": rand(n.N, n.C), "weight": rand(n.C), "eps": 1e-6, "offset": 0.0}),
     "add_rms_norm": (
         Q.add_rms_norm,
         lambda n: {"x": rand(n.N, n.C), "residual": rand(n.N, n.C) + 1, "weight": rand(n.C), "eps": 1e-6},

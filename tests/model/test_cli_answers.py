@@ -35,19 +35,6 @@ def test_json(capsys):
     assert _json(capsys, "--image", digits.SAMPLE, "--prompt", QUESTION, "--quiet")[1] == ""
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_loading_shows_its_progress_on_a_terminal(terminal):
-    """A process, since progress bars are off or on for all of it."""
-    code = f"""
-import sys
-sys.stderr.isatty = lambda: {terminal}
-from qvl_model import cli
-sys.exit(cli.main(["generate", "--prompt", "Hello", "--max-new-tokens", "1"]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and ("Loading weights" in done.stderr) == terminal, done.stderr
-
-
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_weights(weights, capsys):
     assert _json(capsys, "--image", digits.SAMPLE, "--prompt", QUESTION, "--weights", weights)[0]["text"] == "8 6 9"

@@ -170,7 +170,7 @@ def test_a_cast_is_not_edited_with_what_it_was_cast_from(pair):
             results.append((loss, wide, logits, wide.grad))
         return results
 
-    assert_same(pair, step, limit=2e-2)
+    assert_same(pair, step, limit=4e-2)
 
 
 # The graph
