@@ -74,7 +74,7 @@ mutate: setup
 
 # The extension in the source tree serves all environments: it is built against Python only.
 VERSION_TESTS := tests/model/test_model_*.py tests/model/test_generation*.py tests/model/test_capacity*.py tests/model/test_quantized_checkpoint.py \
-  tests/qvl tests/training
+  tests/model/test_auto.py tests/model/test_external_checkpoints.py tests/model/test_attention_by_name.py tests/qvl tests/training
 
 test-oldest: setup $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -m "not slow" $(VERSION_TESTS)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -173,12 +174,18 @@ def register() -> None:
     AutoModelForImageTextToText and AutoModelForMultimodalLM then make ``qvl_model.Qwen3VLForConditionalGeneration``.
     Without torchvision, which stock's processor needs for videos, the processor of a local checkpoint is qvl's, for
     text and images.
+    Raises: RuntimeError on versions of transformers whose Auto classes keep their own classes, 5.17 among them.
     Example:
         >>> qvl_model.register()
         >>> answer = pipeline("image-text-to-text", model=path)
     """
     for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
         auto_class.register(Qwen3VLConfig, Qwen3VLForConditionalGeneration, exist_ok=True)
+        if auto_class._model_mapping[Qwen3VLConfig] is not Qwen3VLForConditionalGeneration:
+            raise RuntimeError(
+                f"register: the Auto classes of transformers {transformers.__version__} keep stock's class; use "
+                "transformers 5.23 or newer, or accelerate the model once it is loaded"
+            )
     if not is_torchvision_available():
         StockProcessor.from_pretrained = classmethod(_processor_from_pretrained)  # type: ignore[assignment]
 

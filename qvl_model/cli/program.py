@@ -52,7 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     from qvl_model import api
 
     vars(qvl_model).update({name: getattr(api, name) for name in api.__all__})  # which a command leaves out
-    api.register()
+    try:
+        api.register()
+    except RuntimeError as error:
+        raise CommandError(str(error)) from error
     sys.argv = [program, *arguments.arguments]
     try:
         if arguments.module:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from models import inputs, stock_model
 from transformers import AutoModel, AutoModelForImageTextToText
 from transformers import Qwen3VLForConditionalGeneration as StockModel
@@ -190,6 +191,9 @@ print("done", type(processor).__name__)
 def test_register_makes_auto_classes_and_pipelines_accelerated(tmp_path):
     command = [sys.executable, "-c", REGISTERED, str(tmp_path / "int8")]
     done = subprocess.run(command, capture_output=True, text=True)
+    if transformers.__version__ == "5.17.0":
+        assert "the Auto classes of transformers 5.17.0 keep stock's class" in done.stderr
+        return
     assert done.returncode == 0 and done.stdout.split() == ["done", "Qwen3VLProcessor"], done.stderr[-3000:]
 
 
@@ -212,6 +216,10 @@ if len(sys.argv) > 2:
 """
 
 
+registers = pytest.mark.skipif(transformers.__version__ == "5.17.0", reason="its Auto classes keep stock's class")
+
+
+@registers
 @pytest.mark.parametrize(("command", "more"), [(["script.py"], []), (["-m", "script"], ["--flag"])], ids=str)
 def test_qvl_run(tmp_path, command, more):
     path = tmp_path / "int8"
@@ -225,6 +233,7 @@ def test_qvl_run(tmp_path, command, more):
     assert done.returncode == bool(more) and ("the program's own error" in done.stderr) == bool(more)
 
 
+@registers
 def test_qvl_run_takes_installed_commands(capsys):
     from qvl_model import cli
 
