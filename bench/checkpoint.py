@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.checkpoint_files import IMAGE_PROCESSOR, cache_directory, digits_directory, write_json
 from bench.families import FAMILIES, Family
 
-__all__ = ["RANDOM_KEY", "cached_checkpoint", "write_random"]
+__all__ = ["RANDOM_KEY", "cached_checkpoint", "random_checkpoint", "write_random"]
 
 RANDOM_KEY = "qvl_random_weights"  # in config.json: marks random weights: answers are noise
 SEED = 0
@@ -53,6 +53,12 @@ def cached_checkpoint(family: Family) -> Path:
     tokenizer = (digits_directory() / "tokenizer.json").read_bytes()
     key = hashlib.sha256(json.dumps([family.full_config(), IMAGE_PROCESSOR, SEED]).encode() + tokenizer).hexdigest()[:8]
     return cache_directory() / f"{family.name}-2b-random-{key}"
+
+
+def random_checkpoint(family: Family) -> Path:
+    """``cached_checkpoint``, written where it is missing."""
+    path = cached_checkpoint(family)
+    return path if path.is_dir() else write_random(path, family)
 
 
 if __name__ == "__main__":

@@ -148,13 +148,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     from bench import machine
-    from bench.checkpoint import cached_checkpoint, write_random
+    from bench.checkpoint import random_checkpoint
     from bench.families import FAMILIES
 
-    family = FAMILIES["qwen3-vl"]
-    path = cached_checkpoint(family)
-    if not path.is_dir():
-        write_random(path, family)
+    path = random_checkpoint(FAMILIES["qwen3-vl"])
     cases = [(kind, rows) for kind in arguments.kind for rows in arguments.rows]
     before = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=arguments.other, capture_output=True, text=True, check=True

@@ -89,17 +89,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     from bench import machine
-    from bench.checkpoint import cached_checkpoint, write_random
+    from bench.checkpoint import random_checkpoint
     from bench.families import FAMILIES
     from qvl_model.cli import models
 
-    model = arguments.model
-    if model is None:
-        family = FAMILIES["qwen3-vl"]
-        path = cached_checkpoint(family)
-        if not path.is_dir():
-            write_random(path, family)
-        model = str(path)
+    model = arguments.model or str(random_checkpoint(FAMILIES["qwen3-vl"]))
     loaded = models.load(model, weights=arguments.weights)
     loaded.model.generation_config.eos_token_id = None  # random weights may end an answer at once
     rows = measure(loaded, rows=arguments.rows, tokens=arguments.tokens, pairs=arguments.pairs)

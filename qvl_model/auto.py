@@ -87,7 +87,7 @@ class _Quantizer(HfQuantizer):
             config.transformers_weights = checkpoint.FILE
         return config
 
-    update_tp_plan = update_attn_implementation  # is called in its place up to transformers 5.22
+    update_tp_plan = update_attn_implementation  # which older versions call in its place
 
     def _process_model_before_weight_loading(
         self,
@@ -97,9 +97,9 @@ class _Quantizer(HfQuantizer):
         **kwargs: Any,
     ) -> None:
         """Turns layers whose weights are quantised in the file into quantised ones."""
-        self._dtype = dtype or model.dtype
         if not self.pre_quantized:
             return
+        self._dtype = dtype or model.dtype
         if checkpoint_files is None:
             raise ValueError(
                 "from_pretrained: weights quantised by qvl are read from a directory, not from a state_dict"

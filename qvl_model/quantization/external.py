@@ -190,7 +190,7 @@ def _fp8(get: Get, section: Mapping) -> Tensor:
         raise ValueError(f"its weight must be float8_e4m3fn [N, K], got {weight.dtype} {list(weight.shape)}")
     if scales.dtype not in (*FAST_DTYPES, torch.float8_e8m0fnu):
         raise ValueError(f"its weight_scale_inv must be fp32, bf16, fp16 or float8_e8m0fnu, got {scales.dtype}")
-    rows, columns = section.get("weight_block_size") or (128, 128)
+    rows, columns = section["weight_block_size"]
     blocks = [-(-weight.shape[0] // rows), -(-weight.shape[1] // columns)]
     if list(scales.shape) != blocks:
         raise ValueError(f"its weight_scale_inv must be {blocks}, got {list(scales.shape)}")
