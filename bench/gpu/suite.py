@@ -18,7 +18,8 @@ __all__ = ["GRACE_SECONDS", "build", "merged", "run"]
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 400.0
 GRACE_SECONDS = 15.0  # for the running test to end after the interrupt
-INTERRUPTED = 2  # pytest's exit status then
+# Exit statuses of pytest that are no crash: passed, failed, interrupted, no tests; and interrupted while it started.
+ENDED = (0, 1, 2, 5, -signal.SIGINT)
 
 
 class _Pytest:
@@ -97,7 +98,7 @@ def run(
     crashed = [
         text[-300:]
         for one, text in zip(running, printed, strict=True)
-        if one.process.returncode not in (0, 1, INTERRUPTED, 5) and not one.killed
+        if one.process.returncode not in ENDED and not one.killed
     ]
     return {
         "outcomes": {one["test"]: one["outcome"] for one in found},

@@ -365,9 +365,18 @@ def test_gpu_tests_stop_in_time(tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import time\n\ndef test_quick():\n    pass\n\ndef test_slow():\n    time.sleep(60)\n"
     )
-    value = suite.merged(None, suite.run(".", root=tmp_path, jobs=1, seconds=6.0))
+    value = suite.merged(None, suite.run(".", root=tmp_path, jobs=1, seconds=10.0))
     assert (value["failed"], value["crashed"]) == (0, []) and value["passed"] + value["not_run"] == 2
     assert value["not_run"]
+
+
+def test_an_interrupt_while_pytest_starts_is_no_crash(tmp_path):
+    (tmp_path / "conftest.py").write_text(
+        "import sys, time\n\nif '--collect-only' not in sys.argv:\n    time.sleep(60)\n"
+    )
+    (tmp_path / "test_some.py").write_text("def test_quick():\n    pass\n")
+    value = suite.merged(None, suite.run(".", root=tmp_path, jobs=1, seconds=10.0))
+    assert (value["failed"], value["crashed"], value["not_run"]) == (0, [], 1)
 
 
 def test_tests_that_passed_are_not_run_again(tmp_path, machine, monkeypatch):
