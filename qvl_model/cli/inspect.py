@@ -22,7 +22,6 @@ def run(arguments: argparse.Namespace) -> None:
     from qvl_model import api
     from qvl_model.quantization.convert import METHOD, is_quantized_checkpoint, method_of
 
-    models.quiet()
     if is_quantized_checkpoint(checkpoint):
         method = method_of(checkpoint)
         if method != METHOD:

@@ -14,7 +14,7 @@ from qvl_model.cli.errors import CommandError, reading_errors
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["Loaded", "add_model", "checkpoint_of", "config_of", "load", "quiet", "read_weights"]
+__all__ = ["Loaded", "add_model", "checkpoint_of", "config_of", "load", "read_weights"]
 
 RANDOM_KEY = "qvl_random_weights"  # set in the config of checkpoints that were never trained
 HELP = "checkpoint directory, a name on the Hugging Face hub, or a model that ships: digits, qvl-tiny"
@@ -41,14 +41,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="quantise the weights in memory; qvl quantize does it once and for all (default: as stored)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each core)")
-
-
-def quiet() -> None:
-    """Keeps transformers from printing progress and advice."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def checkpoint_of(name: str | None) -> Path:
@@ -91,9 +83,16 @@ def _from_hub(name: str) -> Path:
 
 
 def config_of(checkpoint: Path) -> "PreTrainedConfig":
-    """Raises: CommandError for a config.json that is none of a model that qvl runs."""
+    """The configuration of a checkpoint. From here on transformers prints no advice and no progress.
+
+    Raises: CommandError for a config.json that is none of a model that qvl runs.
+    """
+    from transformers.utils import logging
+
     from qvl_model.checkpoint_files import load_config, one_line
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         return load_config(checkpoint)
     except (OSError, ValueError) as error:
@@ -203,7 +202,6 @@ def load(name: str | None, *, weights: str | None = None, stock: bool = False, t
             raise CommandError(f"--threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
     config = config_of(checkpoint)
-    quiet()
     fp8 = method_of(checkpoint) == "fp8"
     if is_quantized_checkpoint(checkpoint) and (stock or weights and not fp8):
         option = "--stock" if stock else "--weights"

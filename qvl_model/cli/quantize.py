@@ -58,7 +58,6 @@ def run(arguments: argparse.Namespace) -> None:
     from qvl_model.checkpoint_files import one_line
     from qvl_model.quantization import convert
 
-    models.quiet()
     start = time.perf_counter()
     try:
         formats = convert.formats_of(_formats(arguments.weights))

@@ -38,7 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
             names = ", ".join(capacity.SPECS)
             raise CommandError(f"--spec {arguments.spec} is neither one of {names} nor a model: {error}") from error
         spec, name = models.config_of(other), f"{other}/config.json"
-    models.quiet()
     model, info = models.read_weights(checkpoint)
     try:
         report = capacity.examine(model, capacity.CapacitySpec.from_config(spec, type(model), name))
